@@ -1,0 +1,42 @@
+"""Continual pretraining on the Hugging Face stack, with FIRE and the resets it must be compared with.
+
+Names are loaded when first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "newton_schulz": "orthogonal",
+    "polar": "orthogonal",
+    "sfe": "metrics",
+    "dfi": "metrics",
+    "logical_matrices": "layout",
+    "register_layout": "layout",
+    "fire_": "resets",
+    "apply_reset": "resets",
+    "register_reset": "resets",
+    "reset_checkpoint": "checkpoint",
+    "perplexity": "evaluation",
+    "ContinualTrainer": "trainer",
+    "ResetCallback": "trainer",
+    "Recipe": "recipe",
+    "load_recipe": "recipe",
+    "run_recipe": "run",
+    "UserError": "errors",
+}
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fire_llm' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"fire_llm.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,245 @@
+"""The command line. Heavy libraries are imported by the verb that needs them, so that --help is instant."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fire_llm import __version__
+from fire_llm.errors import UserError, did_you_mean
+
+VERBS = ("check", "run", "apply", "inspect", "eval", "report", "demo")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Say "did you mean" for a verb that does not exist."""
+
+    def error(self, message: str) -> NoReturn:
+        if "invalid choice: '" in message and "VERB" in message:
+            given = message.split("invalid choice: '")[1].split("'")[0]
+            message = f"there is no verb '{given}'.{did_you_mean(given, VERBS)} Verbs: {', '.join(VERBS)}"
+        sys.stderr.write(f"fire-llm: {message}\nTry: {self.prog} --help\n")
+        raise SystemExit(2)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Build the parser of every verb."""
+    root = _Parser(prog="fire-llm", description="Continual pretraining: recipes, resets, exact perplexity.")
+    root.add_argument("--version", action="version", version=f"fire-llm {__version__}")
+    verbs = root.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name: str, text: str) -> argparse.ArgumentParser:
+        return verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+
+    check = verb("check", "name every fault of a recipe, and print what running it would take")
+    _recipe_arguments(check)
+    check.add_argument("--schema", action="store_true", help="print the JSON schema of recipes instead")
+
+    run = verb("run", "run what of a recipe is not finished; resumes what was cut off")
+    _recipe_arguments(run)
+    run.add_argument("--arm", action="append", default=[], metavar="NAME", help="only this arm (repeatable)")
+    run.add_argument("--output", metavar="DIR", help="the run's folder (runs/NAME)")
+    run.add_argument("--dry-run", action="store_true", help="print the plan, run nothing")
+
+    apply = verb("apply", "apply a reset to a checkpoint and save the result as a new one")
+    apply.add_argument("src", metavar="SRC", help="checkpoint folder or Hub id; never written to")
+    apply.add_argument("dst", metavar="DST", help="folder to make")
+    apply.add_argument("--method", default="fire", metavar="NAME", help="the reset (fire)")
+    apply.add_argument("--iterations", type=int, metavar="N", help="Newton–Schulz steps (5)")
+    apply.add_argument("--solver", metavar="NAME", help="newton-schulz (default) or polar, the true projection")
+    apply.add_argument("--tolerance", type=float, metavar="T", help="relative distance polar may leave (1e-3)")
+    apply.add_argument("--scale", metavar="NAME", help="sqrt (default), keep-norm or none")
+    apply.add_argument("--shrink", type=float, metavar="C", help="share of the step-0 weights in shrink_perturb (0.5)")
+    apply.add_argument("--role", action="append", metavar="ROLE", help="add a role to attention and mlp (repeatable)")
+    apply.add_argument("--exclude", action="append", metavar="REGEX", help="leave parameters it matches (repeatable)")
+    apply.add_argument("--init", metavar="CKPT", help="step-0 weights, for shrink_perturb and full_reset")
+    apply.add_argument("--seed", type=int, metavar="N", help="draw the step-0 weights from the config and this seed")
+    apply.add_argument("--dry-run", action="store_true", help="print what would be touched, write nothing")
+
+    inspect = verb("inspect", "measure the logical matrices of a checkpoint: spectra, DfI, norms")
+    inspect.add_argument("checkpoint", metavar="CKPT")
+    inspect.add_argument("--against", metavar="CKPT", help="also SFE and cosine against this checkpoint")
+    inspect.add_argument(
+        "--role", action="append", metavar="ROLE", help="these roles instead of attention, mlp, lm_head"
+    )
+    inspect.add_argument("--json", metavar="FILE", help="write the figures as JSON")
+    inspect.add_argument("--html", metavar="FILE", help="write a page with heat maps and spectra")
+
+    evaluate = verb("eval", "measure exact perplexity of checkpoints on corpora or files")
+    evaluate.add_argument("checkpoints", metavar="CKPT", nargs="+")
+    evaluate.add_argument("--data", nargs="+", required=True, metavar="NAME_OR_FILE", help="corpora or local files")
+    evaluate.add_argument(
+        "--split", default="validation", choices=("train", "validation"), help="of corpora (validation)"
+    )
+    evaluate.add_argument("--context", type=int, metavar="N", help="tokens a window")
+    evaluate.add_argument("--stride", type=int, metavar="N", help="tokens between windows (the context)")
+    evaluate.add_argument("--batch-size", type=int, default=8, metavar="N", help="windows a forward pass (8)")
+    evaluate.add_argument("--json", metavar="FILE", help="write the figures as JSON")
+
+    report = verb("report", "print the table of finished runs and write the page")
+    report.add_argument("runs", metavar="RUN_DIR", nargs="+")
+    report.add_argument("--output", metavar="FILE", help="the page (RUN_DIR/report.html)")
+    report.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+
+    demo = verb("demo", "run the built-in recipe offline on a CPU, then report")
+    demo.add_argument("--output", default="runs/demo", metavar="DIR", help="the run's folder (runs/demo)")
+    demo.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe")
+    return root
+
+
+def _recipe_arguments(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a built-in recipe")
+    verb.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key: phases.1.steps=100"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Returns:
+        0 done; 1 the work failed; 2 the user's input is wrong; 130 interrupted.
+    """
+    arguments = parser().parse_args(argv)
+    # Libraries write advice to the terminal that is not for our users; their warnings and errors still show.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        globals()[f"_{arguments.verb}"](arguments)
+    except UserError as error:
+        sys.stderr.write(f"fire-llm: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("fire-llm: interrupted; the same command goes on from the newest checkpoint\n")
+        return 130
+    except BrokenPipeError:
+        # The reader of our output left (`| head`): not an error; keep the interpreter from saying so at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (FloatingPointError, MemoryError, RuntimeError) as error:
+        sys.stderr.write(f"fire-llm: the work failed: {error}\n")
+        if os.environ.get("FIRE_LLM_DEBUG"):
+            raise
+        return 1
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from fire_llm.recipe import load_recipe, recipe_schema
+
+    if arguments.schema:
+        print(json.dumps(recipe_schema(), indent=1))
+        return
+    from fire_llm.plan import print_plan
+
+    print_plan(load_recipe(arguments.recipe, arguments.set))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from fire_llm.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.set)
+    if arguments.dry_run:
+        from fire_llm.plan import print_plan
+
+        print_plan(recipe, arguments.output, arguments.arm)
+        return
+    from fire_llm.run import run_recipe
+
+    folder = Path(arguments.output or Path("runs") / recipe.name)
+    results = run_recipe(recipe, folder, arms=arguments.arm)
+    if int(os.environ.get("RANK", "0")) == 0:
+        _show(results, folder / "report.html")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    arguments.recipe, arguments.arm, arguments.dry_run = "demo", [], False
+    _run(arguments)
+
+
+def _show(results: dict[str, Any], page: Path) -> None:
+    from fire_llm.report import print_table, write_report
+
+    print_table(results)
+    print(f"report: {write_report(results, page)}")
+
+
+def _apply(arguments: argparse.Namespace) -> None:
+    from fire_llm.checkpoint import reset_checkpoint
+    from fire_llm.resets import RESETS
+
+    names = ("iterations", "solver", "tolerance", "scale", "shrink", "exclude")
+    options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    if arguments.role:
+        method = RESETS.get(arguments.method)
+        base = method.roles if method is not None and method.matrices_only else ()
+        options["roles"] = list(dict.fromkeys([*base, *arguments.role]))
+    report = reset_checkpoint(
+        arguments.src,
+        arguments.dst,
+        arguments.method,
+        init=arguments.init,
+        seed=arguments.seed,
+        progress=True,
+        dry_run=arguments.dry_run,
+        **options,
+    )
+    if arguments.dry_run:
+        for tensor in [*report.touched, *report.untouched]:
+            shape = "×".join(map(str, tensor.shape))
+            action, why = ("leave", tensor.reason) if tensor.reason else ("touch", "")
+            print(f"{action}  {tensor.role:<10} {shape:>12}  {tensor.name}  {why}".rstrip())
+    print(report)
+    print("nothing written (--dry-run)" if arguments.dry_run else f"saved: {arguments.dst}")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from fire_llm.inspection import inspect_checkpoint, print_inspection
+
+    rows = inspect_checkpoint(
+        arguments.checkpoint, arguments.against, arguments.role or ("attention", "mlp", "lm_head")
+    )
+    print_inspection(rows)
+    if arguments.json:
+        from fire_llm.checkpoint import write_json
+
+        write_json(Path(arguments.json), rows)
+    if arguments.html:
+        from fire_llm.report import inspect_page
+
+        inspect_page(rows, Path(arguments.html), str(arguments.checkpoint))
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from fire_llm.evaluation import print_scores, score_checkpoints
+
+    scores = score_checkpoints(
+        arguments.checkpoints,
+        arguments.data,
+        split=arguments.split,
+        context=arguments.context,
+        stride=arguments.stride,
+        batch_size=arguments.batch_size,
+    )
+    print_scores(scores)
+    if arguments.json:
+        from fire_llm.checkpoint import write_json
+
+        write_json(Path(arguments.json), scores)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from fire_llm.report import load_results, markdown_table, print_table, write_report
+
+    results = [load_results(Path(run)) for run in arguments.runs]
+    for one in results:
+        if arguments.markdown:
+            print(markdown_table(one))
+        else:
+            print_table(one)
+    page = Path(arguments.output) if arguments.output else Path(arguments.runs[0]) / "report.html"
+    print(f"report: {write_report(results if len(results) > 1 else results[0], page)}")

@@ -1,0 +1,138 @@
+"""Encode documents with any Hugging Face tokenizer, in parallel where it is a fast one, however long they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BATCH_BYTES = 4_000_000
+"""Bytes of text encoded at once: enough for every core, little in memory."""
+WINDOW = 1 << 19
+"""Characters; a longer document is encoded in overlapping windows of this length, for an encoding needs about a
+hundred bytes a token while it is made."""
+OVERLAP = 1 << 12
+"""Characters that neighbouring windows share."""
+AGREEMENT = 16
+"""Tokens on either side of a seam that both windows must have alike."""
+
+
+class Encoder:
+    """Hold a private copy of a tokenizer that neither truncates, pads nor adds special tokens.
+
+    Attributes:
+        identity: hash of everything the encoding depends on.
+        vocab_size: the largest token id there can be, plus one.
+    """
+
+    identity: str
+    vocab_size: int
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.vocab_size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
+        self._slow, self._fast = tokenizer, None
+        if getattr(tokenizer, "is_fast", False):
+            from tokenizers import Tokenizer
+
+            # A copy: the caller's may truncate or pad, or be set to by someone while this one is at work.
+            self._fast = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+            self._fast.no_truncation()
+            self._fast.no_padding()
+            self._fast.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
+            description = f"{self._fast.to_str()} {self._fast.encode_special_tokens}"
+        else:
+            settings = {key: str(value) for key, value in getattr(tokenizer, "init_kwargs", {}).items()}
+            description = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab(), settings], sort_keys=True)
+        self.identity = hashlib.blake2b(description.encode(), digest_size=16).hexdigest()
+
+    def __call__(self, texts: list[str]) -> list[np.ndarray]:
+        """Return the token ids of each text, as `tokenizer(text, add_special_tokens=False)` gives them."""
+        if self._fast is None:
+            encoded = self._slow(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            return [np.asarray(ids, dtype=np.uint32) for ids in encoded]
+        if len(texts) == 1 and len(texts[0]) > WINDOW:
+            return [self._encode_long(texts[0])]
+        return [_ids(encoding) for encoding in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _encode_long(self, text: str) -> np.ndarray:
+        """Return the ids of a long text from windows that overlap, joined where both agree.
+
+        A window's first and last tokens may differ from the whole text's, those in the middle of an overlap do not:
+        what a tokenizer looks at reaches a few words. Where no place is found at which both windows agree (text
+        without a single boundary), the whole text is encoded at once.
+        """
+        assert self._fast is not None
+        starts = range(0, max(1, len(text) - OVERLAP), WINDOW - OVERLAP)
+        done: list[np.ndarray] = []
+        previous: tuple[np.ndarray, np.ndarray] | None = None
+        group = max(1, BATCH_BYTES // WINDOW)
+        for first in range(0, len(starts), group):
+            chosen = starts[first : first + group]
+            windows = self._fast.encode_batch([text[s : s + WINDOW] for s in chosen], add_special_tokens=False)
+            for start, encoding in zip(chosen, windows, strict=True):
+                ids = _ids(encoding)
+                spans = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2) + start
+                if previous is not None:
+                    seam = _seam(*previous, ids, spans, start + OVERLAP // 2)
+                    if seam is None:
+                        return _ids(self._fast.encode(text, add_special_tokens=False))
+                    done.append(previous[0][: seam[0]])
+                    ids, spans = ids[seam[1] :], spans[seam[1] :]
+                previous = ids, spans
+        assert previous is not None
+        return np.concatenate([*done, previous[0]])
+
+
+def _ids(encoding: Any) -> np.ndarray:
+    return np.asarray(encoding.ids, dtype=np.uint32)
+
+
+def _seam(
+    left: np.ndarray, left_spans: np.ndarray, right: np.ndarray, right_spans: np.ndarray, middle: int
+) -> tuple[int, int] | None:
+    """Return (i, j), near the character `middle`, such that left[:i] and right[j:] join without a fault, or None.
+
+    Args:
+        left, right: ids of two windows.
+        left_spans, right_spans: (n, 2), each token's first character and the one after its last, in the whole text.
+        middle: character around which to look.
+    """
+    centre = int(np.searchsorted(left_spans[:, 0], middle))
+    for i in sorted(
+        range(max(AGREEMENT, centre - 256), min(len(left) - AGREEMENT, centre + 256)), key=lambda i: abs(i - centre)
+    ):
+        boundary = left_spans[i, 0]
+        j = int(np.searchsorted(right_spans[:, 0], boundary))
+        if (
+            AGREEMENT <= j <= len(right) - AGREEMENT
+            and right_spans[j, 0] == boundary
+            # One character may be several tokens: they share its span, and none of them is a place to join.
+            and left_spans[i - 1, 1] <= boundary
+            and right_spans[j - 1, 1] <= boundary
+            and np.array_equal(left[i - AGREEMENT : i + AGREEMENT], right[j - AGREEMENT : j + AGREEMENT])
+        ):
+            return i, j
+    return None
+
+
+def batches(documents: Iterable[str]) -> Iterator[tuple[list[str], list[int]]]:
+    """Yield (documents, the bytes of each) in lots of about `BATCH_BYTES`; a text longer than `WINDOW` comes alone."""
+    lot: list[str] = []
+    sizes: list[int] = []
+    total = 0
+    for text in documents:
+        size = len(text.encode())
+        if lot and (total + size > BATCH_BYTES or len(text) > WINDOW or len(lot[-1]) > WINDOW):
+            yield lot, sizes
+            lot, sizes, total = [], [], 0
+        lot.append(text)
+        sizes.append(size)
+        total += size
+    if lot:
+        yield lot, sizes

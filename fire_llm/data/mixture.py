@@ -1,0 +1,218 @@
+"""Mix token files by weight: sample i is a pure function of (seed, phase, i).
+
+Nothing is stored and nothing is drawn in turn, so that resuming is arithmetic, any rank can read any sample, and the
+order does not depend on the number of workers, ranks or on a library's random generator.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import itertools
+import math
+import operator
+from collections.abc import Mapping
+from fractions import Fraction
+from hashlib import blake2b
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fire_llm.data.tokens import TokenFile
+from fire_llm.errors import UserError, did_you_mean
+
+Sampling = Literal["without-replacement", "with-replacement"]
+SAMPLINGS: tuple[str, ...] = get_args(Sampling)
+
+_MASK = (1 << 64) - 1
+_ROUNDS = 8
+
+
+class Mixture(Dataset[dict[str, Tensor]]):
+    """Serve blocks of tokens of several corpora, in proportion to weights over tokens. C = context.
+
+    Block b of a corpus is its tokens [b·C, b·C + C]: C inputs and, one further, C labels.
+
+    Without replacement, the first i samples hold round(i·w) of a corpus of share w, and every block of a corpus
+    comes once before any comes again, in an order that changes with each of its epochs. With replacement, corpus and
+    block of every sample are independent draws, as in the authors' code.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, TokenFile],
+        weights: Mapping[str, float],
+        *,
+        context: int,
+        seed: int,
+        phase: str,
+        sampling: str = "without-replacement",
+    ) -> None:
+        """Prepare a mixture; no token is read.
+
+        Args:
+            sources: token files by corpus.
+            weights: shares of the tokens by corpus, of any sum; 0: never drawn.
+            context: tokens a sample.
+            seed: of the order.
+            phase: name of the phase: another phase draws in another order.
+            sampling: "without-replacement" or "with-replacement".
+
+        Raises:
+            UserError: for weights that are no shares or not of these corpora, an unknown sampling, a context below 1,
+                or a corpus shorter than one block.
+        """
+        if sampling not in SAMPLINGS:
+            raise UserError(
+                f"unknown sampling '{sampling}'; allowed: {', '.join(SAMPLINGS)}.{did_you_mean(sampling, SAMPLINGS)}"
+            )
+        if context < 1:
+            raise UserError(f"context must be at least 1 token, not {context}.")
+        for name in weights:
+            if name not in sources:
+                raise UserError(
+                    f"the mixture weighs '{name}', which is none of its corpora: {', '.join(sources)}."
+                    f"{did_you_mean(name, sources)}"
+                )
+        for name in sources:
+            if name not in weights:
+                raise UserError(f"the mixture has no weight for its corpus '{name}'. Give one; 0 leaves it out.")
+            if not math.isfinite(weights[name]) or weights[name] < 0:
+                raise UserError(f"the weight of '{name}' is {weights[name]}; it must be a finite number of at least 0.")
+        if not any(weights[name] > 0 for name in sources):
+            raise UserError("all weights of the mixture are 0. Give at least one corpus a weight above 0.")
+        # int(): a NumPy integer prints, and so hashes, differently.
+        self.context, self.seed, self.phase, self.sampling = int(context), int(seed), phase, sampling
+        self.sources = {name: sources[name] for name in sorted(sources) if weights[name] > 0}
+        for name, source in self.sources.items():
+            if source.n_tokens < context + 1:
+                raise UserError(
+                    f"corpus '{name}' has {source.n_tokens} tokens, fewer than one block of context {context} needs "
+                    f"({context + 1}). Give it more text, or shorten the context."
+                )
+        # Exact integers in place of floats: str() first, so that 0.1 is one tenth and 9.0 : 0.1 is 90 : 1.
+        exact = [Fraction(str(float(weights[name]))) for name in self.sources]
+        scale = math.lcm(*(share.denominator for share in exact))
+        self.weights = {name: int(share * scale) for name, share in zip(self.sources, exact, strict=True)}
+        self._tree = _tree(self.weights)
+
+    @property
+    def epoch_tokens(self) -> int:
+        """Tokens of one epoch: as many as the corpora that are drawn from hold together."""
+        return sum(source.n_tokens for source in self.sources.values())
+
+    def blocks(self, corpus: str) -> int:
+        """Return how many blocks a corpus has; tokens beyond the last whole one are not used."""
+        return (self.sources[corpus].n_tokens - 1) // self.context
+
+    def locate(self, i: int) -> tuple[str, int, int]:
+        """Return where sample i comes from: (corpus, how many times all of that corpus came before, block).
+
+        Args:
+            i: index of the sample from 0; there is no last one.
+        """
+        i = operator.index(i)  # a NumPy integer would overflow below
+        if i < 0:
+            raise IndexError(f"a mixture has samples from 0 on; {i} was asked for")
+        if self.sampling == "with-replacement":
+            draw = _hash(self.seed, self.phase, "draw", i)
+            point = (draw >> 64) * sum(self.weights.values()) >> 64
+            corpus = next(
+                name
+                for name, end in zip(self.weights, itertools.accumulate(self.weights.values()), strict=True)
+                if point < end
+            )
+            return corpus, 0, (draw & _MASK) * self.blocks(corpus) >> 64
+        corpus, ordinal = _quota(self._tree, i)
+        epoch, position = divmod(ordinal, self.blocks(corpus))
+        return corpus, epoch, permute(position, self.blocks(corpus), (self.seed, self.phase, corpus, epoch))
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        """Return {"input_ids": (C,), "labels": (C,)}, int64; the labels are already shifted by one."""
+        corpus, _, block = self.locate(i)
+        start = block * self.context
+        tokens = torch.from_numpy(self.sources[corpus].tokens[start : start + self.context + 1].astype("int64"))
+        # A copy, so that whoever masks labels in place leaves the inputs alone.
+        return {"input_ids": tokens[:-1], "labels": tokens[1:].clone()}
+
+
+class _Node:
+    """Split samples between two sides by their weights; a side is a node or a corpus's name."""
+
+    def __init__(self, left: _Node | str, left_weight: int, right: _Node | str, right_weight: int) -> None:
+        self.left, self.right = left, right
+        self.left_weight, self.weight = left_weight, left_weight + right_weight
+
+    def left_count(self, i: int) -> int:
+        """Return how many of the first i samples go left: i · share, rounded, in integers."""
+        return (2 * i * self.left_weight + self.weight) // (2 * self.weight)
+
+
+def _tree(weights: Mapping[str, int]) -> _Node | str:
+    """Return a Huffman tree of the corpora.
+
+    Every split rounds, and rounding adds up along a path; a Huffman tree keeps heavy corpora near the root and lets
+    light ones inherit only a part of the error: a count is off by less than 1 for up to three corpora, less than 2 for
+    any number (½·(1 + Σ w/w_ancestor), whose terms fall at least as fast as the reciprocal Fibonacci numbers).
+    """
+    tie = itertools.count()  # equal weights are taken in the order of their names
+    heap: list[tuple[int, int, _Node | str]] = [(weight, next(tie), name) for name, weight in sorted(weights.items())]
+    heapq.heapify(heap)
+    while len(heap) > 1:
+        light, _, left = heapq.heappop(heap)
+        heavy, _, right = heapq.heappop(heap)
+        heapq.heappush(heap, (light + heavy, next(tie), _Node(left, light, right, heavy)))
+    return heap[0][2]
+
+
+def _quota(node: _Node | str, i: int) -> tuple[str, int]:
+    """Return (corpus, ordinal): sample i is the ordinal-th, from 0, of that corpus."""
+    while not isinstance(node, str):
+        left = node.left_count(i)
+        if node.left_count(i + 1) > left:
+            node, i = node.left, left
+        else:
+            node, i = node.right, i - left
+    return node, i
+
+
+def _hash(*key: object) -> int:
+    """Return 128 bits of a key that are the same in every process, on every machine and in every version."""
+    return int.from_bytes(blake2b(repr(key).encode(), digest_size=16).digest(), "big")
+
+
+def permute(position: int, n: int, key: tuple[object, ...]) -> int:
+    """Return where a keyed pseudo-random permutation of range(n) sends `position`; constant time and memory.
+
+    A Feistel network permutes the next power of four; a result outside the range is permuted again until it falls
+    inside (cycle walking), which takes fewer than four turns on average.
+
+    Args:
+        position: 0 ≤ position < n.
+        n: size of the range.
+        key: what the permutation depends on: numbers and strings.
+    """
+    half = max(1, (n - 1).bit_length() + 1 >> 1)
+    mask = (1 << half) - 1
+    keys = _round_keys(key)
+    while True:
+        left, right = position >> half, position & mask
+        for round_key in keys:
+            left, right = right, left ^ (_mix(right ^ round_key) & mask)
+        position = left << half | right
+        if position < n:
+            return position
+
+
+@functools.lru_cache(maxsize=256)
+def _round_keys(key: tuple[object, ...]) -> tuple[int, ...]:
+    return tuple(_hash("round", number, *key) & _MASK for number in range(_ROUNDS))
+
+
+def _mix(x: int) -> int:
+    """Return the SplitMix64 finaliser of x (Steele, Lea and Flood 2014): every input bit reaches every output bit."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK
+    return x ^ (x >> 31)

@@ -1,0 +1,298 @@
+"""Tokenise a corpus once into a memory map that is fingerprinted, and is either whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import filelock
+import numpy as np
+
+from fire_llm.corpora import Corpus
+from fire_llm.data.encode import Encoder, batches
+from fire_llm.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT_VERSION = 2
+"""Raised whenever the files below would be laid out or filled differently."""
+CACHE_VARIABLE = "FIRE_LLM_CACHE"
+PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """Hold the tokens of one split of a corpus; pickles as its path and maps the file again when unpickled.
+
+    Attributes:
+        path: folder with tokens.bin, documents.bin and meta.json.
+        tokens: (n_tokens,), uint16 or uint32, mapped read-only; every document is followed by the end-of-text token.
+        n_tokens: tokens, end-of-text tokens included.
+        n_bytes: UTF-8 bytes of the documents' text; nothing is counted for the end of text.
+        n_documents: documents.
+    """
+
+    path: Path
+    tokens: np.ndarray = field(repr=False, compare=False)
+    n_tokens: int
+    n_bytes: int
+    n_documents: int
+
+    @classmethod
+    def open(cls, path: str | Path) -> TokenFile:
+        """Map a token file.
+
+        Raises:
+            UserError: where the folder is not a whole token file: no or broken meta.json, another file cut short.
+        """
+        path = Path(path)
+        try:
+            meta = json.loads((path / "meta.json").read_text())
+            dtype = np.dtype(meta["dtype"])
+            for name, expected in (
+                ("tokens.bin", meta["n_tokens"] * dtype.itemsize),
+                ("documents.bin", meta["n_documents"] * 16),
+            ):
+                size = (path / name).stat().st_size
+                if size != expected:
+                    raise ValueError(f"{name} has {size} bytes where {expected} belong")
+            tokens = np.memmap(path / "tokens.bin", dtype=dtype, mode="r", shape=(meta["n_tokens"],))
+            return cls(path, tokens, meta["n_tokens"], meta["n_bytes"], meta["n_documents"])
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is no readable token file ({error}). Delete the folder.") from error
+
+    def first(self, limit: int | None) -> TokenFile:
+        """Return the leading documents that hold at most `limit` tokens together; all of them for None.
+
+        Raises:
+            UserError: where not even the first document fits.
+        """
+        if limit is None or limit >= self.n_tokens:
+            return self
+        ends = np.memmap(self.path / "documents.bin", dtype=np.uint64, mode="r", shape=(self.n_documents, 2))
+        whole = int(np.searchsorted(ends[:, 0], limit, side="right"))
+        if not whole:
+            raise UserError(
+                f"the first document of '{self.path.name}' has {ends[0, 0]} tokens, more than the limit of {limit}. "
+                "Raise the limit, or cut the corpus into smaller documents."
+            )
+        n_tokens, n_bytes = (int(end) for end in ends[whole - 1])
+        return TokenFile(self.path, self.tokens[:n_tokens], n_tokens, n_bytes, whole)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A pickled memmap is a copy of all its tokens: a DataLoader's workers would each receive the whole corpus.
+        if isinstance(self.tokens, np.memmap):
+            return _reopen, (self.path, self.n_tokens)
+        return TokenFile, (self.path, self.tokens, self.n_tokens, self.n_bytes, self.n_documents)
+
+
+def _reopen(path: Path, n_tokens: int) -> TokenFile:
+    return TokenFile.open(path).first(n_tokens)
+
+
+def cache_folder(cache: str | Path | None = None) -> Path:
+    """Return the folder that holds token files: `cache`, else $FIRE_LLM_CACHE, else ~/.cache/fire_llm."""
+    return Path(cache or os.environ.get(CACHE_VARIABLE) or "~/.cache/fire_llm").expanduser()
+
+
+def tokenize_corpus(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str,
+    *,
+    cache: str | Path | None = None,
+    progress: bool = True,
+) -> TokenFile:
+    """Return the tokens of a split, made on the first call and found in the cache afterwards.
+
+    The folder's name carries a hash of the corpus's fingerprint, the tokenizer and the format, so that a changed file
+    or tokenizer is tokenised anew. The files are written beside their place, synced and renamed: a run that dies
+    leaves nothing that looks whole. Processes that want the same tokens wait for the one that makes them.
+
+    Args:
+        corpus: where the documents come from.
+        tokenizer: a fast one encodes in parallel; text equal to a special token becomes that token, unless the
+            tokenizer's `split_special_tokens` is set.
+        split: "train" or "validation".
+        cache: folder; see `cache_folder`.
+        progress: whether to show a progress bar.
+
+    Raises:
+        UserError: for a tokenizer without an end-of-text token, a split without documents, a cache folder that cannot
+            be written to, and whatever is wrong with the corpus.
+    """
+    end = tokenizer.eos_token_id
+    if not isinstance(end, int):
+        raise UserError(
+            f"the tokenizer '{tokenizer.name_or_path}' has no end-of-text token, which ends every document. "
+            "Set its eos_token and save it, or choose another tokenizer."
+        )
+    encoder = Encoder(tokenizer)
+    identity = json.dumps([corpus.fingerprint, split, encoder.identity, end, FORMAT_VERSION])
+    digest = hashlib.blake2b(identity.encode(errors="surrogateescape"), digest_size=8).hexdigest()
+    label = re.sub(r"[^A-Za-z0-9._-]+", "-", corpus.name).strip("-.")[:60]
+    folder = cache_folder(cache) / f"{label}-{split}-{digest}"
+    # Looked for before any lock is taken: a finished cache may well be read-only.
+    with contextlib.suppress(UserError):
+        return TokenFile.open(folder)
+    with _writing(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(folder.parent)
+    with _locked(folder, progress):
+        with contextlib.suppress(UserError):
+            return TokenFile.open(folder)
+        partial = folder.with_name(f".{folder.name}{PARTIAL}")
+        try:
+            with _writing(folder.parent):
+                # Left by a writer that died while this one waited for the lock.
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                _write(partial, corpus, split, encoder, end, progress)
+                if folder.exists():  # it is damaged, or it had been opened above
+                    shutil.rmtree(folder)
+                os.rename(partial, folder)
+                _sync(folder.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return TokenFile.open(folder)
+
+
+def _write(partial: Path, corpus: Corpus, split: str, encoder: Encoder, end: int, progress: bool) -> None:
+    """Write tokens.bin, documents.bin and, last, meta.json.
+
+    documents.bin holds a pair of uint64 a document: the tokens and the UTF-8 bytes up to its end.
+
+    Raises:
+        UserError: where the split holds no document.
+    """
+    from tqdm import tqdm
+
+    # 65536 entries have the ids 0 to 65535, which is what 16 bits hold.
+    dtype = np.dtype(np.uint16 if max(encoder.vocab_size, end + 1) <= 1 << 16 else np.uint32)
+    n_tokens = n_bytes = n_documents = 0
+    begun = time.monotonic()
+    with (
+        open(partial / "tokens.bin", "wb") as file,
+        open(partial / "documents.bin", "wb") as index,
+        tqdm(
+            desc=f"tokenising {corpus.name} ({split})",
+            total=corpus.approximate_bytes if split == "train" else None,
+            unit="B",
+            unit_scale=True,
+            leave=False,
+            disable=not progress,
+        ) as bar,
+    ):
+        for texts, sizes in batches(corpus.documents(split)):
+            encoded = encoder(texts)
+            lot = np.full(sum(map(len, encoded)) + len(encoded), end, dtype)
+            position = 0
+            for ids in encoded:
+                lot[position : position + len(ids)] = ids
+                position += len(ids) + 1
+            file.write(lot.data)
+            lengths = [(len(ids) + 1, size) for ids, size in zip(encoded, sizes, strict=True)]
+            ends = np.cumsum([(n_tokens, n_bytes), *lengths], axis=0, dtype=np.uint64)[1:]
+            index.write(ends.data)
+            n_tokens += len(lot)
+            n_bytes += sum(sizes)
+            n_documents += len(texts)
+            bar.set_postfix_str(
+                f"{n_tokens / 1e6:.1f}M tokens, {n_tokens / (time.monotonic() - begun) / 1e3:.0f}k/s", refresh=False
+            )
+            bar.update(sum(sizes))
+        for written in (file, index):
+            written.flush()
+            os.fsync(written.fileno())
+    if not n_documents:
+        raise UserError(_empty(corpus.name, split))
+    meta = {
+        "format": FORMAT_VERSION,
+        "corpus": corpus.name,
+        "split": split,
+        "fingerprint": corpus.fingerprint,
+        "tokenizer": encoder.identity,
+        "vocab_size": encoder.vocab_size,
+        "end_of_text": end,
+        "dtype": dtype.name,
+        "n_tokens": n_tokens,
+        "n_bytes": n_bytes,
+        "n_documents": n_documents,
+    }
+    with open(partial / "meta.json", "w") as meta_file:
+        json.dump(meta, meta_file, indent=1)
+        meta_file.flush()
+        os.fsync(meta_file.fileno())
+    _sync(partial)
+
+
+def _empty(name: str, split: str) -> str:
+    if split == "train":
+        return f"corpus '{name}' has no training documents: it is empty, or all of it is held out. Check its files."
+    return (
+        f"corpus '{name}' has no validation documents. Set corpora.{name}.holdout to a larger fraction, give "
+        f"corpora.{name}.validation files, or cut .txt files into more documents with corpora.{name}.document."
+    )
+
+
+def _sync(folder: Path) -> None:
+    """Make a folder's entries outlast a power cut; where folders cannot be opened (Windows) the system sees to it."""
+    with contextlib.suppress(PermissionError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _writing(cache: Path) -> Iterator[None]:
+    """Turn what a full, read-only or absent disk raises into a message that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write tokens to the cache folder {cache}: {error.strerror or error}. "
+            f"Make room there, or set {CACHE_VARIABLE} to a folder that can be written to."
+        ) from error
+
+
+def _lock(name: str, cache: Path) -> filelock.FileLock:
+    return filelock.FileLock(cache / f".{name}.lock")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, progress: bool) -> Iterator[None]:
+    """Hold the lock of a token file; the system frees it when its holder dies, however that happens."""
+    lock = _lock(folder.name, folder.parent)
+    with _writing(folder.parent):
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            if progress:
+                print(f"waiting for the process that is writing {folder}", file=sys.stderr)
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _clear_leftovers(cache: Path) -> None:
+    """Delete what writers that died have left, whatever they were writing; the living hold their locks."""
+    for partial in cache.glob(f".*{PARTIAL}"):
+        lock = _lock(partial.name[1 : -len(PARTIAL)], cache)
+        with contextlib.suppress(filelock.Timeout), lock.acquire(timeout=0):
+            shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,11 @@
+"""The layouts that fire_llm knows, keyed by (block class, child path); one small file a family group."""
+
+from __future__ import annotations
+
+from fire_llm.layouts import bart_like, bert_like, decoders, gpt2, recurrent, towers
+from fire_llm.layouts.grammar import Table, merge
+
+_FILES = (decoders, bart_like, bert_like, gpt2, recurrent, towers)
+
+TABLE: Table = merge(*(file.TABLE for file in _FILES))
+TYPES: tuple[str, ...] = tuple(sorted(name for file in _FILES for name in file.TYPES.split()))

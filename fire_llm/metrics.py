@@ -1,0 +1,81 @@
+"""Measure what a reset did to a matrix: distance moved (SFE), distance from orthogonality (DfI), effective ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fire_llm.errors import UserError
+
+CHUNK_ELEMENTS = 1 << 20  # entries converted to float64 at once, 8 MB
+
+
+@torch.no_grad()
+def sfe(before: Tensor, after: Tensor) -> float:
+    """Return the squared Frobenius error ||before - after||_F^2, accumulated in float64.
+
+    Args:
+        before, after: tensors of one shape, any floating dtypes.
+
+    Raises:
+        UserError: the shapes differ.
+
+    Source: FIRE, arXiv 2602.08040, SFE, the measure of stability.
+    """
+    if before.shape != after.shape:
+        raise UserError(f"sfe: shapes {tuple(before.shape)} and {tuple(after.shape)} differ; give one parameter, twice")
+    pairs = zip(before.reshape(-1).split(CHUNK_ELEMENTS), after.reshape(-1).split(CHUNK_ELEMENTS), strict=True)
+    return float(sum((a.double() - b.to(a.device).double()).square_().sum().item() for a, b in pairs))
+
+
+@torch.no_grad()
+def dfi(w: Tensor) -> float:
+    """Return the deviation from isometry ||G - I||_F^2, accumulated in float64.
+
+    G is the smaller Gram matrix: w^T w for a tall w, w w^T for a wide one.
+
+    Args:
+        w: (out, in), any floating dtype.
+
+    Raises:
+        UserError: `w` is not a matrix.
+
+    Source: FIRE, arXiv 2602.08040, DfI, the measure of plasticity.
+    """
+    if w.ndim != 2:
+        raise UserError(f"dfi: shape {tuple(w.shape)} is not a matrix; give (out, in), one matrix at a time")
+    tall = w if w.shape[0] >= w.shape[1] else w.mT
+    n = tall.shape[1]
+    deviation = -torch.eye(n, dtype=torch.float64, device=w.device)
+    for rows in tall.split(max(1, CHUNK_ELEMENTS // max(1, n))):
+        rows = rows.double()
+        deviation.addmm_(rows.mT, rows)
+    return float(deviation.square_().sum().item())
+
+
+def effective_rank(sigma: Tensor) -> float:
+    """Return exp of the entropy of the singular values' shares, between 1 and their number; 0 where all are zero.
+
+    Args:
+        sigma: (n,) singular values, in any order.
+
+    Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007, definition 1.
+    """
+    sigma = sigma.double()
+    total = sigma.sum()
+    return float(torch.special.entr(sigma / total).sum().exp().item()) if total > 0 else 0.0
+
+
+def srank(sigma: Tensor, delta: float = 0.01) -> int:
+    """Return the least k whose k largest singular values sum to (1 - delta) of all; 0 where all are zero.
+
+    Args:
+        sigma: (n,) singular values, in any order.
+        delta: share that may be left out, 0 <= delta < 1.
+
+    Source: Kumar et al., arXiv 2010.14498, srank_delta of a feature matrix.
+    """
+    sums = sigma.double().sort(descending=True).values.cumsum(0)
+    if not sums.numel() or sums[-1] <= 0:
+        return 0
+    return int((sums < (1 - delta) * sums[-1]).sum().item()) + 1

@@ -1,0 +1,185 @@
+"""Presets and Hub models: a name, a seed and a vocabulary give a causal LM.
+
+Adding a preset is one entry in `PRESETS`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fire_llm.errors import UserError, did_you_mean
+
+_GPT: dict[str, Any] = {
+    # nn.GELU, not GPT-2's tanh form, as in the paper's code. Hugging Face draws N(0, 0.02) and residual projections
+    # at 0.02/√(2·layers), which is the paper's initialisation; the biases that these classes carry start at zero.
+    "activation_function": "gelu",
+    "initializer_range": 0.02,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+    "tie_word_embeddings": True,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # GPT-0.1B of arXiv 2602.08040: 50257 tokens padded to a multiple of 128.
+    "gpt-0.1b": {**_GPT, "n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50304},
+    # A few minutes on a laptop.
+    "gpt-small": {**_GPT, "n_layer": 6, "n_head": 6, "n_embd": 192, "n_positions": 256, "vocab_size": None},
+    # The demo: seconds a phase.
+    "gpt-tiny": {**_GPT, "n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 128, "vocab_size": None},
+}
+VOCABULARY_MULTIPLE = 64
+"""A vocabulary that no preset fixes is padded to a multiple of this, which GEMM kernels like."""
+
+
+def config_for(
+    name: str, *, tokenizer: Any = None, context: int | None = None, overrides: dict[str, Any] | None = None
+) -> Any:
+    """Return the transformers config of a preset, a Hub id or a folder.
+
+    Args:
+        name: A preset's name, a Hub id or a local folder.
+        tokenizer: Its vocabulary must fit; presets without a fixed vocabulary take its size, padded.
+        context: Tokens a block; the preset's own by default.
+        overrides: Attributes of the config to set.
+
+    Raises:
+        UserError: For an unknown name or attribute, a context or vocabulary that does not fit.
+    """
+    if name in PRESETS:
+        from transformers import GPT2Config
+
+        settings = dict(PRESETS[name])
+        settings["n_positions"] = context or settings["n_positions"]
+        if settings["vocab_size"] is None:
+            size = len(tokenizer) if tokenizer is not None else 50257
+            settings["vocab_size"] = -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        eos = tokenizer.eos_token_id if tokenizer is not None else None
+        config: Any = GPT2Config(**settings, bos_token_id=eos, eos_token_id=eos, use_cache=False)
+    else:
+        config = _pretrained_config(name)
+    for key, value in (overrides or {}).items():
+        if not hasattr(config, key):
+            known = [k for k in config.to_dict() if not k.startswith("_")]
+            raise UserError(f"model: {type(config).__name__} has no attribute '{key}'.{did_you_mean(key, known)}")
+        setattr(config, key, value)
+    check_fits(config, tokenizer, context)
+    return config
+
+
+def _pretrained_config(name: str) -> Any:
+    from transformers import AutoConfig
+
+    if not Path(name).is_dir() and name.count("/") != 1:
+        raise UserError(
+            f"model: '{name}' is neither a preset ({', '.join(PRESETS)}), nor a folder, nor a Hub id (owner/name)."
+            + did_you_mean(name, PRESETS)
+        )
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model: no config could be read from '{name}': {_first_line(error)}") from error
+
+
+def check_fits(config: Any, tokenizer: Any, context: int | None) -> None:
+    """Refuse a tokenizer or a context that the model cannot hold.
+
+    Raises:
+        UserError: With both numbers.
+    """
+    text = config.get_text_config()
+    if tokenizer is not None and len(tokenizer) > text.vocab_size:
+        raise UserError(
+            f"model: the tokenizer has {len(tokenizer)} tokens and the model's embedding {text.vocab_size} rows. "
+            "Take the model's own tokenizer, or a preset whose vocabulary follows the tokenizer's"
+        )
+    longest = getattr(text, "max_position_embeddings", None)
+    if context and longest and context > longest:
+        raise UserError(
+            f"model.context: {context} is longer than the model's {longest} positions. Use at most {longest}"
+        )
+
+
+def fresh_model(config: Any, seed: int) -> Any:
+    """Build a model with newly drawn fp32 weights that depend on the config and the seed alone.
+
+    Args:
+        config: A transformers config.
+        seed: Seeds torch's generator for the drawing; the caller's generator is left as it was.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def model_on_meta(config: Any) -> Any:
+    """Build the model without memory, to count and name its parameters."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def load_model(folder: str | Path, dtype: torch.dtype | str = "auto") -> Any:
+    """Load a causal LM from a folder or a Hub id.
+
+    Args:
+        folder: A checkpoint folder or a Hub id.
+        dtype: "auto" keeps the checkpoint's; training wants torch.float32.
+
+    Raises:
+        UserError: Where the checkpoint is missing, truncated or not a causal LM.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    _pretrained_config(str(folder))
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"checkpoint '{folder}' cannot be read: {_first_line(error)}") from error
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise UserError(
+            f"checkpoint '{folder}' lacks {len(missing)} of the model's tensors, '{missing[0]}' among them: "
+            "it is another architecture or incomplete"
+        )
+    return model
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """Load a tokenizer from a folder or a Hub id.
+
+    Raises:
+        UserError: Where there is none, or it has no end-of-text token to put between documents.
+    """
+    from transformers import AutoTokenizer
+
+    if not Path(name).is_dir() and str(name).count("/") > 1:
+        raise UserError(f"tokenizer: there is no folder '{name}'")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(name))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"tokenizer: none could be read from '{name}': {_first_line(error)}") from error
+    if len(tokenizer) < 2:
+        raise UserError(f"tokenizer: '{name}' gives an empty vocabulary; the folder should hold tokenizer.json")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer: '{name}' has no end-of-text token, which separates documents")
+    return tokenizer
+
+
+def describe(model: Any) -> str:
+    """Say what a model is: `GPT2LMHeadModel, 4 layers, width 128, vocabulary 2048, 1.07 M parameters`."""
+    text = model.config.get_text_config()
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    size = f"{text.num_hidden_layers} layers, width {text.hidden_size}, vocabulary {text.vocab_size}"
+    return f"{type(model).__name__}, {size}, {count:.2f} M parameters"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,172 @@
+"""Gather what the page says about one run: its figures under their headings, how its arms were made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from operator import itemgetter
+from statistics import fmean
+from typing import Any
+
+from fire_llm.comparison import Comparison
+from fire_llm.plots import arms as plots
+from fire_llm.plots.base import Style, palette
+from fire_llm.plots.matrices import heat_figure, matrices, spectra_figure
+
+Json = dict[str, Any]
+
+LOSS = "The axis opens on what follows the first third of training; double-click shows everything."
+BAND = "The line is the mean over the seeds, the band their range. "
+STEPS = "Against full reset: how much sooner an arm first reaches the loss on {} with which full reset ends."
+RETENTION = "Forgetting is the final NLL on {} less that of the checkpoint the arm started from."
+HEAT = "Colours are logarithmic, the same for all arms and both DfI maps; blank cells: left alone or not measured."
+SPECTRA = "Dotted grey: before the reset. Arms that leave the matrix alone are not drawn."
+NORMS = "Frobenius norm of every matrix a reset touched; on the dotted line nothing changes."
+PAIRS = (("Steps saved", "Plasticity and retention"), ("Singular values", "Norms"))
+DASH = "–"
+
+
+def block(title: str, text: str, figures: Iterable[tuple[str, Json | None]], switch: str = "", chosen: int = 0) -> Json:
+    """Return what the template needs for one heading.
+
+    Args:
+        title: the heading.
+        text: a caption, or nothing.
+        figures: (caption, figure); those that are None are left out.
+        switch: what the figures' variants are a choice of; all figures under a heading switch together.
+        chosen: index of the variant shown first.
+    """
+    found = [{"title": name, "spec": spec, "height": spec["layout"]["height"]} for name, spec in figures if spec]
+    choices = [(v["group"], v["label"]) for v in found[0]["spec"]["variants"]] if found and switch else []
+    return {"title": title, "text": text, "figures": found, "switch": switch, "choices": choices, "chosen": chosen}
+
+
+def numbered(blocks: Iterable[Json], prefix: str) -> list[Json]:
+    """Drop blocks without a figure, give the rest identifiers unique on the page, and set pairs side by side."""
+    kept = [b for b in blocks if b["figures"]]
+    titles = {b["title"] for b in kept}
+    halves = {title for pair in PAIRS if titles.issuperset(pair) for title in pair}
+    return [{**b, "id": f"{prefix}-{i}", "half": b["title"] in halves} for i, b in enumerate(kept)]
+
+
+def section(results: Json, index: int) -> Json:
+    """Return everything the template says about one run."""
+    import yaml
+
+    c = Comparison(results)
+    reports: dict[str, Json] = {
+        arm: next((run["reset"] for run in c.runs(arm) if run.get("reset")), {}) for arm in c.arms
+    }
+    agree, note = c.batches()
+    recipe = c.results.get("recipe")
+    looks = palette(list(c.arms), [arm for arm in c.arms if c.methods(arm) == ["keep"]])
+    return {
+        "name": c.results.get("name") or f"run {index + 1}",
+        "created": c.results.get("created"),
+        "reading": c.reading(),
+        "tables": c.tables(),
+        "agree": agree,
+        "note": note,
+        "chips": list(looks.items()),
+        "blocks": numbered([*_outcome(c, looks), *_matrices(c, reports, looks), *_phases(c)], f"r{index}"),
+        "arms": [_arm(c, arm, reports[arm]) for arm in c.arms],
+        "untouched": _untouched(reports),
+        "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else "",
+        "facts": _facts(c),
+    }
+
+
+def _outcome(c: Comparison, looks: Mapping[str, Style]) -> list[Json]:
+    """Return the blocks about what the arms reached."""
+    rivals = [arm for arm in c.ranked() if c.reference(arm, "full_reset") not in (None, arm)]
+    saved = {arm: c.saved(arm) for arm in c.arms if arm in rivals}
+    points = {arm: c.retention(arm) for arm in c.arms}
+    several = any(c.seeds(arm) > 1 for arm in c.arms)
+    loss, dots = (BAND + LOSS, " Small markers are seeds.") if several else (LOSS, "")
+    held_out = [(corpus, plots.loss_figure(c.arms, corpus, looks)) for corpus in c.corpora]
+    return [
+        block("Loss on held-out text", loss, held_out),
+        block("Training loss", loss, [("", plots.loss_figure(c.arms, None, looks, 300))]),
+        block("Steps saved", STEPS.format(c.new) + dots, [("", plots.steps_figure(saved, looks))]),
+        block(
+            "Plasticity and retention",
+            RETENTION.format(c.first) + dots,
+            [("", plots.retention_figure(points, looks, str(c.new)))],
+        ),
+    ]
+
+
+def _matrices(c: Comparison, reports: Mapping[str, Json], looks: Mapping[str, Style]) -> list[Json]:
+    """Return the blocks about what the resets did, by each arm's first run; arms that touch none are left out."""
+    tables = {arm: matrices(report) for arm, report in reports.items()}
+    changed = {arm: table for arm, table in tables.items() if any(row["touched"] for row in table.values())}
+
+    def heat(title: str, key: str, unit: str, *same: str) -> tuple[str, Json | None]:
+        return title, heat_figure(changed, itemgetter(key), log=True, unit=unit, same_scale=[*map(itemgetter, same)])
+
+    maps = [
+        heat("DfI before", "dfi_before", "DfI", "dfi_after"),
+        heat("DfI after", "dfi_after", "DfI", "dfi_before"),
+        heat("SFE: how far it moved", "sfe", "SFE"),
+    ]
+    shown = next((i for i, arm in enumerate(changed) if "fire" in c.methods(arm)), 0)
+    first = " Of the first seed." if any(c.seeds(arm) > 1 for arm in changed) else ""
+    return [
+        block("What the reset did to each matrix", HEAT + first, maps, "arm", shown),
+        block("Singular values", SPECTRA + first, [("", spectra_figure(changed, looks))], "matrix"),
+        block("Norms", NORMS + first, [("", plots.norms_figure(changed, looks))]),
+    ]
+
+
+def _phases(c: Comparison) -> list[Json]:
+    """Return a block for each phase that stands before the arms."""
+    phases: dict[str, list[Json]] = {}
+    for entry in c.results.get("phases") or []:
+        phases.setdefault(str(entry.get("phase")), []).append(entry)
+    text = "Before the arms fork."
+    return [block(f"Phase “{name}”", text, [("", plots.phase_figure(runs))]) for name, runs in phases.items()]
+
+
+def _arm(c: Comparison, arm: str, report: Json) -> Json:
+    """Describe how an arm was made: its label, what its reset touched, what it cost."""
+    runs = c.runs(arm)
+    seconds = [run["seconds"] for run in runs if run.get("seconds") is not None]
+    touched, untouched = len(report.get("touched") or []), len(report.get("untouched") or [])
+    cleared, took = report.get("optimizer_states_cleared"), report.get("seconds")
+    return {
+        "arm": arm,
+        "label": c.arms[arm].get("label") or ", ".join(c.methods(arm)),
+        "touched": f"{touched} of {touched + untouched}" if report else DASH,
+        "cleared": DASH if cleared is None else cleared,
+        "reset": DASH if took is None else f"{took:.2f} s",
+        "training": f"{fmean(seconds):.1f} s" if seconds else DASH,
+        "seeds": ", ".join(str(run.get("seed")) for run in runs) or DASH,
+    }
+
+
+def _untouched(reports: Mapping[str, Json]) -> list[Json]:
+    """Return what was left alone by reason, arms with the same list together."""
+    groups: dict[str, Json] = {}
+    for arm, report in reports.items():
+        reasons: dict[str, list[str]] = {}
+        for row in report.get("untouched") or []:
+            reasons.setdefault(str(row.get("reason") or "no reason given"), []).append(row["name"])
+        if reasons:
+            groups.setdefault(json.dumps(reasons, sort_keys=True), {"arms": [], "reasons": reasons})["arms"].append(arm)
+    return list(groups.values())
+
+
+def _facts(c: Comparison) -> list[tuple[str, str]]:
+    """Return (name, value) of what one needs to repeat the run: model, data, versions, hardware, batches."""
+    results, facts = c.results, []
+    model = results.get("model") or {}
+    if model:
+        facts.append(("model", f"{model.get('description') or ''} · {model.get('parameters') or 0:,} parameters"))
+    for name, sizes in (results.get("corpora") or {}).items():
+        known = [f"{number:,} {key.replace('_', ' ')}" for key, number in sizes.items() if number is not None]
+        facts.append((f"corpus {name}", " · ".join(known)))
+    for part in ("versions", "hardware"):
+        facts += [(str(key), str(value)) for key, value in (results.get(part) or {}).items() if value is not None]
+    runs = [run for arm in c.arms for run in c.runs(arm) if run.get("batches_hash")]
+    hashes = sorted({f"seed {run.get('seed')}: {run['batches_hash']}" for run in runs})
+    return [*facts, ("batches hash", ", ".join(hashes))] if hashes else facts

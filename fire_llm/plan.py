@@ -1,0 +1,115 @@
+"""Say what running a recipe would take, before anything runs: tokens, steps, FLOPs, disk, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fire_llm.checkpoint import checkpoints
+from fire_llm.models import PRESETS, config_for, describe, model_on_meta
+from fire_llm.recipe import Recipe
+from fire_llm.units import Unit, corpus_of, expand, final_checkpoint, phase_steps, resolve_precision, select
+
+BYTES_A_PARAMETER = {"weights": 4, "checkpoint": 12, "training": 16}
+"""fp32 weights; with AdamW's two moments; and with gradients."""
+
+
+def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] = ()) -> dict[str, Any]:
+    """Return the plan as data: the units with steps, tokens and FLOPs, and the totals.
+
+    Steps counted in epochs need the size of the corpora; where no cache tells it, they are None.
+    """
+    folder = Path(output or Path("runs") / recipe.name)
+    config = _config(recipe)
+    model = model_on_meta(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    text = config.get_text_config()
+    context = recipe.model.context or getattr(text, "max_position_embeddings", 1024)
+    # 6 N for the matrices, 12·L·d·T for attention's scores, a token. Source: PaLM, arXiv 2204.02311, appendix B.
+    flops_a_token = 6 * parameters + 12 * text.num_hidden_layers * text.hidden_size * context
+    rows = []
+    for unit in select(expand(recipe), arms):
+        steps = _steps(recipe, unit)
+        tokens = steps * recipe.batch.tokens_per_step if steps is not None else None
+        rows.append(
+            {
+                "unit": unit.folder,
+                "reset": "; ".join(r.label() for r in unit.resets) or "-",
+                "steps": steps,
+                "tokens": tokens,
+                "flops": tokens * flops_a_token if tokens is not None else None,
+                "state": _state(folder, unit),
+            }
+        )
+    kept = sum(1 + len(u.phase.keep) for u in select(expand(recipe), arms))
+    return {
+        "model": describe(model),
+        "precision": resolve_precision(recipe.precision),
+        "units": rows,
+        "disk_bytes": kept * parameters * BYTES_A_PARAMETER["checkpoint"],
+        "memory_bytes": parameters * BYTES_A_PARAMETER["training"],
+    }
+
+
+def _config(recipe: Recipe) -> Any:
+    model = recipe.model
+    overrides = dict(model.config)
+    if (
+        recipe.tokenizer
+        and recipe.tokenizer.train
+        and (PRESETS.get(model.preset or "") or {}).get("vocab_size", 1) is None
+    ):
+        overrides.setdefault("vocab_size", recipe.tokenizer.train)
+    return config_for(str(model.preset or model.checkpoint), context=model.context, overrides=overrides)
+
+
+def _steps(recipe: Recipe, unit: Unit) -> int | None:
+    if unit.phase.epochs is None:
+        return phase_steps(unit.phase, recipe.batch.tokens_per_step, 0)
+    sizes = [corpus_of(recipe, name).known_tokens for name in unit.phase.data]
+    if any(size is None for size in sizes):
+        return None
+    limit = unit.phase.max_corpus_tokens
+    total = sum(min(size, limit) if limit else size for size in sizes if size is not None)
+    return phase_steps(unit.phase, recipe.batch.tokens_per_step, total)
+
+
+def _state(folder: Path, unit: Unit) -> str:
+    path = folder / unit.folder
+    if final_checkpoint(path) is not None:
+        return "finished"
+    whole = checkpoints(path)
+    return f"resumes at step {whole[-1][1]}" if whole else "to do"
+
+
+def print_plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] = ()) -> None:
+    """Print the plan as a table with totals."""
+    from rich.console import Console
+    from rich.table import Table
+
+    planned = plan(recipe, output, arms)
+    console = Console()
+    table = Table(box=None, pad_edge=False)
+    for column in ("unit", "reset"):
+        table.add_column(column, overflow="fold")
+    for column in ("steps", "tokens", "FLOPs"):
+        table.add_column(column, justify="right")
+    table.add_column("state")
+    for row in planned["units"]:
+        steps = "by corpus size" if row["steps"] is None else f"{row['steps']:,}"
+        tokens = "" if row["tokens"] is None else f"{row['tokens']:,}"
+        table.add_row(
+            row["unit"], row["reset"], steps, tokens, f"{row['flops']:.2g}" if row["flops"] else "", row["state"]
+        )
+    console.print(f"recipe {recipe.name}: no fault found")
+    console.print(f"model: {planned['model']}; precision {planned['precision']}; seeds {recipe.seed}")
+    console.print(table)
+    tokens = sum(row["tokens"] or 0 for row in planned["units"])
+    flops = sum(row["flops"] or 0 for row in planned["units"])
+    unknown = "" if all(row["steps"] is not None for row in planned["units"]) else " and the phases counted in epochs"
+    console.print(
+        f"in all: {tokens:,} tokens, {flops:.2g} FLOPs{unknown}; "
+        f"disk ≈ {planned['disk_bytes'] / 1e9:.2g} GB of checkpoints; "
+        f"memory ≈ {planned['memory_bytes'] / 1e9:.2g} GB a process, without activations"
+    )

@@ -1,0 +1,1 @@
+"""Figures of the report: plain numbers in, plotly figures out as JSON-ready dicts."""

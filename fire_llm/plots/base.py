@@ -1,0 +1,94 @@
+"""What all plots share: an arm's look, escaped labels, figures checked against plotly's schema.
+
+A figure is `{"data": [...], "layout": {...}, "variants": [{"label", "group", "data": [patch per trace], "layout"?}]}`:
+the page lays the patches of the chosen variant over it, so that a choice costs its numbers, not its styling.
+Colours of text and rules are left to the page, which knows whether it is light or dark.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+Json = dict[str, Any]
+
+# Okabe & Ito's colour-blind-safe set without its yellow; orange and sky darkened to 3:1 against white and near-black.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#C98500", "#3A9BDC")
+NEUTRAL = "#7f7f7f"
+SYMBOLS = {"circle": "●", "square": "■", "diamond": "◆", "triangle-up": "▲", "x": "✖", "cross": "✚", "star": "★"}
+DASHES = ("solid", "dash", "dot", "dashdot")
+
+
+class Style(NamedTuple):
+    """Hold how one arm looks in every plot."""
+
+    colour: str
+    symbol: str
+    dash: str
+
+    @property
+    def glyph(self) -> str:
+        """Return the text character that looks like the marker."""
+        return SYMBOLS[self.symbol]
+
+
+def palette(arms: Sequence[str], neutral: Iterable[str] = ()) -> dict[str, Style]:
+    """Give each arm one look; the arms in `neutral` (those that reset nothing) are grey."""
+    plain, symbols = set(neutral), list(SYMBOLS)
+    styles: dict[str, Style] = {}
+    for arm in arms:
+        greys = sum(other in plain for other in styles)
+        index = greys if arm in plain else len(styles) - greys
+        period = 1 if arm in plain else len(COLOURS)
+        colour = NEUTRAL if arm in plain else COLOURS[index % period]
+        styles[arm] = Style(colour, symbols[len(styles) % len(symbols)], DASHES[index // period % len(DASHES)])
+    return styles
+
+
+def escaped(value: str, width: int = 28) -> str:
+    """Escape text for plotly, which reads labels as a small HTML and `%{…}` as a field; the rest is cut off."""
+    return html.escape(value if len(value) <= width else value[: width - 1] + "…").replace("%", "&#37;")
+
+
+def short(values: Iterable[float | None]) -> list[float | None]:
+    """Round to four significant digits: what a screen can show, at a third of the bytes."""
+    return [None if v is None else float(f"{v:.4g}") for v in values]
+
+
+def number(value: float) -> str:
+    """Write a number in at most six characters."""
+    if value == 0 or 0.01 <= abs(value) < 10000:
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+
+
+def log_axis(low: float, high: float, steps: Sequence[int] = (1,)) -> Json:
+    """Return a logarithmic axis with plain numbers at `steps` of every power of ten between two positive ends."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [step * 10.0**power for power in powers for step in steps]
+    return {"type": "log", "tickvals": ticks, "ticktext": [number(t) for t in ticks]}
+
+
+def figure(traces: list[Any], variants: list[Json] | None = None, *, height: int = 340, **layout: Any) -> Json:
+    """Check traces and layout against plotly's schema; return them as JSON-ready dicts, without its template."""
+    from plotly import graph_objects as go
+
+    axes: Json = {
+        "automargin": True,
+        "zeroline": False,
+        "title": {"standoff": 8, "font": {"size": 13}},
+        "tickfont": {"size": 12},
+    }
+    base = go.Layout(
+        xaxis=axes,
+        yaxis=axes,
+        height=height,
+        margin={"l": 12, "r": 12, "t": 16, "b": 12},
+        hovermode="closest",
+        showlegend=False,
+    )
+    figure = go.Figure(traces, base)
+    figure.update_layout(template=None, **layout)
+    return {**figure.to_plotly_json(), "variants": variants or []}

@@ -1,0 +1,188 @@
+"""Turn results.json into a terminal table, a markdown table and one self-contained HTML page that needs no network."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fire_llm.comparison import Comparison, finite, steps_saved
+from fire_llm.errors import UserError
+from fire_llm.page import block, numbered, section
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+__all__ = [
+    "inspect_page",
+    "load_results",
+    "markdown_table",
+    "print_table",
+    "render_table",
+    "steps_saved",
+    "write_report",
+]
+
+Json = dict[str, Any]
+SCHEMA_VERSION = 1
+
+
+def load_results(path: Path) -> Json:
+    """Read a results.json, or the one in a run folder; NaN and infinities in it become None.
+
+    Raises:
+        UserError: for a missing or unreadable file, text that is not JSON, or a schema this version does not know.
+    """
+    file = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file}: no results there. Give a results.json or the folder of a finished run.") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}).") from None
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error}). Give the results.json that 'fire-llm run' wrote.") from None
+    version = results.get("schema_version") if isinstance(results, dict) else None
+    if version != SCHEMA_VERSION or not isinstance(results.get("arms"), dict):
+        raise UserError(
+            f"{file}: schema_version {version!r} with its arms is not what this fire_llm reads ({SCHEMA_VERSION}). "
+            "Run the recipe again with this version, or read the file with the version that wrote it."
+        )
+    return finite(results)
+
+
+def render_table(results: Json) -> list[Table]:
+    """Return a rich table a corpus, a row an arm; the lowest loss is bold. Bits per byte are left out: 100 columns."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    tables = []
+    for content in Comparison(results).tables():
+        table = Table(title=escape(content["corpus"]), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        table.add_column("arm", overflow="fold", min_width=12)
+        kept = [i for i, column in enumerate(content["columns"]) if column != "bits/byte"]
+        for i in kept:
+            table.add_column(content["columns"][i], justify="right", no_wrap=True)
+        for row in content["rows"]:
+            cells = [row["cells"][i].replace(" ± ", "±") for i in kept]
+            table.add_row(escape(row["arm"]), *cells, style="bold" if row["best"] else "")
+        tables.append(table)
+    return tables
+
+
+def print_table(results: Json, console: Console | None = None) -> None:
+    """Print the tables, then what they say and whether all arms saw the same batches."""
+    from rich.console import Console
+
+    out, comparison = console or Console(), Comparison(results)
+    for table in render_table(results):
+        out.print(table)
+    agree, note = comparison.batches()
+    out.print(" ".join(comparison.reading()), markup=False, highlight=False)
+    out.print(note, markup=False, highlight=False, style="bold red" if agree is False else "dim")
+
+
+def markdown_table(results: Json) -> str:
+    """Return the tables, the reading and the note on batches as markdown."""
+    comparison, blocks = Comparison(results), []
+    for content in comparison.tables():
+        lines = [f"### {_md(content['corpus'])}", "", "| arm | " + " | ".join(content["columns"]) + " |"]
+        lines.append("|---|" + "---:|" * len(content["columns"]))
+        for row in content["rows"]:
+            cells = [_md(row["arm"]), *row["cells"]]
+            lines.append("| " + " | ".join(f"**{cell}**" if row["best"] else cell for cell in cells) + " |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join([*blocks, _md(" ".join(comparison.reading())), comparison.batches()[1]]) + "\n"
+
+
+def _md(text: str) -> str:
+    """Escape what markdown would read as markup or a cell's end."""
+    return "".join("\\" + c if c in "|*_`<[\\" else c for c in text)
+
+
+def write_report(results: Json | Sequence[Json], output: Path) -> Path:
+    """Write one self-contained HTML page about one or several results and return its path.
+
+    Args:
+        results: what `load_results` returns, or a list of it (a section a run).
+        output: the file, or an existing folder in which `report.html` is written. It appears whole or not at all.
+
+    Raises:
+        UserError: where the file cannot be written.
+    """
+    runs = [results] if isinstance(results, Mapping) else list(results)
+    names = [str(run.get("name") or "run") for run in runs]
+    title = names[0] if len(names) == 1 else f"{len(names)} runs"
+    return _write("report.html.j2", output, title=title, sections=[section(run, i) for i, run in enumerate(runs)])
+
+
+def inspect_page(rows: Sequence[Json], output: Path, title: str) -> Path:
+    """Write one self-contained HTML page about a checkpoint's matrices: heat maps of layer x part, spectra, a table.
+
+    Args:
+        rows: a dict a matrix: name, role, shape (out, in), sigma_min, sigma_median, sigma_max, dfi, effective_rank,
+            norm, sigma (descending quantiles) and, where two checkpoints are compared, sfe and cosine. Missing values
+            are None or absent.
+        output: the file, or an existing folder in which `report.html` is written.
+        title: heading of the page.
+
+    Raises:
+        UserError: where the file cannot be written.
+    """
+    from fire_llm.plots.matrices import METRICS, layer_spectra_figure, metric_figure
+
+    rows = finite(rows)
+    shades = "From the largest to the smallest; from dark (first layer) to light (last)."
+    blocks = [
+        block("Matrices by layer and part", "", [("", metric_figure(rows))], "metric"),
+        block("Singular values", shades, [("", layer_spectra_figure(rows))], "part"),
+    ]
+    keys = [key for key in METRICS if any(row.get(key) is not None for row in rows)]
+    table = [[" × ".join(map(str, row.get("shape") or [])), *(_short(row.get(key)) for key in keys)] for row in rows]
+    names = [(str(row["name"]), str(row.get("role") or "")) for row in rows]
+    columns = ["shape", *(METRICS[key] for key in keys)]
+    return _write(
+        "inspect.html.j2",
+        output,
+        title=title,
+        blocks=numbered(blocks, "m"),
+        columns=columns,
+        rows=zip(names, table, strict=True),
+    )
+
+
+def _short(value: float | None) -> str:
+    """Write a number with four significant digits, a dash where there is none."""
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _write(template: str, output: Path, **context: Any) -> Path:
+    """Render a template with plotly's script inside and move the finished page into place."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(
+        loader=PackageLoader("fire_llm"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    page = environment.get_template(template).render(plotly=get_plotlyjs(), **context)
+    path = Path(output) / "report.html" if Path(output).is_dir() else Path(output)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(page, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: the page cannot be written ({error.strerror}). Choose another --output.") from None
+    return path

@@ -1,0 +1,211 @@
+"""The units of a run: one phase, for one arm, one warm start and one seed, in a folder of its own.
+
+    OUTPUT/
+      recipe.json
+      tokenizer/                              where the recipe trains one
+      PHASE/seed-1/checkpoint-300/            a phase without arms
+      PHASE/ARM/seed-1/checkpoint-300/        an arm; ARM@START where there are several warm starts
+      results.json, report.html
+
+A unit is finished when its last checkpoint is there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fire_llm.checkpoint import checkpoints
+from fire_llm.corpora import Corpus, resolve
+from fire_llm.errors import UserError, did_you_mean
+from fire_llm.recipe import PhaseSection, Recipe
+from fire_llm.resets import ResetSpec
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One phase, for one arm, one warm start and one seed."""
+
+    phase: PhaseSection
+    arm: str | None
+    resets: tuple[ResetSpec, ...]
+    seed: int
+    parent: Unit | None
+    start: str
+    """Which of the parent's checkpoints: final, best or a number of steps."""
+    folder: str
+    """Relative to the run's output."""
+    spec: dict[str, Any] = field(hash=False, compare=False)
+    """Everything that the weights depend on."""
+
+    @property
+    def title(self) -> str:
+        """Name the unit for people: `owt-wiki / fire`."""
+        return self.folder.replace("/", " / ").removesuffix(f" / seed-{self.seed}")
+
+
+def expand(recipe: Recipe) -> list[Unit]:
+    """Return the units of a recipe, parents before children."""
+    units: list[Unit] = []
+    by_source: dict[tuple[str, int], list[Unit]] = {}
+    base = recipe.model_dump(
+        mode="json", include={"model", "tokenizer", "optimizer", "batch", "precision", "evaluate", "log_every_steps"}
+    )
+    names = [*recipe.corpus_names(), *(recipe.tokenizer.corpora if recipe.tokenizer else [])]
+    fingerprints = {name: corpus_of(recipe, name).fingerprint for name in names}
+    previous: PhaseSection | None = None
+    for phase in recipe.phases:
+        body = phase.model_dump(mode="json", exclude={"arms", "keep", "start_from"})
+        data = {c: fingerprints[c] for c in dict.fromkeys([*phase.data, *recipe.evaluated()])}
+        arms: dict[str | None, list[ResetSpec]] = {**recipe.arms(phase)} or {None: []}
+        for arm, resets in arms.items():
+            for seed in recipe.seed:
+                starts: list[tuple[Unit | None, str]] = []
+                for source, labels in _sources(phase, previous, arm).items():
+                    parents: list[Unit | None] = [*by_source.get((source, seed), [])] if source else [None]
+                    starts += [(parent, str(label)) for parent in parents for label in labels]
+                for parent, start in starts:
+                    name = arm if arm is None or len(starts) == 1 else f"{arm}@{start}"
+                    parts = [
+                        phase.name,
+                        *([name] if name else []),
+                        *([start] if arm is None and len(starts) > 1 else []),
+                    ]
+                    spec = {
+                        **base,
+                        "seed": seed,
+                        "phase": body,
+                        "resets": [vars(r) for r in resets],
+                        "corpora": data,
+                        "start": {"from": _digest(parent.spec), "checkpoint": start} if parent else None,
+                    }
+                    spec = json.loads(json.dumps(spec))
+                    unit = Unit(
+                        phase, name, tuple(resets), seed, parent, start, "/".join([*parts, f"seed-{seed}"]), spec
+                    )
+                    units.append(unit)
+                    by_source.setdefault((f"{phase.name}/{arm}" if arm else phase.name, seed), []).append(unit)
+        previous = phase
+    return units
+
+
+def _sources(phase: PhaseSection, previous: PhaseSection | None, arm: str | None) -> dict[str, list[Any]]:
+    """Return what a phase starts from: {phase or phase/arm: checkpoint labels}; {"": …} for the step-0 weights."""
+    if phase.start_from is not None:
+        return phase.start_from
+    if previous is None:
+        return {"": ["initial"]}
+    return {f"{previous.name}/{arm}" if previous.arms else previous.name: ["final"]}
+
+
+def _digest(spec: Any) -> str:
+    return blake2b(json.dumps(spec, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def corpus_of(recipe: Recipe, name: str) -> Corpus:
+    """Resolve one of a recipe's corpora."""
+    return resolve(name, recipe.corpora.get(name), Path(recipe.data_root))
+
+
+def select(units: list[Unit], arms: Iterable[str]) -> list[Unit]:
+    """Return the units of the named arms and those that they start from.
+
+    Raises:
+        UserError: For an arm that the recipe has not.
+    """
+    wanted = list(arms)
+    known = list(dict.fromkeys(u.arm.partition("@")[0] for u in units if u.arm))
+    for arm in wanted:
+        if arm not in known:
+            raise UserError(f"--arm: the recipe has no arm '{arm}'.{did_you_mean(arm, known)} Arms: {', '.join(known)}")
+    if not wanted:
+        return units
+    chosen: set[str] = set()
+    for unit in reversed(units):
+        if unit.folder in chosen or (unit.arm and unit.arm.partition("@")[0] in wanted):
+            chosen.add(unit.folder)
+            if unit.parent:
+                chosen.add(unit.parent.folder)
+    return [u for u in units if u.folder in chosen]
+
+
+def final_checkpoint(folder: Path) -> Path | None:
+    """Return the last checkpoint of a unit if it is finished."""
+    whole = checkpoints(folder)
+    if not whole:
+        return None
+    newest, step = whole[-1]
+    state = json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))
+    return newest if step >= state["max_steps"] else None
+
+
+def labelled_checkpoint(folder: Path, label: str) -> Path:
+    """Return a finished unit's checkpoint by its label: final, best or a number of steps."""
+    final = final_checkpoint(folder)
+    if final is None:
+        raise UserError(f"'{folder}' is not finished: run its phase first")
+    if label == "final":
+        return final
+    state = json.loads((final / "trainer_state.json").read_text(encoding="utf-8"))
+    path = folder / f"checkpoint-{state['best_global_step'] if label == 'best' else label}"
+    if not path.is_dir():
+        raise UserError(f"'{folder}' kept no checkpoint '{label}': add it to that phase's keep, and run it anew")
+    return path
+
+
+def phase_steps(phase: PhaseSection, tokens_per_step: int, epoch_tokens: int) -> int:
+    """Return a phase's optimizer steps; an epoch is as many tokens as its corpora hold together."""
+    if phase.steps is not None:
+        return phase.steps
+    if phase.tokens is not None:
+        return math.ceil(phase.tokens / tokens_per_step)
+    return max(1, int((phase.epochs or 1) * epoch_tokens) // tokens_per_step)
+
+
+def split_batch(recipe: Recipe, context: int, world: int) -> tuple[int, int]:
+    """Return (sequences a forward pass, forward passes a step) of each of `world` ranks.
+
+    Raises:
+        UserError: Where the tokens of a step do not divide evenly.
+    """
+    tokens, given = recipe.batch.tokens_per_step, recipe.batch.sequences_per_device
+    if tokens % (context * world):
+        near = max(1, round(tokens / (context * world))) * context * world
+        raise UserError(
+            f"batch.tokens_per_step: {tokens} does not divide into sequences of {context} tokens "
+            f"on {world} process(es). The nearest that does is {near}"
+        )
+    sequences = tokens // (context * world)
+    if given is not None and sequences % given:
+        raise UserError(
+            f"batch.sequences_per_device: {given} does not divide the {sequences} sequences a process has a step"
+        )
+    # Small batches stay in a CPU's cache; an accelerator wants to be filled.
+    most = 32 if torch.accelerator.is_available() else 8
+    micro = given or max(n for n in range(1, min(most, sequences) + 1) if sequences % n == 0)
+    return micro, sequences // micro
+
+
+def resolve_precision(precision: str) -> str:
+    """Return fp32, bf16 or fp16; auto asks the hardware whether it multiplies bf16 natively."""
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if torch.accelerator.is_available():
+        return "fp32"
+    return "bf16" if cpu_has_bf16() else "fp32"
+
+
+def cpu_has_bf16() -> bool:
+    """Tell whether the CPU multiplies bf16 natively; elsewhere bf16 is several times slower than fp32."""
+    flags = Path("/proc/cpuinfo")
+    text = flags.read_text(encoding="utf-8", errors="replace") if flags.exists() else ""
+    return "avx512_bf16" in text or "amx_bf16" in text

@@ -1,0 +1,51 @@
+"""What the tests share: tiny models, a private cache, and the folder of real text where it is at hand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep tokenised corpora out of the user's cache."""
+    os.environ["FIRE_LLM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Return the folder of real text, or skip."""
+    folder = Path(os.environ.get("FIRE_LLM_SHARED_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no folder of real text at {folder}; set FIRE_LLM_SHARED_DATA")
+    return folder
+
+
+def tiny_gpt2(seed: int = 0, **settings):
+    """Build a GPT-2 of 2 layers and width 32."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    defaults = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 97, "n_positions": 64}
+    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(**{**defaults, **off, **settings}))
+
+
+def tiny_llama(seed: int = 0, **settings):
+    """Build a Llama of 2 layers, width 32 and grouped queries."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    defaults = {
+        "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 97, "max_position_embeddings": 64, "tie_word_embeddings": False,
+        "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+    return LlamaForCausalLM(LlamaConfig(**{**defaults, **settings}))

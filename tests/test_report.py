@@ -1,0 +1,685 @@
+"""The report against hand-computed numbers, and its page against odd, hostile and missing input."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import pytest
+
+from fire_llm.comparison import Comparison
+from fire_llm.errors import UserError
+from fire_llm.plots.base import palette
+from fire_llm.plots.matrices import parse_name
+from fire_llm.report import (
+    inspect_page,
+    load_results,
+    markdown_table,
+    print_table,
+    render_table,
+    steps_saved,
+    write_report,
+)
+
+Json = dict[str, Any]
+NEW, FIRST = "library-docs", "python-docs"
+STEPS, TOKENS_PER_STEP, EVERY = 300, 8192, 15
+
+# name: (resets, final NLL on the new corpus, on the first, NLL at step 0, fraction of the way gone at half time)
+ARMS: dict[str, tuple[list[Json], float, float, float, float]] = {
+    "base": ([{"method": "keep"}], 4.353, 4.061, 5.1, 0.9),
+    "full-reset": ([{"method": "full_reset"}], 4.671, 4.702, 9.01, 0.93),
+    "s-and-p": ([{"method": "shrink_perturb", "shrink": 0.5}], 4.297, 4.208, 7.9, 0.95),
+    "fire": ([{"method": "fire", "iterations": 5, "roles": ["attention", "mlp"]}], 4.363, 4.095, 6.0, 0.92),
+    "fire+head": ([{"method": "fire", "roles": ["attention", "mlp", "lm_head"]}], 4.302, 4.122, 7.2, 0.95),
+    "fire-polar": ([{"method": "fire", "solver": "polar", "tolerance": 0.001}], 4.475, 4.301, 8.2, 0.92),
+    "rescale": ([{"method": "rescale", "roles": ["attention", "mlp"]}], 4.351, 4.083, 5.6, 0.91),
+}
+PARTS = {
+    "attn.c_attn.weight[q]": ("attention", (128, 128)),
+    "attn.c_attn.weight[k]": ("attention", (128, 128)),
+    "attn.c_attn.weight[v]": ("attention", (128, 128)),
+    "attn.c_proj.weight": ("attention", (128, 128)),
+    "mlp.c_fc.weight": ("mlp", (512, 128)),
+    "mlp.c_proj.weight": ("mlp", (128, 512)),
+}
+
+
+def measured(nll: float) -> Json:
+    return {"nll": nll, "perplexity": math.exp(nll), "bits_per_byte": nll / math.log(2) / 3.9}
+
+
+def curve_of(start: float, new: float, first: float, half: float, wobble: float) -> list[Json]:
+    """Fall exponentially from `start` at step 0 to the ends; a training loss every 5 steps, an evaluation every 15."""
+    rate = -math.log(1 - half) / 0.5
+    entries = []
+    for step in range(0, STEPS + 1, 5):
+        t = step / STEPS
+        left = (math.exp(-rate * t) - math.exp(-rate)) / (1 - math.exp(-rate))
+        noise = 0.05 * math.sin(12.9 * step + 40 * wobble)
+        ends = {NEW: new + wobble + (start - new) * left, FIRST: first + wobble + (max(start, first) - first) * left}
+        entry: Json = {
+            "step": step,
+            "tokens": step * TOKENS_PER_STEP,
+            "learning_rate": 6e-4 * (1 - t),
+            "train_loss": None,
+            "eval": {},
+        }
+        if step:
+            entry["train_loss"] = ends[NEW] * 0.97 + noise
+        if step % EVERY == 0:
+            entry["eval"] = {corpus: measured(nll) for corpus, nll in ends.items()}
+        entries.append(entry)
+    return entries
+
+
+def sigmas(top: float, decay: float, count: int = 64) -> list[float]:
+    return [top * (1 - i / count) * (1 + i) ** -decay + 1e-4 for i in range(count)]
+
+
+def row_of(name: str, role: str, shape: tuple[int, int], index: int, arm: str) -> Json:
+    n = min(shape)
+    sigma = sigmas(1.6 + 0.2 * index % 1.3, 0.25 + 0.02 * index)
+    gain = math.sqrt(shape[0] / shape[1])
+    after = {
+        "full-reset": sigmas(0.4, 0.05),
+        "s-and-p": [0.55 * s for s in sigma],
+        "fire-polar": [gain] * 64,
+        "rescale": [s * 0.3 for s in sigma],
+    }.get(arm, [gain * 0.4 * math.tanh(2 * s) for s in sigma])
+
+    def energy(values: list[float], power: int, shift: float) -> float:
+        return sum((v * v - shift) ** power for v in values) * n / len(values)
+
+    return {
+        "name": name,
+        "parameter": name.partition("[")[0],
+        "part": name.partition("[")[2].rstrip("]"),
+        "role": role,
+        "shape": list(shape),
+        "sfe": sum((a - b) ** 2 for a, b in zip(sigma, after, strict=True)) * n / 64,
+        "dfi_before": energy(sigma, 2, 1),
+        "dfi_after": energy(after, 2, 1),
+        "norm_before": math.sqrt(energy(sigma, 1, 0)),
+        "norm_after": math.sqrt(energy(after, 1, 0)),
+        "sigma_before": sigma,
+        "sigma_after": after,
+    }
+
+
+def reset_of(arm: str) -> Json:
+    touched, untouched = [], []
+    names = [(f"transformer.h.{layer}.{part}", *kind) for layer in range(4) for part, kind in PARTS.items()]
+    names.append(("lm_head.weight", "lm_head", (4096, 128)))
+    for index, (name, role, shape) in enumerate(names):
+        row = row_of(name, role, shape, index, arm)
+        if arm == "base" or (role == "lm_head" and arm not in ("full-reset", "s-and-p", "fire+head")):
+            reason = "keep leaves everything" if arm == "base" else "role lm_head is not among attention, mlp"
+            gone = {"sfe": 0.0, "dfi_after": None, "norm_after": row["norm_before"], "sigma_after": None}
+            untouched.append({**row, **gone, "reason": reason})
+        else:
+            touched.append(row)
+    norms = [f"transformer.h.{layer}.ln_{i}.weight" for layer in range(4) for i in (1, 2)]
+    for name in norms:
+        row = {
+            "name": name,
+            "parameter": name,
+            "part": "",
+            "role": "norm",
+            "shape": [128],
+            "sfe": 0.0,
+            "dfi_before": None,
+        }
+        row |= {"dfi_after": None, "norm_before": 11.3, "norm_after": 11.3, "sigma_before": None, "sigma_after": None}
+        untouched.append({**row, "reason": "role norm is not among attention, mlp"})
+    return {
+        "resets": [{"options": {}, "roles": ["attention", "mlp"], **reset} for reset in ARMS[arm][0]],
+        "seconds": 0.137,
+        "optimizer_states_cleared": len(touched),
+        "touched": touched,
+        "untouched": untouched,
+    }
+
+
+def mean_curve(curves: list[list[Json]]) -> list[Json]:
+    result = []
+    for entries in zip(*curves, strict=True):
+        losses = [e["train_loss"] for e in entries if e["train_loss"] is not None]
+        corpora = entries[0]["eval"]
+        mean = {c: measured(fmean(e["eval"][c]["nll"] for e in entries)) for c in corpora}
+        result.append({**entries[0], "train_loss": fmean(losses) if losses else None, "eval": mean})
+    return result
+
+
+def fake_results(seeds: tuple[int, ...] = (1,), arms: tuple[str, ...] = tuple(ARMS)) -> Json:
+    """Return results as a demo run would write them: falling curves, one report a run, a shared hash a seed."""
+    entries: Json = {}
+    for number, arm in enumerate(arms):
+        resets, new, first, start, half = ARMS[arm]
+        runs = []
+        for seed in seeds:
+            wobble = 0.012 * math.sin(7 * seed + 1.7 * number) if len(seeds) > 1 else 0.0
+            curve = curve_of(start, new, first, half, wobble)
+            final = {c: {**e, "tokens": 131072} for c, e in curve[-1]["eval"].items()}
+            runs.append(
+                {
+                    "phase": "second",
+                    "seed": seed,
+                    "start": {"phase": "first", "checkpoint": "final", "step": STEPS},
+                    "steps": STEPS,
+                    "tokens_per_step": TOKENS_PER_STEP,
+                    "seconds": 61.3 + number,
+                    "batches_hash": f"9f2c{seed:04d}",
+                    "curve": curve,
+                    "final": final,
+                    "reset": reset_of(arm),
+                }
+            )
+        final = {}
+        for corpus in (NEW, FIRST):
+            values = [run["final"][corpus]["nll"] for run in runs]
+            spread = stdev(values) if len(values) > 1 else None
+            final[corpus] = {**measured(fmean(values)), "tokens": 131072, "nll_std": spread}
+        label = ", ".join(f"{r['method']} {' '.join(map(str, r.get('roles', [])))}".strip() for r in resets)
+        entries[arm] = {"label": label, "final": final, "curve": mean_curve([r["curve"] for r in runs]), "runs": runs}
+    phases = [
+        {
+            "phase": "first",
+            "seed": seed,
+            "start": None,
+            "steps": STEPS,
+            "tokens_per_step": TOKENS_PER_STEP,
+            "seconds": 80.1,
+            "batches_hash": "77aa",
+            "curve": curve_of(9.01, 5.1, 3.98, 0.93, 0.0),
+            "final": {},
+        }
+        for seed in seeds
+    ]
+    plans = {arm: resets[0] for arm, (resets, *_) in ARMS.items() if arm in arms}
+    return {
+        "schema_version": 1,
+        "name": "demo",
+        "created": "2026-11-20T12:00:00Z",
+        "recipe": {
+            "seed": list(seeds),
+            "model": {"preset": "gpt-tiny", "context": 256},
+            "phases": [
+                {"name": "first", "data": {FIRST: 1.0}},
+                {"name": "second", "arms": plans, "data": {NEW: 9.0, FIRST: 1.0}},
+            ],
+        },
+        "versions": {"fire_llm": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "python": "3.11.9", "git": None},
+        "hardware": {"cpu": "x86_64", "cores": 2, "memory_gib": 15.6, "accelerator": None},
+        "model": {
+            "parameters": 1118976,
+            "description": "GPT2LMHeadModel, 4 layers, width 128, 4 heads, vocabulary 4096",
+        },
+        "corpora": {
+            c: {"train_tokens": 812345, "validation_tokens": 131072, "validation_bytes": 511180} for c in (NEW, FIRST)
+        },
+        "phases": phases,
+        "arms_phase": "second",
+        "first_corpus": FIRST,
+        "new_corpus": NEW,
+        "arms": entries,
+    }
+
+
+def points(*pairs: tuple[int, float | None], corpus: str = NEW) -> list[Json]:
+    return [
+        {"step": step, "tokens": step * 10, "train_loss": None, "eval": {corpus: {"nll": nll}}} for step, nll in pairs
+    ]
+
+
+def test_steps_saved_is_linear_between_evaluations() -> None:
+    reference = points((0, 9.0), (50, 5.0), (100, 4.0))
+    # From 5 at step 20 to 3 at step 60 the loss 4 lies half way, at step 40: 60 of 100 steps are saved.
+    assert steps_saved(points((0, 6.0), (20, 5.0), (60, 3.0), (100, 2.0)), reference, NEW) == pytest.approx(0.6)
+    assert steps_saved(points((0, 6.0), (100, 4.0)), reference, NEW) == pytest.approx(0.0)
+    assert steps_saved(points((0, 3.5), (100, 3.0)), reference, NEW) == 1.0
+    assert steps_saved(points((0, 6.0), (40, 4.0), (80, 4.5)), reference, NEW) == pytest.approx(0.6)
+    assert steps_saved(points((0, 6.0), (100, 4.1)), reference, NEW) is None
+
+
+def test_steps_saved_skips_what_was_not_measured() -> None:
+    reference = points((100, 4.0), (0, 9.0), (200, None), (300, math.nan))
+    assert steps_saved(points((0, 6.0), (20, math.inf), (30, None), (50, 2.0)), reference, NEW) == pytest.approx(0.75)
+    assert steps_saved(points((0, 6.0), (50, 2.0)), [], NEW) is None
+    assert steps_saved([], reference, NEW) is None
+    assert steps_saved(points((0, 6.0), (50, 2.0)), reference, "elsewhere") is None
+    assert steps_saved([{"step": 3, "train_loss": 2.0, "eval": None}], reference, NEW) is None
+    assert steps_saved(points((0, 6.0)), points((0, 9.0)), NEW) is None
+
+
+def cells(results: Json, corpus: str, arm: str) -> dict[str, str]:
+    table = next(t for t in Comparison(results).tables() if t["corpus"] == corpus)
+    return dict(zip(table["columns"], next(r["cells"] for r in table["rows"] if r["arm"] == arm), strict=True))
+
+
+def test_table_of_one_seed() -> None:
+    row = cells(fake_results(), NEW, "fire")
+    assert row["perplexity"] == f"{math.exp(4.363):.2f}"
+    assert row["NLL"] == "4.3630"
+    assert row["vs base"] == "+0.0100"  # 4.363 - 4.353
+    assert row["vs full reset"] == "-0.3080"  # 4.363 - 4.671
+    assert cells(fake_results(), NEW, "base")["vs base"] == "–"
+    assert cells(fake_results(), NEW, "full-reset")["steps saved"] == "–"
+    # The parent ends the first phase at 3.98 on the first corpus; fire ends the second at 4.095.
+    assert cells(fake_results(), FIRST, "fire")["forgetting"] == "+0.1150"
+
+
+def test_table_of_several_seeds_pairs_them() -> None:
+    results = fake_results((1, 2, 3))
+    for seed, (base, fire) in enumerate([(4.0, 3.9), (5.0, 4.8), (6.0, 5.7)]):
+        results["arms"]["base"]["runs"][seed]["final"][NEW]["nll"] = base
+        results["arms"]["fire"]["runs"][seed]["final"][NEW]["nll"] = fire
+    results["arms"]["fire"]["final"][NEW] |= {"nll": 4.8, "nll_std": 0.9}
+    # Paired differences -0.1, -0.2, -0.3; unpaired the spread of about 1 would drown them.
+    assert cells(results, NEW, "fire")["vs base"] == "-0.2000 ± 0.1000"
+    assert cells(results, NEW, "fire")["NLL"] == "4.8000 ± 0.9000"
+    del results["arms"]["base"]["runs"][2]
+    assert cells(results, NEW, "fire")["vs base"] == "-0.1500 ± 0.0707"
+
+
+def test_arms_are_compared_within_their_warm_start() -> None:
+    results = fake_results()
+    late = fake_results(arms=("base", "full-reset", "fire"))["arms"]
+    for arm, entry in late.items():
+        entry["runs"][0]["start"]["checkpoint"] = "30000"
+        for corpus in (NEW, FIRST):
+            entry["runs"][0]["final"][corpus]["nll"] += {"base": 1.0, "fire": 0.5}.get(arm, 0.0)
+        results["arms"][f"{arm}@30000"] = entry
+    assert Comparison(results).reference("fire@30000", "keep") == "base@30000"
+    assert Comparison(results).reference("fire", "keep") == "base"
+    assert cells(results, NEW, "fire@30000")["vs base"] == "-0.4900"  # 0.010 + 0.5 - 1.0
+
+
+def test_methods_come_from_the_recipe_where_no_report_was_written() -> None:
+    results = fake_results()
+    for entry in results["arms"].values():
+        entry["runs"][0]["reset"] = None
+    comparison = Comparison(results)
+    assert comparison.methods("s-and-p") == ["shrink_perturb"]
+    assert comparison.reference("fire", "full_reset") == "full-reset"
+
+
+def test_reading_claims_what_the_numbers_say() -> None:
+    one = Comparison(fake_results()).reading()
+    assert one[0].startswith("s-and-p ends lowest on library-docs, at 4.297 nats per token")
+    assert "0.056 below base and 0.374 below full reset" in one[0]
+    assert any("One seed: no spread is known" in sentence for sentence in one)
+    three = " ".join(Comparison(fake_results((1, 2, 3))).reading())
+    assert "of 3 seeds" in three and "One seed" not in three
+    base = " ".join(Comparison(fake_results(arms=("base", "full-reset", "fire-polar"))).reading())
+    assert "No reset did better than leaving the weights alone." in base
+    assert "no other arm" in Comparison(fake_results(arms=("fire",))).reading()[0]
+    assert Comparison({"arms": {}}).reading() == ["No arm was run."]
+
+
+def test_batches_that_differ_are_told() -> None:
+    results = fake_results((1, 2))
+    assert Comparison(results).batches()[0] is True
+    results["arms"]["fire"]["runs"][1]["batches_hash"] = "other"
+    agree, note = Comparison(results).batches()
+    assert agree is False and "seed 2" in note and "seed 1" not in note and "≠ fire" in note
+    for entry in results["arms"].values():
+        for run in entry["runs"]:
+            del run["batches_hash"]
+    assert Comparison(results).batches()[0] is None
+
+
+@pytest.mark.parametrize("seeds", [(1,), (1, 2, 3)])
+def test_terminal_table_is_whole_at_100_columns(seeds: tuple[int, ...]) -> None:
+    from rich.console import Console
+
+    results = fake_results(seeds)
+    results["arms"]["fire [bold] + shrink-perturb @ step 60000 of the first phase"] = results["arms"].pop("fire")
+    out = io.StringIO()
+    print_table(results, Console(file=out, width=100))
+    text = out.getvalue()
+    assert max(len(line) for line in text.splitlines()) <= 100
+    assert "…" not in text and "[bold]" in text
+    final = results["arms"]["s-and-p"]["final"][NEW]
+    spread = f"±{final['nll_std']:.4f}" if len(seeds) > 1 else ""
+    assert f"{final['nll']:.4f}{spread}" in text
+    assert "the hashes of their token ids agree" in " ".join(text.split())
+    assert len(render_table(results)) == 2
+
+
+def test_markdown_escapes_its_own_syntax() -> None:
+    results = fake_results(arms=("base", "full-reset"))
+    results["arms"]["a|b*c"] = results["arms"].pop("base")
+    lines = markdown_table(results).splitlines()
+    row = next(line for line in lines if "a\\|b\\*c" in line)
+    assert len(re.findall(r"(?<!\\)\|", row)) == len(re.findall(r"\|", lines[2]))
+    assert "| **4.3530** |" in row
+
+
+def test_load_results(tmp_path: Path) -> None:
+    results = fake_results(arms=("base", "fire"))
+    results["arms"]["fire"]["final"][NEW]["nll"] = math.nan
+    (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    for path in (tmp_path, tmp_path / "results.json"):
+        assert load_results(path)["arms"]["fire"]["final"][NEW]["nll"] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "no results there"),
+        ("{", "not JSON"),
+        ("[]", "schema_version None"),
+        ('{"schema_version": 2, "arms": {}}', "schema_version 2"),
+        ('{"schema_version": 1, "arms": []}', "schema_version 1"),
+        (b"\xff\xfe\x00", "not JSON"),
+    ],
+)
+def test_load_results_refuses_clearly(tmp_path: Path, text: str | bytes | None, told: str) -> None:
+    file = tmp_path / "results.json"
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=told) as caught:
+        load_results(file)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+class Page(HTMLParser):
+    """Collect what a page loads, its scripts' data, and whether tags that must close do."""
+
+    VOID = frozenset({"meta", "br", "input", "link", "img", "hr"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.open: list[str] = []
+        self.data: list[Any] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.text = ""
+        self.json = False
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.tags.append(tag)
+        self.ids += [found["id"]] if found.get("id") else []
+        self.loads += [
+            v for k, v in attrs if v and (k in ("src", "srcset", "data", "action") or (k == "href" and v[0] != "#"))
+        ]
+        self.json = found.get("type") == "application/json"
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "script":
+            if self.json:
+                self.data.append(json.loads(data, parse_constant=lambda name: pytest.fail(f"{name} in the page")))
+        elif not self.open or self.open[-1] != "style":
+            self.text += data
+
+
+def page_of(results: Json | list[Json], folder: Path) -> Page:
+    return Page(write_report(results, folder / "report.html").read_text(encoding="utf-8"))
+
+
+def test_page_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
+    page = page_of(fake_results((1, 2, 3)), tmp_path)
+    assert page.open == [] and page.loads == []
+    assert len(set(page.ids)) == len(page.ids)
+    for heading in (
+        "Loss on held-out text",
+        "Training loss",
+        "Steps saved",
+        "Plasticity and retention",
+        "What the reset did to each matrix",
+        "Singular values",
+        "Norms",
+        "Phase “first”",
+        "How each arm was made",
+        "What the resets left alone, and why",
+        "The recipe",
+        "preset: gpt-tiny",
+        "role norm is not among attention, mlp",
+        "transformers",
+        "9f2c0002",
+    ):
+        assert heading in page.text
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "default-src 'none'" in text and text.count("plotly.js v") == 1
+    assert len(text) < 6_000_000
+
+
+def test_page_shows_a_band_only_for_several_seeds(tmp_path: Path) -> None:
+    for seeds, bands in (((1,), 0), ((1, 2, 3), 7)):
+        loss = page_of(fake_results(seeds), tmp_path).data[0]
+        assert sum("fill" in trace for trace in loss["data"]) == bands
+        fire = next(t for t in loss["data"] if t.get("name") == "fire")
+        assert fire["y"][-1] == pytest.approx(fake_results(seeds)["arms"]["fire"]["final"][NEW]["nll"], abs=1e-5)
+
+
+def test_page_heat_maps_hold_the_reports_numbers(tmp_path: Path) -> None:
+    results = fake_results()
+    maps = [spec for spec in page_of(results, tmp_path).data if spec["data"][0]["type"] == "heatmap"]
+    before, after, _ = maps
+    assert before["layout"]["coloraxis"]["cmin"] == after["layout"]["coloraxis"]["cmin"]
+    variant = next(v for v in after["variants"] if v["label"] == "fire-polar")
+    row = next(r for r in reset_of("fire-polar")["touched"] if r["name"] == "transformer.h.2.mlp.c_fc.weight")
+    column = after["layout"]["xaxis"]["ticktext"].index("fc")
+    assert variant["data"][0]["z"][2][column] == pytest.approx(math.log10(row["dfi_after"]), rel=1e-3)
+    assert "base" not in [v["label"] for v in after["variants"]]
+
+
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    results = fake_results(arms=("base", "full-reset", "fire"))
+    name = "</script><script>alert(1)</script><img src=x onerror=alert(2)>%{y}"
+    results["arms"][name] = results["arms"].pop("fire")
+    results["name"] = name
+    results["arms"][name]["runs"][0]["reset"]["touched"][0]["name"] = name
+    page = page_of(results, tmp_path)
+    assert "img" not in page.tags and page.loads == []
+    assert name in page.text
+    assert page.tags.count("script") == len(page.data) + 2
+    for spec in page.data:
+        for trace in spec["data"]:
+            for key in ("name", "hovertemplate"):
+                assert "<script" not in (trace.get(key) or "") and "onerror=alert(2)>%{y}" not in (trace.get(key) or "")
+
+
+def odd_results() -> dict[str, Json]:
+    """Return results that lack what a page would like to have."""
+    infinite = fake_results((1, 2))
+    infinite["arms"]["fire"]["final"][NEW] = {
+        "nll": math.nan,
+        "perplexity": math.inf,
+        "bits_per_byte": None,
+        "nll_std": math.nan,
+    }
+    for entry in infinite["arms"]["fire"]["curve"] + infinite["arms"]["fire"]["runs"][0]["curve"]:
+        entry["train_loss"] = math.nan
+        entry["eval"] = {NEW: {"nll": math.inf, "perplexity": math.nan, "bits_per_byte": math.nan}}
+    for row in infinite["arms"]["s-and-p"]["runs"][0]["reset"]["touched"]:
+        row |= {
+            "dfi_before": None,
+            "dfi_after": math.nan,
+            "sigma_before": None,
+            "sigma_after": None,
+            "sfe": 0.0,
+            "norm_before": 0.0,
+        }
+    bare = fake_results(arms=("base", "fire"))
+    for entry in bare["arms"].values():
+        entry["runs"][0] |= {"reset": None, "start": None}
+    one_corpus = fake_results(arms=("base", "full-reset", "fire")) | {"first_corpus": NEW}
+    numbers = fake_results(arms=("base", "full-reset", "fire"))
+    numbers["arms"] = {str(i): entry for i, entry in enumerate(numbers["arms"].values())}
+    overflow = fake_results(arms=("base", "fire"))
+    overflow["arms"]["fire"]["curve"][-1]["eval"][NEW]["nll"] = 900.0
+    nothing_left: Json = {"schema_version": 1, "arms": {"a": {}}, "phases": [{"phase": "first"}], "recipe": None}
+    return {
+        "not finite": infinite,
+        "one arm": fake_results(arms=("fire",)),
+        "no full reset": fake_results(arms=("base", "fire")),
+        "no reset report": bare,
+        "one corpus": one_corpus,
+        "arms named by numbers": numbers,
+        "overflow": overflow,
+        "no arms": fake_results(arms=()),
+        "almost nothing": nothing_left,
+    }
+
+
+@pytest.mark.parametrize("kind", list(odd_results()))
+def test_odd_results_still_make_a_page(kind: str, tmp_path: Path) -> None:
+    from rich.console import Console
+
+    results = odd_results()[kind]
+    page = page_of(results, tmp_path)
+    assert page.open == [] and page.loads == []
+    assert "nan" not in page.text.lower().split() and "None" not in page.text.split()
+    print_table(results, Console(file=io.StringIO(), width=100))
+    assert "nan" not in markdown_table(results)
+
+
+def test_many_arms_keep_distinct_looks() -> None:
+    arms = [f"arm {i}" for i in range(21)]
+    looks = palette(arms, neutral=["arm 0"])
+    assert len(set(looks.values())) == len(arms)
+    assert [a for a in arms if looks[a].colour == looks["arm 0"].colour] == ["arm 0"]
+
+
+def test_several_runs_share_one_page(tmp_path: Path) -> None:
+    page = page_of([fake_results(), fake_results((1, 2)) | {"name": "second run"}], tmp_path)
+    assert {"run-0", "run-1"} <= set(page.ids) and len(set(page.ids)) == len(page.ids)
+    assert page.loads == [] and "second run" in page.text
+
+
+def test_page_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = fake_results(arms=("base",))
+    assert write_report(results, tmp_path) == tmp_path / "report.html"
+    assert write_report(results, tmp_path / "new" / "page.html").exists()
+    old = (tmp_path / "report.html").read_bytes()
+    whole = Path.write_text
+
+    def full_disk(self: Path, text: str, **options: Any) -> int:
+        whole(self, text[:100], **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(UserError, match="No space left on device"):
+        write_report(results, tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == old
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "report.html"]
+
+
+def test_page_in_an_impossible_place_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_report(fake_results(arms=("base",)), tmp_path / "file" / "report.html")
+
+
+@pytest.mark.parametrize(
+    ("name", "role", "expected"),
+    [
+        ("transformer.h.3.attn.c_attn.weight[q]", "attention", (3, "q")),
+        ("h.11.attn.c_proj.weight", "attention", (11, "o")),
+        ("h.11.mlp.c_proj.weight", "mlp", (11, "proj")),
+        ("transformer.h.0.mlp.c_fc.weight", "mlp", (0, "fc")),
+        ("model.layers.0.self_attn.q_proj.weight", "attention", (0, "q")),
+        ("model.layers.10.self_attn.o_proj.weight", "attention", (10, "o")),
+        ("model.decoder.layers.2.self_attn.out_proj.weight", "attention", (2, "o")),
+        ("model.layers.1.mlp.gate_up_proj.weight[gate]", "mlp", (1, "gate")),
+        ("gpt_neox.layers.5.mlp.dense_h_to_4h.weight", "mlp", (5, "dense_h_to_4h")),
+        ("model.layers.4.mlp.experts.17.down_proj.weight", "mlp", (4, "expert down")),
+        ("model.layers.4.mlp.experts.gate_up_proj[3, up]", "mlp", (4, "expert up")),
+        ("model.layers.4.mlp.shared_expert.up_proj.weight", "mlp", (4, "up")),
+        ("lm_head.weight", "lm_head", (None, "lm_head")),
+    ],
+)
+def test_names_are_split_into_layer_and_part(name: str, role: str, expected: tuple[int | None, str]) -> None:
+    assert parse_name(name, role) == expected
+
+
+def inspect_rows(layers: int = 3, **extra: Any) -> list[Json]:
+    rows = []
+    for layer in range(layers):
+        for index, (part, (role, shape)) in enumerate(PARTS.items()):
+            sigma = sigmas(1.4 + 0.1 * layer, 0.2 + 0.03 * index)
+            row = {"name": f"transformer.h.{layer}.{part}", "role": role, "shape": shape, "sigma": sigma}
+            row |= {
+                "sigma_min": sigma[-1],
+                "sigma_median": sigma[32],
+                "sigma_max": sigma[0],
+                "dfi": 10.0 ** (layer + 1),
+            }
+            rows.append({**row, "effective_rank": 90.5, "norm": 7.0 + layer, **extra})
+    return rows
+
+
+def test_inspect_page(tmp_path: Path) -> None:
+    head = {
+        "name": "lm_head.weight",
+        "role": "lm_head",
+        "shape": [4096, 128],
+        "dfi": math.nan,
+        "sigma": None,
+        "norm": 12.5,
+    }
+    file = inspect_page(
+        [*inspect_rows(sfe=1.5, cosine=0.97), head], tmp_path / "inspect.html", title="<b>checkpoint</b>"
+    )
+    page = Page(file.read_text(encoding="utf-8"))
+    assert page.open == [] and page.loads == [] and "<b>checkpoint</b>" in page.text
+    metrics, spectra = page.data
+    dfi = next(v for v in metrics["variants"] if v["label"] == "DfI")
+    assert dfi["data"][0]["z"][2][0] == pytest.approx(3.0)  # log10(1000)
+    assert dfi["data"][1]["z"] == [[None]]
+    assert {v["label"] for v in metrics["variants"]} >= {"SFE", "cosine with the other checkpoint", "effective rank"}
+    assert [v["label"] for v in spectra["variants"]] == ["q", "k", "v", "o", "fc", "proj"]
+    assert "4096 × 128" in page.text
+    assert Page(inspect_page([], tmp_path / "none.html", title="nothing").read_text(encoding="utf-8")).data == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium to draw the page")
+@pytest.mark.parametrize("kind", ["report", "inspect"])
+def test_browser_draws_every_plot(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    if kind == "report":
+        write_report([fake_results((1, 2, 3)), fake_results(arms=("fire",))], file)
+    else:
+        inspect_page(inspect_rows(), file, title="checkpoint")
+    script = """<script>
+    const all = (selector) => [...document.querySelectorAll(selector)];
+    addEventListener("error", (event) => { document.title = "failed: " + event.message; });
+    addEventListener("load", () => setTimeout(() => {
+      const lines = all(".trace.scatter").length;
+      all("select").forEach((s) => { s.value = s.options.length - 1; s.dispatchEvent(new Event("change")); });
+      all(".chips button").forEach((b) => b.click());
+      const drawn = all(".plot").filter((plot) => plot.querySelector("svg.main-svg")).length;
+      document.title = `drawn ${drawn}, lines ${lines}, after switching all arms off ${all(".trace.scatter").length}`;
+    }, 3000));
+    </script>"""
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace("<title>", script + "<title>", 1), encoding="utf-8")
+    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    command = ["chromium", *flags.split(), "--virtual-time-budget=10000", profile, "--dump-dom", file.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    title = re.findall(r"<title>(.*?)</title>", dom)[0]
+    drawn, lines, left = (int(n) for n in re.findall(r"\d+", title))
+    assert drawn == len(Page(text).data) > 0, title
+    # Without arms only what belongs to none stays: the lines before a reset, the phases, the spectra of inspect.
+    assert (left < lines / 2) if kind == "report" else (left == lines), title
