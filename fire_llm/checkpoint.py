@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fire_llm.errors import UserError
 from fire_llm.resets import RESETS, ResetReport, ResetsLike, apply_reset, parse_resets
@@ -134,17 +134,19 @@ def reset_checkpoint(
     """
     from fire_llm.models import fresh_model, load_model
 
-    specs = parse_resets({"method": method, **options} if isinstance(method, str) else method)
+    named = cast("ResetsLike", {"method": method, **options})
+    specs = parse_resets(named if isinstance(method, str) else method)
     target = Path(dst)
     if target.exists():
         raise UserError(f"'{dst}' exists already: name a new folder, or delete that one")
     if target.resolve().is_relative_to(Path(src).resolve()):
         raise UserError(f"'{dst}' lies inside '{src}', which is never written to: name a folder elsewhere")
+    wanted = any(RESETS[s.method].needs_initial for s in specs)
+    if wanted and (init is None) == (seed is None):
+        raise UserError("the reset needs step-0 weights: give one of --init CHECKPOINT and --seed N")
     model = load_model(src)
     initial = None
-    if any(RESETS[s.method].needs_initial for s in specs):
-        if (init is None) == (seed is None):
-            raise UserError("the reset needs step-0 weights: give one of --init CHECKPOINT and --seed N")
+    if wanted:
         initial = load_model(init) if init is not None else fresh_model(model.config, int(seed or 0))
     report = apply_reset(model, specs, initial=initial, progress=progress)
     if not dry_run:

@@ -219,7 +219,7 @@ def score_checkpoints(
         tokenizer = load_tokenizer(checkpoint)
         model = load_model(checkpoint)
         for corpus, part in corpora:
-            tokens = tokenize_corpus(corpus, tokenizer, part, progress=progress)  # type: ignore[arg-type]
+            tokens = tokenize_corpus(corpus, tokenizer, part, progress=progress)
             measured = perplexity(
                 model,
                 tokens.tokens,

@@ -13,7 +13,7 @@ from fire_llm.layout import logical_matrices
 from fire_llm.metrics import dfi, effective_rank, sfe
 from fire_llm.models import load_model
 from fire_llm.orthogonal import singular_values
-from fire_llm.resets import SIGMA_QUANTILES
+from fire_llm.resets import sigma_quantiles
 
 COLUMNS = ("sigma_min", "sigma_median", "sigma_max", "dfi", "effective_rank", "norm")
 
@@ -45,7 +45,6 @@ def inspect_checkpoint(
         if not torch.isfinite(w).all():
             raise UserError(f"'{matrix.name}' of '{checkpoint}' holds NaN or infinity: it has no singular values")
         sigma = singular_values(w)
-        at = torch.linspace(0, len(sigma) - 1, min(SIGMA_QUANTILES, len(sigma))).round().long()
         row: dict[str, Any] = {
             "name": matrix.name,
             "role": matrix.role,
@@ -56,7 +55,7 @@ def inspect_checkpoint(
             "dfi": dfi(w),
             "effective_rank": effective_rank(sigma),
             "norm": float(torch.linalg.vector_norm(sigma)),
-            "sigma": [float(s) for s in sigma[at]],
+            "sigma": sigma_quantiles(sigma),
         }
         if against is not None:
             other = others.get(matrix.name)

@@ -42,7 +42,6 @@ CPU_BATCH_SIDE = 128  # batched products beat a loop on CPU only up to this n
 GRAM_RATIO = 1.5  # m / n from which iterating on the n x n Gram matrix costs less
 LOW_PRECISION_SHARE = 0.2  # largest correction, relative to the iterate, that is computed in low precision
 GRAM_STEPS = 5  # steps before the Gram matrix is formed anew: its rounding grows by 2.25 a step
-LOW_PRECISION_SCALE = 128.0  # keeps small entries clear of fp16's subnormals, and products under 65504
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 POLAR_FLOATS = (torch.float32, torch.float64)  # rounding W itself to bf16 moves its polar factor by up to 0.3
 
@@ -234,7 +233,14 @@ def _step(x: Tensor, a: float, b: float, c: float = 0.0, *, normalise: bool = Fa
         norm = torch.linalg.vector_norm(squared, dim=(-2, -1), keepdim=True) ** 0.25
         x, gram, squared = x / norm, gram / norm**2, squared / norm**4
     polynomial = gram.mul_(b) if squared is None else gram.mul_(b).add_(squared, alpha=c)
-    return torch.baddbmm(x, polynomial, x, beta=a)
+    return _add_product(x, a, polynomial)
+
+
+def _add_product(x: Tensor, a: float, symmetric: Tensor) -> Tensor:
+    """Return a x + symmetric @ x in the memory layout of x: a tall matrix is never transposed in memory."""
+    if x.mT.is_contiguous():
+        return torch.baddbmm(x.mT, x.mT, symmetric, beta=a).mT
+    return torch.baddbmm(x, symmetric, x, beta=a)
 
 
 def _gram_cubics(x: Tensor, steps: int) -> Tensor:
@@ -252,7 +258,7 @@ def _gram_cubics(x: Tensor, steps: int) -> Tensor:
         # diagonal I + rest <- (a I + b gram) (diagonal I + rest)
         rest = torch.baddbmm(rest, gram, rest, beta=a, alpha=b).add_(gram, alpha=b * diagonal)
         diagonal *= a
-    return torch.baddbmm(x, rest, x, beta=diagonal)
+    return _add_product(x, diagonal, rest)
 
 
 def _low_precision_cubic(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -261,9 +267,8 @@ def _low_precision_cubic(x: Tensor, dtype: torch.dtype) -> Tensor:
     The rounding is relative to the correction (x x^T) x. Where few singular values dominate and the correction is no
     longer small beside x, the step is taken in the dtype of x.
     """
-    low = (x * LOW_PRECISION_SCALE).to(dtype)
-    gram = (low @ low.mT) / LOW_PRECISION_SCALE
-    correction = (gram @ low).to(x.dtype) / LOW_PRECISION_SCALE**2
+    low = x.to(dtype)
+    correction = ((low @ low.mT) @ low).to(x.dtype)
     size = torch.linalg.vector_norm(correction, dim=(-2, -1)) / torch.linalg.vector_norm(x, dim=(-2, -1))
     out = torch.add(x * CUBIC[0], correction, alpha=CUBIC[1])
     heavy = size > LOW_PRECISION_SHARE

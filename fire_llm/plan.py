@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from fire_llm.units import Unit, corpus_of, expand, final_checkpoint, phase_step
 
 BYTES_A_PARAMETER = {"weights": 4, "checkpoint": 12, "training": 16}
 """fp32 weights; with AdamW's two moments; and with gradients."""
+
+BYTES_A_TOKEN = 4.2
+"""UTF-8 bytes of English text that a byte-level BPE puts into a token, about; for phases counted in epochs."""
 
 
 def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] = ()) -> dict[str, Any]:
@@ -67,11 +71,11 @@ def _config(recipe: Recipe) -> Any:
 def _steps(recipe: Recipe, unit: Unit) -> int | None:
     if unit.phase.epochs is None:
         return phase_steps(unit.phase, recipe.batch.tokens_per_step, 0)
-    sizes = [corpus_of(recipe, name).known_tokens for name in unit.phase.data]
+    sizes = [corpus_of(recipe, name).approximate_bytes for name in unit.phase.data]
     if any(size is None for size in sizes):
         return None
-    limit = unit.phase.max_corpus_tokens
-    total = sum(min(size, limit) if limit else size for size in sizes if size is not None)
+    limit = unit.phase.max_corpus_tokens or math.inf
+    total = int(sum(min((size or 0) / BYTES_A_TOKEN, limit) for size in sizes))
     return phase_steps(unit.phase, recipe.batch.tokens_per_step, total)
 
 
@@ -105,11 +109,11 @@ def print_plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[
     console.print(f"recipe {recipe.name}: no fault found")
     console.print(f"model: {planned['model']}; precision {planned['precision']}; seeds {recipe.seed}")
     console.print(table)
-    tokens = sum(row["tokens"] or 0 for row in planned["units"])
+    total = sum(row["tokens"] or 0 for row in planned["units"])
     flops = sum(row["flops"] or 0 for row in planned["units"])
     unknown = "" if all(row["steps"] is not None for row in planned["units"]) else " and the phases counted in epochs"
     console.print(
-        f"in all: {tokens:,} tokens, {flops:.2g} FLOPs{unknown}; "
+        f"in all: {total:,} tokens, {flops:.2g} FLOPs{unknown}; "
         f"disk ≈ {planned['disk_bytes'] / 1e9:.2g} GB of checkpoints; "
         f"memory ≈ {planned['memory_bytes'] / 1e9:.2g} GB a process, without activations"
     )

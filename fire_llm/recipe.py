@@ -224,7 +224,7 @@ def _set(data: dict[str, Any], override: str) -> None:
         if last:
             at[part] = value
         else:
-            at = at[part] if isinstance(at, list) else at.setdefault(part, {})
+            at = at[int(part)] if isinstance(at, list) else at.setdefault(part, {})
 
 
 # ---- faults
@@ -309,14 +309,14 @@ def _contradictions(recipe: Recipe) -> Iterable[str]:
         yield f"optimizer.min_lr: {recipe.optimizer.min_lr} is above lr, {recipe.optimizer.lr}"
     context = recipe.model.context or (PRESETS.get(recipe.model.preset or "") or {}).get("n_positions")
     if context and recipe.batch.tokens_per_step % context:
-        near = max(1, round(recipe.batch.tokens_per_step / context)) * context
+        nearest = max(1, round(recipe.batch.tokens_per_step / context)) * context
         yield (
             f"batch.tokens_per_step: {recipe.batch.tokens_per_step} is not a multiple of the context, {context}. "
-            f"The nearest is {near}"
+            f"The nearest is {nearest}"
         )
     earlier: dict[str, list[str]] = {}
-    for i, phase in enumerate(recipe.phases):
-        yield from (f"phases[{i}].{fault}" for fault in _phase_contradictions(recipe, phase, earlier))
+    for n, phase in enumerate(recipe.phases):
+        yield from (f"phases[{n}].{fault}" for fault in _phase_contradictions(recipe, phase, earlier))
         earlier[phase.name] = [str(k) for k in ["final", *phase.keep]]
         for arm in phase.arms or {}:
             earlier[f"{phase.name}/{arm}"] = earlier[phase.name]
@@ -338,7 +338,7 @@ def _phase_contradictions(recipe: Recipe, phase: PhaseSection, earlier: dict[str
     for corpus, weight in phase.data.items():
         if not 0 <= weight < float("inf"):
             yield f"data.{corpus}: the weight {weight} should be a number of 0 or more"
-    if not sum(w for w in phase.data.values() if w > 0) > 0:
+    if not any(phase.data.values()):
         yield "data: the weights are all zero"
     for k in phase.keep:
         if k != "best" and not (isinstance(k, int) and k > 0):

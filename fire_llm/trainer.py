@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
 from fire_llm.checkpoint import CONTINUAL_STATE, STAGING_SUFFIX, checkpoints, sync, write_json, writing
 from fire_llm.errors import UserError
@@ -86,6 +86,7 @@ class ContinualTrainer(Trainer):
     """
 
     args: ContinualArguments
+    control: TrainerControl
 
     def __init__(
         self,

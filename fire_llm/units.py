@@ -64,8 +64,8 @@ def expand(recipe: Recipe) -> list[Unit]:
     for phase in recipe.phases:
         body = phase.model_dump(mode="json", exclude={"arms", "keep", "start_from"})
         data = {c: fingerprints[c] for c in dict.fromkeys([*phase.data, *recipe.evaluated()])}
-        arms: dict[str | None, list[ResetSpec]] = {**recipe.arms(phase)} or {None: []}
-        for arm, resets in arms.items():
+        arms: list[tuple[str | None, list[ResetSpec]]] = [*recipe.arms(phase).items()] or [(None, [])]
+        for arm, resets in arms:
             for seed in recipe.seed:
                 starts: list[tuple[Unit | None, str]] = []
                 for source, labels in _sources(phase, previous, arm).items():

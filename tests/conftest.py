@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -49,3 +49,10 @@ def tiny_llama(seed: int = 0, **settings):
         "bos_token_id": 0, "eos_token_id": 0,
     }  # fmt: skip
     return LlamaForCausalLM(LlamaConfig(**{**defaults, **settings}))
+
+
+@pytest.fixture
+def shared_data_or_none() -> Path | None:
+    """Return the folder of real text, or None."""
+    folder = Path(os.environ.get("FIRE_LLM_SHARED_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
+    return folder if folder.is_dir() else None

@@ -48,7 +48,7 @@ def test_fire_changes_exactly_the_attention_and_mlp_matrices(kind, compute_dtype
     report = fire_(model, iterations=iterations, compute_dtype=compute_dtype)
 
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert {n.split(".", 3)[-1] if kind == "gpt2" else n.split(".", 3)[-1] for n in changed} == EXPECTED[kind]
+    assert {n.split(".", 3)[-1] for n in changed} == EXPECTED[kind]
     assert len(changed) == 2 * len(EXPECTED[kind])
     # q, k and v are matrices of their own, even where they are stored as one.
     parts = {m.part for m in logical_matrices(model, ("attention",))}
@@ -65,7 +65,9 @@ def test_polar_gives_orthogonal_matrices_at_the_scale():
     fire_(model, solver="polar", tolerance=1e-5)
     for matrix in logical_matrices(model):
         d_out, d_in = matrix.shape
-        assert torch.allclose(spectrum(matrix.read()), torch.full((min(d_out, d_in),), math.sqrt(d_out / d_in)).double(), rtol=3e-5)
+        assert torch.allclose(
+            spectrum(matrix.read()), torch.full((min(d_out, d_in),), math.sqrt(d_out / d_in)).double(), rtol=3e-5
+        )
 
 
 @pytest.mark.parametrize(("scale", "factor"), [("none", 1.0), ("keep-norm", None)])

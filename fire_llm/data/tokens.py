@@ -192,6 +192,7 @@ def _write(partial: Path, corpus: Corpus, split: str, encoder: Encoder, end: int
             unit="B",
             unit_scale=True,
             leave=False,
+            delay=1,  # what is done in a blink needs no bar
             disable=not progress,
         ) as bar,
     ):

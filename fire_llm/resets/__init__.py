@@ -1,0 +1,29 @@
+"""Resets: what happens to the weights between two phases.
+
+A reset is a function of one tensor (and of that tensor at step 0): tensor in, tensor out. Where the tensors live — in
+a running `Trainer`, in a checkpoint on disk, on another rank — is the business of whoever calls it, so the same
+function serves them all. Its signature is its schema: the keyword-only arguments are the options a recipe may give.
+"""
+
+from __future__ import annotations
+
+from fire_llm.resets.apply import apply_reset, fire_
+from fire_llm.resets.methods import RESETS, ResetMethod, register_reset
+from fire_llm.resets.report import SIGMA_QUANTILES, ResetReport, TensorReport, sigma_quantiles
+from fire_llm.resets.spec import ROLES, ResetsLike, ResetSpec, parse_resets
+
+__all__ = [
+    "RESETS",
+    "ROLES",
+    "SIGMA_QUANTILES",
+    "ResetMethod",
+    "ResetReport",
+    "ResetSpec",
+    "ResetsLike",
+    "TensorReport",
+    "apply_reset",
+    "fire_",
+    "parse_resets",
+    "register_reset",
+    "sigma_quantiles",
+]

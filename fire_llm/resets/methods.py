@@ -1,0 +1,158 @@
+"""The registry and the resets in it: functions of one tensor, tensor in, tensor out.
+
+To add a reset, add a function here; its keyword-only arguments are the options a recipe may give.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_type_hints
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, create_model
+from torch import Tensor
+
+from fire_llm.layout import MATRIX_ROLES, ROLES
+from fire_llm.orthogonal import newton_schulz, polar
+
+
+@dataclass(frozen=True)
+class ResetMethod:
+    """Describe one entry of the registry."""
+
+    name: str
+    function: Callable[..., Tensor]
+    roles: tuple[str, ...]
+    """Roles the method acts on where a recipe names none."""
+    needs_initial: bool
+    """Whether the function takes the tensor's own step-0 value."""
+    options: type[BaseModel]
+    """The options, validated: the keyword-only arguments of the function, plus `roles` and `exclude`."""
+
+    @property
+    def matrices_only(self) -> bool:
+        """Tell whether the method is defined for (out, in) matrices alone."""
+        return set(self.roles) <= set(MATRIX_ROLES)
+
+
+RESETS: dict[str, ResetMethod] = {}
+
+
+def register_reset(name: str, *, roles: tuple[str, ...] = ROLES) -> Callable[[Callable[..., Tensor]], Callable]:
+    """Register a reset: `f(w, *, option=default, …)` or `f(w, initial, *, …)`, both tensors of one shape.
+
+    Args:
+        name: What recipes call it.
+        roles: Roles it acts on unless the recipe says otherwise; if all of them are matrix roles, the function is
+            only ever given 2-D matrices oriented (out, in).
+    """
+
+    def add(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        hints = get_type_hints(function, include_extras=True)
+        parameters = inspect.signature(function).parameters.values()
+        options: dict[str, Any] = {
+            p.name: (hints[p.name], p.default) for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY
+        }
+        options["roles"] = (tuple[Literal[ROLES], ...], Field(roles, min_length=1))  # type: ignore[valid-type]
+        options["exclude"] = (tuple[str, ...], Field((), description="Regular expressions of parameter names to leave"))
+        schema = create_model(
+            f"{name}_options", __config__=ConfigDict(extra="forbid", strict=True), __doc__=function.__doc__, **options
+        )
+        RESETS[name] = ResetMethod(name, function, roles, "initial" in hints, schema)
+        return function
+
+    return add
+
+
+@register_reset("keep")
+def keep(w: Tensor) -> Tensor:
+    """Leave every weight as it is: the arm without a reset."""
+    return w
+
+
+@register_reset("full_reset")
+def full_reset(w: Tensor, initial: Tensor) -> Tensor:
+    """Return to the run's own step-0 weights."""
+    return initial
+
+
+@register_reset("shrink_perturb")
+def shrink_perturb(w: Tensor, initial: Tensor, *, shrink: Annotated[float, Field(ge=0, le=1)] = 0.5) -> Tensor:
+    """Shrink towards the step-0 weights: θ ← (1−c)·θ + c·θ₀, with c = `shrink`.
+
+    Source: Ash & Adams, arXiv 1910.08475; c as in arXiv 2602.08040.
+    """
+    return torch.lerp(w.float(), initial.float(), shrink)
+
+
+Solver = Literal["newton-schulz", "polar"]
+
+
+Scale = Literal["sqrt", "keep-norm", "none"]
+
+
+ComputeDtype = Literal["float64", "float32", "float16", "bfloat16"] | None
+
+
+Iterations = Annotated[int, Field(ge=0, le=1000)]
+
+
+Tolerance = Annotated[float, Field(gt=0, le=0.1)]
+
+
+@register_reset("fire", roles=("attention", "mlp"))
+def fire(
+    w: Tensor,
+    *,
+    iterations: Iterations = 5,
+    solver: Solver = "newton-schulz",
+    tolerance: Tolerance = 1e-3,
+    scale: Scale = "sqrt",
+    compute_dtype: ComputeDtype = None,
+) -> Tensor:
+    """Replace a matrix by (nearly) its orthogonal polar factor.
+
+    `solver` newton-schulz takes `iterations` cubic steps, as the paper does; polar projects truly, to `tolerance`.
+    `scale` sqrt multiplies by √(d_out/d_in), keep-norm restores the Frobenius norm of w, none does neither.
+    Source: arXiv 2602.08040, algorithm 1.
+    """
+    dtype = getattr(torch, compute_dtype) if compute_dtype else None
+    if solver == "polar":
+        x = polar(w, tolerance, compute_dtype=dtype)
+    else:
+        x = newton_schulz(w, iterations, compute_dtype=dtype)
+    if scale == "sqrt":
+        return x * math.sqrt(w.shape[-2] / w.shape[-1])
+    return _with_norm(x, _norm(w)) if scale == "keep-norm" else x
+
+
+@register_reset("rescale", roles=("attention", "mlp"))
+def rescale(
+    w: Tensor,
+    *,
+    iterations: Iterations = 5,
+    solver: Solver = "newton-schulz",
+    tolerance: Tolerance = 1e-3,
+    scale: Scale = "sqrt",
+    compute_dtype: ComputeDtype = None,
+) -> Tensor:
+    """Give a matrix the Frobenius norm that `fire` with the same options would, and keep its direction.
+
+    The control that tells what of FIRE's effect is the change of norm alone.
+    """
+    target = fire(
+        w, iterations=iterations, solver=solver, tolerance=tolerance, scale=scale, compute_dtype=compute_dtype
+    )
+    return _with_norm(w, _norm(target))
+
+
+def _norm(w: Tensor) -> Tensor:
+    return torch.linalg.matrix_norm(w, dtype=torch.float64)
+
+
+def _with_norm(w: Tensor, norm: Tensor) -> Tensor:
+    own = _norm(w)
+    return w * (norm / own).to(w.dtype) if own > 0 else w

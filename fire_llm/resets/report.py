@@ -1,0 +1,83 @@
+"""What became of every tensor: the measures before and after a reset."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fire_llm.layout import LogicalMatrix
+from fire_llm.metrics import dfi
+from fire_llm.orthogonal import singular_values
+from fire_llm.resets.spec import ResetSpec
+
+SIGMA_QUANTILES = 64
+"""Number of singular values kept of each matrix's spectrum in a report, evenly spread over the ranks."""
+
+
+@dataclass
+class TensorReport:
+    """Tell what became of one logical matrix or parameter."""
+
+    name: str
+    parameter: str
+    part: str
+    role: str
+    shape: list[int]
+    reason: str | None = None
+    """Why it was left alone; None where it was touched."""
+    sfe: float = 0.0
+    """Squared Frobenius distance between before and after."""
+    dfi_before: float | None = None
+    dfi_after: float | None = None
+    norm_before: float | None = None
+    norm_after: float | None = None
+    sigma_before: list[float] | None = None
+    sigma_after: list[float] | None = None
+
+
+@dataclass
+class ResetReport:
+    """Tell what a reset touched, what it left and why."""
+
+    resets: list[ResetSpec]
+    touched: list[TensorReport]
+    untouched: list[TensorReport]
+    seconds: float
+    """Time of the reset itself, without the measuring before and after."""
+    optimizer_states_cleared: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data (see docs/results-schema.md)."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """Say in two lines what was done."""
+        matrices = [t for t in self.touched if t.dfi_after is not None]
+        left = ", ".join(sorted({t.role for t in self.untouched})) or "nothing"
+        return (
+            f"{'; '.join(r.label() for r in self.resets)}: "
+            f"{len(self.touched)} tensors touched ({len(matrices)} matrices) in {self.seconds:.2f} s; "
+            f"SFE {sum(t.sfe for t in self.touched):.4g}; "
+            f"{len(self.untouched)} left alone ({left}); {self.optimizer_states_cleared} optimizer states cleared"
+        )
+
+
+def sigma_quantiles(sigma: Tensor) -> list[float]:
+    """Return at most `SIGMA_QUANTILES` of a spectrum, evenly spread over the ranks, the ends included."""
+    at = torch.linspace(0, len(sigma) - 1, min(SIGMA_QUANTILES, len(sigma))).round().long()
+    return [float(s) for s in sigma[at]]
+
+
+def describe(piece: LogicalMatrix, tensor: Tensor, spectra: bool) -> TensorReport:
+    """Measure a piece as it is now; before and after are the same until something touches it."""
+    role = "lm_head" if "lm_head" in piece.roles else min(piece.roles)
+    report = TensorReport(piece.name, piece.parameter, piece.part, role, list(tensor.shape))
+    report.norm_before = report.norm_after = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+    if piece.matrix:
+        report.dfi_before = report.dfi_after = dfi(tensor)
+        if spectra:
+            report.sigma_before = report.sigma_after = sigma_quantiles(singular_values(tensor))
+    return report

@@ -1,0 +1,114 @@
+"""One reset with its options and roles, as a recipe, a script or the command line gives it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+
+from fire_llm.errors import UserError, did_you_mean
+from fire_llm.layout import MATRIX_ROLES, ROLES, LogicalMatrix
+from fire_llm.resets.methods import RESETS, ResetMethod
+
+
+@dataclass(frozen=True)
+class ResetSpec:
+    """Hold one reset with its options filled in and its roles decided."""
+
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    roles: tuple[str, ...] = ROLES
+    exclude: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, spec: str | Mapping[str, Any] | ResetSpec) -> ResetSpec:
+        """Read `"fire"` or `{"method": "fire", "iterations": 5, "roles": [...]}`.
+
+        Raises:
+            UserError: With every fault, one a line, each as `key: what is wrong`.
+        """
+        if isinstance(spec, ResetSpec):
+            return spec
+        faults, parsed = cls.check(spec)
+        if parsed is None:
+            raise UserError("\n".join(f"{key}: {message}" for key, message in faults))
+        return parsed
+
+    @classmethod
+    def check(cls, spec: str | Mapping[str, Any]) -> tuple[list[tuple[str, str]], ResetSpec | None]:
+        """Return the faults as (key, message) pairs, and the spec where there are none."""
+        given = {"method": spec} if isinstance(spec, str) else dict(spec)
+        name = given.pop("method", None)
+        if name is None:
+            return [("method", f"missing; one of {', '.join(RESETS)}")], None
+        if name not in RESETS:
+            return [("method", f"unknown reset '{name}'.{did_you_mean(name, RESETS)} Known: {', '.join(RESETS)}")], None
+        method = RESETS[name]
+        try:
+            # Lists are what YAML and JSON have; the schema's tuples are strict.
+            given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+            options = method.options.model_validate(given).model_dump()
+        except ValidationError as error:
+            return list(dict(_fault(e, method) for e in error.errors()).items()), None
+        roles, exclude = options.pop("roles"), options.pop("exclude")
+        faults = [("exclude", f"'{e}' is not a regular expression") for e in exclude if not _compiles(e)]
+        wrong = [r for r in roles if r not in MATRIX_ROLES]
+        if method.matrices_only and wrong:
+            allowed = ", ".join(MATRIX_ROLES)
+            faults.append(("roles", f"'{name}' acts on matrices ({allowed}); {', '.join(wrong)} are not. Remove them"))
+        return faults, None if faults else cls(name, options, roles, exclude)
+
+    def why_not(self, piece: LogicalMatrix) -> str | None:
+        """Return why this reset leaves a piece alone, or None where it acts."""
+        if self.method == "keep":
+            return "the reset is keep"
+        if not piece.roles & set(self.roles):
+            return f"role {'/'.join(sorted(piece.roles))} is not among {', '.join(self.roles)}"
+        pattern = next((e for e in self.exclude if re.search(e, piece.name)), None)
+        return f"excluded by '{pattern}'" if pattern is not None else None
+
+    def label(self) -> str:
+        """Say the reset in one line: `fire, iterations 5, roles attention mlp`."""
+        method = RESETS[self.method]
+        defaults = method.options()
+        shown = [
+            f"{k} {v}" for k, v in self.options.items() if v != getattr(defaults, k) or k in ("iterations", "shrink")
+        ]
+        if self.options.get("solver") == "polar":
+            shown = [s for s in shown if not s.startswith("iterations")] + [f"tolerance {self.options['tolerance']:g}"]
+        if self.roles != ROLES:
+            shown.append(f"roles {' '.join(self.roles)}")
+        return ", ".join([self.method, *shown])
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
+def _fault(error: Any, method: ResetMethod) -> tuple[str, str]:
+    """Say one pydantic error in our words."""
+    loc = [str(part) for part in error["loc"]]
+    key, value = ".".join(loc), error["input"]
+    allowed = [*method.options.model_fields, "method"]
+    if error["type"] == "extra_forbidden":
+        return key, f"unknown option of '{method.name}'.{did_you_mean(key, allowed)} Known: {', '.join(allowed)}"
+    if loc[0] == "roles":
+        return "roles", f"unknown role {value!r}.{did_you_mean(str(value), ROLES)} Known: {', '.join(ROLES)}"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return key, f"{value!r} is not allowed: {message}"
+
+
+ResetsLike = str | Mapping[str, Any] | ResetSpec | Iterable["str | Mapping[str, Any] | ResetSpec"]
+
+
+def parse_resets(resets: ResetsLike) -> list[ResetSpec]:
+    """Read one reset or a list of them."""
+    many = [resets] if isinstance(resets, str | Mapping | ResetSpec) else list(resets)
+    return [ResetSpec.parse(r) for r in many]

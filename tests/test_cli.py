@@ -1,0 +1,245 @@
+"""The command line as its users meet it: output, exit codes, one message a mistake, and how long --help takes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_gpt2
+from safetensors.torch import load_file
+
+from fire_llm import UserError, fire_, perplexity
+from fire_llm.cli import main, parser
+from fire_llm.models import load_model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """Save a tiny GPT-2 with a byte-level tokenizer."""
+    from fire_llm.corpora import CorpusSpec, resolve
+    from fire_llm.data import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("models")
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n\n" * 200)
+    corpus = resolve("text", CorpusSpec(files="text.txt", holdout=0.0), folder)
+    tokenizer = train_tokenizer([corpus], 300, progress=False)
+    tiny_gpt2(vocab_size=320).save_pretrained(folder / "gpt2")
+    tokenizer.save_pretrained(folder / "gpt2")
+    return folder / "gpt2"
+
+
+def run(*argv: object) -> int:
+    return main([str(a) for a in argv])
+
+
+def test_help_takes_less_than_half_a_second_of_cpu():
+    subprocess.run([sys.executable, "-m", "fire_llm", "--help"], check=True, capture_output=True)  # write the bytecode
+    best = math.inf
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "fire_llm", "--help"], check=True, capture_output=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert best < 0.5
+
+
+def test_the_flags_are_frozen():
+    verbs = next(a for a in parser()._actions if a.dest == "verb").choices
+    flags = {
+        name: sorted(o for a in verb._actions for o in a.option_strings if o.startswith("--") and o != "--help")
+        for name, verb in verbs.items()
+    }
+    assert flags == {
+        "check": ["--schema", "--set"],
+        "run": ["--arm", "--dry-run", "--output", "--set"],
+        "apply": [
+            "--dry-run", "--exclude", "--init", "--iterations", "--method", "--role", "--scale", "--seed", "--shrink",
+            "--solver", "--tolerance",
+        ],
+        "inspect": ["--against", "--html", "--json", "--role"],
+        "eval": ["--batch-size", "--context", "--data", "--json", "--split", "--stride"],
+        "report": ["--markdown", "--output"],
+        "demo": ["--output", "--set"],
+    }  # fmt: skip
+
+
+def test_check_prints_the_plan(capsys):
+    assert run("check", "demo") == 0
+    out = capsys.readouterr().out
+    assert "no fault found" in out and "FLOPs" in out and "GB of checkpoints" in out and "libraries/fire" in out
+    assert run("check", "demo", "--set", "phases.0.stepss=3") == 2
+    assert "phases[0].stepss: unknown key. Did you mean 'steps'?" in capsys.readouterr().err
+    assert run("check", "--schema", "demo") == 0
+    assert "properties" in json.loads(capsys.readouterr().out)
+
+
+def test_apply_equals_fire_in_memory_and_loads_with_auto_classes(checkpoint, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    before = load_file(checkpoint / "model.safetensors")
+    assert run("apply", checkpoint, tmp_path / "out", "--iterations", 7, "--role", "lm_head") == 0
+    assert "13 tensors touched" in capsys.readouterr().out
+    model = load_model(checkpoint)
+    fire_(model, iterations=7, roles=("attention", "mlp", "lm_head"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("the fox")["input_ids"] == AutoTokenizer.from_pretrained(checkpoint)("the fox")["input_ids"]
+    report = json.loads((tmp_path / "out" / "fire.json").read_text())
+    assert report["resets"][0]["options"]["iterations"] == 7
+    after = load_file(checkpoint / "model.safetensors")
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_apply_other_resets_and_dry_run(checkpoint, tmp_path, capsys):
+    assert run("apply", checkpoint, tmp_path / "out", "--method", "shrink_perturb", "--seed", 3, "--shrink", 0.3) == 0
+    assert run("apply", checkpoint, tmp_path / "full", "--method", "full_reset", "--init", tmp_path / "out") == 0
+    a, b = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "full"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    capsys.readouterr()
+    assert run("apply", checkpoint, tmp_path / "dry", "--exclude", "c_fc", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "touch  attention" in out and "excluded by 'c_fc'" in out and "nothing written" in out
+    assert not (tmp_path / "dry").exists()
+
+
+def test_inspect(checkpoint, tmp_path, capsys):
+    run("apply", checkpoint, tmp_path / "out")
+    capsys.readouterr()
+    assert (
+        run(
+            "inspect",
+            tmp_path / "out",
+            "--against",
+            checkpoint,
+            "--json",
+            tmp_path / "i.json",
+            "--html",
+            tmp_path / "i.html",
+        )
+        == 0
+    )
+    assert "σ max" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "i.json").read_text())
+    assert len(rows) == 13
+    before, after = load_model(checkpoint), load_model(tmp_path / "out")
+    row = next(r for r in rows if r["name"] == "transformer.h.0.attn.c_attn.weight[k]")
+    old, new = (m.transformer.h[0].attn.c_attn.weight.detach()[:, 32:64].T.double() for m in (before, after))
+    assert row["sigma"] == pytest.approx(torch.linalg.svdvals(new).tolist(), rel=1e-5)
+    assert row["sfe"] == pytest.approx(float((old - new).square().sum()), rel=1e-5)
+    assert row["cosine"] == pytest.approx(float((old * new).sum() / old.norm() / new.norm()), rel=1e-5)
+    assert "<html" in (tmp_path / "i.html").read_text()
+
+
+def test_eval_on_a_file_and_on_a_corpus(checkpoint, tmp_path, capsys):
+    from transformers import AutoTokenizer
+
+    text = "the lazy dog jumps over the fox\n\na second document"
+    (tmp_path / "t.txt").write_text(text)
+    assert run("eval", checkpoint, "--data", tmp_path / "t.txt", "--context", 16, "--json", tmp_path / "e.json") == 0
+    assert "each token scored once" in capsys.readouterr().out
+    row = json.loads((tmp_path / "e.json").read_text())[0]
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    ids: list[int] = []
+    for document in text.split("\n\n"):
+        ids += [*tokenizer(document)["input_ids"], tokenizer.eos_token_id]
+    wanted = perplexity(load_model(checkpoint), ids, context=16, prefix=tokenizer.eos_token_id)
+    assert row["nll"] == pytest.approx(wanted.nll, rel=1e-9) and row["tokens"] == len(ids)
+    assert row["bits_per_byte"] == pytest.approx(wanted.nll * len(ids) / math.log(2) / row["bytes"])
+
+
+MISTAKES = [
+    (["eval", "{c}", "--data", "{t}/none.txt"], "none.txt"),
+    (["eval", "{c}", "--data", "wikitext-13"], "Did you mean 'wikitext-103'?"),
+    (["eval", "{c}", "--data", "{t}/e.txt"], "e.txt"),
+    (["eval", "{c}", "--data", "{t}/x.txt", "--context", "999"], "999"),
+    (["eval", "{c}", "--data", "{t}/x.txt", "--context", "8", "--stride", "9"], "stride 9"),
+    (["eval", "{t}/nowhere", "--data", "{t}/x.txt"], "nowhere"),
+    (["apply", "{c}", "{t}"], "exists already"),
+    (["apply", "{c}", "{c}/inside"], "lies inside"),
+    (["apply", "{t}/nowhere", "{t}/out"], "nowhere"),
+    (["apply", "{t}/broken", "{t}/out"], "broken' cannot be read"),
+    (["apply", "{c}", "{t}/out", "--method", "fier"], "Did you mean 'fire'?"),
+    (["apply", "{c}", "{t}/out", "--method", "full_reset"], "give one of --init CHECKPOINT and --seed N"),
+    (["apply", "{c}", "{t}/out", "--method", "full_reset", "--init", "{c}", "--seed", "1"], "give one of"),
+    (["apply", "{c}", "{t}/out", "--solver", "plar"], "solver: 'plar'"),
+    (["apply", "{c}", "{t}/out", "--iterations", "-2"], "iterations: -2"),
+    (["apply", "{c}", "{t}/out", "--shrink", "0.5"], "shrink: unknown option of 'fire'"),
+    (["apply", "{c}", "{t}/out", "--role", "hed"], "unknown role 'hed'"),
+    (["apply", "{c}", "{t}/out", "--exclude", "("], "not a regular expression"),
+    (["inspect", "{c}", "--role", "hed"], "hed"),
+    (["inspect", "{t}/nowhere"], "nowhere"),
+    (["report", "{t}/nowhere"], "nowhere"),
+    (["report", "{t}"], "results.json"),
+    (["run", "{t}/none.yaml"], "there is no recipe"),
+    (["run", "demo", "--arm", "fier", "--output", "{t}/out"], "no arm 'fier'. Did you mean 'fire'?"),
+    (["run", "demo", "--set", "phases.0.steps", "--output", "{t}/out"], "write KEY=VALUE"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), MISTAKES, ids=lambda v: " ".join(v)[:40] if isinstance(v, list) else "")
+def test_mistakes_get_one_message_exit_2_and_leave_nothing(argv, message, checkpoint, tmp_path, capsys):
+    (tmp_path / "x.txt").write_text("the quick brown fox")
+    (tmp_path / "e.txt").write_text("")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in checkpoint.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    (broken / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:999])
+    before = sorted(p for p in tmp_path.rglob("*"))
+    assert run(*(a.format(c=checkpoint, t=tmp_path) for a in argv)) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert error.split("\r")[-1].startswith("fire-llm: ") and error.count("fire-llm:") == 1
+    assert sorted(p for p in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["chek", "demo"], "there is no verb 'chek'. Did you mean 'check'?"),
+        (["run"], "RECIPE"),
+        (["eval", "x"], "--data"),
+        (["apply", "a", "b", "--iterations", "five"], "invalid int value: 'five'"),
+        (["run", "demo", "--outptu", "x"], "--outptu"),
+        ([], "VERB"),
+    ],
+)
+def test_words_the_parser_does_not_know(argv, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_failure_of_the_work_is_exit_1(monkeypatch, capsys):
+    import fire_llm.run
+
+    def fail(*_, **__):
+        raise FloatingPointError("the training loss is nan at step 3")
+
+    monkeypatch.setattr(fire_llm.run, "run_recipe", fail)
+    assert run("run", "demo") == 1
+    assert "the work failed: the training loss is nan at step 3" in capsys.readouterr().err
+
+
+def test_public_names_are_there_and_importing_costs_nothing():
+    import fire_llm
+
+    for name in fire_llm.__all__:
+        assert getattr(fire_llm, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'fier_'"):
+        fire_llm.fier_  # noqa: B018
+    code = (
+        "import sys, fire_llm, fire_llm.cli; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ})
+    assert done.stdout.strip() == "[]"
+    assert issubclass(UserError, ValueError)

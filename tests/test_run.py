@@ -1,0 +1,329 @@
+"""The fold: what is finished is skipped, what was cut off resumes bit for bit, another recipe is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from fire_llm import UserError, load_recipe, run_recipe
+from fire_llm.checkpoint import checkpoints
+from fire_llm.run import _only_run
+from fire_llm.units import expand, final_checkpoint, phase_steps, select, split_batch
+
+WORDS = [
+    "fire",
+    "resets",
+    "the",
+    "weights",
+    "of",
+    "a",
+    "model",
+    "so",
+    "that",
+    "it",
+    "may",
+    "learn",
+    "again",
+    "from",
+    "text",
+    "it",
+    "never",
+    "saw",
+    "before",
+]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    """Write two corpora of random words, the second with a vocabulary order of its own."""
+    folder = tmp_path_factory.mktemp("texts")
+    for name, seed in (("a", 1), ("b", 2)):
+        generator = torch.Generator().manual_seed(seed)
+        picks = torch.multinomial(torch.linspace(1, 5, len(WORDS)) ** seed, 12000, True, generator=generator)
+        lines = [" ".join(WORDS[i] for i in chunk) for chunk in picks.split(60)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return folder
+
+
+def recipe_data(texts: Path) -> dict:
+    return {
+        "name": "tiny",
+        "data_root": str(texts),
+        "model": {"preset": "gpt-tiny", "context": 32, "config": {"n_embd": 32, "n_layer": 2, "n_head": 2}},
+        "tokenizer": {"train": 300},
+        "corpora": {"a": {"files": "a.jsonl", "holdout": 0.1}, "b": {"files": "b.jsonl", "holdout": 0.1}},
+        "optimizer": {"lr": 3.0e-3, "min_lr": 3.0e-4},
+        "batch": {"tokens_per_step": 256, "sequences_per_device": 4},
+        "phases": [
+            {"name": "first", "data": {"a": 1.0}, "steps": 12, "keep": ["best", 6]},
+            {
+                "name": "second",
+                "data": {"b": 0.75, "a": 0.25},
+                "steps": 8,
+                "arms": {
+                    "base": {"method": "keep"},
+                    "full-reset": {"method": "full_reset"},
+                    "fire": {"method": "fire", "iterations": 5},
+                },
+            },
+        ],
+        "evaluate": {"data": ["b", "a"], "every_steps": 4},
+        "log_every_steps": 2,
+        "save_every_steps": 4,
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(texts, tmp_path_factory) -> tuple[Path, dict]:
+    """Run the tiny recipe once, for every test that only looks."""
+    folder = tmp_path_factory.mktemp("run") / "tiny"
+    return folder, run_recipe(load_recipe(recipe_data(texts)), folder, progress=False)
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / "model.safetensors")
+
+
+def test_results_hold_what_the_schema_promises(finished):
+    folder, results = finished
+    assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert list(results["arms"]) == ["base", "full-reset", "fire"]
+    assert results["first_corpus"] == "a" and results["new_corpus"] == "b"
+    for arm in results["arms"].values():
+        for corpus in ("a", "b"):
+            final = arm["final"][corpus]
+            assert {"nll", "perplexity", "bits_per_byte", "tokens"} <= set(final)
+            assert final["tokens"] == results["corpora"][corpus]["validation_tokens"]
+        assert [e["step"] for e in arm["curve"] if e["eval"]] == [0, 4, 8]
+        assert arm["runs"][0]["start"] == {"phase": "first", "checkpoint": "final", "step": 12}
+    assert results["phases"][0]["steps"] == 12
+    assert results["versions"]["torch"] == torch.__version__.split("+")[0] or results["versions"]["torch"]
+
+
+def test_every_arm_saw_the_same_batches(finished):
+    _, results = finished
+    hashes = {run["batches_hash"] for arm in results["arms"].values() for run in arm["runs"]}
+    assert len(hashes) == 1
+    assert hashes != {results["phases"][0]["batches_hash"]}
+
+
+def test_final_perplexity_is_what_a_plain_loop_measures_on_the_saved_checkpoint(finished, texts):
+    import math
+
+    import torch.nn.functional as F
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fire_llm.corpora import CorpusSpec, resolve
+
+    folder, results = finished
+    checkpoint = final_checkpoint(folder / "second" / "fire" / "seed-1")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    corpus = resolve("b", CorpusSpec(files="b.jsonl", holdout=0.1), texts)
+    documents = list(corpus.documents("validation"))
+    stream = [tokenizer.eos_token_id]
+    for text in documents:
+        stream += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    total = 0.0
+    for start in range(0, len(stream) - 1, 32):
+        window = torch.tensor(stream[start : start + 33])
+        with torch.no_grad():
+            total += float(F.cross_entropy(model(input_ids=window[None, :-1]).logits[0], window[1:], reduction="sum"))
+    final = results["arms"]["fire"]["final"]["b"]
+    assert final["tokens"] == len(stream) - 1
+    assert final["nll"] == pytest.approx(total / (len(stream) - 1), rel=1e-6)
+    assert final["bits_per_byte"] == pytest.approx(
+        total / math.log(2) / sum(len(t.encode()) for t in documents), rel=1e-6
+    )
+
+
+def test_full_reset_returns_to_the_runs_own_first_weights(finished, texts):
+    """After the reset and before any step, the loss is the first phase's at step 0."""
+    _, results = finished
+    first = results["phases"][0]["curve"][0]["eval"]
+    reset = results["arms"]["full-reset"]["curve"][0]["eval"]
+    assert reset["a"]["nll"] == pytest.approx(first["a"]["nll"], rel=1e-12)
+    kept = results["arms"]["base"]["curve"][0]["eval"]
+    assert kept["a"]["nll"] == results["phases"][0]["final"]["a"]["nll"]
+
+
+def test_reports_of_resets_are_in_the_results(finished):
+    _, results = finished
+    for name, touched in [("base", 0), ("fire", 12), ("full-reset", 32)]:
+        report = results["arms"][name]["runs"][0]["reset"]
+        assert len(report["touched"]) == touched
+        matrices = [t for t in [*report["touched"], *report["untouched"]] if t["dfi_before"] is not None]
+        assert len(matrices) == 13 and all(len(t["sigma_before"]) == 32 for t in matrices)
+
+
+def test_running_again_trains_nothing(finished, texts):
+    folder, results = finished
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
+    again = run_recipe(load_recipe(recipe_data(texts)), folder, progress=False)
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")} == before
+    assert again["arms"] == results["arms"]
+
+
+def test_an_added_arm_is_all_that_is_trained(finished, texts):
+    folder, results = finished
+    data = recipe_data(texts)
+    data["phases"][1]["arms"] = {"rescale": "rescale", **data["phases"][1]["arms"]}
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
+    more = run_recipe(load_recipe(data), folder, arms=["rescale"], progress=False)
+    assert {
+        p: t for p, t in {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}.items() if p in before
+    } == before
+    assert set(more["arms"]) == {"rescale", "base", "full-reset", "fire"}
+    assert more["arms"]["rescale"]["runs"][0]["batches_hash"] == results["arms"]["fire"]["runs"][0]["batches_hash"]
+
+
+def test_a_changed_recipe_is_refused_with_what_changed(finished, texts):
+    folder, _ = finished
+    data = recipe_data(texts)
+    data["optimizer"]["lr"] = 1.0e-3
+    data["phases"][1]["arms"]["fire"]["iterations"] = 7
+    with pytest.raises(UserError, match=r"begun with another recipe:\n  optimizer.lr: 0.003 then, 0.001 now"):
+        run_recipe(load_recipe(data), folder, progress=False)
+    data["optimizer"]["lr"] = 3.0e-3
+    with pytest.raises(UserError, match=r"fire/seed-1' was begun with another recipe"):
+        run_recipe(load_recipe(data), folder, progress=False)
+
+
+def test_checkpoints_kept_and_the_start_they_give(finished, texts, tmp_path):
+    folder, results = finished
+    best = min(
+        (e for e in results["phases"][0]["curve"] if e["eval"] and e["step"]), key=lambda e: e["eval"]["a"]["nll"]
+    )
+    assert {step for _, step in checkpoints(folder / "first" / "seed-1")} == {6, 12, best["step"]}
+    data = recipe_data(texts)
+    data["phases"][1].update(start_from={"first": [6, "final"]}, arms={"base": "keep"})
+    data["seed"] = [1, 2]
+    more = run_recipe(load_recipe(data), tmp_path / "starts", progress=False)
+    assert set(more["arms"]) == {"base@6", "base@final"}
+    for arm in more["arms"].values():
+        assert [run["seed"] for run in arm["runs"]] == [1, 2]
+        nll = [run["final"]["b"]["nll"] for run in arm["runs"]]
+        assert nll[0] != nll[1]
+        assert arm["final"]["b"]["nll"] == pytest.approx(sum(nll) / 2)
+        assert arm["final"]["b"]["nll_std"] == pytest.approx(abs(nll[0] - nll[1]) / 2**0.5)
+    assert more["arms"]["base@final"]["runs"][0]["final"] == results["arms"]["base"]["runs"][0]["final"]
+
+
+SLOW_STEP = """
+import sys, time
+from fire_llm import ContinualTrainer
+step = ContinualTrainer.training_step
+ContinualTrainer.training_step = lambda self, *a, **k: (time.sleep(0.05), step(self, *a, **k))[1]
+from fire_llm.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("unit", "at_least"), [("first/seed-1", 4), ("second/fire/seed-1", 4)])
+def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(finished, texts, tmp_path, unit, at_least):
+    """SIGKILL in the middle of a phase, after a checkpoint and before the next one; then start it again."""
+    whole, results = finished
+    recipe, output = tmp_path / "tiny.yaml", tmp_path / "killed"
+    recipe.write_text(yaml.safe_dump(recipe_data(texts)))
+    command = [sys.executable, "-c", SLOW_STEP, "run", str(recipe), "--output", str(output), "--arm", "fire"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 200
+    while not (found := checkpoints(output / unit)) or found[-1][1] < at_least:
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read().decode()[-2000:]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    assert final_checkpoint(output / unit) is None
+    again = run_recipe(load_recipe(recipe), output, arms=["fire"], progress=False)
+    for part in ("first/seed-1", "second/fire/seed-1"):
+        a, b = weights(final_checkpoint(whole / part)), weights(final_checkpoint(output / part))
+        assert set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a), part
+    mine, theirs = again["arms"]["fire"]["runs"][0], results["arms"]["fire"]["runs"][0]
+    assert {k: v for k, v in mine.items() if k not in ("seconds", "reset")} == {
+        k: v for k, v in theirs.items() if k not in ("seconds", "reset")
+    }
+
+
+def test_two_runs_in_one_folder_at_once_are_refused(texts, tmp_path):
+    with _only_run(tmp_path), pytest.raises(UserError, match="another run is writing into"):
+        run_recipe(load_recipe(recipe_data(texts)), tmp_path, progress=False)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_read_only_folder_is_refused(texts, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="permission denied"):
+        run_recipe(load_recipe(recipe_data(texts)), tmp_path / "run", progress=False)
+
+
+def test_an_output_that_is_a_file_is_refused(texts, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot write below"):
+        run_recipe(load_recipe(recipe_data(texts)), tmp_path / "file", progress=False)
+    with pytest.raises(UserError, match="cannot write below"):
+        run_recipe(load_recipe(recipe_data(texts)), tmp_path / "file" / "run", progress=False)
+
+
+def test_an_empty_and_a_short_corpus_are_refused(texts, tmp_path):
+    for text, message in [
+        ("", "empty|no training documents"),
+        (json.dumps({"text": "two words"}), "fewer than one block|documents"),
+    ]:
+        path = tmp_path / "c.jsonl"
+        path.write_text(text)
+        data = recipe_data(texts)
+        data["corpora"]["a"] = {"files": str(path), "validation": str(texts / "a.jsonl")}
+        data["tokenizer"] = {"train": 300, "corpora": ["b"]}
+        with pytest.raises(UserError, match=message):
+            run_recipe(load_recipe(data), tmp_path / "run", progress=False)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(finished, texts, tmp_path):
+    data = recipe_data(texts)
+    data["model"]["config"]["vocab_size"] = 128
+    with pytest.raises(UserError, match="the tokenizer has 300 tokens and the model's embedding 128 rows"):
+        run_recipe(load_recipe(data), tmp_path / "run", progress=False)
+
+
+def test_a_damaged_parent_checkpoint_is_named(finished, texts, tmp_path):
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    shutil.rmtree(folder / "second" / "fire")
+    path = final_checkpoint(folder / "first" / "seed-1") / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"checkpoint-12' cannot be read"):
+        run_recipe(load_recipe(recipe_data(texts)), folder, progress=False)
+
+
+def test_the_arms_to_run_are_chosen_with_their_parents(texts):
+    units = expand(load_recipe(recipe_data(texts)))
+    assert [u.folder for u in select(units, ["fire"])] == ["first/seed-1", "second/fire/seed-1"]
+    with pytest.raises(UserError, match=r"no arm 'fier'. Did you mean 'fire'\? Arms: base, full-reset, fire"):
+        select(units, ["fier"])
+
+
+def test_lengths_and_batches_are_arithmetic(texts):
+    recipe = load_recipe(
+        recipe_data(texts), ["batch={tokens_per_step: 491520}", "model.context=1024", "model.config.n_positions=1024"]
+    )
+    for world, sequences in ((1, 480), (8, 60), (3, 160)):
+        micro, accumulation = split_batch(recipe, 1024, world)
+        assert micro * accumulation == sequences and micro > 1
+    with pytest.raises(UserError, match="does not divide"):
+        split_batch(recipe, 1024, 7)
+    phase = recipe.phases[0].model_copy(update={"steps": None, "epochs": 1.0})
+    # OpenWebText and WikiText-103 once at 491,520 tokens a step: the paper's 18.6 k steps.
+    assert phase_steps(phase, 491_520, 9_036_000_000 + 117_920_140) == 18_623
+    assert phase_steps(phase.model_copy(update={"epochs": None, "tokens": 491_521}), 491_520, 0) == 2
