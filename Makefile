@@ -34,7 +34,7 @@ format: $(VENV)/.installed  ## rewrite the code in the house style
 	$(BIN)/ruff format .
 
 schema: $(VENV)/.installed  ## write the JSON schema that editors complete recipes from
-	$(BIN)/fire-llm check --schema > recipes/recipe.schema.json
+	$(BIN)/fire-llm check --schema > recipes/schema.tmp && mv recipes/schema.tmp recipes/recipe.schema.json
 
 clean:  ## delete the environment, not the runs
 	rm -rf $(VENV)

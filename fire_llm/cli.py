@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         return verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
 
     check = verb("check", "name every fault of a recipe, and print what running it would take")
-    _recipe_arguments(check)
+    _recipe_arguments(check, nargs="?")
     check.add_argument("--schema", action="store_true", help="print the JSON schema of recipes instead")
 
     run = verb("run", "run what of a recipe is not finished; resumes what was cut off")
@@ -92,8 +92,8 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
-def _recipe_arguments(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a built-in recipe")
+def _recipe_arguments(verb: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    verb.add_argument("recipe", metavar="RECIPE", nargs=nargs, help="a YAML file, or the name of a built-in recipe")
     verb.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key: phases.1.steps=100"
     )
@@ -134,6 +134,8 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.schema:
         print(json.dumps(recipe_schema(), indent=1))
         return
+    if arguments.recipe is None:
+        raise UserError("check: name a RECIPE, such as demo or a YAML file")
     from fire_llm.plan import print_plan
 
     print_plan(load_recipe(arguments.recipe, arguments.set))

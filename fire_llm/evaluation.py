@@ -203,14 +203,16 @@ def score_checkpoints(
     Raises:
         UserError: For an unknown corpus, an unreadable checkpoint or file, or tokens that do not fit the model.
     """
-    from fire_llm.corpora import CorpusSpec, resolve
+    from glob import has_magic
+
+    from fire_llm.corpora import CORPORA, CorpusSpec, resolve
     from fire_llm.data import tokenize_corpus
     from fire_llm.models import load_model, load_tokenizer
 
     corpora = []
     for name in data:
         # A file named by hand is measured whole; it is no training corpus with a part held out.
-        local = (any(mark in name for mark in ("/", "\\", ".", "*")) and name.count("/") != 1) or Path(name).exists()
+        local = name not in CORPORA and (Path(name).exists() or has_magic(name) or Path(name).suffix != "")
         corpora.append(
             (resolve(name, CorpusSpec(files=name, holdout=0.0)), "train") if local else (resolve(name), split)
         )

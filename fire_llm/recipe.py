@@ -298,6 +298,8 @@ def _contradictions(recipe: Recipe) -> Iterable[str]:
     elif recipe.model.preset is not None and recipe.model.preset not in PRESETS:
         near = did_you_mean(recipe.model.preset, PRESETS)
         yield f"model.preset: unknown preset '{recipe.model.preset}'.{near} Known: {', '.join(PRESETS)}"
+    if recipe.model.checkpoint is not None and recipe.model.config:
+        yield "model.config: a checkpoint has a config of its own; remove this key, or take a preset"
     tokenizer = recipe.tokenizer
     if tokenizer is None and recipe.model.preset is not None:
         yield "tokenizer: a preset brings none; give a Hub id or folder, or {train: VOCABULARY_SIZE}"
@@ -345,6 +347,8 @@ def _phase_contradictions(recipe: Recipe, phase: PhaseSection, earlier: dict[str
             yield f"keep: {k!r} is not allowed; 'best' or a number of steps"
         elif isinstance(k, int) and phase.steps is not None and k > phase.steps:
             yield f"keep: step {k} lies beyond the phase's {phase.steps} steps"
+    if "best" in phase.keep and not any(phase.data.get(c) for c in recipe.evaluated()):
+        yield f"keep: 'best' is told by the phase's own corpora, and evaluate.data has none of {', '.join(phase.data)}"
     for arm in phase.arms or {}:
         if not _NAME.fullmatch(arm):
             yield f"arms.{arm}: the name is that of a folder; use letters, digits, '.', '_', '+' and '-'"

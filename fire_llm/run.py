@@ -36,6 +36,7 @@ from fire_llm.units import (
     resolve_precision,
     select,
     split_batch,
+    tokenizer_corpora,
 )
 
 SPECTRA_WIDTH = 1024
@@ -146,14 +147,19 @@ class Workbench:
         if self._tokenizer is None:
             section, own = self.recipe.tokenizer, self.folder / "tokenizer"
             if section is not None and section.train is not None:
+                corpora = [corpus_of(self.recipe, name) for name in tokenizer_corpora(self.recipe)]
+                origin = {"vocabulary": section.train, "corpora": {c.name: c.fingerprint for c in corpora}}
                 if not own.exists() and _is_main():
-                    names = section.corpora or list(self.recipe.phases[0].data)
-                    trained = train_tokenizer(
-                        [corpus_of(self.recipe, n) for n in names], section.train, progress=self.progress
-                    )
+                    trained = train_tokenizer(corpora, section.train, progress=self.progress)
                     with staged(own) as partial:
                         trained.save_pretrained(partial)
+                        write_json(partial / "trained_on.json", origin)
                 _barrier()
+                if json.loads((own / "trained_on.json").read_text(encoding="utf-8")) != origin:
+                    raise UserError(
+                        f"'{own}' was trained for another recipe or on other text: choose another --output, "
+                        "or delete the run's folder"
+                    )
                 self._tokenizer = load_tokenizer(own)
             else:
                 self._tokenizer = load_tokenizer(

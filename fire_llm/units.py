@@ -12,6 +12,7 @@ A unit is finished when its last checkpoint is there.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable
@@ -53,47 +54,59 @@ class Unit:
 
 def expand(recipe: Recipe) -> list[Unit]:
     """Return the units of a recipe, parents before children."""
+    common = recipe.model_dump(
+        mode="json", include={"model", "tokenizer", "optimizer", "batch", "evaluate", "log_every_steps"}
+    )
+    common["precision"] = resolve_precision(recipe.precision)  # "auto" may mean another thing on another machine
+    lexicon = tokenizer_corpora(recipe)
+    fingerprints = {name: corpus_of(recipe, name).fingerprint for name in [*recipe.corpus_names(), *lexicon]}
     units: list[Unit] = []
     by_source: dict[tuple[str, int], list[Unit]] = {}
-    base = recipe.model_dump(
-        mode="json", include={"model", "tokenizer", "optimizer", "batch", "precision", "evaluate", "log_every_steps"}
-    )
-    names = [*recipe.corpus_names(), *(recipe.tokenizer.corpora if recipe.tokenizer else [])]
-    fingerprints = {name: corpus_of(recipe, name).fingerprint for name in names}
     previous: PhaseSection | None = None
     for phase in recipe.phases:
-        body = phase.model_dump(mode="json", exclude={"arms", "keep", "start_from"})
-        data = {c: fingerprints[c] for c in dict.fromkeys([*phase.data, *recipe.evaluated()])}
+        shared = {
+            **common,
+            "phase": phase.model_dump(mode="json", exclude={"arms", "keep", "start_from"}),
+            "corpora": {c: fingerprints[c] for c in dict.fromkeys([*phase.data, *recipe.evaluated(), *lexicon])},
+        }
         arms: list[tuple[str | None, list[ResetSpec]]] = [*recipe.arms(phase).items()] or [(None, [])]
-        for arm, resets in arms:
-            for seed in recipe.seed:
-                starts: list[tuple[Unit | None, str]] = []
-                for source, labels in _sources(phase, previous, arm).items():
-                    parents: list[Unit | None] = [*by_source.get((source, seed), [])] if source else [None]
-                    starts += [(parent, str(label)) for parent in parents for label in labels]
-                for parent, start in starts:
-                    name = arm if arm is None or len(starts) == 1 else f"{arm}@{start}"
-                    parts = [
-                        phase.name,
-                        *([name] if name else []),
-                        *([start] if arm is None and len(starts) > 1 else []),
-                    ]
-                    spec = {
-                        **base,
-                        "seed": seed,
-                        "phase": body,
-                        "resets": [vars(r) for r in resets],
-                        "corpora": data,
-                        "start": {"from": _digest(parent.spec), "checkpoint": start} if parent else None,
-                    }
-                    spec = json.loads(json.dumps(spec))
-                    unit = Unit(
-                        phase, name, tuple(resets), seed, parent, start, "/".join([*parts, f"seed-{seed}"]), spec
-                    )
-                    units.append(unit)
-                    by_source.setdefault((f"{phase.name}/{arm}" if arm else phase.name, seed), []).append(unit)
+        for (arm, resets), seed in itertools.product(arms, recipe.seed):
+            starts: list[tuple[Unit | None, str]] = []
+            for source, labels in _sources(phase, previous, arm).items():
+                parents = by_source[(source, seed)] if source else [None]
+                starts += [(parent, str(label)) for parent in parents for label in labels]
+            for parent, start in starts:
+                name = "@".join(filter(None, [arm, _start_name(starts, parent, start)])) or None
+                spec = {
+                    **shared,
+                    "seed": seed,
+                    "resets": [vars(r) for r in resets],
+                    "start": {"from": _digest(parent.spec), "checkpoint": start} if parent else None,
+                }
+                folder = "/".join(filter(None, [phase.name, name, f"seed-{seed}"]))
+                unit = Unit(
+                    phase, arm and name, tuple(resets), seed, parent, start, folder, json.loads(json.dumps(spec))
+                )
+                units.append(unit)
+                by_source.setdefault((f"{phase.name}/{arm}" if arm else phase.name, seed), []).append(unit)
         previous = phase
     return units
+
+
+def _start_name(starts: list[tuple[Unit | None, str]], parent: Unit | None, start: str) -> str:
+    """Name a warm start among several: its checkpoint's label, behind its unit's name where units differ too."""
+    if len(starts) == 1 or parent is None:
+        return ""
+    several = len({other.folder for other, _ in starts if other}) > 1
+    origin = parent.folder.rpartition("/seed-")[0].replace("/", "-")
+    return f"{origin}-{start}" if several else start
+
+
+def tokenizer_corpora(recipe: Recipe) -> list[str]:
+    """Return the corpora that the recipe's tokenizer is trained on; none where it is given."""
+    if recipe.tokenizer is None or recipe.tokenizer.train is None:
+        return []
+    return recipe.tokenizer.corpora or list(recipe.phases[0].data)
 
 
 def _sources(phase: PhaseSection, previous: PhaseSection | None, arm: str | None) -> dict[str, list[Any]]:
@@ -187,8 +200,8 @@ def split_batch(recipe: Recipe, context: int, world: int) -> tuple[int, int]:
         raise UserError(
             f"batch.sequences_per_device: {given} does not divide the {sequences} sequences a process has a step"
         )
-    # Small batches stay in a CPU's cache; an accelerator wants to be filled.
-    most = 32 if torch.accelerator.is_available() else 8
+    # Logits bound the memory: at a vocabulary of 50k these are 0.8 and 3.3 GB of them, in fp32.
+    most = max(1, (16_384 if torch.accelerator.is_available() else 4_096) // context)
     micro = given or max(n for n in range(1, min(most, sequences) + 1) if sequences % n == 0)
     return micro, sequences // micro
 

@@ -22,7 +22,7 @@ class CorpusSpec(pydantic.BaseModel, extra="forbid"):
 
     files: Files | None = pydantic.Field(
         default=None,
-        description="Local files: a path or glob, or a list of them, relative to the recipe's folder. "
+        description="Local files: a path or glob, or a list of them, relative to data_root. "
         ".txt, .jsonl, .json (each also .gz or .zst) or .parquet.",
     )
     validation: Files | None = pydantic.Field(
