@@ -38,23 +38,25 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
     return flat.view_as(labels)
 
 
-def total_nll(logits: Tensor, labels: Tensor, chunk: int = 256) -> Tensor:
-    """Return Σ of the labels' negative log-likelihoods in nats, the softmax itself taken in fp64.
+def total_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return Σ of the labels' negative log-likelihoods in nats, summed in fp64 within the softmax and over tokens.
 
     Args:
-        logits: (B, T, V), any float dtype.
+        logits: (B, T, V), any float dtype; the exponentials are taken in fp32 (fp64 for fp64).
         labels: (B, T), already shifted; `IGNORE` where none is scored.
-        chunk: Positions converted to fp64 at a time, which bounds the memory to chunk·V doubles.
 
     Returns:
         () fp64.
     """
-    wanted = labels.flatten() != IGNORE
     rows, targets = logits.flatten(0, 1), labels.flatten()
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    for some in wanted.nonzero().squeeze(-1).split(chunk):
-        x = rows[some].double()
-        total += (x.logsumexp(-1) - x.gather(-1, targets[some, None]).squeeze(-1)).sum()
+    # 2²² logits at a time stay in a cache; whole batches measured three times slower at V = 50k.
+    for some in (targets != IGNORE).nonzero().squeeze(-1).split(max(1, 2**22 // rows.shape[-1])):
+        x = rows[some]
+        x = x if x.dtype == torch.float64 else x.float()
+        top = x.amax(-1, keepdim=True)
+        log_sum = (x - top).exp_().sum(-1, dtype=torch.float64).log()
+        total += (log_sum + (top - x.gather(-1, targets[some, None])).squeeze(-1)).sum()
     return total
 
 
@@ -178,7 +180,7 @@ def _batches(spans: Iterator[tuple[int, int, int]], size: int) -> Iterator[list[
 def _bar(total: int, title: str | None) -> Any:
     from tqdm.auto import tqdm
 
-    return tqdm(total=total, desc=title, unit="tok", unit_scale=True, leave=False, disable=title is None, delay=1)
+    return tqdm(total=total, desc=title, unit="tok", unit_scale=True, leave=False, disable=title is None, delay=2)
 
 
 def score_checkpoints(

@@ -158,12 +158,14 @@ def load_tokenizer(name: str | Path) -> Any:
     Raises:
         UserError: Where there is none, or it has no end-of-text token to put between documents.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, GPT2TokenizerFast
 
     if not Path(name).is_dir() and str(name).count("/") > 1:
         raise UserError(f"tokenizer: there is no folder '{name}'")
+    # GPT-2's two files alone do not tell AutoTokenizer whose they are.
+    bare = (Path(name) / "merges.txt").is_file() and not list(Path(name).glob("tokenizer*.json"))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name))
+        tokenizer = (GPT2TokenizerFast if bare else AutoTokenizer).from_pretrained(str(name))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"tokenizer: none could be read from '{name}': {_first_line(error)}") from error
     if len(tokenizer) < 2:

@@ -16,7 +16,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from fire_llm.checkpoint import CONTINUAL_STATE, STAGING_SUFFIX, checkpoints, sync, write_json, writing
 from fire_llm.errors import UserError
@@ -102,6 +110,8 @@ class ContinualTrainer(Trainer):
         self._seconds_before = 0.0
         self._began = time.monotonic()
         self._staging: Path | None = None
+        # Samples are full: nothing is padded, and tokenizers such as GPT-2's have no token to pad with.
+        kwargs.setdefault("data_collator", default_data_collator)
         # `Trainer` insists on a dataset wherever an evaluation strategy is set; ours are in `evaluation_sets`.
         super().__init__(
             model,
