@@ -1,0 +1,144 @@
+"""Presets, step-0 weights, and what is refused on the way to a model."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from conftest import tiny_gpt2, tiny_llama
+
+from fire_llm import UserError
+from fire_llm.models import PRESETS, config_for, describe, fresh_model, load_model, load_tokenizer, model_on_meta
+
+
+def test_gpt_0_1b_is_the_papers_model():
+    model = model_on_meta(config_for("gpt-0.1b"))
+    config = model.config
+    assert (config.n_layer, config.n_head, config.n_embd, config.n_positions) == (12, 12, 768, 1024)
+    assert config.vocab_size == 50304 and config.tie_word_embeddings
+    assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop) == (0, 0, 0)
+    x = torch.linspace(-3, 3, 99)
+    assert torch.equal(model.transformer.h[0].mlp.act(x), torch.nn.functional.gelu(x))  # not the tanh form
+    # 50304·768 + 1024·768 + 12·(12·768² + 13·768) + 2·768, the biases of the transformers classes included.
+    assert sum(p.numel() for p in model.parameters()) == 124_475_904
+
+
+def test_fresh_weights_are_the_papers_initialisation():
+    model = fresh_model(config_for("gpt-small"), seed=1)
+    layers = model.config.n_layer
+    for name, p in model.state_dict().items():
+        if name.endswith("c_proj.weight"):
+            assert float(p.std()) == pytest.approx(0.02 / math.sqrt(2 * layers), rel=0.05)
+        elif p.ndim == 2:
+            assert float(p.std()) == pytest.approx(0.02, rel=0.05)
+        elif name.endswith("bias"):
+            assert not p.any()
+
+
+def test_fresh_weights_depend_on_the_seed_alone_and_leave_the_generator_as_it_was():
+    config = config_for("gpt-tiny")
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = fresh_model(config, 3)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.rand(100)
+    again, other = fresh_model(config, 3), fresh_model(config, 4)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(first.transformer.wte.weight, other.transformer.wte.weight)
+
+
+def test_a_saved_config_gives_the_same_fresh_weights(tmp_path):
+    model = fresh_model(config_for("gpt-tiny", context=32), 7)
+    model.save_pretrained(tmp_path)
+    again = fresh_model(load_model(tmp_path).config, 7)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_a_vocabulary_that_follows_the_tokenizer_is_padded():
+    class Tokenizer:
+        eos_token_id = 0
+
+        def __len__(self):
+            return 2049
+
+    assert config_for("gpt-tiny", tokenizer=Tokenizer()).vocab_size == 2112
+    with pytest.raises(UserError, match="the tokenizer has 2049 tokens and the model's embedding 1000 rows"):
+        config_for("gpt-tiny", tokenizer=Tokenizer(), overrides={"vocab_size": 1000})
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("gpt-2", {}, "neither a preset"),
+        ("gpt-tny", {}, "Did you mean 'gpt-tiny'?"),
+        ("gpt-tiny", {"overrides": {"n_layers": 3}}, "no attribute 'n_layers'. Did you mean 'n_layer'?"),
+    ],
+)
+def test_bad_models(name, options, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        config_for(name, **options)
+
+
+def test_a_context_beyond_the_models_positions_is_refused(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="65 is longer than the model's 64 positions"):
+        config_for(str(tmp_path), context=65)
+
+
+def test_checkpoints_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(UserError, match="neither a preset"):
+        load_model(tmp_path / "nowhere")
+    model = tiny_gpt2()
+    model.save_pretrained(tmp_path / "m")
+    weights = tmp_path / "m" / "model.safetensors"
+    whole = weights.read_bytes()
+    for damage in (whole[: len(whole) // 2], b"", b"\xff" * 100):
+        weights.write_bytes(damage)
+        with pytest.raises(UserError, match="m' cannot be read"):
+            load_model(tmp_path / "m")
+    weights.unlink()
+    with pytest.raises(UserError, match="m' cannot be read"):
+        load_model(tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text("{")
+    with pytest.raises(UserError, match="no config could be read"):
+        load_model(tmp_path / "m")
+
+
+def test_a_checkpoint_that_lacks_tensors_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tiny_llama().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 of the model's tensors, 'model.layers.1.mlp.up_proj.weight'"):
+        load_model(tmp_path)
+
+
+def test_tokenizers_that_cannot_be_used_are_refused(tmp_path):
+    with pytest.raises(UserError, match="there is no folder"):
+        load_tokenizer("a/b/c")
+    with pytest.raises(UserError, match="none could be read"):
+        load_tokenizer(tmp_path)
+    # What `GPT2TokenizerFast(vocab_file=…)` would silently turn into an empty vocabulary.
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "vocab.json").write_text(json.dumps({}))
+    with pytest.raises(UserError, match="empty vocabulary|none could be read"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.shared_data
+def test_gpt2s_two_files_alone_give_its_tokenizer(shared_data):
+    tokenizer = load_tokenizer(shared_data / "gpt2-tokenizer")
+    assert tokenizer("Hello world")["input_ids"] == [15496, 995]
+    assert len(tokenizer) == 50257 and tokenizer.eos_token_id == 50256
+
+
+def test_descriptions():
+    assert describe(model_on_meta(config_for("gpt-tiny", overrides={"vocab_size": 2048}))) == (
+        "GPT2LMHeadModel, 4 layers, width 128, vocabulary 2048, 1.07 M parameters"
+    )
+    assert set(PRESETS) == {"gpt-0.1b", "gpt-small", "gpt-tiny"}
