@@ -13,7 +13,7 @@ ORDER = [
     "evaluation", "inspection", "trainer", "recipe", "units", "plan", "results", "run", "comparison", "plots", "page",
     "report", "cli", "__main__",
 ]  # fmt: skip
-LONGEST = 400
+LONGEST = 350
 
 
 def imports(path: Path) -> set[str]:

@@ -126,7 +126,7 @@ def test_tokenizers_that_cannot_be_used_are_refused(tmp_path):
     # What `GPT2TokenizerFast(vocab_file=…)` would silently turn into an empty vocabulary.
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     (tmp_path / "vocab.json").write_text(json.dumps({}))
-    with pytest.raises(UserError, match="empty vocabulary|none could be read"):
+    with pytest.raises(UserError, match=r"empty vocabulary|none could be read"):
         load_tokenizer(tmp_path)
 
 

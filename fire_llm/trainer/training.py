@@ -6,7 +6,6 @@ Shapes: B = sequences a micro-batch, T = tokens a sequence.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -27,10 +26,8 @@ from transformers import (
 )
 
 from fire_llm.checkpoint import CONTINUAL_STATE, STAGING_SUFFIX, checkpoints, sync, write_json, writing
-from fire_llm.errors import UserError
 from fire_llm.evaluation import perplexity, token_nll
-from fire_llm.models import fresh_model
-from fire_llm.resets import RESETS, ResetReport, ResetsLike, apply_reset, parse_resets
+from fire_llm.trainer.callbacks import Keeping, Progress
 
 
 @dataclass
@@ -123,8 +120,8 @@ class ContinualTrainer(Trainer):
         )
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        self.add_callback(_Keeping())
-        self.add_callback(_Progress())
+        self.add_callback(Keeping())
+        self.add_callback(Progress())
         # `compute_loss` divides by the tokens of the whole accumulated batch; this is how `Trainer` is told so.
         self.model_accepts_loss_kwargs = True
         self.batches_hash = torch.zeros((), dtype=torch.int64, device=args.device)
@@ -276,102 +273,3 @@ def hash_batch(ids: Tensor, step: int) -> Tensor:
     place = torch.arange(1, ids.shape[-1] + 1, device=ids.device) * -7046029254386353131
     when = ((step + 1) * 0x9E3779B97F4A7C15 + 2**63) % 2**64 - 2**63  # wrapped around, as the tensors' products are
     return mix(mix(ids + place).sum(-1) + when).sum()
-
-
-class ResetCallback(TrainerCallback):
-    """Apply a reset inside a running `Trainer`: when training begins, or after given steps; never again on resumption.
-
-    Works in any `Trainer`. The state of exactly the touched parameters is cleared in its optimizer.
-
-    Args:
-        resets: A method's name, a spec, or a list of specs, as `apply_reset` takes them.
-        at_steps: Optimizer steps after which it is applied; none means when training begins.
-        initial: A model with the run's step-0 weights; where it is wanted and not given, drawn from the model's
-            config and `seed`.
-        seed: Seed of those weights; the trainer's own by default.
-        report_file: Where to write the report as JSON.
-        spectra: Whether the report holds singular values.
-
-    Raises:
-        UserError: At once, for an unknown reset or option.
-    """
-
-    def __init__(
-        self,
-        resets: ResetsLike = "fire",
-        *,
-        at_steps: Iterable[int] = (),
-        initial: Any = None,
-        seed: int | None = None,
-        report_file: str | Path | None = None,
-        spectra: bool = False,
-    ) -> None:
-        self.resets = parse_resets(resets)
-        self.at_steps = frozenset(at_steps)
-        if any(step < 1 for step in self.at_steps):
-            raise UserError(
-                f"at_steps {sorted(self.at_steps)}: steps count from 1; leave it empty to reset at the start"
-            )
-        self.initial, self.seed, self.spectra = initial, seed, spectra
-        self.report_file = Path(report_file) if report_file else None
-        self.reports: list[ResetReport] = []
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Reset at the start of training, unless this is a resumption."""
-        if not self.at_steps and state.global_step == 0:
-            self._apply(args, **kwargs)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Reset after a listed step; the checkpoint of that step holds the result."""
-        if state.global_step in self.at_steps:
-            self._apply(args, **kwargs)
-
-    def _apply(self, args: Any, model: Any = None, optimizer: Any = None, **_: Any) -> None:
-        initial = self.initial
-        if initial is None and any(RESETS[r.method].needs_initial for r in self.resets):
-            initial = fresh_model(model.config, args.seed if self.seed is None else self.seed)
-        report = apply_reset(model, self.resets, initial=initial, optimizer=optimizer, spectra=self.spectra)
-        self.reports.append(report)
-        if self.report_file is not None and args.process_index == 0:
-            write_json(self.report_file, report.to_dict())
-
-
-class _Keeping(TrainerCallback):
-    """Save at the listed steps, and log wherever something is saved or measured, so that no average spans it."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        last = state.global_step >= state.max_steps
-        control.should_evaluate |= last
-        control.should_save |= last or state.global_step in args.keep_steps
-        if control.should_save or control.should_evaluate:
-            control.should_log = True
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-        loss = logs.get("loss")
-        if loss is not None and not math.isfinite(loss):
-            raise FloatingPointError(f"the training loss is {loss} at step {state.global_step}: training stops here")
-
-
-class _Progress(TrainerCallback):
-    """Show one bar a phase, with the latest training loss and validation perplexities."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        from tqdm.auto import tqdm
-
-        hidden = args.title is None or not state.is_world_process_zero
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=args.title, unit="step", disable=hidden)
-        self.shown: dict[str, str] = {}
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-        if "loss" in logs:
-            self.shown["loss"] = f"{logs['loss']:.3f}"
-        for key, value in logs.items():
-            if key.startswith("eval_") and key.endswith("_perplexity"):
-                self.shown[f"ppl {key[5:-11]}"] = f"{value:.1f}"
-        self.bar.set_postfix(self.shown, refresh=False)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.close()

@@ -1,0 +1,166 @@
+"""Say what is wrong with a recipe: the path, the value, what is allowed and the next step."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from fire_llm.corpora import CorpusSpec, resolve
+from fire_llm.errors import UserError, did_you_mean
+from fire_llm.models import PRESETS
+from fire_llm.recipe.sections import (
+    BatchSection,
+    EvaluateSection,
+    ModelSection,
+    OptimizerSection,
+    PhaseSection,
+    Recipe,
+    TokenizerSection,
+    as_list,
+)
+from fire_llm.resets import RESETS, ResetSpec
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
+def path_of(loc: Iterable[Any]) -> str:
+    """Write a location as `phases[1].arms.fire`."""
+    text = ""
+    for part in loc:
+        if part in ("int", "str", "function-before[as_list()]"):  # branches of a union, which users never wrote
+            continue
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text or "recipe"
+
+
+def explain(error: Any) -> str:
+    """Say one pydantic error in words that name the value, what is allowed and the next step."""
+    kind, value, loc = error["type"], error["input"], error["loc"]
+    if kind == "extra_forbidden":
+        fields = _fields_at(loc[:-1])
+        return f"unknown key.{did_you_mean(str(loc[-1]), fields)} Known: {', '.join(fields)}"
+    if kind == "missing":
+        return "missing; it has no default"
+    if kind in ("float_type", "int_type") and isinstance(value, str):
+        wanted = "a number" if kind == "float_type" else "a whole number"
+        if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+            mantissa, _, exponent = value.lower().partition("e")
+            full = mantissa if "." in mantissa else mantissa + ".0"
+            sign = exponent if exponent[0] in "+-" else "+" + exponent
+            return f"'{value}' is text to YAML, and {wanted} is wanted. Write {full}e{sign}"
+        return f"'{value}' is text; {wanted} is wanted"
+    if kind == "literal_error":
+        allowed = [a.strip("' ") for a in re.split(r", | or ", error["ctx"]["expected"])]
+        return f"{value!r} is not allowed.{did_you_mean(str(value), allowed)} Allowed: {', '.join(allowed)}"
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return f"{json.dumps(value, default=str)[:80]} is not allowed: it should be {message}"
+
+
+def _fields_at(loc: Iterable[Any]) -> list[str]:
+    """Return the keys allowed at a location of the recipe."""
+    sections: dict[str, type[BaseModel]] = {
+        "model": ModelSection, "tokenizer": TokenizerSection, "optimizer": OptimizerSection, "batch": BatchSection,
+        "phases": PhaseSection, "evaluate": EvaluateSection, "corpora": CorpusSpec,
+    }  # fmt: skip
+    first = next(iter(loc), None)
+    return list(sections.get(str(first), Recipe).model_fields)
+
+
+def arm_faults(data: Mapping[str, Any]) -> list[str]:
+    """Check every reset of every arm, whatever else is wrong with the recipe."""
+    faults = []
+    phases = data.get("phases")
+    for i, phase in enumerate(phases if isinstance(phases, list) else []):
+        arms = phase.get("arms") if isinstance(phase, Mapping) else None
+        for name, arm in arms.items() if isinstance(arms, Mapping) else ():
+            for j, reset in enumerate(as_list(arm)):
+                where = f"phases[{i}].arms.{name}" + (f"[{j}]" if isinstance(arm, list) else "")
+                if not isinstance(reset, str | Mapping):
+                    faults.append(
+                        f"{where}: {reset!r} is no reset; write {{method: NAME}}, NAME one of {', '.join(RESETS)}"
+                    )
+                    continue
+                faults += [f"{where}.{key}: {message}" for key, message in ResetSpec.check(reset)[0]]
+    return faults
+
+
+def contradictions(recipe: Recipe) -> Iterable[str]:
+    """Yield what is wrong between keys that are each right by themselves."""
+    if (recipe.model.preset is None) == (recipe.model.checkpoint is None):
+        yield "model: give one of preset and checkpoint"
+    elif recipe.model.preset is not None and recipe.model.preset not in PRESETS:
+        near = did_you_mean(recipe.model.preset, PRESETS)
+        yield f"model.preset: unknown preset '{recipe.model.preset}'.{near} Known: {', '.join(PRESETS)}"
+    if recipe.model.checkpoint is not None and recipe.model.config:
+        yield "model.config: a checkpoint has a config of its own; remove this key, or take a preset"
+    tokenizer = recipe.tokenizer
+    if tokenizer is None and recipe.model.preset is not None:
+        yield "tokenizer: a preset brings none; give a Hub id or folder, or {train: VOCABULARY_SIZE}"
+    if tokenizer is not None and (tokenizer.path is None) == (tokenizer.train is None):
+        yield "tokenizer: give one of path and train"
+    if len(set(recipe.seed)) < len(recipe.seed):
+        yield f"seed: {recipe.seed} names a seed twice"
+    if recipe.optimizer.min_lr > recipe.optimizer.lr:
+        yield f"optimizer.min_lr: {recipe.optimizer.min_lr} is above lr, {recipe.optimizer.lr}"
+    context = recipe.model.context or (PRESETS.get(recipe.model.preset or "") or {}).get("n_positions")
+    if context and recipe.batch.tokens_per_step % context:
+        nearest = max(1, round(recipe.batch.tokens_per_step / context)) * context
+        yield (
+            f"batch.tokens_per_step: {recipe.batch.tokens_per_step} is not a multiple of the context, {context}. "
+            f"The nearest is {nearest}"
+        )
+    earlier: dict[str, list[str]] = {}
+    for n, phase in enumerate(recipe.phases):
+        yield from (f"phases[{n}].{fault}" for fault in _phase_contradictions(recipe, phase, earlier))
+        earlier[phase.name] = [str(k) for k in ["final", *phase.keep]]
+        for arm in phase.arms or {}:
+            earlier[f"{phase.name}/{arm}"] = earlier[phase.name]
+    for name in dict.fromkeys([*recipe.corpus_names(), *(tokenizer.corpora if tokenizer else [])]):
+        try:
+            resolve(name, recipe.corpora.get(name), Path(recipe.data_root))
+        except UserError as error:
+            yield f"{error}"
+
+
+def _phase_contradictions(recipe: Recipe, phase: PhaseSection, earlier: dict[str, list[str]]) -> Iterable[str]:
+    if not _NAME.fullmatch(phase.name):
+        yield f"name: '{phase.name}' names a folder; use letters, digits, '.', '_', '+' and '-'"
+    if phase.name in earlier:
+        yield f"name: '{phase.name}' is the name of an earlier phase"
+    lengths = [k for k in ("epochs", "steps", "tokens") if getattr(phase, k) is not None]
+    if len(lengths) != 1:
+        yield f"{' and '.join(lengths) or 'steps'}: give exactly one of epochs, steps and tokens"
+    for corpus, weight in phase.data.items():
+        if not 0 <= weight < float("inf"):
+            yield f"data.{corpus}: the weight {weight} should be a number of 0 or more"
+    if not any(phase.data.values()):
+        yield "data: the weights are all zero"
+    for k in phase.keep:
+        if k != "best" and not (isinstance(k, int) and k > 0):
+            yield f"keep: {k!r} is not allowed; 'best' or a number of steps"
+        elif isinstance(k, int) and phase.steps is not None and k > phase.steps:
+            yield f"keep: step {k} lies beyond the phase's {phase.steps} steps"
+    if "best" in phase.keep and not any(phase.data.get(c) for c in recipe.evaluated()):
+        yield f"keep: 'best' is told by the phase's own corpora, and evaluate.data has none of {', '.join(phase.data)}"
+    for arm in phase.arms or {}:
+        if not _NAME.fullmatch(arm):
+            yield f"arms.{arm}: the name is that of a folder; use letters, digits, '.', '_', '+' and '-'"
+    for source, labels in (phase.start_from or {}).items():
+        if source not in earlier:
+            yield f"start_from: there is no earlier phase '{source}'.{did_you_mean(source, earlier)}"
+            continue
+        for label in labels:
+            if str(label) not in earlier[source]:
+                allowed = ", ".join(earlier[source])
+                yield f"start_from.{source}: '{label}' is not kept; kept: {allowed}. Add it to that phase's keep"
+    armed = [p for p in recipe.phases if p.arms and p.name in earlier]
+    if phase.start_from is None and armed and armed[-1].name == next(reversed([k for k in earlier if "/" not in k])):
+        missing = [a for a in (phase.arms or {"": None}) if a not in (armed[-1].arms or {})]
+        if missing:
+            example = f"{armed[-1].name}/{next(iter(armed[-1].arms or {}))}"
+            yield f"start_from: the previous phase has arms; say which to go on from, such as {{{example}: final}}"
