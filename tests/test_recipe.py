@@ -94,7 +94,7 @@ def test_the_good_one_loads():
         ("phases/1/name", "../up", "names a folder"),
         ("phases/1/start_from", {"oen": "final"}, "there is no earlier phase 'oen'. Did you mean 'one'?"),
         ("phases/1/start_from", {"one": [7]}, "phases[1].start_from.one: '7' is not kept; kept: final, best, 5"),
-        ("evaluate/data", ["nowhere"], "nowhere"),
+        ("evaluate/data", ["python-docs", "nowhere"], "evaluate.data: unknown corpus 'nowhere'"),
         ("evaluate/every_steps", 0, "evaluate.every_steps: 0 is not allowed"),
         ("corpora", {"mine": {"fiels": "a.txt"}}, "corpora.mine.fiels: unknown key. Did you mean 'files'?"),
         ("model", ..., "model: missing"),

@@ -32,7 +32,7 @@ def path_of(loc: Iterable[Any]) -> str:
     """Write a location as `phases[1].arms.fire`."""
     text = ""
     for part in loc:
-        if part in ("int", "str", "function-before[as_list()]"):  # branches of a union, which users never wrote
+        if part in ("int", "str"):  # branches of a union, which users never wrote
             continue
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
     return text or "recipe"
@@ -120,11 +120,14 @@ def contradictions(recipe: Recipe) -> Iterable[str]:
         earlier[phase.name] = [str(k) for k in ["final", *phase.keep]]
         for arm in phase.arms or {}:
             earlier[f"{phase.name}/{arm}"] = earlier[phase.name]
-    for name in dict.fromkeys([*recipe.corpus_names(), *(tokenizer.corpora if tokenizer else [])]):
+    places = {name: "tokenizer.corpora" for name in (tokenizer.corpora if tokenizer else [])}
+    places |= {name: "evaluate.data" for name in recipe.evaluate.data}
+    places |= {name: f"phases[{n}].data" for n, phase in enumerate(recipe.phases) for name in phase.data}
+    for name, place in places.items():
         try:
             resolve(name, recipe.corpora.get(name), Path(recipe.data_root))
         except UserError as error:
-            yield f"{error}"
+            yield f"{place}: {error}"
 
 
 def _phase_contradictions(recipe: Recipe, phase: PhaseSection, earlier: dict[str, list[str]]) -> Iterable[str]:
@@ -145,7 +148,7 @@ def _phase_contradictions(recipe: Recipe, phase: PhaseSection, earlier: dict[str
             yield f"keep: {k!r} is not allowed; 'best' or a number of steps"
         elif isinstance(k, int) and phase.steps is not None and k > phase.steps:
             yield f"keep: step {k} lies beyond the phase's {phase.steps} steps"
-    if "best" in phase.keep and not any(phase.data.get(c) for c in recipe.evaluated()):
+    if "best" in phase.keep and not set(phase.data) & set(recipe.evaluated()):
         yield f"keep: 'best' is told by the phase's own corpora, and evaluate.data has none of {', '.join(phase.data)}"
     for arm in phase.arms or {}:
         if not _NAME.fullmatch(arm):
