@@ -78,10 +78,17 @@ def writing(folder: Path) -> Iterator[None]:
             raise
         raise UserError(f"cannot write below '{folder}': {reasons[error.errno]}") from error
     except Exception as error:
-        # safetensors reports a full disk in words of its own.
-        if "No space left on device" in str(error):
+        # safetensors and torch report a full disk in words of their own.
+        if "No space left on device" in str(error) or ("writ" in str(error) and free_bytes(folder) < 2**20):
             raise UserError(f"cannot write below '{folder}': the disk is full. Free some space") from error
         raise
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the bytes free for a folder that need not exist yet."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def checkpoints(folder: Path) -> list[tuple[Path, int]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import platform
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fire_llm.checkpoint import checkpoints, staged, write_json, writing
+from fire_llm.checkpoint import checkpoints, free_bytes, staged, write_json, writing
 from fire_llm.data import Mixture, TokenFile, tokenize_corpus, train_tokenizer
 from fire_llm.errors import UserError
 from fire_llm.models import config_for, fresh_model, load_model, load_tokenizer
@@ -67,7 +66,7 @@ def run_recipe(
     with _only_run(folder):
         _refuse_other_recipe(folder, units)
         _keep_freed_memory()
-        if _is_main():
+        if _process().is_main_process:
             write_json(folder / "recipe.json", recipe.model_dump(mode="json"))
         bench = Workbench(recipe, folder, progress)
         with writing(folder):
@@ -75,7 +74,7 @@ def run_recipe(
                 if final_checkpoint(folder / unit.folder) is None:
                     _train(unit, bench)
         results = collect(recipe, folder, bench)
-        if _is_main():
+        if _process().is_main_process:
             write_json(folder / "results.json", results)
     return results
 
@@ -85,7 +84,7 @@ def _only_run(folder: Path) -> Iterator[None]:
     """Hold the run's folder, so that a second process cannot write into it."""
     from filelock import FileLock, Timeout
 
-    if not _is_main():
+    if not _process().is_main_process:
         yield
         return
     lock = FileLock(folder / ".lock")
@@ -136,7 +135,7 @@ class Workbench:
     """Hold what the units of a run share, each made when first wanted: tokenizer, token files, model config."""
 
     def __init__(self, recipe: Recipe, folder: Path, progress: bool) -> None:
-        self.recipe, self.folder, self.progress = recipe, folder, progress and _is_main()
+        self.recipe, self.folder, self.progress = recipe, folder, progress and _process().is_main_process
         self._files: dict[tuple[str, str], TokenFile] = {}
         self._tokenizer: Any = None
         self._config: Any = None
@@ -149,12 +148,12 @@ class Workbench:
             if section is not None and section.train is not None:
                 corpora = [corpus_of(self.recipe, name) for name in tokenizer_corpora(self.recipe)]
                 origin = {"vocabulary": section.train, "corpora": {c.name: c.fingerprint for c in corpora}}
-                if not own.exists() and _is_main():
+                if not own.exists() and _process().is_main_process:
                     trained = train_tokenizer(corpora, section.train, progress=self.progress)
                     with staged(own) as partial:
                         trained.save_pretrained(partial)
                         write_json(partial / "trained_on.json", origin)
-                _barrier()
+                _process().wait_for_everyone()
                 if json.loads((own / "trained_on.json").read_text(encoding="utf-8")) != origin:
                     raise UserError(
                         f"'{own}' was trained for another recipe or on other text: choose another --output, "
@@ -228,10 +227,17 @@ def _train(unit: Unit, bench: Workbench) -> None:
     beyond = [k for k in unit.phase.keep if isinstance(k, int) and k > steps]
     if beyond:
         raise UserError(f"phase '{unit.phase.name}': keep {beyond[0]} lies beyond its {steps} steps")
-    if _is_main():
+    model = bench.starting_model(unit)
+    # Weights and AdamW's two moments, in fp32; one checkpoint more than are kept while the newest is written.
+    needed = 12 * model.num_parameters() * (2 + len(unit.phase.keep))
+    if (free := free_bytes(folder)) < needed:
+        raise UserError(
+            f"'{folder}' has {free / 1e9:.2g} GB free and the unit's checkpoints take {needed / 1e9:.2g} GB: "
+            "free some space, keep fewer checkpoints, or choose another --output"
+        )
+    if _process().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "unit.json", unit.spec)
-    model = bench.starting_model(unit)
     callbacks = []
     if unit.arm:
         initial = None
@@ -256,8 +262,7 @@ def _train(unit: Unit, bench: Workbench) -> None:
 
 def _arguments(unit: Unit, bench: Workbench, folder: Path, steps: int) -> ContinualArguments:
     recipe, optimizer = bench.recipe, bench.recipe.optimizer
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    sequences, accumulation = split_batch(recipe, bench.context, world)
+    sequences, accumulation = split_batch(recipe, bench.context, _process().num_processes)
     precision = resolve_precision(recipe.precision)
     every = recipe.evaluate.every_steps or max(1, steps // 10)
     return ContinualArguments(
@@ -309,10 +314,8 @@ def _keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
-def _is_main() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
+def _process() -> Any:
+    """Return accelerate's view of this process, joining the others where it was launched with some."""
+    from accelerate import PartialState
 
-
-def _barrier() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    return PartialState(cpu=not torch.accelerator.is_available())

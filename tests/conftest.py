@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+# Tiny tensors: a second thread costs more than it gives, and much more on a busy machine. Set before torch loads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

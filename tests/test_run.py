@@ -266,6 +266,15 @@ def test_a_read_only_folder_is_refused(texts, tmp_path):
         run_recipe(load_recipe(recipe_data(texts)), tmp_path / "run", progress=False)
 
 
+def test_too_little_room_is_told_before_training(texts, tmp_path, monkeypatch):
+    import fire_llm.run
+
+    monkeypatch.setattr(fire_llm.run, "free_bytes", lambda folder: 1000)
+    with pytest.raises(UserError, match=r"has 1e-06 GB free and the unit's checkpoints take .* GB"):
+        run_recipe(load_recipe(recipe_data(texts)), tmp_path / "run", progress=False)
+    assert not list((tmp_path / "run").rglob("checkpoint-*"))
+
+
 def test_an_output_that_is_a_file_is_refused(texts, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot write below"):
