@@ -404,8 +404,12 @@ def test_corpora_and_tokenizers_that_cannot_be_used(tokenizer: PreTrainedTokeniz
 
 
 def test_progress_is_shown_only_when_asked_for(
-    tokenizer: PreTrainedTokenizerFast, cache: Path, capfd: pytest.CaptureFixture[str]
+    tokenizer: PreTrainedTokenizerFast,
+    cache: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(tokens, "BAR_DELAY", 0)
     tokenize_corpus(corpus_of(TEXTS), tokenizer, "train", cache=cache, progress=False)
     train_tokenizer([corpus_of(TEXTS)], 300, progress=False)
     assert capfd.readouterr() == ("", "")

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 2
 """Raised whenever the files below would be laid out or filled differently."""
 CACHE_VARIABLE = "FIRE_LLM_CACHE"
+BAR_DELAY = 1.0
+"""Seconds before a progress bar shows; what is done by then needs none."""
 PARTIAL = ".partial"
 
 
@@ -192,7 +194,7 @@ def _write(partial: Path, corpus: Corpus, split: str, encoder: Encoder, end: int
             unit="B",
             unit_scale=True,
             leave=False,
-            delay=1,  # what is done in a blink needs no bar
+            delay=BAR_DELAY
             disable=not progress,
         ) as bar,
     ):

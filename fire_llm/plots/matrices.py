@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from fire_llm.plots.base import NEUTRAL, Json, Style, escaped, figure, log_axis, number, short
@@ -58,6 +58,9 @@ def matrices(report: Mapping[str, Any]) -> dict[str, Json]:
     return found
 
 
+DECADES = 1.5
+"""Reach of a logarithmic colour scale on either side of the median, in powers of ten."""
+
 Value = Callable[[Json], float | None]
 Tables = Mapping[str, Mapping[str, Json]]
 Grid = list[list[tuple[int | None, str]]]
@@ -89,6 +92,10 @@ def heat_figure(tables: Tables, value: Value, *, log: bool, unit: str, same_scal
     scale = math.log10 if log else float
     others = [x for other in same_scale for t in tables.values() for row in t.values() if (x := other(row)) is not None]
     ends = [scale(x) for x in [*averages.values(), *others] if shown(x)]
+    low, high = min(ends), max(ends) + 1e-9
+    if log:  # a polar factor's DfI of 1e-12 or a head's of 1e9 would leave one colour for all the rest
+        middle = median(ends)
+        low, high = max(low, middle - DECADES), min(high, middle + DECADES)
 
     def patch(label: str, grid: Grid) -> Json:
         keys = [[(label, *cell) for cell in line] for line in grid]
@@ -110,7 +117,7 @@ def heat_figure(tables: Tables, value: Value, *, log: bool, unit: str, same_scal
     variants = [{"label": label, "group": "", "data": [patch(label, grid) for grid in grids]} for label in tables]
     height = max(14, min(30, 560 // (len(layers) + len(outside))))
     named = layers[:: max(1, round(16 / height))]  # every layer, or every other one where rows are thin
-    bar = _bar(min(ends), max(ends), log)
+    bar = _bar(low, high, log)
     axis: Json = {"showgrid": False, "showline": False, "ticks": ""}
     ticks = [*(layers.index(n) for n in named), *((x + y) / 2 for x, y in pairwise(below))]
     words = [*map(str, named), *(escaped(p, 14) for p in outside)]
@@ -118,7 +125,7 @@ def heat_figure(tables: Tables, value: Value, *, log: bool, unit: str, same_scal
         traces,
         variants,
         height=100 + height * (len(layers) + len(outside)),
-        coloraxis={"cmin": min(ends), "cmax": max(ends) + 1e-9, "colorscale": "Cividis", "colorbar": bar},
+        coloraxis={"cmin": low, "cmax": high, "colorscale": "Cividis", "colorbar": bar},
         xaxis={**axis, "side": "top", "tickvals": list(range(width)), "ticktext": [escaped(p, 14) for p in parts]},
         yaxis={
             **axis,
@@ -159,6 +166,7 @@ def spectra_figure(tables: Mapping[str, Mapping[str, Json]], styles: Mapping[str
     from plotly import graph_objects as go
 
     names = list(dict.fromkeys(n for table in tables.values() for n, row in table.items() if row.get("sigma_before")))
+    names.sort(key=lambda name: parse_name(name)[0] is None)  # open on a layer's matrix, not on the embedding
     befores = {
         n: list(
             dict.fromkeys(
