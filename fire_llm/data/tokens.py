@@ -194,7 +194,7 @@ def _write(partial: Path, corpus: Corpus, split: str, encoder: Encoder, end: int
             unit="B",
             unit_scale=True,
             leave=False,
-            delay=BAR_DELAY
+            delay=BAR_DELAY,
             disable=not progress,
         ) as bar,
     ):
