@@ -298,6 +298,8 @@ def _arguments(unit: Unit, bench: Workbench, folder: Path, steps: int) -> Contin
         keep_steps=[k for k in unit.phase.keep if isinstance(k, int)],
         seed=unit.seed,
         data_seed=unit.seed,
+        ddp_find_unused_parameters=False,
+        log_level_replica="error",
         report_to="none",
         disable_tqdm=True,
     )

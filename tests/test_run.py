@@ -254,6 +254,30 @@ def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(finished, texts, tm
     }
 
 
+def test_two_processes_see_the_same_batches_and_end_at_the_same_losses(finished, texts, tmp_path):
+    _, results = finished
+    recipe, output = tmp_path / "tiny.yaml", tmp_path / "two"
+    recipe.write_text(yaml.safe_dump(recipe_data(texts)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fire_llm"]
+    done = subprocess.run(
+        [*command, "run", str(recipe), "--output", str(output)],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    both = json.loads((output / "results.json").read_text())
+    for name, arm in both["arms"].items():
+        alone = results["arms"][name]
+        assert arm["runs"][0]["batches_hash"] == alone["runs"][0]["batches_hash"]
+        for mine, theirs in zip(arm["curve"], alone["curve"], strict=True):
+            if mine["train_loss"] is not None:
+                assert mine["train_loss"] == pytest.approx(theirs["train_loss"], abs=1e-5)
+            for corpus, measured in mine["eval"].items():
+                assert measured["nll"] == pytest.approx(theirs["eval"][corpus]["nll"], abs=1e-5)
+
+
 def test_two_runs_in_one_folder_at_once_are_refused(texts, tmp_path):
     with _only_run(tmp_path), pytest.raises(UserError, match="another run is writing into"):
         run_recipe(load_recipe(recipe_data(texts)), tmp_path, progress=False)
