@@ -186,6 +186,8 @@ class Comparison:
                 if run.get("batches_hash"):
                     hashes.setdefault(run.get("seed"), {}).setdefault(run["batches_hash"], []).append(arm)
         if sum(len(arms) for seed in hashes.values() for arms in seed.values()) < 2:
+            if len(self.arms) == 1:
+                return None, "One arm alone: there are no batches to compare."
             return None, "Whether the arms saw the same batches is not recorded."
         split = [
             f"seed {seed}: " + " ≠ ".join(", ".join(a) for a in kinds.values())
