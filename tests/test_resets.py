@@ -256,3 +256,16 @@ def test_labels_say_what_differs():
     assert ResetSpec.parse({"method": "shrink_perturb"}).label() == "shrink_perturb, shrink 0.5"
     assert "tolerance 0.001" in ResetSpec.parse({"method": "fire", "solver": "polar"}).label()
     assert ResetSpec.parse("keep").roles == ROLES
+
+
+def test_low_precision_weights_are_computed_in_fp32_and_rounded_once():
+    exact, low = tiny_llama(), tiny_llama().to(torch.bfloat16)
+    exact.load_state_dict(low.state_dict())
+    initial = tiny_llama(seed=9)
+    resets = [{"method": "fire"}, {"method": "shrink_perturb", "shrink": 0.3, "roles": ["mlp", "norm", "embedding"]}]
+    for model in (exact, low):
+        apply_reset(model, resets, initial=initial)
+    assert all(torch.equal(a.bfloat16(), b) for a, b in zip(exact.parameters(), low.parameters(), strict=True))
+    doubles = tiny_llama().double()
+    apply_reset(doubles, "fire")
+    assert all(p.dtype == torch.float64 for p in doubles.parameters())

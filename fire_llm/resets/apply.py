@@ -79,10 +79,10 @@ def apply_reset(
             continue
         before = before.clone()
         began = time.perf_counter()
-        x = before
+        x = before.to(torch.promote_types(before.dtype, torch.float32))  # rounded once, when it is written
         for spec in todo:
             method = RESETS[spec.method]
-            arguments = (start[piece.name].read().to(x.device),) if method.needs_initial else ()
+            arguments = (start[piece.name].read().to(x),) if method.needs_initial else ()
             x = method.function(x, *arguments, **spec.options)
         piece.write_(x)
         seconds += time.perf_counter() - began

@@ -42,7 +42,7 @@ RESETS: dict[str, ResetMethod] = {}
 
 
 def register_reset(name: str, *, roles: tuple[str, ...] = ROLES) -> Callable[[Callable[..., Tensor]], Callable]:
-    """Register a reset: `f(w, *, option=default, …)` or `f(w, initial, *, …)`, both tensors of one shape.
+    """Register a reset: `f(w, *, option=default, …)` or `f(w, initial, *, …)`, of one shape, fp32 or fp64.
 
     Args:
         name: What recipes call it.
@@ -85,7 +85,7 @@ def shrink_perturb(w: Tensor, initial: Tensor, *, shrink: Annotated[float, Field
 
     Source: Ash & Adams, arXiv 1910.08475; c as in arXiv 2602.08040.
     """
-    return torch.lerp(w.float(), initial.float(), shrink)
+    return torch.lerp(w, initial, shrink)
 
 
 Solver = Literal["newton-schulz", "polar"]
