@@ -12,8 +12,8 @@ from fire_llm.models import PRESETS, config_for, describe, model_on_meta
 from fire_llm.recipe import Recipe
 from fire_llm.units import Unit, corpus_of, expand, final_checkpoint, phase_steps, resolve_precision, select
 
-BYTES_A_PARAMETER = {"weights": 4, "checkpoint": 12, "training": 16}
-"""fp32 weights; with AdamW's two moments; and with gradients."""
+BYTES_A_PARAMETER = {"checkpoint": 12, "training": 16}
+"""Weights and AdamW's two moments, all in fp32; with gradients while training."""
 
 BYTES_A_TOKEN = 4.2
 """UTF-8 bytes of English text that a byte-level BPE puts into a token, about; for phases counted in epochs."""
@@ -22,7 +22,7 @@ BYTES_A_TOKEN = 4.2
 def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] = ()) -> dict[str, Any]:
     """Return the plan as data: the units with steps, tokens and FLOPs, and the totals.
 
-    Steps counted in epochs need the size of the corpora; where no cache tells it, they are None.
+    Steps counted in epochs are estimated from the bytes of the corpora; None where those are not known.
     """
     folder = Path(output or Path("runs") / recipe.name)
     config = _config(recipe)
@@ -41,6 +41,7 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
                 "unit": unit.folder,
                 "reset": "; ".join(r.label() for r in unit.resets) or "-",
                 "steps": steps,
+                "estimated": unit.phase.epochs is not None,
                 "tokens": tokens,
                 "flops": tokens * flops_a_token if tokens is not None else None,
                 "state": _state(folder, unit),
@@ -101,7 +102,7 @@ def print_plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[
         table.add_column(column, justify="right")
     table.add_column("state")
     for row in planned["units"]:
-        steps = "by corpus size" if row["steps"] is None else f"{row['steps']:,}"
+        steps = "by corpus size" if row["steps"] is None else f"{'≈ ' if row['estimated'] else ''}{row['steps']:,}"
         tokens = "" if row["tokens"] is None else f"{row['tokens']:,}"
         table.add_row(
             row["unit"], row["reset"], steps, tokens, f"{row['flops']:.2g}" if row["flops"] else "", row["state"]
