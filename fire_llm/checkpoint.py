@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fire_llm.errors import UserError
-from fire_llm.resets import RESETS, ResetReport, ResetsLike, apply_reset, parse_resets
+from fire_llm.resets import ResetReport, ResetsLike, apply_reset, parse_resets
 
 STAGING_SUFFIX = ".partial"
 """Ending of the name under which a folder is written before it is renamed to its own."""
@@ -148,7 +148,7 @@ def reset_checkpoint(
         raise UserError(f"'{dst}' exists already: name a new folder, or delete that one")
     if target.resolve().is_relative_to(Path(src).resolve()):
         raise UserError(f"'{dst}' lies inside '{src}', which is never written to: name a folder elsewhere")
-    wanted = any(RESETS[s.method].needs_initial for s in specs)
+    wanted = any(s.needs_initial for s in specs)
     if wanted and (init is None) == (seed is None):
         raise UserError("the reset needs step-0 weights: give one of --init CHECKPOINT and --seed N")
     model = load_model(src)

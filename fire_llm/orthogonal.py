@@ -333,6 +333,7 @@ def _check_dtype(dtype: torch.dtype | None, allowed: tuple[torch.dtype, ...]) ->
 @contextmanager
 def _exact_products(device: torch.device) -> Iterator[None]:
     """Keep autocast, TF32 and bf16 shortcuts out of the products inside; afterwards every setting is as it was."""
+    # torch's annotations leave mkldnn.matmul out.
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:

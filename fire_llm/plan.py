@@ -10,7 +10,7 @@ from typing import Any
 from fire_llm.checkpoint import checkpoints
 from fire_llm.models import PRESETS, config_for, describe, model_on_meta
 from fire_llm.recipe import Recipe
-from fire_llm.units import Unit, corpus_of, expand, final_checkpoint, phase_steps, resolve_precision, select
+from fire_llm.units import Unit, context_of, corpus_of, expand, final_checkpoint, phase_steps, resolve_precision, select
 
 BYTES_A_PARAMETER = {"checkpoint": 12, "training": 16}
 """Weights and AdamW's two moments, all in fp32; with gradients while training."""
@@ -29,11 +29,11 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
     model = model_on_meta(config)
     parameters = sum(p.numel() for p in model.parameters())
     text = config.get_text_config()
-    context = recipe.model.context or getattr(text, "max_position_embeddings", 1024)
     # 6 N for the matrices, 12·L·d·T for attention's scores, a token. Source: PaLM, arXiv 2204.02311, appendix B.
-    flops_a_token = 6 * parameters + 12 * text.num_hidden_layers * text.hidden_size * context
+    flops_a_token = 6 * parameters + 12 * text.num_hidden_layers * text.hidden_size * context_of(recipe, config)
+    units = select(expand(recipe), arms)
     rows = []
-    for unit in select(expand(recipe), arms):
+    for unit in units:
         steps = _steps(recipe, unit)
         tokens = steps * recipe.batch.tokens_per_step if steps is not None else None
         rows.append(
@@ -47,7 +47,7 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
                 "state": _state(folder, unit),
             }
         )
-    kept = sum(1 + len(u.phase.keep) for u in select(expand(recipe), arms))
+    kept = sum(1 + len(u.phase.keep) for u in units)
     return {
         "model": describe(model),
         "precision": resolve_precision(recipe.precision),

@@ -19,14 +19,14 @@ import fire_llm
 from fire_llm.checkpoint import CONTINUAL_STATE
 from fire_llm.models import describe, model_on_meta
 from fire_llm.recipe import Recipe
-from fire_llm.units import Unit, expand, final_checkpoint, labelled_checkpoint
+from fire_llm.units import Unit, final_checkpoint, labelled_checkpoint
 
 SCHEMA_VERSION = 1
 
 
-def collect(recipe: Recipe, folder: Path, bench: Any) -> dict[str, Any]:
+def collect(recipe: Recipe, units: list[Unit], folder: Path, bench: Any) -> dict[str, Any]:
     """Read the results of every finished unit off its checkpoints (schema: docs/results-schema.md)."""
-    finished = [u for u in expand(recipe) if final_checkpoint(folder / u.folder)]
+    finished = [u for u in units if final_checkpoint(folder / u.folder)]
     armed = [phase for phase in recipe.phases if phase.arms]
     last = armed[-1] if armed else None
     compared = [u for u in finished if last is not None and u.phase.name == last.name]
@@ -34,7 +34,7 @@ def collect(recipe: Recipe, folder: Path, bench: Any) -> dict[str, Any]:
     for unit in compared:
         arms.setdefault(unit.arm or "", []).append(unit)
     model = model_on_meta(bench.config)
-    heaviest = {p.name: max(p.data, key=lambda name, p=p: p.data[name]) for p in recipe.phases}  # type: ignore[misc]
+    heaviest = {p.name: max(p.data, key=p.data.__getitem__) for p in recipe.phases}
     return {
         "schema_version": SCHEMA_VERSION,
         "name": recipe.name,

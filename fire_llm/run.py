@@ -21,12 +21,13 @@ from fire_llm.checkpoint import checkpoints, free_bytes, staged, write_json, wri
 from fire_llm.data import Mixture, TokenFile, tokenize_corpus, train_tokenizer
 from fire_llm.errors import UserError
 from fire_llm.models import config_for, fresh_model, load_model, load_tokenizer
+from fire_llm.plan import BYTES_A_PARAMETER
 from fire_llm.recipe import Recipe
-from fire_llm.resets import RESETS
 from fire_llm.results import collect
 from fire_llm.trainer import ContinualArguments, ContinualTrainer, EvaluationSet, ResetCallback
 from fire_llm.units import (
     Unit,
+    context_of,
     corpus_of,
     expand,
     final_checkpoint,
@@ -60,7 +61,8 @@ def run_recipe(
         UserError: Where the folder belongs to a different recipe or is in use, an arm is unknown, or the disk is full.
     """
     folder = Path(output or Path("runs") / recipe.name)
-    units = select(expand(recipe), arms)
+    every_unit = expand(recipe)
+    units = select(every_unit, arms)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with _only_run(folder):
@@ -73,7 +75,7 @@ def run_recipe(
             for unit in units:
                 if final_checkpoint(folder / unit.folder) is None:
                     _train(unit, bench)
-        results = collect(recipe, folder, bench)
+        results = collect(recipe, every_unit, folder, bench)
         if _process().is_main_process:
             write_json(folder / "results.json", results)
     return results
@@ -178,8 +180,7 @@ class Workbench:
     @property
     def context(self) -> int:
         """Tokens a sequence."""
-        longest = getattr(self.config.get_text_config(), "max_position_embeddings", 1024)
-        return self.recipe.model.context or min(longest, 1024)
+        return context_of(self.recipe, self.config)
 
     def tokens(self, corpus: str, split: str) -> TokenFile:
         """Return a corpus as tokens, tokenising it where no cache holds it."""
@@ -228,8 +229,8 @@ def _train(unit: Unit, bench: Workbench) -> None:
     if beyond:
         raise UserError(f"phase '{unit.phase.name}': keep {beyond[0]} lies beyond its {steps} steps")
     model = bench.starting_model(unit)
-    # Weights and AdamW's two moments, in fp32; one checkpoint more than are kept while the newest is written.
-    needed = 12 * model.num_parameters() * (2 + len(unit.phase.keep))
+    # One checkpoint more than are kept while the newest is written.
+    needed = BYTES_A_PARAMETER["checkpoint"] * model.num_parameters() * (2 + len(unit.phase.keep))
     if (free := free_bytes(folder)) < needed:
         raise UserError(
             f"'{folder}' has {free / 1e9:.2g} GB free and the unit's checkpoints take {needed / 1e9:.2g} GB: "
@@ -241,7 +242,7 @@ def _train(unit: Unit, bench: Workbench) -> None:
     callbacks = []
     if unit.arm:
         initial = None
-        if any(RESETS[r.method].needs_initial for r in unit.resets):
+        if any(r.needs_initial for r in unit.resets):
             initial = fresh_model(bench.config, unit.seed)
         spectra = bench.config.get_text_config().hidden_size <= SPECTRA_WIDTH
         report = folder / "reset.json"

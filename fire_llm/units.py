@@ -173,6 +173,11 @@ def labelled_checkpoint(folder: Path, label: str) -> Path:
     return path
 
 
+def context_of(recipe: Recipe, config: Any) -> int:
+    """Return the tokens a sequence: the recipe's, else the longest that the model reads, at most 1024."""
+    return recipe.model.context or min(getattr(config.get_text_config(), "max_position_embeddings", 1024), 1024)
+
+
 def phase_steps(phase: PhaseSection, tokens_per_step: int, epoch_tokens: int) -> int:
     """Return a phase's optimizer steps; an epoch is as many tokens as its corpora hold together."""
     if phase.steps is not None:

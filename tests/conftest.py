@@ -20,12 +20,18 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture
-def shared_data() -> Path:
-    """Return the folder of real text, or skip."""
+def shared_data_or_none() -> Path | None:
+    """Return the folder of real text, or None."""
     folder = Path(os.environ.get("FIRE_LLM_SHARED_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip(f"no folder of real text at {folder}; set FIRE_LLM_SHARED_DATA")
-    return folder
+    return folder if folder.is_dir() else None
+
+
+@pytest.fixture
+def shared_data(shared_data_or_none: Path | None) -> Path:
+    """Return the folder of real text, or skip."""
+    if shared_data_or_none is None:
+        pytest.skip("the folder of real text is not at hand; set FIRE_LLM_SHARED_DATA")
+    return shared_data_or_none
 
 
 def tiny_gpt2(seed: int = 0, **settings):
@@ -51,10 +57,3 @@ def tiny_llama(seed: int = 0, **settings):
         "bos_token_id": 0, "eos_token_id": 0,
     }  # fmt: skip
     return LlamaForCausalLM(LlamaConfig(**{**defaults, **settings}))
-
-
-@pytest.fixture
-def shared_data_or_none() -> Path | None:
-    """Return the folder of real text, or None."""
-    folder = Path(os.environ.get("FIRE_LLM_SHARED_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
-    return folder if folder.is_dir() else None

@@ -125,9 +125,7 @@ def test_tokenizers_that_cannot_be_trained(tokenizer: PreTrainedTokenizerFast) -
 def expected_tokens(tokenizer: object, texts: list[str]) -> list[int]:
     """Tokenise document by document, in the plainest way there is."""
     return [
-        id
-        for text in texts
-        for id in [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]  # type: ignore[operator, attr-defined]
+        id for text in texts for id in [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     ]
 
 
@@ -366,7 +364,7 @@ def test_a_damaged_file_is_noticed_and_made_anew(
 ) -> None:
     file = tokenize_corpus(corpus_of(TEXTS), tokenizer, "train", cache=cache, progress=False)
     expected = file.tokens.tolist()
-    (file.path / name).write_bytes(damage((file.path / name).read_bytes()))  # type: ignore[operator]
+    (file.path / name).write_bytes(damage((file.path / name).read_bytes()))
     with pytest.raises(UserError, match=r"no readable token file.*Delete"):
         TokenFile.open(file.path)
     again = tokenize_corpus(corpus_of(TEXTS), tokenizer, "train", cache=cache, progress=False)

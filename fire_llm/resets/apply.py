@@ -81,9 +81,8 @@ def apply_reset(
         began = time.perf_counter()
         x = before.to(torch.promote_types(before.dtype, torch.float32))  # rounded once, when it is written
         for spec in todo:
-            method = RESETS[spec.method]
-            arguments = (start[piece.name].read().to(x),) if method.needs_initial else ()
-            x = method.function(x, *arguments, **spec.options)
+            arguments = (start[piece.name].read().to(x),) if spec.needs_initial else ()
+            x = RESETS[spec.method].function(x, *arguments, **spec.options)
         piece.write_(x)
         seconds += time.perf_counter() - began
         after = piece.read()
@@ -96,7 +95,7 @@ def apply_reset(
 
 
 def _initial_pieces(specs: list[ResetSpec], initial: nn.Module | None, by_role: bool) -> dict[str, LogicalMatrix]:
-    wanting = [s.method for s in specs if RESETS[s.method].needs_initial]
+    wanting = [s.method for s in specs if s.needs_initial]
     if not wanting:
         return {}
     if initial is None:

@@ -41,27 +41,32 @@ class ResetMethod:
 RESETS: dict[str, ResetMethod] = {}
 
 
-def register_reset(name: str, *, roles: tuple[str, ...] = ROLES) -> Callable[[Callable[..., Tensor]], Callable]:
+def register_reset(
+    name: str, *, roles: tuple[str, ...] = ROLES, options_of: Callable[..., Tensor] | None = None
+) -> Callable[[Callable[..., Tensor]], Callable]:
     """Register a reset: `f(w, *, option=default, …)` or `f(w, initial, *, …)`, of one shape, fp32 or fp64.
 
     Args:
         name: What recipes call it.
         roles: Roles it acts on unless the recipe says otherwise; if all of them are matrix roles, the function is
             only ever given 2-D matrices oriented (out, in).
+        options_of: A reset whose options this one takes too, as `**options`; its own are its keyword-only arguments.
     """
 
     def add(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        hints = get_type_hints(function, include_extras=True)
-        parameters = inspect.signature(function).parameters.values()
+        schema_of = options_of or function
+        hints = get_type_hints(schema_of, include_extras=True)
+        parameters = inspect.signature(schema_of).parameters.values()
         options: dict[str, Any] = {
             p.name: (hints[p.name], p.default) for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY
         }
+        # mypy wants the literals spelt out; pydantic takes them from the tuple that is the one list of roles.
         options["roles"] = (tuple[Literal[ROLES], ...], Field(roles, min_length=1))  # type: ignore[valid-type]
         options["exclude"] = (tuple[str, ...], Field((), description="Regular expressions of parameter names to leave"))
         schema = create_model(
             f"{name}_options", __config__=ConfigDict(extra="forbid", strict=True), __doc__=function.__doc__, **options
         )
-        RESETS[name] = ResetMethod(name, function, roles, "initial" in hints, schema)
+        RESETS[name] = ResetMethod(name, function, roles, "initial" in inspect.signature(function).parameters, schema)
         return function
 
     return add
@@ -89,17 +94,9 @@ def shrink_perturb(w: Tensor, initial: Tensor, *, shrink: Annotated[float, Field
 
 
 Solver = Literal["newton-schulz", "polar"]
-
-
 Scale = Literal["sqrt", "keep-norm", "none"]
-
-
 ComputeDtype = Literal["float64", "float32", "float16", "bfloat16"] | None
-
-
 Iterations = Annotated[int, Field(ge=0, le=1000)]
-
-
 Tolerance = Annotated[float, Field(gt=0, le=0.1)]
 
 
@@ -129,24 +126,13 @@ def fire(
     return _with_norm(x, _norm(w)) if scale == "keep-norm" else x
 
 
-@register_reset("rescale", roles=("attention", "mlp"))
-def rescale(
-    w: Tensor,
-    *,
-    iterations: Iterations = 5,
-    solver: Solver = "newton-schulz",
-    tolerance: Tolerance = 1e-3,
-    scale: Scale = "sqrt",
-    compute_dtype: ComputeDtype = None,
-) -> Tensor:
+@register_reset("rescale", roles=("attention", "mlp"), options_of=fire)
+def rescale(w: Tensor, **options: Any) -> Tensor:
     """Give a matrix the Frobenius norm that `fire` with the same options would, and keep its direction.
 
     The control that tells what of FIRE's effect is the change of norm alone.
     """
-    target = fire(
-        w, iterations=iterations, solver=solver, tolerance=tolerance, scale=scale, compute_dtype=compute_dtype
-    )
-    return _with_norm(w, _norm(target))
+    return _with_norm(w, _norm(fire(w, **options)))
 
 
 def _norm(w: Tensor) -> Tensor:

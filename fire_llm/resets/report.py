@@ -73,8 +73,7 @@ def sigma_quantiles(sigma: Tensor) -> list[float]:
 
 def describe(piece: LogicalMatrix, tensor: Tensor, spectra: bool) -> TensorReport:
     """Measure a piece as it is now; before and after are the same until something touches it."""
-    role = "lm_head" if "lm_head" in piece.roles else min(piece.roles)
-    report = TensorReport(piece.name, piece.parameter, piece.part, role, list(tensor.shape))
+    report = TensorReport(piece.name, piece.parameter, piece.part, piece.role, list(tensor.shape))
     report.norm_before = report.norm_after = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
     if piece.matrix:
         report.dfi_before = report.dfi_after = dfi(tensor)

@@ -23,6 +23,11 @@ class ResetSpec:
     roles: tuple[str, ...] = ROLES
     exclude: tuple[str, ...] = ()
 
+    @property
+    def needs_initial(self) -> bool:
+        """Tell whether the reset wants the step-0 weights."""
+        return RESETS[self.method].needs_initial
+
     @classmethod
     def parse(cls, spec: str | Mapping[str, Any] | ResetSpec) -> ResetSpec:
         """Read `"fire"` or `{"method": "fire", "iterations": 5, "roles": [...]}`.

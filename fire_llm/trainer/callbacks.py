@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from fire_llm.checkpoint import write_json
 from fire_llm.errors import UserError
 from fire_llm.models import fresh_model
-from fire_llm.resets import RESETS, ResetReport, ResetsLike, apply_reset, parse_resets
+from fire_llm.resets import ResetReport, ResetsLike, apply_reset, parse_resets
 
 
 class ResetCallback(TrainerCallback):
@@ -65,7 +65,7 @@ class ResetCallback(TrainerCallback):
 
     def _apply(self, args: Any, model: Any = None, optimizer: Any = None, **_: Any) -> None:
         initial = self.initial
-        if initial is None and any(RESETS[r.method].needs_initial for r in self.resets):
+        if initial is None and any(r.needs_initial for r in self.resets):
             initial = fresh_model(model.config, args.seed if self.seed is None else self.seed)
         report = apply_reset(model, self.resets, initial=initial, optimizer=optimizer, spectra=self.spectra)
         self.reports.append(report)

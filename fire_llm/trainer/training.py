@@ -216,7 +216,7 @@ class ContinualTrainer(Trainer):
         output = Path(self.args.output_dir)
         name = f"checkpoint-{self.state.global_step}"
         final, self._staging = output / name, output / f"{name}{STAGING_SUFFIX}"
-        total = self.accelerator.reduce(self.batches_hash.clone(), "sum")
+        total = self._hash_over_ranks()
         try:
             with writing(output):
                 if self.is_world_process_zero():
@@ -228,7 +228,7 @@ class ContinualTrainer(Trainer):
                     written = self._staging / name
                     (written / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing reads it
                     seconds = self._seconds_before + time.monotonic() - self._began
-                    own = {"step": self.state.global_step, "batches_hash": int(total), "seconds": seconds}
+                    own = {"step": self.state.global_step, "batches_hash": total, "seconds": seconds}
                     write_json(written / CONTINUAL_STATE, own)
                     sync(written)
                     shutil.rmtree(final, ignore_errors=True)
@@ -248,9 +248,12 @@ class ContinualTrainer(Trainer):
             if step not in kept:
                 shutil.rmtree(folder)
 
+    def _hash_over_ranks(self) -> int:
+        return int(self.accelerator.reduce(self.batches_hash.clone(), "sum"))
+
     def hash_of_batches(self) -> str:
         """Return the hash over all ranks of every batch so far, 16 hexadecimal digits."""
-        return f"{int(self.accelerator.reduce(self.batches_hash.clone(), 'sum')) & (2**64 - 1):016x}"
+        return f"{self._hash_over_ranks() & (2**64 - 1):016x}"
 
 
 def hash_batch(ids: Tensor, step: int) -> Tensor:
