@@ -8,7 +8,7 @@ which is no mere container, the child is the path from there with indices writte
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,14 +43,14 @@ class LogicalMatrix:
 
     Args:
         parameter: Full name in the unwrapped model, as in `named_parameters()`.
-        tensor: The parameter itself.
+        tensor: The parameter itself, or the rows of it that `within` was given.
         roles: Roles it plays; a tied embedding and head play two.
         block: Class name of the block that holds it.
         cut: Where the matrix lies in the parameter; None where the parameter is kept whole.
     """
 
     parameter: str
-    tensor: nn.Parameter
+    tensor: Tensor
     roles: frozenset[str]
     block: str
     cut: Cut | None = None
@@ -81,6 +81,30 @@ class LogicalMatrix:
     def shape(self) -> torch.Size:
         """Give (out, in), or the stored shape of a parameter kept whole."""
         return torch.Size(self.cut.shape) if self.cut else self.tensor.shape
+
+    @property
+    def trainable(self) -> bool:
+        """Tell whether gradients reach it."""
+        return self.tensor.requires_grad
+
+    @property
+    def rows(self) -> range:
+        """Give the rows of the parameter, along its first axis, that hold this piece and what is fused with it."""
+        total = self.tensor.shape[0] if self.tensor.ndim else 1
+        if self.cut is None or self.cut.index is None or self.cut.stack is None:
+            return range(total)
+        each = total // self.cut.stack
+        return range(self.cut.index * each, (self.cut.index + 1) * each)
+
+    def within(self, rows: Tensor) -> LogicalMatrix:
+        """Stand for the same piece in a tensor that holds the parameter's `rows`, wherever they came from.
+
+        Args:
+            rows: (len(self.rows), …), the stored axes after the first as in the parameter.
+        """
+        if self.cut is None or self.cut.index is None:
+            return replace(self, tensor=rows)
+        return replace(self, tensor=rows, cut=replace(self.cut, index=0, stack=1))
 
     @property
     def view(self) -> Tensor:

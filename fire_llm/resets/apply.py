@@ -1,4 +1,4 @@
-"""Apply resets to a model in memory."""
+"""Apply resets to a model in memory, wherever its parameters live."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from fire_llm.distributed import MEETING_SECONDS, meet
 from fire_llm.errors import UserError
-from fire_llm.layout import ROLES, LogicalMatrix, pieces, unwrap
-from fire_llm.metrics import sfe
-from fire_llm.resets.methods import RESETS, ComputeDtype, Scale, Solver
-from fire_llm.resets.report import ResetReport, TensorReport, describe
-from fire_llm.resets.spec import ResetsLike, ResetSpec, parse_resets
+from fire_llm.layout import unwrap
+from fire_llm.resets.methods import ComputeDtype, Scale, Solver
+from fire_llm.resets.report import ResetReport
+from fire_llm.resets.spec import ResetsLike, parse_resets
+from fire_llm.resets.work import Plan, Work
 
 
 @torch.no_grad()
@@ -26,81 +27,57 @@ def apply_reset(
     optimizer: Any = None,
     spectra: bool = False,
     progress: bool = False,
+    process_group: Any = None,
+    timeout: float = MEETING_SECONDS,
 ) -> ResetReport:
     """Apply one reset, or several in order, to a model in place.
 
     Nothing is changed unless everything can be: names, roles, step-0 weights and finiteness are checked first.
+    Under torch.distributed this is collective: every rank calls it, replicas share the work where that pays and end
+    bitwise equal, and FSDP2's shards keep their placements; each rank works on a bounded share of rows at a time.
 
     Args:
-        model: Any causal LM whose layout is known; wrapped by DDP or `torch.compile` is fine.
+        model: Any causal LM whose layout is known; wrapped by DDP or `torch.compile`, or sharded by FSDP2, is fine.
         resets: A method's name, `{"method": …, option: …}`, or a list of these, each with the roles it acts on.
-        initial: The same architecture with the run's step-0 weights; wanted by `full_reset` and `shrink_perturb`.
+        initial: The same architecture with the run's step-0 weights, whole on every rank; wanted by `full_reset` and
+            `shrink_perturb`.
         optimizer: Its state of exactly the touched parameters is cleared.
         spectra: Also report quantiles of the singular values (an eigendecomposition a matrix).
         progress: Show a progress bar.
+        process_group: Ranks that hold this model, None for all; give one where ranks hold different layers.
+        timeout: Seconds that a rank waits for the others to call it too.
+
+    Returns:
+        What was touched, what was left and why; the same on every rank, but for measures of what was left in shards.
 
     Raises:
-        UserError: For an unknown reset, option, role or architecture, missing or unlike step-0 weights, or a tensor
-            that is not finite.
+        UserError: For an unknown reset, option, role or architecture, missing or unlike step-0 weights, a tensor that
+            is not finite, parameters that are frozen or out of reach (FSDP1, DeepSpeed), or a rank that did not come.
+            On every rank alike.
+        RuntimeError: Where a result is not finite; those tensors are as they were.
     """
-    specs = parse_resets(resets)
-    by_role = any(set(s.roles) != set(ROLES) for s in specs)
-    cut = pieces(model, strict=by_role)
-    plan = [(p, [s for s in specs if s.why_not(p) is None]) for p in cut]
-    start = _initial_pieces(specs, initial, by_role)
-    for piece, todo in plan:
-        if not todo:
-            continue
-        tensor = piece.read()
-        if tensor.is_meta:
-            raise UserError(f"'{piece.name}' is on the meta device: load the weights before a reset")
-        if not torch.isfinite(tensor).all():
-            raise UserError(
-                f"'{piece.name}' holds NaN or infinity: a reset would spread it. Start from a sound checkpoint"
-            )
-        if start and (piece.name not in start or start[piece.name].shape != piece.shape):
-            raise UserError(
-                f"the step-0 weights hold no '{piece.name}' of shape {tuple(piece.shape)}: another architecture"
-            )
-
-    touched: list[TensorReport] = []
-    untouched: list[TensorReport] = []
-    seconds = 0.0
-    if progress:
-        from tqdm.auto import tqdm
-
-        plan = tqdm(plan, desc="reset", unit="tensor", leave=False)
-    for piece, todo in plan:
-        before = piece.read()
-        report = describe(piece, before, spectra)
-        if not todo:
-            report.reason = "; ".join(dict.fromkeys(str(s.why_not(piece)) for s in specs))
-            untouched.append(report)
-            continue
-        before = before.clone()
-        began = time.perf_counter()
-        x = before.to(torch.promote_types(before.dtype, torch.float32))  # rounded once, when it is written
-        for spec in todo:
-            arguments = (start[piece.name].read().to(x),) if spec.needs_initial else ()
-            x = RESETS[spec.method].function(x, *arguments, **spec.options)
-        piece.write_(x)
-        seconds += time.perf_counter() - began
-        after = piece.read()
-        later = describe(piece, after, spectra)
-        report.sfe = sfe(before, after)
-        report.dfi_after, report.norm_after, report.sigma_after = later.dfi_after, later.norm_after, later.sigma_after
-        touched.append(report)
+    plan, fault = None, None
+    try:
+        plan = Plan.make(model, parse_resets(resets), initial, optimizer)
+    except UserError as error:
+        fault = str(error)
+    meet(process_group, plan.request() if plan else "", fault, timeout)
+    assert plan is not None  # meet raises where there is a fault
+    work = Work(plan, spectra)
+    began = time.perf_counter()
+    shared = work.run(process_group, progress)
+    seconds = time.perf_counter() - began - work.measuring
+    if shared > 1:
+        work.join(process_group)
+    if work.failed:
+        raise RuntimeError(
+            f"the reset of {', '.join(sorted(work.failed))} came out NaN or infinite and was not written; "
+            "try compute_dtype float32"
+        )
+    rows = [work.reports.get(i) or plan.untouched(i, spectra) for i in range(len(plan.pieces))]
+    touched, untouched = [r for r in rows if r.reason is None], [r for r in rows if r.reason is not None]
     cleared = _clear_states(model, optimizer, {t.parameter for t in touched})
-    return ResetReport(specs, touched, untouched, seconds, cleared)
-
-
-def _initial_pieces(specs: list[ResetSpec], initial: nn.Module | None, by_role: bool) -> dict[str, LogicalMatrix]:
-    wanting = [s.method for s in specs if s.needs_initial]
-    if not wanting:
-        return {}
-    if initial is None:
-        raise UserError(f"'{wanting[0]}' needs the run's step-0 weights: give `initial` (on the command line, --init)")
-    return {p.name: p for p in pieces(initial, strict=by_role)}
+    return ResetReport(plan.specs, touched, untouched, seconds, cleared, shared, work.gathered_whole)
 
 
 def _clear_states(model: nn.Module, optimizer: Any, names: set[str]) -> int:
@@ -122,6 +99,8 @@ def fire_(
     roles: Iterable[str] = ("attention", "mlp"),
     exclude: Iterable[str] = (),
     optimizer: Any = None,
+    process_group: Any = None,
+    timeout: float = MEETING_SECONDS,
 ) -> ResetReport:
     """Apply FIRE to a causal LM in place: each attention and MLP matrix becomes (nearly) its polar factor.
 
@@ -135,9 +114,10 @@ def fire_(
         roles: Which matrices; add `lm_head` (and with it a tied embedding) to mirror the paper's code.
         exclude: Regular expressions of names to leave alone.
         optimizer: Its state of exactly the touched parameters is cleared.
+        process_group, timeout: See `apply_reset`; under torch.distributed every rank calls this.
 
     Raises:
-        UserError: See `apply_reset`.
+        UserError, RuntimeError: See `apply_reset`.
 
     Source: arXiv 2602.08040.
     """
@@ -149,4 +129,4 @@ def fire_(
         "roles": tuple(roles),
         "exclude": tuple(exclude),
     }
-    return apply_reset(model, spec, optimizer=optimizer)
+    return apply_reset(model, spec, optimizer=optimizer, process_group=process_group, timeout=timeout)

@@ -29,6 +29,8 @@ class ResetMethod:
     """Roles the method acts on where a recipe names none."""
     needs_initial: bool
     """Whether the function takes the tensor's own step-0 value."""
+    batched: bool
+    """Whether the function also takes matrices of one shape stacked, (B, out, in)."""
     options: type[BaseModel]
     """The options, validated: the keyword-only arguments of the function, plus `roles` and `exclude`."""
 
@@ -42,7 +44,11 @@ RESETS: dict[str, ResetMethod] = {}
 
 
 def register_reset(
-    name: str, *, roles: tuple[str, ...] = ROLES, options_of: Callable[..., Tensor] | None = None
+    name: str,
+    *,
+    roles: tuple[str, ...] = ROLES,
+    options_of: Callable[..., Tensor] | None = None,
+    batched: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Callable]:
     """Register a reset: `f(w, *, option=default, …)` or `f(w, initial, *, …)`, of one shape, fp32 or fp64.
 
@@ -50,6 +56,7 @@ def register_reset(
         name: What recipes call it.
         roles: Roles it acts on unless the recipe says otherwise; if all of them are matrix roles, the function is
             only ever given 2-D matrices oriented (out, in).
+        batched: Whether `f` also takes matrices of one shape stacked, (B, out, in), which accelerators are faster at.
         options_of: A reset whose options this one takes too, as `**options`; its own are its keyword-only arguments.
     """
 
@@ -66,7 +73,8 @@ def register_reset(
         schema = create_model(
             f"{name}_options", __config__=ConfigDict(extra="forbid", strict=True), __doc__=function.__doc__, **options
         )
-        RESETS[name] = ResetMethod(name, function, roles, "initial" in inspect.signature(function).parameters, schema)
+        needs_initial = "initial" in inspect.signature(function).parameters
+        RESETS[name] = ResetMethod(name, function, roles, needs_initial, batched, schema)
         return function
 
     return add
@@ -100,7 +108,7 @@ Iterations = Annotated[int, Field(ge=0, le=1000)]
 Tolerance = Annotated[float, Field(gt=0, le=0.1)]
 
 
-@register_reset("fire", roles=("attention", "mlp"))
+@register_reset("fire", roles=("attention", "mlp"), batched=True)
 def fire(
     w: Tensor,
     *,
@@ -126,7 +134,7 @@ def fire(
     return _with_norm(x, _norm(w)) if scale == "keep-norm" else x
 
 
-@register_reset("rescale", roles=("attention", "mlp"), options_of=fire)
+@register_reset("rescale", roles=("attention", "mlp"), options_of=fire, batched=True)
 def rescale(w: Tensor, **options: Any) -> Tensor:
     """Give a matrix the Frobenius norm that `fire` with the same options would, and keep its direction.
 
@@ -136,9 +144,9 @@ def rescale(w: Tensor, **options: Any) -> Tensor:
 
 
 def _norm(w: Tensor) -> Tensor:
-    return torch.linalg.matrix_norm(w, dtype=torch.float64)
+    return torch.linalg.matrix_norm(w, dtype=torch.float64, keepdim=True)
 
 
 def _with_norm(w: Tensor, norm: Tensor) -> Tensor:
     own = _norm(w)
-    return w * (norm / own).to(w.dtype) if own > 0 else w
+    return w * torch.where(own > 0, norm / own, 1).to(w.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,6 +38,23 @@ class TensorReport:
     sigma_before: list[float] | None = None
     sigma_after: list[float] | None = None
 
+    @classmethod
+    def of(cls, piece: LogicalMatrix) -> TensorReport:
+        """Name a piece, measure nothing."""
+        return cls(piece.name, piece.parameter, piece.part, piece.role, list(piece.shape))
+
+    @property
+    def residual(self) -> float | None:
+        """Give ‖X Xᵀ − I‖_F / √n of the result scaled to ‖X‖_F = √n: 0 for a multiple of an orthogonal matrix.
+
+        Of the n squared singular values it is the standard deviation over the mean, so no scale enters.
+        """
+        if self.dfi_after is None or not self.norm_after:
+            return None
+        n, squared = min(self.shape), self.norm_after**2
+        gram = self.dfi_after + 2 * squared - n  # ‖X Xᵀ‖²_F
+        return math.sqrt(max(0.0, n * gram / squared**2 - 1))
+
 
 @dataclass
 class ResetReport:
@@ -48,18 +66,27 @@ class ResetReport:
     seconds: float
     """Time of the reset itself, without the measuring before and after."""
     optimizer_states_cleared: int = 0
+    shared_by: int = 1
+    """Ranks among which the work was shared."""
+    gathered_whole: int = 0
+    """Parameters that were gathered whole on every rank, their placement being neither whole nor in shards of rows."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data (see docs/results-schema.md)."""
-        return asdict(self)
+        data = asdict(self)
+        for key, rows in (("touched", self.touched), ("untouched", self.untouched)):
+            for entry, row in zip(data[key], rows, strict=True):
+                entry["residual"] = row.residual
+        return data
 
     def __str__(self) -> str:
         """Say in two lines what was done."""
         matrices = [t for t in self.touched if t.dfi_after is not None]
+        among = f" on {self.shared_by} ranks" if self.shared_by > 1 else ""
         left = ", ".join(sorted({t.role for t in self.untouched})) or "nothing"
         return (
             f"{'; '.join(r.label() for r in self.resets)}: "
-            f"{len(self.touched)} tensors touched ({len(matrices)} matrices) in {self.seconds:.2f} s; "
+            f"{len(self.touched)} tensors touched ({len(matrices)} matrices) in {self.seconds:.2f} s{among}; "
             f"SFE {sum(t.sfe for t in self.touched):.4g}; "
             f"{len(self.untouched)} left alone ({left}); {self.optimizer_states_cleared} optimizer states cleared"
         )
@@ -73,7 +100,7 @@ def sigma_quantiles(sigma: Tensor) -> list[float]:
 
 def describe(piece: LogicalMatrix, tensor: Tensor, spectra: bool) -> TensorReport:
     """Measure a piece as it is now; before and after are the same until something touches it."""
-    report = TensorReport(piece.name, piece.parameter, piece.part, piece.role, list(tensor.shape))
+    report = TensorReport.of(piece)
     report.norm_before = report.norm_after = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
     if piece.matrix:
         report.dfi_before = report.dfi_after = dfi(tensor)

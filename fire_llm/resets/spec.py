@@ -13,6 +13,9 @@ from fire_llm.errors import UserError, did_you_mean
 from fire_llm.layout import MATRIX_ROLES, ROLES, LogicalMatrix
 from fire_llm.resets.methods import RESETS, ResetMethod
 
+FROZEN = "frozen: requires_grad is off"
+"""Why a reset leaves a parameter alone that could not learn again what it loses."""
+
 
 @dataclass(frozen=True)
 class ResetSpec:
@@ -73,7 +76,9 @@ class ResetSpec:
         if not piece.roles & set(self.roles):
             return f"role {'/'.join(sorted(piece.roles))} is not among {', '.join(self.roles)}"
         pattern = next((e for e in self.exclude if re.search(e, piece.name)), None)
-        return f"excluded by '{pattern}'" if pattern is not None else None
+        if pattern is not None:
+            return f"excluded by '{pattern}'"
+        return None if piece.trainable else FROZEN
 
     def label(self) -> str:
         """Say the reset in one line: `fire, iterations 5, roles attention mlp`."""

@@ -1,0 +1,27 @@
+"""Who computes what when a model lives on many ranks, and how the results get home."""
+
+from __future__ import annotations
+
+from fire_llm.distributed.exchange import Exchange
+from fire_llm.distributed.homes import Block, Home, blocks_of, home_of, make_current, refuse_engines
+from fire_llm.distributed.meeting import MEETING_SECONDS, active, gather_objects, meet
+from fire_llm.distributed.sharing import assign, cost, makespan, rounds, worthwhile
+
+__all__ = [
+    "MEETING_SECONDS",
+    "Block",
+    "Exchange",
+    "Home",
+    "active",
+    "assign",
+    "blocks_of",
+    "cost",
+    "gather_objects",
+    "home_of",
+    "make_current",
+    "makespan",
+    "meet",
+    "refuse_engines",
+    "rounds",
+    "worthwhile",
+]

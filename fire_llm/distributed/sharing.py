@@ -1,0 +1,96 @@
+"""Share work among ranks: pure functions of shapes and numbers of ranks, so that they can be tested and simulated."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+ROUND_BYTES = 1 << 27
+"""Bytes of parameters that a rank takes on at a time; a single larger block is a round of its own."""
+
+FLOPS_PER_COST = 20
+"""Floating-point operations of five cubic steps, per unit of `cost`: two products of 2 max·min² each a step."""
+
+HARDWARE = {"cpu": (1e11, 1e9, 2e-3), "accelerator": (3e14, 5e10, 2e-4)}
+"""Assumed speed of products (FLOP/s), bandwidth between ranks (bytes/s) and latency of a collective (s)."""
+
+
+def cost(shape: Sequence[int]) -> int:
+    """Return what orthogonalising a matrix costs: max·min², to a constant factor; the elements of what is no matrix."""
+    if len(shape) != 2:
+        count = 1
+        for size in shape:
+            count *= size
+        return count
+    return max(shape) * min(shape) ** 2
+
+
+def assign(costs: Sequence[int], ranks: int) -> list[int]:
+    """Give every job an owner: the longest first, each to the rank with the least to do (ties to the lowest rank).
+
+    Args:
+        costs: Of each job.
+        ranks: Number of ranks, >= 1.
+
+    Returns:
+        The owner of each job. At most 4/3 − 1/(3 ranks) of the best possible makespan.
+
+    Source: Graham, Bounds on multiprocessing timing anomalies, 1969 (LPT).
+    """
+    loads = [(0, rank) for rank in range(ranks)]
+    owners = [0] * len(costs)
+    for job in sorted(range(len(costs)), key=lambda job: (-costs[job], job)):
+        load, owner = loads[0]
+        owners[job] = owner
+        heapq.heapreplace(loads, (load + costs[job], owner))
+    return owners
+
+
+def makespan(costs: Sequence[int], owners: Sequence[int], ranks: int) -> int:
+    """Return the cost of the rank with the most to do."""
+    loads = [0] * ranks
+    for job_cost, owner in zip(costs, owners, strict=True):
+        loads[owner] += job_cost
+    return max(loads)
+
+
+def rounds(sizes: Sequence[int], owners: Sequence[int], ranks: int, limit: int = ROUND_BYTES) -> list[list[int]]:
+    """Part the jobs into rounds, in each of which every owner takes the next of its jobs that fit `limit` together.
+
+    Args:
+        sizes: Bytes of each job.
+        owners: Owner of each job.
+        ranks: Number of ranks.
+        limit: Bytes an owner takes in a round; a larger job is alone.
+
+    Returns:
+        Jobs of each round, ascending.
+    """
+    parted: list[list[int]] = []
+    filled = [0] * ranks  # bytes in the owner's current round
+    current = [0] * ranks
+    for job, (size, owner) in enumerate(zip(sizes, owners, strict=True)):
+        if filled[owner] and filled[owner] + size > limit:
+            current[owner] += 1
+            filled[owner] = 0
+        filled[owner] += size
+        while len(parted) <= current[owner]:
+            parted.append([])
+        parted[current[owner]].append(job)
+    return parted
+
+
+def worthwhile(total_cost: int, total_bytes: int, ranks: int, device: str) -> bool:
+    """Tell whether sharing the work of replicas takes less time than every rank doing all of it.
+
+    Args:
+        total_cost: Sum of `cost` over the matrices.
+        total_bytes: Bytes that every rank receives.
+        ranks: Replicas.
+        device: Type of the device that computes.
+    """
+    if ranks < 2:
+        return False
+    speed, bandwidth, latency = HARDWARE["cpu" if device == "cpu" else "accelerator"]
+    saved = FLOPS_PER_COST * total_cost / speed * (1 - 1 / ranks)
+    return saved > total_bytes / bandwidth + latency

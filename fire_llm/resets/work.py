@@ -1,0 +1,265 @@
+"""What a reset does to each piece of a model, checked before and done home by home."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fire_llm.distributed import (
+    Block,
+    Exchange,
+    Home,
+    blocks_of,
+    gather_objects,
+    home_of,
+    make_current,
+    refuse_engines,
+    worthwhile,
+)
+from fire_llm.errors import UserError
+from fire_llm.layout import ROLES, LogicalMatrix, pieces
+from fire_llm.metrics import sfe
+from fire_llm.resets.methods import RESETS
+from fire_llm.resets.report import TensorReport, describe
+from fire_llm.resets.spec import FROZEN, ResetSpec
+
+
+@dataclass
+class Plan:
+    """Hold what is to be done to each piece of a model, everything checked."""
+
+    specs: list[ResetSpec]
+    pieces: list[LogicalMatrix]
+    todo: list[list[ResetSpec]]
+    """Of each piece, in order."""
+    start: dict[str, LogicalMatrix]
+    """Step-0 pieces by name; empty where no reset wants them."""
+
+    @classmethod
+    def make(cls, model: nn.Module, specs: list[ResetSpec], initial: nn.Module | None, optimizer: Any) -> Plan:
+        refuse_engines(model, optimizer)
+        make_current(model)
+        by_role = any(set(s.roles) != set(ROLES) for s in specs)
+        cut = pieces(model, strict=by_role)
+        plan = cls(specs, cut, [[s for s in specs if s.why_not(p) is None] for p in cut], {})
+        wanting = [s.method for s in specs if s.needs_initial]
+        if wanting and initial is None:
+            raise UserError(
+                f"'{wanting[0]}' needs the run's step-0 weights: give `initial` (on the command line, --init)"
+            )
+        if wanting and initial is not None:
+            plan.start = {p.name: p for p in pieces(initial, strict=by_role)}
+        plan.check()
+        return plan
+
+    def check(self) -> None:
+        """Refuse what cannot be done, before anything is.
+
+        Raises:
+            UserError: Naming the first piece at fault.
+        """
+        wanted = [p for p, todo in zip(self.pieces, self.todo, strict=True) if todo]
+        if not wanted and any(s.why_not(p) == FROZEN for p in self.pieces for s in self.specs):
+            raise UserError("every parameter that the reset would touch is frozen: call requires_grad_(True) first")
+        for piece in wanted:
+            if piece.tensor.is_meta:
+                raise UserError(f"'{piece.name}' is on the meta device: load the weights before a reset")
+            if not self.start:
+                continue
+            before = self.start.get(piece.name)
+            if before is None or before.shape != piece.shape:
+                raise UserError(
+                    f"the step-0 weights hold no '{piece.name}' of shape {tuple(piece.shape)}: another architecture"
+                )
+            if _sharded(before.tensor):
+                raise UserError(f"the step-0 weights of '{piece.name}' are sharded: give them whole on every rank")
+        # All flags first, so that an accelerator is waited for once.
+        flags = [torch.isfinite(_held(piece)).all() for piece in wanted]
+        for piece, finite in zip(wanted, torch.stack([f.cpu() for f in flags]).tolist() if flags else [], strict=True):
+            if not finite:
+                raise UserError(
+                    f"'{piece.name}' holds NaN or infinity: a reset would spread it. Start from a sound checkpoint"
+                )
+
+    def request(self) -> str:
+        """Say what this rank is about to do, in a form that ranks can compare."""
+        rows = zip(self.pieces, self.todo, strict=True)
+        return repr((self.specs, [(p.name, tuple(p.shape), str(p.tensor.dtype), len(todo)) for p, todo in rows]))
+
+    def untouched(self, index: int, spectra: bool) -> TensorReport:
+        """Report on a piece that nothing came near; what lies in shards is not gathered to be measured."""
+        piece = self.pieces[index]
+        report = TensorReport.of(piece) if _sharded(piece.tensor) else describe(piece, _held(piece), spectra)
+        report.reason = self.reason(index)
+        return report
+
+    def reason(self, index: int) -> str:
+        """Say why a piece is left alone."""
+        return "; ".join(dict.fromkeys(str(s.why_not(self.pieces[index])) for s in self.specs))
+
+
+@dataclass
+class Work:
+    """Do what a plan says, home by home, and keep the report of every piece that this rank worked on."""
+
+    plan: Plan
+    spectra: bool
+    reports: dict[int, TensorReport] = field(default_factory=dict)
+    failed: set[str] = field(default_factory=set)
+    measuring: float = 0.0
+    """Seconds spent on measures rather than on the reset."""
+    gathered_whole: int = 0
+    """Parameters whose placement has no plan of its own."""
+    bar: Any = None
+
+    def run(self, process_group: Any, progress: bool) -> int:
+        """Reset everything; return among how many ranks the work was shared at most."""
+        plan = self.plan
+        costly = [any(RESETS[s.method].matrices_only for s in todo) for todo in plan.todo]
+        blocks = [b for b in blocks_of(plan.pieces, costly) if any(plan.todo[i] for i in b.members)]
+        by_home: dict[Home | None, list[Block]] = defaultdict(list)
+        for block in blocks:
+            by_home[home_of(block.tensor, process_group)].append(block)
+        odd = by_home.pop(None, [])
+        exchanges = [Exchange(_worth_it(home, b), b) for home, b in by_home.items() if home is not None]
+        if progress:
+            from tqdm.auto import tqdm
+
+            total = sum(len(b.members) for e in exchanges for b in e.mine) + sum(len(b.members) for b in odd)
+            self.bar = tqdm(total=total, desc="reset", unit="tensor", leave=False)
+        for exchange in exchanges:
+            for mine in exchange:
+                self._transform(mine)
+        self._gather_whole(odd)
+        if self.bar is not None:
+            self.bar.close()
+        return max((e.home.n_replicas * e.home.n_shards for e in exchanges), default=1)
+
+    def join(self, process_group: Any) -> None:
+        """Collect the reports of all ranks, so that each has every one."""
+        for reports, failed in gather_objects(process_group, (self.reports, self.failed)):
+            self.reports |= {i: report for i, report in reports.items() if i not in self.reports}
+            self.failed |= failed
+
+    def _gather_whole(self, blocks: list[Block]) -> None:
+        """Reset parameters of placements without a plan of their own, each whole on every rank, one at a time."""
+        by_parameter: dict[int, list[Block]] = defaultdict(list)
+        for block in blocks:
+            by_parameter[id(block.tensor)].append(block)
+        for of_one in by_parameter.values():
+            tensor: Any = of_one[0].tensor.detach()
+            whole = tensor.full_tensor()
+            self._transform([(b, whole[b.rows.start : b.rows.stop]) for b in of_one])
+            _put_back(tensor, whole)
+        self.gathered_whole = len(by_parameter)
+        if by_parameter:
+            warnings.warn(
+                f"{len(by_parameter)} parameters are placed neither whole nor in shards of rows (tensor parallelism?): "
+                "each was gathered whole on every rank, one at a time. FSDP2 or replicas share the work",
+                stacklevel=4,
+            )
+
+    def _transform(self, mine: Sequence[tuple[Block, Tensor]]) -> None:
+        """Reset the pieces of some blocks, each block in the tensor that stands for it."""
+        groups: dict[Any, list[tuple[int, LogicalMatrix]]] = defaultdict(list)
+        for block, tensor in mine:
+            for index in block.members:
+                piece, todo = self.plan.pieces[index].within(tensor), self.plan.todo[index]
+                if not todo:
+                    with self._measured():
+                        self.reports[index] = describe(self.plan.pieces[index], piece.read(), self.spectra)
+                    self.reports[index].reason = self.plan.reason(index)
+                    continue
+                batched = together(tensor) and all(RESETS[s.method].batched for s in todo)
+                key = (piece.shape, tensor.dtype, *map(id, todo)) if batched else index
+                groups[key].append((index, piece))
+        for group in groups.values():
+            self._reset(group)
+
+    def _reset(self, group: list[tuple[int, LogicalMatrix]]) -> None:
+        """Reset pieces of one shape, dtype and list of resets together."""
+        names = [self.plan.pieces[index].name for index, _ in group]
+        stacked = len(group) > 1
+        before = torch.stack([p.read() for _, p in group]) if stacked else group[0][1].read().clone()
+        x = before.to(torch.promote_types(before.dtype, torch.float32))  # rounded once, when it is written
+        for spec in self.plan.todo[group[0][0]]:
+            arguments = []
+            if spec.needs_initial:
+                first = [self.plan.start[name].read().to(x) for name in names]
+                arguments = [torch.stack(first) if stacked else first[0]]
+            x = RESETS[spec.method].function(x, *arguments, **spec.options)
+        values = x.unbind() if stacked else (x,)
+        sound = torch.stack([torch.isfinite(v).all() for v in values]).tolist()
+        for (index, piece), old, new, good in zip(group, before if stacked else (before,), values, sound, strict=True):
+            if good:
+                piece.write_(new)
+            else:
+                self.failed.add(self.plan.pieces[index].name)
+            with self._measured():
+                self._report(index, piece, old)
+
+    def _report(self, index: int, piece: LogicalMatrix, before: Tensor) -> None:
+        own, after = self.plan.pieces[index], piece.read()
+        report, later = describe(own, before, self.spectra), describe(own, after, self.spectra)
+        report.sfe = sfe(before, after)
+        report.dfi_after, report.norm_after, report.sigma_after = later.dfi_after, later.norm_after, later.sigma_after
+        self.reports[index] = report
+        if self.bar is not None:
+            self.bar.update()
+
+    @contextmanager
+    def _measured(self) -> Iterator[None]:
+        """Count the time of what is inside as measuring."""
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        began = time.perf_counter()
+        yield
+        self.measuring += time.perf_counter() - began
+
+
+def together(tensor: Tensor) -> bool:
+    """Tell whether matrices of one shape are best taken together: a loop is faster on a CPU."""
+    return tensor.device.type != "cpu"
+
+
+def _sharded(tensor: Tensor) -> bool:
+    """Tell whether this rank holds but a part of a parameter."""
+    mesh = getattr(tensor, "device_mesh", None)
+    return mesh is not None and any(
+        mesh.size(dim) > 1 and not placement.is_replicate()
+        for dim, placement in enumerate(tensor.placements)  # type: ignore[attr-defined]
+    )
+
+
+def _held(piece: LogicalMatrix) -> Tensor:
+    """Return a piece, or, where it lies in shards, what this rank holds of the parameter around it."""
+    tensor: Any = piece.tensor.detach()
+    if not hasattr(tensor, "to_local"):
+        return piece.read()
+    return tensor.to_local() if _sharded(tensor) else replace(piece, tensor=tensor.to_local()).read()
+
+
+def _worth_it(home: Home, blocks: list[Block]) -> Home:
+    """Return the home that shares the work: replicas do it each for itself where that takes less time."""
+    costs, n_bytes = sum(b.cost for b in blocks), sum(b.n_bytes for b in blocks)
+    device = blocks[0].tensor.device.type
+    if home.shards is None and not worthwhile(costs, n_bytes, home.n_replicas, device):
+        return Home()
+    return home
+
+
+def _put_back(tensor: Any, whole: Tensor) -> None:
+    """Write a whole parameter into the local part of a DTensor, without asking the other ranks."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = tensor.device_mesh
+    replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    tensor.to_local().copy_(replicated.redistribute(mesh, tensor.placements).to_local())

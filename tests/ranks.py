@@ -1,0 +1,62 @@
+"""Run a function on several gloo ranks, each a process of its own, and return what every rank returned."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["hypothesis", "pytest", "torch.distributed.fsdp", "transformers", "fire_llm.resets"])
+
+
+class Raised(str):
+    """Hold what a rank raised, as `TypeName: message`."""
+
+
+def run_ranks(world: int, function: Callable[..., Any], folder: Path, *args: Any, seconds: float = 120) -> list[Any]:
+    """Call `function(rank, world, *args)` on `world` ranks.
+
+    Returns:
+        What each returned, `Raised` where it raised, or None where it died.
+    """
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    files = [folder / f"{function.__name__}-{world}-{rank}.pkl" for rank in range(world)]
+    processes = [
+        _context.Process(target=_rank, args=(rank, world, store.port, files[rank], function, args))
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(seconds)
+    hanging = [process for process in processes if process.is_alive()]
+    for process in hanging:
+        process.kill()
+    assert not hanging, f"{len(hanging)} of {world} ranks still ran after {seconds} s"
+    return [pickle.loads(file.read_bytes()) if file.exists() else None for file in files]
+
+
+def _rank(rank: int, world: int, port: int, file: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    try:
+        result = function(rank, world, *args)
+    except Exception as error:
+        traceback.print_exc()
+        result = Raised(f"{type(error).__name__}: {error}")
+    file.write_bytes(pickle.dumps(result))
+    if not isinstance(result, Raised):
+        dist.destroy_process_group()
