@@ -44,13 +44,20 @@ def dfi(w: Tensor) -> float:
     """
     if w.ndim != 2:
         raise UserError(f"dfi: shape {tuple(w.shape)} is not a matrix; give (out, in), one matrix at a time")
-    tall = w if w.shape[0] >= w.shape[1] else w.mT
-    n = tall.shape[1]
-    deviation = -torch.eye(n, dtype=torch.float64, device=w.device)
-    for rows in tall.split(max(1, CHUNK_ELEMENTS // max(1, n))):
-        rows = rows.double()
-        deviation.addmm_(rows.mT, rows)
+    deviation = gram(w if w.shape[0] >= w.shape[1] else w.mT)
+    deviation.diagonal().sub_(1)
     return float(deviation.square_().sum().item())
+
+
+@torch.no_grad()
+def gram(w: Tensor) -> Tensor:
+    """Return w^T w in float64, of a (rows, n) tensor of any floating dtype, a bounded chunk of rows at a time."""
+    n = w.shape[1]
+    total = torch.zeros(n, n, dtype=torch.float64, device=w.device)
+    for rows in w.split(max(1, CHUNK_ELEMENTS // max(1, n))):
+        rows = rows.double()
+        total.addmm_(rows.mT, rows)
+    return total
 
 
 def effective_rank(sigma: Tensor) -> float:

@@ -424,3 +424,31 @@ def test_matrices_of_one_shape_are_taken_together_where_that_is_faster(monkeypat
     assert [t.name for t in report.touched] == [t.name for t in alone.touched]
     for name, weight in state(one).items():
         assert torch.allclose(state(all_at_once)[name], weight, rtol=0, atol=1e-6)
+
+
+def tall(rank, world, iterations, scale):
+    """A model whose head is much taller than wide, and split by rows however small it is."""
+    import fire_llm.distributed.sharing as sharing
+
+    share_always()
+    sharing.SPLIT_BYTES = 0
+    sharing.SPLIT_RATIO = 3
+    model = shard(tiny_llama(), world)
+    spec = {"method": "fire", "iterations": iterations, "scale": scale, "roles": ["attention", "mlp", "lm_head"]}
+    report = apply_reset(model, spec, spectra=True)
+    row = next(t for t in report.touched if t.name == "lm_head.weight")
+    return state(model), [row.sfe, row.dfi_before, row.dfi_after, row.norm_before, row.norm_after], row.sigma_after
+
+
+@pytest.mark.parametrize("scale", ["sqrt", "keep-norm"])
+def test_a_tall_matrix_is_reset_where_its_rows_are(scale, tmp_path):
+    model = tiny_llama()
+    roles = ["attention", "mlp", "lm_head"]
+    report = apply_reset(model, {"method": "fire", "iterations": 7, "scale": scale, "roles": roles}, spectra=True)
+    row = next(t for t in report.touched if t.name == "lm_head.weight")
+    measures = [row.sfe, row.dfi_before, row.dfi_after, row.norm_before, row.norm_after]
+    for weights, found, sigma in run_ranks(3, tall, tmp_path, 7, scale):
+        for name, weight in state(model).items():
+            assert torch.allclose(weights[name], weight, rtol=0, atol=1e-6), name
+        assert found == pytest.approx(measures, rel=1e-5)
+        assert sigma == pytest.approx(row.sigma_after, rel=1e-5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fire_llm.distributed.exchange import Exchange
 from fire_llm.distributed.homes import Block, Home, blocks_of, home_of, make_current, refuse_engines
 from fire_llm.distributed.meeting import MEETING_SECONDS, active, gather_objects, meet
-from fire_llm.distributed.sharing import assign, cost, makespan, rounds, worthwhile
+from fire_llm.distributed.sharing import assign, cost, makespan, rounds, split_cost, splits, worthwhile
 
 __all__ = [
     "MEETING_SECONDS",
@@ -23,5 +23,7 @@ __all__ = [
     "meet",
     "refuse_engines",
     "rounds",
+    "split_cost",
+    "splits",
     "worthwhile",
 ]

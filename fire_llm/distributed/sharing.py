@@ -8,6 +8,12 @@ from collections.abc import Sequence
 ROUND_BYTES = 1 << 27
 """Bytes of parameters that a rank takes on at a time; a single larger block is a round of its own."""
 
+SPLIT_RATIO = 8
+"""Rows to columns from which a matrix may be split; below, the Gram matrix, mapped on every rank, weighs too much."""
+
+SPLIT_BYTES = 1 << 26
+"""Bytes below which a matrix is never split: an owner has done it before the ranks have agreed."""
+
 FLOPS_PER_COST = 20
 """Floating-point operations of five cubic steps, per unit of `cost`: two products of 2 max·min² each a step."""
 
@@ -78,6 +84,30 @@ def rounds(sizes: Sequence[int], owners: Sequence[int], ranks: int, limit: int =
             parted.append([])
         parted[current[owner]].append(job)
     return parted
+
+
+def splits(shape: Sequence[int], itemsize: int, total_cost: int, ranks: int) -> bool:
+    """Tell whether a matrix is worked on by all ranks together, each with its rows, rather than by an owner.
+
+    That is where it is much taller than wide and takes more than a fair share of the work, or more memory than an owner
+    should need. The ranks then sum their parts of the n × n Gram matrix, map that, each for itself, and multiply their
+    own rows by the result; see `split_cost`.
+
+    Args:
+        shape: (out, in).
+        itemsize: Bytes an element.
+        total_cost: Sum of `cost` over all matrices.
+        ranks: That could share it.
+    """
+    rows, columns = shape
+    if ranks < 2 or rows < SPLIT_RATIO * columns or rows * columns * itemsize < SPLIT_BYTES:
+        return False
+    return cost(shape) * ranks > total_cost or rows * columns * itemsize > 4 * SPLIT_BYTES
+
+
+def split_cost(shape: Sequence[int], ranks: int) -> int:
+    """Return what each rank does of a matrix that is split by rows: its rows' share, and all of the Gram matrix's."""
+    return cost(shape) // ranks + min(shape) ** 3
 
 
 def worthwhile(total_cost: int, total_bytes: int, ranks: int, device: str) -> bool:

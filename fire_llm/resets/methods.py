@@ -134,6 +134,26 @@ def fire(
     return _with_norm(x, _norm(w)) if scale == "keep-norm" else x
 
 
+def fire_by_gram(gram: Tensor, rows: int, *, iterations: int, scale: Scale, **others: Any) -> Tensor:
+    """Return P with `fire(w)` = w P for a tall w, whose rows may lie anywhere.
+
+    Args:
+        gram: (n, n) float64, wᵀ w.
+        rows: Of w.
+        iterations, scale: As in `fire`; the solver is newton-schulz, and products are taken in the Gram matrix's dtype.
+    """
+    square = gram.trace()
+    g = gram / torch.where(square > 0, square, 1)
+    p = torch.eye(len(g), dtype=g.dtype, device=g.device) / torch.where(square > 0, square, 1).sqrt()
+    for _ in range(iterations):  # all of these commute
+        step = -0.5 * g
+        step.diagonal().add_(1.5)
+        g, p = step @ g @ step, p @ step
+    if scale == "sqrt":
+        return p * math.sqrt(rows / gram.shape[-1])
+    return p * (gram.trace() / (p @ gram @ p).trace()).sqrt() if scale == "keep-norm" else p
+
+
 @register_reset("rescale", roles=("attention", "mlp"), options_of=fire, batched=True)
 def rescale(w: Tensor, **options: Any) -> Tensor:
     """Give a matrix the Frobenius norm that `fire` with the same options would, and keep its direction.

@@ -27,6 +27,7 @@ from fire_llm.distributed import (
 from fire_llm.errors import UserError
 from fire_llm.layout import ROLES, LogicalMatrix, pieces
 from fire_llm.metrics import sfe
+from fire_llm.resets.by_rows import by_rows, reset_by_rows
 from fire_llm.resets.methods import RESETS
 from fire_llm.resets.report import TensorReport, describe
 from fire_llm.resets.spec import FROZEN, ResetSpec
@@ -129,15 +130,26 @@ class Work:
         for block in blocks:
             by_home[home_of(block.tensor, process_group)].append(block)
         odd = by_home.pop(None, [])
-        exchanges = [Exchange(_worth_it(home, b), b) for home, b in by_home.items() if home is not None]
+        total_cost = sum(b.cost for b in blocks)
+        exchanges, apart = [], []
+        for home, own in by_home.items():
+            assert home is not None
+            split = [b for b in own if by_rows(b, plan.pieces[b.members[0]], plan.todo[b.members[0]], home, total_cost)]
+            apart += [(b.members[0], home) for b in split]
+            exchanges.append(Exchange(_worth_it(home, own), [b for b in own if b not in split]))
         if progress:
             from tqdm.auto import tqdm
 
-            total = sum(len(b.members) for e in exchanges for b in e.mine) + sum(len(b.members) for b in odd)
+            total = sum(len(b.members) for b in [*(b for e in exchanges for b in e.mine), *odd]) + len(apart)
             self.bar = tqdm(total=total, desc="reset", unit="tensor", leave=False)
         for exchange in exchanges:
             for mine in exchange:
                 self._transform(mine)
+        for index, home in apart:
+            report = reset_by_rows(plan.pieces[index], plan.todo[index][0], home, self.spectra)
+            if report is None:
+                self.failed.add(plan.pieces[index].name)
+            self._done(index, report or TensorReport.of(plan.pieces[index]))
         self._gather_whole(odd)
         if self.bar is not None:
             self.bar.close()
@@ -211,6 +223,9 @@ class Work:
         report, later = describe(own, before, self.spectra), describe(own, after, self.spectra)
         report.sfe = sfe(before, after)
         report.dfi_after, report.norm_after, report.sigma_after = later.dfi_after, later.norm_after, later.sigma_after
+        self._done(index, report)
+
+    def _done(self, index: int, report: TensorReport) -> None:
         self.reports[index] = report
         if self.bar is not None:
             self.bar.update()
