@@ -12,9 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fire_llm import orthogonal
 from fire_llm.errors import UserError
-from fire_llm.orthogonal import newton_schulz, polar, singular_values
+from fire_llm.orthogonal import (
+    newton_schulz,
+    newton_schulz_factor,
+    paper_map,
+    polar,
+    products,
+    projection,
+    singular_values,
+)
 
 SOLVERS = [newton_schulz, polar]
 
@@ -38,7 +45,7 @@ def svd(w: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return scipy.linalg.svd(w.double().numpy(), full_matrices=False, lapack_driver="gesdd")
 
 
-def paper_map(
+def scalar_map(
     w: Tensor, iterations: int, decomposition: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return the singular values (unsorted) and the matrix that the scalar map gives on an fp64 SVD."""
@@ -79,7 +86,7 @@ MATRICES = {
 @pytest.mark.parametrize("key", MATRICES)
 def test_newton_schulz_is_the_scalar_map(key: str, iterations: int) -> None:
     w = MATRICES[key].float()
-    sigma, target = paper_map(w, iterations)
+    sigma, target = scalar_map(w, iterations)
     for compute_dtype, sigma_bound, bound in [
         (None, 1e-5, 5e-6),
         (torch.float64, 1e-7, 1e-7),
@@ -110,11 +117,11 @@ def test_composition_takes_its_range_to_one() -> None:
         return s
 
     s = torch.logspace(-4, 0, 100_001, dtype=torch.float64).clamp_max(1)
-    assert (through(orthogonal.COMPOSITION, s) - 1).abs().max() < 6e-6
-    assert (through((*orthogonal.COMPOSITION, *orthogonal.POLISH), s) - 1).abs().max() < 1e-12
+    assert (through(projection.COMPOSITION, s) - 1).abs().max() < 6e-6
+    assert (through((*projection.COMPOSITION, *projection.POLISH), s) - 1).abs().max() < 1e-12
     again = torch.linspace(0.0132, 1.94, 100_001, dtype=torch.float64)
-    assert (through(orthogonal.LIFT, again) - 1).abs().max() < 1e-12
-    assert through(orthogonal.LIFT, torch.tensor(1e-6)) > 210e-6
+    assert (through(projection.LIFT, again) - 1).abs().max() < 1e-12
+    assert through(projection.LIFT, torch.tensor(1e-6)) > 210e-6
 
 
 @cache
@@ -140,7 +147,7 @@ def test_newton_schulz_at_gpt2_size(
 ) -> None:
     """Five steps on Gaussians: min, median and max of the table in docs/newton-schulz.md."""
     w, decomposition = large("gaussian", shape)
-    sigma, target = paper_map(w, 5, decomposition)
+    sigma, target = scalar_map(w, 5, decomposition)
     x = newton_schulz(w, compute_dtype=compute_dtype)
     found = singular_values(x).flip(0)
     assert (found - sigma.sort().values).abs().max() < (1e-6 if compute_dtype is None else 1e-4)
@@ -294,7 +301,7 @@ def test_extreme_scales_in_fp64(solve) -> None:
 @pytest.mark.parametrize("solve", SOLVERS)
 @pytest.mark.parametrize("shape", [(2, 3, 20, 30), (5, 30, 20), (3, 140, 150)])
 def test_a_batch_is_its_matrices(solve, shape: tuple[int, ...], options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(orthogonal, "CHUNK_ELEMENTS", 2 * 20 * 30)
+    monkeypatch.setattr(products, "CHUNK_ELEMENTS", 2 * 20 * 30)
     w = gaussian(*shape).float()
     flat = w.view(-1, *shape[-2:])
     flat[1] = 0
@@ -317,7 +324,7 @@ def test_low_precision_batch_mixes_steps() -> None:
 @pytest.mark.parametrize("solve", [*SOLVERS, singular_values])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_non_finite_matrices_are_refused_by_name(solve, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(orthogonal, "CHUNK_ELEMENTS", 2 * 8 * 9)
+    monkeypatch.setattr(products, "CHUNK_ELEMENTS", 2 * 8 * 9)
     w = gaussian(2, 3, 8, 9).float()
     w[1, 2, 4, 5] = value
     w[1, 1] = 0
@@ -373,10 +380,11 @@ def test_ambient_precision_is_neither_felt_nor_changed(solve, monkeypatch: pytes
     expected = solve(w)
     before = torch.get_float32_matmul_precision()
     seen = []
-    chunks = orthogonal._chunks
-    monkeypatch.setattr(
-        orthogonal, "_chunks", lambda *a: (seen.append(torch.backends.cuda.matmul.fp32_precision), chunks(*a))[1]
-    )
+    chunks = products.chunks
+    for module in (paper_map, projection):
+        monkeypatch.setattr(
+            module, "chunks", lambda *a: (seen.append(torch.backends.cuda.matmul.fp32_precision), chunks(*a))[1]
+        )
     try:
         torch.set_float32_matmul_precision("medium")
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -403,3 +411,36 @@ def test_singular_values() -> None:
     assert found.shape == (2, 3, 9)
     assert torch.allclose(found, torch.linalg.svdvals(batch), rtol=1e-10)
     assert singular_values(torch.zeros(2, 0, 3)).shape == (2, 0)
+
+
+@pytest.mark.parametrize("shape", [(3, 130, 140), (4, 40, 56), (3, 300, 129)])
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
+def test_a_matrix_comes_out_the_same_bit_for_bit_whatever_is_beside_it(shape, compute_dtype) -> None:
+    """Ranks share a stack out; on a CPU nobody must be able to tell."""
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    w[1] *= torch.logspace(0, -3, shape[-1])  # another spectrum, which takes another path
+    together = newton_schulz(w, compute_dtype=compute_dtype)
+    assert all(torch.equal(x, newton_schulz(m, compute_dtype=compute_dtype)) for x, m in zip(together, w, strict=True))
+
+
+@pytest.mark.parametrize("end", [1e-3, 0.0133, 0.05, 0.2, 1.0])
+@pytest.mark.parametrize("steps", [2, 3, 5])
+def test_the_polynomial_stands_for_the_steps_on_its_interval(steps: int, end: float) -> None:
+    coefficients = paper_map._interpolant(steps, end)
+    assert coefficients is not None or (steps, end) in {(5, 0.2), (5, 1.0)}
+    if coefficients is not None:
+        assert len(coefficients) % 2 and len(coefficients) <= 13
+        t = np.linspace(1e-9, end, 777)
+        sigma = np.sqrt(t)
+        for _ in range(steps):
+            sigma = 1.5 * sigma - 0.5 * sigma**3
+        found = np.polynomial.polynomial.polyval(t / end, coefficients)
+        assert np.abs(found * np.sqrt(t) / sigma - 1).max() < 3e-7
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 5, 9])
+def test_the_factor_of_the_gram_matrix_is_the_map(iterations: int) -> None:
+    w = torch.randn(90, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    factor = newton_schulz_factor(w.T @ w, iterations)
+    assert torch.allclose(w @ factor, scalar_map(w, iterations)[1], rtol=0, atol=1e-12)
+    assert not newton_schulz_factor(torch.zeros(3, 3), iterations).isnan().any()

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from torch import Tensor
 
 from fire_llm.layout import MATRIX_ROLES, ROLES
-from fire_llm.orthogonal import newton_schulz, polar
+from fire_llm.orthogonal import newton_schulz, newton_schulz_factor, polar
 
 
 @dataclass(frozen=True)
@@ -142,13 +142,7 @@ def fire_by_gram(gram: Tensor, rows: int, *, iterations: int, scale: Scale, **ot
         rows: Of w.
         iterations, scale: As in `fire`; the solver is newton-schulz, and products are taken in the Gram matrix's dtype.
     """
-    square = gram.trace()
-    g = gram / torch.where(square > 0, square, 1)
-    p = torch.eye(len(g), dtype=g.dtype, device=g.device) / torch.where(square > 0, square, 1).sqrt()
-    for _ in range(iterations):  # all of these commute
-        step = -0.5 * g
-        step.diagonal().add_(1.5)
-        g, p = step @ g @ step, p @ step
+    p = newton_schulz_factor(gram, iterations)
     if scale == "sqrt":
         return p * math.sqrt(rows / gram.shape[-1])
     return p * (gram.trace() / (p @ gram @ p).trace()).sqrt() if scale == "keep-norm" else p

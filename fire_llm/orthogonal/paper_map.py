@@ -1,0 +1,238 @@
+"""The paper's Newton-Schulz map.
+
+Shapes: (..., out, in) at the surface; inside, a chunk is (B = batch, n = short side, m = long side), n <= m.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+from numpy.polynomial import Chebyshev, Polynomial
+from torch import Tensor
+
+from fire_llm.errors import UserError
+from fire_llm.orthogonal.products import (
+    CPU_BATCH_SIDE,
+    FLOATS,
+    add_product,
+    check_dtype,
+    check_matrix,
+    chunks,
+    exact_products,
+    matmul,
+    positive,
+    step,
+    store,
+)
+
+CUBIC = (1.5, -0.5)  # x -> 1.5 x - 0.5 x^3
+
+GRAM_RATIO = 1.5  # m / n from which iterating on the n x n Gram matrix costs less
+LOW_PRECISION_SHARE = 0.07  # largest correction, relative to what it corrects, that is computed in low precision
+GRAM_STEPS = 5  # steps before the Gram matrix is formed anew: its rounding grows by 2.25 a step
+AT_ONCE = 5  # steps taken as one polynomial; more of them need too high a degree
+HIGHEST_DEGREE = 12  # beyond it, monomials lose digits and steps one by one cost little more
+INTERPOLATION_ERROR = 2e-7  # relative, on the whole interval
+BOUND_MARGIN = 1.01  # on the largest eigenvalue, for the rounding of the Gram matrix that bounds it
+
+
+@torch.no_grad()
+def newton_schulz(
+    w: Tensor, iterations: int = 5, *, compute_dtype: torch.dtype | None = None, name: str = "matrix"
+) -> Tensor:
+    """Map each singular value by p(s) = 1.5 s - 0.5 s^3, `iterations` times, from w / ||w||_F.
+
+    This is FIRE's approximation, not its solution: five steps leave a Gaussian's singular values near 0.25 (`polar` is
+    the solution). The paper's factor sqrt(out / in) is left to the caller. A matrix of zeros comes back as zeros.
+
+    Args:
+        w: (..., out, in), any floating dtype; not modified.
+        iterations: number of cubic steps, >= 0.
+        compute_dtype: dtype of the matrix products. float32 and float64 are also the iterate's dtype; bfloat16 and
+            float16 round the operands of each product while the iterate stays in float32. Default: float64 for
+            float64 input, else bfloat16 on CUDA and float32 elsewhere.
+        name: what error messages call `w`.
+
+    Returns:
+        A new contiguous tensor with the shape, dtype and device of `w`.
+
+    Raises:
+        UserError: `w` is not a floating-point matrix (or batch) or holds NaN or infinity; `iterations` is negative.
+
+    Source: FIRE, arXiv 2602.08040, the Newton-Schulz approximation of W (W^T W)^(-1/2).
+    """
+    check_matrix(w, name)
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
+        raise UserError(f"iterations: {iterations!r} is not a number of steps; give an integer >= 0 (the paper uses 5)")
+    check_dtype(compute_dtype, FLOATS)
+    fast = torch.bfloat16 if w.is_cuda else torch.float32
+    products = compute_dtype or (torch.float64 if w.dtype == torch.float64 else fast)
+    iterate = torch.float64 if products == torch.float64 else torch.float32
+    out = torch.empty_like(w, memory_format=torch.contiguous_format)
+    with exact_products(w.device):
+        for chunk, x, _ in chunks(w, iterate, name):
+            store(out, chunk, _map(x, iterations, products))
+    return out
+
+
+@torch.no_grad()
+def newton_schulz_factor(gram: Tensor, iterations: int = 5) -> Tensor:
+    """Return P such that `newton_schulz(w, iterations)` = w P, from w^T w alone: for a w that no device holds whole.
+
+    Args:
+        gram: (n, n) = w^T w of a w with at least n rows; its dtype is that of every product, so float64 is advised.
+        iterations: as in `newton_schulz`.
+    """
+    trace = positive(gram.trace())
+    gram = gram / trace
+    factor = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) / trace.sqrt()
+    for _ in range(iterations):
+        one = gram * CUBIC[1]  # all of these commute
+        one.diagonal().add_(CUBIC[0])
+        gram, factor = one @ gram @ one, factor @ one
+    return factor
+
+
+def _map(x: Tensor, iterations: int, products: torch.dtype) -> Tensor:
+    """Return the map of a batch (B, n, m) of any scale."""
+    first = min(iterations, AT_ONCE)
+    if first < 2 or x.shape[-2] <= CPU_BATCH_SIDE or x.dtype == torch.float64:
+        return _one_by_one(_normalised(x), iterations, products)
+    y, left = _at_once(x, first, products)
+    if left is not None:
+        y[left] = _one_by_one(_normalised(x[left]), first, products)
+    return _one_by_one(y, iterations - first, products)
+
+
+def _normalised(x: Tensor) -> Tensor:
+    return x / positive(torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64)).to(x.dtype)
+
+
+def _one_by_one(x: Tensor, iterations: int, products: torch.dtype) -> Tensor:
+    if products != x.dtype:
+        for _ in range(iterations):
+            x = _low_precision_cubic(x, products)
+    elif x.shape[-1] < GRAM_RATIO * x.shape[-2]:
+        for _ in range(iterations):
+            x = step(x, *CUBIC)
+    else:
+        for done in range(0, iterations, GRAM_STEPS):
+            x = _gram_cubics(x, min(GRAM_STEPS, iterations - done))
+    return x
+
+
+def _at_once(x: Tensor, steps: int, products: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Take several steps as one polynomial of the Gram matrix, where its spectrum lies in a short enough interval.
+
+    k steps multiply a singular value s by q(s^2). Of the Frobenius-normalised Gram matrix G, (tr G^4)^(1/4) bounds the
+    spectrum, and on [0, bound] a polynomial of low degree stands for q: 4 where the singular values are a Gaussian's.
+    It takes half its degree in products of n x n matrices, and m/n to multiply x by it.
+
+    Args:
+        x: (B, n, m), float32, of any scale.
+        steps: to take.
+        products: dtype of the products' operands.
+
+    Returns:
+        The result, and which matrices of the batch are still to be done, None where all are.
+    """
+    low = x.to(products)
+    gram = _product(low, low.mT)
+    trace = positive(gram.diagonal(dim1=-2, dim2=-1).double().sum(-1)[:, None, None])
+    gram /= trace.to(x.dtype)
+    square = _product(gram.to(products), gram.to(products))
+    bounds = torch.linalg.vector_norm(square, dim=(-2, -1)).sqrt().mul(BOUND_MARGIN).tolist()
+    near = [bound for bound in bounds if _interpolant(steps, _rounded_up(bound)) is not None]
+    wide = torch.tensor([bound not in near for bound in bounds], device=x.device)
+    if not near:
+        return torch.empty_like(x), wide
+    end = _rounded_up(max(near))
+    coefficients = _interpolant(steps, end)
+    assert coefficients is not None
+    first, *others = coefficients
+    gram /= end
+    square /= end**2
+    pairs = [others[i : i + 2] for i in range(0, len(others), 2)]
+    rest = torch.zeros_like(gram)
+    for number, (odd, even) in enumerate(reversed(pairs)):  # Horner's scheme in the square
+        if number:
+            rest = _product(square.to(products), rest.to(products))
+        rest.add_(gram, alpha=odd / first).add_(square, alpha=even / first)
+    if products == x.dtype:
+        y = add_product(x, 1.0, rest)
+    else:
+        correction = _product(rest.to(products), low)
+        share = torch.linalg.vector_norm(correction, dim=(-2, -1)) / torch.linalg.vector_norm(x, dim=(-2, -1))
+        wide |= share > LOW_PRECISION_SHARE
+        y = x + correction
+    y *= (first / trace.sqrt()).to(x.dtype)
+    return y, wide if wide.any() else None
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return a @ b if a.dtype == torch.float32 else matmul(a, b)
+
+
+def _rounded_up(bound: float) -> float:
+    """Return the next power of 2^(1/16), so that few polynomials are ever made."""
+    return min(1.0, 2 ** (np.ceil(16 * np.log2(max(bound, 1e-12))) / 16))
+
+
+@cache
+def _interpolant(steps: int, end: float) -> tuple[float, ...] | None:
+    """Return a polynomial for q on [0, end], in powers of t / end; None where its degree would be too high.
+
+    An even number of coefficients follows the constant one. The error is measured on a grid, relative to q.
+    """
+    grid = np.linspace(0, end, 2001)
+    for degree in range(2, HIGHEST_DEGREE + 1, 2):
+        found = Chebyshev.interpolate(lambda t: _growth(t, steps), degree, domain=[0, end])
+        if np.max(np.abs(found(grid) / _growth(grid, steps) - 1)) < INTERPOLATION_ERROR:
+            powers = found.convert(kind=Polynomial, domain=[0, end], window=[0, 1]).coef
+            return tuple(float(c) for c in np.pad(powers, (0, degree + 1 - len(powers))))
+    return None
+
+
+def _growth(t: np.ndarray, steps: int) -> np.ndarray:
+    """Return q(t): what `steps` cubic steps multiply a singular value by whose square is t."""
+    s, q = np.sqrt(t), np.ones_like(t)
+    for _ in range(steps):
+        by = CUBIC[0] + CUBIC[1] * s**2
+        s, q = s * by, q * by
+    return q
+
+
+def _gram_cubics(x: Tensor, steps: int) -> Tensor:
+    """Return `steps` cubic steps of x, iterating on its n x n Gram matrix and multiplying x once, at the end.
+
+    Costs 2 m/n + 3 steps - 3 products of n x n matrices; `_step` costs 2 m/n a step. The product of the factors is
+    kept as a I + rest: added into a product, the large diagonal would cost the rest a digit.
+    """
+    a, b = CUBIC
+    gram = x @ x.mT
+    diagonal, rest = a, gram * b
+    for _ in range(steps - 1):
+        square = gram @ gram  # gram <- (a I + b gram)^2 gram
+        gram = torch.baddbmm(gram, gram, square, beta=a * a, alpha=b * b).add_(square, alpha=2 * a * b)
+        # diagonal I + rest <- (a I + b gram) (diagonal I + rest)
+        rest = torch.baddbmm(rest, gram, rest, beta=a, alpha=b).add_(gram, alpha=b * diagonal)
+        diagonal *= a
+    return add_product(x, diagonal, rest)
+
+
+def _low_precision_cubic(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return one cubic step of x, its two products on operands rounded to `dtype` where that costs under 5e-4.
+
+    The rounding is relative to the correction (x x^T) x. Where few singular values dominate and the correction is no
+    longer small beside x, the step is taken in the dtype of x.
+    """
+    low = x.to(dtype)
+    correction = matmul(matmul(low, low.mT).to(dtype), low)
+    size = torch.linalg.vector_norm(correction, dim=(-2, -1)) / torch.linalg.vector_norm(x, dim=(-2, -1))
+    out = torch.add(x * CUBIC[0], correction, alpha=CUBIC[1])
+    heavy = size * -CUBIC[1] / CUBIC[0] > LOW_PRECISION_SHARE
+    if heavy.any():
+        out[heavy] = step(x[heavy], *CUBIC)
+    return out

@@ -1,0 +1,127 @@
+"""What the maps share: chunks of a stack, products of exact precision, checks.
+
+Shapes: (..., out, in) at the surface; inside, a chunk is (B = batch, n = short side, m = long side), n <= m.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fire_llm.errors import UserError
+
+CHUNK_ELEMENTS = 1 << 26  # upper bound on a batch worked on at once, 256 MB in fp32
+CPU_BATCH_SIDE = 128  # batched products beat a loop on CPU only up to this n
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def chunks(w: Tensor, dtype: torch.dtype, name: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield (slice of the flattened batch, x, largest): x = w / largest as a new (B, n, m) tensor, n <= m.
+
+    `largest` (B, 1, 1) is the largest absolute entry of each matrix (1 for zeros), so that no later square or sum
+    overflows or underflows, whatever the scale of `w`.
+    """
+    if not w.numel():
+        return
+    batch = w.reshape(-1, *w.shape[-2:])
+    n, m = sorted(w.shape[-2:])
+    count = 1 if w.device.type == "cpu" and n > CPU_BATCH_SIDE else max(1, CHUNK_ELEMENTS // (n * m))
+    for start in range(0, len(batch), count):
+        chunk = slice(start, start + count)
+        x = batch[chunk].to(torch.promote_types(w.dtype, dtype))
+        largest = torch.linalg.vector_norm(x, torch.inf, dim=(-2, -1), keepdim=True)
+        bad = (~largest.isfinite()).flatten().nonzero()
+        if len(bad):
+            index = torch.unravel_index(bad[0] + start, w.shape[:-2]) if w.ndim > 2 else ()
+            which = name + (f"[{', '.join(str(i.item()) for i in index)}]" if index else "")
+            raise UserError(
+                f"{which}: holds NaN or infinity, which would spread to the whole matrix; "
+                "reset from an earlier checkpoint, or leave this matrix out"
+            )
+        largest = positive(largest)
+        x = (x / largest).to(dtype)
+        yield chunk, x if w.shape[-2] == n else x.mT, largest
+
+
+def store(out: Tensor, chunk: slice, x: Tensor) -> None:
+    """Write a chunk of results (B, n, m) into the contiguous batch it belongs to, in its dtype and orientation."""
+    batch = out.view(-1, *out.shape[-2:])
+    batch[chunk] = (x if batch.shape[-2:] == x.shape[-2:] else x.mT).to(out.dtype)
+
+
+def positive(x: Tensor) -> Tensor:
+    """Return x with 1 in place of 0, so that a division by it keeps zeros zero."""
+    return torch.where(x == 0, 1, x)
+
+
+def check_matrix(w: Tensor, name: str) -> None:
+    """Refuse what is not a floating-point matrix or a batch of them."""
+    if w.dtype not in FLOATS:
+        raise UserError(f"{name}: dtype {w.dtype} cannot be orthogonalised; convert it to torch.float32 first")
+    if w.ndim < 2:
+        raise UserError(f"{name}: shape {tuple(w.shape)} is not a matrix; give (out, in) or a batch (..., out, in)")
+
+
+def check_dtype(dtype: torch.dtype | None, allowed: tuple[torch.dtype, ...]) -> None:
+    """Refuse a compute dtype that the function cannot work in."""
+    if dtype is not None and dtype not in allowed:
+        raise UserError(f"compute_dtype: {dtype} is not one of {', '.join(map(str, allowed))}")
+
+
+@contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Keep autocast, TF32 and bf16 shortcuts out of the products inside; afterwards every setting is as it was."""
+    # torch's annotations leave mkldnn.matmul out.
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Return the product of low-precision batches as float32, accumulated in float32 where the device can give that."""
+    if accumulates(a.device.type, a.dtype):
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
+@cache
+def accumulates(device: str, dtype: torch.dtype) -> bool:
+    """Try once whether a device's products of a dtype can be had in float32 without rounding them first."""
+    one = torch.ones(1, 16, 16, dtype=dtype, device=device)
+    try:
+        return torch.bmm(one, one, out_dtype=torch.float32).dtype == torch.float32
+    except (RuntimeError, TypeError, NotImplementedError):  # the CPU, and what has no such kernel
+        return False
+
+
+def step(x: Tensor, a: float, b: float, c: float = 0.0, *, normalise: bool = False) -> Tensor:
+    """Return a x + b (x x^T) x + c (x x^T)^2 x, of x or of x over its Schatten-8 norm.
+
+    The Schatten-8 norm (tr (x x^T)^4)^(1/8) bounds the largest singular value from above as the Frobenius norm does,
+    exceeds it 1.0 to 2 times instead of up to sqrt(n) times, and is free where (x x^T)^2 is formed anyway.
+    """
+    gram = x @ x.mT
+    squared = gram @ gram if c else None
+    if normalise and squared is not None:
+        norm = torch.linalg.vector_norm(squared, dim=(-2, -1), keepdim=True) ** 0.25
+        x, gram, squared = x / norm, gram / norm**2, squared / norm**4
+    polynomial = gram.mul_(b) if squared is None else gram.mul_(b).add_(squared, alpha=c)
+    return add_product(x, a, polynomial)
+
+
+def add_product(x: Tensor, a: float, symmetric: Tensor) -> Tensor:
+    """Return a x + symmetric @ x in the memory layout of x: a tall matrix is never transposed in memory."""
+    if x.mT.is_contiguous():
+        return torch.baddbmm(x.mT, x.mT, symmetric, beta=a).mT
+    return torch.baddbmm(x, symmetric, x, beta=a)
