@@ -444,3 +444,31 @@ def test_the_factor_of_the_gram_matrix_is_the_map(iterations: int) -> None:
     factor = newton_schulz_factor(w.T @ w, iterations)
     assert torch.allclose(w @ factor, scalar_map(w, iterations)[1], rtol=0, atol=1e-12)
     assert not newton_schulz_factor(torch.zeros(3, 3), iterations).isnan().any()
+
+
+def rational(function, s):
+    scale, terms = function
+    return s * scale * (1 + sum(weight / (s**2 + shift) for weight, shift in terms))
+
+
+def test_the_rational_functions_do_what_is_said_of_them() -> None:
+    once = rational(projection.FIRST, np.geomspace(1e-4, 1, 9999))
+    assert once.min() > 0.1165 and once.max() < 1 + 1e-12
+    assert np.abs(rational(projection.SECOND, np.geomspace(0.1, 1, 9999)) - 1).max() < 5e-3
+    assert np.abs(rational(projection.SECOND, np.geomspace(1, 1.3, 99)) - 1).max() < 0.1  # an underestimated norm
+
+
+@pytest.mark.parametrize(("condition", "certain"), [(1e1, True), (1e3, True), (5e3, True), (1e6, False)])
+@pytest.mark.parametrize("shape", [(160, 160), (150, 400), (400, 150)])
+def test_the_quick_projection_is_right_or_says_that_it_may_not_be(shape, condition: float, certain: bool) -> None:
+    n = min(shape)
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(k, n, generator=generator).double()).Q for k in shape)
+    w = ((u * torch.logspace(0, -np.log10(condition), n)) @ v.T).float()
+    x = w if shape[0] <= shape[1] else w.T
+    found = projection._quick(x[None], 1e-3)
+    assert (found is not None) == certain
+    q = u @ v.T
+    assert distance(polar(w), q) < 1e-3
+    if found is not None:
+        assert distance(found[0] if shape[0] <= shape[1] else found[0].T, q) < 1e-3

@@ -20,10 +20,10 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def chunks(w: Tensor, dtype: torch.dtype, name: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield (slice of the flattened batch, x, largest): x = w / largest as a new (B, n, m) tensor, n <= m.
+    """Yield (slice of the flattened batch, x, scale): x = w / scale as a new (B, n, m) tensor, n <= m.
 
-    `largest` (B, 1, 1) is the largest absolute entry of each matrix (1 for zeros), so that no later square or sum
-    overflows or underflows, whatever the scale of `w`.
+    `scale` (B, 1, 1) is the power of two that leaves the largest entry of each matrix in [1, 2), so that no later
+    square or sum overflows or underflows, whatever the scale of `w`, and nothing is rounded.
     """
     if not w.numel():
         return
@@ -42,9 +42,9 @@ def chunks(w: Tensor, dtype: torch.dtype, name: str) -> Iterator[tuple[slice, Te
                 f"{which}: holds NaN or infinity, which would spread to the whole matrix; "
                 "reset from an earlier checkpoint, or leave this matrix out"
             )
-        largest = positive(largest)
-        x = (x / largest).to(dtype)
-        yield chunk, x if w.shape[-2] == n else x.mT, largest
+        scale = torch.ldexp(torch.ones_like(largest), torch.frexp(positive(largest)).exponent - 1)
+        x = (x / scale).to(dtype)
+        yield chunk, x if w.shape[-2] == n else x.mT, scale
 
 
 def store(out: Tensor, chunk: slice, x: Tensor) -> None:
@@ -118,6 +118,11 @@ def step(x: Tensor, a: float, b: float, c: float = 0.0, *, normalise: bool = Fal
         x, gram, squared = x / norm, gram / norm**2, squared / norm**4
     polynomial = gram.mul_(b) if squared is None else gram.mul_(b).add_(squared, alpha=c)
     return add_product(x, a, polynomial)
+
+
+def multiply(symmetric: Tensor, x: Tensor) -> Tensor:
+    """Return symmetric @ x in the memory layout of x."""
+    return (x.mT @ symmetric).mT if x.mT.is_contiguous() else symmetric @ x
 
 
 def add_product(x: Tensor, a: float, symmetric: Tensor) -> Tensor:
