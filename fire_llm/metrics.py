@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fire_llm.errors import UserError
+from fire_llm.orthogonal import exact_products
 
 CHUNK_ELEMENTS = 1 << 20  # entries converted to float64 at once, 8 MB
 
@@ -51,12 +52,18 @@ def dfi(w: Tensor) -> float:
 
 @torch.no_grad()
 def gram(w: Tensor) -> Tensor:
-    """Return w^T w in float64, of a (rows, n) tensor of any floating dtype, a bounded chunk of rows at a time."""
+    """Return w^T w in float64, of a (rows, n) tensor of any floating dtype, a bounded chunk of rows at a time.
+
+    A chunk's product is float64 on a CPU. Most accelerators are slow at that: there it is float32 (relative error 1e-7)
+    unless `w` is float64, and the chunks are summed in float64.
+    """
     n = w.shape[1]
+    products = torch.float64 if w.device.type == "cpu" or w.dtype == torch.float64 else torch.float32
     total = torch.zeros(n, n, dtype=torch.float64, device=w.device)
-    for rows in w.split(max(1, CHUNK_ELEMENTS // max(1, n))):
-        rows = rows.double()
-        total.addmm_(rows.mT, rows)
+    with exact_products(w.device):
+        for rows in w.split(max(1, CHUNK_ELEMENTS // max(1, n))):
+            rows = rows.to(products)
+            total += rows.mT @ rows
     return total
 
 

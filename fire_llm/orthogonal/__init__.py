@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from fire_llm.orthogonal.paper_map import CUBIC, newton_schulz, newton_schulz_factor
-from fire_llm.orthogonal.products import CHUNK_ELEMENTS, CPU_BATCH_SIDE
+from fire_llm.orthogonal.products import CHUNK_ELEMENTS, CPU_BATCH_SIDE, exact_products
 from fire_llm.orthogonal.projection import COMPOSITION, polar
 from fire_llm.orthogonal.spectrum import singular_values
 
@@ -15,6 +15,7 @@ __all__ = [
     "COMPOSITION",
     "CPU_BATCH_SIDE",
     "CUBIC",
+    "exact_products",
     "newton_schulz",
     "newton_schulz_factor",
     "polar",
