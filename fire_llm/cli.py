@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from fire_llm import __version__
 from fire_llm.errors import UserError, did_you_mean
+from fire_llm.launch import interrupted, report_failure
 
 VERBS = ("check", "run", "apply", "inspect", "eval", "report", "demo")
 
@@ -45,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--arm", action="append", default=[], metavar="NAME", help="only this arm (repeatable)")
     run.add_argument("--output", metavar="DIR", help="the run's folder (runs/NAME)")
     run.add_argument("--dry-run", action="store_true", help="print the plan, run nothing")
+    _launch_arguments(run)
 
     apply = verb("apply", "apply a reset to a checkpoint and save the result as a new one")
     apply.add_argument("src", metavar="SRC", help="checkpoint folder or Hub id; never written to")
@@ -89,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
     demo = verb("demo", "run the built-in recipe offline on a CPU, then report")
     demo.add_argument("--output", default="runs/demo", metavar="DIR", help="the run's folder (runs/demo)")
     demo.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a key of the recipe")
+    _launch_arguments(demo)
     return root
 
 
@@ -97,6 +100,11 @@ def _recipe_arguments(verb: argparse.ArgumentParser, nargs: str | None = None) -
     verb.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a key: phases.1.steps=100"
     )
+
+
+def _launch_arguments(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--num-processes", type=int, metavar="N", help="processes to start, one a GPU (one, here)")
+    verb.add_argument("--accelerate-config", metavar="FILE", help="accelerate's settings: FSDP2, several machines")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,18 +118,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        globals()[f"_{arguments.verb}"](arguments)
+        return globals()[f"_{arguments.verb}"](arguments) or 0
     except UserError as error:
-        sys.stderr.write(f"fire-llm: {error}\n")
+        report_failure(2, str(error))
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write("fire-llm: interrupted; the same command goes on from the newest checkpoint\n")
+        report_failure(130, interrupted())
         return 130
     except BrokenPipeError:
         # The reader of our output left (`| head`): not an error; keep the interpreter from saying so at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (FloatingPointError, MemoryError, RuntimeError) as error:
-        sys.stderr.write(f"fire-llm: the work failed: {error}\n")
+        report_failure(1, f"the work failed: {error}")
         if os.environ.get("FIRE_LLM_DEBUG"):
             raise
         return 1
@@ -141,26 +149,48 @@ def _check(arguments: argparse.Namespace) -> None:
     print_plan(load_recipe(arguments.recipe, arguments.set))
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> int | None:
     from fire_llm.recipe import load_recipe
 
+    launch = None
+    if arguments.num_processes is not None or arguments.accelerate_config is not None:
+        from fire_llm.launch import prepare
+
+        launch = prepare(arguments.num_processes, arguments.accelerate_config)
     recipe = load_recipe(arguments.recipe, arguments.set)
+    if launch is not None:
+        from fire_llm.units import check_processes
+
+        check_processes(recipe, launch.processes, arguments.arm)
     if arguments.dry_run:
         from fire_llm.plan import print_plan
 
         print_plan(recipe, arguments.output, arguments.arm)
-        return
+        return None
+    if launch is not None and not launch.alone:
+        from fire_llm.launch import start
+        from fire_llm.units import resolve_precision
+
+        return start(launch, _without_launch(arguments), resolve_precision(recipe.precision))
     from fire_llm.run import run_recipe
 
     folder = Path(arguments.output or Path("runs") / recipe.name)
     results = run_recipe(recipe, folder, arms=arguments.arm)
     if int(os.environ.get("RANK", "0")) == 0:
         _show(results, folder / "report.html")
+    return None
 
 
-def _demo(arguments: argparse.Namespace) -> None:
+def _without_launch(arguments: argparse.Namespace) -> list[str]:
+    """Return the command line of one rank."""
+    options = {"--set": arguments.set, "--arm": arguments.arm, "--output": [arguments.output]}
+    given = [f"{option}={value}" for option, values in options.items() for value in values if value is not None]
+    return ["run", arguments.recipe, *given]
+
+
+def _demo(arguments: argparse.Namespace) -> int | None:
     arguments.recipe, arguments.arm, arguments.dry_run = "demo", [], False
-    _run(arguments)
+    return _run(arguments)
 
 
 def _show(results: dict[str, Any], page: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -102,6 +103,7 @@ def perplexity(
     prefix: int | None = None,
     n_bytes: int | None = None,
     progress: str | None = None,
+    share: bool = False,
 ) -> Perplexity:
     """Measure a model's perplexity on one stream of tokens.
 
@@ -115,6 +117,8 @@ def perplexity(
         prefix: A token read before the first, so that all N are scored; without it the first is not.
         n_bytes: UTF-8 bytes of the text behind the tokens, for bits per byte.
         progress: Title of a progress bar; None for none.
+        share: Under torch.distributed, let each rank score a part of the windows; every rank must then call this, and
+            all get the same numbers. A model in shards needs every rank to call this either way.
 
     Raises:
         UserError: For fewer than two tokens, an id outside the vocabulary, a bad context or stride, or logits that
@@ -141,28 +145,48 @@ def perplexity(
 
     n = len(stream) - 1
     device = next(model.parameters()).device
+    rank, world = (dist.get_rank(), dist.get_world_size()) if share and _many() else (0, 1)
+    batches = [*_batches(windows(n, context, stride), batch_size)]
     total = torch.zeros((), dtype=torch.float64, device=device)
     was_training = model.training
     model.eval()
     bar = _bar(n, progress)
     try:
-        with torch.inference_mode():
-            for batch in _batches(windows(n, context, stride), batch_size):
+        # What FSDP2 gathers in a forward pass is used again in training, which inference tensors may not be.
+        with torch.no_grad() if _in_shards(model) else torch.inference_mode():
+            for turn in range(0, len(batches), world):
+                # A rank without a batch of its own repeats the last: shards are gathered by all ranks or by none.
+                batch = batches[min(turn + rank, len(batches) - 1)]
                 ids = torch.stack([torch.from_numpy(stream[a : b + 1].astype(np.int64)) for a, b, _ in batch])
                 labels = ids[:, 1:].clone()
                 for row, (a, _, first) in zip(labels, batch, strict=True):
                     row[: first - a] = IGNORE
                 logits = model(input_ids=ids[:, :-1].to(device), use_cache=False).logits
-                total += total_nll(logits, labels.to(device))
-                bar.update(sum(b - first for _, b, first in batch))
+                if turn + rank < len(batches):
+                    total += total_nll(logits, labels.to(device))
+                bar.update(sum(b - first for each in batches[turn : turn + world] for _, b, first in each))
     finally:
         model.train(was_training)
         bar.close()
+    if world > 1:
+        dist.all_reduce(total)
     nll = float(total) / n
     if not math.isfinite(nll):
         raise UserError("the model's logits are not finite on this text: its weights hold NaN or infinity, or overflow")
     bits = float(total) / math.log(2) / n_bytes if n_bytes else None
     return Perplexity(nll, math.exp(min(nll, 700.0)), bits, n, n_bytes, context, stride)
+
+
+def _many() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _in_shards(model: Any) -> bool:
+    if not _many():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def _batches(spans: Iterator[tuple[int, int, int]], size: int) -> Iterator[list[tuple[int, int, int]]]:

@@ -8,9 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from fire_llm.checkpoint import checkpoints
-from fire_llm.models import PRESETS, config_for, describe, model_on_meta
+from fire_llm.models import describe, model_on_meta
 from fire_llm.recipe import Recipe
-from fire_llm.units import Unit, context_of, corpus_of, expand, final_checkpoint, phase_steps, resolve_precision, select
+from fire_llm.units import (
+    Unit,
+    config_of,
+    context_of,
+    corpus_of,
+    expand,
+    final_checkpoint,
+    phase_steps,
+    resolve_precision,
+    select,
+)
 
 BYTES_A_PARAMETER = {"checkpoint": 12, "training": 16}
 """Weights and AdamW's two moments, all in fp32; with gradients while training."""
@@ -25,7 +35,7 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
     Steps counted in epochs are estimated from the bytes of the corpora; None where those are not known.
     """
     folder = Path(output or Path("runs") / recipe.name)
-    config = _config(recipe)
+    config = config_of(recipe)
     model = model_on_meta(config)
     parameters = sum(p.numel() for p in model.parameters())
     text = config.get_text_config()
@@ -55,18 +65,6 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
         "disk_bytes": kept * parameters * BYTES_A_PARAMETER["checkpoint"],
         "memory_bytes": parameters * BYTES_A_PARAMETER["training"],
     }
-
-
-def _config(recipe: Recipe) -> Any:
-    model = recipe.model
-    overrides = dict(model.config)
-    if (
-        recipe.tokenizer
-        and recipe.tokenizer.train
-        and (PRESETS.get(model.preset or "") or {}).get("vocab_size", 1) is None
-    ):
-        overrides.setdefault("vocab_size", recipe.tokenizer.train)
-    return config_for(str(model.preset or model.checkpoint), context=model.context, overrides=overrides)
 
 
 def _steps(recipe: Recipe, unit: Unit) -> int | None:

@@ -266,7 +266,7 @@ def _arguments(unit: Unit, bench: Workbench, folder: Path, steps: int) -> Contin
     sequences, accumulation = split_batch(recipe, bench.context, _process().num_processes)
     precision = resolve_precision(recipe.precision)
     every = recipe.evaluate.every_steps or max(1, steps // 10)
-    return ContinualArguments(
+    arguments = ContinualArguments(
         output_dir=str(folder),
         title=unit.title if bench.progress else None,
         max_steps=steps,
@@ -304,6 +304,9 @@ def _arguments(unit: Unit, bench: Workbench, folder: Path, steps: int) -> Contin
         report_to="none",
         disable_tqdm=True,
     )
+    # Without this, fp32 would give way to what `accelerate launch --mixed_precision` left in the environment.
+    arguments.mixed_precision = {"fp32": "no"}.get(precision, precision)
+    return arguments
 
 
 def _keep_freed_memory() -> None:

@@ -26,6 +26,7 @@ import torch
 from fire_llm.checkpoint import checkpoints
 from fire_llm.corpora import Corpus, resolve
 from fire_llm.errors import UserError, did_you_mean
+from fire_llm.models import PRESETS, config_for
 from fire_llm.recipe import PhaseSection, Recipe
 from fire_llm.resets import ResetSpec
 
@@ -173,6 +174,16 @@ def labelled_checkpoint(folder: Path, label: str) -> Path:
     return path
 
 
+def config_of(recipe: Recipe) -> Any:
+    """Return the config of a recipe's model before its tokenizer is there."""
+    model = recipe.model
+    overrides = dict(model.config)
+    preset: dict[str, Any] = PRESETS.get(model.preset or "", {})
+    if recipe.tokenizer and recipe.tokenizer.train and preset.get("vocab_size", 1) is None:
+        overrides.setdefault("vocab_size", recipe.tokenizer.train)
+    return config_for(str(model.preset or model.checkpoint), context=model.context, overrides=overrides)
+
+
 def context_of(recipe: Recipe, config: Any) -> int:
     """Return the tokens a sequence: the recipe's, else the longest that the model reads, at most 1024."""
     return recipe.model.context or min(getattr(config.get_text_config(), "max_position_embeddings", 1024), 1024)
@@ -209,6 +220,16 @@ def split_batch(recipe: Recipe, context: int, world: int) -> tuple[int, int]:
     most = max(1, (16_384 if torch.accelerator.is_available() else 4_096) // context)
     micro = given or max(n for n in range(1, min(most, sequences) + 1) if sequences % n == 0)
     return micro, sequences // micro
+
+
+def check_processes(recipe: Recipe, world: int, arms: Iterable[str] = ()) -> None:
+    """Find, before any process is started, what every one of them would stumble over.
+
+    Raises:
+        UserError: For an unknown arm, a corpus that is not there, or a batch that does not divide.
+    """
+    select(expand(recipe), arms)
+    split_batch(recipe, context_of(recipe, config_of(recipe)), world)
 
 
 def resolve_precision(precision: str) -> str:

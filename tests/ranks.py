@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["hypothesis", "pytest", "torch.distributed.fsdp", "transformers", "fire_llm.resets"])
+_context.set_forkserver_preload(["hypothesis", "pytest", "torch.distributed.fsdp", "transformers", "fire_llm.run"])
 
 
 class Raised(str):

@@ -58,7 +58,7 @@ def test_the_flags_are_frozen():
     }
     assert flags == {
         "check": ["--schema", "--set"],
-        "run": ["--arm", "--dry-run", "--output", "--set"],
+        "run": ["--accelerate-config", "--arm", "--dry-run", "--num-processes", "--output", "--set"],
         "apply": [
             "--dry-run", "--exclude", "--init", "--iterations", "--method", "--role", "--scale", "--seed", "--shrink",
             "--solver", "--tolerance",
@@ -66,7 +66,7 @@ def test_the_flags_are_frozen():
         "inspect": ["--against", "--html", "--json", "--role"],
         "eval": ["--batch-size", "--context", "--data", "--json", "--split", "--stride"],
         "report": ["--markdown", "--output"],
-        "demo": ["--output", "--set"],
+        "demo": ["--accelerate-config", "--num-processes", "--output", "--set"],
     }  # fmt: skip
 
 

@@ -458,6 +458,55 @@ def test_the_rational_functions_do_what_is_said_of_them() -> None:
     assert np.abs(rational(projection.SECOND, np.geomspace(1, 1.3, 99)) - 1).max() < 0.1  # an underestimated norm
 
 
+HALVES = [torch.cat([torch.ones(100), torch.full((100,), floor)]) for floor in (0.1, 4e-3, 4e-4, 1.1e-4, 1e-6)]
+SPECTRA = {  # of 200: spectrum, and whether Newton's iteration in fp32 must be sure of it (None: either)
+    "gaussian": (torch.linspace(1, 1 / 200, 200), True),
+    "gaussian, one far under": (torch.cat([torch.linspace(1, 0.01, 199), torch.tensor([1e-5])]), True),
+    "power law": (torch.logspace(0, -4, 200), True),
+    "1/i": (1 / torch.arange(1, 201), True),
+    "one dominant": (torch.cat([torch.ones(1), torch.full((199,), 1e-3)]), True),
+    "nearly degenerate": (torch.linspace(1, 1 + 1e-6, 200), True),
+    "steep": (torch.logspace(0, -6, 200), False),
+    "rank one": (torch.ones(1), False),
+    "half at 0.1": (HALVES[0], True),
+    "half at 4e-3": (HALVES[1], None),
+    "half at 4e-4": (HALVES[2], None),
+    "half at 1e-4": (HALVES[3], None),
+    "half at 1e-6": (HALVES[4], False),
+}
+
+
+@pytest.mark.parametrize("key", SPECTRA)
+def test_newtons_iteration_is_right_or_says_that_it_may_not_be(key: str) -> None:
+    sigma, certain = SPECTRA[key]
+    w = with_spectrum(200, 200, sigma).float()
+    u, _, vh = svd(w)
+    found = projection._newton(w[None], 1e-3)
+    if certain is not None:
+        assert (found is not None) == certain
+    if found is not None:
+        assert distance(found[0], torch.from_numpy(u @ vh)) < 1e-3
+        assert deviation(found[0]) < 1e-5
+
+
+def test_newtons_iteration_refuses_what_has_no_inverse() -> None:
+    singular = gaussian(150, 150)
+    singular[7] = singular[3]
+    for w in (singular, torch.zeros(150, 150), gaussian(150, 1) * torch.logspace(0, -40, 150, dtype=torch.float64)):
+        assert projection._newton(w.float()[None], 1e-3) is None
+
+
+@pytest.mark.parametrize("n", [7, 193, 400, 769])
+def test_products_by_blocks(n: int) -> None:
+    for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-13)):
+        x = gaussian(1, n, 2 * n).to(dtype) / n**0.5
+        gram = products.symmetric_product(x, x.mT)
+        assert torch.allclose(gram, x @ x.mT, rtol=0, atol=bound)
+        assert torch.allclose(products.inverse(gram) @ gram, torch.eye(n, dtype=dtype), rtol=0, atol=10 * bound)
+    gram.diagonal(dim1=-2, dim2=-1)[:, -1] = -1.0
+    assert products.inverse(gram).isnan().any()  # not positive definite
+
+
 @pytest.mark.parametrize(("condition", "certain"), [(1e1, True), (1e3, True), (5e3, True), (1e6, False)])
 @pytest.mark.parametrize("shape", [(160, 160), (150, 400), (400, 150)])
 def test_the_quick_projection_is_right_or_says_that_it_may_not_be(shape, condition: float, certain: bool) -> None:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
+from ranks import run_ranks
 from safetensors.torch import load_file
 
 from fire_llm import UserError, load_recipe, run_recipe
@@ -63,7 +68,7 @@ def recipe_data(texts: Path) -> dict:
         "tokenizer": {"train": 300},
         "corpora": {"a": {"files": "a.jsonl", "holdout": 0.1}, "b": {"files": "b.jsonl", "holdout": 0.1}},
         "optimizer": {"lr": 3.0e-3, "min_lr": 3.0e-4},
-        "batch": {"tokens_per_step": 256, "sequences_per_device": 4},
+        "batch": {"tokens_per_step": 384, "sequences_per_device": 2},  # 12 sequences: for 1, 2 and 3 processes
         "phases": [
             {"name": "first", "data": {"a": 1.0}, "steps": 12, "keep": ["best", 6]},
             {
@@ -254,28 +259,144 @@ def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(finished, texts, tm
     }
 
 
-def test_two_processes_see_the_same_batches_and_end_at_the_same_losses(finished, texts, tmp_path):
-    _, results = finished
+# ---- several processes
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}  # fmt: skip
+HSDP = {
+    **FSDP2, "ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
+}  # fmt: skip
+
+
+def run_rank(rank, world, data, folder, environment, arms):
+    os.environ.update(environment, LOCAL_WORLD_SIZE=str(world))
+    with redirect_stderr(StringIO()) as said:
+        results = run_recipe(load_recipe(data), folder, arms=arms)
+    return {k: v for k, v in results.items() if k != "created"}, said.getvalue()
+
+
+def run_on(world, texts, folder, environment=None, arms=(), **batch):
+    """Run the tiny recipe on gloo ranks; return the results, the same on all of them, and what the first said."""
+    data = recipe_data(texts)
+    data["batch"].update(batch)
+    (folder.parent / "ranks").mkdir(exist_ok=True)
+    each = run_ranks(world, run_rank, folder.parent / "ranks", data, folder, environment or {}, arms, seconds=250)
+    assert all(results == each[0][0] for results, _ in each) and not any(said for _, said in each[1:])
+    return each[0]
+
+
+def assert_same(results, alone):
+    """Compare batches exactly, and every loss on the way to rounding."""
+    ours = [*results["phases"], *(arm["runs"][0] for arm in results["arms"].values())]
+    theirs = [*alone["phases"], *(alone["arms"][name]["runs"][0] for name in results["arms"])]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["batches_hash"] == other["batches_hash"]
+        for a, b in zip(mine["curve"], other["curve"], strict=True):
+            assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5)
+            for corpus, measured in a["eval"].items():
+                assert measured["nll"] == pytest.approx(b["eval"][corpus]["nll"], abs=1e-5)
+
+
+def cut_off(folder, copy, at=6):
+    """Copy a run as it was when its first phase had just saved a step."""
+    shutil.copytree(folder, copy)
+    shutil.rmtree(copy / "second")
+    for path, step in checkpoints(copy / "first" / "seed-1"):
+        if step > at:
+            shutil.rmtree(path)
+    return copy
+
+
+def test_replicas_and_shards_on_two_and_three_processes_end_at_the_same_losses(finished, texts, tmp_path):
+    """1 process → 3 replicas from the middle on; 2 shards from the start; these → 1 process from the middle on."""
+    whole, alone = finished
+    three, said = run_on(3, texts, cut_off(whole, tmp_path / "three"), arms=["fire"])
+    assert_same(three, alone)
+    assert "first: goes on from step 6, on 3 process(es) instead of 1: the same batches\n" in said
+
+    shards, _ = run_on(2, texts, tmp_path / "shards", FSDP2, ["full-reset", "fire"])
+    assert set(shards["arms"]) == {"full-reset", "fire"}
+    assert_same(shards, alone)
+    for part in ("first", "second/fire", "second/full-reset"):
+        # An ordinary folder: the same tensors under the same names, and the optimizer's state as one process has it.
+        mine, theirs = (final_checkpoint(folder / part / "seed-1") for folder in (tmp_path / "shards", whole))
+        a, b = weights(mine), weights(theirs)
+        assert list(a) == list(b) and all(torch.allclose(a[name], b[name], atol=1e-3) for name in a)
+        a, b = (torch.load(folder / "optimizer.pt", weights_only=True) for folder in (mine, theirs))
+        assert a["param_groups"] == b["param_groups"] and a["state"].keys() == b["state"].keys()
+        assert all(
+            torch.allclose(a["state"][i][k], b["state"][i][k], atol=1e-5) for i in a["state"] for k in b["state"][i]
+        )
+        assert not [p.name for p in mine.iterdir() if "fsdp" in p.name or p.is_dir()]
+        assert json.loads((mine / "config.json").read_text())["architectures"] == ["GPT2LMHeadModel"]
+
+    alone_again = run_recipe(
+        load_recipe(recipe_data(texts)), cut_off(tmp_path / "shards", tmp_path / "one"), arms=["fire"], progress=False
+    )
+    assert_same(alone_again, alone)
+
+
+@pytest.mark.slow
+def test_shards_resume_bit_for_bit_and_on_more_processes(finished, texts, tmp_path):
+    whole, _ = run_on(2, texts, tmp_path / "whole", FSDP2, ["fire"])
+    again, _ = run_on(2, texts, cut_off(tmp_path / "whole", tmp_path / "again"), FSDP2, ["fire"])
+    for part in ("first/seed-1", "second/fire/seed-1"):
+        a, b = (weights(final_checkpoint(tmp_path / run / part)) for run in ("whole", "again"))
+        assert all(torch.equal(a[name], b[name]) for name in a), part
+    assert whole["arms"]["fire"]["final"] == again["arms"]["fire"]["final"]
+    assert_same(run_on(3, texts, cut_off(tmp_path / "whole", tmp_path / "more"), FSDP2, ["fire"])[0], finished[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world", "changes"),
+    [
+        (4, HSDP),
+        (2, {**FSDP2, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}),
+        (2, {**FSDP2, "FSDP_ACTIVATION_CHECKPOINTING": "true"}),
+        (2, {**FSDP2, "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}),
+    ],
+    ids=["hsdp", "one-loads", "activation-checkpointing", "no-wrap"],
+)
+def test_other_ways_to_shard_end_at_the_same_losses(world, changes, texts, tmp_path):
+    data = recipe_data(texts)
+    data["batch"]["sequences_per_device"] = 1
+    alone = run_recipe(load_recipe(data), tmp_path / "alone", arms=["fire"], progress=False)
+    assert_same(run_on(world, texts, tmp_path / "many", changes, ["fire"], sequences_per_device=1)[0], alone)
+    resumed = cut_off(tmp_path / "many", tmp_path / "resumed")
+    assert_same(run_on(world, texts, resumed, changes, ["fire"], sequences_per_device=1)[0], alone)
+
+
+def ranks_of(launcher):
+    return {child.environ()["RANK"]: child for child in psutil.Process(launcher.pid).children()}
+
+
+def test_a_rank_that_is_killed_ends_the_launch_and_the_same_command_goes_on(finished, texts, tmp_path):
+    _, alone = finished
     recipe, output = tmp_path / "tiny.yaml", tmp_path / "two"
     recipe.write_text(yaml.safe_dump(recipe_data(texts)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fire_llm"]
-    done = subprocess.run(
-        [*command, "run", str(recipe), "--output", str(output)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    command = [sys.executable, "-m", "fire_llm", "run", str(recipe), "--output", str(output), "--arm", "fire"]
+    command += ["--num-processes", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not checkpoints(output / "first" / "seed-1"):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()[-2000:]
+        time.sleep(0.02)
+    ranks = ranks_of(process)
+    ranks["1"].kill()
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1 and not any(rank.is_running() for rank in ranks.values())
+    assert f"fire-llm: rank 1 (process {ranks['1'].pid}) was killed by SIGKILL" in error
+    assert "the same command goes on from the newest checkpoint" in error
+    assert error.count("fire-llm:") == 1 and "Traceback" not in error and "elastic" not in error
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
-    both = json.loads((output / "results.json").read_text())
-    for name, arm in both["arms"].items():
-        alone = results["arms"][name]
-        assert arm["runs"][0]["batches_hash"] == alone["runs"][0]["batches_hash"]
-        for mine, theirs in zip(arm["curve"], alone["curve"], strict=True):
-            if mine["train_loss"] is not None:
-                assert mine["train_loss"] == pytest.approx(theirs["train_loss"], abs=1e-5)
-            for corpus, measured in mine["eval"].items():
-                assert measured["nll"] == pytest.approx(theirs["eval"][corpus]["nll"], abs=1e-5)
+    assert "fire ends at" in done.stdout
+    assert done.stdout.count("report: ") == 1
+    assert_same(json.loads((output / "results.json").read_text()), alone)
 
 
 def test_two_runs_in_one_folder_at_once_are_refused(texts, tmp_path):
@@ -329,8 +450,6 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(finished, texts, tmp_p
 
 
 def test_a_damaged_parent_checkpoint_is_named(finished, texts, tmp_path):
-    import shutil
-
     folder = tmp_path / "copy"
     shutil.copytree(finished[0], folder)
     shutil.rmtree(folder / "second" / "fire")

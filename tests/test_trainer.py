@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -232,3 +233,29 @@ def test_bad_callbacks_are_refused_at_once():
         ResetCallback("fier")
     with pytest.raises(UserError, match="steps count from 1"):
         ResetCallback("fire", at_steps=[0])
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, r"FSDP1 flattens parameters.* set fsdp_version: 2"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP1"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, r"DeepSpeed keeps master copies.* use FSDP.* or reset the checkpoint"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
+    ],
+    ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
+)
+def test_engines_that_no_reset_can_reach_are_refused(environment, message, tmp_path, monkeypatch):
+    args = arguments(tmp_path)  # with DeepSpeed asked for, transformers wants it installed
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        ContinualTrainer(tiny_gpt2(), args, Samples())
+    with pytest.raises(UserError, match=message):
+        ResetCallback("fire").on_train_begin(args, None, None, model=tiny_gpt2())
+
+
+def test_the_callback_refuses_what_the_trainers_arguments_ask_for():
+    for settings, message in [({"deepspeed": "zero3.json"}, "DeepSpeed"), ({"fsdp_plugin_args": {}}, "FSDP1")]:
+        with pytest.raises(UserError, match=message):
+            ResetCallback("fire").on_train_begin(SimpleNamespace(**settings), None, None)

@@ -68,7 +68,8 @@ def _read(source: str | Path) -> dict[str, Any]:
     if not path.exists() and path.suffix == "":
         path = recipes_folder() / f"{source}.yaml"
     if not path.is_file():
-        known = sorted(str(p.relative_to(recipes_folder()).with_suffix("")) for p in recipes_folder().rglob("*.yaml"))
+        files = [p for p in recipes_folder().rglob("*.yaml") if p.parent.name != "accelerate"]
+        known = sorted(str(p.relative_to(recipes_folder()).with_suffix("")) for p in files)
         raise UserError(
             f"there is no recipe '{source}'.{did_you_mean(str(source), known)} Built in: {', '.join(known)}"
         )

@@ -13,6 +13,7 @@ from fire_llm.checkpoint import write_json
 from fire_llm.errors import UserError
 from fire_llm.models import fresh_model
 from fire_llm.resets import ResetReport, ResetsLike, apply_reset, parse_resets
+from fire_llm.trainer.sharding import refuse_engines
 
 
 class ResetCallback(TrainerCallback):
@@ -54,7 +55,8 @@ class ResetCallback(TrainerCallback):
         self.reports: list[ResetReport] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Reset at the start of training, unless this is a resumption."""
+        """Reset at the start of training, unless this is a resumption; refuse engines that no reset can reach."""
+        refuse_engines(args)
         if not self.at_steps and state.global_step == 0:
             self._apply(args, **kwargs)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -24,10 +25,20 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
+from transformers.trainer import SCHEDULER_NAME
 
 from fire_llm.checkpoint import CONTINUAL_STATE, STAGING_SUFFIX, checkpoints, sync, write_json, writing
 from fire_llm.evaluation import perplexity, token_nll
 from fire_llm.trainer.callbacks import Keeping, Progress
+from fire_llm.trainer.sharding import (
+    OPTIMIZER,
+    load_optimizer,
+    load_weights,
+    refuse_engines,
+    sharding,
+    whole_optimizer,
+    whole_weights,
+)
 
 
 @dataclass
@@ -127,6 +138,12 @@ class ContinualTrainer(Trainer):
         self.batches_hash = torch.zeros((), dtype=torch.int64, device=args.device)
         """Hash of every token id trained on, the step it was seen at included; order within a step does not count."""
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator, FSDP2's shards on CPUs included, and refuse what cannot be reset."""
+        refuse_engines(self.args)
+        with sharding(self):
+            super().create_accelerator_and_postprocess()
+
     # ---- data: sample i of the phase, whatever happened before
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
@@ -139,11 +156,19 @@ class ContinualTrainer(Trainer):
             folder = Path(str(resume_from_checkpoint))
             state = json.loads((folder / CONTINUAL_STATE).read_text(encoding="utf-8"))
             self._resumed_step, self._seconds_before = state["step"], state["seconds"]
+            self._say_resumed(state)
             if self.is_world_process_zero():
                 self.batches_hash.fill_(state["batches_hash"])
             self.args.eval_on_start = False
         self._began = time.monotonic()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _say_resumed(self, state: dict[str, Any]) -> None:
+        before, now = state.get("world_size"), self.args.world_size
+        if self.args.title is None or not self.is_world_process_zero():
+            return
+        changed = f", on {now} process(es) instead of {before}: the same batches" if before not in (None, now) else ""
+        sys.stderr.write(f"{self.args.title}: goes on from step {state['step']}{changed}\n")
 
     # ---- loss
 
@@ -186,6 +211,7 @@ class ContinualTrainer(Trainer):
                 prefix=corpus.prefix,
                 n_bytes=corpus.n_bytes,
                 progress=f"evaluating {name}" if self.args.title and self.is_world_process_zero() else None,
+                share=True,
             )
             for key in ("nll", "perplexity", "bits_per_byte", "tokens", "bytes"):
                 metrics[f"{metric_key_prefix}_{name}_{key}"] = getattr(measured, key)
@@ -228,7 +254,12 @@ class ContinualTrainer(Trainer):
                     written = self._staging / name
                     (written / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing reads it
                     seconds = self._seconds_before + time.monotonic() - self._began
-                    own = {"step": self.state.global_step, "batches_hash": total, "seconds": seconds}
+                    own = {
+                        "step": self.state.global_step,
+                        "batches_hash": total,
+                        "seconds": seconds,
+                        "world_size": self.args.world_size,
+                    }
                     write_json(written / CONTINUAL_STATE, own)
                     sync(written)
                     shutil.rmtree(final, ignore_errors=True)
@@ -238,6 +269,32 @@ class ContinualTrainer(Trainer):
         finally:
             self._staging = None
         self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as an ordinary folder; of shards, `Trainer` would keep pickles beside it."""
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        weights = whole_weights(self.model)
+        self._save(output_dir or self.args.output_dir, state_dict=weights)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        state = whole_optimizer(self.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_weights(model or self.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        load_optimizer(self.optimizer, Path(checkpoint))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _prune(self, output: Path) -> None:
         """Delete the checkpoints that are neither the newest, nor the best, nor listed."""
