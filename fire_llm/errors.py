@@ -5,6 +5,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_FSDP2 = "fsdp_version: 2 (as in recipes/accelerate/fsdp2.yaml)"
+ENGINES = {
+    "FSDP1": f"FSDP1 flattens parameters, so that matrices cannot be told apart in them: set {_FSDP2}",
+    "DEEPSPEED": (
+        "DeepSpeed keeps master copies of the weights, from which its next step would undo a reset: use FSDP with "
+        f"{_FSDP2}, or reset the checkpoint before training with `fire-llm apply`"
+    ),
+    "MEGATRON_LM": f"Megatron-LM stores the model in layouts of its own: use FSDP with {_FSDP2}",
+}
+"""What cannot be trained under, and what to use instead."""
+
 
 class UserError(ValueError):
     """Report input that the user must change; the command line prints the message alone and exits with 2."""

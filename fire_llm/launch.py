@@ -17,22 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fire_llm.errors import UserError, did_you_mean
+from fire_llm.errors import ENGINES, UserError, did_you_mean
 
 AGAIN = "what was saved stays, and the same command goes on from the newest checkpoint"
 _OURS = "FIRE_LLM_LAUNCHER"
 """Set in processes that `start` made: they leave it to the launcher to speak."""
-
-_FSDP2 = "fsdp_version: 2 (as in recipes/accelerate/fsdp2.yaml)"
-ENGINES = {
-    "FSDP1": f"FSDP1 flattens parameters, so that matrices cannot be told apart in them: set {_FSDP2}",
-    "DEEPSPEED": (
-        "DeepSpeed keeps master copies of the weights, from which its next step would undo a reset: use FSDP with "
-        f"{_FSDP2}, or reset the checkpoint before training with `fire-llm apply`"
-    ),
-    "MEGATRON_LM": f"Megatron-LM stores the model in layouts of its own: use FSDP with {_FSDP2}",
-}
-"""What cannot be trained under, and what to use instead."""
 
 _KINDS = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_HPU", "FSDP")
 

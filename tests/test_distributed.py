@@ -380,9 +380,9 @@ def test_fsdp1_and_deepspeed_are_refused():
 
     model = tiny_llama()
     before = state(model)
-    with pytest.raises(UserError, match=r"FSDP1 flattens parameters.*use FSDP2"):
+    with pytest.raises(UserError, match=r"FSDP1 flattens parameters.*fsdp_version: 2"):
         fire_(FullyShardedDataParallel(model))
-    with pytest.raises(UserError, match=r"DeepSpeed keeps master copies.*use FSDP2.*fire-llm apply"):
+    with pytest.raises(UserError, match=r"DeepSpeed keeps master.*use FSDP with fsdp_version: 2.*fire-llm apply"):
         fire_(model, optimizer=DeepSpeedZeroOptimizer())
     model.lm_head.weight._hp_mapping = object()
     with pytest.raises(UserError, match="DeepSpeed"):

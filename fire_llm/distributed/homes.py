@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fire_llm.distributed.meeting import active
 from fire_llm.distributed.sharing import cost
-from fire_llm.errors import UserError
+from fire_llm.errors import ENGINES, UserError
 from fire_llm.layout import LogicalMatrix
 
 
@@ -143,17 +143,13 @@ def refuse_engines(model: nn.Module, optimizer: Any = None) -> None:
     Raises:
         UserError: For FSDP1 and DeepSpeed, with what to use.
     """
-    instead = "use FSDP2 (`fsdp_version: 2` in the accelerate configuration)"
     classes = {kind for module in model.modules() for kind in type(module).__mro__}
     fsdp1 = any(c.__name__ == "FullyShardedDataParallel" and c.__module__.startswith("torch.") for c in classes)
     if fsdp1 or any(type(p).__name__ == "FlatParameter" for p in model.parameters()):
-        raise UserError(f"FSDP1 flattens parameters, so that matrices cannot be told apart in them: {instead}")
+        raise UserError(ENGINES["FSDP1"])
     while optimizer is not None:
         classes |= set(type(optimizer).__mro__)
         optimizer = getattr(optimizer, "optimizer", None)
     deepspeed = any("deepspeed" in c.__module__.split(".") or c.__name__.startswith("DeepSpeed") for c in classes)
     if deepspeed or any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in model.parameters()):
-        raise UserError(
-            "DeepSpeed keeps master copies of the weights, from which its next step would undo a reset: "
-            f"{instead}, or reset the checkpoint before training with `fire-llm apply`"
-        )
+        raise UserError(ENGINES["DEEPSPEED"])

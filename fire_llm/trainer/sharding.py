@@ -19,8 +19,7 @@ from accelerate import DistributedType, PartialState
 from torch import Tensor, nn
 
 from fire_llm.distributed import make_current
-from fire_llm.errors import UserError
-from fire_llm.launch import ENGINES
+from fire_llm.errors import ENGINES, UserError
 from fire_llm.models import load_model
 
 OPTIMIZER = "optimizer.pt"
