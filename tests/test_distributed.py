@@ -333,6 +333,21 @@ def test_a_fault_on_one_rank_is_told_on_all_and_nothing_is_changed(tmp_path):
             assert unchanged
 
 
+def raising(rank, world):
+    share_always()
+    import fire_llm.resets.work as work
+
+    if rank == 1:
+        work.Work._reset = lambda *_: 1 / 0
+    fire_(tiny_gpt2(), timeout=5)
+
+
+def test_a_reset_that_fails_on_one_rank_fails_on_all(tmp_path):
+    first, second = run_ranks(2, raising, tmp_path, seconds=60)
+    assert first == "RuntimeError: on rank 1 of the reset: division by zero"
+    assert second == "ZeroDivisionError: division by zero"
+
+
 def dying(rank, world):
     share_always()
     import fire_llm.resets.work as work

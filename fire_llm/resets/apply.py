@@ -54,7 +54,7 @@ def apply_reset(
         UserError: For an unknown reset, option, role or architecture, missing or unlike step-0 weights, a tensor that
             is not finite, parameters that are frozen or out of reach (FSDP1, DeepSpeed), or a rank that did not come.
             On every rank alike.
-        RuntimeError: Where a result is not finite; those tensors are as they were.
+        RuntimeError: Where a result is not finite (those tensors are as they were), or a reset failed on another rank.
     """
     plan, fault = None, None
     try:
@@ -69,6 +69,8 @@ def apply_reset(
     seconds = time.perf_counter() - began - work.measuring
     if shared > 1:
         work.join(process_group)
+    if work.error is not None:
+        raise work.error
     if work.failed:
         raise RuntimeError(
             f"the reset of {', '.join(sorted(work.failed))} came out NaN or infinite and was not written; "

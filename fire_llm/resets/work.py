@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -115,6 +115,9 @@ class Work:
     spectra: bool
     reports: dict[int, TensorReport] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
+    """Pieces whose result is not finite."""
+    error: Exception | None = None
+    """What stopped this rank; it goes on exchanging, because the others wait for it."""
     measuring: float = 0.0
     """Seconds spent on measures rather than on the reset."""
     gathered_whole: int = 0
@@ -156,10 +159,15 @@ class Work:
         return max((e.home.n_replicas * e.home.n_shards for e in exchanges), default=1)
 
     def join(self, process_group: Any) -> None:
-        """Collect the reports of all ranks, so that each has every one."""
-        for reports, failed in gather_objects(process_group, (self.reports, self.failed)):
+        """Collect the reports and errors of all ranks, so that each has every one."""
+        told = (isinstance(self.error, UserError), str(self.error)) if self.error else None
+        for rank, (reports, failed, wrong) in enumerate(
+            gather_objects(process_group, (self.reports, self.failed, told))
+        ):
             self.reports |= {i: report for i, report in reports.items() if i not in self.reports}
             self.failed |= failed
+            if wrong and self.error is None:
+                self.error = (UserError if wrong[0] else RuntimeError)(f"on rank {rank} of the reset: {wrong[1]}")
 
     def _gather_whole(self, blocks: list[Block]) -> None:
         """Reset parameters of placements without a plan of their own, each whole on every rank, one at a time."""
@@ -180,7 +188,16 @@ class Work:
             )
 
     def _transform(self, mine: Sequence[tuple[Block, Tensor]]) -> None:
-        """Reset the pieces of some blocks, each block in the tensor that stands for it."""
+        """Reset the pieces of some blocks, each block in the tensor that stands for it; after an error, none."""
+        if self.error is None:
+            try:
+                for group in self._groups(mine):
+                    self._reset(group)
+            except Exception as error:
+                self.error = error
+
+    def _groups(self, mine: Sequence[tuple[Block, Tensor]]) -> Iterable[list[tuple[int, LogicalMatrix]]]:
+        """Return the pieces to reset, grouped where that is faster; report on what is only fused with them."""
         groups: dict[Any, list[tuple[int, LogicalMatrix]]] = defaultdict(list)
         for block, tensor in mine:
             for index in block.members:
@@ -193,8 +210,7 @@ class Work:
                 batched = together(tensor) and all(RESETS[s.method].batched for s in todo)
                 key = (piece.shape, tensor.dtype, *map(id, todo)) if batched else index
                 groups[key].append((index, piece))
-        for group in groups.values():
-            self._reset(group)
+        return groups.values()
 
     def _reset(self, group: list[tuple[int, LogicalMatrix]]) -> None:
         """Reset pieces of one shape, dtype and list of resets together."""
