@@ -15,8 +15,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
 	@touch $@
 
-demo: $(VENV)/.installed  ## pretrain, reset, continue, compare: offline, on a CPU, in minutes
-	$(BIN)/fire-llm demo
+demo: $(VENV)/.installed  ## pretrain, reset, continue, compare: offline, on a CPU, in minutes (ARGS="--num-processes 2")
+	$(BIN)/fire-llm demo $(ARGS)
 
 test: $(VENV)/.installed  ## run the tests (no network, no accelerator)
 	$(BIN)/python -m pytest

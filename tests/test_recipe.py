@@ -133,7 +133,9 @@ def test_later_phases_go_on_from_arms_of_the_same_name():
 
 
 def test_overrides():
+    before = json.dumps(GOOD)
     recipe = load_recipe(GOOD, ["phases.1.steps=99", "phases[0].keep=[best]", "seed=[1, 2]", "optimizer.lr=1.0e-3"])
+    assert json.dumps(GOOD) == before
     assert recipe.phases[1].steps == 99 and recipe.phases[0].keep == ["best"]
     assert recipe.seed == [1, 2] and recipe.optimizer.lr == 1e-3
     for bad, message in [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
     Raises:
         UserError: With every fault found, one a line: `path: what is wrong, what is allowed`.
     """
-    data = dict(source) if isinstance(source, Mapping) else _read(source)
+    data = deepcopy(dict(source)) if isinstance(source, Mapping) else _read(source)
     for override in overrides:
         _set(data, override)
     faults: list[str] = []
