@@ -25,6 +25,7 @@ from fire_llm.orthogonal.products import (
     positive,
     step,
     store,
+    symmetric_product,
 )
 
 CUBIC = (1.5, -0.5)  # x -> 1.5 x - 0.5 x^3
@@ -172,7 +173,7 @@ def _at_once(x: Tensor, steps: int, products: torch.dtype) -> tuple[Tensor, Tens
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    return a @ b if a.dtype == torch.float32 else matmul(a, b)
+    return symmetric_product(a, b) if a.dtype == torch.float32 else matmul(a, b)
 
 
 def _rounded_up(bound: float) -> float:

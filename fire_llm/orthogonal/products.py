@@ -16,6 +16,7 @@ from fire_llm.errors import UserError
 
 CHUNK_ELEMENTS = 1 << 26  # upper bound on a batch worked on at once, 256 MB in fp32
 CPU_BATCH_SIDE = 128  # batched products beat a loop on CPU only up to this n
+INVERSE_SIDE = 192  # up to this n LAPACK inverts as fast as products would
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -33,7 +34,7 @@ def chunks(w: Tensor, dtype: torch.dtype, name: str) -> Iterator[tuple[slice, Te
     for start in range(0, len(batch), count):
         chunk = slice(start, start + count)
         x = batch[chunk].to(torch.promote_types(w.dtype, dtype))
-        largest = torch.linalg.vector_norm(x, torch.inf, dim=(-2, -1), keepdim=True)
+        largest = torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True))
         bad = (~largest.isfinite()).flatten().nonzero()
         if len(bad):
             index = torch.unravel_index(bad[0] + start, w.shape[:-2]) if w.ndim > 2 else ()
@@ -118,6 +119,41 @@ def step(x: Tensor, a: float, b: float, c: float = 0.0, *, normalise: bool = Fal
         x, gram, squared = x / norm, gram / norm**2, squared / norm**4
     polynomial = gram.mul_(b) if squared is None else gram.mul_(b).add_(squared, alpha=c)
     return add_product(x, a, polynomial)
+
+
+def symmetric_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b (B, n, n), which is known to be symmetric: of a large matrix on a CPU, three of its four blocks."""
+    half = a.shape[-2] // 2
+    if len(a) > 1 or a.shape[-2] <= CPU_BATCH_SIDE or a.device.type != "cpu":
+        return a @ b
+    out = a.new_empty(1, a.shape[-2], a.shape[-2])
+    torch.mm(a[0], b[0, :, :half], out=out[0, :, :half])
+    torch.mm(a[0, half:], b[0, :, half:], out=out[0, half:, half:])
+    out[0, :half, half:] = out[0, half:, :half].mT
+    return out
+
+
+def inverse(a: Tensor) -> Tensor:
+    """Return the inverses of symmetric positive definite matrices (B, n, n), NaN where Cholesky's factor ends early.
+
+    By halves and their Schur complement: products are faster than LAPACK on what is larger than `INVERSE_SIDE`.
+    """
+    n = a.shape[-1]
+    if n <= INVERSE_SIDE:
+        lower, failed = torch.linalg.cholesky_ex(a)
+        return torch.cholesky_inverse(lower).masked_fill_(failed[:, None, None] > 0, torch.nan)
+    half = n // 2
+    corner = inverse(a[:, :half, :half])
+    below = a[:, half:, :half]
+    solved = below @ corner
+    complement = inverse(torch.baddbmm(a[:, half:, half:], solved, below.mT, alpha=-1))
+    off = complement @ solved
+    out = torch.empty_like(a)
+    torch.baddbmm(corner, solved.mT, off, out=out[:, :half, :half])
+    out[:, half:, half:] = complement
+    out[:, half:, :half] = off.neg_()
+    out[:, :half, half:] = off.mT
+    return out
 
 
 def multiply(symmetric: Tensor, x: Tensor) -> Tensor:
