@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from fire_llm import __version__
 from fire_llm.errors import UserError, did_you_mean
-from fire_llm.launch import interrupted, report_failure
+from fire_llm.launch import interrupted, prepare, report_failure, start
 
 VERBS = ("check", "run", "apply", "inspect", "eval", "report", "demo")
 
@@ -154,8 +154,6 @@ def _run(arguments: argparse.Namespace) -> int | None:
 
     launch = None
     if arguments.num_processes is not None or arguments.accelerate_config is not None:
-        from fire_llm.launch import prepare
-
         launch = prepare(arguments.num_processes, arguments.accelerate_config)
     recipe = load_recipe(arguments.recipe, arguments.set)
     if launch is not None:
@@ -168,7 +166,6 @@ def _run(arguments: argparse.Namespace) -> int | None:
         print_plan(recipe, arguments.output, arguments.arm)
         return None
     if launch is not None and not launch.alone:
-        from fire_llm.launch import start
         from fire_llm.units import resolve_precision
 
         return start(launch, _without_launch(arguments), resolve_precision(recipe.precision))

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from fire_llm.distributed import active, fsdp_modules
 from fire_llm.errors import UserError
 
 IGNORE = -100
@@ -145,7 +146,7 @@ def perplexity(
 
     n = len(stream) - 1
     device = next(model.parameters()).device
-    rank, world = (dist.get_rank(), dist.get_world_size()) if share and _many() else (0, 1)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if share and active() else (0, 1)
     batches = [*_batches(windows(n, context, stride), batch_size)]
     total = torch.zeros((), dtype=torch.float64, device=device)
     was_training = model.training
@@ -153,7 +154,7 @@ def perplexity(
     bar = _bar(n, progress)
     try:
         # What FSDP2 gathers in a forward pass is used again in training, which inference tensors may not be.
-        with torch.no_grad() if _in_shards(model) else torch.inference_mode():
+        with torch.no_grad() if fsdp_modules(model) else torch.inference_mode():
             for turn in range(0, len(batches), world):
                 # A rank without a batch of its own repeats the last: shards are gathered by all ranks or by none.
                 batch = batches[min(turn + rank, len(batches) - 1)]
@@ -175,18 +176,6 @@ def perplexity(
         raise UserError("the model's logits are not finite on this text: its weights hold NaN or infinity, or overflow")
     bits = float(total) / math.log(2) / n_bytes if n_bytes else None
     return Perplexity(nll, math.exp(min(nll, 700.0)), bits, n, n_bytes, context, stride)
-
-
-def _many() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _in_shards(model: Any) -> bool:
-    if not _many():
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def _batches(spans: Iterator[tuple[int, int, int]], size: int) -> Iterator[list[tuple[int, int, int]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fire_llm.distributed.exchange import Exchange
-from fire_llm.distributed.homes import Block, Home, blocks_of, home_of, make_current, refuse_engines
+from fire_llm.distributed.homes import Block, Home, blocks_of, fsdp_modules, home_of, make_current, refuse_engines
 from fire_llm.distributed.meeting import MEETING_SECONDS, active, gather_objects, meet
 from fire_llm.distributed.sharing import assign, cost, makespan, rounds, split_cost, splits, worthwhile
 
@@ -16,6 +16,7 @@ __all__ = [
     "assign",
     "blocks_of",
     "cost",
+    "fsdp_modules",
     "gather_objects",
     "home_of",
     "make_current",

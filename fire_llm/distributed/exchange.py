@@ -86,9 +86,8 @@ class Exchange:
     def _held(self, block: Block, shard: int) -> range:
         """Return the rows of a block that a shard holds."""
         held = self.home.rows(shard, block.tensor.shape[0] if block.tensor.ndim else 1)
-        return range(
-            max(held.start, block.rows.start), max(held.start, block.rows.start, min(held.stop, block.rows.stop))
-        )
+        first = max(held.start, block.rows.start)
+        return range(first, max(first, min(held.stop, block.rows.stop)))
 
     def _outward(self, this: list[tuple[Block, int]]) -> list[list[_Segment]]:
         """Return what this rank holds of each owner's blocks."""
@@ -117,7 +116,7 @@ class Exchange:
         if self.home.shards is None:
             return None
         send, receive = self._outward(this), self._inward(this)
-        return self._all_to_all(send, receive, lambda block, rows: self._slab(block, rows))
+        return self._all_to_all(send, receive, self._slab)
 
     def _assemble(self, this: list[tuple[Block, int]], arriving: _Transfer | None) -> list[tuple[Block, Tensor]]:
         mine = self._owned(this, self.replica, self.shard)
@@ -125,10 +124,10 @@ class Exchange:
             return [(block, self._slab(block, block.rows)) for block in mine]
         whole = {id(b): torch.empty(b.shape, dtype=b.tensor.dtype, device=b.tensor.device) for b in mine}
         arriving.work.wait()
-        _unpack(arriving, lambda block, rows: _part(whole[id(block)], block, rows))
+        _unpack(arriving.segments, arriving.buffer, lambda block, rows: _part(whole[id(block)], block, rows))
         return [(block, whole[id(block)]) for block in mine]
 
-    def _give_back(self, this: list[tuple[Block, int]], mine: list[tuple[Block, Tensor]]) -> Callable[[], None] | None:
+    def _give_back(self, this: list[tuple[Block, int]], mine: list[tuple[Block, Tensor]]) -> Callable[[], None]:
         """Send results on their way; the returned function waits for them and puts them in place."""
         if self.home.shards is None:
             gathering = self._gather(this)
@@ -140,7 +139,7 @@ class Exchange:
 
         def finish() -> None:
             back.work.wait()
-            _unpack(back, self._slab)
+            _unpack(back.segments, back.buffer, self._slab)
             self._spread(self._gather(this))
 
         return finish
@@ -185,7 +184,7 @@ class Exchange:
         transfer.work.wait()
         for replica, (segments, part) in enumerate(zip(parts, transfer.buffer.chunk(len(parts)), strict=True)):
             if replica != self.replica:
-                _unpack(_Transfer(None, part, part, segments), self._slab)
+                _unpack(segments, part, self._slab)
 
 
 def _device(parts: list[list[_Segment]], blocks: Sequence[Block]) -> torch.device:
@@ -223,9 +222,9 @@ def _pack(
     return buffer
 
 
-def _unpack(transfer: _Transfer, target: Callable[[Block, range], Tensor]) -> None:
+def _unpack(segments: list[_Segment], buffer: Tensor, target: Callable[[Block, range], Tensor]) -> None:
     at = 0
-    for segment in transfer.segments:
+    for segment in segments:
         tensor = target(*segment)
-        tensor.copy_(_spot(transfer.buffer, at, tensor))
+        tensor.copy_(_spot(buffer, at, tensor))
         at += _room(segment)

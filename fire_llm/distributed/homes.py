@@ -88,7 +88,7 @@ class Block:
         return len(self.rows) * self.row_bytes
 
 
-def home_of(tensor: Tensor, group: Any = None) -> Home | None:
+def home_of(tensor: Any, group: Any = None) -> Home | None:
     """Return where a parameter lives; None where its placement has no plan of its own (tensor parallelism, say).
 
     Args:
@@ -98,7 +98,7 @@ def home_of(tensor: Tensor, group: Any = None) -> Home | None:
     placements = getattr(tensor, "placements", None)
     if placements is None:
         return Home.of(replicas=group or dist.group.WORLD) if active() and dist.get_world_size(group) > 1 else Home()
-    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    mesh = tensor.device_mesh
     found: dict[str, Any] = {}
     for dim, placement in enumerate(placements):
         if mesh.size(dim) == 1:
@@ -130,11 +130,16 @@ def blocks_of(pieces: Sequence[LogicalMatrix], expensive: Sequence[bool]) -> lis
 
 def make_current(model: nn.Module) -> None:
     """Put FSDP2's sharded parameters back in their place: writes into gathered ones, left by a forward, are lost."""
+    for module in fsdp_modules(model):
+        module.reshard()
+
+
+def fsdp_modules(model: nn.Module) -> list[Any]:
+    """Return the modules that FSDP2 shards; nobody shards without having imported it."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None and hasattr(fsdp, "FSDPModule"):
-        for module in model.modules():
-            if isinstance(module, fsdp.FSDPModule):
-                module.reshard()
+    if fsdp is None or not hasattr(fsdp, "FSDPModule"):
+        return []
+    return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
 def refuse_engines(model: nn.Module, optimizer: Any = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 
 ROUND_BYTES = 1 << 27
@@ -24,10 +25,7 @@ HARDWARE = {"cpu": (1e11, 1e9, 2e-3), "accelerator": (3e14, 5e10, 2e-4)}
 def cost(shape: Sequence[int]) -> int:
     """Return what orthogonalising a matrix costs: max·min², to a constant factor; the elements of what is no matrix."""
     if len(shape) != 2:
-        count = 1
-        for size in shape:
-            count *= size
-        return count
+        return math.prod(shape)
     return max(shape) * min(shape) ** 2
 
 

@@ -208,7 +208,7 @@ def _growth(t: np.ndarray, steps: int) -> np.ndarray:
 def _gram_cubics(x: Tensor, steps: int) -> Tensor:
     """Return `steps` cubic steps of x, iterating on its n x n Gram matrix and multiplying x once, at the end.
 
-    Costs 2 m/n + 3 steps - 3 products of n x n matrices; `_step` costs 2 m/n a step. The product of the factors is
+    Costs 2 m/n + 3 steps - 3 products of n x n matrices; `step` costs 2 m/n a step. The product of the factors is
     kept as a I + rest: added into a product, the large diagonal would cost the rest a digit.
     """
     a, b = CUBIC

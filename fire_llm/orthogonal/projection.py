@@ -65,10 +65,11 @@ def polar(
 ) -> Tensor:
     """Project onto the nearest matrix with orthonormal rows (or columns): the polar factor U V^T of w = U S V^T.
 
-    On CPU, (w w^T)^(-1/2) w from the eigenvalues of the fp64 Gram matrix; elsewhere, or where `compute_dtype` is given,
-    `COMPOSITION`. Either way ||I - X X^T||_F is measured, and a matrix where it exceeds `tolerance` is done again:
-    float64, more steps, at last an SVD. Singular values under max(out, in) * 2.2e-16 of the largest count as zero, and
-    their directions stay zero: a rank-deficient matrix gives the partial isometry, zeros give zeros.
+    On CPU, Newton's iteration or rational functions to 1e-3, else (w w^T)^(-1/2) w from the eigenvalues of the fp64
+    Gram matrix; elsewhere, or where `compute_dtype` is given, `COMPOSITION`. In each case ||I - X X^T||_F is measured
+    or bounded, and a matrix where it exceeds `tolerance` is done again: float64, more steps, at last an SVD. Singular
+    values under max(out, in) * 2.2e-16 of the largest count as zero, and their directions stay zero: a rank-deficient
+    matrix gives the partial isometry, zeros give zeros.
 
     Args:
         w: (..., out, in), any floating dtype; not modified. Its values count as exact.
@@ -100,9 +101,8 @@ def polar(
     if compute_dtype is None and w.device.type != "cpu":
         compute_dtype = torch.float32 if tolerance >= FAST_TOLERANCE else torch.float64
     out = torch.empty_like(w, memory_format=torch.contiguous_format)
-    quick = compute_dtype is None and tolerance >= FAST_TOLERANCE and w.dtype != torch.float64
-    if min(w.shape[-2:]) <= CPU_BATCH_SIDE:
-        quick = False
+    fast = compute_dtype is None and tolerance >= FAST_TOLERANCE
+    quick = fast and w.dtype != torch.float64 and min(w.shape[-2:]) > CPU_BATCH_SIDE
     with exact_products(w.device):
         for chunk, x, _ in chunks(w, torch.float32 if quick else torch.float64, name):
             if quick:

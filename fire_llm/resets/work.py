@@ -261,12 +261,11 @@ def together(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu"
 
 
-def _sharded(tensor: Tensor) -> bool:
+def _sharded(tensor: Any) -> bool:
     """Tell whether this rank holds but a part of a parameter."""
     mesh = getattr(tensor, "device_mesh", None)
     return mesh is not None and any(
-        mesh.size(dim) > 1 and not placement.is_replicate()
-        for dim, placement in enumerate(tensor.placements)  # type: ignore[attr-defined]
+        mesh.size(dim) > 1 and not placement.is_replicate() for dim, placement in enumerate(tensor.placements)
     )
 
 
