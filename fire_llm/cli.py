@@ -8,11 +8,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fire_llm import __version__
 from fire_llm.errors import UserError, did_you_mean
-from fire_llm.launch import interrupted, prepare, report_failure, start
+from fire_llm.launch import AGAIN, ANEW, interrupted, launched, prepare, report_failure, start
+
+if TYPE_CHECKING:
+    from fire_llm.resets import ResetReport
 
 VERBS = ("check", "run", "apply", "inspect", "eval", "report", "demo")
 
@@ -61,13 +64,20 @@ def parser() -> argparse.ArgumentParser:
     apply.add_argument("--exclude", action="append", metavar="REGEX", help="leave parameters it matches (repeatable)")
     apply.add_argument("--init", metavar="CKPT", help="step-0 weights, for shrink_perturb and full_reset")
     apply.add_argument("--seed", type=int, metavar="N", help="draw the step-0 weights from the config and this seed")
-    apply.add_argument("--dry-run", action="store_true", help="print what would be touched, write nothing")
+    apply.add_argument("--revision", metavar="REV", help="branch, tag or commit, where SRC is a Hub id")
+    apply.add_argument("--device", metavar="NAME", default="cpu", help="where to compute: cpu (default), cuda, cuda:1")
+    apply.add_argument("--num-processes", type=int, metavar="N", help="processes that share the work (one)")
+    apply.add_argument("--push-to-hub", metavar="REPO", help="also upload the result to owner/name")
+    apply.add_argument("--dry-run", action="store_true", help="print what would be done, read and write no weights")
 
     inspect = verb("inspect", "measure the logical matrices of a checkpoint: spectra, DfI, norms")
     inspect.add_argument("checkpoint", metavar="CKPT")
     inspect.add_argument("--against", metavar="CKPT", help="also SFE and cosine against this checkpoint")
     inspect.add_argument(
         "--role", action="append", metavar="ROLE", help="these roles instead of attention, mlp, lm_head"
+    )
+    inspect.add_argument(
+        "--device", metavar="NAME", default="cpu", help="where to compute: cpu (default), cuda, cuda:1"
     )
     inspect.add_argument("--json", metavar="FILE", help="write the figures as JSON")
     inspect.add_argument("--html", metavar="FILE", help="write a page with heat maps and spectra")
@@ -123,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report_failure(2, str(error))
         return 2
     except KeyboardInterrupt:
-        report_failure(130, interrupted())
+        report_failure(130, interrupted(AGAIN if arguments.verb in ("run", "demo") else ANEW))
         return 130
     except BrokenPipeError:
         # The reader of our output left (`| head`): not an error; keep the interpreter from saying so at exit.
@@ -168,7 +178,8 @@ def _run(arguments: argparse.Namespace) -> int | None:
     if launch is not None and not launch.alone:
         from fire_llm.units import resolve_precision
 
-        return start(launch, _without_launch(arguments), resolve_precision(recipe.precision))
+        again = _again(arguments, "num_processes", "accelerate_config")
+        return start(launch, again, resolve_precision(recipe.precision))
     from fire_llm.run import run_recipe
 
     folder = Path(arguments.output or Path("runs") / recipe.name)
@@ -178,15 +189,24 @@ def _run(arguments: argparse.Namespace) -> int | None:
     return None
 
 
-def _without_launch(arguments: argparse.Namespace) -> list[str]:
-    """Return the command line of one rank."""
-    options = {"--set": arguments.set, "--arm": arguments.arm, "--output": [arguments.output]}
-    given = [f"{option}={value}" for option, values in options.items() for value in values if value is not None]
-    return ["run", arguments.recipe, *given]
+def _again(arguments: argparse.Namespace, *leave: str) -> list[str]:
+    """Return a verb's command line as it was given, without some options: what one rank is started with."""
+    verbs: Any = next(a for a in parser()._actions if a.dest == "verb").choices
+    line = [arguments.verb]
+    for action in verbs[arguments.verb]._actions:
+        value = getattr(arguments, action.dest, None)
+        if action.dest in leave or value in (None, False) or value == action.default:
+            continue
+        flag = action.option_strings[-1:]
+        if not flag or value is True:
+            line += flag or [str(value)]
+        else:
+            line += [f"{flag[0]}={v}" for v in (value if isinstance(value, list) else [value])]
+    return line
 
 
 def _demo(arguments: argparse.Namespace) -> int | None:
-    arguments.recipe, arguments.arm, arguments.dry_run = "demo", [], False
+    arguments.verb, arguments.recipe, arguments.arm, arguments.dry_run = "run", "demo", [], False
     return _run(arguments)
 
 
@@ -197,44 +217,87 @@ def _show(results: dict[str, Any], page: Path) -> None:
     print(f"report: {write_report(results, page)}")
 
 
-def _apply(arguments: argparse.Namespace) -> None:
-    from fire_llm.checkpoint import reset_checkpoint
+def _apply(arguments: argparse.Namespace) -> int | None:
+    from fire_llm.checkpoint import check_repository, reset_checkpoint
     from fire_llm.resets import RESETS
 
+    if arguments.push_to_hub is not None:
+        check_repository(arguments.push_to_hub)
+    if arguments.num_processes is not None and not arguments.dry_run:
+        launch = prepare(arguments.num_processes, None, use_cpu=arguments.device == "cpu")
+        if not launch.alone:
+            again = _again(arguments, "num_processes", "push_to_hub")
+            code = start(launch, again, "fp32", ANEW)
+            if code == 0:
+                _push(arguments)
+            return code
     names = ("iterations", "solver", "tolerance", "scale", "shrink", "exclude")
     options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.role:
         method = RESETS.get(arguments.method)
         base = method.roles if method is not None and method.matrices_only else ()
         options["roles"] = list(dict.fromkeys([*base, *arguments.role]))
+    if launched():
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo")
     report = reset_checkpoint(
         arguments.src,
         arguments.dst,
         arguments.method,
         init=arguments.init,
         seed=arguments.seed,
+        revision=arguments.revision,
+        device=arguments.device,
         progress=True,
         dry_run=arguments.dry_run,
         **options,
     )
-    if arguments.dry_run:
+    if int(os.environ.get("RANK", "0")) > 0:
+        return None
+    _print_reset(report, None if arguments.dry_run else arguments.dst)
+    if not arguments.dry_run:
+        _push(arguments)
+    return None
+
+
+def _push(arguments: argparse.Namespace) -> None:
+    if arguments.push_to_hub is not None and not launched():
+        from fire_llm.checkpoint import push
+
+        print(f"pushed: {push(Path(arguments.dst), arguments.push_to_hub)}")
+
+
+def _print_reset(report: ResetReport, saved: str | None) -> None:
+    """Say what a reset of a checkpoint did, or, where nothing was saved, what it would do to each piece."""
+    if saved is None:
+        label = "; ".join(spec.label() for spec in report.resets)
         for tensor in [*report.touched, *report.untouched]:
             shape = "×".join(map(str, tensor.shape))
-            action, why = ("leave", tensor.reason) if tensor.reason else ("touch", "")
-            print(f"{action}  {tensor.role:<10} {shape:>12}  {tensor.name}  {why}".rstrip())
-    print(report)
-    print("nothing written (--dry-run)" if arguments.dry_run else f"saved: {arguments.dst}")
+            action, why = ("leave", tensor.reason) if tensor.reason else ("reset", f"by {label}")
+            print(f"{action}  {tensor.role:<10} {shape:>14}  {tensor.name}  {why}")
+    lists = {"kept as stored, not loaded by the class": report.kept_unread, "not copied": report.not_copied}
+    for what, names in lists.items():
+        if names:
+            print(f"{what}: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}")
+    if saved is None:
+        print(f"{len(report.touched)} to reset, {len(report.untouched)} to leave; nothing written (--dry-run)")
+    else:
+        print(f"{report}\nsaved: {saved}")
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
     from fire_llm.inspection import inspect_checkpoint, print_inspection
 
     rows = inspect_checkpoint(
-        arguments.checkpoint, arguments.against, arguments.role or ("attention", "mlp", "lm_head")
+        arguments.checkpoint,
+        arguments.against,
+        arguments.role or ("attention", "mlp", "lm_head"),
+        device=arguments.device,
     )
     print_inspection(rows)
     if arguments.json:
-        from fire_llm.checkpoint import write_json
+        from fire_llm.staging import write_json
 
         write_json(Path(arguments.json), rows)
     if arguments.html:
@@ -256,7 +319,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     )
     print_scores(scores)
     if arguments.json:
-        from fire_llm.checkpoint import write_json
+        from fire_llm.staging import write_json
 
         write_json(Path(arguments.json), scores)
 

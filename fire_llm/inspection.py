@@ -1,4 +1,4 @@
-"""Measure the logical matrices of a checkpoint, alone or against another."""
+"""Measure the logical matrices of a checkpoint, alone or against another; both stay on the disk."""
 
 from __future__ import annotations
 
@@ -8,66 +8,88 @@ from typing import Any
 
 import torch
 
+from fire_llm.checkpoint import Stored
 from fire_llm.errors import UserError
-from fire_llm.layout import logical_matrices
+from fire_llm.layout import LogicalMatrix, logical_matrices
 from fire_llm.metrics import dfi, effective_rank, sfe
-from fire_llm.models import load_model
+from fire_llm.models import find_device
 from fire_llm.orthogonal import singular_values
 from fire_llm.resets import sigma_quantiles
 
 COLUMNS = ("sigma_min", "sigma_median", "sigma_max", "dfi", "effective_rank", "norm")
 
 
+@torch.no_grad()
 def inspect_checkpoint(
     checkpoint: str | Path,
     against: str | Path | None = None,
     roles: Iterable[str] = ("attention", "mlp", "lm_head"),
     progress: bool = True,
+    device: str = "cpu",
 ) -> list[dict[str, Any]]:
     """Return one row a logical matrix: shape, singular values, DfI, effective rank and norm.
+
+    Memory holds one matrix (and what is fused with it) of either checkpoint at a time.
 
     Args:
         checkpoint: A folder or a Hub id.
         against: A second checkpoint of the same architecture; adds `sfe` and `cosine`.
         roles: Which matrices.
         progress: Show a progress bar.
+        device: Where to compute: `cpu`, `cuda`, `cuda:1`.
 
     Raises:
-        UserError: For an unreadable or unknown checkpoint, or one of another architecture.
+        UserError: For an unreadable or unknown checkpoint, one of another architecture, or a matrix that is not finite.
     """
     from tqdm.auto import tqdm
 
-    matrices = list(logical_matrices(load_model(checkpoint), tuple(roles)))
-    others = {m.name: m for m in logical_matrices(load_model(against), tuple(roles))} if against else {}
-    rows = []
-    for matrix in tqdm(matrices, desc="inspecting", unit="matrix", disable=not progress, leave=False, delay=1):
-        w = matrix.read()
-        if not torch.isfinite(w).all():
-            raise UserError(f"'{matrix.name}' of '{checkpoint}' holds NaN or infinity: it has no singular values")
-        sigma = singular_values(w)
-        row: dict[str, Any] = {
-            "name": matrix.name,
-            "role": matrix.role,
-            "shape": list(matrix.shape),
-            "sigma_min": float(sigma[-1]),
-            "sigma_median": float(sigma.median()),
-            "sigma_max": float(sigma[0]),
-            "dfi": dfi(w),
-            "effective_rank": effective_rank(sigma),
-            "norm": float(torch.linalg.vector_norm(sigma)),
-            "sigma": sigma_quantiles(sigma),
-        }
-        if against is not None:
-            other = others.get(matrix.name)
-            if other is None or other.shape != matrix.shape:
+    wanted = (roles,) if isinstance(roles, str) else tuple(roles)
+    stored, where = Stored.open(checkpoint), find_device(device)
+    matrices = list(logical_matrices(stored.model, wanted))
+    if not matrices:
+        raise UserError(f"'{checkpoint}' holds no matrix of the roles {', '.join(wanted)}: choose others with --role")
+    other = Stored.open(against) if against is not None else None
+    pairs = {m.name: m for m in logical_matrices(other.model, wanted)} if other else {}
+    for matrix in matrices:
+        stored.check_readable(matrix)
+        if other is not None:
+            pair = pairs.get(matrix.name)
+            if pair is None or pair.shape != matrix.shape:
                 raise UserError(
                     f"'{against}' holds no '{matrix.name}' of shape {tuple(matrix.shape)}: another architecture"
                 )
-            v = other.read()
-            row["sfe"] = sfe(v, w)
-            row["cosine"] = float((w.double() * v.double()).sum() / (w.double().norm() * v.double().norm()))
+            other.check_readable(pair)
+    rows = []
+    for matrix in tqdm(matrices, desc="inspecting", unit="matrix", disable=not progress, leave=False, delay=1):
+        w = _weights(stored, matrix, where)
+        row = {"name": matrix.name, "role": matrix.role, "shape": list(matrix.shape), **_measures(w)}
+        if other is not None:
+            v = _weights(other, pairs[matrix.name], where)
+            norms = torch.linalg.vector_norm(w, dtype=torch.float64) * torch.linalg.vector_norm(v, dtype=torch.float64)
+            row |= {"sfe": sfe(v, w), "cosine": float((w.double() * v.double()).sum() / norms)}
         rows.append(row)
     return rows
+
+
+def _weights(stored: Stored, matrix: LogicalMatrix, device: torch.device) -> torch.Tensor:
+    """Read a matrix, and refuse it where it has no singular values."""
+    w = stored.loaded(matrix).read().to(device)
+    if not torch.isfinite(w).all():
+        raise UserError(f"'{matrix.name}' of '{stored.source.name}' holds NaN or infinity: it has no singular values")
+    return w
+
+
+def _measures(w: torch.Tensor) -> dict[str, Any]:
+    sigma = singular_values(w)
+    return {
+        "sigma_min": float(sigma[-1]),
+        "sigma_median": float(sigma.median()),
+        "sigma_max": float(sigma[0]),
+        "dfi": dfi(w),
+        "effective_rank": effective_rank(sigma),
+        "norm": float(torch.linalg.vector_norm(sigma)),
+        "sigma": sigma_quantiles(sigma),
+    }
 
 
 def print_inspection(rows: list[dict[str, Any]]) -> None:

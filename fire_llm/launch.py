@@ -20,6 +20,11 @@ from typing import Any
 from fire_llm.errors import ENGINES, UserError, did_you_mean
 
 AGAIN = "what was saved stays, and the same command goes on from the newest checkpoint"
+"""What to do after a run was ended."""
+
+ANEW = "nothing was written: run the same command again"
+"""What to do after a verb was ended that makes its result at the very end."""
+
 _OURS = "FIRE_LLM_LAUNCHER"
 """Set in processes that `start` made: they leave it to the launcher to speak."""
 
@@ -54,8 +59,13 @@ def launched() -> bool:
     return any(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
 
 
-def prepare(processes: int | None, config: str | None) -> Launch:
+def prepare(processes: int | None, config: str | None, *, use_cpu: bool = False) -> Launch:
     """Read and check what `--num-processes` and `--accelerate-config` ask for; start nothing.
+
+    Args:
+        processes: On all machines together; None for what the configuration says.
+        config: A file of accelerate's settings.
+        use_cpu: Leave accelerators alone where there is no configuration.
 
     Raises:
         UserError: For a number of processes or a configuration that cannot work.
@@ -67,7 +77,7 @@ def prepare(processes: int | None, config: str | None) -> Launch:
         )
     if processes is not None and processes < 1:
         raise UserError(f"--num-processes {processes}: at least 1 is needed")
-    settings: dict[str, Any] = _read(Path(config)) if config else {"distributed_type": "MULTI_GPU"}
+    settings: dict[str, Any] = _read(Path(config)) if config else {"distributed_type": "MULTI_GPU", "use_cpu": use_cpu}
     if processes is None:
         processes = settings.get("num_processes", -1 if settings["distributed_type"] != "NO" else 1)
         if not isinstance(processes, int) or processes < 1:
@@ -159,13 +169,14 @@ def _check_devices(launch: Launch) -> None:
 # ---- the processes
 
 
-def start(launch: Launch, argv: list[str], precision: str) -> int:
+def start(launch: Launch, argv: list[str], precision: str, again: str = AGAIN) -> int:
     """Run `python -m fire_llm` with these arguments on every rank, and return the exit code to end with.
 
     Args:
         launch: From `prepare`.
         argv: Verb and arguments, without those that start processes.
         precision: Of the recipe: fp32, bf16 or fp16; it decides, whatever accelerate's settings say.
+        again: What the user can do after the processes were ended.
     """
     from tempfile import TemporaryDirectory
 
@@ -196,11 +207,11 @@ def start(launch: Launch, argv: list[str], precision: str) -> int:
         try:
             launch_command(arguments)
         except ChildFailedError as error:
-            code, message = _verdict(error.failures)
+            code, message = _verdict(error.failures, again)
         except SignalException as error:
-            code, message = 128 + error.sigval, f"ended by {signal.Signals(error.sigval).name}; {AGAIN}"
+            code, message = 128 + error.sigval, f"ended by {signal.Signals(error.sigval).name}; {again}"
             if error.sigval == signal.SIGINT:
-                message = interrupted()
+                message = interrupted(again)
         else:
             return 0
     # A rank that was killed leaves its progress bar without an end of line.
@@ -231,9 +242,9 @@ def _surroundings(launch: Launch) -> Iterator[None]:
 # ---- after: what ended them
 
 
-def interrupted() -> str:
+def interrupted(again: str = AGAIN) -> str:
     """Say what an interruption means."""
-    return "interrupted; the same command goes on from the newest checkpoint"
+    return f"interrupted; {again}"
 
 
 def report_failure(code: int, message: str) -> None:
@@ -273,7 +284,7 @@ def _first_to_speak() -> bool:
         return os.environ.get("RANK", "0") == "0"
 
 
-def _verdict(failures: Mapping[int, Any]) -> tuple[int, str]:
+def _verdict(failures: Mapping[int, Any], again: str = AGAIN) -> tuple[int, str]:
     """Return exit code and message for what the ranks ended with; causes come before what followed from them."""
     by_time = sorted(failures.items(), key=lambda item: (item[1].timestamp, item[0]))
     said = [(rank, f) for rank, f in by_time if "code" in f.error_file_data]
@@ -285,12 +296,12 @@ def _verdict(failures: Mapping[int, Any]) -> tuple[int, str]:
     if killed:
         rank, failure = killed[0]
         hint = ": most often the machine ran out of memory" if -failure.exitcode == signal.SIGKILL else ""
-        return 1, f"rank {rank} (process {failure.pid}) was killed by {failure.signal_name()}{hint}; {AGAIN}"
+        return 1, f"rank {rank} (process {failure.pid}) was killed by {failure.signal_name()}{hint}; {again}"
     for rank, failure in said:
         if failure.error_file_data["code"] == 1:
-            return 1, f"{failure.message} (rank {rank} of {len(failures)} that ended); {AGAIN}"
+            return 1, f"{failure.message} (rank {rank} of {len(failures)} that ended); {again}"
     if any(f.exitcode in (130, -signal.SIGINT) for _, f in by_time):
-        return 130, interrupted()
+        return 130, interrupted(again)
     rank, failure = next(((r, f) for r, f in by_time if f.exitcode > 0), by_time[0])
     how = f"exit code {failure.exitcode}" if failure.exitcode > 0 else failure.signal_name()
-    return 1, f"rank {rank} (process {failure.pid}) ended with {how}; {AGAIN}"
+    return 1, f"rank {rank} (process {failure.pid}) ended with {how}; {again}"

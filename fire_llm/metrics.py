@@ -45,20 +45,31 @@ def dfi(w: Tensor) -> float:
     """
     if w.ndim != 2:
         raise UserError(f"dfi: shape {tuple(w.shape)} is not a matrix; give (out, in), one matrix at a time")
-    deviation = gram(w if w.shape[0] >= w.shape[1] else w.mT)
-    deviation.diagonal().sub_(1)
-    return float(deviation.square_().sum().item())
+    return dfi_of_gram(gram(w if w.shape[0] >= w.shape[1] else w.mT))
+
+
+def dfi_of_gram(g: Tensor) -> float:
+    """Return ||g - I||_F^2 of a Gram matrix (n, n), which is as it was afterwards."""
+    g.diagonal().sub_(1)
+    deviation = float(g.square().sum())
+    g.diagonal().add_(1)
+    return deviation
 
 
 @torch.no_grad()
-def gram(w: Tensor) -> Tensor:
+def gram(w: Tensor, *, quick: bool = False) -> Tensor:
     """Return w^T w in float64, of a (rows, n) tensor of any floating dtype, a bounded chunk of rows at a time.
 
     A chunk's product is float64 on a CPU. Most accelerators are slow at that: there it is float32 (relative error 1e-7)
     unless `w` is float64, and the chunks are summed in float64.
+
+    Args:
+        w: (rows, n).
+        quick: Take float32 products on a CPU too, where `w` itself is coarser than that (bfloat16, float16).
     """
     n = w.shape[1]
-    products = torch.float64 if w.device.type == "cpu" or w.dtype == torch.float64 else torch.float32
+    fine = w.dtype == torch.float64 or (w.device.type == "cpu" and not (quick and w.element_size() < 4))
+    products = torch.float64 if fine else torch.float32
     total = torch.zeros(n, n, dtype=torch.float64, device=w.device)
     with exact_products(w.device):
         for rows in w.split(max(1, CHUNK_ELEMENTS // max(1, n))):

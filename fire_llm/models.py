@@ -5,6 +5,7 @@ Adding a preset is one entry in `PRESETS`.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +119,39 @@ def fresh_model(config: Any, seed: int) -> Any:
 
 
 def model_on_meta(config: Any) -> Any:
-    """Build the model without memory, to count and name its parameters."""
-    from transformers import AutoModelForCausalLM
+    """Build the model without memory, to count, name and cut its parameters.
 
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    Raises:
+        UserError: transformers cannot build a causal LM from the config.
+    """
+    try:
+        with torch.device("meta"):
+            return causal_class(config)._from_config(config)
+    except UserError:
+        raise
+    except Exception as error:  # the classes raise whatever a config leads them to
+        raise UserError(
+            f"transformers cannot build {type(config).__name__.removesuffix('Config')} from this config: "
+            f"{_first_line(error)}"
+        ) from error
+
+
+def causal_class(config: Any) -> Any:
+    """Return the class that AutoModelForCausalLM would take, or the one the config names where that is a causal LM.
+
+    Raises:
+        UserError: It is no causal LM.
+    """
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    named = [n for n in getattr(config, "architectures", None) or () if n in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()]
+    try:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except KeyError:
+        if not named:
+            raise UserError(f"{type(config).__name__} is no causal language model of transformers") from None
+        return getattr(transformers, named[0])
 
 
 def load_model(folder: str | Path, dtype: torch.dtype | str = "auto") -> Any:
@@ -173,6 +202,28 @@ def load_tokenizer(name: str | Path) -> Any:
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer: '{name}' has no end-of-text token, which separates documents")
     return tokenizer
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device of a name such as `cpu`, `cuda` or `cuda:1`; each rank takes its own where none is numbered.
+
+    Raises:
+        UserError: There is no such device here.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device: '{name}' is none; give cpu, cuda or cuda:N") from error
+    if device.type == "cpu":
+        return device
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if here is None or here.type != device.type:
+        raise UserError(f"device: '{name}' is not on this machine, which has {here.type if here else 'cpu'} alone")
+    count = torch.accelerator.device_count()
+    index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", "0")) % count
+    if index >= count:
+        raise UserError(f"device: '{name}' is not on this machine, which has {count} of them: 0 to {count - 1}")
+    return torch.device(device.type, index)
 
 
 def describe(model: Any) -> str:

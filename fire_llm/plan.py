@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fire_llm.checkpoint import checkpoints
 from fire_llm.models import describe, model_on_meta
 from fire_llm.recipe import Recipe
+from fire_llm.staging import checkpoints
 from fire_llm.units import (
     Unit,
     config_of,

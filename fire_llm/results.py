@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 import fire_llm
-from fire_llm.checkpoint import CONTINUAL_STATE
 from fire_llm.models import describe, model_on_meta
 from fire_llm.recipe import Recipe
+from fire_llm.staging import CONTINUAL_STATE
 from fire_llm.units import Unit, final_checkpoint, labelled_checkpoint
 
 SCHEMA_VERSION = 1

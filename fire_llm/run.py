@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from fire_llm.checkpoint import checkpoints, free_bytes, staged, write_json, writing
 from fire_llm.data import Mixture, TokenFile, tokenize_corpus, train_tokenizer
 from fire_llm.errors import UserError
 from fire_llm.models import config_for, fresh_model, load_model, load_tokenizer
 from fire_llm.plan import BYTES_A_PARAMETER
 from fire_llm.recipe import Recipe
 from fire_llm.results import collect
+from fire_llm.staging import checkpoints, free_bytes, staged, write_json, writing
 from fire_llm.trainer import ContinualArguments, ContinualTrainer, EvaluationSet, ResetCallback
 from fire_llm.units import (
     Unit,

@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 
-from fire_llm.checkpoint import checkpoints
 from fire_llm.corpora import Corpus, resolve
 from fire_llm.errors import UserError, did_you_mean
 from fire_llm.models import PRESETS, config_for
 from fire_llm.recipe import PhaseSection, Recipe
 from fire_llm.resets import ResetSpec
+from fire_llm.staging import checkpoints
 
 
 @dataclass(frozen=True)

@@ -60,10 +60,10 @@ def test_the_flags_are_frozen():
         "check": ["--schema", "--set"],
         "run": ["--accelerate-config", "--arm", "--dry-run", "--num-processes", "--output", "--set"],
         "apply": [
-            "--dry-run", "--exclude", "--init", "--iterations", "--method", "--role", "--scale", "--seed", "--shrink",
-            "--solver", "--tolerance",
+            "--device", "--dry-run", "--exclude", "--init", "--iterations", "--method", "--num-processes", "--push-to-hub",
+            "--revision", "--role", "--scale", "--seed", "--shrink", "--solver", "--tolerance",
         ],
-        "inspect": ["--against", "--html", "--json", "--role"],
+        "inspect": ["--against", "--device", "--html", "--json", "--role"],
         "eval": ["--batch-size", "--context", "--data", "--json", "--split", "--stride"],
         "report": ["--markdown", "--output"],
         "demo": ["--accelerate-config", "--num-processes", "--output", "--set"],
@@ -106,7 +106,7 @@ def test_apply_other_resets_and_dry_run(checkpoint, tmp_path, capsys):
     capsys.readouterr()
     assert run("apply", checkpoint, tmp_path / "dry", "--exclude", "c_fc", "--dry-run") == 0
     out = capsys.readouterr().out
-    assert "touch  attention" in out and "excluded by 'c_fc'" in out and "nothing written" in out
+    assert "reset  attention" in out and "excluded by 'c_fc'" in out and "nothing written" in out
     assert not (tmp_path / "dry").exists()
 
 
@@ -165,7 +165,7 @@ MISTAKES = [
     (["apply", "{c}", "{t}"], "exists already"),
     (["apply", "{c}", "{c}/inside"], "lies inside"),
     (["apply", "{t}/nowhere", "{t}/out"], "nowhere"),
-    (["apply", "{t}/broken", "{t}/out"], "broken' cannot be read"),
+    (["apply", "{t}/broken", "{t}/out"], "its header is not JSON"),
     (["apply", "{c}", "{t}/out", "--method", "fier"], "Did you mean 'fire'?"),
     (["apply", "{c}", "{t}/out", "--method", "full_reset"], "give one of --init CHECKPOINT and --seed N"),
     (["apply", "{c}", "{t}/out", "--method", "full_reset", "--init", "{c}", "--seed", "1"], "give one of"),

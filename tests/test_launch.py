@@ -204,7 +204,7 @@ def failure(exitcode, code=None, message="", timestamp=0):
         ({0: failure(-15), 3: failure(1, 1, "the loss is nan")}, 1, "the loss is nan (rank 3"),
         ({0: failure(1), 1: failure(-15)}, 1, "rank 0 (process 17) ended with exit code 1"),
         ({0: failure(-15), 1: failure(-15)}, 1, "rank 0 (process 17) ended with SIGTERM"),
-        ({0: failure(130, 130, "interrupted"), 1: failure(-2)}, 130, "interrupted; the same command goes on"),
+        ({0: failure(130, 130, "interrupted"), 1: failure(-2)}, 130, "interrupted; what was saved stays"),
     ],
 )
 def test_the_cause_is_told_and_not_what_followed(failures, code, message):

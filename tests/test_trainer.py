@@ -14,7 +14,7 @@ from conftest import tiny_gpt2, tiny_llama
 from transformers import Trainer, TrainingArguments
 
 from fire_llm import ContinualTrainer, ResetCallback, UserError, fire_, logical_matrices, perplexity
-from fire_llm.checkpoint import checkpoints
+from fire_llm.staging import checkpoints
 from fire_llm.trainer import ContinualArguments, EvaluationSet, hash_batch
 
 CONTEXT, MICRO, ACCUMULATION, STEPS = 16, 2, 3, 12

@@ -8,7 +8,7 @@ from __future__ import annotations
 from fire_llm.orthogonal.paper_map import CUBIC, newton_schulz, newton_schulz_factor
 from fire_llm.orthogonal.products import CHUNK_ELEMENTS, CPU_BATCH_SIDE, exact_products
 from fire_llm.orthogonal.projection import COMPOSITION, polar
-from fire_llm.orthogonal.spectrum import singular_values
+from fire_llm.orthogonal.spectrum import singular_range, singular_values
 
 __all__ = [
     "CHUNK_ELEMENTS",
@@ -19,5 +19,6 @@ __all__ = [
     "newton_schulz",
     "newton_schulz_factor",
     "polar",
+    "singular_range",
     "singular_values",
 ]

@@ -13,7 +13,7 @@ from fire_llm.distributed import MEETING_SECONDS, meet
 from fire_llm.errors import UserError
 from fire_llm.layout import unwrap
 from fire_llm.resets.methods import ComputeDtype, Scale, Solver
-from fire_llm.resets.report import ResetReport
+from fire_llm.resets.report import ResetReport, Spectra
 from fire_llm.resets.spec import ResetsLike, parse_resets
 from fire_llm.resets.work import Plan, Work
 
@@ -25,7 +25,7 @@ def apply_reset(
     *,
     initial: nn.Module | None = None,
     optimizer: Any = None,
-    spectra: bool = False,
+    spectra: Spectra = False,
     progress: bool = False,
     process_group: Any = None,
     timeout: float = MEETING_SECONDS,
@@ -42,7 +42,7 @@ def apply_reset(
         initial: The same architecture with the run's step-0 weights, whole on every rank; wanted by `full_reset` and
             `shrink_perturb`.
         optimizer: Its state of exactly the touched parameters is cleared.
-        spectra: Also report quantiles of the singular values (an eigendecomposition a matrix).
+        spectra: Also report quantiles of the singular values (an eigendecomposition a matrix), or only their `range`.
         progress: Show a progress bar.
         process_group: Ranks that hold this model, None for all; give one where ranks hold different layers.
         timeout: Seconds that a rank waits for the others to call it too.
@@ -69,17 +69,9 @@ def apply_reset(
     seconds = time.perf_counter() - began - work.measuring
     if shared > 1:
         work.join(process_group)
-    if work.error is not None:
-        raise work.error
-    if work.failed:
-        raise RuntimeError(
-            f"the reset of {', '.join(sorted(work.failed))} came out NaN or infinite and was not written; "
-            "try compute_dtype float32"
-        )
-    rows = [work.reports.get(i) or plan.untouched(i, spectra) for i in range(len(plan.pieces))]
-    touched, untouched = [r for r in rows if r.reason is None], [r for r in rows if r.reason is not None]
-    cleared = _clear_states(model, optimizer, {t.parameter for t in touched})
-    return ResetReport(plan.specs, touched, untouched, seconds, cleared, shared, work.gathered_whole)
+    report = work.report(seconds, shared)
+    report.optimizer_states_cleared = _clear_states(model, optimizer, {t.parameter for t in report.touched})
+    return report
 
 
 def _clear_states(model: nn.Module, optimizer: Any, names: set[str]) -> int:

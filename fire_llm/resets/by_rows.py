@@ -12,8 +12,9 @@ from fire_llm.distributed import Block, Home, splits
 from fire_llm.distributed.meeting import wire_device
 from fire_llm.layout import LogicalMatrix
 from fire_llm.metrics import CHUNK_ELEMENTS, gram
+from fire_llm.orthogonal import singular_range
 from fire_llm.resets.methods import fire_by_gram
-from fire_llm.resets.report import TensorReport, sigma_quantiles
+from fire_llm.resets.report import Spectra, TensorReport, sigma_quantiles
 from fire_llm.resets.spec import ResetSpec
 
 
@@ -27,7 +28,7 @@ def by_rows(block: Block, piece: LogicalMatrix, todo: list[ResetSpec], home: Hom
     return whole and known and splits(piece.shape, piece.tensor.element_size(), total_cost, ranks)
 
 
-def reset_by_rows(piece: LogicalMatrix, spec: ResetSpec, home: Home, spectra: bool) -> TensorReport | None:
+def reset_by_rows(piece: LogicalMatrix, spec: ResetSpec, home: Home, spectra: Spectra) -> TensorReport | None:
     """Reset one matrix: sum the ranks' Gram matrices, map the sum, multiply this rank's rows by the result.
 
     Every measure of the report follows from the Gram matrix and the map, so that no row is looked at again.
@@ -54,7 +55,9 @@ def reset_by_rows(piece: LogicalMatrix, spec: ResetSpec, home: Home, spectra: bo
         setattr(
             report, f"dfi_{when}", float((of - torch.eye(len(of), dtype=of.dtype, device=of.device)).square().sum())
         )
-        if spectra:
+        if spectra == "range":
+            setattr(report, f"sigma_{when}", list(singular_range(of.double())))
+        elif spectra:
             sigma = torch.linalg.eigvalsh(of).clamp_min(0).sqrt().flip(-1)
             setattr(report, f"sigma_{when}", sigma_quantiles(sigma))
     return report

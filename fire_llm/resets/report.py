@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fire_llm.layout import LogicalMatrix
-from fire_llm.metrics import dfi
-from fire_llm.orthogonal import singular_values
+from fire_llm.metrics import dfi_of_gram, gram
+from fire_llm.orthogonal import singular_range, singular_values
 from fire_llm.resets.spec import ResetSpec
 
 SIGMA_QUANTILES = 64
@@ -36,6 +36,7 @@ class TensorReport:
     norm_before: float | None = None
     norm_after: float | None = None
     sigma_before: list[float] | None = None
+    """Singular values, descending: `SIGMA_QUANTILES` of them, or the largest and the smallest alone."""
     sigma_after: list[float] | None = None
 
     @classmethod
@@ -70,6 +71,10 @@ class ResetReport:
     """Ranks among which the work was shared."""
     gathered_whole: int = 0
     """Parameters that were gathered whole on every rank, their placement being neither whole nor in shards of rows."""
+    kept_unread: list[str] = field(default_factory=list)
+    """Of a checkpoint on disk: stored tensors that the model's class does not load."""
+    not_copied: list[str] = field(default_factory=list)
+    """Of a checkpoint on disk: files that are neither weights nor go with them."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data (see docs/results-schema.md)."""
@@ -98,12 +103,19 @@ def sigma_quantiles(sigma: Tensor) -> list[float]:
     return [float(s) for s in sigma[at]]
 
 
-def describe(piece: LogicalMatrix, tensor: Tensor, spectra: bool) -> TensorReport:
+Spectra = bool | Literal["range"]
+"""Whether a report tells quantiles of the singular values (True), the largest and the smallest, or nothing of them."""
+
+
+def describe(piece: LogicalMatrix, tensor: Tensor, spectra: Spectra) -> TensorReport:
     """Measure a piece as it is now; before and after are the same until something touches it."""
     report = TensorReport.of(piece)
     report.norm_before = report.norm_after = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
     if piece.matrix:
-        report.dfi_before = report.dfi_after = dfi(tensor)
-        if spectra:
+        g = gram(tensor if tensor.shape[0] >= tensor.shape[1] else tensor.mT, quick=True)
+        report.dfi_before = report.dfi_after = dfi_of_gram(g)
+        if spectra == "range":
+            report.sigma_before = report.sigma_after = list(singular_range(g))
+        elif spectra:
             report.sigma_before = report.sigma_after = sigma_quantiles(singular_values(tensor))
     return report

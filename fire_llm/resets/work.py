@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,7 +29,7 @@ from fire_llm.layout import ROLES, LogicalMatrix, pieces
 from fire_llm.metrics import sfe
 from fire_llm.resets.by_rows import by_rows, reset_by_rows
 from fire_llm.resets.methods import RESETS
-from fire_llm.resets.report import TensorReport, describe
+from fire_llm.resets.report import ResetReport, Spectra, TensorReport, describe
 from fire_llm.resets.spec import FROZEN, ResetSpec
 
 
@@ -41,40 +41,54 @@ class Plan:
     pieces: list[LogicalMatrix]
     todo: list[list[ResetSpec]]
     """Of each piece, in order."""
-    start: dict[str, LogicalMatrix]
+    start: Mapping[str, LogicalMatrix] = field(default_factory=dict)
     """Step-0 pieces by name; empty where no reset wants them."""
 
     @classmethod
-    def make(cls, model: nn.Module, specs: list[ResetSpec], initial: nn.Module | None, optimizer: Any) -> Plan:
-        refuse_engines(model, optimizer)
-        make_current(model)
+    def of(cls, model: nn.Module, specs: list[ResetSpec], initial: nn.Module | None) -> Plan:
+        """Decide what is done to each piece; names and shapes alone are looked at, so that `meta` will do.
+
+        Raises:
+            UserError: There is nothing to do, or the step-0 weights are missing or of another architecture.
+        """
         by_role = any(set(s.roles) != set(ROLES) for s in specs)
         cut = pieces(model, strict=by_role)
-        plan = cls(specs, cut, [[s for s in specs if s.why_not(p) is None] for p in cut], {})
+        plan = cls(specs, cut, [[s for s in specs if s.why_not(p) is None] for p in cut])
         wanting = [s.method for s in specs if s.needs_initial]
         if wanting and initial is None:
             raise UserError(
-                f"'{wanting[0]}' needs the run's step-0 weights: give `initial` (on the command line, --init)"
+                f"'{wanting[0]}' needs the run's step-0 weights: give `initial` (on the command line, --init or --seed)"
             )
         if wanting and initial is not None:
             plan.start = {p.name: p for p in pieces(initial, strict=by_role)}
-        plan.check()
+        plan._check_names()
         return plan
 
-    def check(self) -> None:
-        """Refuse what cannot be done, before anything is.
+    @classmethod
+    def make(cls, model: nn.Module, specs: list[ResetSpec], initial: nn.Module | None, optimizer: Any) -> Plan:
+        """Decide, for a model in memory, and refuse what cannot be done before anything is."""
+        refuse_engines(model, optimizer)
+        make_current(model)
+        plan = cls.of(model, specs, initial)
+        plan._check_values()
+        return plan
 
-        Raises:
-            UserError: Naming the first piece at fault.
-        """
-        wanted = [p for p, todo in zip(self.pieces, self.todo, strict=True) if todo]
-        if not wanted and any(s.why_not(p) == FROZEN for p in self.pieces for s in self.specs):
+    @property
+    def wanted(self) -> list[LogicalMatrix]:
+        """List the pieces that something is done to."""
+        return [p for p, todo in zip(self.pieces, self.todo, strict=True) if todo]
+
+    @property
+    def blocks(self) -> list[Block]:
+        """List the runs of rows that are worked on, in the order of the parameters."""
+        costly = [any(RESETS[s.method].matrices_only for s in todo) for todo in self.todo]
+        return [b for b in blocks_of(self.pieces, costly) if any(self.todo[i] for i in b.members)]
+
+    def _check_names(self) -> None:
+        """Refuse a plan that would touch nothing but frozen parameters, or whose step-0 weights do not match."""
+        if not self.wanted and any(s.why_not(p) == FROZEN for p in self.pieces for s in self.specs):
             raise UserError("every parameter that the reset would touch is frozen: call requires_grad_(True) first")
-        for piece in wanted:
-            if piece.tensor.is_meta:
-                raise UserError(f"'{piece.name}' is on the meta device: load the weights before a reset")
-            if not self.start:
-                continue
+        for piece in self.wanted if self.start else ():
             before = self.start.get(piece.name)
             if before is None or before.shape != piece.shape:
                 raise UserError(
@@ -82,24 +96,30 @@ class Plan:
                 )
             if _sharded(before.tensor):
                 raise UserError(f"the step-0 weights of '{piece.name}' are sharded: give them whole on every rank")
+
+    def _check_values(self) -> None:
+        """Refuse weights that are not there or not finite."""
+        for piece in self.wanted:
+            if piece.tensor.is_meta:
+                raise UserError(f"'{piece.name}' is on the meta device: load the weights before a reset")
         # All flags first, so that an accelerator is waited for once.
-        flags = [torch.isfinite(_held(piece)).all() for piece in wanted]
-        for piece, finite in zip(wanted, torch.stack([f.cpu() for f in flags]).tolist() if flags else [], strict=True):
+        flags = [torch.isfinite(_held(piece)).all() for piece in self.wanted]
+        sound = torch.stack([f.cpu() for f in flags]).tolist() if flags else []
+        for piece, finite in zip(self.wanted, sound, strict=True):
             if not finite:
-                raise UserError(
-                    f"'{piece.name}' holds NaN or infinity: a reset would spread it. Start from a sound checkpoint"
-                )
+                raise UserError(not_finite(piece.name))
 
     def request(self) -> str:
         """Say what this rank is about to do, in a form that ranks can compare."""
         rows = zip(self.pieces, self.todo, strict=True)
         return repr((self.specs, [(p.name, tuple(p.shape), str(p.tensor.dtype), len(todo)) for p, todo in rows]))
 
-    def untouched(self, index: int, spectra: bool) -> TensorReport:
-        """Report on a piece that nothing came near; what lies in shards is not gathered to be measured."""
+    def untouched(self, index: int, spectra: Spectra = False) -> TensorReport:
+        """Report on a piece that nothing came near; what lies in shards or on the disk is not measured."""
         piece = self.pieces[index]
-        report = TensorReport.of(piece) if _sharded(piece.tensor) else describe(piece, _held(piece), spectra)
-        report.reason = self.reason(index)
+        apart = piece.tensor.is_meta or _sharded(piece.tensor)
+        report = TensorReport.of(piece) if apart else describe(piece, _held(piece), spectra)
+        report.reason = self.reason(index) if not self.todo[index] else None
         return report
 
     def reason(self, index: int) -> str:
@@ -112,7 +132,7 @@ class Work:
     """Do what a plan says, home by home, and keep the report of every piece that this rank worked on."""
 
     plan: Plan
-    spectra: bool
+    spectra: Spectra
     reports: dict[int, TensorReport] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
     """Pieces whose result is not finite."""
@@ -126,9 +146,7 @@ class Work:
 
     def run(self, process_group: Any, progress: bool) -> int:
         """Reset everything; return among how many ranks the work was shared at most."""
-        plan = self.plan
-        costly = [any(RESETS[s.method].matrices_only for s in todo) for todo in plan.todo]
-        blocks = [b for b in blocks_of(plan.pieces, costly) if any(plan.todo[i] for i in b.members)]
+        plan, blocks = self.plan, self.plan.blocks
         by_home: dict[Home | None, list[Block]] = defaultdict(list)
         for block in blocks:
             by_home[home_of(block.tensor, process_group)].append(block)
@@ -147,7 +165,7 @@ class Work:
             self.bar = tqdm(total=total, desc="reset", unit="tensor", leave=False)
         for exchange in exchanges:
             for mine in exchange:
-                self._transform(mine)
+                self.transform(mine)
         for index, home in apart:
             report = reset_by_rows(plan.pieces[index], plan.todo[index][0], home, self.spectra)
             if report is None:
@@ -169,6 +187,25 @@ class Work:
             if wrong and self.error is None:
                 self.error = (UserError if wrong[0] else RuntimeError)(f"on rank {rank} of the reset: {wrong[1]}")
 
+    def report(self, seconds: float, shared: int) -> ResetReport:
+        """Report on every piece, once the work is done and joined.
+
+        Raises:
+            UserError: What stopped a rank was the user's to mend.
+            RuntimeError: A result is not finite, or a reset failed.
+        """
+        if self.error is not None:
+            raise self.error
+        if self.failed:
+            raise RuntimeError(
+                f"the reset of {', '.join(sorted(self.failed))} came out NaN or infinite and was not written; "
+                "try compute_dtype float32"
+            )
+        plan = self.plan
+        rows = [self.reports.get(i) or plan.untouched(i, self.spectra) for i in range(len(plan.pieces))]
+        touched, untouched = [r for r in rows if r.reason is None], [r for r in rows if r.reason is not None]
+        return ResetReport(plan.specs, touched, untouched, seconds, 0, shared, self.gathered_whole)
+
     def _gather_whole(self, blocks: list[Block]) -> None:
         """Reset parameters of placements without a plan of their own, each whole on every rank, one at a time."""
         by_parameter: dict[int, list[Block]] = defaultdict(list)
@@ -177,7 +214,7 @@ class Work:
         for of_one in by_parameter.values():
             tensor: Any = of_one[0].tensor.detach()
             whole = tensor.full_tensor()
-            self._transform([(b, whole[b.rows.start : b.rows.stop]) for b in of_one])
+            self.transform([(b, whole[b.rows.start : b.rows.stop]) for b in of_one])
             _put_back(tensor, whole)
         self.gathered_whole = len(by_parameter)
         if by_parameter:
@@ -187,7 +224,7 @@ class Work:
                 stacklevel=4,
             )
 
-    def _transform(self, mine: Sequence[tuple[Block, Tensor]]) -> None:
+    def transform(self, mine: Sequence[tuple[Block, Tensor]]) -> None:
         """Reset the pieces of some blocks, each block in the tensor that stands for it; after an error, none."""
         if self.error is None:
             try:
@@ -254,6 +291,11 @@ class Work:
         began = time.perf_counter()
         yield
         self.measuring += time.perf_counter() - began
+
+
+def not_finite(name: str) -> str:
+    """Word the refusal of weights that are NaN or infinite."""
+    return f"'{name}' holds NaN or infinity: a reset would spread it. Start from a sound checkpoint"
 
 
 def together(tensor: Tensor) -> bool:

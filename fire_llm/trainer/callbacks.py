@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from fire_llm.checkpoint import write_json
 from fire_llm.errors import UserError
 from fire_llm.models import fresh_model
 from fire_llm.resets import ResetReport, ResetsLike, apply_reset, parse_resets
+from fire_llm.staging import write_json
 from fire_llm.trainer.sharding import refuse_engines
 
 

@@ -27,8 +27,8 @@ from transformers import (
 )
 from transformers.trainer import SCHEDULER_NAME
 
-from fire_llm.checkpoint import CONTINUAL_STATE, STAGING_SUFFIX, checkpoints, sync, write_json, writing
 from fire_llm.evaluation import perplexity, token_nll
+from fire_llm.staging import CONTINUAL_STATE, STAGING_SUFFIX, checkpoints, sync, write_json, writing
 from fire_llm.trainer.callbacks import Keeping, Progress
 from fire_llm.trainer.sharding import (
     OPTIMIZER,

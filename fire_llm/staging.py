@@ -1,4 +1,4 @@
-"""Checkpoints on disk: written whole or not at all, and reset from one folder into another."""
+"""Folders and files that appear whole or not at all, and which checkpoints of a run are whole."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from fire_llm.errors import UserError
-from fire_llm.resets import ResetReport, ResetsLike, apply_reset, parse_resets
 
 STAGING_SUFFIX = ".partial"
 """Ending of the name under which a folder is written before it is renamed to its own."""
@@ -31,6 +30,11 @@ def sync(folder: Path) -> None:
             os.close(descriptor)
 
 
+def partial_of(destination: Path) -> Path:
+    """Return the name under which a folder is written before it is renamed to its own."""
+    return destination.with_name(destination.name + STAGING_SUFFIX)
+
+
 @contextmanager
 def staged(destination: Path) -> Iterator[Path]:
     """Give a temporary folder that becomes `destination` in one rename when the block ends without an error.
@@ -42,7 +46,7 @@ def staged(destination: Path) -> Iterator[Path]:
     """
     if destination.exists():
         raise UserError(f"'{destination}' exists already: name a new folder, or delete that one")
-    partial = destination.with_name(destination.name + STAGING_SUFFIX)
+    partial = partial_of(destination)
     with writing(destination.parent):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -111,67 +115,3 @@ def write_json(path: Path, data: Any) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-
-
-def reset_checkpoint(
-    src: str | Path,
-    dst: str | Path,
-    method: ResetsLike = "fire",
-    *,
-    init: str | Path | None = None,
-    seed: int | None = None,
-    progress: bool = False,
-    dry_run: bool = False,
-    **options: Any,
-) -> ResetReport:
-    """Apply a reset to a checkpoint and save the result, tokenizer included, as a new one.
-
-    Args:
-        src: A checkpoint folder or a Hub id; never written to.
-        dst: The folder to make; must not exist.
-        method: A reset's name or spec, or a list of specs.
-        init: Checkpoint with the run's step-0 weights, for `full_reset` and `shrink_perturb`.
-        seed: Draw the step-0 weights anew from the config and this seed instead.
-        progress: Show a progress bar.
-        dry_run: Only say what would be done; nothing is written.
-        options: Options of `method` where it is a name.
-
-    Raises:
-        UserError: For bad options, an unreadable or unknown checkpoint, an existing `dst` or one inside `src`.
-    """
-    from fire_llm.models import fresh_model, load_model
-
-    named = cast("ResetsLike", {"method": method, **options})
-    specs = parse_resets(named if isinstance(method, str) else method)
-    target = Path(dst)
-    if target.exists():
-        raise UserError(f"'{dst}' exists already: name a new folder, or delete that one")
-    if target.resolve().is_relative_to(Path(src).resolve()):
-        raise UserError(f"'{dst}' lies inside '{src}', which is never written to: name a folder elsewhere")
-    wanted = any(s.needs_initial for s in specs)
-    if wanted and (init is None) == (seed is None):
-        raise UserError("the reset needs step-0 weights: give one of --init CHECKPOINT and --seed N")
-    model = load_model(src)
-    initial = None
-    if wanted:
-        initial = load_model(init) if init is not None else fresh_model(model.config, int(seed or 0))
-    report = apply_reset(model, specs, initial=initial, progress=progress)
-    if not dry_run:
-        with staged(target) as folder:
-            model.save_pretrained(folder)
-            _copy_companions(src, folder)
-            write_json(folder / "fire.json", report.to_dict())
-    return report
-
-
-def _copy_companions(src: str | Path, folder: Path) -> None:
-    """Save the tokenizer and generation settings beside the weights, where the source has them."""
-    from transformers import AutoTokenizer
-
-    if Path(src).is_dir():
-        for name in ("generation_config.json", "chat_template.jinja"):
-            if (Path(src) / name).exists():
-                shutil.copyfile(Path(src) / name, folder / name)
-        if not any((Path(src) / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
-            return
-    AutoTokenizer.from_pretrained(str(src)).save_pretrained(folder)

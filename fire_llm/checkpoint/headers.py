@@ -1,0 +1,172 @@
+"""The header of a safetensors file: which bytes hold which tensor. Nothing is mapped into memory, nothing is loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fire_llm.errors import UserError
+
+WRITABLE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types that a reset can read and write, under the names that safetensors has for them."""
+
+_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+_LONGEST = 100_000_000  # the format's own limit of a header
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Say where a tensor lies on the disk.
+
+    Args:
+        name: Its key.
+        file: The safetensors file.
+        dtype: As the header spells it: F32, BF16, I64, …
+        shape: Stored shape.
+        offset: First byte, from the beginning of the file.
+        n_bytes: Length in bytes.
+    """
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    n_bytes: int
+
+    def read(self, rows: range | None = None) -> Tensor:
+        """Read rows along the first axis, all by default; a shape without axes counts as one row.
+
+        Raises:
+            UserError: The file has become shorter than its header says.
+        """
+        rows = range(self.shape[0] if self.shape else 1) if rows is None else rows
+        shape = (len(rows), *self.shape[1:]) if self.shape else ()
+        data = torch.empty(shape, dtype=WRITABLE[self.dtype])
+        start, _ = self._span(rows)
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(start)
+            into = _bytes(data)
+            while into:
+                got = file.readinto(into)
+                if not got:
+                    raise UserError(f"'{self.file}' ends within '{self.name}': it was changed while it was read")
+                into = into[got:]
+        return data
+
+    def write(self, rows: range, data: Tensor, file: int) -> None:
+        """Overwrite rows along the first axis in a copy of the file, opened for writing under a descriptor."""
+        start, length = self._span(rows)
+        left = _bytes(data.detach().to(WRITABLE[self.dtype]).contiguous())
+        assert len(left) == length
+        while left:
+            done = os.pwrite(file, left, start)
+            start, left = start + done, left[done:]
+
+    def same_bytes(self, other: StoredTensor) -> bool:
+        """Tell whether two tensors are equal, type and shape included."""
+        if (self.dtype, self.shape) != (other.dtype, other.shape):
+            return False
+        return all(a == b for a, b in zip(self._pieces(), other._pieces(), strict=True))
+
+    def _span(self, rows: range) -> tuple[int, int]:
+        """Return the first byte and the length of some rows."""
+        each = self.n_bytes // max(1, self.shape[0] if self.shape else 1)
+        return self.offset + rows.start * each, len(rows) * each
+
+    def _pieces(self, size: int = 1 << 24) -> Iterator[bytes]:
+        with self.file.open("rb") as file:
+            file.seek(self.offset)
+            for start in range(0, self.n_bytes, size):
+                yield file.read(min(size, self.n_bytes - start))
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a safetensors file by name, everything about them checked against the file's length.
+
+    Raises:
+        UserError: The file is no safetensors file, is cut off, or its header contradicts itself.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _LONGEST):
+                raise UserError(_damaged(path, f"its {size} bytes do not hold the header that it announces"))
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(_damaged(path, "its header is not JSON")) from error
+    if not isinstance(header, dict):
+        raise UserError(_damaged(path, "its header is not a JSON object"))
+    header.pop("__metadata__", None)
+    begin = 8 + length
+    found = {name: _tensor(path, name, entry, begin) for name, entry in header.items()}
+    end = begin
+    for tensor in sorted(found.values(), key=lambda t: (t.offset, t.n_bytes)):
+        if tensor.offset != end:
+            kind = "a hole before" if tensor.offset > end else "bytes that belong to another tensor too in"
+            raise UserError(_damaged(path, f"it has {kind} '{tensor.name}'"))
+        end += tensor.n_bytes
+    if end != size:
+        kind = "is cut off" if end > size else "has bytes behind its last tensor"
+        raise UserError(_damaged(path, f"it {kind}: its header tells of {end} bytes, the file has {size}"))
+    return found
+
+
+def _tensor(path: Path, name: str, entry: Any, begin: int) -> StoredTensor:
+    """Read one entry of a header."""
+    try:
+        dtype, shape = str(entry["dtype"]), tuple(entry["shape"])
+        start, stop = entry["data_offsets"]
+        sound = all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop)) and start <= stop
+    except (TypeError, KeyError, ValueError):
+        sound = False
+    if not sound:
+        raise UserError(_damaged(path, f"the entry of '{name}' is not what safetensors writes"))
+    bits = _BITS.get(dtype)
+    if bits is not None and (stop - start) * 8 != bits * math.prod(shape):
+        raise UserError(_damaged(path, f"'{name}' is {dtype} of shape {shape}, but has {stop - start} bytes"))
+    return StoredTensor(name, path, dtype, shape, begin + start, stop - start)
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Return which file an index names for each tensor.
+
+    Raises:
+        UserError: The index is not JSON, or has no map of names to files beside it.
+    """
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(_damaged(path, "it holds no weight_map")) from error
+    names = set(files.values()) if isinstance(files, Mapping) else set()
+    if not names or not all(isinstance(n, str) and n == Path(n).name and n.endswith(".safetensors") for n in names):
+        raise UserError(_damaged(path, "its weight_map does not map tensors to .safetensors files beside it"))
+    return dict(files)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor, to be read and written."""
+    array: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def _damaged(path: Path, why: str) -> str:
+    return f"'{path}' is damaged: {why}. Download or copy it again"

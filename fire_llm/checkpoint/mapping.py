@@ -1,0 +1,266 @@
+"""Which stored tensors hold which rows of which parameter: transformers' own renaming and conversion, followed by hand.
+
+    stored key ─ rename_source_key ─▶ parameter ─ conversion ─▶ a Place: rows, columns, order
+
+transformers stacks, joins and cuts tensors while it loads them (a file an expert, one parameter for all of them).
+Here the same conversions say where each row of a parameter lies on the disk, so that it is read and written there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fire_llm.checkpoint.headers import WRITABLE, StoredTensor
+from fire_llm.checkpoint.refusals import names
+from fire_llm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Say which rows of a parameter a stored tensor holds.
+
+    Args:
+        tensor: Where they lie.
+        rows: Of the parameter, along its first axis.
+        start: The row of the stored tensor that `rows` begins at.
+        inner: Where it lies along the second axis of a parameter that stacks such tensors; None: all of that axis.
+        stacked: Whether the stored tensor is one item of the first axis and lacks that axis.
+        interleaved: Whether two halves take turns along the second axis on the disk.
+    """
+
+    tensor: StoredTensor
+    rows: range
+    start: int = 0
+    inner: range | None = None
+    stacked: bool = False
+    interleaved: bool = False
+
+    def meets(self, rows: range) -> range:
+        """Return the rows of the parameter that lie both here and in `rows`."""
+        return range(max(self.rows.start, rows.start), min(self.rows.stop, rows.stop))
+
+    def read(self, rows: range) -> Tensor:
+        """Read rows of the parameter, all of them held here, in the parameter's own order."""
+        if self.stacked:
+            return self.tensor.read()[None]
+        data = self.tensor.read(self._stored(rows))
+        return data.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2) if self.interleaved else data
+
+    def write(self, rows: range, data: Tensor, file: int) -> None:
+        """Write rows of the parameter to a copy of the file."""
+        if self.stacked:
+            data, stored = data[0], range(data.shape[1])
+        else:
+            stored = self._stored(rows)
+        if self.interleaved:
+            data = data.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+        self.tensor.write(stored, data, file)
+
+    def slot(self, block: Tensor, first: int, rows: range) -> Tensor:
+        """Return the view of a block of the parameter, its rows from `first` on, that these rows fill."""
+        part = block[rows.start - first : rows.stop - first] if block.ndim else block
+        return part if self.inner is None else part[:, self.inner.start : self.inner.stop]
+
+    def expects(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape that the stored tensor must have for a parameter of this shape; the first axis apart."""
+        inside = [len(self.inner), *shape[2:]] if self.inner is not None else [*shape[1:]]
+        return tuple(inside) if self.stacked else (self.tensor.shape[0], *inside) if shape else ()
+
+    def _stored(self, rows: range) -> range:
+        at = self.start - self.rows.start
+        return range(rows.start + at, rows.stop + at)
+
+
+@dataclass
+class Places:
+    """Hold where each parameter of a model lies, and what of the checkpoint belongs to none."""
+
+    of: dict[str, list[Place]] = field(default_factory=dict)
+    """By the parameter's first name; together they hold every row of it."""
+    copies: dict[str, list[Place]] = field(default_factory=dict)
+    """Further stored copies of a tied parameter, equal to the first."""
+    ignored: list[str] = field(default_factory=list)
+    """Keys that the class does not load: kept as they are."""
+    unmapped: dict[str, str] = field(default_factory=dict)
+    """Parameters whose conversion is not followed here, with its name; they can be kept, but not reset."""
+
+    def read(self, name: str, rows: range, shape: Sequence[int]) -> Tensor:
+        """Read rows of a parameter along its first axis.
+
+        Args:
+            name: Of the parameter.
+            rows: Which rows; those of a parameter without axes are range(1).
+            shape: Of the whole parameter.
+        """
+        found = [(place, meet) for place in self.of[name] if (meet := place.meets(rows))]
+        if len(found) == 1 and found[0][0].inner is None and found[0][1] == rows:
+            return found[0][0].read(rows)
+        kinds = {WRITABLE[place.tensor.dtype] for place, _ in found}
+        dtype = kinds.pop()
+        for other in kinds:
+            dtype = torch.promote_types(dtype, other)
+        block = torch.empty((len(rows), *shape[1:]), dtype=dtype)
+        for place, meet in found:
+            place.slot(block, rows.start, meet).copy_(place.read(meet))
+        return block
+
+    def write(self, name: str, rows: range, block: Tensor, files: Mapping[str, int]) -> None:
+        """Write rows of a parameter to copies of the files, which are named by file name and open for writing."""
+        for place in [*self.of[name], *self.copies.get(name, [])]:
+            if meet := place.meets(rows):
+                place.write(meet, place.slot(block, rows.start, meet), files[place.tensor.file.name])
+
+
+def places_of(model: nn.Module, tensors: Mapping[str, StoredTensor]) -> Places:
+    """Find where each parameter of a model lies among stored tensors.
+
+    Args:
+        model: On the meta device. A tied weight that is stored twice, with two values, is untied in it, as transformers
+            does when it loads such a checkpoint.
+        tensors: The checkpoint's, by key.
+
+    Raises:
+        UserError: A parameter is missing, or a stored tensor has another shape than the config says.
+    """
+    found, result = _follow(model, tensors)
+    tied: dict[nn.Parameter, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tied[parameter].append(name)
+    missing = []
+    for parameter, alike in tied.items():
+        stored = [name for name in alike if name in found]
+        for name in stored:
+            _check_shape(name, parameter.shape, found[name])
+        if stored:
+            result.of[alike[0]] = found[stored[0]]
+        elif not any(name in result.unmapped or _may_be_missing(model, name) for name in alike):
+            missing.append(alike[0])
+        for name in stored[1:]:
+            if _equal(found[stored[0]], found[name]):
+                result.copies.setdefault(alike[0], []).extend(found[name])
+            else:
+                _untie(model, name)
+                result.of[name] = found[name]
+    if missing:
+        raise UserError(
+            f"the checkpoint lacks {len(missing)} of the tensors of {type(model).__name__}: {names(missing)}. It is of "
+            "another architecture, or incomplete"
+        )
+    return result
+
+
+def _follow(model: nn.Module, tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, list[Place]], Places]:
+    """Rename every key as transformers does when it loads, and undo what it converts."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    any_model: Any = model
+    conversions = get_model_conversion_mapping(any_model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    state: Mapping[str, Tensor] = model.state_dict()
+    prefix, result = any_model.base_model_prefix, Places()
+    joined: dict[tuple[str, int], dict[str, list[StoredTensor]]] = {}
+    found: dict[str, list[Place]] = {}
+    for key in sorted(tensors, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+        if name not in state and key in state:
+            name, pattern = key, None
+        if name not in state:
+            result.ignored.append(key)
+        elif pattern is None:
+            tensor = tensors[key]
+            found[name] = [Place(tensor, range(tensor.shape[0] if tensor.shape else 1))]
+        else:
+            which = converters.index(by_pattern[pattern])
+            joined.setdefault((name, which), {}).setdefault(pattern, []).append(tensors[key])
+    for (name, which), sources in joined.items():
+        _convert(converters[which], name, sources, state, found, result)
+    return found, result
+
+
+def _convert(
+    converter: Any,
+    name: str,
+    sources: Mapping[str, list[StoredTensor]],
+    state: Mapping[str, Tensor],
+    found: dict[str, list[Place]],
+    result: Places,
+) -> None:
+    """Say where the parameters lie that one conversion makes of some stored tensors."""
+    steps = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
+    ordered = [sources[pattern] for pattern in converter.source_patterns if pattern in sources]
+    first = converter.target_patterns[0]
+    targets = [name.replace(first, target, 1) for target in converter.target_patterns]
+    if steps in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
+        found[name] = list(_stacked(ordered, joined=len(steps) > 1))
+    elif steps == [("Concatenate", 0)]:
+        starts, places = 0, []
+        for tensor in (t for several in ordered for t in several):
+            places.append(Place(tensor, range(starts, starts + tensor.shape[0])))
+            starts += tensor.shape[0]
+        found[name] = places
+    elif steps in ([("Chunk", 0)], [("Split", 0)]) and all(target in state for target in targets):
+        (tensor,), start = ordered[0], 0
+        for target in targets:
+            rows = state[target].shape[0]
+            found[target] = [Place(tensor, range(rows), start)]
+            start += rows
+        if start != tensor.shape[0]:
+            raise UserError(f"'{tensor.name}' has {tensor.shape[0]} rows, and the config says {start}: they do not fit")
+    elif steps == [("Interleave", 1)] and not converter.operations[0].inverse:
+        (tensor,) = ordered[0]
+        found[name] = [Place(tensor, range(tensor.shape[0]), interleaved=True)]
+    else:
+        result.unmapped |= dict.fromkeys(targets, " then ".join(step for step, _ in steps))
+
+
+def _stacked(ordered: Sequence[Sequence[StoredTensor]], *, joined: bool) -> Iterator[Place]:
+    """Yield the places of tensors stored one by one that a parameter stacks, and, where joined, several to an item."""
+    for index, items in enumerate(zip(*ordered, strict=False)):
+        start = 0
+        for tensor in items:
+            inner = range(start, start + tensor.shape[0]) if joined else None
+            yield Place(tensor, range(index, index + 1), inner=inner, stacked=True)
+            start += tensor.shape[0]
+
+
+def _check_shape(name: str, shape: torch.Size, places: Sequence[Place]) -> None:
+    """Refuse stored tensors that do not fill a parameter exactly."""
+    for place in places:
+        if place.tensor.shape != place.expects(shape) or place.rows.stop > (shape[0] if shape else 1):
+            raise UserError(
+                f"'{place.tensor.name}' has shape {place.tensor.shape}, which does not fit '{name}' of shape "
+                f"{tuple(shape)} that the config asks for: they are of different models"
+            )
+    width = shape[1] if len(shape) > 1 else 1
+    held = sum(len(p.rows) * (len(p.inner) if p.inner is not None else width) for p in places)
+    if held != (shape[0] if shape else 1) * width:
+        raise UserError(
+            f"'{places[0].tensor.name}' and what belongs with it hold {held} rows of '{name}', whose shape is "
+            f"{tuple(shape)}: some are missing, or they are of another model"
+        )
+
+
+def _equal(one: Sequence[Place], other: Sequence[Place]) -> bool:
+    return len(one) == len(other) and all(a.tensor.same_bytes(b.tensor) for a, b in zip(one, other, strict=True))
+
+
+def _untie(model: nn.Module, name: str) -> None:
+    """Give a tied parameter's further name a parameter of its own."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    setattr(module, leaf, nn.Parameter(torch.empty_like(getattr(module, leaf))))
+
+
+def _may_be_missing(model: nn.Module, name: str) -> bool:
+    patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    return any(re.search(pattern, name) for pattern in patterns)

@@ -1,0 +1,305 @@
+"""Reset a checkpoint on the disk into a new one, a few rows at a time.
+
+    copy every shard ─▶ read rows ─ reset ─ write them at the same bytes of the copy ─▶ hash, describe, rename
+
+Headers, index, dtypes and every tensor that is not reset stay as they are, to the byte.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fire_llm.checkpoint.card import PROVENANCE, write_card, write_provenance
+from fire_llm.checkpoint.refusals import refuse_destination
+from fire_llm.checkpoint.stored import Stored, StoredPieces, finite
+from fire_llm.distributed import Block, meet
+from fire_llm.distributed.meeting import active
+from fire_llm.distributed.sharing import ROUND_BYTES, assign
+from fire_llm.errors import UserError
+from fire_llm.models import find_device, fresh_model
+from fire_llm.resets import ResetReport, ResetsLike, ResetSpec, parse_resets
+from fire_llm.resets.work import Plan, Work, not_finite
+from fire_llm.staging import free_bytes, partial_of, staged, writing
+
+_CHUNK = 1 << 24
+_PATIENCE = 86400.0  # seconds that a rank waits for the others, while one of them copies, say
+
+
+@torch.no_grad()
+def reset_checkpoint(
+    src: str | Path,
+    dst: str | Path,
+    method: ResetsLike = "fire",
+    *,
+    init: str | Path | None = None,
+    seed: int | None = None,
+    revision: str | None = None,
+    device: str = "cpu",
+    progress: bool = False,
+    dry_run: bool = False,
+    **options: Any,
+) -> ResetReport:
+    """Apply a reset to a checkpoint and write the result, tokenizer and all, as a new one.
+
+    The model is never loaded: memory holds one block of rows (a matrix, or what is fused with it) and the work space
+    of its reset. Under torch.distributed this is collective, and the ranks of one machine share the blocks.
+
+    Args:
+        src: A checkpoint folder or a Hub id; never written to.
+        dst: The folder to make; must not exist. It appears whole or not at all.
+        method: A reset's name or spec, or a list of specs.
+        init: Checkpoint with the run's step-0 weights, for `full_reset` and `shrink_perturb`.
+        seed: Draw the step-0 weights anew from the config and this seed instead, which takes a model's memory (fp32).
+        revision: Branch, tag or commit, where `src` is a Hub id.
+        device: Where the resets are computed: `cpu`, `cuda`, `cuda:1`.
+        progress: Show progress bars.
+        dry_run: Only say what would be done; no weight is read, nothing is written.
+        options: Options of `method` where it is a name.
+
+    Returns:
+        What was touched, measured before and after, and what was left and why, unmeasured.
+
+    Raises:
+        UserError: For bad options, a checkpoint that is unreadable, quantised or unknown, a tensor that is not finite,
+            an existing `dst` or one inside `src`, or no room.
+        RuntimeError: Where a result is not finite.
+    """
+    named = cast("ResetsLike", {"method": method, **options})
+    specs = parse_resets(named if isinstance(method, str) else method)
+    _check_start(specs, init, seed)
+    where = find_device(device)
+    fault, job = None, None
+    try:
+        job = _Rewrite.prepare(src, Path(dst), specs, init, seed, revision, where)
+    except UserError as error:
+        fault = str(error)
+    meet(None, job.plan.request() if job else "", fault, _PATIENCE)
+    assert job is not None  # meet raises where there is a fault
+    job.progress = progress
+    return job.describe() if dry_run else job.run()
+
+
+@dataclass
+class _Rewrite:
+    """Hold what is to be done to a checkpoint, everything checked that can be without reading weights."""
+
+    stored: Stored
+    destination: Path
+    plan: Plan
+    device: torch.device
+    origin: Mapping[str, Any]
+    """Where the step-0 weights come from, for the provenance."""
+    progress: bool = False
+    hashes: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @classmethod
+    def prepare(
+        cls,
+        src: str | Path,
+        dst: Path,
+        specs: list[ResetSpec],
+        init: str | Path | None,
+        seed: int | None,
+        revision: str | None,
+        device: torch.device,
+    ) -> _Rewrite:
+        if Path(src).is_dir():
+            refuse_destination(dst, Path(src), 0, 0)
+        stored = Stored.open(src, revision)
+        refuse_destination(dst, stored.source.folder, stored.source.n_bytes, free_bytes(dst.parent))
+        start = Stored.open(init) if init is not None else None
+        initial = start.model if start is not None else None
+        if seed is not None:
+            initial = _drawn(stored, seed)
+        plan = Plan.of(stored.model, specs, initial)
+        for piece in plan.wanted:
+            stored.check_readable(piece)
+        if start is not None:
+            pieces = StoredPieces(start)
+            for piece in plan.wanted:
+                start.check_readable(plan.start[piece.name])
+            plan.start = pieces
+        return cls(stored, dst, plan, device, {"init": str(init) if init is not None else None, "seed": seed})
+
+    def describe(self) -> ResetReport:
+        """Return the report of what would be done: which pieces are touched, which are not and why."""
+        return self._report(Work(self.plan, False), 0.0, 1)
+
+    def run(self) -> ResetReport:
+        """Copy, reset, hash and describe; rank 0 makes the folder, all share the resets."""
+        first = not active() or dist.get_rank() == 0
+        with staged(self.destination) if first else nullcontext(partial_of(self.destination)) as folder:
+            if first:
+                _together("copied", lambda: self._copy(folder))
+            else:
+                _together("copied", lambda: None)
+            work, seconds, shared = _together("reset", lambda: self._reset(folder))
+            if shared > 1:
+                work.join(None)
+            report = self._report(work, seconds, shared)
+            if first:
+                _together("described", lambda: self._finish(folder, report))
+            else:
+                _together("described", lambda: None)
+        _together("renamed", lambda: None)
+        return report
+
+    # ---- copying
+
+    def _copy(self, folder: Path) -> None:
+        """Copy the shards, hashing them on the way, and the files beside them."""
+        source = self.stored.source
+        with writing(folder), self._bar("copying", source.shard_bytes) as bar:
+            for name in source.shards:
+                with (source.folder / name).open("rb") as src, (folder / name).open("wb") as dst:
+                    digest = hashlib.sha256()
+                    while chunk := src.read(_CHUNK):
+                        digest.update(chunk)
+                        dst.write(chunk)
+                        bar(len(chunk))
+                self.hashes[name] = {"source": digest.hexdigest()}
+            for name in [*source.companions, *([source.index] if source.index else [])]:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source.folder / name, folder / name)
+
+    # ---- resetting
+
+    def _reset(self, folder: Path) -> tuple[Work, float, int]:
+        """Reset this rank's blocks; return the work, its seconds and the number of ranks."""
+        work = Work(self.plan, "range")
+        blocks = self.plan.blocks
+        ranks, rank = (dist.get_world_size(), dist.get_rank()) if active() else (1, 0)
+        owners = assign([max(1, b.cost) for b in blocks], ranks)
+        mine = [b for b, owner in zip(blocks, owners, strict=True) if owner == rank]
+        began = time.perf_counter()
+        with ExitStack() as stack, self._bar("resetting", sum(len(b.members) for b in mine), "tensor") as bar:
+            files = {n: _opened(stack, folder / n) for n in self.stored.source.shards}
+            for batch in self._batches(mine):
+                held = [(block, self._read(block)) for block in batch]
+                work.transform(held)
+                if work.error is not None:
+                    raise work.error
+                with writing(folder):
+                    for block, rows in held:
+                        self.stored.write(self._piece(block), rows.cpu(), files)
+                bar(sum(len(block.members) for block in batch))
+        return work, time.perf_counter() - began - work.measuring, ranks
+
+    def _batches(self, blocks: Sequence[Block]) -> Iterator[list[Block]]:
+        """Part the blocks into what is worked on together: one at a time on a CPU, a bounded round elsewhere."""
+        batch: list[Block] = []
+        for block in blocks:
+            if batch and (self.device.type == "cpu" or sum(b.n_bytes for b in [*batch, block]) > ROUND_BYTES):
+                yield batch
+                batch = []
+            batch.append(block)
+        if batch:
+            yield batch
+
+    def _read(self, block: Block) -> Tensor:
+        """Read a block's rows and refuse them where a piece to be reset is not finite."""
+        rows = self.stored.rows(self._piece(block)).to(self.device)
+        for index in block.members:
+            if self.plan.todo[index] and not finite(self.plan.pieces[index].within(rows)):
+                raise UserError(not_finite(self.plan.pieces[index].name))
+        return rows
+
+    def _piece(self, block: Block) -> Any:
+        return self.plan.pieces[block.members[0]]
+
+    # ---- describing
+
+    def _report(self, work: Work, seconds: float, shared: int) -> ResetReport:
+        report = work.report(seconds, shared)
+        report.kept_unread, report.not_copied = self.stored.places.ignored, self.stored.source.left_behind
+        return report
+
+    def _finish(self, folder: Path, report: ResetReport) -> None:
+        """Hash the result and write down what was done."""
+        source = self.stored.source
+        with self._bar("hashing", source.shard_bytes) as bar:
+            for name in source.shards:
+                digest = hashlib.sha256()
+                with (folder / name).open("rb") as file:
+                    while chunk := file.read(_CHUNK):
+                        digest.update(chunk)
+                        bar(len(chunk))
+                self.hashes[name]["result"] = digest.hexdigest()
+        with writing(folder):
+            write_provenance(folder / PROVENANCE, self.stored, report, self.hashes, self.origin)
+            write_card(folder / "README.md", self.stored, report, self.origin)
+
+    @contextmanager
+    def _bar(self, what: str, total: int, unit: str = "B") -> Iterator[Callable[[int], Any]]:
+        from tqdm.auto import tqdm
+
+        quiet = not self.progress or (active() and dist.get_rank() != 0)
+        scaled = unit == "B"
+        with tqdm(total=total, desc=what, unit=unit, unit_scale=scaled, leave=False, delay=1, disable=quiet) as bar:
+            yield bar.update
+
+
+def _together(step: str, work: Callable[[], Any]) -> Any:
+    """Do one rank's part of a step; raise what went wrong for the user on any rank, on all of them."""
+    fault, result = None, None
+    try:
+        result = work()
+    except UserError as error:
+        fault = str(error)
+    meet(None, step, fault, _PATIENCE)
+    return result
+
+
+def _opened(stack: ExitStack, path: Path) -> int:
+    """Open a file for writing within a stack of contexts and return its descriptor."""
+    descriptor = os.open(path, os.O_WRONLY)
+    stack.callback(os.close, descriptor)
+    return descriptor
+
+
+def _check_start(specs: Sequence[ResetSpec], init: str | Path | None, seed: int | None) -> None:
+    """Refuse step-0 weights that are missing, given twice, or not wanted by any reset."""
+    wanting = [s.method for s in specs if s.needs_initial]
+    if wanting and (init is None) == (seed is None):
+        raise UserError(f"'{wanting[0]}' needs step-0 weights: give one of --init CHECKPOINT and --seed N")
+    if not wanting and not (init is None and seed is None):
+        given = "--init" if init is not None else "--seed"
+        raise UserError(f"{given}: '{specs[0].method if specs else 'keep'}' uses no step-0 weights: leave it out")
+
+
+def _drawn(stored: Stored, seed: int) -> Any:
+    """Draw the step-0 weights from the config and a seed.
+
+    Raises:
+        UserError: The memory does not hold a whole model.
+    """
+    needed = 4 * sum(p.numel() for p in stored.model.parameters())
+    free = _free_memory()
+    if free is not None and needed > free:
+        raise UserError(
+            f"--seed {seed}: drawing the step-0 weights takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB "
+            "are free: draw and save them on a larger machine, and give that folder as --init"
+        )
+    return fresh_model(copy.deepcopy(stored.source.config), seed)
+
+
+def _free_memory() -> int | None:
+    """Return the bytes of memory that can be taken, None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
