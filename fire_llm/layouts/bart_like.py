@@ -33,4 +33,5 @@ TABLE = merge(
     entries("mlp", "intermediate output", "ProphetNetFeedForward"),
     entries("other", "relative_pos_embeddings", "ProphetNetNgramSelfAttention"),
     entries("other", "project_in project_out", "OPTDecoder"),
+    entries("other", "prompt_trans.*", "MvpPrompt"),
 )

@@ -14,9 +14,11 @@ TABLE = merge(
         BltPatcher Gemma3MultiModalProjector Gemma3nAudioEncoder Gemma3nMultimodalEmbedder Gemma4AssistantMaskedEmbedder
         Gemma4AudioModel Gemma4MultimodalEmbedder Gemma4UnifiedAssistantMaskedEmbedder Gemma4UnifiedMultimodalEmbedder
         Gemma4UnifiedVisionEmbedder Gemma4VisionModel GitProjection GitVisionModel GotOcr2MultiModalProjector
-        GotOcr2VisionEncoder MossTranscribeDiarizeAudioModel MossTranscribeDiarizeMultiModalProjector SiglipVisionModel
+        GotOcr2VisionEncoder MossTranscribeDiarizeAudioModel MossTranscribeDiarizeMultiModalProjector
+        Phi4MultimodalFeatureEmbedding SiglipVisionModel
         TimmWrapperModel
         """,
     ),
     entries("other", "img_temporal_embedding.*", "GitModel"),
+    entries("other", "vision_embed_tokens", "FuyuModel"),
 )
