@@ -58,7 +58,7 @@ def dfi_of_gram(g: Tensor) -> float:
 
 @torch.no_grad()
 def gram(w: Tensor, *, quick: bool = False) -> Tensor:
-    """Return w^T w in float64, of a (rows, n) tensor of any floating dtype, a bounded chunk of rows at a time.
+    """Return w^T w in float64, of a (rows, n) tensor of any floating dtype, a chunk of rows at a time.
 
     A chunk's product is float64 on a CPU. Most accelerators are slow at that: there it is float32 (relative error 1e-7)
     unless `w` is float64, and the chunks are summed in float64.
@@ -72,7 +72,7 @@ def gram(w: Tensor, *, quick: bool = False) -> Tensor:
     products = torch.float64 if fine else torch.float32
     total = torch.zeros(n, n, dtype=torch.float64, device=w.device)
     with exact_products(w.device):
-        for rows in w.split(max(1, CHUNK_ELEMENTS // max(1, n))):
+        for rows in w.split(max(1, CHUNK_ELEMENTS // max(1, n), n if products == torch.float32 else 1)):
             rows = rows.to(products)
             total += rows.mT @ rows
     return total

@@ -11,8 +11,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["hypothesis", "pytest", "torch.distributed.fsdp", "transformers", "fire_llm.run"])
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["hypothesis", "pytest", "torch.distributed.fsdp", "transformers", "fire_llm.run"])
+"""Starts processes that find everything heavy imported."""
 
 
 class Raised(str):
@@ -30,7 +31,7 @@ def run_ranks(world: int, function: Callable[..., Any], folder: Path, *args: Any
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     files = [folder / f"{function.__name__}-{world}-{rank}.pkl" for rank in range(world)]
     processes = [
-        _context.Process(target=_rank, args=(rank, world, store.port, files[rank], function, args))
+        PROCESSES.Process(target=_rank, args=(rank, world, store.port, files[rank], function, args))
         for rank in range(world)
     ]
     for process in processes:

@@ -60,8 +60,8 @@ def test_the_flags_are_frozen():
         "check": ["--schema", "--set"],
         "run": ["--accelerate-config", "--arm", "--dry-run", "--num-processes", "--output", "--set"],
         "apply": [
-            "--device", "--dry-run", "--exclude", "--init", "--iterations", "--method", "--num-processes", "--push-to-hub",
-            "--revision", "--role", "--scale", "--seed", "--shrink", "--solver", "--tolerance",
+            "--device", "--dry-run", "--exclude", "--init", "--iterations", "--method", "--num-processes",
+            "--push-to-hub", "--revision", "--role", "--scale", "--seed", "--shrink", "--solver", "--tolerance",
         ],
         "inspect": ["--against", "--device", "--html", "--json", "--role"],
         "eval": ["--batch-size", "--context", "--data", "--json", "--split", "--stride"],

@@ -21,8 +21,8 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 
 from fire_llm import UserError, load_recipe, run_recipe
-from fire_llm.staging import checkpoints
 from fire_llm.run import _only_run
+from fire_llm.staging import checkpoints
 from fire_llm.units import expand, final_checkpoint, phase_steps, select, split_batch
 
 WORDS = [

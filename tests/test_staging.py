@@ -7,15 +7,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_gpt2, tiny_llama
 
 from fire_llm import UserError, fire_, reset_checkpoint
-from fire_llm.staging import staged, write_json, writing
 from fire_llm.models import load_model
+from fire_llm.staging import staged, write_json, writing
 
 
 def test_a_staged_folder_appears_when_the_block_ends(tmp_path):

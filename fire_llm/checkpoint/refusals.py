@@ -118,7 +118,7 @@ def refuse_tensors(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
             raise UserError(
                 f"'{folder}' is quantised with {_QUANTISED_KEYS[sign]} ('{name}', {tensor.dtype}). {_UNQUANTISED}"
             )
-        if tensor.dtype.startswith(("F8", "F4", "F6")):
+        if tensor.dtype.startswith(("F8_", "F6_", "F4")):
             raise UserError(f"'{folder}' is quantised ('{name}' is {tensor.dtype}). {_UNQUANTISED}")
 
 

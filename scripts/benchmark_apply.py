@@ -1,0 +1,195 @@
+"""Reset a large synthetic checkpoint on the disk: peak memory and time, beside loading it whole and beside `cp`.
+
+    python scripts/benchmark_apply.py [--model llama-3-8b] [--folder DIR] [--only apply cp load] [--keep]
+
+Writes a sharded bf16 checkpoint of random weights (the model's real shapes), then runs, each in a process of its own:
+`fire-llm apply`; `cp -r` and a flush to the disk; and from_pretrained + fire_ + save_pretrained, the baseline, which
+needs the memory of the whole model. Afterwards every tensor is compared: those that FIRE leaves must be the source's to
+the byte, the others the baseline's. Free disk needed: three times the checkpoint (48 GB for 8 B parameters).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import AutoConfig
+
+from fire_llm.checkpoint.headers import StoredTensor
+from fire_llm.checkpoint.source import Source
+from fire_llm.models import model_on_meta
+
+LLAMA = {"vocab_size": 128256, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096}
+MODELS = {
+    "llama-3-8b": ("llama", {**LLAMA, "intermediate_size": 14336, "num_hidden_layers": 32}),
+    "llama-3-1b": (
+        "llama",
+        {**LLAMA, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True},
+    ),
+    # Experts lie one by one on the disk and stacked in memory; 36 layers of 32 make 8 B parameters.
+    "qwen3-moe-8b": (
+        "qwen3_moe",
+        {
+            "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
+            "num_hidden_layers": 40, "num_experts": 40, "num_experts_per_tok": 8, "head_dim": 128,
+            "num_attention_heads": 32, "num_key_value_heads": 4,
+        },
+    ),
+}  # fmt: skip
+
+BASELINE = """
+import sys, time, torch
+from fire_llm import fire_
+from fire_llm.models import load_model
+began = time.perf_counter()
+model = load_model(sys.argv[1])
+loaded = time.perf_counter()
+report = fire_(model)
+fired = time.perf_counter()
+model.save_pretrained(sys.argv[2], max_shard_size="4GB")
+print(f"load {loaded - began:.0f} s, fire_ {fired - loaded:.0f} s ({report.seconds:.0f} s the resets themselves), "
+      f"save {time.perf_counter() - fired:.0f} s")
+"""
+
+
+def stored_shapes(model_type: str, settings: dict[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield the keys and shapes that such a checkpoint has on the disk, experts one by one."""
+    config = AutoConfig.for_model(model_type, **settings)
+    for name, parameter in model_on_meta(config).named_parameters():
+        shape = tuple(parameter.shape)
+        stem, _, leaf = name.rpartition(".")
+        if leaf not in ("gate_up_proj", "down_proj"):
+            yield name, shape
+            continue
+        for expert in range(shape[0]):
+            parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else ("down_proj",)
+            for part in parts:
+                yield f"{stem}.{expert}.{part}.weight", (shape[1] // len(parts), shape[2])
+
+
+def write_checkpoint(folder: Path, model: str, shard_bytes: int = 4 * 10**9) -> int:
+    """Write a sharded bf16 checkpoint of random weights, a tensor at a time; return its parameters."""
+    model_type, settings = MODELS[model]
+    folder.mkdir(parents=True)
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    size, total = 0, 0
+    for name, shape in stored_shapes(model_type, settings):
+        n_bytes = 2 * torch.Size(shape).numel()
+        if size and size + n_bytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = shape
+        size, total = size + n_bytes, total + n_bytes
+    weight_map = {}
+    for number, tensors in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        weight_map |= dict.fromkeys(tensors, file)
+        header, at = {"__metadata__": {"format": "pt"}}, 0
+        for name, shape in tensors.items():
+            n_bytes = 2 * torch.Size(shape).numel()
+            header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + n_bytes]}
+            at += n_bytes
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with (folder / file).open("wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for shape in tensors.values():
+                data = torch.empty(shape, dtype=torch.bfloat16)
+                data.normal_(float(len(shape) == 1), 0.02)
+                out.write(memoryview(data.view(torch.uint8).numpy()))
+        print(f"  {file}", flush=True)
+    index = {"metadata": {"total_parameters": total // 2, "total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = AutoConfig.for_model(model_type, **settings)
+    config.dtype, config.architectures = torch.bfloat16, [type(model_on_meta(config)).__name__]
+    config.save_pretrained(folder)
+    return total // 2
+
+
+def timed(command: list[str]) -> tuple[float, float]:
+    """Run a command; return wall seconds and the peak resident memory of it and its children in GiB."""
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
+    peak, watched = [0], psutil.Process(process.pid)
+
+    def watch() -> None:
+        while process.poll() is None:
+            try:
+                family = [watched, *watched.children(recursive=True)]
+                peak[0] = max(peak[0], sum(p.memory_info().rss for p in family))
+            except psutil.Error:
+                pass
+            time.sleep(0.02)
+
+    watcher, began = threading.Thread(target=watch), time.perf_counter()
+    watcher.start()
+    code = process.wait()
+    watcher.join()
+    if code:
+        raise SystemExit(f"{command[:4]} ended with {code}")
+    return time.perf_counter() - began, peak[0] / 2**30
+
+
+def compare(source: Path, result: Path, baseline: Path | None) -> None:
+    """Compare every tensor with the source, and with the baseline where there is one."""
+    before, after = Source.open(source).tensors, Source.open(result).tensors
+    assert {n: (t.shape, t.offset) for n, t in before.items()} == {n: (t.shape, t.offset) for n, t in after.items()}
+    same = {name for name, tensor in before.items() if tensor.same_bytes(after[name])}
+    touched = {row["parameter"] for row in json.loads((result / "fire.json").read_text())["touched"]}
+    print(f"{len(same)} of {len(before)} tensors are the source's to the byte, {len(before) - len(same)} were reset")
+    print(f"parameters that fire.json says were touched: {len(touched)}")
+    if baseline is not None:
+        others: dict[str, StoredTensor] = Source.open(baseline).tensors
+        equal = sum(after[name].same_bytes(others[name]) for name in before)
+        print(f"{equal} of {len(before)} tensors equal the baseline's to the byte")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="llama-3-8b")
+    parser.add_argument("--folder", type=Path, help="where to work (a temporary folder)")
+    parser.add_argument("--only", nargs="+", choices=("apply", "cp", "load"), default=("apply", "cp", "load"))
+    parser.add_argument("--device", default="cpu", help="for apply")
+    parser.add_argument("--num-processes", type=int, default=1, help="for apply")
+    parser.add_argument("--keep", action="store_true", help="do not delete what was written")
+    args = parser.parse_args()
+    folder = args.folder or Path(tempfile.mkdtemp(prefix="fire-llm-apply-"))
+    source, results = folder / args.model, {n: folder / f"{args.model}-{n}" for n in ("apply", "cp", "load")}
+    if not source.exists():
+        print(f"writing {source}")
+        print(f"{write_checkpoint(source, args.model) / 1e9:.2f} B parameters")
+    commands = {
+        "apply": [
+            sys.executable, "-m", "fire_llm", "apply", str(source), str(results["apply"]), "--device", args.device,
+            *(["--num-processes", str(args.num_processes)] if args.num_processes > 1 else []),
+        ],
+        "cp": ["sh", "-c", f"cp -r '{source}' '{results['cp']}' && sync"],
+        "load": [sys.executable, "-c", BASELINE, str(source), str(results["load"])],
+    }  # fmt: skip
+    figures = {}
+    for name in args.only:
+        shutil.rmtree(results[name], ignore_errors=True)
+        figures[name] = timed(commands[name])
+        print(f"{name}: {figures[name][0]:.0f} s, peak resident memory {figures[name][1]:.2f} GiB", flush=True)
+        if name == "cp":
+            shutil.rmtree(results[name])
+    if "load" in figures and "apply" in figures:
+        print(f"apply takes {figures['apply'][0] / figures['load'][0]:.2f} of the baseline's time")
+    if results["apply"].exists():
+        compare(source, results["apply"], results["load"] if results["load"].exists() else None)
+    if not args.keep and args.folder is None:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
