@@ -111,11 +111,9 @@ def fresh_model(config: Any, seed: int) -> Any:
         config: A transformers config.
         seed: Seeds torch's generator for the drawing; the caller's generator is left as it was.
     """
-    from transformers import AutoModelForCausalLM
-
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return causal_class(config)._from_config(config, dtype=torch.float32)
 
 
 def model_on_meta(config: Any) -> Any:

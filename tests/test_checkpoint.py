@@ -452,3 +452,12 @@ def test_a_failure_on_the_way_leaves_nothing(source, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"'model\.layers\.1\.mlp\.up_proj\.weight' holds NaN or infinity"):
         reset_checkpoint(source, tmp_path / "dst")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["src"]
+
+
+def test_a_reset_that_would_change_nothing_is_refused(tmp_path):
+    config = AutoConfig.for_model("mamba", hidden_size=16, num_hidden_layers=2, vocab_size=61, state_size=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "src")
+    with pytest.raises(UserError, match=r"whose matrices have the roles lm_head, ssm .*Add a role with --role"):
+        reset_checkpoint(tmp_path / "src", tmp_path / "dst")
+    report = reset_checkpoint(tmp_path / "src", tmp_path / "dst", roles=["ssm"])
+    assert {t.part for t in report.touched} == {"x", "z", "dt", "B", "C", ""}

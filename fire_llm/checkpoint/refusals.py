@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fire_llm.checkpoint.headers import StoredTensor
+from fire_llm.checkpoint.headers import WRITABLE, StoredTensor
 from fire_llm.errors import UserError, did_you_mean
+from fire_llm.staging import partial_of
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 """The file that transformers looks for first, and the one that tells of several."""
@@ -18,12 +20,15 @@ _METHODS = {
     "compressed-tensors": "compressed-tensors", "finegrained_fp8": "FP8",
 }  # fmt: skip
 _QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-_QUANTISED_KEYS = {
-    ".quant_state.bitsandbytes__": "bitsandbytes (4 bit)", ".absmax": "bitsandbytes (4 bit)",
-    ".SCB": "bitsandbytes (8 bit)",
-    ".g_idx": "GPTQ", ".qweight": "GPTQ or AWQ", ".qzeros": "GPTQ or AWQ", ".weight_packed": "compressed-tensors",
-    "_blocks": "MXFP4", ".weight_scale_inv": "FP8", ".weight_scale": "FP8 or compressed-tensors",
+_CODES = {
+    ".quant_state.bitsandbytes__nf4": (".quant_state.bitsandbytes__nf4", "bitsandbytes (4 bit)"),
+    ".quant_state.bitsandbytes__fp4": (".quant_state.bitsandbytes__fp4", "bitsandbytes (4 bit)"),
+    ".absmax": ("", "bitsandbytes (4 bit)"), ".SCB": (".weight", "bitsandbytes (8 bit)"),
+    ".g_idx": (".qweight", "GPTQ"), ".qweight": (".qweight", "GPTQ or AWQ"), "_scales": ("_blocks", "MXFP4"),
+    ".weight_packed": (".weight_packed", "compressed-tensors"),
+    ".weight_scale_inv": (".weight", "FP8"), ".weight_scale": (".weight", "FP8 or compressed-tensors"),
 }  # fmt: skip
+"""How a key ends that tells of quantised weights, how the key of their codes ends then, and what made them."""
 _ADAPTER_KEYS = (".lora_A.", ".lora_B.", ".lora_embedding_", ".base_layer.", "base_model.model.")
 
 
@@ -48,7 +53,7 @@ def refuse_files(name: str, files: Iterable[str]) -> None:
         if file in files:
             raise UserError(f"'{name}' is quantised ({file}). {_UNQUANTISED}")
     if "config.json" not in files and not any(f.endswith(".gguf") for f in files):
-        raise UserError(f"'{name}' has no config.json: it is no checkpoint of transformers")
+        raise UserError(f"'{name}' has no config.json, as a checkpoint of transformers has: name the folder that does")
     if WEIGHTS in files or INDEX in files:
         return
     by_kind = {Path(f).suffix: f for f in reversed(files) if "/" not in f}
@@ -61,8 +66,8 @@ def refuse_files(name: str, files: Iterable[str]) -> None:
         )
     if foreign := next((by_kind[kind] for kind in (".h5", ".msgpack", ".onnx") if kind in by_kind), None):
         raise UserError(f"'{name}' holds weights of another framework ('{foreign}'): convert them to safetensors")
-    beside = f"; '{by_kind['.safetensors']}' is not what transformers reads" if ".safetensors" in by_kind else ""
-    raise UserError(f"'{name}' holds neither {WEIGHTS} nor {INDEX}{beside}: download or copy the weights")
+    beside = f" but '{found}': rename it, or" if (found := by_kind.get(".safetensors")) else ":"
+    raise UserError(f"'{name}' holds neither {WEIGHTS} nor {INDEX}{beside} download or copy what is missing")
 
 
 def refuse_config(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -75,7 +80,7 @@ def refuse_config(folder: Path, settings: Mapping[str, Any]) -> None:
         if quantised := part.get("quantization_config"):
             given = quantised if isinstance(quantised, dict) else {}
             bits = next((f" ({b} bit)" for b in (4, 8) if given.get(f"load_in_{b}bit")), "")
-            method = str(given.get("quant_method") or "an unnamed method")
+            method = str(given.get("quant_method") or ("bitsandbytes" if bits else "an unnamed method"))
             label = _METHODS.get(method, method)
             sign = f"{where}quantization_config in config.json"
             raise UserError(f"'{folder}' is quantised with {label}{bits} ({sign}). {_UNQUANTISED}")
@@ -85,23 +90,40 @@ def refuse_config(folder: Path, settings: Mapping[str, Any]) -> None:
             "classes of transformers are known. If transformers has this architecture by now, remove auto_map and set "
             "model_type to it; else load it yourself, call register_layout for its classes and fire_(model)"
         )
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
-
-    kind, classes = settings.get("model_type"), settings.get("architectures") or []
-    if kind is None:
-        raise UserError(f"'{folder / 'config.json'}' has no model_type, which says what architecture this is")
-    if kind not in CAUSAL and not {*classes} & {*CAUSAL.values()}:
-        from transformers import CONFIG_MAPPING
-
-        what = "no causal language model" if kind in CONFIG_MAPPING else "unknown to the installed transformers"
+    _refuse_architecture(folder, settings.get("model_type"), settings.get("architectures"))
+    first = settings.get("transformers_weights")
+    named = isinstance(first, str) and first == Path(first).name
+    if first is not None and not (named and first.endswith((".safetensors", ".safetensors.index.json"))):
         raise UserError(
-            f"'{folder}': model_type '{kind}' is {what}.{did_you_mean(str(kind), CAUSAL)} Only what "
-            "AutoModelForCausalLM loads can be rewritten"
+            f"'{folder / 'config.json'}': transformers_weights is {first!r}; it must name a .safetensors file, or an "
+            "index of several, in that folder. Correct it, or remove the key"
         )
 
 
+def _refuse_architecture(folder: Path, kind: Any, classes: Any) -> None:
+    """Refuse what AutoModelForCausalLM does not load, by the model_type and the classes that a config names."""
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    if not isinstance(kind, str):
+        given = "no model_type" if kind is None else f"{kind!r} as model_type"
+        raise UserError(f"'{folder / 'config.json'}' has {given}: a name such as 'llama' must tell the architecture")
+    what, near = "unknown to the installed transformers", did_you_mean(kind, NAMES)
+    if kind in CONFIG_MAPPING:
+        listed = classes if isinstance(classes, list) else []
+        if CONFIG_MAPPING[kind] in CAUSAL or any(c in NAMES.values() for c in listed):
+            return
+        what, near = "no causal language model", ""
+    raise UserError(
+        f"'{folder}': model_type '{kind}' is {what}.{near} Only what AutoModelForCausalLM loads can be rewritten"
+    )
+
+
 def refuse_tensors(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse a checkpoint for the names of its tensors: adapters and codes of quantised weights.
+    """Refuse a checkpoint for its tensors' names: adapters, and codes (no floating-point numbers) beside their scales.
+
+    Codes that have no such name are found where a reset would read them (`Stored.check_readable`).
 
     Raises:
         UserError: With the first of them.
@@ -112,14 +134,13 @@ def refuse_tensors(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
                 f"'{folder}' holds adapter weights ('{name}'): merge them first, with peft: merge_and_unload(), then "
                 "save_pretrained"
             )
-    for name, tensor in tensors.items():
-        sign = next((s for s in _QUANTISED_KEYS if (s in name if s.endswith("__") else name.endswith(s))), None)
-        if sign and (sign != "_blocks" or f"{name.removesuffix('_blocks')}_scales" in tensors):
-            raise UserError(
-                f"'{folder}' is quantised with {_QUANTISED_KEYS[sign]} ('{name}', {tensor.dtype}). {_UNQUANTISED}"
-            )
-        if tensor.dtype.startswith(("F8_", "F6_", "F4")):
-            raise UserError(f"'{folder}' is quantised ('{name}' is {tensor.dtype}). {_UNQUANTISED}")
+    for sign, (ending, method) in _CODES.items():
+        for name in tensors:
+            codes = tensors.get(name.removesuffix(sign) + ending) if name.endswith(sign) else None
+            if codes is not None and codes.dtype not in WRITABLE:
+                raise UserError(
+                    f"'{folder}' is quantised with {method} ('{codes.name}', {codes.dtype}). {_UNQUANTISED}"
+                )
 
 
 def refuse_destination(destination: Path, source: Path, needed: int, free: int) -> None:
@@ -132,15 +153,24 @@ def refuse_destination(destination: Path, source: Path, needed: int, free: int) 
         free: Bytes free there.
 
     Raises:
-        UserError: It exists, lies inside the source, or there is no room.
+        UserError: It exists, cannot be, lies inside the source or would replace it, or there is no room.
     """
-    if destination.exists() or destination.is_symlink():
+    if os.path.lexists(destination):
         raise UserError(f"'{destination}' exists already: name a new folder, or delete that one")
     if destination.resolve().is_relative_to(source.resolve()):
         raise UserError(f"'{destination}' lies inside '{source}', which is never written to: name a folder elsewhere")
+    partial = partial_of(destination)
+    if source.resolve().is_relative_to(partial.resolve()):
+        raise UserError(f"'{destination}' is written as '{partial}' first, where '{source}' lies: name another folder")
     blocked = next((p for p in destination.parents if p.exists() and not p.is_dir()), None)
     if blocked is not None:
         raise UserError(f"'{destination}' cannot be made: '{blocked}' is a file. Choose another folder")
+    try:
+        partial.lstat()
+    except FileNotFoundError:
+        pass  # as it should be
+    except OSError as error:
+        raise UserError(f"'{destination}' cannot be made: {error.strerror}. Choose another folder") from error
     if needed > free:
         raise UserError(
             f"'{destination}': the result takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free there. Free "

@@ -125,6 +125,8 @@ class _Rewrite:
         if seed is not None:
             initial = _drawn(stored, seed)
         plan = Plan.of(stored.model, specs, initial)
+        if not plan.wanted:
+            raise UserError(_nothing(plan, str(src)))
         for piece in plan.wanted:
             stored.check_readable(piece)
         if start is not None:
@@ -250,6 +252,16 @@ class _Rewrite:
         scaled = unit == "B"
         with tqdm(total=total, desc=what, unit=unit, unit_scale=scaled, leave=False, delay=1, disable=quiet) as bar:
             yield bar.update
+
+
+def _nothing(plan: Plan, name: str) -> str:
+    """Word the refusal of a reset that would change nothing."""
+    matrices = sorted({p.role for p in plan.pieces if p.matrix})
+    why = sorted({plan.reason(i) for i, p in enumerate(plan.pieces) if p.matrix})
+    return (
+        f"nothing to reset in '{name}', whose matrices have the roles {', '.join(matrices)} ({'; '.join(why[:3])}). "
+        "Add a role with --role, or take back an --exclude"
+    )
 
 
 def _together(step: str, work: Callable[[], Any]) -> Any:

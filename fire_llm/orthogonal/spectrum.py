@@ -67,7 +67,6 @@ def singular_range(gram: Tensor) -> tuple[float, float]:
     if int(failed) or largest <= 0:
         return math.sqrt(max(0.0, largest)), 0.0
 
-
     def solve(v: Tensor) -> Tensor:  # ten times as fast as cholesky_solve, for one column
         half = torch.linalg.solve_triangular(factor, v[:, None], upper=False)
         return torch.linalg.solve_triangular(factor.mT, half, upper=True)[:, 0]

@@ -1,0 +1,98 @@
+"""Write docs/layouts.md: every causal LM of the installed transformers, and how it stores what a reset acts on.
+
+    python scripts/list_layouts.py
+
+Each type is built small, from the configurations that the tests use, and its matrices are listed by block and child.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+
+from small_models import CANNOT, SMALL, build  # noqa: E402
+
+from fire_llm.layout import logical_matrices  # noqa: E402
+from fire_llm.layouts import REFUSED, TYPES  # noqa: E402
+from fire_llm.layouts.lookup import Lookup  # noqa: E402
+
+HEAD = """\
+# Layouts
+
+Which matrices each causal language model of transformers {version} holds, and how they lie in its parameters: all
+{count} types of `MODEL_FOR_CAUSAL_LM_MAPPING`, {supported} supported, {refused} refused. Written by
+`python scripts/list_layouts.py`; the table itself is `fire_llm/layouts/`, and [adding](adding.md#a-layout) says how to
+add to it.
+
+For every type `fire-llm apply` on a saved checkpoint equals `fire_` on the model in memory, bit for bit
+(`tests/test_checkpoint_types.py`), and every fused rule is proved by the model's own forward pass, without the rule
+(`tests/test_layout_proofs.py`).
+
+- **plain**: every attention and MLP matrix is a parameter of its own, (out, in).
+- `Block.child → a, b`: one parameter holds several matrices, in this order; `4 × (a, b)`: the pattern repeats, a head
+  or a group at a time (numbers are those of the small test models).
+- `stack 4`: that many matrices along the first axis, experts for the most part; `(in, out)`: the other way round.
+- *ssm*: state-space and linear-attention projections, left alone unless `--role ssm` is given.
+
+| type | class | support | what is not plain | *ssm* |
+|---|---|---|---|---|
+"""
+
+
+def describe(cuts: list[Any]) -> str:
+    """Say how one parameter is cut: its stack, its repeats, its parts, its orientation."""
+    first = cuts[0]
+    parts = list(dict.fromkeys(c.name for c in cuts))
+    text = ", ".join(parts)
+    if first.groups > 1:
+        text = f"{first.groups} × ({text})" if text else f"{first.groups} groups"
+    stack = f"stack {first.stack}" if first.stack is not None else ""
+    turned = "(in, out)" if first.in_first else ""
+    return " ".join(filter(None, (stack, text, turned)))
+
+
+def row(name: str) -> str:
+    """Return the table's row of one type: all its variants together."""
+    cells: dict[str, dict[str, str]] = defaultdict(dict)
+    for variant in (n for n in SMALL if n.partition("+")[0] == name):
+        model = build(variant)
+        sites = Lookup(model)
+        by_parameter: dict[str, list[Any]] = defaultdict(list)
+        kinds = {}
+        for matrix in logical_matrices(model, ("attention", "mlp", "ssm")):
+            by_parameter[matrix.parameter].append(matrix.cut)
+            kinds[matrix.parameter] = (f"{matrix.block}.{sites.site(matrix.parameter).child}", matrix.role)
+        for parameter, cuts in by_parameter.items():
+            key, role = kinds[parameter]
+            if text := describe(cuts):
+                cells["ssm" if role == "ssm" else "other"].setdefault(key, f"`{key}` → {text}")
+            elif role == "ssm":
+                cells["ssm"].setdefault(key, f"`{key}`")
+    kind = type(build(name)).__name__
+    return f"| {name} | {kind} | yes | {_join(cells['other']) or 'plain'} | {_join(cells['ssm'])} |"
+
+
+def _join(cell: dict[str, str]) -> str:
+    return "<br>".join(sorted(cell.values()))
+
+
+def main() -> None:
+    transformers.logging.set_verbosity_error()
+    rows = [row(name) for name in TYPES if name not in CANNOT]
+    rows += [f"| {name} | | yes, not built by the tests: {reason} | | |" for name, reason in CANNOT.items()]
+    rows += [f"| {name} | | refused: {reason} | | |" for name, reason in REFUSED.items()]
+    head = HEAD.format(
+        version=transformers.__version__, count=len(TYPES) + len(REFUSED), supported=len(TYPES), refused=len(REFUSED)
+    )
+    (ROOT / "docs" / "layouts.md").write_text(head + "\n".join(sorted(rows)) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
