@@ -224,7 +224,9 @@ def _apply(arguments: argparse.Namespace) -> int | None:
     if arguments.push_to_hub is not None:
         check_repository(arguments.push_to_hub)
     if arguments.num_processes is not None and not arguments.dry_run:
-        launch = prepare(arguments.num_processes, None, use_cpu=arguments.device == "cpu")
+        from fire_llm.models import find_device
+
+        launch = prepare(arguments.num_processes, None, use_cpu=find_device(arguments.device).type == "cpu")
         if not launch.alone:
             again = _again(arguments, "num_processes", "push_to_hub")
             code = start(launch, again, "fp32", ANEW)
@@ -288,7 +290,10 @@ def _print_reset(report: ResetReport, saved: str | None) -> None:
 
 def _inspect(arguments: argparse.Namespace) -> None:
     from fire_llm.inspection import inspect_checkpoint, print_inspection
+    from fire_llm.staging import check_file, write_json
 
+    check_file("--json", arguments.json)
+    check_file("--html", arguments.html)
     rows = inspect_checkpoint(
         arguments.checkpoint,
         arguments.against,
@@ -297,8 +302,6 @@ def _inspect(arguments: argparse.Namespace) -> None:
     )
     print_inspection(rows)
     if arguments.json:
-        from fire_llm.staging import write_json
-
         write_json(Path(arguments.json), rows)
     if arguments.html:
         from fire_llm.report import inspect_page
@@ -308,7 +311,9 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 def _eval(arguments: argparse.Namespace) -> None:
     from fire_llm.evaluation import print_scores, score_checkpoints
+    from fire_llm.staging import check_file, write_json
 
+    check_file("--json", arguments.json)
     scores = score_checkpoints(
         arguments.checkpoints,
         arguments.data,
@@ -319,8 +324,6 @@ def _eval(arguments: argparse.Namespace) -> None:
     )
     print_scores(scores)
     if arguments.json:
-        from fire_llm.staging import write_json
-
         write_json(Path(arguments.json), scores)
 
 

@@ -130,7 +130,7 @@ def model_on_meta(config: Any) -> Any:
     except Exception as error:  # the classes raise whatever a config leads them to
         raise UserError(
             f"transformers cannot build {type(config).__name__.removesuffix('Config')} from this config: "
-            f"{_first_line(error)}"
+            f"{type(error).__name__}, {_first_line(error)}"
         ) from error
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ def staged(destination: Path) -> Iterator[Path]:
     if destination.exists():
         raise UserError(f"'{destination}' exists already: name a new folder, or delete that one")
     partial = partial_of(destination)
+    absent = [p for p in destination.parents if not p.exists()]
     with writing(destination.parent):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -56,6 +57,9 @@ def staged(destination: Path) -> Iterator[Path]:
             os.rename(partial, destination)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
+            for parent in absent:  # the nearest first
+                with suppress(OSError):
+                    parent.rmdir()
             raise
 
 
@@ -105,10 +109,27 @@ def checkpoints(folder: Path) -> list[tuple[Path, int]]:
     return sorted(found, key=lambda pair: pair[1])
 
 
+def check_file(option: str, name: str | None) -> None:
+    """Refuse, before any work, a file that could not be written where an option names it.
+
+    Raises:
+        UserError: It is a folder, or lies below a file.
+    """
+    if name is None:
+        return
+    path = Path(name)
+    if path.is_dir():
+        raise UserError(f"{option}: '{path}' is a folder: name a file")
+    blocked = next((p for p in path.parents if os.path.lexists(p) and not p.is_dir()), None)
+    if blocked is not None:
+        raise UserError(f"{option}: '{path}' cannot be written: '{blocked}' is a file. Choose another folder")
+
+
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON in one rename, so that a reader never sees half of it."""
+    """Write JSON in one rename, so that a reader never sees half of it; its folder is made where there is none."""
     partial = path.with_name(path.name + STAGING_SUFFIX)
     with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("w", encoding="utf-8") as file:
             json.dump(data, file, indent=1, ensure_ascii=False)
             file.write("\n")

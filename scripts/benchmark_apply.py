@@ -157,6 +157,7 @@ def compare(source: Path, result: Path, baseline: Path | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="llama-3-8b")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has, for a shorter run")
     parser.add_argument("--folder", type=Path, help="where to work (a temporary folder)")
     parser.add_argument("--only", nargs="+", choices=("apply", "cp", "load"), default=("apply", "cp", "load"))
     parser.add_argument("--device", default="cpu", help="for apply")
@@ -164,6 +165,8 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="do not delete what was written")
     args = parser.parse_args()
     folder = args.folder or Path(tempfile.mkdtemp(prefix="fire-llm-apply-"))
+    if args.layers:
+        MODELS[args.model][1]["num_hidden_layers"] = args.layers
     source, results = folder / args.model, {n: folder / f"{args.model}-{n}" for n in ("apply", "cp", "load")}
     if not source.exists():
         print(f"writing {source}")

@@ -165,7 +165,7 @@ MISTAKES = [
     (["apply", "{c}", "{t}"], "exists already"),
     (["apply", "{c}", "{c}/inside"], "lies inside"),
     (["apply", "{t}/nowhere", "{t}/out"], "nowhere"),
-    (["apply", "{t}/broken", "{t}/out"], "its header is not JSON"),
+    (["apply", "{t}/broken", "{t}/out"], "do not hold the header"),
     (["apply", "{c}", "{t}/out", "--method", "fier"], "Did you mean 'fire'?"),
     (["apply", "{c}", "{t}/out", "--method", "full_reset"], "give one of --init CHECKPOINT and --seed N"),
     (["apply", "{c}", "{t}/out", "--method", "full_reset", "--init", "{c}", "--seed", "1"], "give one of"),

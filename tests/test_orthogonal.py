@@ -383,7 +383,9 @@ def test_ambient_precision_is_neither_felt_nor_changed(solve, monkeypatch: pytes
     chunks = products.chunks
     for module in (paper_map, projection):
         monkeypatch.setattr(
-            module, "chunks", lambda *a: (seen.append(torch.backends.cuda.matmul.fp32_precision), chunks(*a))[1]
+            module,
+            "chunks",
+            lambda *a, **k: (seen.append(torch.backends.cuda.matmul.fp32_precision), chunks(*a, **k))[1],
         )
     try:
         torch.set_float32_matmul_precision("medium")

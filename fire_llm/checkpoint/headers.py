@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,13 +47,18 @@ class StoredTensor:
     offset: int
     n_bytes: int
 
+    @property
+    def n_rows(self) -> int:
+        """Count what lies along the first axis; a shape without axes counts as one row."""
+        return self.shape[0] if self.shape else 1
+
     def read(self, rows: range | None = None) -> Tensor:
         """Read rows along the first axis, all by default; a shape without axes counts as one row.
 
         Raises:
             UserError: The file has become shorter than its header says.
         """
-        rows = range(self.shape[0] if self.shape else 1) if rows is None else rows
+        rows = range(self.n_rows) if rows is None else rows
         shape = (len(rows), *self.shape[1:]) if self.shape else ()
         data = torch.empty(shape, dtype=WRITABLE[self.dtype])
         start, _ = self._span(rows)
@@ -84,7 +89,7 @@ class StoredTensor:
 
     def _span(self, rows: range) -> tuple[int, int]:
         """Return the first byte and the length of some rows."""
-        each = self.n_bytes // max(1, self.shape[0] if self.shape else 1)
+        each = self.n_bytes // max(1, self.n_rows)
         return self.offset + rows.start * each, len(rows) * each
 
     def _pieces(self, size: int = 1 << 24) -> Iterator[bytes]:
@@ -103,13 +108,18 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, _LONGEST):
-                raise UserError(_damaged(path, f"its {size} bytes do not hold the header that it announces"))
-            header = json.loads(file.read(length))
+            head = file.read(8)
+            length = int.from_bytes(head, "little")
+            raw = file.read(length) if len(head) == 8 and length <= min(size - 8, _LONGEST) else None
     except OSError as error:
         raise UserError(f"'{path}' cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    if head == b"version ":
+        raise UserError(f"'{path}' is a pointer of git-lfs, not the file that it stands for: run git lfs pull there")
+    if raw is None:
+        raise UserError(_damaged(path, f"its {size} bytes do not hold the header that it announces"))
+    try:
+        header = json.loads(raw)
+    except (ValueError, RecursionError) as error:
         raise UserError(_damaged(path, "its header is not JSON")) from error
     if not isinstance(header, dict):
         raise UserError(_damaged(path, "its header is not a JSON object"))
@@ -151,15 +161,18 @@ def read_index(path: Path) -> dict[str, str]:
         UserError: The index is not JSON, or has no map of names to files beside it.
     """
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        index = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"'{path}' cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(_damaged(path, "it holds no weight_map")) from error
-    names = set(files.values()) if isinstance(files, Mapping) else set()
+    except (ValueError, RecursionError) as error:
+        raise UserError(_damaged(path, "it is not JSON")) from error
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict):
+        raise UserError(_damaged(path, "it holds no weight_map"))
+    names = list(files.values())
     if not names or not all(isinstance(n, str) and n == Path(n).name and n.endswith(".safetensors") for n in names):
         raise UserError(_damaged(path, "its weight_map does not map tensors to .safetensors files beside it"))
-    return dict(files)
+    return files
 
 
 def _bytes(tensor: Tensor) -> memoryview:

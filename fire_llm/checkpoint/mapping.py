@@ -71,7 +71,7 @@ class Place:
     def expects(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Return the shape that the stored tensor must have for a parameter of this shape; the first axis apart."""
         inside = [len(self.inner), *shape[2:]] if self.inner is not None else [*shape[1:]]
-        return tuple(inside) if self.stacked else (self.tensor.shape[0], *inside) if shape else ()
+        return tuple(inside) if self.stacked else (*self.tensor.shape[:1], *inside) if shape else ()
 
     def _stored(self, rows: range) -> range:
         at = self.start - self.rows.start
@@ -178,7 +178,7 @@ def _follow(model: nn.Module, tensors: Mapping[str, StoredTensor]) -> tuple[dict
             result.ignored.append(key)
         elif pattern is None:
             tensor = tensors[key]
-            found[name] = [Place(tensor, range(tensor.shape[0] if tensor.shape else 1))]
+            found[name] = [Place(tensor, range(tensor.n_rows))]
         else:
             which = converters.index(by_pattern[pattern])
             joined.setdefault((name, which), {}).setdefault(pattern, []).append(tensors[key])
@@ -205,8 +205,8 @@ def _convert(
     elif steps == [("Concatenate", 0)]:
         starts, places = 0, []
         for tensor in (t for several in ordered for t in several):
-            places.append(Place(tensor, range(starts, starts + tensor.shape[0])))
-            starts += tensor.shape[0]
+            places.append(Place(tensor, range(starts, starts + tensor.n_rows)))
+            starts += tensor.n_rows
         found[name] = places
     elif steps in ([("Chunk", 0)], [("Split", 0)]) and all(target in state for target in targets):
         (tensor,), start = ordered[0], 0
@@ -214,11 +214,11 @@ def _convert(
             rows = state[target].shape[0]
             found[target] = [Place(tensor, range(rows), start)]
             start += rows
-        if start != tensor.shape[0]:
-            raise UserError(f"'{tensor.name}' has {tensor.shape[0]} rows, and the config says {start}: they do not fit")
+        if start != tensor.n_rows:
+            raise UserError(f"'{tensor.name}' has {tensor.n_rows} rows, and the config says {start}: they do not fit")
     elif steps == [("Interleave", 1)] and not converter.operations[0].inverse:
         (tensor,) = ordered[0]
-        found[name] = [Place(tensor, range(tensor.shape[0]), interleaved=True)]
+        found[name] = [Place(tensor, range(tensor.n_rows), interleaved=True)]
     else:
         result.unmapped |= dict.fromkeys(targets, " then ".join(step for step, _ in steps))
 
@@ -228,25 +228,27 @@ def _stacked(ordered: Sequence[Sequence[StoredTensor]], *, joined: bool) -> Iter
     for index, items in enumerate(zip(*ordered, strict=False)):
         start = 0
         for tensor in items:
-            inner = range(start, start + tensor.shape[0]) if joined else None
+            inner = range(start, start + tensor.n_rows) if joined else None
             yield Place(tensor, range(index, index + 1), inner=inner, stacked=True)
-            start += tensor.shape[0]
+            start += tensor.n_rows
 
 
 def _check_shape(name: str, shape: torch.Size, places: Sequence[Place]) -> None:
     """Refuse stored tensors that do not fill a parameter exactly."""
+    n_rows, width = shape[0] if shape else 1, shape[1] if len(shape) > 1 else 1
+    held = sum(len(p.rows) * (len(p.inner) if p.inner is not None else width) for p in places)
+    filled = held == n_rows * width
     for place in places:
-        if place.tensor.shape != place.expects(shape) or place.rows.stop > (shape[0] if shape else 1):
+        alone = len(places) == 1 and not place.stacked and not filled
+        if place.tensor.shape != place.expects(shape) or place.rows.stop > n_rows or alone:
             raise UserError(
                 f"'{place.tensor.name}' has shape {place.tensor.shape}, which does not fit '{name}' of shape "
                 f"{tuple(shape)} that the config asks for: they are of different models"
             )
-    width = shape[1] if len(shape) > 1 else 1
-    held = sum(len(p.rows) * (len(p.inner) if p.inner is not None else width) for p in places)
-    if held != (shape[0] if shape else 1) * width:
+    if not filled:
         raise UserError(
-            f"'{places[0].tensor.name}' and what belongs with it hold {held} rows of '{name}', whose shape is "
-            f"{tuple(shape)}: some are missing, or they are of another model"
+            f"'{places[0].tensor.name}' and {len(places) - 1} more that belong with it do not fill '{name}' of shape "
+            f"{tuple(shape)} that the config asks for: some are missing, or they are of another model"
         )
 
 

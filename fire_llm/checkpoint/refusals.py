@@ -53,7 +53,7 @@ def refuse_files(name: str, files: Iterable[str]) -> None:
         if file in files:
             raise UserError(f"'{name}' is quantised ({file}). {_UNQUANTISED}")
     if "config.json" not in files and not any(f.endswith(".gguf") for f in files):
-        raise UserError(f"'{name}' has no config.json, as a checkpoint of transformers has: name the folder that does")
+        raise UserError(f"'{name}' has no config.json, which a checkpoint of transformers has: name the folder of one")
     if WEIGHTS in files or INDEX in files:
         return
     by_kind = {Path(f).suffix: f for f in reversed(files) if "/" not in f}
@@ -109,7 +109,7 @@ def _refuse_architecture(folder: Path, kind: Any, classes: Any) -> None:
     if not isinstance(kind, str):
         given = "no model_type" if kind is None else f"{kind!r} as model_type"
         raise UserError(f"'{folder / 'config.json'}' has {given}: a name such as 'llama' must tell the architecture")
-    what, near = "unknown to the installed transformers", did_you_mean(kind, NAMES)
+    what, near = "unknown to the installed transformers", did_you_mean(kind, NAMES) or " A newer one may know it."
     if kind in CONFIG_MAPPING:
         listed = classes if isinstance(classes, list) else []
         if CONFIG_MAPPING[kind] in CAUSAL or any(c in NAMES.values() for c in listed):
@@ -161,7 +161,9 @@ def refuse_destination(destination: Path, source: Path, needed: int, free: int) 
         raise UserError(f"'{destination}' lies inside '{source}', which is never written to: name a folder elsewhere")
     partial = partial_of(destination)
     if source.resolve().is_relative_to(partial.resolve()):
-        raise UserError(f"'{destination}' is written as '{partial}' first, where '{source}' lies: name another folder")
+        raise UserError(
+            f"'{destination}' is made as '{partial}' first, in the place of '{source}': name another folder"
+        )
     blocked = next((p for p in destination.parents if p.exists() and not p.is_dir()), None)
     if blocked is not None:
         raise UserError(f"'{destination}' cannot be made: '{blocked}' is a file. Choose another folder")

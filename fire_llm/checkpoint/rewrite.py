@@ -116,8 +116,9 @@ class _Rewrite:
         revision: str | None,
         device: torch.device,
     ) -> _Rewrite:
-        if Path(src).is_dir():
-            refuse_destination(dst, Path(src), 0, 0)
+        for given in (src, init):
+            if given is not None and os.path.isdir(given):
+                refuse_destination(dst, Path(given), 0, 0)
         stored = Stored.open(src, revision)
         refuse_destination(dst, stored.source.folder, stored.source.n_bytes, free_bytes(dst.parent))
         start = Stored.open(init) if init is not None else None
@@ -290,6 +291,8 @@ def _check_start(specs: Sequence[ResetSpec], init: str | Path | None, seed: int 
     if not wanting and not (init is None and seed is None):
         given = "--init" if init is not None else "--seed"
         raise UserError(f"{given}: '{specs[0].method if specs else 'keep'}' uses no step-0 weights: leave it out")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise UserError(f"--seed {seed}: a whole number from 0 to 2**63 - 1 is needed")
 
 
 def _drawn(stored: Stored, seed: int) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -60,14 +61,15 @@ class Source:
         settings = _settings(folder)
         refuse_config(folder, settings)
         config = _config(folder)
-        first = settings.get("transformers_weights") or (WEIGHTS if (folder / WEIGHTS).is_file() else INDEX)
+        usual = next((n for n in (WEIGHTS, INDEX) if (folder / n).is_file()), WEIGHTS)
+        first = settings.get("transformers_weights") or usual
         index = first if str(first).endswith(".index.json") else None
         tensors = _indexed(folder, folder / index) if index else read_header(folder / first)
         if not tensors:
             raise UserError(f"'{folder / first}' holds no tensors: it is no checkpoint")
         refuse_tensors(folder, tensors)
         shards = tuple(sorted({t.file.name for t in tensors.values()}))
-        commit = folder.name if not Path(name).is_dir() else None
+        commit = folder.name if not os.path.isdir(name) else None
         return cls(str(name), folder, config, shards, index, tensors, settings, commit)
 
     @property
@@ -100,11 +102,11 @@ class Source:
 def _folder(name: str, revision: str | None) -> Path:
     """Return the folder of a checkpoint, downloaded where it is a Hub id."""
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, not upset by a name that is too long
         if revision is not None:
             raise UserError(f"--revision {revision}: '{name}' is a folder; revisions are the Hub's")
         return path
-    if path.is_file():
+    if os.path.isfile(path):
         raise UserError(f"'{name}' is a file: name the folder that holds config.json and the weights")
     parts = name.split("/")
     if len(parts) != 2 or not all(parts) or name.startswith((".", "~")):
@@ -137,7 +139,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"'{path}' is not JSON ({error}): download or copy it again") from error
     if not isinstance(settings, dict):
         raise UserError(f"'{path}' is not a JSON object: download or copy it again")
@@ -150,8 +152,9 @@ def _config(folder: Path) -> Any:
 
     try:
         return AutoConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except Exception as error:  # the classes raise whatever a config leads them to; their checks name it in the cause
+        told = error.__cause__ or error
+        first = (str(told).strip() or type(told).__name__).splitlines()[0]
         raise UserError(f"'{folder / 'config.json'}' is no config that transformers can read: {first}") from error
 
 

@@ -73,7 +73,7 @@ def newton_schulz(
     iterate = torch.float64 if products == torch.float64 else torch.float32
     out = torch.empty_like(w, memory_format=torch.contiguous_format)
     with exact_products(w.device):
-        for chunk, x, _ in chunks(w, iterate, name):
+        for chunk, x, _ in chunks(w, iterate, name, own=False):
             store(out, chunk, _map(x, iterations, products))
     return out
 

@@ -17,14 +17,22 @@ from fire_llm.errors import UserError
 CHUNK_ELEMENTS = 1 << 26  # upper bound on a batch worked on at once, 256 MB in fp32
 CPU_BATCH_SIDE = 128  # batched products beat a loop on CPU only up to this n
 INVERSE_SIDE = 192  # up to this n LAPACK inverts as fast as products would
+_SAFE = 10  # largest entries between 2**-10 and 2**10 need no scaling: fp32 holds their squares, sums and fourth powers
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def chunks(w: Tensor, dtype: torch.dtype, name: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield (slice of the flattened batch, x, scale): x = w / scale as a new (B, n, m) tensor, n <= m.
+def chunks(w: Tensor, dtype: torch.dtype, name: str, *, own: bool = True) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield (slice of the flattened batch, x, scale): x = w / scale as a (B, n, m) tensor, n <= m.
 
     `scale` (B, 1, 1) is the power of two that leaves the largest entry of each matrix in [1, 2), so that no later
     square or sum overflows or underflows, whatever the scale of `w`, and nothing is rounded.
+
+    Args:
+        w: (..., out, in).
+        dtype: Of x.
+        name: What error messages call `w`.
+        own: Whether x must be a new tensor. Otherwise it may be a view of `w`, with a scale of 1, where nothing can
+            overflow or underflow, which saves the memory of a copy.
     """
     if not w.numel():
         return
@@ -44,7 +52,11 @@ def chunks(w: Tensor, dtype: torch.dtype, name: str) -> Iterator[tuple[slice, Te
                 "reset from an earlier checkpoint, or leave this matrix out"
             )
         scale = torch.ldexp(torch.ones_like(largest), torch.frexp(positive(largest)).exponent - 1)
-        x = (x / scale).to(dtype)
+        ends = torch.stack(scale.aminmax()).tolist() if not own and x.dtype == dtype else [0.0]
+        if min(ends) >= 2**-_SAFE and max(ends) <= 2**_SAFE:
+            scale = torch.ones_like(scale)
+        else:
+            x = (x / scale).to(dtype)
         yield chunk, x if w.shape[-2] == n else x.mT, scale
 
 

@@ -110,9 +110,11 @@ Spectra = bool | Literal["range"]
 def describe(piece: LogicalMatrix, tensor: Tensor, spectra: Spectra) -> TensorReport:
     """Measure a piece as it is now; before and after are the same until something touches it."""
     report = TensorReport.of(piece)
-    report.norm_before = report.norm_after = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
-    if piece.matrix:
+    if not piece.matrix:
+        report.norm_before = report.norm_after = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+    else:
         g = gram(tensor if tensor.shape[0] >= tensor.shape[1] else tensor.mT, quick=True)
+        report.norm_before = report.norm_after = math.sqrt(float(g.trace()))
         report.dfi_before = report.dfi_after = dfi_of_gram(g)
         if spectra == "range":
             report.sigma_before = report.sigma_after = list(singular_range(g))

@@ -253,7 +253,7 @@ class Work:
         """Reset pieces of one shape, dtype and list of resets together."""
         names = [self.plan.pieces[index].name for index, _ in group]
         stacked = len(group) > 1
-        before = torch.stack([p.read() for _, p in group]) if stacked else group[0][1].read().clone()
+        before = torch.stack([p.read() for _, p in group]) if stacked else group[0][1].read()
         x = before.to(torch.promote_types(before.dtype, torch.float32))  # rounded once, when it is written
         for spec in self.plan.todo[group[0][0]]:
             arguments = []
@@ -264,15 +264,16 @@ class Work:
         values = x.unbind() if stacked else (x,)
         sound = torch.stack([torch.isfinite(v).all() for v in values]).tolist()
         for (index, piece), old, new, good in zip(group, before if stacked else (before,), values, sound, strict=True):
-            if good:
-                piece.write_(new)
-            else:
+            if not good:
                 self.failed.add(self.plan.pieces[index].name)
-            with self._measured():
-                self._report(index, piece, old)
+                continue
+            after = new.to(old.dtype)
+            with self._measured():  # before it is written, because `old` may be a view of what is written to
+                self._report(index, old, after)
+            piece.write_(after)
 
-    def _report(self, index: int, piece: LogicalMatrix, before: Tensor) -> None:
-        own, after = self.plan.pieces[index], piece.read()
+    def _report(self, index: int, before: Tensor, after: Tensor) -> None:
+        own = self.plan.pieces[index]
         report, later = describe(own, before, self.spectra), describe(own, after, self.spectra)
         report.sfe = sfe(before, after)
         report.dfi_after, report.norm_after, report.sigma_after = later.dfi_after, later.norm_after, later.sigma_after
