@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 VERBS = ("check", "run", "apply", "inspect", "eval", "report", "demo")
 
+_NATIVE = "take transformers' own class where the checkpoint brings code (auto_map)"
+
 
 class _Parser(argparse.ArgumentParser):
     """Say "did you mean" for a verb that does not exist."""
@@ -65,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
     apply.add_argument("--init", metavar="CKPT", help="step-0 weights, for shrink_perturb and full_reset")
     apply.add_argument("--seed", type=int, metavar="N", help="draw the step-0 weights from the config and this seed")
     apply.add_argument("--revision", metavar="REV", help="branch, tag or commit, where SRC is a Hub id")
+    apply.add_argument("--native", action="store_true", help=_NATIVE)
     apply.add_argument("--device", metavar="NAME", default="cpu", help="where to compute: cpu (default), cuda, cuda:1")
     apply.add_argument("--num-processes", type=int, metavar="N", help="processes that share the work (one)")
     apply.add_argument("--push-to-hub", metavar="REPO", help="also upload the result to owner/name")
@@ -79,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "--device", metavar="NAME", default="cpu", help="where to compute: cpu (default), cuda, cuda:1"
     )
+    inspect.add_argument("--native", action="store_true", help=_NATIVE)
     inspect.add_argument("--json", metavar="FILE", help="write the figures as JSON")
     inspect.add_argument("--html", metavar="FILE", help="write a page with heat maps and spectra")
 
@@ -250,6 +254,7 @@ def _apply(arguments: argparse.Namespace) -> int | None:
         init=arguments.init,
         seed=arguments.seed,
         revision=arguments.revision,
+        native=arguments.native,
         device=arguments.device,
         progress=True,
         dry_run=arguments.dry_run,
@@ -299,6 +304,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
         arguments.against,
         arguments.role or ("attention", "mlp", "lm_head"),
         device=arguments.device,
+        native=arguments.native,
     )
     print_inspection(rows)
     if arguments.json:

@@ -26,6 +26,7 @@ def inspect_checkpoint(
     roles: Iterable[str] = ("attention", "mlp", "lm_head"),
     progress: bool = True,
     device: str = "cpu",
+    native: bool = False,
 ) -> list[dict[str, Any]]:
     """Return one row a logical matrix: shape, singular values, DfI, effective rank and norm.
 
@@ -37,6 +38,7 @@ def inspect_checkpoint(
         roles: Which matrices.
         progress: Show a progress bar.
         device: Where to compute: `cpu`, `cuda`, `cuda:1`.
+        native: See `reset_checkpoint`.
 
     Raises:
         UserError: For an unreadable or unknown checkpoint, one of another architecture, or a matrix that is not finite.
@@ -44,11 +46,11 @@ def inspect_checkpoint(
     from tqdm.auto import tqdm
 
     wanted = (roles,) if isinstance(roles, str) else tuple(roles)
-    stored, where = Stored.open(checkpoint), find_device(device)
+    stored, where = Stored.open(checkpoint, native=native), find_device(device)
     matrices = list(logical_matrices(stored.model, wanted))
     if not matrices:
         raise UserError(f"'{checkpoint}' holds no matrix of the roles {', '.join(wanted)}: choose others with --role")
-    other = Stored.open(against) if against is not None else None
+    other = Stored.open(against, native=native) if against is not None else None
     pairs = {m.name: m for m in logical_matrices(other.model, wanted)} if other else {}
     for matrix in matrices:
         stored.check_readable(matrix)

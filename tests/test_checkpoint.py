@@ -461,3 +461,15 @@ def test_a_reset_that_would_change_nothing_is_refused(tmp_path):
         reset_checkpoint(tmp_path / "src", tmp_path / "dst")
     report = reset_checkpoint(tmp_path / "src", tmp_path / "dst", roles=["ssm"])
     assert {t.part for t in report.touched} == {"x", "z", "dt", "B", "C", ""}
+
+
+def test_remote_code_is_never_run_and_its_native_class_may_stand_for_it(source, tmp_path):
+    settings = json.loads((source / "config.json").read_text())
+    code = {"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.XForCausalLM"}
+    (source / "config.json").write_text(json.dumps({**settings, "auto_map": code}))
+    (source / "configuration_x.py").write_text("raise SystemExit('run')")
+    (source / "modeling_x.py").write_text("raise SystemExit('run')")
+    with pytest.raises(UserError, match=r"code of its own .* its own model_type 'llama' .* --native"):
+        reset_checkpoint(source, tmp_path / "dst")
+    assert main(["apply", str(source), str(tmp_path / "dst"), "--native"]) == 0
+    assert main(["inspect", str(tmp_path / "dst"), "--native"]) == 0

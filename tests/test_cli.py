@@ -60,10 +60,10 @@ def test_the_flags_are_frozen():
         "check": ["--schema", "--set"],
         "run": ["--accelerate-config", "--arm", "--dry-run", "--num-processes", "--output", "--set"],
         "apply": [
-            "--device", "--dry-run", "--exclude", "--init", "--iterations", "--method", "--num-processes",
+            "--device", "--dry-run", "--exclude", "--init", "--iterations", "--method", "--native", "--num-processes",
             "--push-to-hub", "--revision", "--role", "--scale", "--seed", "--shrink", "--solver", "--tolerance",
         ],
-        "inspect": ["--against", "--device", "--html", "--json", "--role"],
+        "inspect": ["--against", "--device", "--html", "--json", "--native", "--role"],
         "eval": ["--batch-size", "--context", "--data", "--json", "--split", "--stride"],
         "report": ["--markdown", "--output"],
         "demo": ["--accelerate-config", "--num-processes", "--output", "--set"],

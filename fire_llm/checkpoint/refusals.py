@@ -70,8 +70,13 @@ def refuse_files(name: str, files: Iterable[str]) -> None:
     raise UserError(f"'{name}' holds neither {WEIGHTS} nor {INDEX}{beside} download or copy what is missing")
 
 
-def refuse_config(folder: Path, settings: Mapping[str, Any]) -> None:
+def refuse_config(folder: Path, settings: Mapping[str, Any], *, native: bool = False) -> None:
     """Refuse a model for what its config.json says: quantised, remote code, unknown, no causal LM.
+
+    Args:
+        folder: For the message.
+        settings: What config.json holds.
+        native: Whether transformers' own class of that model_type stands for the remote code.
 
     Raises:
         UserError: With the key at fault.
@@ -84,11 +89,11 @@ def refuse_config(folder: Path, settings: Mapping[str, Any]) -> None:
             label = _METHODS.get(method, method)
             sign = f"{where}quantization_config in config.json"
             raise UserError(f"'{folder}' is quantised with {label}{bits} ({sign}). {_UNQUANTISED}")
-    if settings.get("auto_map"):
+    if settings.get("auto_map") and not native:
         raise UserError(
             f"'{folder}' brings code of its own (auto_map in config.json), whose weights nobody here has read: only "
-            "classes of transformers are known. If transformers has this architecture by now, remove auto_map and set "
-            "model_type to it; else load it yourself, call register_layout for its classes and fire_(model)"
+            f"classes of transformers are known. If its own model_type '{settings.get('model_type')}' is this "
+            "architecture, give --native; else load it yourself, call register_layout for its classes and fire_(model)"
         )
     _refuse_architecture(folder, settings.get("model_type"), settings.get("architectures"))
     first = settings.get("transformers_weights")

@@ -47,6 +47,7 @@ def reset_checkpoint(
     init: str | Path | None = None,
     seed: int | None = None,
     revision: str | None = None,
+    native: bool = False,
     device: str = "cpu",
     progress: bool = False,
     dry_run: bool = False,
@@ -64,6 +65,7 @@ def reset_checkpoint(
         init: Checkpoint with the run's step-0 weights, for `full_reset` and `shrink_perturb`.
         seed: Draw the step-0 weights anew from the config and this seed instead, which takes a model's memory (fp32).
         revision: Branch, tag or commit, where `src` is a Hub id.
+        native: Take transformers' own class where a checkpoint brings code (auto_map); that code is never run.
         device: Where the resets are computed: `cpu`, `cuda`, `cuda:1`.
         progress: Show progress bars.
         dry_run: Only say what would be done; no weight is read, nothing is written.
@@ -83,7 +85,7 @@ def reset_checkpoint(
     where = find_device(device)
     fault, job = None, None
     try:
-        job = _Rewrite.prepare(src, Path(dst), specs, init, seed, revision, where)
+        job = _Rewrite.prepare(src, Path(dst), specs, init, seed, revision, native, where)
     except UserError as error:
         fault = str(error)
     meet(None, job.plan.request() if job else "", fault, _PATIENCE)
@@ -114,14 +116,15 @@ class _Rewrite:
         init: str | Path | None,
         seed: int | None,
         revision: str | None,
+        native: bool,
         device: torch.device,
     ) -> _Rewrite:
         for given in (src, init):
             if given is not None and os.path.isdir(given):
                 refuse_destination(dst, Path(given), 0, 0)
-        stored = Stored.open(src, revision)
+        stored = Stored.open(src, revision, native=native)
         refuse_destination(dst, stored.source.folder, stored.source.n_bytes, free_bytes(dst.parent))
-        start = Stored.open(init) if init is not None else None
+        start = Stored.open(init, native=native) if init is not None else None
         initial = start.model if start is not None else None
         if seed is not None:
             initial = _drawn(stored, seed)

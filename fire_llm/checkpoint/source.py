@@ -46,12 +46,13 @@ class Source:
     revision: str | None = None
 
     @classmethod
-    def open(cls, name: str | Path, revision: str | None = None) -> Source:
+    def open(cls, name: str | Path, revision: str | None = None, *, native: bool = False) -> Source:
         """Find a checkpoint, refuse what cannot be rewritten, and read its headers.
 
         Args:
             name: A folder or a Hub id; what is needed of the latter is downloaded to the Hub's cache.
             revision: Branch, tag or commit on the Hub.
+            native: Take transformers' own class where the checkpoint brings code; that code is never run.
 
         Raises:
             UserError: It is missing, damaged, quantised, an adapter, remote code, pickled, or no causal LM.
@@ -59,7 +60,7 @@ class Source:
         folder = _folder(str(name), revision)
         refuse_files(str(name), (p.name for p in folder.iterdir()))
         settings = _settings(folder)
-        refuse_config(folder, settings)
+        refuse_config(folder, settings, native=native)
         config = _config(folder)
         usual = next((n for n in (WEIGHTS, INDEX) if (folder / n).is_file()), WEIGHTS)
         first = settings.get("transformers_weights") or usual
@@ -151,7 +152,7 @@ def _config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(str(folder))
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # the classes raise whatever a config leads them to; their checks name it in the cause
         told = error.__cause__ or error
         first = (str(told).strip() or type(told).__name__).splitlines()[0]

@@ -29,17 +29,18 @@ class Stored:
     _last: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def open(cls, name: str | Path, revision: str | None = None) -> Stored:
+    def open(cls, name: str | Path, revision: str | None = None, *, native: bool = False) -> Stored:
         """Find and check a checkpoint; no weight is read.
 
         Args:
             name: A folder or a Hub id.
             revision: Branch, tag or commit on the Hub.
+            native: See `Source.open`.
 
         Raises:
             UserError: It is missing, damaged, quantised, of an unknown architecture, or does not fit its config.
         """
-        source = Source.open(name, revision)
+        source = Source.open(name, revision, native=native)
         model = model_on_meta(source.config)
         return cls(source, model, places_of(model, source.tensors))
 
