@@ -113,7 +113,7 @@ def fresh_model(config: Any, seed: int) -> Any:
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
-        return causal_class(config)._from_config(config, dtype=torch.float32)
+        return _built(config, dtype=torch.float32)
 
 
 def model_on_meta(config: Any) -> Any:
@@ -124,7 +124,7 @@ def model_on_meta(config: Any) -> Any:
     """
     try:
         with torch.device("meta"):
-            return causal_class(config)._from_config(config)
+            return _built(config)
     except UserError:
         raise
     except Exception as error:  # the classes raise whatever a config leads them to
@@ -134,22 +134,22 @@ def model_on_meta(config: Any) -> Any:
         ) from error
 
 
-def causal_class(config: Any) -> Any:
-    """Return the class that AutoModelForCausalLM would take, or the one the config names where that is a causal LM.
+def _built(config: Any, **options: Any) -> Any:
+    """Build what AutoModelForCausalLM would; for a config it does not list, the causal LM that the config names.
 
     Raises:
         UserError: It is no causal LM.
     """
     import transformers
+    from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM.from_config(config, **options)
     named = [n for n in getattr(config, "architectures", None) or () if n in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()]
-    try:
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except KeyError:
-        if not named:
-            raise UserError(f"{type(config).__name__} is no causal language model of transformers") from None
-        return getattr(transformers, named[0])
+    if not named:
+        raise UserError(f"{type(config).__name__} is no causal language model of transformers")
+    return getattr(transformers, named[0])._from_config(config, **options)
 
 
 def load_model(folder: str | Path, dtype: torch.dtype | str = "auto") -> Any:

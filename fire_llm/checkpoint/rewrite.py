@@ -7,7 +7,6 @@ Headers, index, dtypes and every tensor that is not reset stay as they are, to t
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 import shutil
@@ -23,13 +22,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fire_llm.checkpoint.card import PROVENANCE, write_card, write_provenance
+from fire_llm.checkpoint.drawn import step_0
 from fire_llm.checkpoint.refusals import refuse_destination
 from fire_llm.checkpoint.stored import Stored, StoredPieces, finite
 from fire_llm.distributed import Block, meet
 from fire_llm.distributed.meeting import active
 from fire_llm.distributed.sharing import ROUND_BYTES, assign
 from fire_llm.errors import UserError
-from fire_llm.models import find_device, fresh_model
+from fire_llm.layout import LogicalMatrix
+from fire_llm.models import find_device
 from fire_llm.resets import ResetReport, ResetsLike, ResetSpec, parse_resets
 from fire_llm.resets.work import Plan, Work, not_finite
 from fire_llm.staging import free_bytes, partial_of, staged, writing
@@ -63,7 +64,8 @@ def reset_checkpoint(
         dst: The folder to make; must not exist. It appears whole or not at all.
         method: A reset's name or spec, or a list of specs.
         init: Checkpoint with the run's step-0 weights, for `full_reset` and `shrink_perturb`.
-        seed: Draw the step-0 weights anew from the config and this seed instead, which takes a model's memory (fp32).
+        seed: Draw the step-0 weights anew from the config and this seed instead, a parameter at a time (a few
+            architectures draw some weights from others: a whole model at once, in fp32).
         revision: Branch, tag or commit, where `src` is a Hub id.
         native: Take transformers' own class where a checkpoint brings code (auto_map); that code is never run.
         device: Where the resets are computed: `cpu`, `cuda`, `cuda:1`.
@@ -85,12 +87,11 @@ def reset_checkpoint(
     where = find_device(device)
     fault, job = None, None
     try:
-        job = _Rewrite.prepare(src, Path(dst), specs, init, seed, revision, native, where)
+        job = _Rewrite.prepare(src, Path(dst), specs, init, seed, revision, native, where, progress)
     except UserError as error:
         fault = str(error)
     meet(None, job.plan.request() if job else "", fault, _PATIENCE)
     assert job is not None  # meet raises where there is a fault
-    job.progress = progress
     return job.describe() if dry_run else job.run()
 
 
@@ -102,9 +103,9 @@ class _Rewrite:
     destination: Path
     plan: Plan
     device: torch.device
+    progress: bool
     origin: Mapping[str, Any]
     """Where the step-0 weights come from, for the provenance."""
-    progress: bool = False
     hashes: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @classmethod
@@ -118,6 +119,7 @@ class _Rewrite:
         revision: str | None,
         native: bool,
         device: torch.device,
+        progress: bool,
     ) -> _Rewrite:
         for given in (src, init):
             if given is not None and os.path.isdir(given):
@@ -125,20 +127,21 @@ class _Rewrite:
         stored = Stored.open(src, revision, native=native)
         refuse_destination(dst, stored.source.folder, stored.source.n_bytes, free_bytes(dst.parent))
         start = Stored.open(init, native=native) if init is not None else None
-        initial = start.model if start is not None else None
+        initial: Any = start.model if start is not None else None
+        pieces: Mapping[str, LogicalMatrix] | None = StoredPieces(start) if start is not None else None
         if seed is not None:
-            initial = _drawn(stored, seed)
+            initial, pieces = step_0(stored.source.config, seed, progress)
         plan = Plan.of(stored.model, specs, initial)
         if not plan.wanted:
             raise UserError(_nothing(plan, str(src)))
         for piece in plan.wanted:
             stored.check_readable(piece)
         if start is not None:
-            pieces = StoredPieces(start)
             for piece in plan.wanted:
                 start.check_readable(plan.start[piece.name])
+        if pieces is not None:
             plan.start = pieces
-        return cls(stored, dst, plan, device, {"init": str(init) if init is not None else None, "seed": seed})
+        return cls(stored, dst, plan, device, progress, {"init": str(init) if init is not None else None, "seed": seed})
 
     def describe(self) -> ResetReport:
         """Return the report of what would be done: which pieces are touched, which are not and why."""
@@ -168,7 +171,7 @@ class _Rewrite:
     def _copy(self, folder: Path) -> None:
         """Copy the shards, hashing them on the way, and the files beside them."""
         source = self.stored.source
-        with writing(folder), self._bar("copying", source.shard_bytes) as bar:
+        with writing(folder), _bar(self.progress, "copying", source.shard_bytes) as bar:
             for name in source.shards:
                 with (source.folder / name).open("rb") as src, (folder / name).open("wb") as dst:
                     digest = hashlib.sha256()
@@ -191,7 +194,7 @@ class _Rewrite:
         owners = assign([max(1, b.cost) for b in blocks], ranks)
         mine = [b for b, owner in zip(blocks, owners, strict=True) if owner == rank]
         began = time.perf_counter()
-        with ExitStack() as stack, self._bar("resetting", sum(len(b.members) for b in mine), "tensor") as bar:
+        with ExitStack() as stack, _bar(self.progress, "resetting", sum(len(b.members) for b in mine), "tensor") as bar:
             files = {n: _opened(stack, folder / n) for n in self.stored.source.shards}
             for batch in self._batches(mine):
                 held = [(block, self._read(block)) for block in batch]
@@ -236,7 +239,7 @@ class _Rewrite:
     def _finish(self, folder: Path, report: ResetReport) -> None:
         """Hash the result and write down what was done."""
         source = self.stored.source
-        with self._bar("hashing", source.shard_bytes) as bar:
+        with _bar(self.progress, "hashing", source.shard_bytes) as bar:
             for name in source.shards:
                 digest = hashlib.sha256()
                 with (folder / name).open("rb") as file:
@@ -248,15 +251,6 @@ class _Rewrite:
             write_provenance(folder / PROVENANCE, self.stored, report, self.hashes, self.origin)
             write_card(folder / "README.md", self.stored, report, self.origin)
 
-    @contextmanager
-    def _bar(self, what: str, total: int, unit: str = "B") -> Iterator[Callable[[int], Any]]:
-        from tqdm.auto import tqdm
-
-        quiet = not self.progress or (active() and dist.get_rank() != 0)
-        scaled = unit == "B"
-        with tqdm(total=total, desc=what, unit=unit, unit_scale=scaled, leave=False, delay=1, disable=quiet) as bar:
-            yield bar.update
-
 
 def _nothing(plan: Plan, name: str) -> str:
     """Word the refusal of a reset that would change nothing."""
@@ -266,6 +260,18 @@ def _nothing(plan: Plan, name: str) -> str:
         f"nothing to reset in '{name}', whose matrices have the roles {', '.join(matrices)} ({'; '.join(why[:3])}). "
         "Add a role with --role, or take back an --exclude"
     )
+
+
+@contextmanager
+def _bar(shown: bool, what: str, total: int, unit: str = "B") -> Iterator[Callable[[int], Any]]:
+    """Show a progress bar on the first rank, and give what moves it on."""
+    from tqdm.auto import tqdm
+
+    quiet = not shown or (active() and dist.get_rank() != 0)
+    with tqdm(
+        total=total, desc=what, unit=unit, unit_scale=unit != "tensor", leave=False, delay=1, disable=quiet
+    ) as bar:
+        yield bar.update
 
 
 def _together(step: str, work: Callable[[], Any]) -> Any:
@@ -296,28 +302,3 @@ def _check_start(specs: Sequence[ResetSpec], init: str | Path | None, seed: int 
         raise UserError(f"{given}: '{specs[0].method if specs else 'keep'}' uses no step-0 weights: leave it out")
     if seed is not None and not 0 <= seed < 2**63:
         raise UserError(f"--seed {seed}: a whole number from 0 to 2**63 - 1 is needed")
-
-
-def _drawn(stored: Stored, seed: int) -> Any:
-    """Draw the step-0 weights from the config and a seed.
-
-    Raises:
-        UserError: The memory does not hold a whole model.
-    """
-    needed = 4 * sum(p.numel() for p in stored.model.parameters())
-    free = _free_memory()
-    if free is not None and needed > free:
-        raise UserError(
-            f"--seed {seed}: drawing the step-0 weights takes {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB "
-            "are free: draw and save them on a larger machine, and give that folder as --init"
-        )
-    return fresh_model(copy.deepcopy(stored.source.config), seed)
-
-
-def _free_memory() -> int | None:
-    """Return the bytes of memory that can be taken, None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)

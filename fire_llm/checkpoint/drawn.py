@@ -1,0 +1,206 @@
+"""Step-0 weights from a config and a seed, one parameter in memory at a time: the very numbers `fresh_model` draws.
+
+The model is built once with hollow weights. Whatever would have been drawn is drawn, into scratch, so that the
+generator moves on as it would, and what was done to each weight is written down with the generator's state. A weight is
+made by doing that again.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fire_llm.errors import UserError
+from fire_llm.layout import LogicalMatrix, pieces
+from fire_llm.models import fresh_model, model_on_meta
+
+HOLLOW = 1 << 20
+"""Elements from which a tensor is kept hollow; smaller ones are real."""
+
+_aten: Any = torch.ops.aten
+_EMPTY = (_aten.empty, _aten.empty_strided, _aten.empty_like, _aten.new_empty)
+_FILLED = {_aten.zeros: 0.0, _aten.ones: 1.0}
+
+
+@dataclass
+class _Step:
+    """Hold what was done in place to a view of a weight."""
+
+    function: Any
+    view: Tensor
+    """The hollow view; it also keeps its storage, by which weights are told apart, from being freed."""
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    generator: Tensor | None
+    """State of the generator before, where the step draws."""
+
+
+@dataclass
+class _Recorder(TorchDispatchMode):
+    """Make large tensors hollow (on the meta device) while a model is built, and record what is done to them."""
+
+    told: Callable[[int], Any]
+    """Called with the number of elements after each draw."""
+    steps: dict[int, list[_Step]] = field(default_factory=dict)
+    """By storage, in the order they were done."""
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        options = dict(kwargs or {})
+        packet = func.overloadpacket
+        if packet in _EMPTY or packet in _FILLED:
+            return self._made(func, args, options)
+        tensors = [a for a in tree_leaves((args, options)) if isinstance(a, Tensor)]
+        if not func._schema.is_mutable or not any(t.is_meta for t in tensors):
+            return func(*args, **options)  # of hollow tensors only views come of use: reading numbers raises
+        target = args[0]
+        key = target.untyped_storage()._cdata
+        if key not in self.steps or any(t.is_meta for t in tensors if t is not target):
+            raise NotImplementedError(f"{func} takes a hollow tensor, whose numbers nobody knows")
+        state = None
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            state = torch.get_rng_state()
+            func(torch.empty(target.shape, dtype=target.dtype), *args[1:], **options)
+            self.told(target.numel())
+        kept = tuple(a.clone() if isinstance(a, Tensor) else a for a in args[1:])
+        self.steps[key].append(_Step(func, target.detach(), kept, options, state))
+        return target
+
+    def _made(self, func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
+        real = options.get("device") or torch.device("cpu")
+        made = func(*args, **{**options, "device": torch.device("meta")})
+        if made.numel() < HOLLOW or torch.device(real).type != "cpu":
+            return func(*args, **options)
+        # The first step fills it, and keeps it, so that no other storage gets its address.
+        value = _FILLED.get(func.overloadpacket, float("nan"))
+        self.steps[made.untyped_storage()._cdata] = [_Step(_aten.fill_.Scalar, made, (value,), {}, None)]
+        return made
+
+
+class _Pretending(TorchFunctionMode):
+    """Let hollow tensors pass for tensors on the CPU: initialisers ask, and skip what is on the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func == Tensor.is_meta.__get__:
+            return False
+        if func == Tensor.device.__get__ and result.type == "meta":  # type: ignore[attr-defined]
+            return torch.device("cpu")
+        return result
+
+
+class Drawn(Mapping[str, LogicalMatrix]):
+    """The pieces of a freshly drawn model by name, each parameter drawn when it is asked for.
+
+    Args:
+        config: A transformers config; it is not modified.
+        seed: As `fresh_model` takes it.
+        told: Called with the number of elements after each draw, of which there are about two a weight.
+
+    Raises:
+        NotImplementedError: The architecture draws some weights from the numbers of others, which is not followed.
+    """
+
+    def __init__(self, config: Any, seed: int, told: Callable[[int], Any] = lambda _: None) -> None:
+        self._recorder = _Recorder(told)
+        try:
+            with self._recorder, _Pretending():
+                self.model = fresh_model(copy.deepcopy(config), seed)
+        except RuntimeError as error:  # NotImplementedError among them, and reading a number of a hollow tensor
+            raise NotImplementedError(str(error)) from error
+        for name, parameter in self.model.named_parameters():
+            if parameter.is_meta and parameter.untyped_storage()._cdata not in self._recorder.steps:
+                raise NotImplementedError(f"{name} is made from the numbers of another weight")
+        self._last: tuple[int, Tensor | None] = (0, None)
+
+    @cached_property
+    def _all(self) -> dict[str, LogicalMatrix]:
+        return {piece.name: piece for piece in pieces(self.model, strict=False)}
+
+    def __getitem__(self, name: str) -> LogicalMatrix:
+        """Return a piece with its weights in memory."""
+        piece = self._all[name]
+        if not piece.tensor.is_meta:
+            return piece
+        return piece.within(self.parameter(piece.tensor)[piece.rows.start : piece.rows.stop])
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names."""
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        """Count the pieces."""
+        return len(self._all)
+
+    @torch.no_grad()
+    def parameter(self, hollow: Tensor) -> Tensor:
+        """Draw a parameter of the model; the last one is kept."""
+        key = hollow.untyped_storage()._cdata
+        if self._last[1] is None or self._last[0] != key:
+            self._last = (0, None)
+            size = hollow.untyped_storage().nbytes() // hollow.element_size()
+            storage = torch.empty(size, dtype=hollow.dtype)
+            with torch.random.fork_rng(devices=[]):
+                for step in self._recorder.steps[key]:
+                    if step.generator is not None:
+                        torch.set_rng_state(step.generator)
+                    view = storage.as_strided(step.view.shape, step.view.stride(), step.view.storage_offset())
+                    step.function(view, *step.arguments, **step.options)
+            self._last = (key, storage)
+        stored = self._last[1]
+        assert stored is not None
+        return stored.as_strided(hollow.shape, hollow.stride(), hollow.storage_offset())
+
+
+def step_0(config: Any, seed: int, progress: bool = False) -> tuple[Any, Mapping[str, LogicalMatrix]]:
+    """Draw step-0 weights: the model, hollow or whole, and its pieces by name.
+
+    Args:
+        config: A transformers config; it is not modified.
+        seed: As `fresh_model` takes it.
+        progress: Show a progress bar.
+
+    Raises:
+        UserError: They can only be drawn all at once, and the memory does not hold a whole model.
+    """
+    from tqdm.auto import tqdm
+
+    total = sum(p.numel() for p in model_on_meta(copy.deepcopy(config)).parameters())
+    bar = tqdm(
+        total=2 * total, desc="drawing", unit="weight", unit_scale=True, leave=False, delay=1, disable=not progress
+    )
+    try:
+        with bar:
+            drawn = Drawn(config, seed, bar.update)
+        return drawn.model, drawn
+    except NotImplementedError:
+        needed, free = 4 * total, _free_memory()
+        if free is not None and needed > free:
+            raise UserError(
+                f"--seed {seed}: drawing the step-0 weights of this architecture takes {needed / 1e9:.1f} GB of "
+                f"memory, and {free / 1e9:.1f} GB are free: draw and save them on a larger machine, and give that "
+                "folder as --init"
+            ) from None
+    model = fresh_model(copy.deepcopy(config), seed)
+    return model, {piece.name: piece for piece in pieces(model, strict=False)}
+
+
+def _free_memory() -> int | None:
+    """Return the bytes of memory that can be taken, None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
