@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from small_models import SMALL, build, stand_ins
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from fire_llm import fire_, reset_checkpoint
 from fire_llm.layouts import TYPES
@@ -35,6 +37,25 @@ def test_rewriting_equals_the_reset_in_memory(name: str, tmp_path: Path) -> None
         assert torch.equal(a, b), key
         changed |= {key} if not torch.equal(b, c) else set()
     assert changed == {t.parameter for t in report.touched}
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llama4", "mllama", "qwen3_5", "qwen3_5_moe"])
+def test_checkpoints_with_towers_keep_them(name: str, tmp_path: Path) -> None:
+    """The Hub's are of the composite class, with a vision tower; the causal LM in them is what is reset."""
+    torch.manual_seed(0)
+    config = SMALL[name]()
+    composite = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)](config)
+    composite.save_pretrained(tmp_path / "src", max_shard_size="100KB")
+    report = reset_checkpoint(tmp_path / "src", tmp_path / "dst")
+    wanted, result = (AutoModelForCausalLM.from_pretrained(tmp_path / n) for n in ("src", "dst"))
+    fire_(wanted)
+    for (key, a), b in zip(wanted.named_parameters(), result.parameters(), strict=True):
+        assert torch.equal(a, b), key
+    before, after = (type(composite).from_pretrained(tmp_path / n) for n in ("src", "dst"))
+    pairs = list(zip(before.named_parameters(), after.parameters(), strict=True))
+    towers = [key for key, _ in composite.named_parameters() if "vision" in key or "visual" in key]
+    assert towers and all(torch.equal(a, b) for (key, a), b in pairs if key in towers)
+    assert sum(not torch.equal(a, b) for (_, a), b in pairs) == len({t.parameter for t in report.touched})
 
 
 def test_the_documented_table_lists_every_type() -> None:
