@@ -12,8 +12,9 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -106,7 +107,6 @@ class _Rewrite:
     progress: bool
     origin: Mapping[str, Any]
     """Where the step-0 weights come from, for the provenance."""
-    hashes: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @classmethod
     def prepare(
@@ -150,36 +150,30 @@ class _Rewrite:
     def run(self) -> ResetReport:
         """Copy, reset, hash and describe; rank 0 makes the folder, all share the resets."""
         first = not active() or dist.get_rank() == 0
-        with staged(self.destination) if first else nullcontext(partial_of(self.destination)) as folder:
-            if first:
-                _together("copied", lambda: self._copy(folder))
-            else:
-                _together("copied", lambda: None)
+        place = staged(self.destination) if first else nullcontext(partial_of(self.destination))
+        with _Hasher() as hasher, place as folder:
+            _together("copied", (lambda: self._copy(folder, hasher)) if first else _nothing_to_do)
             work, seconds, shared = _together("reset", lambda: self._reset(folder))
             if shared > 1:
                 work.join(None)
             report = self._report(work, seconds, shared)
-            if first:
-                _together("described", lambda: self._finish(folder, report))
-            else:
-                _together("described", lambda: None)
-        _together("renamed", lambda: None)
+            _together("described", (lambda: self._finish(folder, report, hasher)) if first else _nothing_to_do)
+        _together("renamed", _nothing_to_do)
         return report
 
     # ---- copying
 
-    def _copy(self, folder: Path) -> None:
-        """Copy the shards, hashing them on the way, and the files beside them."""
+    def _copy(self, folder: Path, hasher: _Hasher) -> None:
+        """Copy the shards and the files beside them; the source's hashes are taken while the resets go on."""
         source = self.stored.source
         with writing(folder), _bar(self.progress, "copying", source.shard_bytes) as bar:
             for name in source.shards:
                 with (source.folder / name).open("rb") as src, (folder / name).open("wb") as dst:
-                    digest = hashlib.sha256()
                     while chunk := src.read(_CHUNK):
-                        digest.update(chunk)
                         dst.write(chunk)
                         bar(len(chunk))
-                self.hashes[name] = {"source": digest.hexdigest()}
+            for name in source.shards:
+                hasher.begin(source.folder / name)
             for name in [*source.companions, *([source.index] if source.index else [])]:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source.folder / name, folder / name)
@@ -236,19 +230,17 @@ class _Rewrite:
         report.kept_unread, report.not_copied = self.stored.places.ignored, self.stored.source.left_behind
         return report
 
-    def _finish(self, folder: Path, report: ResetReport) -> None:
+    def _finish(self, folder: Path, report: ResetReport, hasher: _Hasher) -> None:
         """Hash the result and write down what was done."""
-        source = self.stored.source
-        with _bar(self.progress, "hashing", source.shard_bytes) as bar:
+        source, hashes = self.stored.source, {}
+        for name in source.shards:
+            hasher.begin(folder / name)
+        with _bar(self.progress, "hashing", 2 * source.shard_bytes) as bar:
             for name in source.shards:
-                digest = hashlib.sha256()
-                with (folder / name).open("rb") as file:
-                    while chunk := file.read(_CHUNK):
-                        digest.update(chunk)
-                        bar(len(chunk))
-                self.hashes[name]["result"] = digest.hexdigest()
+                hashes[name] = {"source": hasher.of(source.folder / name), "result": hasher.of(folder / name)}
+                bar(2 * (folder / name).stat().st_size)
         with writing(folder):
-            write_provenance(folder / PROVENANCE, self.stored, report, self.hashes, self.origin)
+            write_provenance(folder / PROVENANCE, self.stored, report, hashes, self.origin)
             write_card(folder / "README.md", self.stored, report, self.origin)
 
 
@@ -260,6 +252,37 @@ def _nothing(plan: Plan, name: str) -> str:
         f"nothing to reset in '{name}', whose matrices have the roles {', '.join(matrices)} ({'; '.join(why[:3])}). "
         "Add a role with --role, or take back an --exclude"
     )
+
+
+class _Hasher:
+    """Take files' SHA-256 in threads of its own, beside the resets; what is not done when it is left is dropped."""
+
+    def __enter__(self) -> _Hasher:
+        self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
+        self._found: dict[Path, Future[str]] = {}
+        self._stop = False
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop = True
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def begin(self, path: Path) -> None:
+        self._found[path] = self._pool.submit(self._hash, path)
+
+    def of(self, path: Path) -> str:
+        return self._found[path].result()
+
+    def _hash(self, path: Path) -> str:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while not self._stop and (chunk := file.read(_CHUNK)):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+
+def _nothing_to_do() -> None:
+    """Wait for the first rank."""
 
 
 @contextmanager
