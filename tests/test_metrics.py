@@ -68,3 +68,13 @@ def test_ranks() -> None:
     assert srank(torch.tensor([2.0, 1.0, 1.0]), delta=0) == 3
     for zero in (torch.zeros(4), torch.zeros(0)):
         assert (effective_rank(zero), srank(zero)) == (0, 0)
+
+
+def test_a_quick_gram_is_exact_for_what_is_not_coarse() -> None:
+    w = torch.randn(300, 40, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(metrics.gram(w), metrics.gram(w, quick=True))
+    coarse = w.bfloat16()
+    exact, quick = metrics.gram(coarse), metrics.gram(coarse, quick=True)
+    assert quick.dtype == torch.float64 and (quick - exact).abs().max() < 1e-6 * exact.abs().max()
+    before = exact.clone()
+    assert metrics.dfi_of_gram(exact) == pytest.approx(dfi(coarse)) and torch.equal(exact, before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import numpy as np
@@ -20,6 +21,7 @@ from fire_llm.orthogonal import (
     polar,
     products,
     projection,
+    singular_range,
     singular_values,
 )
 
@@ -523,3 +525,26 @@ def test_the_quick_projection_is_right_or_says_that_it_may_not_be(shape, conditi
     assert distance(polar(w), q) < 1e-3
     if found is not None:
         assert distance(found[0] if shape[0] <= shape[1] else found[0].T, q) < 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The largest and the smallest singular value
+
+
+@pytest.mark.parametrize("shape", [(300, 300), (900, 300), (300, 900), (40, 70)])
+@pytest.mark.parametrize("spread", [1.0, 1e3, 1e5])
+def test_the_range_is_that_of_the_svd(shape: tuple[int, int], spread: float) -> None:
+    n = min(shape)
+    w = with_spectrum(*shape, 7 * torch.logspace(0, -math.log10(spread), n, dtype=torch.float64))
+    gram = w.mT @ w if shape[0] >= shape[1] else w @ w.mT
+    assert singular_range(gram) == pytest.approx((7, 7 / spread), rel=2e-3)
+
+
+@pytest.mark.parametrize("side", [30, 300])
+def test_the_range_of_what_has_no_smallest_value(side: int) -> None:
+    low_rank = gaussian(side, 5) @ gaussian(5, side)
+    largest, smallest = singular_range(low_rank @ low_rank.mT)
+    assert largest == pytest.approx(float(torch.linalg.matrix_norm(low_rank, 2)), rel=1e-3)
+    assert smallest < 1e-5 * largest
+    assert singular_range(torch.zeros(side, side, dtype=torch.float64)) == (0, 0)
+    assert singular_range(torch.eye(side, dtype=torch.float64)) == pytest.approx((1, 1))

@@ -88,7 +88,7 @@ def reset_checkpoint(
     where = find_device(device)
     fault, job = None, None
     try:
-        job = _Rewrite.prepare(src, Path(dst), specs, init, seed, revision, native, where, progress)
+        job = _Rewrite.prepare(src, Path(dst), specs, init, seed, revision, native, where, progress, dry_run)
     except UserError as error:
         fault = str(error)
     meet(None, job.plan.request() if job else "", fault, _PATIENCE)
@@ -120,6 +120,7 @@ class _Rewrite:
         native: bool,
         device: torch.device,
         progress: bool,
+        dry_run: bool,
     ) -> _Rewrite:
         for given in (src, init):
             if given is not None and os.path.isdir(given):
@@ -129,7 +130,9 @@ class _Rewrite:
         start = Stored.open(init, native=native) if init is not None else None
         initial: Any = start.model if start is not None else None
         pieces: Mapping[str, LogicalMatrix] | None = StoredPieces(start) if start is not None else None
-        if seed is not None:
+        if seed is not None and dry_run:
+            initial = stored.model  # the same names and shapes, and nothing is drawn
+        elif seed is not None:
             initial, pieces = step_0(stored.source.config, seed, progress)
         plan = Plan.of(stored.model, specs, initial)
         if not plan.wanted:
@@ -195,6 +198,8 @@ class _Rewrite:
                 work.transform(held)
                 if work.error is not None:
                     raise work.error
+                if work.failed:  # the report raises, for all ranks
+                    break
                 with writing(folder):
                     for block, rows in held:
                         self.stored.write(self._piece(block), rows.cpu(), files)
