@@ -353,7 +353,7 @@ def test_what_a_writer_left_that_died_while_this_one_waited_is_cleared(
     [
         ("tokens.bin", lambda data: data[:-2]),
         ("tokens.bin", lambda data: b""),
-        ("documents.bin", lambda data: data[:-16]),
+        ("documents.bin", lambda data: data[:-24]),
         ("meta.json", lambda data: data[:50]),
         ("meta.json", lambda data: b"[]"),
         ("meta.json", lambda data: b"{}"),
@@ -449,7 +449,7 @@ def test_large_permutations_spread_and_do_not_change_between_versions() -> None:
 
 def token_file(n_tokens: int, first: int = 0) -> TokenFile:
     """Make tokens that count up, so that a sample tells where it came from."""
-    return TokenFile(Path("none"), np.arange(first, first + n_tokens, dtype=np.uint32), n_tokens, n_tokens, 1)
+    return TokenFile(Path("none"), np.arange(first, first + n_tokens, dtype=np.uint32), n_tokens, n_tokens, n_tokens, 1)
 
 
 def mixture(weights: dict[str, float], n_tokens: int = 1001, **changes: object) -> Mixture:

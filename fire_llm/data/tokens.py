@@ -25,12 +25,14 @@ from fire_llm.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raised whenever the files below would be laid out or filled differently."""
 CACHE_VARIABLE = "FIRE_LLM_CACHE"
 BAR_DELAY = 1.0
 """Seconds before a progress bar shows; what is done by then needs none."""
 PARTIAL = ".partial"
+DOCUMENT_BYTES = 24
+"""What documents.bin holds of each: three uint64."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class TokenFile:
         tokens: (n_tokens,), uint16 or uint32, mapped read-only; every document is followed by the end-of-text token.
         n_tokens: tokens, end-of-text tokens included.
         n_bytes: UTF-8 bytes of the documents' text; nothing is counted for the end of text.
+        n_words: pieces of the documents' text between runs of white space, as `count_words` counts them.
         n_documents: documents.
     """
 
@@ -49,6 +52,7 @@ class TokenFile:
     tokens: np.ndarray = field(repr=False, compare=False)
     n_tokens: int
     n_bytes: int
+    n_words: int
     n_documents: int
 
     @classmethod
@@ -64,15 +68,21 @@ class TokenFile:
             dtype = np.dtype(meta["dtype"])
             for name, expected in (
                 ("tokens.bin", meta["n_tokens"] * dtype.itemsize),
-                ("documents.bin", meta["n_documents"] * 16),
+                ("documents.bin", meta["n_documents"] * DOCUMENT_BYTES),
             ):
                 size = (path / name).stat().st_size
                 if size != expected:
                     raise ValueError(f"{name} has {size} bytes where {expected} belong")
             tokens = np.memmap(path / "tokens.bin", dtype=dtype, mode="r", shape=(meta["n_tokens"],))
-            return cls(path, tokens, meta["n_tokens"], meta["n_bytes"], meta["n_documents"])
+            return cls(path, tokens, *(meta[n] for n in ("n_tokens", "n_bytes", "n_words", "n_documents")))
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path} is no readable token file ({error}). Delete the folder.") from error
+
+    @property
+    def ends(self) -> np.ndarray:
+        """Give (n_documents, 3) uint64, mapped: tokens, bytes and words up to each document's end."""
+        every = np.memmap(self.path / "documents.bin", dtype=np.uint64, mode="r").reshape(-1, 3)
+        return every[: self.n_documents]
 
     def first(self, limit: int | None) -> TokenFile:
         """Return the leading documents that hold at most `limit` tokens together; all of them for None.
@@ -82,21 +92,21 @@ class TokenFile:
         """
         if limit is None or limit >= self.n_tokens:
             return self
-        ends = np.memmap(self.path / "documents.bin", dtype=np.uint64, mode="r", shape=(self.n_documents, 2))
+        ends = self.ends
         whole = int(np.searchsorted(ends[:, 0], limit, side="right"))
         if not whole:
             raise UserError(
                 f"the first document of '{self.path.name}' has {ends[0, 0]} tokens, more than the limit of {limit}. "
                 "Raise the limit, or cut the corpus into smaller documents."
             )
-        n_tokens, n_bytes = (int(end) for end in ends[whole - 1])
-        return TokenFile(self.path, self.tokens[:n_tokens], n_tokens, n_bytes, whole)
+        n_tokens, n_bytes, n_words = (int(end) for end in ends[whole - 1])
+        return TokenFile(self.path, self.tokens[:n_tokens], n_tokens, n_bytes, n_words, whole)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A pickled memmap is a copy of all its tokens: a DataLoader's workers would each receive the whole corpus.
         if isinstance(self.tokens, np.memmap):
             return _reopen, (self.path, self.n_tokens)
-        return TokenFile, (self.path, self.tokens, self.n_tokens, self.n_bytes, self.n_documents)
+        return TokenFile, (self.path, self.tokens, self.n_tokens, self.n_bytes, self.n_words, self.n_documents)
 
 
 def _reopen(path: Path, n_tokens: int) -> TokenFile:
@@ -174,7 +184,7 @@ def tokenize_corpus(
 def _write(partial: Path, corpus: Corpus, split: str, encoder: Encoder, end: int, progress: bool) -> None:
     """Write tokens.bin, documents.bin and, last, meta.json.
 
-    documents.bin holds a pair of uint64 a document: the tokens and the UTF-8 bytes up to its end.
+    documents.bin holds three uint64 a document: the tokens, the UTF-8 bytes and the words up to its end.
 
     Raises:
         UserError: where the split holds no document.
@@ -183,7 +193,7 @@ def _write(partial: Path, corpus: Corpus, split: str, encoder: Encoder, end: int
 
     # 65536 entries have the ids 0 to 65535, which is what 16 bits hold.
     dtype = np.dtype(np.uint16 if max(encoder.vocab_size, end + 1) <= 1 << 16 else np.uint32)
-    n_tokens = n_bytes = n_documents = 0
+    n_tokens = n_bytes = n_words = n_documents = 0
     begun = time.monotonic()
     with (
         open(partial / "tokens.bin", "wb") as file,
@@ -206,11 +216,11 @@ def _write(partial: Path, corpus: Corpus, split: str, encoder: Encoder, end: int
                 lot[position : position + len(ids)] = ids
                 position += len(ids) + 1
             file.write(lot.data)
-            lengths = [(len(ids) + 1, size) for ids, size in zip(encoded, sizes, strict=True)]
-            ends = np.cumsum([(n_tokens, n_bytes), *lengths], axis=0, dtype=np.uint64)[1:]
+            words = map(count_words, texts)
+            sums = [(len(ids) + 1, *counts) for ids, *counts in zip(encoded, sizes, words, strict=True)]
+            ends = np.cumsum([(n_tokens, n_bytes, n_words), *sums], axis=0, dtype=np.uint64)[1:]
             index.write(ends.data)
-            n_tokens += len(lot)
-            n_bytes += sum(sizes)
+            n_tokens, n_bytes, n_words = (int(end) for end in ends[-1])
             n_documents += len(texts)
             bar.set_postfix_str(
                 f"{n_tokens / 1e6:.1f}M tokens, {n_tokens / (time.monotonic() - begun) / 1e3:.0f}k/s", refresh=False
@@ -232,6 +242,7 @@ def _write(partial: Path, corpus: Corpus, split: str, encoder: Encoder, end: int
         "dtype": dtype.name,
         "n_tokens": n_tokens,
         "n_bytes": n_bytes,
+        "n_words": n_words,
         "n_documents": n_documents,
     }
     with open(partial / "meta.json", "w") as meta_file:
@@ -239,6 +250,14 @@ def _write(partial: Path, corpus: Corpus, split: str, encoder: Encoder, end: int
         meta_file.flush()
         os.fsync(meta_file.fileno())
     _sync(partial)
+
+
+def count_words(text: str) -> int:
+    """Return the pieces of a text between runs of white space, empty ones at its ends included.
+
+    This is len(re.split(r"\\s+", text)), by which lm-eval normalises its word perplexities, at four times the speed.
+    """
+    return len(text.split()) + text[:1].isspace() + text[-1:].isspace() if text.strip() else 1 + bool(text)
 
 
 def _empty(name: str, split: str) -> str:
