@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch.autograd.functional import hessian
+from torch.func import functional_call
+from torch.nn.utils import parameters_to_vector
 
 from fire_llm import metrics
 from fire_llm.errors import UserError
-from fire_llm.metrics import dfi, effective_rank, sfe, srank
+from fire_llm.metrics import (
+    Activity,
+    Features,
+    dfi,
+    dormant_scores,
+    dormant_share,
+    effective_rank,
+    feature_srank,
+    gradient_norm,
+    sfe,
+    srank,
+    top_hessian_eigenvalue,
+)
 
 
 @pytest.fixture(params=[1 << 20, 7], ids=["one chunk", "many chunks"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "CHUNK_ELEMENTS", request.param)
+    monkeypatch.setattr(metrics.matrices, "CHUNK_ELEMENTS", request.param)
 
 
 @pytest.mark.usefixtures("chunk")
@@ -78,3 +96,263 @@ def test_a_quick_gram_is_exact_for_what_is_not_coarse() -> None:
     assert quick.dtype == torch.float64 and (quick - exact).abs().max() < 1e-6 * exact.abs().max()
     before = exact.clone()
     assert metrics.dfi_of_gram(exact) == pytest.approx(dfi(coarse)) and torch.equal(exact, before)
+
+
+# ---- features and units
+
+
+def with_spectrum(rows: int, sigma: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """Build a (rows, n) float64 matrix of given singular values."""
+    generator = torch.Generator().manual_seed(seed)
+    n = len(sigma)
+    u, v = (torch.linalg.qr(torch.randn(k, n, generator=generator, dtype=torch.float64)).Q for k in (rows, n))
+    return u * sigma @ v.mT
+
+
+def test_srank_of_features_by_hand() -> None:
+    """Singular values 100, 9, 1, 1 sum to 111; all but one in a hundred is 109.89, which three of them reach."""
+    features = with_spectrum(50, torch.tensor([100.0, 9.0, 1.0, 1.0], dtype=torch.float64))
+    assert feature_srank(features) == 3
+    assert feature_srank(features, delta=0.1) == 1
+    assert feature_srank(features, delta=0) == 4
+    assert feature_srank(torch.ones(30, 5)) == 1
+    assert feature_srank(torch.randn(3, 20, generator=torch.Generator().manual_seed(0))) == 3  # no more than rows
+
+
+@pytest.mark.parametrize("split", [1, 7, 64, 300])
+def test_small_singular_values_survive_the_streaming(split: int) -> None:
+    """From 1 down to 1e-12: a Gram matrix would leave nothing of what is below 1e-8."""
+    sigma = torch.logspace(0, -12, 13, dtype=torch.float64)
+    features, gathered = with_spectrum(300, sigma), Features()
+    for rows in features.split(split):
+        gathered.add(rows.view(-1, 1, 13))
+    assert (gathered.rows, gathered.width) == (300, 13)
+    assert (gathered.singular_values() - sigma).abs().max() < 1e-15
+    assert (gathered.singular_values() / sigma - 1).abs().max() < 1e-3
+    by_gram = torch.linalg.eigvalsh(features.mT @ features).clamp(min=0).sqrt()
+    assert (by_gram.flip(0) / sigma - 1).abs().max() > 0.1
+
+
+def test_dormant_scores_by_hand() -> None:
+    """Means of |h| are 2, 0, 4, 0.06 and 1.5; the layer's is 1.512."""
+    h = torch.tensor([[2.0, 0.0, -6.0, 0.06, 1.0], [-2.0, 0.0, 2.0, -0.06, -2.0]])
+    scores = dormant_scores(h)
+    assert scores.tolist() == pytest.approx([2 / 1.512, 0, 4 / 1.512, 0.06 / 1.512, 1.5 / 1.512])
+    assert float(scores.mean()) == pytest.approx(1)
+    assert dormant_share(scores) == pytest.approx(1 / 5)
+    assert dormant_share(scores, tau=0.1) == pytest.approx(2 / 5)
+    assert dormant_share(torch.tensor([0.025, 0.02500001], dtype=torch.float64)) == 0.5  # at most tau
+    assert dormant_share(dormant_scores(torch.zeros(4, 3))) == 1
+    gathered = Activity()
+    for row in h.bfloat16():
+        gathered.add(row.view(1, 1, 5))
+    assert gathered.scores().tolist() == pytest.approx(scores.tolist(), rel=1e-2)
+
+
+def test_activity_is_summed_in_float64() -> None:
+    """2^24 ones, and one more that fp32 would not count."""
+    gathered = Activity()
+    gathered._sum, gathered.rows = torch.tensor([2.0**24, 2.0**24], dtype=torch.float64), 2**24
+    gathered.add(torch.tensor([[1.0, 0.0]]))
+    assert float(gathered.scores()[0] - gathered.scores()[1]) == pytest.approx(2.0**-24, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: feature_srank(torch.ones(3)), r"shape \(3,\) is not \(..., d\): give a row a token"),
+        (lambda: feature_srank(torch.tensor([[1.0, math.inf]])), "features hold NaN or infinity"),
+        (lambda: feature_srank(torch.ones(0, 4)), "no rows"),
+        (lambda: Features().singular_values(), "no rows"),
+        (lambda: dormant_scores(torch.ones(3)), r"shape \(3,\) is not \(..., units\)"),
+        (lambda: dormant_scores(torch.tensor([[math.nan]])), "activations hold NaN or infinity"),
+        (lambda: dormant_scores(torch.ones(0, 4)), "no rows"),
+        (lambda: gradient_norm(lambda: torch.ones(()), []), "give at least one tensor"),
+        (lambda: gradient_norm(lambda: torch.ones(()), [torch.ones(2)]), "only such as require gradients"),
+        (lambda: eigenvalue_at(torch.bfloat16), "parameters are bfloat16, too coarse for second derivatives"),
+        (lambda: eigenvalue_at(torch.float32, iterations=0), "iterations: 0 products"),
+        (lambda: eigenvalue_at(torch.float32, at=math.inf), "the Hessian is not finite on this sample"),
+        (lambda: gradient_at(math.nan), "the gradient is not finite on this sample"),
+    ],
+)
+def test_what_cannot_be_measured_is_named(call, message) -> None:
+    with pytest.raises(UserError, match=message):
+        call()
+
+
+def test_widths_must_agree() -> None:
+    gathered = Features()
+    gathered.add(torch.ones(2, 3))
+    with pytest.raises(UserError, match=r"shape \(2, 4\) is not \(..., 3\)"):
+        gathered.add(torch.ones(2, 4))
+
+
+# ---- curvature
+
+
+def eigenvalue_at(dtype: torch.dtype, at: float = 1.0, **options):
+    w = torch.full((2,), at, dtype=dtype, requires_grad=True)
+    return top_hessian_eigenvalue(lambda: (w**4).sum(), [w], **options)
+
+
+def gradient_at(at: float) -> float:
+    w = torch.full((2,), at, requires_grad=True)
+    return gradient_norm(lambda: (w**4).sum(), [w])
+
+
+def quadratic(eigenvalues: list[float], seed: int = 0):
+    """Build a loss x'Ax / 2 + g'x over two parameters, whose Hessian A has the given eigenvalues."""
+    n = len(eigenvalues)
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64)).Q
+    a, g = q * torch.tensor(eigenvalues, dtype=torch.float64) @ q.mT, torch.arange(n, dtype=torch.float64)
+    parameters = [torch.zeros(1, dtype=torch.float64), torch.zeros(n - 1, dtype=torch.float64)]
+    for p in parameters:
+        p.requires_grad_()
+
+    def loss() -> torch.Tensor:
+        x = torch.cat(parameters)
+        return x @ a @ x / 2 + g @ x
+
+    return loss, parameters
+
+
+class TinyNetwork(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = torch.nn.Linear(3, 5), torch.nn.Linear(5, 4)
+        self.unused = torch.nn.Parameter(torch.ones(2))
+        self.double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_top_eigenvalue_equals_the_dense_hessian_of_a_network(sign: int) -> None:
+    """Cross-entropy of an untrained network of 46 parameters, whose top eigenvalue is negative; and its negative."""
+    model = TinyNetwork()
+    x = torch.randn(20, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    y = torch.arange(20) % 4
+    names, shapes = zip(*[(n, p.shape) for n, p in model.named_parameters()], strict=True)
+
+    def of_vector(v: torch.Tensor) -> torch.Tensor:
+        parts = v.split([shape.numel() for shape in shapes])
+        weights = {n: part.view(shape) for n, part, shape in zip(names, parts, shapes, strict=True)}
+        return sign * torch.nn.functional.cross_entropy(functional_call(model, weights, (x,)), y)
+
+    dense = torch.linalg.eigvalsh(hessian(of_vector, parameters_to_vector(model.parameters()).detach()))
+    expected = dense[dense.abs().argmax()]
+    assert (expected < 0) == (sign > 0)
+
+    def in_parts():
+        for some in torch.arange(20).split(7):
+            yield sign * torch.nn.functional.cross_entropy(model(x[some]), y[some], reduction="sum") / 20
+
+    for loss in (in_parts, lambda: sum(in_parts())):
+        top = top_hessian_eigenvalue(loss, model.parameters(), iterations=2000, tolerance=1e-7)
+        assert top.converged and top.value == pytest.approx(float(expected), rel=1e-9)
+        assert top.residual <= 1e-7 * abs(top.value)
+        norm = torch.linalg.vector_norm(torch.func.grad(of_vector)(parameters_to_vector(model.parameters()).detach()))
+        assert gradient_norm(loss, model.parameters()) == pytest.approx(float(norm), rel=1e-12)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("top", [[-5.0, 3.0], [5.0, -4.9], [5.0, -5.0], [5.0, 5.0]])
+def test_eigenvalues_near_each_other_in_magnitude(top: list[float]) -> None:
+    """Opposite pairs are what power iteration alone never settles between."""
+    loss, parameters = quadratic([*top, 1.0, 0.5, -0.25])
+    found = top_hessian_eigenvalue(loss, parameters, iterations=200, tolerance=1e-6)
+    assert found.converged and abs(found.value) == pytest.approx(5, abs=1e-5)
+    if top != [5.0, -5.0]:
+        assert math.copysign(1, found.value) == math.copysign(1, top[0])
+    assert gradient_norm(loss, parameters) == pytest.approx(math.sqrt(30))  # 0, 1, 2, 3, 4
+
+
+def test_the_residual_bounds_the_error_and_says_what_did_not_converge() -> None:
+    spectrum = [5.0, 4.999, -4.99, 1.0, 0.1]
+    loss, parameters = quadratic(spectrum)
+    found = top_hessian_eigenvalue(loss, parameters, iterations=3, tolerance=1e-9)
+    assert not found.converged and found.iterations == 3
+    assert 0 < min(abs(found.value - eigenvalue) for eigenvalue in spectrum) <= found.residual
+    again = top_hessian_eigenvalue(loss, parameters, iterations=3, tolerance=1e-9)
+    assert found == again  # the start is drawn from a seed of its own
+    assert top_hessian_eigenvalue(loss, parameters, iterations=3, tolerance=1e-9, seed=1) != found
+
+
+def test_a_loss_without_curvature() -> None:
+    w = torch.ones(3, requires_grad=True)
+    found = top_hessian_eigenvalue(lambda: 2 * w.sum(), [w])
+    assert (found.value, found.residual, found.converged) == (0, 0, True)
+
+
+# ---- the theorems of FIRE, on what these functions return
+
+SIZES = st.lists(st.integers(1, 6), min_size=2, max_size=5)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    sizes=SIZES, samples=st.integers(1, 8), scale=st.floats(0.05, 3), step=st.floats(1e-4, 3), seed=st.integers(0, 9)
+)
+@pytest.mark.parametrize("activation", [torch.nn.Identity(), torch.nn.ReLU()], ids=["linear", "relu"])
+def test_theorem_1_features_move_no_further_than_sfe_allows(activation, sizes, samples, scale, step, seed) -> None:
+    """Check ||C - C~||_F <= (4 ||Z||_F / m) sqrt(l) S^(l-1) sqrt(SFE) at every layer l.
+
+    Z (d_0, n) is the data, H_l = W_l ... W_1 Z the features of layer l, C_l = H_l H_l^T / ||H_l||_F^2 their covariance
+    normalised to trace 1, m_l the smaller of ||H_l||_F and ||H~_l||_F, S the largest spectral norm of any W_k or W~_k
+    with k <= l, SFE summed over the layers k <= l. These are the definitions under which the constant comes out: C
+    moves by at most 2 in units of H / ||H||_F, these by at most 2 / m of H, and H by at most S^(l-1) ||Z||_F times the
+    sum of ||W_k - W~_k||_F, which is at most sqrt(l SFE). An activation of slope at most 1 through 0 changes nothing.
+
+    Source: FIRE, arXiv 2602.08040, theorem 1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(rows: int, columns: int, by: float) -> torch.Tensor:
+        return by * torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+
+    z = normal(sizes[0], samples, 1.0)
+    before = [normal(out, inner, scale) for inner, out in pairwise(sizes)]
+    after = [w + normal(*w.shape, step) for w in before]
+    h, moved, total, top = z, z, 0.0, 0.0
+    for depth, (w, v) in enumerate(zip(before, after, strict=True), 1):
+        h, moved = activation(w @ h), activation(v @ moved)
+        total += sfe(w, v)
+        top = max(top, *(float(torch.linalg.matrix_norm(x, 2)) for x in (w, v)))
+        smaller = min(float(torch.linalg.matrix_norm(x)) for x in (h, moved))
+        if smaller == 0:  # every unit of a ReLU layer is off: there is no covariance here or above
+            return
+        shift = torch.linalg.matrix_norm(h @ h.mT / h.square().sum() - moved @ moved.mT / moved.square().sum())
+        bound = 4 * float(torch.linalg.matrix_norm(z)) / smaller * math.sqrt(depth * total) * top ** (depth - 1)
+        assert float(shift) <= bound * (1 + 1e-9)
+
+
+@settings(max_examples=50, deadline=None)
+@given(out=st.integers(1, 8), more=st.integers(0, 4), noise=st.floats(0, 0.3), seed=st.integers(0, 9))
+def test_theorem_4_dfi_bounds_the_scores_of_units(out, more, noise, seed) -> None:
+    """Check sqrt((1-e)/(1+e)) <= s_j <= sqrt((1+e)/(1-e)), e = sqrt(DfI) < 1, for relu(W z) with z standard normal.
+
+    It holds for a W (out, in) with out <= in, whose DfI is that of W W^T: the diagonal of that, |w_j|^2, is then within
+    e of 1, and for any law of z that knows no direction, and a nonlinearity with f(ax) = a f(x) for a > 0, the mean of
+    |h_j| is |w_j| times a constant. A tall W with DfI = 0 may have rows of zeros, whose units are dormant.
+
+    Source: FIRE, arXiv 2602.08040, theorem 4.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    inner = out + more
+    w = torch.linalg.qr(torch.randn(inner, out, generator=generator, dtype=torch.float64)).Q.mT
+    w = w * (1 + noise * torch.rand(out, 1, generator=generator, dtype=torch.float64))
+    e = math.sqrt(dfi(w))
+    assume(e < 0.95)
+    z = torch.randn(inner, 20_000, generator=generator, dtype=torch.float64)
+    scores = dormant_scores((w @ z).relu().mT)
+    low, high = math.sqrt((1 - e) / (1 + e)), math.sqrt((1 + e) / (1 - e))
+    assert low * 0.95 <= float(scores.min()) and float(scores.max()) <= high * 1.05  # 20,000 samples: 1 % a score
+
+
+def test_theorem_4_says_nothing_of_tall_matrices() -> None:
+    w = torch.cat([torch.eye(3), torch.zeros(2, 3)])
+    z = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0))
+    assert dfi(w) == 0 and dormant_share(dormant_scores((z @ w.mT).relu())) == pytest.approx(2 / 5)

@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 from fire_llm.trainer.callbacks import ResetCallback
+from fire_llm.trainer.diagnosing import DiagnosticsCallback
 from fire_llm.trainer.training import ContinualArguments, ContinualTrainer, EvaluationSet, hash_batch
 
-__all__ = ["ContinualArguments", "ContinualTrainer", "EvaluationSet", "ResetCallback", "hash_batch"]
+__all__ = [
+    "ContinualArguments",
+    "ContinualTrainer",
+    "DiagnosticsCallback",
+    "EvaluationSet",
+    "ResetCallback",
+    "hash_batch",
+]
