@@ -11,7 +11,9 @@ from typing import Any
 from fire_llm.comparison import Comparison
 from fire_llm.plots import arms as plots
 from fire_llm.plots.base import Style, palette
+from fire_llm.plots.diagnostics import MEASURES, measure_figure
 from fire_llm.plots.matrices import heat_figure, matrices, spectra_figure
+from fire_llm.plots.matrix import corpora_figure
 
 Json = dict[str, Any]
 
@@ -21,12 +23,28 @@ STEPS = "Against full reset: how much sooner an arm first reaches the loss on {}
 RETENTION = "Forgetting is the final NLL on {} less that of the checkpoint the arm started from."
 HEAT = "Colours are logarithmic, the same for all arms and both DfI maps; blank cells: left alone or not measured."
 SPECTRA = "Dotted grey: before the reset. Arms that leave the matrix alone are not drawn."
+DIAGNOSED = "Measured on held-out text of {}."
+MATRIX = (
+    "Bits per byte of held-out text; colours are what a cell lacks to the best of its column, the brightest for the "
+    "worst trained checkpoint and all beyond. Measured by fire-llm eval: "
+)
+TRANSFER = {
+    "forgetting": "Forgetting: NLL after a phase less that when the corpus was last trained on; positive is lost",
+    "forward_transfer": "Forward transfer: NLL of a corpus before its phase less that at the start; negative helps",
+}
 NORMS = "Frobenius norm of every matrix a reset touched; on the dotted line nothing changes."
 PAIRS = (("Steps saved", "Plasticity and retention"), ("Singular values", "Norms"))
 DASH = "–"
 
 
-def block(title: str, text: str, figures: Iterable[tuple[str, Json | None]], switch: str = "", chosen: int = 0) -> Json:
+def block(
+    title: str,
+    text: str,
+    figures: Iterable[tuple[str, Json | None]],
+    switch: str = "",
+    chosen: int = 0,
+    tables: Iterable[Json] = (),
+) -> Json:
     """Return what the template needs for one heading.
 
     Args:
@@ -35,10 +53,12 @@ def block(title: str, text: str, figures: Iterable[tuple[str, Json | None]], swi
         figures: (caption, figure); those that are None are left out.
         switch: what the figures' variants are a choice of; all figures under a heading switch together.
         chosen: index of the variant shown first.
+        tables: below the figures, {"caption", "columns", "rows": [cells]}; each row's first cell is its heading.
     """
     found = [{"title": name, "spec": spec, "height": spec["layout"]["height"]} for name, spec in figures if spec]
     choices = [(v["group"], v["label"]) for v in found[0]["spec"]["variants"]] if found and switch else []
-    return {"title": title, "text": text, "figures": found, "switch": switch, "choices": choices, "chosen": chosen}
+    look = {"switch": switch, "choices": choices, "chosen": chosen}
+    return {"title": title, "text": text, "figures": found, "tables": [*tables], **look}
 
 
 def numbered(blocks: Iterable[Json], prefix: str) -> list[Json]:
@@ -68,7 +88,10 @@ def section(results: Json, index: int) -> Json:
         "agree": agree,
         "note": note,
         "chips": list(looks.items()),
-        "blocks": numbered([*_outcome(c, looks), *_matrices(c, reports, looks), *_phases(c)], f"r{index}"),
+        "blocks": numbered(
+            [*_outcome(c, looks), *_evaluation(c), *_diagnostics(c, looks), *_matrices(c, reports, looks), *_phases(c)],
+            f"r{index}",
+        ),
         "arms": [_arm(c, arm, reports[arm]) for arm in c.arms],
         "untouched": _untouched(reports),
         "recipe": yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True) if recipe else "",
@@ -93,6 +116,55 @@ def _outcome(c: Comparison, looks: Mapping[str, Style]) -> list[Json]:
             RETENTION.format(c.first) + dots,
             [("", plots.retention_figure(points, looks, str(c.new)))],
         ),
+    ]
+
+
+def _evaluation(c: Comparison) -> list[Json]:
+    """Return the block about the matrix of checkpoints and corpora, where `fire-llm eval` measured it."""
+    evaluation = c.results.get("evaluation")
+    if not evaluation:
+        return []
+    from fire_llm.evaluation.table import how
+
+    rows = evaluation["rows"]
+    text = MATRIX + " · ".join(dict.fromkeys(how(row) for row in rows)) + "."
+    tables = [
+        {
+            "caption": TRANSFER[key],
+            "columns": [
+                "corpus",
+                "when",
+                "seed",
+                "trained in",
+                "nats per byte",
+                f"{entries[0]['level']:.0%} interval",
+            ],
+            "rows": [_transfer_cells(entry) for entry in entries],
+        }
+        for key in TRANSFER
+        if (entries := evaluation.get(key))
+    ]
+    return [block("Checkpoints and corpora", text, [("", corpora_figure(rows))], "seed", tables=tables)]
+
+
+def _transfer_cells(entry: Json) -> list[str]:
+    """Write one forgetting or forward transfer: of what, when, since when, by how much."""
+    when = " / ".join(filter(None, [entry["phase"], entry["arm"]])) + (" (replayed)" if entry.get("replayed") else "")
+    if "replayed" not in entry:  # forward transfer
+        when = f"before {entry['phase']}"
+    sure = "" if entry["se"] is None else f" ± {entry['se']:.4f}"
+    interval = DASH if entry["low"] is None else f"{entry['low']:+.4f} to {entry['high']:+.4f}"
+    return [entry["data"], when, str(entry["seed"]), entry["trained_in"], f"{entry['mean']:+.4f}{sure}", interval]
+
+
+def _diagnostics(c: Comparison, looks: Mapping[str, Style]) -> list[Json]:
+    """Return the blocks about plasticity over the steps, where a run measured any."""
+    corpus = next((run["diagnosed_on"] for arm in c.arms for run in c.runs(arm) if run.get("diagnosed_on")), "")
+    several = any(c.seeds(arm) > 1 for arm in c.arms)
+    text = DIAGNOSED.format(corpus) + (" Means over the seeds." if several else "")
+    return [
+        block(title, text, [(caption, measure_figure(c.arms, key, looks)) for key, caption in measures.items()])
+        for title, measures in MEASURES.items()
     ]
 
 

@@ -33,6 +33,8 @@ SCHEMA_VERSION = 1
 def load_results(path: Path) -> Json:
     """Read a results.json, or the one in a run folder; NaN and infinities in it become None.
 
+    An evaluation.json beside it, which `fire-llm eval RUN_DIR` writes, comes under the key `evaluation`.
+
     Raises:
         UserError: for a missing or unreadable file, text that is not JSON, or a schema this version does not know.
     """
@@ -51,7 +53,26 @@ def load_results(path: Path) -> Json:
             f"{file}: schema_version {version!r} with its arms is not what this fire_llm reads ({SCHEMA_VERSION}). "
             "Run the recipe again with this version, or read the file with the version that wrote it."
         )
-    return finite(results)
+    return finite({**results, **_evaluation(file.with_name("evaluation.json"))})
+
+
+def _evaluation(file: Path) -> Json:
+    """Return {"evaluation": the content of the file}, or nothing where there is none.
+
+    Raises:
+        UserError: for a file that is damaged or of another version.
+    """
+    if not file.exists():
+        return {}
+    try:
+        evaluation = json.loads(file.read_text(encoding="utf-8"))
+        if evaluation["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"schema_version {evaluation['schema_version']}, not {SCHEMA_VERSION}")
+        return {"evaluation": evaluation}
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{file}: not what 'fire-llm eval' writes ({error}). Delete it, or evaluate the run again."
+        ) from None
 
 
 def render_table(results: Json) -> list[Table]:

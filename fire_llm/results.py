@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 import fire_llm
+from fire_llm.diagnostics import LOG_PREFIX
 from fire_llm.models import describe, model_on_meta
 from fire_llm.recipe import Recipe
 from fire_llm.staging import CONTINUAL_STATE
@@ -54,11 +55,11 @@ def collect(recipe: Recipe, units: list[Unit], folder: Path, bench: Any) -> dict
             }
             for name in recipe.corpus_names()
         },
-        "phases": [_unit_results(u, folder) for u in finished if u not in compared],
+        "phases": [_unit_results(recipe, u, folder) for u in finished if u not in compared],
         "arms_phase": last.name if last else None,
         "first_corpus": heaviest[recipe.phases[0].name],
         "new_corpus": heaviest[(last or recipe.phases[-1]).name],
-        "arms": {name: _arm_results(units, folder) for name, units in arms.items()},
+        "arms": {name: _arm_results(recipe, units, folder) for name, units in arms.items()},
     }
 
 
@@ -66,7 +67,7 @@ def _trained(recipe: Recipe) -> set[str]:
     return {name for phase in recipe.phases for name in phase.data}
 
 
-def _unit_results(unit: Unit, folder: Path) -> dict[str, Any]:
+def _unit_results(recipe: Recipe, unit: Unit, folder: Path) -> dict[str, Any]:
     path = folder / unit.folder
     final = final_checkpoint(path)
     assert final is not None
@@ -84,6 +85,7 @@ def _unit_results(unit: Unit, folder: Path) -> dict[str, Any]:
         "batches_hash": f"{own['batches_hash'] & (2**64 - 1):016x}",
         "checkpoint": str(final.relative_to(folder)),
         "curve": curve,
+        "diagnosed_on": recipe.diagnosed(unit.phase) if recipe.evaluate.diagnostics_every_steps else None,
         "final": next(entry["eval"] for entry in reversed(curve) if entry["eval"]),
     }
     if unit.parent is not None:
@@ -111,6 +113,8 @@ def _curve(history: list[dict[str, Any]], tokens_per_step: int) -> list[dict[str
                 corpus, measure = _split_key(key)
                 if measure:
                     entry["eval"].setdefault(corpus, {})[measure] = value
+        if diagnostics := {key[len(LOG_PREFIX) :]: value for key, value in log.items() if key.startswith(LOG_PREFIX)}:
+            entry["diagnostics"] = diagnostics
     return [entries[step] for step in sorted(entries)]
 
 
@@ -121,8 +125,8 @@ def _split_key(key: str) -> tuple[str, str]:
     return key, ""
 
 
-def _arm_results(units: list[Unit], folder: Path) -> dict[str, Any]:
-    runs = [_unit_results(unit, folder) for unit in units]
+def _arm_results(recipe: Recipe, units: list[Unit], folder: Path) -> dict[str, Any]:
+    runs = [_unit_results(recipe, unit, folder) for unit in units]
     finals = {c: [run["final"][c] for run in runs] for c in runs[0]["final"]}
     return {
         "label": "; ".join(r.label() for r in units[0].resets),
@@ -155,6 +159,9 @@ def _mean_curve(curves: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
         losses = [e["train_loss"] for e in entries if e["train_loss"] is not None]
         entry["train_loss"] = sum(losses) / len(losses) if losses else None
         entry["eval"] = {c: _mean([e["eval"][c] for e in entries]) for c in entries[0]["eval"]}
+        if "diagnostics" in entry:
+            seeds = [e["diagnostics"] for e in entries]
+            entry["diagnostics"] = {key: sum(seed[key] for seed in seeds) / len(seeds) for key in seeds[0]}
         mean.append(entry)
     return mean
 

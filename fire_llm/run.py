@@ -19,12 +19,13 @@ import torch
 
 from fire_llm.data import Mixture, TokenFile, tokenize_corpus, train_tokenizer
 from fire_llm.errors import UserError
+from fire_llm.layout import logical_matrices
 from fire_llm.models import config_for, fresh_model, load_model, load_tokenizer
 from fire_llm.plan import BYTES_A_PARAMETER
 from fire_llm.recipe import Recipe
 from fire_llm.results import collect
 from fire_llm.staging import checkpoints, free_bytes, staged, write_json, writing
-from fire_llm.trainer import ContinualArguments, ContinualTrainer, EvaluationSet, ResetCallback
+from fire_llm.trainer import ContinualArguments, ContinualTrainer, DiagnosticsCallback, EvaluationSet, ResetCallback
 from fire_llm.units import (
     Unit,
     context_of,
@@ -247,14 +248,21 @@ def _train(unit: Unit, bench: Workbench) -> None:
         spectra = bench.config.get_text_config().hidden_size <= SPECTRA_WIDTH
         report = folder / "reset.json"
         callbacks.append(ResetCallback(unit.resets, initial=initial, report_file=report, spectra=spectra))
+    sets = bench.evaluation_sets()
     trainer = ContinualTrainer(
         model,
         _arguments(unit, bench, folder, steps),
         mixture,
-        bench.evaluation_sets(),
+        sets,
         callbacks,
         processing_class=bench.tokenizer,
     )
+    if every := recipe.evaluate.diagnostics_every_steps:
+        # Kept as they are now: before the reset, and before a resumption puts the newest checkpoint in their place.
+        reference = {m.parameter: m.tensor.detach().to("cpu", copy=True) for m in logical_matrices(model)}
+        text = sets[recipe.diagnosed(unit.phase)].tokens
+        sizes = {"context": bench.context, "batch_size": recipe.evaluate.sequences_per_device}
+        DiagnosticsCallback(text, every, reference=reference, **sizes).attach(trainer)
     whole = checkpoints(folder)
     trainer.train(resume_from_checkpoint=str(whole[-1][0]) if whole else None)
     if final_checkpoint(folder) is None:

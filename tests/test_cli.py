@@ -64,7 +64,11 @@ def test_the_flags_are_frozen():
             "--push-to-hub", "--revision", "--role", "--scale", "--seed", "--shrink", "--solver", "--tolerance",
         ],
         "inspect": ["--against", "--device", "--html", "--json", "--native", "--role"],
-        "eval": ["--batch-size", "--context", "--data", "--json", "--split", "--stride"],
+        "eval": [
+            "--batch-size", "--column", "--compile", "--context", "--data", "--device", "--diagnostics", "--document",
+            "--dtype", "--json", "--limit", "--num-fewshot", "--num-processes", "--per-document", "--prefix", "--split",
+            "--stride", "--tasks",
+        ],
         "report": ["--markdown", "--output"],
         "demo": ["--accelerate-config", "--num-processes", "--output", "--set"],
     }  # fmt: skip
@@ -144,8 +148,8 @@ def test_eval_on_a_file_and_on_a_corpus(checkpoint, tmp_path, capsys):
     text = "the lazy dog jumps over the fox\n\na second document"
     (tmp_path / "t.txt").write_text(text)
     assert run("eval", checkpoint, "--data", tmp_path / "t.txt", "--context", 16, "--json", tmp_path / "e.json") == 0
-    assert "each token scored once" in capsys.readouterr().out
-    row = json.loads((tmp_path / "e.json").read_text())[0]
+    assert "windows run across documents, after token" in capsys.readouterr().out.replace("\n", " ")
+    row = json.loads((tmp_path / "e.json").read_text())["rows"][0]
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     ids: list[int] = []
     for document in text.split("\n\n"):
@@ -153,6 +157,31 @@ def test_eval_on_a_file_and_on_a_corpus(checkpoint, tmp_path, capsys):
     wanted = perplexity(load_model(checkpoint), ids, context=16, prefix=tokenizer.eos_token_id)
     assert row["nll"] == pytest.approx(wanted.nll, rel=1e-9) and row["tokens"] == len(ids)
     assert row["bits_per_byte"] == pytest.approx(wanted.nll * len(ids) / math.log(2) / row["bytes"])
+    assert row["bytes"] == len(text.encode()) - 2 and row["words"] == 10 and row["se"]["nll"] > 0
+
+
+def test_eval_of_two_checkpoints_each_document_by_itself(checkpoint, tmp_path, capsys):
+    texts = ["the lazy dog", "jumps", "over the quick brown fox and the dog"]
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"body": text}) for text in texts))
+    data = ["--data", tmp_path / "t.jsonl", "--column", "body", "--per-document", "--context", 4, "--stride", 2]
+    out = tmp_path / "e.json"
+    assert run("eval", checkpoint, checkpoint, *data, "--dtype", "float64", "--diagnostics", "--json", out) == 0
+    assert "NLL less that of" in capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert [row["documents"] for row in found["rows"]] == [3, 3] and found["rows"][0]["dtype"] == "float64"
+    assert found["differences"][0]["mean"] == found["differences"][0]["se"] == 0
+    assert found["rows"][0]["bytes"] == sum(map(len, texts)) and found["rows"][0]["words"] == 12
+    assert len(found["diagnostics"]) == 2
+
+
+def test_eval_on_two_processes_gives_the_same_scores(checkpoint, tmp_path, capfd):
+    (tmp_path / "t.txt").write_text("the lazy dog jumps over the fox\n\na second document\n\nthe third")
+    for n in (1, 2):
+        out = ["--json", tmp_path / f"{n}.json", "--num-processes", n]
+        assert run("eval", checkpoint, "--data", tmp_path / "t.txt", "--context", 4, "--batch-size", 1, *out) == 0
+    one, two = (json.loads((tmp_path / f"{n}.json").read_text())["rows"][0] for n in (1, 2))
+    assert two["nll"] == pytest.approx(one["nll"], rel=1e-9) and two["tokens"] == one["tokens"]
+    assert capfd.readouterr().out.count("nats per token") == 2
 
 
 MISTAKES = [
@@ -162,6 +191,16 @@ MISTAKES = [
     (["eval", "{c}", "--data", "{t}/x.txt", "--context", "999"], "999"),
     (["eval", "{c}", "--data", "{t}/x.txt", "--context", "8", "--stride", "9"], "stride 9"),
     (["eval", "{t}/nowhere", "--data", "{t}/x.txt"], "nowhere"),
+    (["eval", "{c}"], "name what to measure on: --data with corpora or files, or --tasks"),
+    (["eval", "{c}", "--data", "{t}/x.txt", "--column", "text"], "names a column, and .txt files have none"),
+    (["eval", "{c}", "--data", "{t}/r.jsonl", "--column", "body"], "body"),
+    (["eval", "{c}", "--data", "wikitext-103", "--document", "line"], "--column and --document are for local files"),
+    (["eval", "{c}", "--data", "{t}/x.txt", "--device", "cuda:7"], "cuda:7"),
+    (["eval", "{c}", "--data", "{t}/x.txt", "--num-processes", "0"], "--num-processes 0: at least 1"),
+    (["eval", "{c}", "--tasks", "{t}/none.yaml"], "there is no file or folder"),
+    (["eval", "{c}", "--tasks", "x.yaml", "--num-processes", "2"], "not of --tasks"),
+    (["eval", "{t}/run", "--per-document"], "--per-document is not for the folder of a run"),
+    (["eval", "{t}/run", "{c}"], "give one run alone"),
     (["apply", "{c}", "{t}"], "exists already"),
     (["apply", "{c}", "{c}/inside"], "lies inside"),
     (["apply", "{t}/nowhere", "{t}/out"], "nowhere"),
@@ -188,6 +227,9 @@ MISTAKES = [
 def test_mistakes_get_one_message_exit_2_and_leave_nothing(argv, message, checkpoint, tmp_path, capsys):
     (tmp_path / "x.txt").write_text("the quick brown fox")
     (tmp_path / "e.txt").write_text("")
+    (tmp_path / "r.jsonl").write_text('{"text": "the quick brown fox"}')
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.json").write_text("{}")
     broken = tmp_path / "broken"
     broken.mkdir()
     for path in checkpoint.iterdir():
@@ -206,7 +248,6 @@ def test_mistakes_get_one_message_exit_2_and_leave_nothing(argv, message, checkp
     [
         (["chek", "demo"], "there is no verb 'chek'. Did you mean 'check'?"),
         (["run"], "RECIPE"),
-        (["eval", "x"], "--data"),
         (["apply", "a", "b", "--iterations", "five"], "invalid int value: 'five'"),
         (["run", "demo", "--outptu", "x"], "--outptu"),
         ([], "VERB"),

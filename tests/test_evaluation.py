@@ -9,6 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_gpt2, tiny_llama
+from ranks import run_ranks
+from small_models import SMALL, VOCABULARY, build, stand_ins
+from transformers import BertConfig, BertLMHeadModel
 
 from fire_llm import UserError, perplexity
 from fire_llm.evaluation import windows
@@ -74,11 +77,16 @@ def test_a_bigram_model_has_the_hand_computed_perplexity():
     assert measured.bits_per_byte == pytest.approx(wanted * 4 / math.log(2) / 8, rel=1e-7)
 
 
-@pytest.mark.parametrize(("n", "context", "stride"), [(1, 4, 4), (10, 4, 4), (10, 4, 1), (12, 4, 3), (7, 100, 100)])
-def test_windows_score_every_position_once(n, context, stride):
-    scored = [k for start, end, first in windows(n, context, stride) for k in range(first, end)]
-    assert scored == list(range(n))
-    assert all(end - start <= context and first >= start for start, end, first in windows(n, context, stride))
+@pytest.mark.parametrize("reach_back", [False, True])
+@pytest.mark.parametrize(("context", "stride"), [(4, 4), (4, 1), (4, 3), (100, 100)])
+def test_windows_score_every_position_once(context, stride, reach_back):
+    lengths = [1, 10, 0, 12, 4, 5]
+    scored = {d: [] for d in range(len(lengths))}
+    for document, start, end, first in windows(lengths, context, stride, reach_back=reach_back).tolist():
+        assert 0 <= start <= first < end <= lengths[document] and end - start <= context
+        assert not reach_back or end - start == min(context, lengths[document])
+        scored[document] += range(first, end)
+    assert scored == {d: list(range(n)) for d, n in enumerate(lengths)}
 
 
 def test_mode_and_gradients_are_left_as_they_were():
@@ -94,7 +102,7 @@ def test_mode_and_gradients_are_left_as_they_were():
         ([], {}, "0 token"),
         ([5], {}, "1 token"),
         ([5, 97], {}, "token 97 is outside the model's vocabulary of 97"),
-        ([5, 6], {"context": 65}, "context 65 is longer than the model's 64 positions"),
+        ([5, 6], {"context": 65}, "context 65 must be between 1 and the model's 64 positions"),
         ([5, 6], {"context": 8, "stride": 9}, "stride 9 must lie between 1 and the context, 8"),
         ([5, 6], {"context": 8, "stride": -1}, "stride -1"),
     ],
@@ -114,3 +122,213 @@ def test_logits_that_are_not_finite_are_refused():
 
 def test_results_are_plain_data():
     assert json.loads(json.dumps(perplexity(tiny_gpt2(), TOKENS[:20], context=8).to_dict()))["tokens"] == 19
+
+
+# ---- documents
+
+ENDS = [7, 8, 40, 103, 110]
+
+
+def alone(model, tokens, context, prefix):
+    """Score a document by itself in fp64, a token at a time: each reads the `context` tokens that its window has."""
+    stream, total = torch.cat([torch.tensor([prefix]), tokens]), 0.0
+    n = len(tokens)
+    for k in range(n):
+        start = min(k // context * context, max(0, n - context))
+        with torch.no_grad():
+            log_p = F.log_softmax(model(input_ids=stream[start : k + 1][None]).logits[0, -1], -1)
+        total -= float(log_p[stream[k + 1]])
+    return total
+
+
+@pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama])
+def test_each_document_by_itself_equals_scoring_its_tokens_one_by_one(build):
+    tokens, model = TOKENS[:110], build().double().eval()
+    wanted = [alone(model, tokens[a:b], 16, 5) for a, b in zip([0, *ENDS[:-1]], ENDS, strict=True)]
+    measured = perplexity(
+        build(), tokens, context=16, documents=ENDS, per_document=True, prefix=5, batch_size=2, n_words=[3, 1, 9, 20, 2]
+    )
+    assert measured.scores.nll == pytest.approx(wanted, rel=1e-6)
+    assert measured.nll == pytest.approx(sum(wanted) / 110, rel=1e-6)
+    assert measured.word_perplexity == pytest.approx(math.exp(sum(wanted) / 35), rel=1e-6)
+    assert (measured.tokens, measured.documents, measured.words) == (110, 5, 35)
+
+
+def test_a_stream_gives_each_document_the_tokens_that_are_its_own():
+    model = tiny_llama()
+    whole = perplexity(model, TOKENS[:110], context=16, prefix=3)
+    cut = perplexity(model, TOKENS[:110], context=16, prefix=3, documents=ENDS, n_bytes=range(1, 6))
+    assert cut.nll == pytest.approx(whole.nll, rel=1e-12)
+    assert cut.scores.tokens.tolist() == [7, 1, 32, 63, 7] and cut.bytes == 15
+    head = perplexity(model, TOKENS[:8], context=16, prefix=3, documents=[7, 8])
+    assert head.scores.nll.sum() == pytest.approx(cut.scores.nll[:2].sum(), rel=1e-6)
+
+
+def test_perplexity_does_not_depend_on_order_batches_or_padding():
+    """fp64 leaves only the order of sums: what else differed would show."""
+    model = tiny_llama().double()
+    pieces = [TOKENS[a:b] for a, b in zip([0, *ENDS[:-1]], ENDS, strict=True)]
+
+    def measured(order, **options):
+        ends = torch.tensor([len(pieces[i]) for i in order]).cumsum(0)
+        tokens = torch.cat([pieces[i] for i in order])
+        return perplexity(model, tokens, documents=ends, per_document=True, prefix=5, context=16, **options).nll
+
+    wanted = measured(range(5), batch_size=1)
+    for order in ([4, 3, 2, 1, 0], [2, 0, 4, 1, 3]):
+        for batch_size in (1, 2, 7, 100):
+            assert measured(order, batch_size=batch_size) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_ranks_share_documents_and_agree(tmp_path):
+    (alone,) = run_ranks(1, _measure_shared, tmp_path)
+    for world in (2, 3):
+        shared = run_ranks(world, _measure_shared, tmp_path)
+        assert shared == [shared[0]] * world
+        assert shared[0] == pytest.approx(alone, rel=1e-9)
+
+
+def _measure_shared(rank, world):
+    model = tiny_gpt2()
+    stream = perplexity(model, TOKENS[:500], context=33, prefix=0, batch_size=2, share=True)
+    each = perplexity(
+        model, TOKENS[:110], context=16, documents=ENDS, per_document=True, prefix=5, batch_size=1, share=True
+    )
+    return [stream.nll, each.nll, *each.scores.nll]
+
+
+# ---- models
+
+SOME = [
+    "bloom",
+    "cohere",
+    "falcon",
+    "gemma2",
+    "gpt_neox",
+    "granite",
+    "mamba",
+    "minicpm3",
+    "mixtral",
+    "opt",
+    "prophetnet",
+]
+NOT_CAUSAL = {
+    "bert", "bert-generation", "big_bird", "camembert", "cpmant", "data2vec-text", "doge", "electra", "ernie",
+    "gemma4_assistant", "gemma4_unified_assistant", "megatron-bert", "musicgen", "musicgen_melody", "rembert",
+    "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet",
+    "xmod",
+}  # fmt: skip
+"""Types that read both ways as they are by default, or no text alone."""
+
+
+@pytest.mark.parametrize("name", [n if n in SOME else pytest.param(n, marks=pytest.mark.slow) for n in sorted(SMALL)])
+def test_every_type_scores_as_its_own_forward_does_or_is_refused(name):
+    """Head, soft caps and scales are applied as the class does it, though no batch's logits are ever held."""
+    with stand_ins():
+        model = build(name).eval()
+        tokens = torch.randint(0, VOCABULARY, (50,), generator=torch.Generator().manual_seed(1))
+        try:
+            measured = perplexity(
+                model, tokens, context=16, stride=7, batch_size=3, documents=[20, 23, 50], per_document=True, prefix=1
+            )
+        except UserError as error:
+            assert "looks ahead" in str(error) or "tokens alone" in str(error)
+            assert name.partition("+")[0] in NOT_CAUSAL
+            return
+        for (a, b), nll in zip(((0, 20), (20, 23), (23, 50)), measured.scores.nll, strict=True):
+            stream, wanted, done = torch.cat([torch.tensor([1]), tokens[a:b]]), 0.0, 0
+            for turn in range(0, b - a, 7):
+                end = min(turn + 16, b - a)
+                start = max(0, end - 16)
+                with torch.no_grad():
+                    logits = model(input_ids=stream[start:end][None], use_cache=False).logits[0].double()
+                wanted -= sum(float(F.log_softmax(logits, -1)[k - start, stream[k + 1]]) for k in range(done, end))
+                done = end
+                if end == b - a:
+                    break
+            assert nll == pytest.approx(wanted, rel=1e-6)
+
+
+def test_a_model_without_a_head_or_with_foresight_is_refused():
+    model = tiny_gpt2()
+    with pytest.raises(UserError, match=r"GPT2Model has no causal head.*AutoModelForCausalLM"):
+        perplexity(model.transformer, TOKENS[:50])
+    bert = BertLMHeadModel(
+        BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=97)
+    )
+    with pytest.raises(UserError, match=r"BertLMHeadModel looks ahead.*is_decoder"):
+        perplexity(bert, TOKENS[:50], context=16)
+    bert.config.is_decoder = True
+    bert = BertLMHeadModel(bert.config)
+    assert perplexity(bert, TOKENS[:50], context=16).tokens == 49
+
+
+def test_a_forward_that_a_library_replaced_is_put_back():
+    model = tiny_llama()
+    own = model.model.forward
+    perplexity(model, TOKENS[:50], context=16)
+    assert "forward" not in model.model.__dict__ and model.model.forward == own
+    model.model.forward = wrapped = lambda *args, **kwargs: own(*args, **kwargs)
+    perplexity(model, TOKENS[:50], context=16)
+    assert model.model.forward is wrapped
+
+
+def test_compiling_changes_speed_alone(monkeypatch):
+    model, compiled = tiny_gpt2(), []
+    monkeypatch.setattr(torch, "compile", lambda f, **_: compiled.append(f) or f)
+    wanted = perplexity(model, TOKENS[:50], context=16).nll
+    assert perplexity(model, TOKENS[:50], context=16, compiled=True).nll == wanted
+    perplexity(model, TOKENS[:60], context=16, compiled=True)
+    assert len(compiled) == 1
+
+
+def test_logits_are_never_held():
+    """At a vocabulary of 64 k, four windows of 512 have 537 MB of logits in fp32."""
+    model = tiny_gpt2(vocab_size=65536, n_positions=512, n_embd=16)
+    heaviest = max_memory(lambda: perplexity(model, torch.arange(1200) * 54, context=512, batch_size=4))
+    assert heaviest <= 2**26
+
+
+def max_memory(function):
+    """Return the bytes of the largest storage that any operation made."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(tensor, torch.Tensor) and not func.is_view:
+                    self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+            return out
+
+    with Largest() as mode:
+        function()
+    return mode.largest
+
+
+def test_the_document_with_logits_that_are_not_finite_is_named():
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[42].fill_(float("inf"))
+    tokens = torch.arange(90) % 41
+    tokens[50] = 42
+    with pytest.raises(UserError, match=r"document 3 of 4 \(tokens 40 to 69\)"):
+        perplexity(model, tokens, documents=[20, 40, 70, 90], per_document=True, prefix=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"documents": [5]}, "documents must rise from at least 1 to 20"),
+        ({"documents": [5, 5, 20]}, "Leave empty documents out"),
+        ({"documents": [5, 6, 20], "per_document": True}, r"document 2 of 3 \(tokens 5 to 5\) has 1 token"),
+        ({"context": -2}, "context -2 must be between 1 and"),
+        ({"stride": 0}, "stride 0 must lie between 1 and the context, 64"),
+        ({"prefix": 97}, "token 97 is outside the model's vocabulary"),
+    ],
+)
+def test_bad_documents_and_windows(options, message):
+    with pytest.raises(UserError, match=message):
+        perplexity(tiny_gpt2(), TOKENS[:20], **options)

@@ -18,6 +18,7 @@ import pytest
 from fire_llm.comparison import Comparison
 from fire_llm.errors import UserError
 from fire_llm.plots.base import palette
+from fire_llm.plots.diagnostics import measure_figure
 from fire_llm.plots.matrices import parse_name
 from fire_llm.report import (
     inspect_page,
@@ -658,7 +659,7 @@ def test_inspect_page(tmp_path: Path) -> None:
 def test_browser_draws_every_plot(kind: str, tmp_path: Path) -> None:
     file = tmp_path / "page.html"
     if kind == "report":
-        write_report([fake_results((1, 2, 3)), fake_results(arms=("fire",))], file)
+        write_report([fake_results((1, 2, 3)) | {"evaluation": evaluation()}, fake_results(arms=("fire",))], file)
     else:
         inspect_page(inspect_rows(), file, title="checkpoint")
     script = """<script>
@@ -683,3 +684,101 @@ def test_browser_draws_every_plot(kind: str, tmp_path: Path) -> None:
     assert drawn == len(Page(text).data) > 0, title
     # Without arms only what belongs to none stays: the lines before a reset, the phases, the spectra of inspect.
     assert (left < lines / 2) if kind == "report" else (left == lines), title
+
+
+def evaluation(seeds: tuple[int, ...] = (1, 2)) -> Json:
+    """Return an evaluation.json: step-0 weights, a first phase, an arm with a hostile name; bits by hand."""
+    how = {"context": 128, "stride": 64, "prefix": 0, "per_document": False, "perplexity": 20.0}
+    bits = {"init": (9.0, 8.0), "first": (2.0, 4.0), HOSTILE_ARM: (2.5, 3.0)}
+    rows = []
+    for seed in seeds:
+        for name, pair in bits.items():
+            arm, phase = (name, "second") if name == HOSTILE_ARM else (None, None if name == "init" else name)
+            own = {"phase": phase, "arm": arm, "seed": seed, "step": 0 if phase is None else 300}
+            own |= {"labels": ["final"] if phase else ["init"], "checkpoint": f"{name}/seed-{seed}"}
+            for corpus, value in zip((FIRST, NEW), pair, strict=True):
+                measured = {"bits_per_byte": value + seed / 100, "se": {"bits_per_byte": 0.01}}
+                rows.append({**own, "data": corpus, **how, **measured})
+    found = {"unit": "byte", "level": 0.95, "documents": 9, "after": "x", "before": "y"}
+    sure = {"mean": 0.25, "se": 0.01, "low": 0.23, "high": 0.27}
+    alone = {"mean": -0.5, "se": None, "low": None, "high": None}
+    lost = {"data": FIRST, "phase": "second", "arm": HOSTILE_ARM, "seed": 1, "trained_in": "first", "replayed": True}
+    helped = {"data": NEW, "phase": "second", "arm": None, "seed": 1, "trained_in": "second"}
+    return {
+        "schema_version": 1,
+        "rows": rows,
+        "forgetting": [{**lost, **found, **sure}],
+        "forward_transfer": [{**helped, **found, **alone}],
+    }
+
+
+HOSTILE_ARM = "<b>%{x}</b>"
+
+
+def test_the_matrix_of_a_run_joins_its_page(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(fake_results(arms=("fire",))))
+    plain = Page(write_report(load_results(tmp_path), tmp_path).read_text(encoding="utf-8"))
+    assert "Checkpoints and corpora" not in plain.text
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation()))
+    page = Page(write_report(load_results(tmp_path), tmp_path).read_text(encoding="utf-8"))
+    assert page.open == [] and page.loads == [] and len(page.data) == len(plain.data) + 1
+    heat = next(figure for figure in page.data if figure["data"][0]["type"] == "heatmap" and "z" in figure["data"][0]
+                and [v["label"] for v in figure["variants"]] == ["1", "2"])  # fmt: skip
+    # Rows: the step-0 weights, the first phase, the arm; each less the best of its column, 2.01 and 3.01.
+    assert heat["variants"][0]["data"][0]["z"] == [[7.0, 5.0], [0.0, 1.0], [0.5, 0.0]]
+    assert heat["variants"][1]["data"][0]["text"][1] == ["2.0200", "4.0200"]
+    assert heat["layout"]["coloraxis"]["cmax"] == 1.0  # of the trained ones
+    assert heat["layout"]["xaxis"]["ticktext"] == [FIRST, NEW]
+    assert heat["layout"]["yaxis"]["ticktext"][:2] == ["init", "first"]
+    assert heat["layout"]["yaxis"]["ticktext"][2] == "second / &lt;b&gt;&#37;{x}&lt;/b&gt;"
+    assert "2.51000 ± 0.01000 bits per byte, 0.50000 above" in heat["variants"][0]["data"][0]["customdata"][2][0]
+    text = page.text
+    lost = f"{FIRST}|second / {HOSTILE_ARM} (replayed)|1|first|+0.2500 ± 0.0100|+0.2300 to +0.2700"
+    for cells in (lost, f"{NEW}|before second|1|second|-0.5000|–"):
+        assert re.search(r"\s*".join(map(re.escape, cells.split("|"))), text)
+    assert "positive is lost" in text and "negative helps" in text
+    assert "context 128, stride 64, windows run across documents, after token 0." in text
+
+
+def test_a_matrix_without_bytes_or_seeds_is_drawn_as_far_as_it_goes() -> None:
+    from fire_llm.plots.matrix import corpora_figure, row_name
+
+    rows = evaluation((1,))["rows"]
+    assert corpora_figure([{**row, "bits_per_byte": None} for row in rows]) is None
+    start = {"phase": None, "arm": None, "labels": ["start"], "checkpoint": "user/model", "seed": None}
+    drawn = corpora_figure([{**rows[0], **start}, *rows[2:4]])
+    assert drawn and [v["label"] for v in drawn["variants"]] == ["1"]
+    assert drawn["layout"]["yaxis"]["ticktext"] == ["user/model", "first"]
+    assert drawn["variants"][0]["data"][0]["z"] == [[7.0, None], [0.0, 0.0]]
+    kept = {"phase": "first", "arm": None, "labels": ["30", "best"], "step": 30}
+    assert row_name(kept) == "first, step 30 (best)"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"schema_version": 2}', "{}"])
+def test_a_damaged_evaluation_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(fake_results(arms=("fire",))))
+    (tmp_path / "evaluation.json").write_text(content)
+    with pytest.raises(UserError, match=r"evaluation\.json: not what 'fire-llm eval' writes"):
+        load_results(tmp_path)
+
+
+def test_diagnostics_are_drawn_where_a_run_has_any(tmp_path: Path) -> None:
+    """An arm without a measure has no line, a measure that no arm has no figure, a run without any no heading."""
+    results = fake_results(arms=("base", "full-reset", "fire"))
+    assert "Features and units" not in write_report(results, tmp_path).read_text()
+    for number, arm in enumerate(("base", "fire")):
+        entry = results["arms"][arm]
+        entry["runs"][0]["diagnosed_on"] = NEW
+        for e in entry["curve"][::10]:
+            e["diagnostics"] = {"srank": 100 - 9 * number + e["step"] // 50, "hessian_eigenvalue": -3.0 - e["step"]}
+        entry["curve"][10]["diagnostics"]["srank"] = None
+    figure = measure_figure(results["arms"], "srank", palette(["base", "full-reset", "fire"]))
+    assert figure is not None
+    assert [(t["legendgroup"], t["x"][:3], t["y"][:3]) for t in figure["data"]] == [
+        ("base", [0, 100, 150], [100, 102, 103]),
+        ("fire", [0, 100, 150], [91, 93, 94]),
+    ]
+    assert measure_figure(results["arms"], "gradient_norm", palette(["base", "full-reset", "fire"])) is None
+    page = write_report(results, tmp_path).read_text()
+    assert "Features and units" in page and f"Measured on held-out text of {NEW}." in page
+    assert "norm of the gradient" not in page and "Hessian eigenvalue of the largest magnitude" in page

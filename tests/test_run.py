@@ -479,3 +479,53 @@ def test_lengths_and_batches_are_arithmetic(texts):
     # OpenWebText and WikiText-103 once at 491,520 tokens a step: the paper's 18.6 k steps.
     assert phase_steps(phase, 491_520, 9_036_000_000 + 117_920_140) == 18_623
     assert phase_steps(phase.model_copy(update={"epochs": None, "tokens": 491_521}), 491_520, 0) == 2
+
+
+def test_diagnostics_come_with_the_curves_and_survive_a_resumption(texts, tmp_path, monkeypatch):
+    """Corpus a is the first phase's, b the heavier of the second's; SFE counts from before the reset."""
+    from fire_llm.report import write_report
+    from fire_llm.trainer.training import ContinualTrainer
+
+    data = recipe_data(texts)
+    data["evaluate"] |= {"diagnostics_every_steps": 5, "every_steps": 8}
+    data["seed"] = [1, 2]
+    data["phases"][1]["arms"] = {"base": "keep", "full-reset": "full_reset"}
+    saved = ContinualTrainer._save_checkpoint
+
+    def once(trainer, *arguments):
+        saved(trainer, *arguments)
+        if trainer.state.global_step == 4:
+            monkeypatch.setattr(ContinualTrainer, "_save_checkpoint", saved)
+            raise KeyboardInterrupt
+
+    whole = run_recipe(load_recipe(data), tmp_path / "whole", progress=False)
+    monkeypatch.setattr(ContinualTrainer, "_save_checkpoint", once)
+    data["seed"] = 2
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(load_recipe(data), tmp_path / "cut", progress=False)
+    cut = run_recipe(load_recipe(data), tmp_path / "cut", progress=False)
+    assert [p["diagnosed_on"] for p in whole["phases"]] == ["a", "a"]
+    for name, arm in whole["arms"].items():
+        assert [run["diagnosed_on"] for run in arm["runs"]] == ["b", "b"]
+        assert arm["runs"][1]["curve"] == cut["arms"][name]["runs"][0]["curve"]
+        for curve in (arm["curve"], *(run["curve"] for run in arm["runs"])):
+            measured = {e["step"]: e["diagnostics"] for e in curve if "diagnostics" in e}
+            assert list(measured) == [0, 5, 8]
+            assert (measured[0]["sfe"] == 0) == (name == "base") and measured[8]["sfe"] > 0
+            assert 0 < measured[0]["srank_share"] <= 1 and {"hessian_eigenvalue", "gradient_norm"} <= set(measured[0])
+        pairs = zip(*(run["curve"] for run in arm["runs"]), strict=True)
+        for mean, (one, two) in zip(arm["curve"], pairs, strict=True):
+            if "diagnostics" in mean:
+                both = one["diagnostics"]["srank"], two["diagnostics"]["srank"]
+                assert mean["diagnostics"]["srank"] == sum(both) / 2
+    page = write_report(json.loads((tmp_path / "whole" / "results.json").read_text()), tmp_path).read_text()
+    assert "srank of the last hidden states" in page and "held-out text of b. Means over the seeds." in page
+    data["evaluate"]["diagnostics_every_steps"] = 2
+    with pytest.raises(UserError, match=r"evaluate\.diagnostics_every_steps: 5 then, 2 now"):
+        run_recipe(load_recipe(data), tmp_path / "whole", progress=False)
+
+
+def test_diagnostics_are_off_by_default(finished):
+    _, results = finished
+    assert results["phases"][0]["diagnosed_on"] is None
+    assert not any("diagnostics" in e for arm in results["arms"].values() for e in arm["curve"])

@@ -1,65 +1,24 @@
-"""Exact perplexity: every token scored once, sums in fp64, one division at the end.
+"""Exact perplexity: every token scored once, sums in fp64 a document, one division at the end.
 
-Shapes: B = windows a batch, T = tokens a window, V = vocabulary.
+Shapes: N = tokens of the text, D = documents, W = windows, T = positions a window.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from fire_llm.distributed import active, fsdp_modules
 from fire_llm.errors import UserError
-
-IGNORE = -100
-"""Label of a position that is read but not scored."""
-
-
-def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the negative log-likelihood of each label, in nats.
-
-    Args:
-        logits: (B, T, V), any float dtype; the softmax is taken in fp32 (fp64 for fp64).
-        labels: (B, T) tokens that follow each position (already shifted); `IGNORE` where none is scored.
-
-    Returns:
-        (B, T), zero where ignored.
-    """
-    if logits.dtype not in (torch.float32, torch.float64):
-        logits = logits.float()
-    flat = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none")
-    return flat.view_as(labels)
-
-
-def total_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return Σ of the labels' negative log-likelihoods in nats, summed in fp64 within the softmax and over tokens.
-
-    Args:
-        logits: (B, T, V), any float dtype; the exponentials are taken in fp32 (fp64 for fp64).
-        labels: (B, T), already shifted; `IGNORE` where none is scored.
-
-    Returns:
-        () fp64.
-    """
-    rows, targets = logits.flatten(0, 1), labels.flatten()
-    total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    # 2²² logits at a time stay in a cache; whole batches measured three times slower at V = 50k.
-    for some in (targets != IGNORE).nonzero().squeeze(-1).split(max(1, 2**22 // rows.shape[-1])):
-        x = rows[some]
-        x = x if x.dtype == torch.float64 else x.float()
-        top = x.amax(-1, keepdim=True)
-        log_sum = (x - top).exp_().sum(-1, dtype=torch.float64).log()
-        total += (log_sum + (top - x.gather(-1, targets[some, None])).squeeze(-1)).sum()
-    return total
+from fire_llm.evaluation.scores import Scores
+from fire_llm.evaluation.scoring import IGNORE, PROBE, Scorer
+from fire_llm.evaluation.windows import batches, windows
 
 
 @dataclass(frozen=True)
@@ -69,29 +28,32 @@ class Perplexity:
     nll: float
     """Mean negative log-likelihood, nats a token."""
     perplexity: float
-    """exp(nll)."""
+    """exp(nll), a token."""
     bits_per_byte: float | None
     """Total NLL in bits over the UTF-8 bytes of the text; None where the bytes are not known."""
+    byte_perplexity: float | None
+    """exp of the total NLL over the bytes."""
+    word_perplexity: float | None
+    """exp of the total NLL over the words: pieces between runs of white space; None where they are not known."""
     tokens: int
-    """Tokens scored, document separators included."""
+    """Tokens scored; in a stream, the separators of documents among them."""
     bytes: int | None
+    words: int | None
+    documents: int
     context: int
+    """Most tokens read before a scored one."""
     stride: int
+    """Tokens between the starts of windows; the context where windows are disjoint."""
+    prefix: int | None
+    """Token read before the text, or before each document; without one the first is not scored."""
+    per_document: bool
+    """Whether each document was read by itself."""
+    scores: Scores = field(repr=False, compare=False)
+    """What each document got."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data."""
-        return asdict(self)
-
-
-def windows(n: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (start, end, first scored) of the windows that cover n positions, each scored in exactly one."""
-    scored = 0
-    for start in range(0, n, stride):
-        end = min(start + context, n)
-        yield start, end, scored
-        scored = end
-        if end == n:
-            return
+        """Return plain data, without the documents' scores."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "scores"}
 
 
 def perplexity(
@@ -102,170 +64,236 @@ def perplexity(
     stride: int | None = None,
     batch_size: int = 8,
     prefix: int | None = None,
-    n_bytes: int | None = None,
+    n_bytes: Any = None,
+    n_words: Any = None,
+    documents: Any = None,
+    per_document: bool = False,
+    compiled: bool = False,
     progress: str | None = None,
     share: bool = False,
 ) -> Perplexity:
-    """Measure a model's perplexity on one stream of tokens.
+    """Measure a model's perplexity on a text.
 
     Args:
         model: A causal LM; its mode (train or eval) is restored, gradients are off.
         tokens: (N,) token ids: a tensor, an array, a memory map or a list.
-        context: Tokens a window; the model's longest by default, at most 1024.
-        stride: Tokens between the starts of windows; `context` (disjoint windows) by default. Smaller gives later
+        context: Positions a window; the model's longest by default, at most 1024.
+        stride: Positions between the starts of windows; `context` (disjoint windows) by default. Smaller gives later
             tokens of a window more to go by and costs context/stride times as much.
-        batch_size: Windows a forward pass; it changes speed, not the result.
+        batch_size: Windows of full length a forward pass, as many tokens of shorter ones; it changes speed, not the
+            result.
         prefix: A token read before the first, so that all N are scored; without it the first is not.
-        n_bytes: UTF-8 bytes of the text behind the tokens, for bits per byte.
+        n_bytes: UTF-8 bytes of the text behind the tokens, for bits a byte: of the whole, or (D,) of each document.
+        n_words: Words of it, likewise.
+        documents: (D,) where each document ends in `tokens`, the last at N; one document by default.
+        per_document: Read each document by itself, after `prefix`; its last window reaches back to be full, as
+            lm-eval's rolling windows do. Otherwise windows run across documents.
+        compiled: Compile the model with torch.compile, which pays on long texts.
         progress: Title of a progress bar; None for none.
         share: Under torch.distributed, let each rank score a part of the windows; every rank must then call this, and
             all get the same numbers. A model in shards needs every rank to call this either way.
 
     Raises:
-        UserError: For fewer than two tokens, an id outside the vocabulary, a bad context or stride, or logits that
-            are not finite.
+        UserError: For fewer than two tokens, an id outside the vocabulary, a bad context or stride, ends of documents
+            that are none, a model that is no causal LM, or logits that are not finite.
     """
-    stream = np.asarray(tokens).reshape(-1)
-    if prefix is not None:
-        stream = np.concatenate([np.asarray([prefix], dtype=stream.dtype), stream])
-    if len(stream) < 2:
-        raise UserError(f"perplexity needs a token to predict and one before it; the text has {len(stream)} token(s)")
-    text = model.config.get_text_config()
-    top = int(stream.max())
-    if top >= text.vocab_size:
+    text = np.asarray(tokens).reshape(-1)
+    ends = _ends(documents, len(text), _one_prefix(prefix))
+    context, stride = _window(model, context, stride)
+    _check_ids(model, text, prefix)
+    begins = np.concatenate([[0], ends[:-1]])
+    if per_document:
+        lengths = ends - begins
+    else:
+        lengths, begins = np.asarray([len(text)]), np.asarray([0])
+    unscored = 0 if prefix is not None else 1
+    short = np.flatnonzero(lengths <= unscored)
+    if len(short):
         raise UserError(
-            f"token {top} is outside the model's vocabulary of {text.vocab_size}: another tokenizer's tokens?"
+            f"{_which(short[0], ends)} has {lengths[short[0]]} token(s): perplexity needs one to predict and one "
+            "before it. Leave it out, or give a prefix token"
         )
-    longest = getattr(text, "max_position_embeddings", None)
-    context = context or min(longest or 1024, 1024)
-    if longest and context > longest:
-        raise UserError(f"context {context} is longer than the model's {longest} positions")
-    stride = stride or context
-    if not 1 <= stride <= context:
-        raise UserError(f"stride {stride} must lie between 1 and the context, {context}")
+    plan = windows(lengths - unscored, context, stride, reach_back=per_document)
+    counted = np.diff(ends, prepend=0)
+    counted -= unscored if per_document else np.eye(1, len(ends), dtype=np.int64)[0] * unscored
+    nll = _score(model, text, begins, plan, ends, prefix, batch_size * context, compiled, progress, share)
+    n_bytes, n_words = (None if n is None else np.atleast_1d(np.asarray(n, dtype=np.int64)) for n in (n_bytes, n_words))
+    per_each = [n if n is not None and len(n) == len(ends) else None for n in (n_bytes, n_words)]
+    return summarize(
+        Scores(nll, counted, *per_each),
+        n_bytes=None if n_bytes is None else int(n_bytes.sum()),
+        n_words=None if n_words is None else int(n_words.sum()),
+        context=context,
+        stride=stride,
+        prefix=prefix,
+        per_document=per_document,
+    )
 
-    n = len(stream) - 1
+
+def summarize(scores: Scores, *, n_bytes: int | None = None, n_words: int | None = None, **how: Any) -> Perplexity:
+    """Turn the sums of documents into perplexities.
+
+    Args:
+        scores: Of every document; their order does not matter, as the sum is exact.
+        n_bytes, n_words: Of the whole text; the sums of `scores` by default.
+        how: `context`, `stride`, `prefix`, `per_document`.
+    """
+    total, n = math.fsum(scores.nll), int(scores.tokens.sum())
+    if n_bytes is None and scores.bytes is not None:
+        n_bytes = int(scores.bytes.sum())
+    if n_words is None and scores.words is not None:
+        n_words = int(scores.words.sum())
+    return Perplexity(
+        nll=total / n,
+        perplexity=_exp(total / n),
+        bits_per_byte=total / math.log(2) / n_bytes if n_bytes else None,
+        byte_perplexity=_exp(total / n_bytes) if n_bytes else None,
+        word_perplexity=_exp(total / n_words) if n_words else None,
+        tokens=n,
+        bytes=n_bytes,
+        words=n_words,
+        documents=scores.documents,
+        scores=scores,
+        **how,
+    )
+
+
+def _exp(nll: float) -> float:
+    return math.exp(min(nll, 700.0))
+
+
+def _score(
+    model: Any,
+    text: np.ndarray,
+    begins: np.ndarray,
+    plan: np.ndarray,
+    ends: np.ndarray,
+    prefix: int | None,
+    tokens_a_batch: int,
+    compiled: bool,
+    progress: str | None,
+    share: bool,
+) -> np.ndarray:
+    """Return (D,) fp64: the sum of the negative log-likelihoods of each document's tokens, in nats."""
     device = next(model.parameters()).device
     rank, world = (dist.get_rank(), dist.get_world_size()) if share and active() else (0, 1)
-    batches = [*_batches(windows(n, context, stride), batch_size)]
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    # In order of cost: ranks that take turns have about the same to do, in every turn and in all.
+    work = [*batches(plan, tokens_a_batch)]
+    # What FSDP2 gathers in a forward pass is used again in training, which inference tensors may not be.
+    sharded = bool(fsdp_modules(model))
+    totals = torch.zeros(len(ends), dtype=torch.float64, device=device)
+    limits = torch.from_numpy(ends).to(device)
     was_training = model.training
     model.eval()
-    bar = _bar(n, progress)
+    bar = _bar(int((plan[:, 2] - plan[:, 3]).sum()), progress)
     try:
-        # What FSDP2 gathers in a forward pass is used again in training, which inference tensors may not be.
-        with torch.no_grad() if fsdp_modules(model) else torch.inference_mode():
-            for turn in range(0, len(batches), world):
+        with torch.no_grad() if sharded else torch.inference_mode():
+            sample = torch.from_numpy(np.asarray(text[:PROBE], dtype=np.int64)).to(device)
+            scorer = Scorer(model, sample, compiled=compiled)
+            for turn in range(0, len(work), world):
                 # A rank without a batch of its own repeats the last: shards are gathered by all ranks or by none.
-                batch = batches[min(turn + rank, len(batches) - 1)]
-                ids = torch.stack([torch.from_numpy(stream[a : b + 1].astype(np.int64)) for a, b, _ in batch])
-                labels = ids[:, 1:].clone()
-                for row, (a, _, first) in zip(labels, batch, strict=True):
-                    row[: first - a] = IGNORE
-                logits = model(input_ids=ids[:, :-1].to(device), use_cache=False).logits
-                if turn + rank < len(batches):
-                    total += total_nll(logits, labels.to(device))
-                bar.update(sum(b - first for each in batches[turn : turn + world] for _, b, first in each))
+                batch = work[min(turn + rank, len(work) - 1)]
+                if turn + rank < len(work) or sharded:
+                    ids, labels, at = _tensors(text, begins, batch, prefix, device)
+                    nll = scorer(ids, labels)
+                    if turn + rank < len(work):
+                        owner = torch.bucketize(at, limits, right=True)
+                        totals.index_add_(0, owner, nll)
+                        if world == 1 and not torch.isfinite(nll).all():
+                            break  # there is nothing more to learn
+                bar.update(sum(int((each[:, 2] - each[:, 3]).sum()) for each in work[turn : turn + world]))
     finally:
         model.train(was_training)
         bar.close()
     if world > 1:
-        dist.all_reduce(total)
-    nll = float(total) / n
-    if not math.isfinite(nll):
-        raise UserError("the model's logits are not finite on this text: its weights hold NaN or infinity, or overflow")
-    bits = float(total) / math.log(2) / n_bytes if n_bytes else None
-    return Perplexity(nll, math.exp(min(nll, 700.0)), bits, n, n_bytes, context, stride)
+        dist.all_reduce(totals)
+    sums = totals.cpu().numpy()
+    wrong = np.flatnonzero(~np.isfinite(sums))
+    if len(wrong):
+        raise UserError(
+            f"the model's logits are not finite on {_which(wrong[0], ends)}: its weights hold NaN or infinity, or "
+            "overflow in this precision. Try fp32; if that does not help, the checkpoint is damaged"
+        )
+    return sums
 
 
-def _batches(spans: Iterator[tuple[int, int, int]], size: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Group windows of equal length; the ragged last one goes alone, so that nothing is ever padded."""
-    batch: list[tuple[int, int, int]] = []
-    for span in spans:
-        if batch and (len(batch) == size or span[1] - span[0] != batch[0][1] - batch[0][0]):
-            yield batch
-            batch = []
-        batch.append(span)
-    if batch:
-        yield batch
+def _tensors(
+    text: np.ndarray, begins: np.ndarray, batch: np.ndarray, prefix: int | None, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a batch's ids (B, T), its labels (B, T), and where in the text the scored tokens are (S,).
+
+    Shorter windows are filled at their end with token 0, which no position before it sees.
+    """
+    before = 0 if prefix is None else 1
+    longest = int((batch[:, 2] - batch[:, 1]).max())
+    block = np.zeros((len(batch), longest + 1), dtype=np.int64)
+    labels = np.full((len(batch), longest), IGNORE, dtype=np.int64)
+    at = []
+    for row, line, (document, start, end, first) in zip(block, labels, batch, strict=True):
+        # Position k of a document reads text[origin + k] and predicts the one after; the prefix is position 0.
+        origin = begins[document] - before
+        lead = before if start == 0 else 0
+        row[lead : end - start + 1] = text[origin + start + lead : origin + end + 1]
+        if prefix is not None and start == 0:
+            row[0] = prefix
+        line[first - start : end - start] = row[first - start + 1 : end - start + 1]
+        at.append(np.arange(origin + first + 1, origin + end + 1))
+    ids, targets, places = (torch.from_numpy(x).to(device) for x in (block[:, :-1], labels, np.concatenate(at)))
+    return ids, targets, places
+
+
+def _ends(documents: Any, n: int, prefix: int) -> np.ndarray:
+    """Check and return (D,) the ends of documents in a text of n tokens."""
+    if n + prefix < 2:
+        raise UserError(f"perplexity needs a token to predict and one before it; the text has {n} token(s)")
+    if documents is None:
+        return np.asarray([n], dtype=np.int64)
+    ends = np.ascontiguousarray(documents, dtype=np.int64).reshape(-1)
+    if not len(ends) or ends[-1] != n or ends[0] < 1 or (np.diff(ends) < 1).any():
+        raise UserError(
+            f"documents must rise from at least 1 to {n}, the number of tokens: the place where each document ends. "
+            "Leave empty documents out"
+        )
+    return ends
+
+
+def _one_prefix(prefix: int | None) -> int:
+    return 0 if prefix is None else 1
+
+
+def _window(model: Any, context: int | None, stride: int | None) -> tuple[int, int]:
+    """Check and return the context and the stride."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = longest if longest and longest > 0 else None  # XLNet says -1: any number
+    context = context or min(longest or 1024, 1024)
+    if context < 1 or (longest and context > longest):
+        allowed = f"between 1 and the model's {longest} positions" if longest else "at least 1"
+        raise UserError(f"context {context} must be {allowed}")
+    stride = context if stride is None else stride
+    if not 1 <= stride <= context:
+        raise UserError(f"stride {stride} must lie between 1 and the context, {context}")
+    return context, stride
+
+
+def _check_ids(model: Any, text: np.ndarray, prefix: int | None) -> None:
+    size = model.config.get_text_config().vocab_size
+    top, least = (max(int(text.max()), prefix or 0), int(text.min())) if len(text) else (prefix or 0, 0)
+    if top >= size or least < 0:
+        raise UserError(
+            f"token {top if top >= size else least} is outside the model's vocabulary of {size}: "
+            "another tokenizer's tokens? Use the one that was saved with the model"
+        )
+
+
+def _which(document: int, ends: np.ndarray) -> str:
+    """Name a document by its place, counted from 1, and by its tokens'."""
+    if len(ends) == 1:
+        return "the text"
+    begin = ends[document - 1] if document else 0
+    return f"document {document + 1} of {len(ends)} (tokens {begin} to {ends[document] - 1})"
 
 
 def _bar(total: int, title: str | None) -> Any:
     from tqdm.auto import tqdm
 
     return tqdm(total=total, desc=title, unit="tok", unit_scale=True, leave=False, disable=title is None, delay=2)
-
-
-def score_checkpoints(
-    names: list[str],
-    data: list[str],
-    *,
-    split: str = "validation",
-    context: int | None = None,
-    stride: int | None = None,
-    batch_size: int = 8,
-    progress: bool = True,
-) -> list[dict[str, Any]]:
-    """Measure checkpoints on corpora: one row each pair.
-
-    Args:
-        names: Checkpoint folders or Hub ids; each is read with its own tokenizer.
-        data: Names of corpora, whose `split` is read, or local files, which are read whole.
-        split: `train` or `validation`.
-        context, stride, batch_size: As in `perplexity`.
-        progress: Show progress bars.
-
-    Raises:
-        UserError: For an unknown corpus, an unreadable checkpoint or file, or tokens that do not fit the model.
-    """
-    from glob import has_magic
-
-    from fire_llm.corpora import CORPORA, CorpusSpec, resolve
-    from fire_llm.data import tokenize_corpus
-    from fire_llm.models import load_model, load_tokenizer
-
-    corpora = []
-    for name in data:
-        # A file named by hand is measured whole; it is no training corpus with a part held out.
-        local = name not in CORPORA and (Path(name).exists() or has_magic(name) or Path(name).suffix != "")
-        corpora.append(
-            (resolve(name, CorpusSpec(files=name, holdout=0.0)), "train") if local else (resolve(name), split)
-        )
-    rows = []
-    for checkpoint in names:
-        tokenizer = load_tokenizer(checkpoint)
-        model = load_model(checkpoint)
-        for corpus, part in corpora:
-            tokens = tokenize_corpus(corpus, tokenizer, part, progress=progress)
-            measured = perplexity(
-                model,
-                tokens.tokens,
-                context=context,
-                stride=stride,
-                batch_size=batch_size,
-                prefix=tokenizer.eos_token_id,
-                n_bytes=tokens.n_bytes,
-                progress=f"{checkpoint} on {corpus.name}" if progress else None,
-            )
-            rows.append({"checkpoint": checkpoint, "data": corpus.name, "split": part, **measured.to_dict()})
-    return rows
-
-
-def print_scores(rows: list[dict[str, Any]]) -> None:
-    """Print the rows of `score_checkpoints` as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for column in ("checkpoint", "data"):
-        table.add_column(column, overflow="fold")
-    for column in ("nll (nats/token)", "perplexity", "bits/byte", "tokens"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        bits = "" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"
-        table.add_row(
-            row["checkpoint"], row["data"], f"{row['nll']:.6f}", f"{row['perplexity']:.4f}", bits, f"{row['tokens']:,}"
-        )
-    Console().print(table)
-    first = rows[0]
-    print(f"context {first['context']}, stride {first['stride']}; each token scored once, after an end-of-text token")

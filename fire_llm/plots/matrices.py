@@ -268,10 +268,11 @@ def layer_spectra_figure(rows: Sequence[Json]) -> Json | None:
     ]
     variants: list[Json] = []
     for part, found in parts.items():
-        patches: list[Json] = []
-        for row in found:
+        patches: list[Json] = [{"x": [], "y": [], "text": ""}] * most
+        for place, row in enumerate(found):
             sigma = short(row["sigma"])
-            patches.append({"x": ranks(len(sigma)), "y": sigma, "text": escaped(row["name"], 60)})
-        patches += [{"x": [], "y": [], "text": ""}] * (most - len(found))
+            # Spread over all shades: of q there is one a layer where of experts there are many.
+            shade = place * (most - 1) // max(len(found) - 1, 1)
+            patches[shade] = {"x": ranks(len(sigma)), "y": sigma, "text": escaped(row["name"], 60)}
         variants.append({"label": part, "group": "", "data": patches})
     return figure(traces, variants, height=420, **_spectrum_axes(p["y"] for v in variants for p in v["data"]))

@@ -87,6 +87,9 @@ class EvaluateSection(_Section):
     every_steps: int | None = Field(None, ge=1, description="Optimizer steps between evaluations; a tenth by default")
     max_tokens: int | None = Field(None, ge=2, description="Measure on at most this many held-out tokens a corpus")
     sequences_per_device: int = Field(8, ge=1, description="Windows a forward pass")
+    diagnostics_every_steps: int | None = Field(
+        None, ge=1, description="Optimizer steps between measurements of plasticity; none by default"
+    )
 
 
 class Recipe(_Section):
@@ -118,6 +121,11 @@ class Recipe(_Section):
     def evaluated(self) -> list[str]:
         """Return the corpora that perplexity is measured on."""
         return self.evaluate.data or self.corpus_names()
+
+    def diagnosed(self, phase: PhaseSection) -> str:
+        """Return the corpus that a phase's plasticity is measured on: its heaviest evaluated one, else the first."""
+        own = [name for name in self.evaluated() if name in phase.data]
+        return max(own, key=phase.data.__getitem__) if own else self.evaluated()[0]
 
     def arms(self, phase: PhaseSection) -> dict[str, list[ResetSpec]]:
         """Return a phase's arms with their resets read."""

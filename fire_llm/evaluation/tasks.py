@@ -1,0 +1,153 @@
+"""Hand a checkpoint over to lm_eval for downstream tasks, and bring its answers back as plain data."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fire_llm.errors import UserError, did_you_mean
+from fire_llm.models import find_device, load_model, load_tokenizer
+
+KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better", "git_hash")
+"""What is kept of lm_eval's answer, under its own names; its `git_hash` is that of the working directory."""
+
+
+def run_tasks(
+    checkpoint: str | Path | tuple[Any, Any],
+    tasks: Sequence[str | Path],
+    *,
+    limit: int | float | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 8,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Return what `lm_eval.simple_evaluate` says of a checkpoint on some tasks.
+
+    Args:
+        checkpoint: A checkpoint folder or Hub id; or a loaded model and its tokenizer, which are used as they are: no
+            second model is made, the device is the model's, and its mode (train or eval) is restored.
+        tasks: Names of lm_eval's tasks, groups or tags; or paths, which hold a `/` or end in `.yaml`: of a task of
+            one's own, or of a folder of such and of groups of them, all of which are run.
+        limit: Documents of each task that are read, or below 1 the share of them; all by default. For trying out.
+        num_fewshot: Examples before each question; the task's own number by default.
+        batch_size: Sequences a forward pass.
+        device: Where a checkpoint is loaded to.
+
+    Returns:
+        JSON data: `KEPT`, and `settings` (lm_eval's version, the arguments, `context` the most tokens read at once,
+        `prefix` the token read before a text). What is not finite is null.
+
+    Raises:
+        UserError: lm_eval is not installed, a task is unknown or cannot be loaded (its data not within reach, a
+            package that it needs missing), an argument is out of range, or the checkpoint cannot be read.
+    """
+    if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit == int(limit))):
+        raise UserError(f"limit {limit} is neither a number of documents, 1 or more, nor a share of them, below 1")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise UserError(f"num_fewshot {num_fewshot} is below 0, a task without examples")
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise UserError(f"tasks are run by lm_eval: pip install 'fire-llm[tasks]' ({error})") from error
+    manager, names = _find(tasks)
+    if isinstance(checkpoint, tuple):
+        model, tokenizer = checkpoint
+    else:
+        place = find_device(device)
+        tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint).to(place)
+    chosen = _load(manager, names)
+    log = logging.getLogger("lm_eval.models.huggingface")
+    level, was_training = log.level, model.training
+    log.setLevel(logging.ERROR)  # it warns of a model that comes loaded, which is meant
+    try:
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        answer = lm_eval.simple_evaluate(
+            lm, tasks=chosen, task_manager=manager, limit=limit, num_fewshot=num_fewshot, log_samples=False
+        )
+    except ValueError as error:  # tasks that want images, or run code that a model wrote
+        raise UserError(f"tasks: lm_eval refuses: {error}") from error
+    finally:
+        log.setLevel(level)
+        model.train(was_training)
+    settings = {
+        "lm_eval": lm_eval.__version__,
+        "tasks": [str(task) for task in tasks],
+        "limit": limit,
+        "num_fewshot": num_fewshot,
+        "batch_size": batch_size,
+        "context": lm.max_length,
+        "prefix": lm.prefix_token_id,
+    }
+    return {"settings": settings, **{key: _plain(answer[key]) for key in KEPT if key in answer}}
+
+
+def _find(tasks: Sequence[str | Path]) -> tuple[Any, list[str]]:
+    """Return lm_eval's index of tasks, and what to ask it for.
+
+    Raises:
+        UserError: There is no such task, file or folder.
+    """
+    from lm_eval.tasks import TaskManager
+
+    if not tasks:
+        raise UserError("no task is named; `lm_eval ls tasks` lists those there are")
+    paths = {task: Path(task) for task in tasks if "/" in str(task) or str(task).endswith(".yaml")}
+    missing = [str(path) for path in paths.values() if not path.exists()]
+    if missing:
+        raise UserError(f"tasks: there is no file or folder '{missing[0]}'")
+    folders = [path for path in paths.values() if path.is_dir()]
+    # Its own 15,000 tasks take lm_eval ten seconds to list.
+    manager = TaskManager(include_path=folders, include_defaults=len(paths) < len(tasks))
+    names: list[str] = []
+    for task in tasks:
+        if task not in paths:
+            if task not in manager.task_index:
+                near = did_you_mean(str(task), manager.all_tasks)
+                raise UserError(
+                    f"tasks: lm_eval has no '{task}'.{near} `lm_eval ls tasks` lists them; a path to one's own holds a "
+                    "'/' or ends in '.yaml'"
+                )
+            names.append(str(task))
+        elif paths[task] in folders:
+            own = TaskManager(include_path=paths[task], include_defaults=False)
+            if not own.all_subtasks:
+                raise UserError(f"tasks: no YAML file in '{task}' defines a task")
+            names += own.all_groups + own.all_subtasks
+        else:
+            names.append(str(task))
+    return manager, names
+
+
+def _load(manager: Any, names: list[str]) -> list[Any]:
+    """Return the outermost groups and tasks behind the names, their data read.
+
+    Raises:
+        UserError: One cannot be loaded.
+    """
+    found: dict[str, Any] = {}
+    inner: set[str] = set()
+    for name in names:
+        try:
+            loaded = manager.load([name])
+        except Exception as error:  # whatever a YAML file, its functions and the readers of its data raise
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"tasks: lm_eval cannot load '{name}': {type(error).__name__}, {first}") from error
+        found |= {**loaded["tasks"], **loaded["groups"]}
+        inner |= {child for children in loaded["group_map"].values() for child in children}
+    return [item for key, item in found.items() if key not in inner]
+
+
+def _plain(value: Any) -> Any:
+    """Return JSON data: numbers that are not finite as None, what JSON does not know as text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | None) else str(value)

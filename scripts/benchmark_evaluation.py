@@ -1,0 +1,255 @@
+"""Time perplexity beside `Trainer.evaluate` and lm_eval, and measure the memory that each takes above the model's own.
+
+    python scripts/benchmark_evaluation.py [--model gpt-small] [--context 256] [--vocab 50304] [--device cuda]
+    python scripts/benchmark_evaluation.py --only memory [--memory-of ours plain lm_eval]
+
+Speed: one model, one text, one process, in turns. `ours, stream` and Trainer.evaluate get the same tokens in blocks of
+the context; `ours, documents` and lm_eval's loglikelihood_rolling get the same texts, and both tokenise them. Seconds
+are medians; the ratio of a pair is the median of the rounds' ratios. The negative log-likelihoods are compared as well.
+
+Memory: a narrow Llama of vocabulary 131,072 reads windows of 4096 tokens, each contestant in a process of its own,
+after a short text that loads the libraries. On a CPU it is the peak of resident memory less what was resident before;
+on a GPU, that of torch's allocator. `plain` is the model's own loss on one window, as Trainer takes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import io
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fire_llm import perplexity
+from fire_llm.corpora import resolve
+from fire_llm.data import train_tokenizer
+from fire_llm.data.encode import Encoder
+from fire_llm.models import PRESETS, config_for, describe, fresh_model, load_model, load_tokenizer
+
+TOKENIZER_ENTRIES = 4096
+"""Of the tokenizer trained for a preset; its model's vocabulary may be larger, as its cost is what is measured."""
+PAIRS = (("ours, stream", "Trainer.evaluate", 1.0), ("ours, documents", "lm_eval", 2.0))
+MEMORY_TARGET_MB = 300
+
+
+def texts_of(corpus: str, tokenizer: Any, tokens: int) -> tuple[list[str], list[np.ndarray]]:
+    """Return documents of about `tokens` tokens together, and their ids."""
+    texts, ids, total = [], [], 0
+    encode = Encoder(tokenizer)
+    for text in resolve(corpus).documents("train"):
+        if total >= tokens:
+            break
+        texts.append(text)
+        ids.append(encode([text])[0].astype(np.int64))
+        total += len(ids[-1])
+    return texts, ids
+
+
+def contestants(model: Any, tokenizer: Any, texts: list[str], stream: np.ndarray, args: Any) -> dict[str, Callable]:
+    """Return functions that measure the text and give Σ nll and the tokens it is of."""
+    from datasets import Dataset
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
+    context, prefix = args.context, tokenizer.eos_token_id
+    blocks = stream[: len(stream) // context * context].reshape(-1, context)
+    dataset = Dataset.from_dict({"input_ids": blocks, "labels": blocks}).with_format("torch")
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            output_dir=tempfile.mkdtemp(),
+            per_device_eval_batch_size=args.batch_size,
+            prediction_loss_only=True,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=args.device == "cpu",
+        ),
+        eval_dataset=dataset,
+    )
+    trainer.remove_callback(PrinterCallback)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size, max_length=context)
+    encode = Encoder(tokenizer)
+
+    def ours_stream() -> tuple[float, int]:
+        measured = perplexity(model, blocks, context=context, batch_size=args.batch_size)
+        return measured.nll * measured.tokens, measured.tokens
+
+    def ours_documents() -> tuple[float, int]:
+        ids = encode(texts)
+        ends = np.cumsum([len(each) for each in ids])
+        measured = perplexity(
+            model,
+            np.concatenate(ids),
+            documents=ends,
+            per_document=True,
+            prefix=prefix,
+            context=context,
+            batch_size=args.batch_size,
+        )
+        return measured.nll * measured.tokens, measured.tokens
+
+    def trainers() -> tuple[float, int]:
+        scored = blocks.size - len(blocks)  # each block's first token is nobody's label
+        return trainer.evaluate()["eval_loss"] * scored, scored
+
+    def rolling() -> tuple[float, int]:
+        requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts]
+        with contextlib.redirect_stderr(io.StringIO()):  # it draws a bar for every batch
+            return -sum(lm.loglikelihood_rolling(requests, disable_tqdm=True)), len(stream)
+
+    return dict(
+        zip(("ours, stream", "Trainer.evaluate", "ours, documents", "lm_eval"),
+            (ours_stream, trainers, ours_documents, rolling), strict=True)
+    )  # fmt: skip
+
+
+def speed(args: Any) -> dict[str, Any]:
+    """Time the contestants in turns and print a table."""
+    if args.model in PRESETS:
+        tokenizer = train_tokenizer([resolve(args.corpus)], TOKENIZER_ENTRIES, progress=False)
+        overrides = {"vocab_size": args.vocab} if args.vocab else None
+        model = fresh_model(config_for(args.model, tokenizer=tokenizer, context=args.context, overrides=overrides), 0)
+    else:
+        tokenizer, model = load_tokenizer(args.model), load_model(args.model)
+    model = model.to(args.device, getattr(torch, args.dtype)).eval()
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
+    args.context = args.context or min(longest, 1024)
+    texts, ids = texts_of(args.corpus, tokenizer, args.tokens)
+    stream = np.concatenate(ids)
+    lengths = sorted(len(each) for each in ids)
+    print(f"{describe(model)}, {args.dtype}, on {args.device}; context {args.context}, batch size {args.batch_size}")
+    print(f"{args.corpus}: {len(stream):,} tokens of {len(ids)} documents, {lengths[0]} to {lengths[-1]}, "
+          f"median {statistics.median(lengths):.0f}")  # fmt: skip
+    run = contestants(model, tokenizer, texts, stream, args)
+    answers = {name: measure() for name, measure in run.items()}  # untimed: loads, compiles, fills caches
+    seconds: dict[str, list[float]] = {name: [] for name in run}
+    for turn in range(args.repeat):
+        for name in [*run][turn % len(run) :] + [*run][: turn % len(run)]:
+            began = time.perf_counter()
+            run[name]()
+            seconds[name].append(time.perf_counter() - began)
+    rows = {}
+    for name, each in seconds.items():
+        middle = statistics.median(each)
+        nll, n = answers[name]
+        rows[name] = {"seconds": each, "tokens_per_second": len(stream) / middle, "nll": nll / n, "tokens": n}
+        print(f"{name:18} {middle:8.2f} s ({min(each):.2f} to {max(each):.2f}) {len(stream) / middle:12,.0f} tokens/s, "
+              f"{nll / n:.7f} nats over {n:,} tokens")  # fmt: skip
+    ratios = {}
+    for ours, theirs, target in PAIRS:
+        each = [b / a for a, b in zip(seconds[ours], seconds[theirs], strict=True)]
+        ratios[theirs] = statistics.median(each)
+        print(f"{ours}: {ratios[theirs]:.2f} times the speed of {theirs} ({min(each):.2f} to {max(each):.2f}); "
+              f"wanted: {target:.0f}")  # fmt: skip
+    apart = rows["ours, documents"]["nll"] / rows["lm_eval"]["nll"] - 1
+    print(f"ours, documents and lm_eval: {apart:.1e} apart. Trainer skips each block's first token")
+    return {"settings": vars(args), "rows": rows, "ratios": ratios}
+
+
+def resident_mb(key: str) -> float:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key))
+    return int(line.split()[1]) / 1024
+
+
+def memory_of(contestant: str, args: Any) -> dict[str, float]:
+    """Measure one contestant, in this process: MB above the model's own."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    width, context = args.width, args.memory_context
+    config = LlamaConfig(
+        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, vocab_size=args.memory_vocab, max_position_embeddings=context, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(args.device, getattr(torch, args.dtype)).eval()
+    ids = torch.randint(0, args.memory_vocab, (args.memory_windows * context + 1,))
+
+    def measure(some: torch.Tensor) -> None:
+        if contestant == "ours":
+            perplexity(model, some, context=context, batch_size=args.memory_windows)
+        elif contestant == "plain":
+            with torch.inference_mode():
+                for window in some.split(context):
+                    model(input_ids=window[None].to(args.device), labels=window[None].to(args.device), use_cache=False)
+        else:
+            windows = [((None, None), [int(a[0])], a[1:].tolist()) for a in some.split(context) if len(a) > 1]
+            lm._loglikelihood_tokens(windows, disable_tqdm=True)
+
+    if contestant == "lm_eval":
+        from lm_eval.models.huggingface import HFLM
+        from tokenizers import Tokenizer, models
+        from transformers import PreTrainedTokenizerFast
+
+        any_tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), eos_token="e", pad_token="e")
+        lm = HFLM(pretrained=model, tokenizer=any_tokenizer, batch_size=1, max_length=context)
+    measure(ids[:33])
+    if args.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 2**20
+        measure(ids)
+        return {"model": before, "above": torch.cuda.max_memory_allocated() / 2**20 - before}
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident_mb("VmRSS")
+    began = time.perf_counter()
+    measure(ids)
+    return {"model": before, "above": resident_mb("VmHWM") - before, "seconds": time.perf_counter() - began}
+
+
+def memory(args: Any) -> dict[str, Any]:
+    """Measure each contestant in a process of its own and print a table."""
+    print(f"vocabulary {args.memory_vocab:,}, context {args.memory_context:,}, width {args.width}, {args.dtype}, on "
+          f"{args.device}; {args.memory_windows} windows at once (others 1); wanted: {MEMORY_TARGET_MB}")  # fmt: skip
+    rows = {}
+    for name in args.memory_of:
+        command = [sys.executable, __file__, *args.argv, "--contestant", name]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        rows[name] = json.loads(done.stdout.splitlines()[-1])
+        print(f"{name:8} {rows[name]['above']:8.0f} MB above the {rows[name]['model']:.0f} MB of process and model")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=("speed", "memory"), default=("speed", "memory"))
+    parser.add_argument("--model", default="gpt-small", help=f"{', '.join(PRESETS)}, a checkpoint folder or a Hub id")
+    parser.add_argument("--context", type=int, help="tokens a window; the model's longest, at most 1024")
+    parser.add_argument("--vocab", type=int, help="a preset's vocabulary, larger than its tokenizer's")
+    parser.add_argument("--corpus", default="python-docs")
+    parser.add_argument("--tokens", type=int, default=100_000)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--memory-of", nargs="+", choices=("ours", "plain", "lm_eval"), default=("ours", "plain"))
+    parser.add_argument("--memory-vocab", type=int, default=131_072)
+    parser.add_argument("--memory-context", type=int, default=4096)
+    parser.add_argument("--memory-windows", type=int, default=2, help="windows of the text and of ours' batch")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--json", type=Path, help="where to write all figures")
+    parser.add_argument("--contestant", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.argv = sys.argv[1:]
+    if args.contestant:
+        print(json.dumps(memory_of(args.contestant, args)))
+        return
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    figures = {name: {"speed": speed, "memory": memory}[name](args) for name in args.only}
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1, default=str))
+
+
+if __name__ == "__main__":
+    main()
