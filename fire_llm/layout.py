@@ -25,6 +25,7 @@ __all__ = [
     "Layout",
     "LogicalMatrix",
     "Part",
+    "hidden_matrices",
     "logical_matrices",
     "parameter_roles",
     "pieces",
@@ -218,6 +219,18 @@ def logical_matrices(model: nn.Module, roles: Iterable[str] = ("attention", "mlp
 def parameter_roles(model: nn.Module, *, strict: bool = True) -> dict[str, frozenset[str]]:
     """Map every parameter (tied ones once) to the roles it plays; a tied embedding and head play both."""
     return {piece.parameter: piece.roles for piece in pieces(model, strict=strict)}
+
+
+def hidden_matrices(model: nn.Module) -> list[str]:
+    """Name the parameters that are a matrix inside a block, which Muon is for, a fused one counting as one matrix.
+
+    Embeddings, heads and routers are none, nor are stacks of experts.
+
+    Raises:
+        UserError: The model's layout is unknown.
+    """
+    stored = (p for p in pieces(model) if p.cut is not None and p.cut.index is None and p.tensor.ndim == 2)
+    return list(dict.fromkeys(p.parameter for p in stored if p.roles <= _BLOCK_ROLES))
 
 
 def pieces(model: nn.Module, *, strict: bool = True) -> list[LogicalMatrix]:
