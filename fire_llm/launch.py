@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fire_llm.errors import ENGINES, UserError, did_you_mean
+from fire_llm.errors import ENGINES, UserError, did_you_mean, redact
+from fire_llm.stopping import Stopped
 
 AGAIN = "what was saved stays, and the same command goes on from the newest checkpoint"
 """What to do after a run was ended."""
@@ -26,7 +27,10 @@ ANEW = "nothing was written: run the same command again"
 """What to do after a verb was ended that makes its result at the very end."""
 
 _OURS = "FIRE_LLM_LAUNCHER"
-"""Set in processes that `start` made: they leave it to the launcher to speak."""
+"""Set in processes that `start` made, to a folder: they leave it to the launcher to speak, and say there what to."""
+
+_PATIENCE = "600"
+"""Seconds that ranks have to save after a signal, before torch's launcher kills them."""
 
 _KINDS = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_HPU", "FSDP")
 
@@ -194,7 +198,7 @@ def start(launch: Launch, argv: list[str], precision: str, again: str = AGAIN) -
     }
     if launch.machines == 1:
         settings["main_process_port"] = 0
-    with TemporaryDirectory(prefix="fire-llm-") as folder, _surroundings(launch):
+    with TemporaryDirectory(prefix="fire-llm-") as folder, _surroundings(launch, folder):
         file = Path(folder) / "accelerate.yaml"
         file.write_text(yaml.safe_dump(settings), encoding="utf-8")
         threads = ["--num_cpu_threads_per_process", os.environ["OMP_NUM_THREADS"]]
@@ -209,25 +213,27 @@ def start(launch: Launch, argv: list[str], precision: str, again: str = AGAIN) -
         except ChildFailedError as error:
             code, message = _verdict(error.failures, again)
         except SignalException as error:
-            code, message = 128 + error.sigval, f"ended by {signal.Signals(error.sigval).name}; {again}"
-            if error.sigval == signal.SIGINT:
-                message = interrupted(again)
+            last_words = Path(folder) / "0"
+            said = last_words.read_text(encoding="utf-8") if last_words.exists() else None
+            code, message = ended(Stopped(error.sigval), again)
+            message = said or message
         else:
             return 0
     # A rank that was killed leaves its progress bar without an end of line.
-    sys.stderr.write(("" if code in (2, 130) else "\n") + f"fire-llm: {message}\n")
+    sys.stderr.write(("" if code in (2, 130, 143) else "\n") + f"fire-llm: {message}\n")
     return code
 
 
 @contextmanager
-def _surroundings(launch: Launch) -> Iterator[None]:
+def _surroundings(launch: Launch, folder: str) -> Iterator[None]:
     """Set what the ranks inherit, and keep the launcher's own libraries from speaking."""
     import logging
 
     before, level = dict(os.environ), logging.root.manager.disable
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores * launch.machines // launch.processes)))
-    os.environ[_OURS] = "1"
+    os.environ[_OURS] = folder
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _PATIENCE)
     if launch.settings.get("use_cpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     logging.disable(logging.CRITICAL)
@@ -242,9 +248,12 @@ def _surroundings(launch: Launch) -> Iterator[None]:
 # ---- after: what ended them
 
 
-def interrupted(again: str = AGAIN) -> str:
-    """Say what an interruption means."""
-    return f"interrupted; {again}"
+def ended(interruption: KeyboardInterrupt, again: str = AGAIN) -> tuple[int, str]:
+    """Return exit code and message for what a signal ended: what was saved, or what to do."""
+    number = interruption.number if isinstance(interruption, Stopped) else signal.SIGINT
+    by = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+    said = interruption.said if isinstance(interruption, Stopped) else None
+    return 128 + number, f"{by}; {said or again}"
 
 
 def report_failure(code: int, message: str) -> None:
@@ -252,7 +261,12 @@ def report_failure(code: int, message: str) -> None:
 
     Of ranks that another launcher started, the first that has something to say says it.
     """
+    message = redact(message)
     _leave_for_launcher(code, message)
+    folder = Path(os.environ.get(_OURS, ""))
+    if code > 128 and launched() and _OURS in os.environ and folder.is_dir():
+        # torch's launcher reads no error files where a signal ended the launcher itself.
+        (folder / os.environ["LOCAL_RANK"]).write_text(message, encoding="utf-8")
     if not (launched() and os.environ.get(_OURS)) and _first_to_speak():
         sys.stderr.write(f"fire-llm: {message}\n")
 
@@ -300,8 +314,11 @@ def _verdict(failures: Mapping[int, Any], again: str = AGAIN) -> tuple[int, str]
     for rank, failure in said:
         if failure.error_file_data["code"] == 1:
             return 1, f"{failure.message} (rank {rank} of {len(failures)} that ended); {again}"
+    for _, failure in said:
+        if failure.error_file_data["code"] > 128:
+            return int(failure.error_file_data["code"]), str(failure.message)
     if any(f.exitcode in (130, -signal.SIGINT) for _, f in by_time):
-        return 130, interrupted(again)
+        return ended(KeyboardInterrupt(), again)
     rank, failure = next(((r, f) for r, f in by_time if f.exitcode > 0), by_time[0])
     how = f"exit code {failure.exitcode}" if failure.exitcode > 0 else failure.signal_name()
     return 1, f"rank {rank} (process {failure.pid}) ended with {how}; {again}"

@@ -20,9 +20,9 @@ CONTINUAL_STATE = "continual_state.json"
 """File in a checkpoint that holds what `TrainerState` has no room for."""
 
 
-def sync(folder: Path) -> None:
-    """Flush every file below a folder, and the folders themselves, to the disk."""
-    for path in [*sorted(folder.rglob("*")), folder]:
+def sync(folder: Path, *, below: bool = True) -> None:
+    """Flush every file below a folder, and the folders themselves, to the disk; or the folder's list of names alone."""
+    for path in [*(sorted(folder.rglob("*")) if below else ()), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -72,6 +72,8 @@ def writing(folder: Path) -> Iterator[None]:
     """
     try:
         yield
+    except UserError:
+        raise
     except OSError as error:
         reasons = {
             errno.ENOSPC: "the disk is full. Free some space, or choose another folder",
@@ -101,12 +103,14 @@ def free_bytes(folder: Path) -> int:
 
 def checkpoints(folder: Path) -> list[tuple[Path, int]]:
     """Return the whole checkpoints in a phase's folder with their steps, oldest first."""
-    found = [
-        (p.parent, int(p.parent.name.removeprefix("checkpoint-")))
-        for p in folder.glob(f"*/{CONTINUAL_STATE}")
-        if p.parent.name.removeprefix("checkpoint-").isdigit()
-    ]
+    found = [(p.parent, step) for p in folder.glob(f"*/{CONTINUAL_STATE}") if (step := step_of(p.parent)) is not None]
     return sorted(found, key=lambda pair: pair[1])
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """Return the step that a checkpoint's name tells, None where the name is not one's."""
+    number = checkpoint.name.removeprefix("checkpoint-")
+    return int(number) if number.isdigit() else None
 
 
 def check_file(option: str, name: str | None) -> None:

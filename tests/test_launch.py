@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -204,7 +205,9 @@ def failure(exitcode, code=None, message="", timestamp=0):
         ({0: failure(-15), 3: failure(1, 1, "the loss is nan")}, 1, "the loss is nan (rank 3"),
         ({0: failure(1), 1: failure(-15)}, 1, "rank 0 (process 17) ended with exit code 1"),
         ({0: failure(-15), 1: failure(-15)}, 1, "rank 0 (process 17) ended with SIGTERM"),
-        ({0: failure(130, 130, "interrupted"), 1: failure(-2)}, 130, "interrupted; what was saved stays"),
+        ({0: failure(130), 1: failure(-2)}, 130, "interrupted; what was saved stays"),
+        ({0: failure(-15), 1: failure(143, 143, "ended by SIGTERM; saved")}, 143, "ended by SIGTERM; saved"),
+        ({0: failure(143, 143, "ended by SIGTERM"), 1: failure(-9)}, 1, "rank 1 (process 17) was killed by SIGKILL"),
     ],
 )
 def test_the_cause_is_told_and_not_what_followed(failures, code, message):
@@ -302,8 +305,12 @@ def test_an_interrupted_launch_says_so_once(number, code, tmp_path):
     _, error = process.communicate(timeout=90)
     assert process.returncode == code
     text = error.decode()
-    assert text.count("fire-llm:") == 1 and "the same command goes on from the newest checkpoint" in text
+    by = "interrupted" if number == signal.SIGINT else "ended by SIGTERM"
+    said = re.findall(r"fire-llm: (.*)", text)
+    assert len(said) == 1 and re.fullmatch(rf"{by}; saved at step (\d+); the same command goes on", said[0]), text
     assert "Traceback" not in text
+    step = int(re.search(r"step (\d+)", said[0])[1])
+    assert (tmp_path / "out" / "one" / "seed-1" / f"checkpoint-{step}" / "manifest.json").exists()
 
 
 # ---- scripts
@@ -366,7 +373,8 @@ def test_slurm_sbatch_starts_every_node_and_requeues_what_is_preempted(preempted
         assert "back into the queue" in process.stdout.readline()
         assert process.stdout.readline() == "requeue 20001\n"
         assert process.wait(10) == 0
-        os.killpg(process.pid, signal.SIGKILL)
+        with pytest.raises(ProcessLookupError):  # its steps were ended first
+            os.killpg(process.pid, signal.SIGKILL)
     else:
         assert process.wait(10) == 3
     process.stdout.close()

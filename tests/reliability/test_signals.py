@@ -1,0 +1,162 @@
+"""SIGINT and SIGTERM: at a step's end with a checkpoint, elsewhere at once, at the second one at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from killing import outcome, recipe
+
+from fire_llm import load_recipe, run_recipe
+from fire_llm.cli import main
+from fire_llm.staging import checkpoints
+from fire_llm.stopping import SAME_SECONDS, Stopped, asked, handled, signals_handled, wait_for_step
+from fire_llm.trainer import ContinualTrainer
+
+WAITING = r"""
+import os, sys, time
+from fire_llm.stopping import asked, signals_handled, wait_for_step
+with signals_handled():
+    wait_for_step(True)
+    if "fork" in sys.argv and os.fork() == 0:
+        os.write(1, f"{os.getpid()}\n".encode())
+        time.sleep(60)
+        os._exit(0)
+    os.write(1, b"ready\n")
+    for _ in range(600):
+        time.sleep(0.1)
+"""
+
+
+@pytest.fixture
+def waiting():
+    """Start processes that are near a step's end and never reach it."""
+    started = []
+
+    def start(*arguments: str, **environment: str) -> subprocess.Popen:
+        command = [sys.executable, "-c", WAITING, *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, env={**os.environ, **environment}, **pipes))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_ends_at_once_and_an_echo_of_the_first_does_not(number, code, waiting):
+    process = waiting()
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    time.sleep(0.3)
+    process.send_signal(number)  # the same one, passed on by a launcher
+    time.sleep(SAME_SECONDS)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM if number == signal.SIGINT else signal.SIGINT)
+    assert process.wait(5) in (130, 143) and process.returncode != code
+    said = process.stderr.read()
+    assert f"{number.name}: the step is completed and saved first; a second one ends at once" in said
+    assert said.count("second one") == 1 and "ended at once, without saving" in said
+
+
+def test_other_ranks_leave_the_word_to_the_first(waiting):
+    process = waiting(RANK="1")
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(SAME_SECONDS + 0.3)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(5) == 143 and "completed" not in process.stderr.read()
+
+
+def test_a_forked_child_dies_of_the_signal(waiting):
+    process = waiting("fork")
+    lines = {process.stdout.readline().strip(), process.stdout.readline().strip()}
+    child = int((lines - {"ready"}).pop())
+    os.kill(child, signal.SIGTERM)
+    deadline = time.monotonic() + 5
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert process.poll() is None
+
+
+def test_handlers_are_put_back_and_what_is_ignored_stays_ignored():
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    ignored = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with signals_handled():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert handled() and not asked()
+            with pytest.raises(Stopped) as stopped:
+                os.kill(os.getpid(), signal.SIGINT)
+            assert stopped.value.code == 130 and asked() == signal.SIGINT
+    finally:
+        signal.signal(signal.SIGTERM, ignored)
+    assert {n: signal.getsignal(n) for n in before} == before and not handled() and not asked()
+
+
+def test_a_rank_takes_signals_only_near_a_step(monkeypatch):
+    """Elsewhere it may be waiting in a call that no handler interrupts."""
+    monkeypatch.setenv("RANK", "0")
+    before = signal.getsignal(signal.SIGTERM)
+    with signals_handled():
+        assert signal.getsignal(signal.SIGTERM) == before
+        wait_for_step(True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked() == signal.SIGTERM
+        wait_for_step(False)
+        assert signal.getsignal(signal.SIGTERM) == before
+
+
+def signal_before(monkeypatch, name: str, call: int) -> None:
+    """Send this process SIGTERM just before a method of the trainer is called for the n-th time."""
+    wrapped, calls = getattr(ContinualTrainer, name), []
+
+    def counted(trainer, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return wrapped(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(ContinualTrainer, name, counted)
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "said", "saved"),
+    [
+        ("evaluate", 1, None, None),  # before the first step: there is nothing to save
+        ("evaluate", 2, "saved at step 6; the same command goes on", 6),  # after step 5: the next one is completed
+        ("training_step", 1, "saved at step 1; the same command goes on", 1),
+        ("_save_checkpoint", 1, "saved at step 5; the same command goes on", 5),
+        ("_save_checkpoint", 4, "saved at step 10; the same command goes on", 10),  # the last step's
+    ],
+)
+def test_what_a_signal_waits_for(name, call, said, saved, tmp_path, monkeypatch):
+    signal_before(monkeypatch, name, call)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run_recipe(load_recipe(recipe(tmp_path)), tmp_path / "run", progress=False)
+    assert stopped.value.code == 143 and stopped.value.said == said
+    found = checkpoints(tmp_path / "run" / "first" / "seed-1")
+    assert (found[-1][1] if found else None) == saved
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_the_command_line_ends_with_143_says_where_and_goes_on(tmp_path, monkeypatch, capsys):
+    """Step 2 is in the middle of a logged interval of three, whose mean loss must come out all the same."""
+    monkeypatch.setattr("fire_llm.cli._show", lambda *_: None)
+    command = ["run", str(recipe(tmp_path)), "--output", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        signal_before(patch, "training_step", 6)  # 4 a step
+        assert main(command) == 143
+    assert capsys.readouterr().err.endswith("\nfire-llm: ended by SIGTERM; saved at step 2; the same command goes on\n")
+    assert main(command) == 0
+    assert "first: goes on from step 2" in capsys.readouterr().err
+    assert main([*command[:-1], str(tmp_path / "whole")]) == 0
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
