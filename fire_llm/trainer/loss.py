@@ -1,0 +1,226 @@
+"""The training loss without a micro-batch's logits: the head and what follows it take a slice of the positions at once.
+
+Shapes: B = sequences a micro-batch, T = tokens a sequence, S = B·T positions, D = width, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fire_llm.distributed import fsdp_modules
+from fire_llm.errors import UserError
+from fire_llm.evaluation.scoring import IGNORE, Scorer, token_nll
+from fire_llm.layout import unwrap
+
+SLICE = {"cpu": 2**25, "cuda": 2**27}
+"""Logits held at once, by type of device: 128 MiB and 512 MiB of them in fp32."""
+
+WHOLE = 2**27
+"""Logits that are held whole: 512 MiB in fp32. On one CPU thread, slices took 1.3 times the step of whole logits (1024
+tokens, V = 50,304, width 192): they save memory there, not time."""
+
+CACHED = 2**20
+"""Logits whose softmax is taken at once on a CPU: they stay in its cache from one pass over them to the next."""
+
+Head = Callable[[Tensor], Tensor]
+
+
+class SummedLoss:
+    """Sum the negative log-likelihood of a micro-batch's tokens, its logits held a slice at a time.
+
+    The model's own forward does everything, as in `evaluation.scoring`: its trunk runs once, and the model is run on
+    slices of what the trunk gave, so that what a class does after its head is done as it does it. The gradient of a
+    slice is taken as soon as its logits are there, and is kept in place of them: nothing is computed twice.
+
+    The logits of a micro-batch are held whole, as transformers does, where they are few; under FSDP2, whose shards are
+    gathered in a forward pass of the whole model alone; in fp16, whose gradients have to be scaled before they are
+    taken; and for a model in which no trunk is found that gives the same logits in slices.
+
+    Args:
+        model: A causal LM from transformers.
+        autocast: Gives the context that its forward pass runs in.
+        fp16: Whether that context computes in fp16.
+        compiling: Arguments of torch.compile, for the trunk and the softmax; None: they are not compiled.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        *,
+        fp16: bool = False,
+        compiling: dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.autocast, self.fp16, self.compiling = unwrap(model), autocast, fp16, compiling
+        self._trunk: nn.Module | None = None
+        self._looked = False
+        self._forward: Callable[..., Any] | None = None
+        self._differentiate = self._compiled(_differentiate)
+
+    def __call__(self, model: nn.Module, labels: Tensor, **inputs: Tensor) -> Tensor:
+        """Return Σ nll, (), fp32.
+
+        Args:
+            model: The model as it was wrapped for training.
+            labels: (B, T) tokens that follow each position; `IGNORE` where none is scored.
+            **inputs: What the model reads: `input_ids` (B, T) and what goes with them.
+        """
+        if not self.sliced(model, labels):
+            return token_nll(model(**inputs, use_cache=False).logits, labels).sum()
+        own = self.model.__dict__.get("forward")
+        # The wrapped model is called, not this one: DistributedDataParallel gets ready for the backward pass in there.
+        self.model.forward = lambda **given: self._sum(labels.flatten(), given)
+        try:
+            # torch.compile's wrapper is left aside: it would compile this function, of which only two parts gain by it.
+            return getattr(model, "_orig_mod", model)(**inputs)
+        finally:
+            if own is None:
+                del self.model.forward
+            else:
+                self.model.forward = own
+
+    def sliced(self, model: nn.Module, labels: Tensor) -> bool:
+        """Tell whether the logits of a micro-batch are taken in slices."""
+        if (
+            labels.numel() * self._vocabulary() <= WHOLE
+            or self.fp16
+            or isinstance(model, nn.DataParallel)
+            or fsdp_modules(self.model)
+        ):
+            return False
+        if not self._looked:
+            self._look(labels)
+        return self._trunk is not None
+
+    def _look(self, labels: Tensor) -> None:
+        """Find the trunk once, with the model as evaluation has it, and leave the model as it was."""
+        training = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                self._trunk = Scorer(self.model, labels.flatten().clamp(min=0)).trunk
+        except UserError:
+            self._trunk = None  # evaluation says why; training goes on as it would in any other trainer
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+        self._looked = True
+        if self._trunk is not None:
+            self._forward = self._compiled(self._trunk.forward)
+
+    def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return function if self.compiling is None else torch.compile(function, **self.compiling)
+
+    def _vocabulary(self) -> int:
+        config: Any = self.model.config
+        return int(config.get_text_config().vocab_size)
+
+    def _sum(self, targets: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        assert self._trunk is not None and self._forward is not None
+        trunk, forward = self._trunk, self._forward
+        outputs: Any = None
+        part: Tensor
+
+        def replay(*args: Any, **kwargs: Any) -> Any:
+            nonlocal outputs, part
+            if outputs is None:
+                outputs = forward(*args, **kwargs)
+                part = outputs[0].detach()[0, :1].requires_grad_()
+            if isinstance(outputs, tuple):
+                return part[None], *outputs[1:]
+            return type(outputs)(**{**outputs, next(iter(outputs)): part[None]})
+
+        def head(hidden: Tensor) -> Tensor:
+            nonlocal part
+            part = hidden
+            return self._logits(inputs)
+
+        own = trunk.__dict__.get("forward")
+        trunk.forward = replay
+        try:
+            with self.autocast():
+                # One position shows which parameters stand behind the trunk, a tied embedding among them.
+                parameters = [leaf for leaf in _leaves(self._logits(inputs)) if leaf is not part]
+                hidden = outputs[0].flatten(0, 1)
+                rows = max(1, SLICE.get(hidden.device.type, SLICE["cuda"]) // self._vocabulary())
+                return _Sliced.apply(head, self._differentiate, targets, rows, hidden, *parameters)
+        finally:
+            if own is None:
+                del trunk.forward
+            else:
+                trunk.forward = own
+
+    def _logits(self, inputs: dict[str, Tensor]) -> Tensor:
+        # The class's forward: accelerate's own, on the instance, would make fp32 of the logits.
+        return type(self.model).forward(self.model, **inputs, use_cache=False).logits[0]
+
+
+class _Sliced(torch.autograd.Function):
+    """Sum the NLL over slices of the trunk's output, with the gradient of each taken while its logits are there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, head: Head, differentiate: Any, targets: Tensor, rows: int, hidden: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        total = torch.zeros((), device=hidden.device)
+        to_hidden = torch.empty_like(hidden)
+        to_parameters: list[Tensor] = []
+        for x, y, out in zip(hidden.split(rows), targets.split(rows), to_hidden.split(rows), strict=True):
+            with torch.enable_grad():
+                part = x.detach().requires_grad_()
+                logits = head(part)
+            gradient = torch.empty_like(logits)
+            some = max(1, CACHED // logits.shape[-1]) if logits.device.type == "cpu" else rows
+            for block, labels, to in zip(logits.detach().split(some), y.split(some), gradient.split(some), strict=True):
+                total += differentiate(block, labels, to)
+            found, *more = torch.autograd.grad(logits, [part, *parameters], gradient)
+            out.copy_(found)
+            to_parameters = [a.add_(b) for a, b in zip(to_parameters, more, strict=True)] if to_parameters else more
+        ctx.gradients = [to_hidden, *to_parameters]
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [gradient.mul_(above[0]) for gradient in ctx.gradients]
+        del ctx.gradients  # they are as large as the head
+        return None, None, None, None, *gradients
+
+
+def _differentiate(logits: Tensor, targets: Tensor, gradient: Tensor) -> Tensor:
+    """Return Σ nll of some positions and write its gradient, softmax less one-hot, which the forward pass knows.
+
+    Args:
+        logits: (R, V), any float dtype; the softmax is taken in fp32 (fp64 for fp64).
+        targets: (R,) tokens; `IGNORE` where none is scored.
+        gradient: (R, V) written over.
+    """
+    ignored = (targets == IGNORE)[:, None]
+    at = targets.clamp(min=0)[:, None]
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    log_p = torch.log_softmax(logits, -1, dtype=wide)
+    nll = -log_p.gather(-1, at).masked_fill(ignored, 0.0).sum()
+    p = log_p.exp_().scatter_add_(-1, at, log_p.new_full((), -1.0).expand(at.shape))
+    gradient.copy_(p.masked_fill_(ignored, 0.0))
+    return nll
+
+
+def _leaves(result: Tensor) -> list[Tensor]:
+    """Return the tensors that a result's gradient would arrive at."""
+    found: dict[int, Tensor] = {}
+    nodes, seen = [result.grad_fn], set()
+    while nodes:
+        node: Any = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable
+        nodes += [parent for parent, _ in node.next_functions]
+    return list(found.values())

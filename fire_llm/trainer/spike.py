@@ -1,0 +1,67 @@
+"""What a reset did to the loss at once, against what it can be expected to do."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import TrainerCallback
+
+
+def spike(before: float, after: float, vocabulary: int) -> dict[str, float | None]:
+    """Compare the losses right before and right after a reset, on the same held-out text.
+
+    What was learned is worth ln V − before: a model that knows nothing gives every token the same probability, and
+    freshly drawn weights come within a few hundredths of that. A reset that touches nothing undoes 0 of it, a full
+    reset 1; more than 1 is worse than knowing nothing, which forgetting alone does not explain.
+
+    Args:
+        before: NLL of the checkpoint, nats a token.
+        after: NLL right after the reset, before any step.
+        vocabulary: V.
+
+    Returns:
+        `before`, `after`, `uniform` = ln V, and `undone` = (after − before) / (ln V − before), None where the
+        checkpoint knew nothing.
+    """
+    uniform = math.log(vocabulary)
+    known = uniform - before
+    return {
+        "before": before,
+        "after": after,
+        "uniform": uniform,
+        "undone": (after - before) / known if known > 0 else None,
+    }
+
+
+def sentence(corpus: str, found: Mapping[str, Any]) -> str:
+    """Say a spike in one sentence."""
+    told = f"NLL on {corpus} {found['after']:.3f} after the reset, {found['before']:.3f} before"
+    if found["undone"] is None:
+        return f"{told}, which was no better than a uniform guess, {found['uniform']:.3f}"
+    told += f": it undid {found['undone']:.0%} of what sets the checkpoint apart from a uniform guess"
+    beyond = f", {found['uniform']:.3f}. That is worse than knowing nothing: expect a slow start"
+    return told + (beyond if found["undone"] > 1.05 else f" ({found['uniform']:.3f})")
+
+
+class SpikeCallback(TrainerCallback):
+    """Say, at the evaluation before the first step, how far the reset threw the loss back.
+
+    Args:
+        before: NLL of the checkpoint that training starts from, by corpus.
+        vocabulary: Tokens of the model.
+    """
+
+    def __init__(self, before: Mapping[str, float], vocabulary: int) -> None:
+        self.before, self.vocabulary = before, vocabulary
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **_: Any) -> None:
+        """Write a line a corpus to stderr."""
+        if state.global_step > 0 or args.title is None or not state.is_world_process_zero:
+            return
+        for corpus, before in self.before.items():
+            after = metrics.get(f"eval_{corpus}_nll", math.nan)
+            if math.isfinite(after):
+                sys.stderr.write(f"{args.title}: {sentence(corpus, spike(before, after, self.vocabulary))}\n")
