@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from collections.abc import Iterable
 
 _FSDP2 = "fsdp_version: 2 (as in recipes/accelerate/fsdp2.yaml)"
@@ -19,6 +21,19 @@ ENGINES = {
 
 class UserError(ValueError):
     """Report input that the user must change; the command line prints the message alone and exits with 2."""
+
+
+_SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")
+_PATTERNS = ((re.compile(r"://[^/\s@]+@"), "://***@"), (re.compile(r"\bhf_[A-Za-z0-9]{30,}"), "hf_***"))
+
+
+def redact(text: str) -> str:
+    """Take secrets out of a message: the environment's tokens, tokens of the Hub, names and passwords in addresses."""
+    for secret in filter(lambda value: len(value) >= 8, (os.environ.get(name, "") for name in _SECRETS)):
+        text = text.replace(secret, "***")
+    for pattern, instead in _PATTERNS:
+        text = pattern.sub(instead, text)
+    return text
 
 
 def did_you_mean(value: str, allowed: Iterable[str]) -> str:

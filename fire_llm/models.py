@@ -32,6 +32,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The demo: seconds a phase.
     "gpt-tiny": {**_GPT, "n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 128, "vocab_size": None},
 }
+MOST_LAYERS, MOST_ENTRIES = 2_000, 10**8
+"""Of layers, and of rows, columns or positions; a config beyond these is a slip, and would only take long to fail."""
+_CODE = ("auto_map", "trust_remote_code")
 VOCABULARY_MULTIPLE = 64
 """A vocabulary that no preset fixes is padded to a multiple of this, which GEMM kernels like."""
 
@@ -62,13 +65,41 @@ def config_for(
         config: Any = GPT2Config(**settings, bos_token_id=eos, eos_token_id=eos, use_cache=False)
     else:
         config = _pretrained_config(name)
-    for key, value in (overrides or {}).items():
-        if not hasattr(config, key):
-            known = [k for k in config.to_dict() if not k.startswith("_")]
-            raise UserError(f"model: {type(config).__name__} has no attribute '{key}'.{did_you_mean(key, known)}")
-        setattr(config, key, value)
+    if overrides:
+        _override(config, overrides)
     check_fits(config, tokenizer, context)
     return config
+
+
+def _override(config: Any, overrides: dict[str, Any]) -> None:
+    """Set attributes of a config: those that it stores, never its methods or what would bring code.
+
+    Raises:
+        UserError: For an unknown attribute, or a value that the config refuses or that nothing can be built from.
+    """
+    name = type(config).__name__
+    for key, value in overrides.items():
+        if key in _CODE or key.startswith("__") or not hasattr(config, key) or callable(getattr(config, key)):
+            known = [k for k in config.to_dict() if not k.startswith("_")]
+            raise UserError(f"model: {name} has no attribute '{key}'.{did_you_mean(key, known)}")
+        try:
+            setattr(config, key, value)
+        except Exception as error:  # the classes' own checks raise what they like
+            raise UserError(f"model.config.{key}: {name} refuses {value!r}: {_first_line(error)}") from error
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings")
+    try:
+        text = config.get_text_config()
+        found = {size: getattr(text, size) for size in sizes if getattr(text, size, None) is not None}
+    except Exception as error:
+        raise UserError(f"model.config: {name} can no longer be read: {_first_line(error)}") from error
+    for size, value in found.items():
+        most = MOST_LAYERS if size == "num_hidden_layers" else MOST_ENTRIES
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+            raise UserError(f"model.config: {size} is {value!r}; a whole number from 1 to {most:,} is wanted")
+    try:
+        model_on_meta(config)
+    except UserError as error:
+        raise UserError(f"model.config: {error}") from error
 
 
 def _pretrained_config(name: str) -> Any:
@@ -80,7 +111,7 @@ def _pretrained_config(name: str) -> Any:
             + did_you_mean(name, PRESETS)
         )
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"model: no config could be read from '{name}': {_first_line(error)}") from error
 
@@ -153,21 +184,24 @@ def _built(config: Any, **options: Any) -> Any:
 
 
 def load_model(folder: str | Path, dtype: torch.dtype | str = "auto") -> Any:
-    """Load a causal LM from a folder or a Hub id.
+    """Load a causal LM from a folder or a Hub id: safetensors, and transformers' own classes.
 
     Args:
         folder: A checkpoint folder or a Hub id.
         dtype: "auto" keeps the checkpoint's; training wants torch.float32.
 
     Raises:
-        UserError: Where the checkpoint is missing, truncated or not a causal LM.
+        UserError: Where the checkpoint is missing, truncated, pickled or not a causal LM.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     _pretrained_config(str(folder))
+    _refuse_pickles(Path(folder))
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, output_loading_info=True)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
         raise UserError(f"checkpoint '{folder}' cannot be read: {_first_line(error)}") from error
     if loading["missing_keys"]:
@@ -177,6 +211,16 @@ def load_model(folder: str | Path, dtype: torch.dtype | str = "auto") -> Any:
             "it is another architecture or incomplete"
         )
     return model
+
+
+def _refuse_pickles(folder: Path) -> None:
+    """Refuse a folder whose weights are pickles alone, before any of it is read."""
+    pickled = sorted(p.name for kind in ("bin", "pt", "pth", "ckpt") for p in folder.glob(f"*model*.{kind}"))
+    if pickled and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"checkpoint '{folder}' holds its weights as pickles ({pickled[0]}), which can run code when they are "
+            "read: convert them to safetensors where you trust them, with save_pretrained"
+        )
 
 
 def load_tokenizer(name: str | Path) -> Any:
@@ -192,7 +236,7 @@ def load_tokenizer(name: str | Path) -> Any:
     # GPT-2's two files alone do not tell AutoTokenizer whose they are.
     bare = (Path(name) / "merges.txt").is_file() and not list(Path(name).glob("tokenizer*.json"))
     try:
-        tokenizer = (GPT2TokenizerFast if bare else AutoTokenizer).from_pretrained(str(name))
+        tokenizer = (GPT2TokenizerFast if bare else AutoTokenizer).from_pretrained(str(name), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"tokenizer: none could be read from '{name}': {_first_line(error)}") from error
     if len(tokenizer) < 2:

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from fire_llm.layout import hidden_matrices, logical_matrices
 from fire_llm.models import describe, model_on_meta
 from fire_llm.recipe import Recipe
 from fire_llm.staging import checkpoints
@@ -15,6 +18,7 @@ from fire_llm.units import (
     config_of,
     context_of,
     corpus_of,
+    cpu_has_bf16,
     expand,
     final_checkpoint,
     phase_steps,
@@ -61,10 +65,46 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
     return {
         "model": describe(model),
         "precision": resolve_precision(recipe.precision),
+        "optimizer": _optimizer(recipe, model),
+        "schedule": _schedule(recipe),
         "units": rows,
         "disk_bytes": kept * parameters * BYTES_A_PARAMETER["checkpoint"],
         "memory_bytes": parameters * BYTES_A_PARAMETER["training"],
     }
+
+
+def _optimizer(recipe: Recipe, model: Any) -> str:
+    """Say which optimizer trains what.
+
+    Raises:
+        UserError: Muon is asked for, and the layout of the model is unknown.
+    """
+    if recipe.optimizer.name != "muon":
+        return recipe.optimizer.name
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    hidden = hidden_matrices(model)
+    own = sum(sizes[name] for name in hidden)
+    stacks = {p.parameter for p in logical_matrices(model) if p.cut is not None and p.cut.index is not None}
+    among = f", {len(stacks)} stacks of experts among them" if stacks else ""
+    rest = sum(sizes.values()) - own
+    emulated = not torch.accelerator.is_available() and not cpu_has_bf16()
+    slow = "; Muon multiplies in bf16, which this CPU emulates: its steps will be slow" if emulated else ""
+    return f"muon for {len(hidden)} matrices ({own:,} parameters), adamw for the rest ({rest:,}{among}){slow}"
+
+
+def _schedule(recipe: Recipe) -> str:
+    """Say how the learning rate goes in every phase."""
+    section = recipe.optimizer
+    parts = [f"up to {section.lr:g} in {section.warmup:.0%} of the steps (at most {section.max_warmup_steps})"]
+    if section.schedule == "cosine":
+        parts.append(f"a cosine down to {section.min_lr:g}")
+    elif section.schedule == "infinite":
+        parts.append(f"{section.cooldown:.0%} a cosine down to {section.constant_lr:g}")
+    if section.schedule != "cosine":
+        parts.append("constant")
+    if section.schedule in ("wsd", "infinite"):
+        parts.append(f"the last {section.decay:.0%} {section.shape} to {section.min_lr:g}")
+    return f"{section.schedule}: {', '.join(parts)}"
 
 
 def _steps(recipe: Recipe, unit: Unit) -> int | None:
@@ -107,6 +147,8 @@ def print_plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[
         )
     console.print(f"recipe {recipe.name}: no fault found")
     console.print(f"model: {planned['model']}; precision {planned['precision']}; seeds {recipe.seed}")
+    console.print(f"optimizer: {planned['optimizer']}")
+    console.print(f"schedule {planned['schedule']}")
     console.print(table)
     total = sum(row["tokens"] or 0 for row in planned["units"])
     flops = sum(row["flops"] or 0 for row in planned["units"])

@@ -20,6 +20,9 @@ from fire_llm.diagnostics import LOG_PREFIX
 from fire_llm.models import describe, model_on_meta
 from fire_llm.recipe import Recipe
 from fire_llm.staging import CONTINUAL_STATE
+from fire_llm.trainer.nonfinite import SKIPPED
+from fire_llm.trainer.spike import spike
+from fire_llm.trainer.telemetry import MEASURES
 from fire_llm.units import Unit, final_checkpoint, labelled_checkpoint
 
 SCHEMA_VERSION = 1
@@ -55,11 +58,11 @@ def collect(recipe: Recipe, units: list[Unit], folder: Path, bench: Any) -> dict
             }
             for name in recipe.corpus_names()
         },
-        "phases": [_unit_results(recipe, u, folder) for u in finished if u not in compared],
+        "phases": [_unit_results(recipe, u, folder, bench) for u in finished if u not in compared],
         "arms_phase": last.name if last else None,
         "first_corpus": heaviest[recipe.phases[0].name],
         "new_corpus": heaviest[(last or recipe.phases[-1]).name],
-        "arms": {name: _arm_results(recipe, units, folder) for name, units in arms.items()},
+        "arms": {name: _arm_results(recipe, units, folder, bench) for name, units in arms.items()},
     }
 
 
@@ -67,7 +70,7 @@ def _trained(recipe: Recipe) -> set[str]:
     return {name for phase in recipe.phases for name in phase.data}
 
 
-def _unit_results(recipe: Recipe, unit: Unit, folder: Path) -> dict[str, Any]:
+def _unit_results(recipe: Recipe, unit: Unit, folder: Path, bench: Any) -> dict[str, Any]:
     path = folder / unit.folder
     final = final_checkpoint(path)
     assert final is not None
@@ -87,14 +90,41 @@ def _unit_results(recipe: Recipe, unit: Unit, folder: Path) -> dict[str, Any]:
         "curve": curve,
         "diagnosed_on": recipe.diagnosed(unit.phase) if recipe.evaluate.diagnostics_every_steps else None,
         "final": next(entry["eval"] for entry in reversed(curve) if entry["eval"]),
+        "speed": [
+            {"step": log["step"], **{measure: log.get(measure) for measure in MEASURES}}
+            for log in state["log_history"]
+            if "loss" in log
+        ],
+        "skipped_steps": max((log.get(SKIPPED, 0) for log in state["log_history"]), default=0),
     }
     if unit.parent is not None:
         origin = labelled_checkpoint(folder / unit.parent.folder, unit.start)
         step = int(origin.name.removeprefix("checkpoint-"))
         result["start"] = {"phase": unit.parent.phase.name, "checkpoint": unit.start, "step": step}
+        if unit.arm:
+            result["spike"] = _spike(measured_nll(origin), curve, bench.config.get_text_config().vocab_size)
     if (path / "reset.json").exists():
         result["reset"] = json.loads((path / "reset.json").read_text(encoding="utf-8"))
     return result
+
+
+def measured_nll(checkpoint: Path) -> dict[str, float]:
+    """Return the NLL that a checkpoint was measured at when it was written, by corpus; empty where it was not."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    entries = [entry for entry in _curve(state["log_history"], 0) if entry["step"] == state["global_step"]]
+    return {corpus: measures["nll"] for entry in entries for corpus, measures in entry["eval"].items()}
+
+
+def _spike(before: dict[str, float], curve: list[dict[str, Any]], vocabulary: int) -> dict[str, Any]:
+    """Return, by corpus, what the reset did to the loss, and the first evaluated step at which that was made good."""
+    evaluated = [entry for entry in curve if entry["eval"]]
+    found = {}
+    for corpus, nll in before.items():
+        after = next((e["eval"][corpus]["nll"] for e in evaluated if e["step"] == 0 and corpus in e["eval"]), None)
+        if after is not None:
+            regained = (e["step"] for e in evaluated if corpus in e["eval"] and e["eval"][corpus]["nll"] <= nll)
+            found[corpus] = {**spike(nll, after, vocabulary), "regained_at_step": next(regained, None)}
+    return found
 
 
 def _curve(history: list[dict[str, Any]], tokens_per_step: int) -> list[dict[str, Any]]:
@@ -125,8 +155,8 @@ def _split_key(key: str) -> tuple[str, str]:
     return key, ""
 
 
-def _arm_results(recipe: Recipe, units: list[Unit], folder: Path) -> dict[str, Any]:
-    runs = [_unit_results(recipe, unit, folder) for unit in units]
+def _arm_results(recipe: Recipe, units: list[Unit], folder: Path, bench: Any) -> dict[str, Any]:
+    runs = [_unit_results(recipe, unit, folder, bench) for unit in units]
     finals = {c: [run["final"][c] for run in runs] for c in runs[0]["final"]}
     return {
         "label": "; ".join(r.label() for r in units[0].resets),

@@ -30,6 +30,22 @@ from fire_llm.recipe import PhaseSection, Recipe
 from fire_llm.resets import ResetSpec
 from fire_llm.staging import checkpoints
 
+_LATER: dict[str, dict[str, Any]] = {
+    "batch": {"document_mask": False},
+    "optimizer": {
+        "name": "adamw", "muon_lr": None, "muon_momentum": 0.95, "schedule": "cosine", "decay": 0.1,
+        "decay_shape": None, "cooldown": 0.15, "constant_lr": None,
+    },
+}  # fmt: skip
+"""Keys that recipes had not always, with their defaults: left out of `Unit.spec` there, so that older runs go on."""
+
+
+MOST_UNITS = 2_000
+"""Of a recipe: a few lines of warm starts and seeds multiply."""
+
+LONGEST_NAME = 255
+"""Characters of a folder's name; file systems take no more."""
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -58,6 +74,10 @@ def expand(recipe: Recipe) -> list[Unit]:
     common = recipe.model_dump(
         mode="json", include={"model", "tokenizer", "optimizer", "batch", "evaluate", "log_every_steps"}
     )
+    for section, keys in _LATER.items():
+        for key, default in keys.items():
+            if common[section].get(key) == default:
+                del common[section][key]
     common["precision"] = resolve_precision(recipe.precision)  # "auto" may mean another thing on another machine
     lexicon = tokenizer_corpora(recipe)
     fingerprints = {name: corpus_of(recipe, name).fingerprint for name in [*recipe.corpus_names(), *lexicon]}
@@ -76,6 +96,10 @@ def expand(recipe: Recipe) -> list[Unit]:
             for source, labels in _sources(phase, previous, arm).items():
                 parents = by_source[(source, seed)] if source else [None]
                 starts += [(parent, str(label)) for parent in parents for label in labels]
+            if len(units) + len(starts) > MOST_UNITS:
+                raise UserError(
+                    f"phases: more than {MOST_UNITS:,} units (phases × arms × warm starts × seeds); take some away"
+                )
             for parent, start in starts:
                 name = "@".join(filter(None, [arm, _start_name(starts, parent, start)])) or None
                 spec = {
@@ -91,7 +115,34 @@ def expand(recipe: Recipe) -> list[Unit]:
                 units.append(unit)
                 by_source.setdefault((f"{phase.name}/{arm}" if arm else phase.name, seed), []).append(unit)
         previous = phase
+    _refuse_folders(units)
     return units
+
+
+def _refuse_folders(units: list[Unit]) -> None:
+    """Refuse folders that a file system would not take, or take for one another."""
+    by_name: dict[str, Unit] = {}
+    for unit in units:
+        if unit.folder.lower() in by_name:
+            raise UserError(f"phases: two units would share the folder '{unit.folder}'; rename a phase or an arm")
+        by_name[unit.folder.lower()] = unit
+        if len(max(unit.folder.split("/"), key=len)) > LONGEST_NAME:
+            raise UserError(f"phases: the folder '{unit.folder}' has too long a name; shorten names of phases and arms")
+
+
+def refuse_links(folder: Path, units: Iterable[Unit]) -> None:
+    """Refuse a run's folder in which something leads out of it: what is written there, or deleted, lies elsewhere.
+
+    Raises:
+        UserError: Naming the place and where it leads.
+    """
+    root = folder.resolve()
+    for place in [folder / "tokenizer", *(folder / unit.folder for unit in units)]:
+        if not place.resolve().is_relative_to(root):
+            raise UserError(
+                f"'{place}' leads out of the run's folder, to '{place.resolve()}': remove the link. A whole run may "
+                "lie elsewhere (--output), parts of it may not"
+            )
 
 
 def _start_name(starts: list[tuple[Unit | None, str]], parent: Unit | None, start: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -223,42 +222,6 @@ def test_checkpoints_kept_and_the_start_they_give(finished, texts, tmp_path):
     assert more["arms"]["base@final"]["runs"][0]["final"] == results["arms"]["base"]["runs"][0]["final"]
 
 
-SLOW_STEP = """
-import sys, time
-from fire_llm import ContinualTrainer
-step = ContinualTrainer.training_step
-ContinualTrainer.training_step = lambda self, *a, **k: (time.sleep(0.05), step(self, *a, **k))[1]
-from fire_llm.cli import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-
-@pytest.mark.parametrize(("unit", "at_least"), [("first/seed-1", 4), ("second/fire/seed-1", 4)])
-def test_a_killed_run_ends_with_the_same_weights_bit_for_bit(finished, texts, tmp_path, unit, at_least):
-    """SIGKILL in the middle of a phase, after a checkpoint and before the next one; then start it again."""
-    whole, results = finished
-    recipe, output = tmp_path / "tiny.yaml", tmp_path / "killed"
-    recipe.write_text(yaml.safe_dump(recipe_data(texts)))
-    command = [sys.executable, "-c", SLOW_STEP, "run", str(recipe), "--output", str(output), "--arm", "fire"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 200
-    while not (found := checkpoints(output / unit)) or found[-1][1] < at_least:
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read().decode()[-2000:]
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
-    assert final_checkpoint(output / unit) is None
-    again = run_recipe(load_recipe(recipe), output, arms=["fire"], progress=False)
-    for part in ("first/seed-1", "second/fire/seed-1"):
-        a, b = weights(final_checkpoint(whole / part)), weights(final_checkpoint(output / part))
-        assert set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a), part
-    mine, theirs = again["arms"]["fire"]["runs"][0], results["arms"]["fire"]["runs"][0]
-    assert {k: v for k, v in mine.items() if k not in ("seconds", "reset")} == {
-        k: v for k, v in theirs.items() if k not in ("seconds", "reset")
-    }
-
-
 # ---- several processes
 
 FSDP2 = {
@@ -447,16 +410,6 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(finished, texts, tmp_p
     data["model"]["config"]["vocab_size"] = 128
     with pytest.raises(UserError, match="the tokenizer has 300 tokens and the model's embedding 128 rows"):
         run_recipe(load_recipe(data), tmp_path / "run", progress=False)
-
-
-def test_a_damaged_parent_checkpoint_is_named(finished, texts, tmp_path):
-    folder = tmp_path / "copy"
-    shutil.copytree(finished[0], folder)
-    shutil.rmtree(folder / "second" / "fire")
-    path = final_checkpoint(folder / "first" / "seed-1") / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"checkpoint-12' cannot be read"):
-        run_recipe(load_recipe(recipe_data(texts)), folder, progress=False)
 
 
 def test_the_arms_to_run_are_chosen_with_their_parents(texts):

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 from fire_llm import ContinualTrainer, ResetCallback, UserError, fire_, logical_matrices, perplexity
 from fire_llm.staging import checkpoints
 from fire_llm.trainer import ContinualArguments, EvaluationSet, hash_batch
+from fire_llm.trainer.telemetry import MEASURES
 
 CONTEXT, MICRO, ACCUMULATION, STEPS = 16, 2, 3, 12
 
@@ -102,7 +103,7 @@ def test_resumed_training_ends_bitwise_where_the_uninterrupted_one_does(tmp_path
             assert torch.equal(a, b), name
         assert resumed.hash_of_batches() == whole.hash_of_batches()
         timeless = [
-            [{k: v for k, v in entry.items() if "runtime" not in k and "per_second" not in k} for entry in history]
+            [{k: v for k, v in entry.items() if "runtime" not in k and k not in MEASURES} for entry in history]
             for history in (whole.state.log_history[:-1], resumed.state.log_history[:-1])
         ]
         assert timeless[0] == timeless[1]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fire_llm.cli.parser import parser
 from fire_llm.errors import UserError
-from fire_llm.launch import AGAIN, ANEW, interrupted, launched, prepare, report_failure, start
+from fire_llm.launch import AGAIN, ANEW, ended, launched, prepare, report_failure, start
 
 if TYPE_CHECKING:
     from fire_llm.resets import ResetReport
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
-        0 done; 1 the work failed; 2 the user's input is wrong; 130 interrupted.
+        0 done; 1 the work failed; 2 the user's input is wrong; 130 ended by SIGINT, 143 by SIGTERM.
     """
     arguments = parser().parse_args(argv)
     # Libraries write advice to the terminal that is not for our users; their warnings and errors still show.
@@ -33,9 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         report_failure(2, str(error))
         return 2
-    except KeyboardInterrupt:
-        report_failure(130, interrupted(AGAIN if arguments.verb in ("run", "demo") else ANEW))
-        return 130
+    except KeyboardInterrupt as error:
+        code, message = ended(error, AGAIN if arguments.verb in ("run", "demo") else ANEW)
+        report_failure(code, message)
+        return code
     except BrokenPipeError:
         # The reader of our output left (`| head`): not an error; keep the interpreter from saying so at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fire_llm.data.documents import Boundaries
 from fire_llm.data.tokens import TokenFile
 from fire_llm.errors import UserError, did_you_mean
 
@@ -49,6 +50,7 @@ class Mixture(Dataset[dict[str, Tensor]]):
         seed: int,
         phase: str,
         sampling: str = "without-replacement",
+        document_positions: bool = False,
     ) -> None:
         """Prepare a mixture; no token is read.
 
@@ -59,6 +61,8 @@ class Mixture(Dataset[dict[str, Tensor]]):
             seed: of the order.
             phase: name of the phase: another phase draws in another order.
             sampling: "without-replacement" or "with-replacement".
+            document_positions: whether samples hold "position_ids" too, which start again at every document: models
+                of transformers then attend within documents alone.
 
         Raises:
             UserError: for weights that are no shares or not of these corpora, an unknown sampling, a context below 1,
@@ -97,6 +101,7 @@ class Mixture(Dataset[dict[str, Tensor]]):
         scale = math.lcm(*(share.denominator for share in exact))
         self.weights = {name: int(share * scale) for name, share in zip(self.sources, exact, strict=True)}
         self._tree = _tree(self.weights)
+        self.boundaries = {name: Boundaries(s) for name, s in self.sources.items()} if document_positions else None
 
     @property
     def epoch_tokens(self) -> int:
@@ -130,12 +135,18 @@ class Mixture(Dataset[dict[str, Tensor]]):
         return corpus, epoch, permute(position, self.blocks(corpus), (self.seed, self.phase, corpus, epoch))
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        """Return {"input_ids": (C,), "labels": (C,)}, int64; the labels are already shifted by one."""
+        """Return {"input_ids": (C,), "labels": (C,)}, int64; the labels are already shifted by one.
+
+        With `document_positions`, "position_ids" (C,) too.
+        """
         corpus, _, block = self.locate(i)
         start = block * self.context
         tokens = torch.from_numpy(self.sources[corpus].tokens[start : start + self.context + 1].astype("int64"))
         # A copy, so that whoever masks labels in place leaves the inputs alone.
-        return {"input_ids": tokens[:-1], "labels": tokens[1:].clone()}
+        sample = {"input_ids": tokens[:-1], "labels": tokens[1:].clone()}
+        if self.boundaries is not None:
+            sample["position_ids"] = torch.from_numpy(self.boundaries[corpus].positions(start, self.context))
+        return sample
 
 
 class _Node:

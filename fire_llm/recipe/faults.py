@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from fire_llm.corpora import CorpusSpec, resolve
 from fire_llm.errors import UserError, did_you_mean
 from fire_llm.models import PRESETS
+from fire_llm.recipe.optimizing import optimizer_faults
 from fire_llm.recipe.sections import (
     BatchSection,
     EvaluateSection,
@@ -25,7 +26,10 @@ from fire_llm.recipe.sections import (
 )
 from fire_llm.resets import RESETS, ResetSpec
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
+_NAMING = "use at most 64 letters, digits, '.', '_', '+' and '-', a letter or digit first"
+_TAKEN = re.compile(r"tokenizer|.*\.(json|html|lock|partial)", re.IGNORECASE)
+"""Names in a run's folder that are not phases'."""
 
 
 def path_of(loc: Iterable[Any]) -> str:
@@ -78,6 +82,8 @@ def arm_faults(data: Mapping[str, Any]) -> list[str]:
     for i, phase in enumerate(phases if isinstance(phases, list) else []):
         arms = phase.get("arms") if isinstance(phase, Mapping) else None
         for name, arm in arms.items() if isinstance(arms, Mapping) else ():
+            if arm == []:
+                faults.append(f"phases[{i}].arms.{name}: an empty list resets nothing; write keep")
             for j, reset in enumerate(as_list(arm)):
                 where = f"phases[{i}].arms.{name}" + (f"[{j}]" if isinstance(arm, list) else "")
                 if not isinstance(reset, str | Mapping):
@@ -91,6 +97,8 @@ def arm_faults(data: Mapping[str, Any]) -> list[str]:
 
 def contradictions(recipe: Recipe) -> Iterable[str]:
     """Yield what is wrong between keys that are each right by themselves."""
+    if not _NAME.fullmatch(recipe.name):
+        yield f"name: '{recipe.name}' names the folder runs/NAME; {_NAMING}"
     if (recipe.model.preset is None) == (recipe.model.checkpoint is None):
         yield "model: give one of preset and checkpoint"
     elif recipe.model.preset is not None and recipe.model.preset not in PRESETS:
@@ -105,8 +113,7 @@ def contradictions(recipe: Recipe) -> Iterable[str]:
         yield "tokenizer: give one of path and train"
     if len(set(recipe.seed)) < len(recipe.seed):
         yield f"seed: {recipe.seed} names a seed twice"
-    if recipe.optimizer.min_lr > recipe.optimizer.lr:
-        yield f"optimizer.min_lr: {recipe.optimizer.min_lr} is above lr, {recipe.optimizer.lr}"
+    yield from optimizer_faults(recipe.optimizer)
     context = recipe.model.context or (PRESETS.get(recipe.model.preset or "") or {}).get("n_positions")
     if context and recipe.batch.tokens_per_step % context:
         nearest = max(1, round(recipe.batch.tokens_per_step / context)) * context
@@ -128,13 +135,21 @@ def contradictions(recipe: Recipe) -> Iterable[str]:
             resolve(name, recipe.corpora.get(name), Path(recipe.data_root))
         except UserError as error:
             yield f"{place}: {error}"
+        except OSError as error:
+            yield f"{place}: '{name}' cannot be looked at: {error.strerror or error}"
 
 
 def _phase_contradictions(recipe: Recipe, phase: PhaseSection, earlier: dict[str, list[str]]) -> Iterable[str]:
     if not _NAME.fullmatch(phase.name):
-        yield f"name: '{phase.name}' names a folder; use letters, digits, '.', '_', '+' and '-'"
-    if phase.name in earlier:
+        yield f"name: '{phase.name}' names a folder; {_NAMING}"
+    elif _TAKEN.fullmatch(phase.name):
+        yield f"name: '{phase.name}' is a name that the run's folder has for something else; choose another"
+    # Some file systems do not tell capital letters from small ones.
+    if any(phase.name.lower() == name.lower() for name in earlier):
         yield f"name: '{phase.name}' is the name of an earlier phase"
+    arms = [arm.lower() for arm in phase.arms or {}]
+    for twice in sorted({arm for arm in arms if arms.count(arm) > 1}):
+        yield f"arms: two arms are called '{twice}' but for capital letters, which some file systems do not tell apart"
     lengths = [k for k in ("epochs", "steps", "tokens") if getattr(phase, k) is not None]
     if len(lengths) != 1:
         yield f"{' and '.join(lengths) or 'steps'}: give exactly one of epochs, steps and tokens"
@@ -152,8 +167,12 @@ def _phase_contradictions(recipe: Recipe, phase: PhaseSection, earlier: dict[str
         yield f"keep: 'best' is told by the phase's own corpora, and evaluate.data has none of {', '.join(phase.data)}"
     for arm in phase.arms or {}:
         if not _NAME.fullmatch(arm):
-            yield f"arms.{arm}: the name is that of a folder; use letters, digits, '.', '_', '+' and '-'"
+            yield f"arms.{arm}: the name is that of a folder; {_NAMING}"
+    if phase.start_from is not None and not any(phase.start_from.values()):
+        yield "start_from: it names no checkpoint; leave it out to start from the previous phase's final one"
     for source, labels in (phase.start_from or {}).items():
+        if len(set(map(str, labels))) < len(labels):
+            yield f"start_from.{source}: {labels} names a checkpoint twice"
         if source not in earlier:
             yield f"start_from: there is no earlier phase '{source}'.{did_you_mean(source, earlier)}"
             continue
@@ -162,7 +181,8 @@ def _phase_contradictions(recipe: Recipe, phase: PhaseSection, earlier: dict[str
                 allowed = ", ".join(earlier[source])
                 yield f"start_from.{source}: '{label}' is not kept; kept: {allowed}. Add it to that phase's keep"
     armed = [p for p in recipe.phases if p.arms and p.name in earlier]
-    if phase.start_from is None and armed and armed[-1].name == next(reversed([k for k in earlier if "/" not in k])):
+    previous = next((name for name in reversed(earlier) if "/" not in name), None)
+    if phase.start_from is None and armed and armed[-1].name == previous:
         missing = [a for a in (phase.arms or {"": None}) if a not in (armed[-1].arms or {})]
         if missing:
             example = f"{armed[-1].name}/{next(iter(armed[-1].arms or {}))}"

@@ -19,6 +19,10 @@ def _as_key(key: str) -> Any:
     return lambda value: {key: value} if isinstance(value, str) else value
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""What NumPy's generator can be seeded with too."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -41,15 +45,60 @@ class TokenizerSection(_Section):
 
 
 class OptimizerSection(_Section):
-    """AdamW with a linear warm-up and a cosine, begun anew in every phase."""
+    """An optimizer and a schedule with a linear warm-up, begun anew in every phase."""
 
+    name: str = Field("adamw", description="adamw, muon, or a name that transformers' TrainingArguments.optim takes")
     lr: float = Field(6.0e-4, gt=0, description="Peak learning rate")
-    min_lr: float = Field(6.0e-5, ge=0, description="Learning rate at the end of the cosine")
+    min_lr: float = Field(6.0e-5, ge=0, description="Learning rate at the end of the phase")
     warmup: float = Field(0.1, ge=0, lt=1, description="Share of a phase's steps spent warming up")
     max_warmup_steps: int = Field(2000, ge=0, description="Most optimizer steps spent warming up")
     weight_decay: float = Field(0.1, ge=0, description="Decay of tensors of two dimensions and more")
-    betas: list[float] = Field([0.9, 0.95], min_length=2, max_length=2, description="AdamW's decay rates")
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
+        [0.9, 0.95], min_length=2, max_length=2, description="AdamW's decay rates"
+    )
     clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0 for no clipping")
+    muon_lr: float | None = Field(None, gt=0, description="Peak learning rate of Muon's matrices; lr by default")
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="Share of Muon's momentum that a step keeps")
+    schedule: Literal["cosine", "wsd", "infinite", "constant"] = Field("cosine", description="After the warm-up")
+    decay: float = Field(0.1, ge=0, le=1, description="wsd, infinite: share of a phase's steps that lead to min_lr")
+    decay_shape: Literal["linear", "1-sqrt", "exponential"] | None = Field(
+        None, description="wsd: 1-sqrt by default; infinite: exponential"
+    )
+    cooldown: float = Field(0.15, ge=0, le=1, description="infinite: share of steps from lr down to constant_lr")
+    constant_lr: float | None = Field(None, gt=0, description="infinite: learning rate between cooldown and decay")
+
+    @property
+    def shape(self) -> str:
+        """Give the shape of the decay."""
+        return self.decay_shape or ("exponential" if self.schedule == "infinite" else "1-sqrt")
+
+    def arguments(self, steps: int) -> dict[str, Any]:
+        """Return the `ContinualArguments` that this stands for in a phase of `steps` optimizer steps."""
+        cosine = self.schedule == "cosine"
+        return {
+            "optim": "adamw_torch_fused" if self.name in ("adamw", "muon") else self.name,
+            "muon": self.name == "muon",
+            "muon_lr": self.muon_lr,
+            "muon_momentum": self.muon_momentum,
+            "learning_rate": self.lr,
+            "warmup_steps": min(int(self.warmup * steps), self.max_warmup_steps),
+            "lr_scheduler_type": "cosine_with_min_lr" if cosine else "constant_with_warmup",
+            "lr_scheduler_kwargs": {"min_lr": self.min_lr} if cosine else {},
+            "schedule": self._own_schedule(steps),
+            "weight_decay": self.weight_decay,
+            "adam_beta1": self.betas[0],
+            "adam_beta2": self.betas[1],
+            "max_grad_norm": self.clip,
+        }
+
+    def _own_schedule(self, steps: int) -> dict[str, Any] | None:
+        """Return the arguments of `trainer.multiplier`; None for the schedules that transformers has."""
+        if self.schedule not in ("wsd", "infinite"):
+            return None
+        own = {"decay": int(self.decay * steps), "floor": self.min_lr / self.lr, "shape": self.shape}
+        if self.schedule == "infinite":
+            own |= {"cooldown": int(self.cooldown * steps), "constant": (self.constant_lr or self.lr) / self.lr}
+        return own
 
 
 class BatchSection(_Section):
@@ -59,6 +108,7 @@ class BatchSection(_Section):
     sequences_per_device: int | None = Field(
         None, ge=1, description="Sequences a forward pass; a divisor is chosen by default"
     )
+    document_mask: bool = Field(False, description="Attention and positions stay within documents, inside blocks too")
 
 
 class PhaseSection(_Section):
@@ -66,7 +116,7 @@ class PhaseSection(_Section):
 
     name: str
     data: dict[str, float] = Field(min_length=1, description="Corpora and their weights, over tokens")
-    epochs: float | None = Field(None, gt=0, description="Length, in the tokens that the corpora hold together")
+    epochs: float | None = Field(None, gt=0, le=1e6, description="Length, in the tokens that the corpora hold together")
     steps: int | None = Field(None, ge=1, description="Length, in optimizer steps")
     tokens: int | None = Field(None, ge=1, description="Length, in tokens; the last step is completed")
     max_corpus_tokens: int | None = Field(None, ge=1, description="Train on at most this many first tokens a corpus")
@@ -97,7 +147,7 @@ class Recipe(_Section):
 
     name: str = "run"
     description: str = ""
-    seed: Annotated[list[int], BeforeValidator(as_list)] = Field([1], min_length=1, description="One seed or several")
+    seed: Annotated[list[Seed], BeforeValidator(as_list)] = Field([1], min_length=1, description="One seed or several")
     model: Annotated[ModelSection, BeforeValidator(_as_key("checkpoint"))]
     tokenizer: Annotated[TokenizerSection | None, BeforeValidator(_as_key("path"))] = None
     data_root: str = Field(".", description="Folder from which relative paths of corpora count")
@@ -107,8 +157,12 @@ class Recipe(_Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 autocast where the hardware multiplies it natively, else fp32"
     )
-    compile: bool = Field(False, description="Use torch.compile")
+    compile: Literal["auto", True, False] = Field("auto", description="Use torch.compile; auto: on CUDA alone")
+    nonfinite: Literal["halt", "skip"] = Field(
+        "halt", description="Where a loss or gradient is not finite: stop before the step, or leave it out and count it"
+    )
     save_every_steps: int = Field(500, ge=1, description="Optimizer steps between the checkpoints a run resumes from")
+    keep_last: int = Field(1, ge=1, description="Newest checkpoints of a phase that stay, beside those it keeps")
     log_every_steps: int = Field(10, ge=1, description="Optimizer steps a logged training loss is the mean of")
     phases: list[PhaseSection] = Field(min_length=1)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)

@@ -52,7 +52,7 @@ class ResetSpec:
         name = given.pop("method", None)
         if name is None:
             return [("method", f"missing; one of {', '.join(RESETS)}")], None
-        if name not in RESETS:
+        if not isinstance(name, str) or name not in RESETS:
             return [("method", f"unknown reset '{name}'.{did_you_mean(name, RESETS)} Known: {', '.join(RESETS)}")], None
         method = RESETS[name]
         try:
@@ -97,7 +97,7 @@ class ResetSpec:
 def _compiles(pattern: str) -> bool:
     try:
         re.compile(pattern)
-    except re.error:
+    except (re.error, OverflowError, RecursionError):
         return False
     return True
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from fire_llm.trainer.callbacks import ResetCallback
 from fire_llm.trainer.diagnosing import DiagnosticsCallback
-from fire_llm.trainer.training import ContinualArguments, ContinualTrainer, EvaluationSet, hash_batch
+from fire_llm.trainer.optimizers import MuonAdamW
+from fire_llm.trainer.schedules import multiplier
+from fire_llm.trainer.spike import SpikeCallback
+from fire_llm.trainer.stepping import hash_batch
+from fire_llm.trainer.training import ContinualArguments, ContinualTrainer, EvaluationSet
 
 __all__ = [
     "ContinualArguments",
     "ContinualTrainer",
     "DiagnosticsCallback",
     "EvaluationSet",
+    "MuonAdamW",
     "ResetCallback",
+    "SpikeCallback",
     "hash_batch",
+    "multiplier",
 ]

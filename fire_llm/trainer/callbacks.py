@@ -94,6 +94,8 @@ class Keeping(TrainerCallback):
 class Progress(TrainerCallback):
     """Show one bar a phase, with the latest training loss and validation perplexities."""
 
+    bar: Any = None
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         from tqdm.auto import tqdm
 
@@ -107,10 +109,16 @@ class Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         if "loss" in logs:
             self.shown["loss"] = f"{logs['loss']:.3f}"
+        if "tokens_per_second" in logs:
+            self.shown["tok/s"] = f"{logs['tokens_per_second']:,.0f}"
+        if "mfu" in logs:
+            self.shown["MFU"] = f"{logs['mfu']:.0%}"
         for key, value in logs.items():
             if key.startswith("eval_") and key.endswith("_perplexity"):
                 self.shown[f"ppl {key[5:-11]}"] = f"{value:.1f}"
         self.bar.set_postfix(self.shown, refresh=False)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.close()
+    def close(self) -> None:
+        """End the bar's line, however training ended."""
+        if self.bar is not None:
+            self.bar.close()

@@ -5,8 +5,6 @@ Shapes: B = sequences a micro-batch, T = tokens a sequence.
 
 from __future__ import annotations
 
-import json
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -15,30 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import (
     PrinterCallback,
     ProgressCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
-    TrainingArguments,
     default_data_collator,
 )
-from transformers.trainer import SCHEDULER_NAME
 
-from fire_llm.evaluation import perplexity, token_nll
-from fire_llm.staging import CONTINUAL_STATE, STAGING_SUFFIX, checkpoints, sync, write_json, writing
+from fire_llm.evaluation import perplexity
+from fire_llm.stopping import wait_for_step
 from fire_llm.trainer.callbacks import Keeping, Progress
-from fire_llm.trainer.sharding import (
-    OPTIMIZER,
-    load_optimizer,
-    load_weights,
-    refuse_engines,
-    sharding,
-    whole_optimizer,
-    whole_weights,
-)
+from fire_llm.trainer.optimizers import Optimizing, OptimizingArguments
+from fire_llm.trainer.saving import SavingTrainer
+from fire_llm.trainer.sharding import refuse_engines, sharding
+from fire_llm.trainer.stepping import Stepping
+from fire_llm.trainer.stopping import Stopping
 
 
 @dataclass
@@ -54,7 +44,7 @@ class EvaluationSet:
 
 
 @dataclass
-class ContinualArguments(TrainingArguments):
+class ContinualArguments(OptimizingArguments):
     """Add to `TrainingArguments` what a phase of continual pretraining needs."""
 
     eval_context: int | None = field(default=None, metadata={"help": "Tokens an evaluation window."})
@@ -62,7 +52,11 @@ class ContinualArguments(TrainingArguments):
         default=None, metadata={"help": "Weights of the corpora whose mean validation NLL decides the best checkpoint."}
     )
     keep_best: bool = field(default=False, metadata={"help": "Keep the checkpoint with the lowest validation NLL."})
+    keep_last: int = field(default=1, metadata={"help": "Newest checkpoints that stay."})
     keep_steps: list[int] = field(default_factory=list, metadata={"help": "Optimizer steps whose checkpoints stay."})
+    nonfinite: str = field(
+        default="halt", metadata={"help": "Where a loss or gradient is not finite: halt, or skip the step."}
+    )
     title: str | None = field(default=None, metadata={"help": "Title of the progress bar; None for none."})
 
     def __post_init__(self) -> None:
@@ -86,11 +80,11 @@ class _FromStep(torch.utils.data.Sampler[int]):
         return self.total
 
 
-class ContinualTrainer(Trainer):
+class ContinualTrainer(Stepping, Optimizing, SavingTrainer):
     """Pretrain a causal LM on one phase's mixture.
 
-    Differs from `Trainer` in four things: the loss is the exact mean over the tokens of the accumulated batch, for
-    every architecture; sample i of the phase is always the i-th the dataset gives, at any world size and after any
+    Differs from `Trainer` in this: the loss is the exact mean over the tokens of the accumulated batch, for every
+    architecture, and what is not finite stops it before the weights change; sample i of the phase is always the i-th the dataset gives, at any world size and after any
     resumption; evaluation is exact perplexity a corpus; a checkpoint folder appears in one rename, when it is whole.
 
     Args:
@@ -115,9 +109,6 @@ class ContinualTrainer(Trainer):
     ) -> None:
         self.evaluation_sets = evaluation_sets or {}
         self._resumed_step = 0
-        self._seconds_before = 0.0
-        self._began = time.monotonic()
-        self._staging: Path | None = None
         # Samples are full: nothing is padded, and tokenizers such as GPT-2's have no token to pad with.
         kwargs.setdefault("data_collator", default_data_collator)
         # `Trainer` insists on a dataset wherever an evaluation strategy is set; ours are in `evaluation_sets`.
@@ -132,11 +123,9 @@ class ContinualTrainer(Trainer):
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(Keeping())
-        self.add_callback(Progress())
-        # `compute_loss` divides by the tokens of the whole accumulated batch; this is how `Trainer` is told so.
-        self.model_accepts_loss_kwargs = True
-        self.batches_hash = torch.zeros((), dtype=torch.int64, device=args.device)
-        """Hash of every token id trained on, the step it was seen at included; order within a step does not count."""
+        self.add_callback(Stopping())  # behind what asks for a log where something is saved: a signal's save has none
+        self._progress = Progress()
+        self.add_callback(self._progress)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Make the accelerator, FSDP2's shards on CPUs included, and refuse what cannot be reset."""
@@ -153,15 +142,16 @@ class ContinualTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train to `max_steps`, from a checkpoint folder where one is given."""
         if resume_from_checkpoint:
-            folder = Path(str(resume_from_checkpoint))
-            state = json.loads((folder / CONTINUAL_STATE).read_text(encoding="utf-8"))
-            self._resumed_step, self._seconds_before = state["step"], state["seconds"]
+            state = self._read_state(Path(str(resume_from_checkpoint)))
+            self._resumed_step = state["step"]
             self._say_resumed(state)
-            if self.is_world_process_zero():
-                self.batches_hash.fill_(state["batches_hash"])
             self.args.eval_on_start = False
         self._began = time.monotonic()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            wait_for_step(False)
+            self._progress.close()
 
     def _say_resumed(self, state: dict[str, Any]) -> None:
         before, now = state.get("world_size"), self.args.world_size
@@ -169,33 +159,6 @@ class ContinualTrainer(Trainer):
             return
         changed = f", on {now} process(es) instead of {before}: the same batches" if before not in (None, now) else ""
         sys.stderr.write(f"{self.args.title}: goes on from step {state['step']}{changed}\n")
-
-    # ---- loss
-
-    def training_step(self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
-        """Run one micro-batch forward and backward, and count its tokens into the hash."""
-        self.batches_hash += hash_batch(inputs["input_ids"].to(self.batches_hash.device), self.state.global_step)
-        return super().training_step(model, inputs, num_items_in_batch)
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Return Σ nll over the tokens of the accumulated batch: the exact mean once accumulated and averaged by ranks.
-
-        Models of transformers divide by counts of their own (GPT-2's includes a token it never predicts).
-        """
-        outputs = model(input_ids=inputs["input_ids"], use_cache=False)
-        nll = token_nll(outputs.logits, inputs["labels"]).sum()
-        loss = nll / (inputs["labels"].numel() if num_items_in_batch is None else num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
-
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> int:
-        # Every sample is full, so a rank's count is known without asking the others or reading a label.
-        return sum(batch["labels"].numel() for batch in batch_samples)
-
-    def get_decay_parameter_names(self, model: Any) -> list[str]:
-        """Decay tensors of two dimensions and more, as the paper does."""
-        return [name for name, p in model.named_parameters() if p.ndim >= 2]
 
     # ---- evaluation
 
@@ -226,110 +189,3 @@ class ContinualTrainer(Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log with the share of the phase that is done as the epoch; `Trainer` counts it from the resumption."""
-        self.state.epoch = self.state.global_step / self.state.max_steps
-        super().log(logs, start_time)
-
-    # ---- checkpoints
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging or self.args.output_dir)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write the checkpoint under a temporary name, flush it, and rename it once."""
-        output = Path(self.args.output_dir)
-        name = f"checkpoint-{self.state.global_step}"
-        final, self._staging = output / name, output / f"{name}{STAGING_SUFFIX}"
-        total = self._hash_over_ranks()
-        try:
-            with writing(output):
-                if self.is_world_process_zero():
-                    shutil.rmtree(self._staging, ignore_errors=True)
-                self.accelerator.wait_for_everyone()
-                super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
-                if self.is_world_process_zero():
-                    written = self._staging / name
-                    (written / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing reads it
-                    seconds = self._seconds_before + time.monotonic() - self._began
-                    own = {
-                        "step": self.state.global_step,
-                        "batches_hash": total,
-                        "seconds": seconds,
-                        "world_size": self.args.world_size,
-                    }
-                    write_json(written / CONTINUAL_STATE, own)
-                    sync(written)
-                    shutil.rmtree(final, ignore_errors=True)
-                    written.rename(final)
-                    self._staging.rmdir()
-                    self._prune(output)
-        finally:
-            self._staging = None
-        self.accelerator.wait_for_everyone()
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model as an ordinary folder; of shards, `Trainer` would keep pickles beside it."""
-        if not self.is_fsdp_enabled:
-            return super().save_model(output_dir, _internal_call)
-        weights = whole_weights(self.model)
-        self._save(output_dir or self.args.output_dir, state_dict=weights)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
-            return super()._save_optimizer_and_scheduler(output_dir)
-        state = whole_optimizer(self.optimizer)
-        if self.args.should_save:
-            torch.save(state, Path(output_dir) / OPTIMIZER)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_weights(model or self.model, Path(resume_from_checkpoint))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.is_fsdp_enabled or checkpoint is None:
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        load_optimizer(self.optimizer, Path(checkpoint))
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
-
-    def _prune(self, output: Path) -> None:
-        """Delete the checkpoints that are neither the newest, nor the best, nor listed."""
-        kept = {*self.args.keep_steps, self.state.global_step}
-        if self.args.keep_best:
-            kept.add(self.state.best_global_step)
-        for folder, step in checkpoints(output):
-            if step not in kept:
-                shutil.rmtree(folder)
-
-    def _hash_over_ranks(self) -> int:
-        return int(self.accelerator.reduce(self.batches_hash.clone(), "sum"))
-
-    def hash_of_batches(self) -> str:
-        """Return the hash over all ranks of every batch so far, 16 hexadecimal digits."""
-        return f"{self._hash_over_ranks() & (2**64 - 1):016x}"
-
-
-def hash_batch(ids: Tensor, step: int) -> Tensor:
-    """Hash token ids, their places and their step; sums of hashes tell multisets of rows apart.
-
-    Args:
-        ids: (B, T) int64.
-        step: Optimizer step, counted from zero.
-
-    Returns:
-        () int64, wrapped around; the same on every device.
-    """
-
-    def mix(x: Tensor) -> Tensor:
-        # The finaliser of splitmix64; its constants as signed integers. Source: Steele et al., OOPSLA 2014.
-        x = (x ^ (x >> 30)) * -4658895280553007687
-        x = (x ^ (x >> 27)) * -7723592293110705685
-        return x ^ (x >> 31)
-
-    place = torch.arange(1, ids.shape[-1] + 1, device=ids.device) * -7046029254386353131
-    when = ((step + 1) * 0x9E3779B97F4A7C15 + 2**63) % 2**64 - 2**63  # wrapped around, as the tensors' products are
-    return mix(mix(ids + place).sum(-1) + when).sum()

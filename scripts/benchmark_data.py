@@ -1,0 +1,276 @@
+"""Time the data path beside Hugging Face's: tokenising, samples of a mixture, and going on far into a run.
+
+    python scripts/benchmark_data.py [--mb 20] [--samples 20000] [--far 1000000] [--only tokenise mixture resume]
+
+Tokenising: `tokenize_corpus` against `datasets.map` (batched, as many processes as cores) with the same fast tokenizer
+on the same text; both write to an empty folder, and the tokens are compared. Mixture: samples/s of two corpora in
+batches, in this process and through a DataLoader with workers; ours against `interleave_datasets` of two streams.
+Resume: seconds until the batch of a given step is there. Ours is arithmetic; `skip(n)` and `load_state_dict` of an
+IterableDataset, and accelerate's `skip_first_batches`, read what they skip: they are timed over as many samples as
+`--skip` says, and extended in proportion, which the output says too.
+
+Contestants take turns in one process; figures are medians over the rounds, ratios are medians of the rounds' ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from fire_llm.corpora import resolve
+from fire_llm.corpora.spec import Corpus
+from fire_llm.data import Mixture, TokenFile, tokenize_corpus, train_tokenizer
+
+WEIGHTS = {"a": 0.9, "b": 0.1}
+
+
+def in_turns(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Return each contestant's results, of rounds in which all take part, every other one in reverse."""
+    found: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(rounds):
+        for name in list(contestants)[:: 1 if turn % 2 == 0 else -1]:
+            found[name].append(contestants[name]())
+    return found
+
+
+def report(title: str, unit: str, found: dict[str, list[float]]) -> dict[str, Any]:
+    """Print medians and what the first contestant has of each other, and return them."""
+    first = next(iter(found))
+    rows = {}
+    print(title)
+    for name, values in found.items():
+        ratio = statistics.median(a / b for a, b in zip(found[first], values, strict=True))
+        rows[name] = {"median": statistics.median(values), "all": values, "ratio_of_first": ratio}
+        print(f"  {name:<44} {statistics.median(values):>14,.5g} {unit:<10} ours / this: {ratio:.3g}")
+    return {"unit": unit, "rows": rows}
+
+
+def texts_of(megabytes: float) -> list[str]:
+    """Return documents of the offline corpora, repeated with a number in front where they do not suffice."""
+    found: list[str] = []
+    total, again = 0, 0
+    while total < megabytes * 1e6:
+        for text in resolve("library-docs").documents("train"):
+            found.append(f"{again} {text}")
+            total += len(found[-1].encode())
+            if total >= megabytes * 1e6:
+                break
+        again += 1
+    return found
+
+
+# ---- tokenising
+
+
+def tokenising(texts: list[str], tokenizer: Any, rounds: int, folder: Path, processes: int) -> dict[str, Any]:
+    """Measure tokens/s of making a corpus into tokens on the disk."""
+    from datasets import Dataset, disable_caching, disable_progress_bars
+
+    disable_caching()
+    disable_progress_bars()
+    corpus = Corpus("bench", "1", lambda split: texts)
+    dataset = Dataset.from_dict({"text": texts})
+    counts: dict[str, int] = {}
+
+    def ours() -> float:
+        begun = time.perf_counter()
+        made = tokenize_corpus(corpus, tokenizer, "train", cache=folder / "ours", progress=False)
+        seconds = time.perf_counter() - begun
+        counts["ours"] = made.n_tokens - made.n_documents
+        shutil.rmtree(folder / "ours")
+        return made.n_tokens / seconds
+
+    def theirs(number: int | None) -> float:
+        # Each of several processes has one thread, as datasets' own guide has it; one process has them all.
+        os.environ["TOKENIZERS_PARALLELISM"] = "true" if number is None else "false"
+        begun = time.perf_counter()
+        made = dataset.map(
+            lambda rows: {"input_ids": tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"]},
+            batched=True, num_proc=number, remove_columns=["text"], new_fingerprint=f"f{time.time_ns()}",
+        )  # fmt: skip
+        made.save_to_disk(str(folder / "theirs"))
+        seconds = time.perf_counter() - begun
+        os.environ.pop("TOKENIZERS_PARALLELISM")
+        counts[f"map {number}"] = total = sum(map(len, made.with_format("numpy")["input_ids"]))
+        shutil.rmtree(folder / "theirs")
+        return (total + len(texts)) / seconds
+
+    contestants: dict[str, Callable[[], float]] = {
+        "ours": ours,
+        "datasets.map, one process, threads": lambda: theirs(None),
+    }
+    contestants[f"datasets.map, {processes} processes"] = lambda: theirs(processes)
+    found = report("tokenising, text to tokens on the disk", "tokens/s", in_turns(contestants, rounds))
+    assert len(set(counts.values())) == 1, counts
+    return found
+
+
+# ---- the mixture
+
+
+def token_files(folder: Path, tokens: int) -> dict[str, TokenFile]:
+    """Write two token files of random ids in documents of about 500, and open them."""
+    files = {}
+    for seed, name in enumerate(WEIGHTS):
+        place = folder / name
+        place.mkdir(parents=True)
+        draw = np.random.default_rng(seed)
+        draw.integers(1, 50_000, tokens, dtype=np.uint16).tofile(place / "tokens.bin")
+        ends = np.sort(draw.choice(np.arange(1, tokens), tokens // 500, replace=False))
+        index = np.zeros((len(ends) + 1, 3), dtype=np.uint64)
+        index[:, 0] = [*ends, tokens]
+        index.tofile(place / "documents.bin")
+        meta = {"dtype": "uint16", "n_tokens": tokens, "n_bytes": 0, "n_words": 0, "n_documents": len(index)}
+        (place / "meta.json").write_text(json.dumps(meta))
+        files[name] = TokenFile.open(place)
+    return files
+
+
+class Span(torch.utils.data.Sampler[int]):
+    """Yield the indices from a start on."""
+
+    def __init__(self, start: int, count: int) -> None:
+        self.start, self.count = start, count
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.start, self.start + self.count))
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def streams(files: dict[str, TokenFile], context: int) -> Any:
+    """Return datasets' way to the same: the blocks of each corpus as a stream, interleaved by weight."""
+    from datasets import Dataset, interleave_datasets
+
+    blocks = []
+    for file in files.values():
+        rows = file.tokens[: file.n_tokens // context * context].reshape(-1, context).astype(np.int64)
+        blocks.append(Dataset.from_dict({"input_ids": rows}).to_iterable_dataset().repeat(None))
+    return interleave_datasets(blocks, probabilities=list(WEIGHTS.values()), seed=1)
+
+
+def mixing(files: dict[str, TokenFile], args: argparse.Namespace) -> dict[str, Any]:
+    """Measure samples/s in batches."""
+    plain = Mixture(files, WEIGHTS, context=args.context, seed=1, phase="p")
+    masked = Mixture(files, WEIGHTS, context=args.context, seed=1, phase="p", document_positions=True)
+    stream = streams(files, args.context).with_format("torch")
+
+    def pulled(dataset: Any, workers: int, sampler: Any = None) -> float:
+        loader = DataLoader(dataset, args.batch, sampler=sampler, num_workers=workers)
+        begun, seen = time.perf_counter(), 0
+        for batch in loader:
+            seen += len(batch["input_ids"])
+            if seen >= args.samples:
+                break
+        return seen / (time.perf_counter() - begun)
+
+    contestants: dict[str, Callable[[], float]] = {}
+    for workers in (0, 2):
+        where = f"{workers} workers" if workers else "in this process"
+        contestants[f"ours, {where}"] = lambda w=workers: pulled(plain, w, Span(0, args.samples))
+        contestants[f"ours, document mask, {where}"] = lambda w=workers: pulled(masked, w, Span(0, args.samples))
+    contestants["interleave_datasets, in this process"] = lambda: pulled(stream, 0)
+    title = f"mixture, batches of {args.batch} samples of {args.context} tokens"
+    return report(title, "samples/s", in_turns(contestants, args.rounds))
+
+
+# ---- going on
+
+
+def resuming(files: dict[str, TokenFile], args: argparse.Namespace) -> dict[str, Any]:
+    """Measure seconds until the batch of a far step is there."""
+    from accelerate import skip_first_batches
+
+    mixture = Mixture(files, WEIGHTS, context=args.context, seed=1, phase="p")
+    sample = args.far * args.batch
+    share = sample / args.skip
+
+    def first(loader: Any) -> float:
+        begun = time.perf_counter()
+        next(iter(loader))
+        return time.perf_counter() - begun
+
+    def by_state() -> float:
+        stream = streams(files, args.context)
+        walker = iter(stream)
+        for _ in range(args.skip):
+            next(walker)
+        state, begun = stream.state_dict(), time.perf_counter()
+        fresh = streams(files, args.context)
+        fresh.load_state_dict(state)
+        next(iter(fresh))
+        return time.perf_counter() - begun
+
+    def skipping_batches() -> float:
+        loader = DataLoader(mixture, args.batch, sampler=Span(0, args.skip + args.batch))
+        return first(skip_first_batches(loader, args.skip // args.batch)) * share
+
+    contestants: dict[str, Callable[[], float]] = {
+        "ours": lambda: first(DataLoader(mixture, args.batch, sampler=Span(sample, args.batch))),
+        "ours, at step 0": lambda: first(DataLoader(mixture, args.batch, sampler=Span(0, args.batch))),
+        "IterableDataset.skip, extended": lambda: first(streams(files, args.context).skip(args.skip)) * share,
+        "IterableDataset.load_state_dict, not extended": by_state,
+        "accelerate.skip_first_batches, extended": skipping_batches,
+    }
+    found = report(
+        f"the batch of step {args.far:,} ({args.batch} samples a step; others timed over {args.skip:,} samples)",
+        "s",
+        in_turns(contestants, args.rounds),
+    )
+    return found | {"extended_from_samples": args.skip, "sample": sample}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mb", type=float, default=20, help="megabytes of text to tokenise (20)")
+    parser.add_argument("--samples", type=int, default=20_000, help="samples of the mixture a turn (20000)")
+    parser.add_argument("--context", type=int, default=1024, help="tokens a sample (1024)")
+    parser.add_argument("--batch", type=int, default=16, help="samples a batch and a step (16)")
+    parser.add_argument("--tokens", type=int, default=20_000_000, help="tokens of each corpus of the mixture (2e7)")
+    parser.add_argument("--far", type=int, default=1_000_000, help="step to go on from (1e6)")
+    parser.add_argument("--skip", type=int, default=20_000, help="samples that skipping is timed over (20000)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns each (5)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="of datasets.map (all cores)")
+    parser.add_argument("--only", nargs="+", default=["tokenise", "mixture", "resume"], help="parts to run")
+    parser.add_argument("--json", metavar="FILE", help="write the figures too")
+    args = parser.parse_args()
+    import datasets
+    import tokenizers
+
+    versions = f"datasets {datasets.__version__}, tokenizers {tokenizers.__version__}, torch {torch.__version__}"
+    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}")
+    result: dict[str, Any] = {"settings": vars(args), "versions": versions}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if "tokenise" in args.only:
+            texts = texts_of(args.mb)
+            tokenizer = train_tokenizer([Corpus("bench", "1", lambda split: texts)], 4096, progress=False)
+            result["tokenise"] = tokenising(texts, tokenizer, args.rounds, folder, args.processes)
+        if {"mixture", "resume"} & set(args.only):
+            files = token_files(folder / "tokens", args.tokens)
+            if "mixture" in args.only:
+                result["mixture"] = mixing(files, args)
+            if "resume" in args.only:
+                result["resume"] = resuming(files, args)
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
