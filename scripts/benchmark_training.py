@@ -4,11 +4,12 @@
     python scripts/benchmark_training.py --only memory [--vocabularies 50304 131072]
 
 Speed: one model, one block of tokens, in turns, each contestant in a process of its own that waits while the others
-run: a round is a few steps of each, after a first one that is not counted. `bare` is a loop in plain PyTorch with the kernels that ours takes (the same sliced loss, fused AdamW,
-clipping, compiled where ours is): the ceiling. `stock` is Trainer with its own loss, given blocks of the same tokens,
-with what a careful user sets: fused AdamW, SDPA, the precision; compiled where ours is. What it leaves alone is left
-alone: the heap of the process (fire_llm/trainer/heap.py), which ours and bare keep. Seconds are medians; the ratio
-of a pair is the median of the rounds' ratios. Losses of the first step are compared.
+run: a round is a few steps of each, after a first one that is not counted. `bare` is a loop in plain PyTorch with the
+kernels that ours takes (the same sliced loss, fused AdamW, clipping, compiled where ours is): the ceiling. `stock` is
+Trainer with its own loss, given blocks of the same tokens, with what a careful user sets: fused AdamW, SDPA, the
+precision; compiled where ours is. What it leaves alone is left alone: the heap of the process
+(fire_llm/trainer/heap.py), which ours and bare keep. Seconds are medians; the ratio of a pair is the median of the
+rounds' ratios. Losses of the first step are compared.
 
 Memory: a narrow Llama takes two steps with each vocabulary, each contestant in a process of its own. On a CPU it is the
 peak of resident memory less what was resident before; on a GPU, that of torch's allocator.

@@ -84,8 +84,9 @@ class ContinualTrainer(Stepping, Optimizing, SavingTrainer):
     """Pretrain a causal LM on one phase's mixture.
 
     Differs from `Trainer` in this: the loss is the exact mean over the tokens of the accumulated batch, for every
-    architecture, and what is not finite stops it before the weights change; sample i of the phase is always the i-th the dataset gives, at any world size and after any
-    resumption; evaluation is exact perplexity a corpus; a checkpoint folder appears in one rename, when it is whole.
+    architecture, and what is not finite stops it before the weights change; sample i of the phase is always the i-th
+    the dataset gives, at any world size and after any resumption; evaluation is exact perplexity a corpus; a checkpoint
+    folder appears in one rename, when it is whole, and is verified before it is used.
 
     Args:
         model: A causal LM from transformers.
