@@ -6,7 +6,8 @@ Shapes: B = windows a batch, T = positions a window, D = width, V = vocabulary, 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -154,23 +155,34 @@ def _logits_in_slices(
             outputs = forward(*args, **kwargs)
             kept = outputs, outputs[0].flatten(0, 1)[rows]
         outputs, hidden = kept
-        part = hidden[None, at : at + some]
-        if isinstance(outputs, tuple):
-            return part, *outputs[1:]
-        return type(outputs)(**{**outputs, next(iter(outputs)): part})
+        return with_hidden(outputs, hidden[None, at : at + some])
 
-    # An attribute of the instance hides the method of its class; what a library put there itself is put back.
-    own = trunk.__dict__.get("forward")
-    trunk.forward = replay
-    try:
+    with forward_replaced(trunk, replay):
         while at < len(rows):
             yield model(input_ids=ids, use_cache=False).logits[0]
             at += some
+
+
+def with_hidden(outputs: Any, hidden: Tensor) -> Any:
+    """Return a trunk's outputs with other hidden states in the first place, tuple or `ModelOutput`."""
+    if isinstance(outputs, tuple):
+        return hidden, *outputs[1:]
+    return type(outputs)(**{**outputs, next(iter(outputs)): hidden})
+
+
+@contextmanager
+def forward_replaced(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module run another forward inside; afterwards what a library had put there itself is put back."""
+    # An attribute of the instance hides the method of its class.
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
     finally:
         if own is None:
-            del trunk.forward
+            del module.forward
         else:
-            trunk.forward = own
+            module.forward = own
 
 
 def _look_at(model: Any, ids: Tensor) -> str | None:

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from fire_llm.distributed import fsdp_modules
 from fire_llm.errors import UserError
-from fire_llm.evaluation.scoring import IGNORE, Scorer, token_nll
+from fire_llm.evaluation.scoring import IGNORE, Scorer, forward_replaced, token_nll, with_hidden
 from fire_llm.layout import unwrap
 
 SLICE = {"cpu": 2**25, "cuda": 2**27}
@@ -73,17 +73,10 @@ class SummedLoss:
         """
         if not self.sliced(model, labels):
             return token_nll(model(**inputs, use_cache=False).logits, labels).sum()
-        own = self.model.__dict__.get("forward")
         # The wrapped model is called, not this one: DistributedDataParallel gets ready for the backward pass in there.
-        self.model.forward = lambda **given: self._sum(labels.flatten(), given)
-        try:
+        with forward_replaced(self.model, lambda **given: self._sum(labels.flatten(), given)):
             # torch.compile's wrapper is left aside: it would compile this function, of which only two parts gain by it.
             return getattr(model, "_orig_mod", model)(**inputs)
-        finally:
-            if own is None:
-                del self.model.forward
-            else:
-                self.model.forward = own
 
     def sliced(self, model: nn.Module, labels: Tensor) -> bool:
         """Tell whether the logits of a micro-batch are taken in slices."""
@@ -132,29 +125,19 @@ class SummedLoss:
             if outputs is None:
                 outputs = forward(*args, **kwargs)
                 part = outputs[0].detach()[0, :1].requires_grad_()
-            if isinstance(outputs, tuple):
-                return part[None], *outputs[1:]
-            return type(outputs)(**{**outputs, next(iter(outputs)): part[None]})
+            return with_hidden(outputs, part[None])
 
         def head(hidden: Tensor) -> Tensor:
             nonlocal part
             part = hidden
             return self._logits(inputs)
 
-        own = trunk.__dict__.get("forward")
-        trunk.forward = replay
-        try:
-            with self.autocast():
-                # One position shows which parameters stand behind the trunk, a tied embedding among them.
-                parameters = [leaf for leaf in _leaves(self._logits(inputs)) if leaf is not part]
-                hidden = outputs[0].flatten(0, 1)
-                rows = max(1, SLICE.get(hidden.device.type, SLICE["cuda"]) // self._vocabulary())
-                return _Sliced.apply(head, self._differentiate, targets, rows, hidden, *parameters)
-        finally:
-            if own is None:
-                del trunk.forward
-            else:
-                trunk.forward = own
+        with forward_replaced(trunk, replay), self.autocast():
+            # One position shows which parameters stand behind the trunk, a tied embedding among them.
+            parameters = [leaf for leaf in _leaves(self._logits(inputs)) if leaf is not part]
+            hidden = outputs[0].flatten(0, 1)
+            rows = max(1, SLICE.get(hidden.device.type, SLICE["cuda"]) // self._vocabulary())
+            return _Sliced.apply(head, self._differentiate, targets, rows, hidden, *parameters)
 
     def _logits(self, inputs: dict[str, Tensor]) -> Tensor:
         # The class's forward: accelerate's own, on the instance, would make fp32 of the logits.
