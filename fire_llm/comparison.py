@@ -14,6 +14,9 @@ from typing import Any
 
 Json = dict[str, Any]
 
+LEVEL = 0.95
+"""How often an interval over seeds holds the true mean."""
+
 
 def finite(value: Any) -> Any:
     """Copy JSON-like data with every non-finite number as None: browsers refuse NaN."""
@@ -52,6 +55,23 @@ def steps_saved(curve: Sequence[Json], reference_curve: Sequence[Json], corpus: 
             return 1 - (before[0] + (step - before[0]) * fraction) / total
         before = (step, nll)
     return None
+
+
+def paired_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float] | None:
+    """Return Student's interval (low, high) of the mean of differences paired by seed; None for fewer than two.
+
+    It takes the differences for normal, which three seeds can neither show nor refute.
+
+    Args:
+        values: a difference a seed.
+        level: how often such an interval holds the true mean, between 0 and 1.
+    """
+    if len(values) < 2:
+        return None
+    from fire_llm.evaluation.uncertainty import student_t  # its room imports torch
+
+    reach = student_t(level, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return fmean(values) - reach, fmean(values) + reach
 
 
 class Comparison:
@@ -165,18 +185,24 @@ class Comparison:
                 final = (self.arms[arm].get("final") or {}).get(corpus) or {}
                 cells = [_plain(final.get("perplexity"), 2), _spread(final.get("nll"), final.get("nll_std"))]
                 cells.append(_plain(final.get("bits_per_byte"), 4))
-                cells += [_mean(self.differences(arm, self.reference(arm, m), corpus)) for m in ("keep", "full_reset")]
+                cells += [paired(self.differences(arm, self.reference(arm, m), corpus)) for m in ("keep", "full_reset")]
                 if last == "steps saved":
                     value = self.saved(arm)[0]
                     never = "never" if self.reference(arm, "full_reset") and final.get("nll") is not None else "–"
                     itself = self.reference(arm, "full_reset") == arm
                     cells.append("–" if itself else never if value is None else f"{value:.0%}")
                 elif last:
-                    cells.append(_mean([y for _, y in self.retention(arm)]))
+                    cells.append(paired([y for _, y in self.retention(arm)]))
                 rows.append({"arm": arm, "best": bool(values) and final.get("nll") == min(values), "cells": cells})
             columns = ["perplexity", "NLL", "bits/byte", "vs base", "vs full reset", *([last] if last else [])]
             tables.append({"corpus": corpus, "columns": columns, "rows": rows})
         return tables
+
+    def legend(self) -> str:
+        """Say what ± stands for, where there are several seeds."""
+        if max(map(self.seeds, self.arms), default=1) < 2:
+            return ""
+        return f"NLL ± its standard deviation over seeds; differences, paired by seed, ± half their {LEVEL:.0%} interval."
 
     def batches(self) -> tuple[bool | None, str]:
         """Say whether all arms saw the same batches in the same order: (None where it cannot be told, sentence)."""
@@ -239,7 +265,7 @@ class Comparison:
         gap = self.differences(best, second, new)
         if len(gap) > 1:
             wins = f"lower in {sum(d < 0 for d in gap)} of {len(gap)} seeds"
-            said.append(f"Next is {second}: the difference, seed by seed, is {_mean(gap)} ({wins}).")
+            said.append(f"Next is {second}: the difference, seed by seed, is {paired(gap)} ({wins}).")
         else:
             said.append(f"Next is {second}, {abs(gap[0]):.3f} away.")
             said.append("One seed: no spread is known, small margins may be chance.")
@@ -256,11 +282,14 @@ def _plain(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.2e}"
 
 
-def _spread(value: float | None, std: float | None, sign: str = "") -> str:
+def _spread(value: float | None, std: float | None) -> str:
     """Write a mean with its standard deviation over seeds where there is one."""
-    return "–" if value is None else f"{value:{sign}.4f}" + (f" ± {std:.4f}" if std is not None else "")
+    return "–" if value is None else f"{value:.4f}" + (f" ± {std:.4f}" if std is not None else "")
 
 
-def _mean(values: Sequence[float]) -> str:
-    """Write the mean of signed values, with their standard deviation if there are several."""
-    return _spread(fmean(values) if values else None, stdev(values) if len(values) > 1 else None, "+")
+def paired(values: Sequence[float]) -> str:
+    """Write the mean of differences with half the width of its interval, a dash where there are none."""
+    if not values:
+        return "–"
+    interval = paired_interval(values)
+    return f"{fmean(values):+.4f}" + (f" ± {(interval[1] - interval[0]) / 2:.4f}" if interval else "")

@@ -85,6 +85,7 @@ def section(results: Json, index: int) -> Json:
         "created": c.results.get("created"),
         "reading": c.reading(),
         "tables": c.tables(),
+        "legend": c.legend(),
         "agree": agree,
         "note": note,
         "chips": list(looks.items()),

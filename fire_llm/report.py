@@ -103,6 +103,8 @@ def print_table(results: Json, console: Console | None = None) -> None:
     for table in render_table(results):
         out.print(table)
     agree, note = comparison.batches()
+    if legend := comparison.legend():
+        out.print(legend, markup=False, highlight=False, style="dim")
     out.print(" ".join(comparison.reading()), markup=False, highlight=False)
     out.print(note, markup=False, highlight=False, style="bold red" if agree is False else "dim")
 
@@ -117,7 +119,8 @@ def markdown_table(results: Json) -> str:
             cells = [_md(row["arm"]), *row["cells"]]
             lines.append("| " + " | ".join(f"**{cell}**" if row["best"] else cell for cell in cells) + " |")
         blocks.append("\n".join(lines))
-    return "\n\n".join([*blocks, _md(" ".join(comparison.reading())), comparison.batches()[1]]) + "\n"
+    said = [comparison.legend(), _md(" ".join(comparison.reading())), comparison.batches()[1]]
+    return "\n\n".join([*blocks, *filter(None, said)]) + "\n"
 
 
 def _md(text: str) -> str:

@@ -284,11 +284,12 @@ def test_table_of_several_seeds_pairs_them() -> None:
         results["arms"]["base"]["runs"][seed]["final"][NEW]["nll"] = base
         results["arms"]["fire"]["runs"][seed]["final"][NEW]["nll"] = fire
     results["arms"]["fire"]["final"][NEW] |= {"nll": 4.8, "nll_std": 0.9}
-    # Paired differences -0.1, -0.2, -0.3; unpaired the spread of about 1 would drown them.
-    assert cells(results, NEW, "fire")["vs base"] == "-0.2000 ± 0.1000"
+    # Paired differences -0.1, -0.2, -0.3: s = 0.1, and t(0.975; 2) = 4.3027 from a table, so 4.3027 · 0.1 / √3.
+    # Unpaired the spread of about 1 would drown them.
+    assert cells(results, NEW, "fire")["vs base"] == "-0.2000 ± 0.2484"
     assert cells(results, NEW, "fire")["NLL"] == "4.8000 ± 0.9000"
     del results["arms"]["base"]["runs"][2]
-    assert cells(results, NEW, "fire")["vs base"] == "-0.1500 ± 0.0707"
+    assert cells(results, NEW, "fire")["vs base"] == "-0.1500 ± 0.6353"  # t(0.975; 1) = 12.7062
 
 
 def test_arms_are_compared_within_their_warm_start() -> None:
