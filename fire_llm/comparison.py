@@ -202,7 +202,9 @@ class Comparison:
         """Say what ± stands for, where there are several seeds."""
         if max(map(self.seeds, self.arms), default=1) < 2:
             return ""
-        return f"NLL ± its standard deviation over seeds; differences, paired by seed, ± half their {LEVEL:.0%} interval."
+        return (
+            f"NLL ± its standard deviation over seeds; differences, paired by seed, ± half their {LEVEL:.0%} interval."
+        )
 
     def batches(self) -> tuple[bool | None, str]:
         """Say whether all arms saw the same batches in the same order: (None where it cannot be told, sentence)."""

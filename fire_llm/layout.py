@@ -200,6 +200,11 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def plain_name(name: str) -> str:
+    """Strip what activation checkpointing and torch.compile put into a parameter's name."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
 def logical_matrices(model: nn.Module, roles: Iterable[str] = ("attention", "mlp")) -> Iterator[LogicalMatrix]:
     """Yield the logical (out, in) matrices that play one of the roles, in the order of `named_parameters()`.
 

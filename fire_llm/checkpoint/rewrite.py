@@ -27,7 +27,7 @@ from fire_llm.checkpoint.drawn import step_0
 from fire_llm.checkpoint.refusals import refuse_destination
 from fire_llm.checkpoint.stored import Stored, StoredPieces, finite
 from fire_llm.distributed import Block, meet
-from fire_llm.distributed.meeting import active
+from fire_llm.distributed.meeting import active, is_first
 from fire_llm.distributed.sharing import ROUND_BYTES, assign
 from fire_llm.errors import UserError
 from fire_llm.layout import LogicalMatrix
@@ -152,7 +152,7 @@ class _Rewrite:
 
     def run(self) -> ResetReport:
         """Copy, reset, hash and describe; rank 0 makes the folder, all share the resets."""
-        first = not active() or dist.get_rank() == 0
+        first = is_first()
         place = staged(self.destination) if first else nullcontext(partial_of(self.destination))
         with _Hasher() as hasher, place as folder:
             _together("copied", (lambda: self._copy(folder, hasher)) if first else _nothing_to_do)
@@ -295,7 +295,7 @@ def _bar(shown: bool, what: str, total: int, unit: str = "B") -> Iterator[Callab
     """Show a progress bar on the first rank, and give what moves it on."""
     from tqdm.auto import tqdm
 
-    quiet = not shown or (active() and dist.get_rank() != 0)
+    quiet = not (shown and is_first())
     with tqdm(
         total=total, desc=what, unit=unit, unit_scale=unit != "tensor", leave=False, delay=1, disable=quiet
     ) as bar:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fire_llm.diagnostics.network import Network, down_projections, sample, undisturbed
 from fire_llm.distributed import refuse_engines
 from fire_llm.errors import UserError
-from fire_llm.layout import LogicalMatrix, logical_matrices, unwrap
+from fire_llm.layout import LogicalMatrix, logical_matrices, plain_name, unwrap
 from fire_llm.metrics import (
     Activity,
     Features,
@@ -221,14 +221,14 @@ def _distances(
     if isinstance(reference, nn.Module):
         reference = dict(unwrap(reference).named_parameters(remove_duplicate=False))
     if reference is not None:
-        reference = {_plain(name): tensor for name, tensor in reference.items()}
+        reference = {plain_name(name): tensor for name, tensor in reference.items()}
     deviations, total = [], 0.0
     parameter, whole, other = None, torch.empty(0), torch.empty(0)
     for matrix in matrices:
         if matrix.parameter != parameter:
             parameter, whole = matrix.parameter, _whole(matrix.tensor)
             if reference is not None:
-                other = _whole(_counterpart(reference, _plain(parameter), whole))
+                other = _whole(_counterpart(reference, plain_name(parameter), whole))
         rows = slice(matrix.rows.start, matrix.rows.stop)
         here = matrix.within(whole[rows]).read()
         deviation = dfi(here)
@@ -247,11 +247,6 @@ def _counterpart(reference: Mapping[str, Tensor], name: str, like: Tensor) -> Te
             f"reference: '{name}' has {shape} there and {tuple(like.shape)} here: give a model of one architecture"
         )
     return found
-
-
-def _plain(name: str) -> str:
-    """Strip what activation checkpointing and torch.compile put into names."""
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
 def _whole(tensor: Tensor) -> Tensor:

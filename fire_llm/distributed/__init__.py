@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fire_llm.distributed.exchange import Exchange
 from fire_llm.distributed.homes import Block, Home, blocks_of, fsdp_modules, home_of, make_current, refuse_engines
-from fire_llm.distributed.meeting import MEETING_SECONDS, active, gather_objects, meet
+from fire_llm.distributed.meeting import MEETING_SECONDS, active, gather_objects, is_first, meet
 from fire_llm.distributed.sharing import assign, cost, makespan, rounds, split_cost, splits, worthwhile
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "fsdp_modules",
     "gather_objects",
     "home_of",
+    "is_first",
     "make_current",
     "makespan",
     "meet",

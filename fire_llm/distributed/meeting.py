@@ -25,6 +25,11 @@ def active() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def is_first() -> bool:
+    """Tell whether this process is the first rank, or alone."""
+    return not active() or dist.get_rank() == 0
+
+
 def meet(group: Any, request: str, fault: str | None, seconds: float = MEETING_SECONDS) -> None:
     """Return when every rank of the group is here, with the same request and without a fault.
 

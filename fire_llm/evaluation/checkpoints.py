@@ -16,7 +16,7 @@ from fire_llm.data import TokenFile, tokenize_corpus
 from fire_llm.errors import UserError
 from fire_llm.evaluation.perplexity import Perplexity, perplexity
 from fire_llm.evaluation.tasks import run_tasks
-from fire_llm.evaluation.uncertainty import RESAMPLES, SEED, paired_difference, standard_errors
+from fire_llm.evaluation.uncertainty import BOOTSTRAP, paired_difference, standard_errors
 from fire_llm.models import check_fits, find_device, load_model, load_tokenizer
 
 SCHEMA_VERSION = 1
@@ -138,7 +138,7 @@ def score_checkpoints(
             "per_document": per_document,
             "device": str(where),
             "words": "pieces between runs of white space",
-            "bootstrap": {"resamples": RESAMPLES, "seed": SEED, "over": "documents"},
+            "bootstrap": BOOTSTRAP,
         },
         "rows": rows,
         "differences": [

@@ -98,7 +98,7 @@ def perplexity(
             that are none, a model that is no causal LM, or logits that are not finite.
     """
     text = np.asarray(tokens).reshape(-1)
-    ends = _ends(documents, len(text), _one_prefix(prefix))
+    ends = _ends(documents, len(text), int(prefix is not None))
     context, stride = _window(model, context, stride)
     _check_ids(model, text, prefix)
     begins = np.concatenate([[0], ends[:-1]])
@@ -224,7 +224,7 @@ def _tensors(
 
     Shorter windows are filled at their end with token 0, which no position before it sees.
     """
-    before = 0 if prefix is None else 1
+    before = int(prefix is not None)
     longest = int((batch[:, 2] - batch[:, 1]).max())
     block = np.zeros((len(batch), longest + 1), dtype=np.int64)
     labels = np.full((len(batch), longest), IGNORE, dtype=np.int64)
@@ -255,10 +255,6 @@ def _ends(documents: Any, n: int, prefix: int) -> np.ndarray:
             "Leave empty documents out"
         )
     return ends
-
-
-def _one_prefix(prefix: int | None) -> int:
-    return 0 if prefix is None else 1
 
 
 def _window(model: Any, context: int | None, stride: int | None) -> tuple[int, int]:

@@ -11,20 +11,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from fire_llm.corpora import CORPORA
-from fire_llm.distributed import active
+from fire_llm.distributed import is_first
 from fire_llm.errors import UserError, did_you_mean
 from fire_llm.evaluation.checkpoints import Text
 from fire_llm.evaluation.perplexity import Perplexity, perplexity
 from fire_llm.evaluation.scores import Scores
-from fire_llm.evaluation.uncertainty import RESAMPLES, SEED, standard_errors
+from fire_llm.evaluation.uncertainty import BOOTSTRAP, standard_errors
 from fire_llm.matrix.transfer import Stage, transfer
 from fire_llm.models import find_device, fresh_model, load_model
 from fire_llm.recipe import Recipe, load_recipe
 from fire_llm.run import Workbench
-from fire_llm.staging import write_json
+from fire_llm.staging import step_of, write_json
 from fire_llm.units import Unit, expand, final_checkpoint, labelled_checkpoint
 
 SCHEMA_VERSION = 1
@@ -126,7 +124,7 @@ def evaluate_run(
             "max_tokens": recipe.evaluate.max_tokens,
             "device": str(where),
             "words": "pieces between runs of white space",
-            "bootstrap": {"resamples": RESAMPLES, "seed": SEED, "over": "documents"},
+            "bootstrap": BOOTSTRAP,
             "level": LEVEL,
         },
         "left_out": left_out,
@@ -134,7 +132,7 @@ def evaluate_run(
         "rows": rows,
         **transfer(matrix, stages, LEVEL),
     }
-    if not active() or dist.get_rank() == 0:
+    if is_first():
         write_json(folder / "evaluation.json", result)
     return result
 
@@ -235,7 +233,7 @@ def rows_and_stages(
         for label in [*map(str, unit.phase.keep), "final"]:
             with suppress(UserError):  # a checkpoint that the recipe was told to keep after the phase had ended
                 path = labelled_checkpoint(folder / unit.folder, label)
-                own.setdefault(_step(path), (path, []))[1].append(label)
+                own.setdefault(step_of(path) or 0, (path, []))[1].append(label)
         for step, (path, labels) in sorted(own.items()):
             key = str(path.relative_to(folder))
             load = partial(load_model, path)
@@ -248,10 +246,6 @@ def rows_and_stages(
         names = (unit.phase.name, unit.arm, unit.seed, tuple(unit.phase.data))
         stages[unit.folder] = Stage(*names, start, last, parent)
     return [*rows.values()], [*stages.values()]
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def _fresh(bench: Workbench, seed: int) -> Any:

@@ -18,6 +18,8 @@ Json = dict[str, Any]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#C98500", "#3A9BDC")
 NEUTRAL = "#7f7f7f"
 SYMBOLS = {"circle": "●", "square": "■", "diamond": "◆", "triangle-up": "▲", "x": "✖", "cross": "✚", "star": "★"}
+BAR = {"orientation": "h", "y": -0.04, "yanchor": "top", "thickness": 8, "outlinewidth": 0, "tickfont": {"size": 11}}
+"""A flat colour bar, for below a map."""
 DASHES = ("solid", "dash", "dot", "dashdot")
 
 

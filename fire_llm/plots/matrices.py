@@ -10,7 +10,7 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
-from fire_llm.plots.base import NEUTRAL, Json, Style, escaped, figure, log_axis, number, short
+from fire_llm.plots.base import BAR, NEUTRAL, Json, Style, escaped, figure, log_axis, number, short
 
 MATRIX_ROLES = ("attention", "mlp", "ssm", "lm_head")
 LEAVES = {"out": "o", "c_fc": "fc"}  # after "_proj" is dropped
@@ -138,14 +138,7 @@ def heat_figure(tables: Tables, value: Value, *, log: bool, unit: str, same_scal
 
 def _bar(low: float, high: float, log: bool) -> Json:
     """Return a flat colour bar for below the map, its ticks numbers even where colours are logarithms."""
-    bar: Json = {
-        "orientation": "h",
-        "y": -0.04,
-        "yanchor": "top",
-        "thickness": 8,
-        "outlinewidth": 0,
-        "tickfont": {"size": 11},
-    }
+    bar: Json = dict(BAR)
     if log:
         ticks = [*range(math.ceil(low), math.floor(high) + 1, max(1, math.ceil((high - low) / 5)))]
         values = [float(t) for t in ticks] if len(ticks) > 1 else [low, (low + high) / 2, high]

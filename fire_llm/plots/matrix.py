@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fire_llm.plots.base import Json, escaped, figure, short
+from fire_llm.plots.base import BAR, Json, escaped, figure, short
 
 ROW_HEIGHT = 26
 """Pixels: a line of text and some air."""
@@ -63,19 +63,11 @@ def corpora_figure(rows: Sequence[Json]) -> Json | None:
         hovertemplate="%{customdata}<extra></extra>",
     )
     axis: Json = {"showgrid": False, "showline": False, "ticks": ""}
-    bar = {
-        "orientation": "h",
-        "y": -0.04,
-        "yanchor": "top",
-        "thickness": 8,
-        "outlinewidth": 0,
-        "tickfont": {"size": 11},
-    }
     return figure(
         [heat],
         variants,
         height=100 + ROW_HEIGHT * len(names),
-        coloraxis={"cmin": 0, "cmax": worst or 1.0, "colorscale": "Cividis", "colorbar": bar},
+        coloraxis={"cmin": 0, "cmax": worst or 1.0, "colorscale": "Cividis", "colorbar": BAR},
         xaxis={
             **axis,
             "side": "top",

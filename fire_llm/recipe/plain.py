@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from fire_llm.errors import SECRET
+
 MOST_BYTES = 300_000
 """Of a recipe's file."""
 MOST_VALUES = 20_000
@@ -28,7 +30,6 @@ LONGEST_NAME = 255
 # Control characters steer terminals, halves of surrogate pairs cannot be written, overrides of the direction of
 # writing show another text than there is.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
-_SECRET = re.compile(r"://[^/\s@]+@|\bhf_[A-Za-z0-9]{30,}")
 
 
 class Loader(yaml.SafeLoader):
@@ -152,7 +153,7 @@ def _text_fault(text: str, path: str) -> str | None:
         return f"has {len(text)} characters; {LONGEST_TEXT} are allowed"
     if found := _UNPRINTABLE.search(text):
         return f"holds the character U+{ord(found.group()):04X}, which cannot be printed; remove it"
-    if _SECRET.search(text):
+    if SECRET.search(text):
         return (
             "holds a password or a token, and recipes are stored with their results: remove it, and set HF_TOKEN in "
             "the environment or log in with `hf auth login`"

@@ -18,8 +18,9 @@ import torch
 from accelerate import DistributedType, PartialState
 from torch import Tensor, nn
 
-from fire_llm.distributed import make_current
+from fire_llm.distributed import is_first, make_current
 from fire_llm.errors import ENGINES, UserError
+from fire_llm.layout import plain_name
 from fire_llm.models import load_model
 
 OPTIMIZER = "optimizer.pt"
@@ -97,8 +98,8 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         The state dict on rank 0, an empty one elsewhere.
     """
-    first, tensors = _is_first(), _tensors(model)
-    names = [_plain_name(name) for name in model.state_dict()]
+    first, tensors = is_first(), _tensors(model)
+    names = [plain_name(name) for name in model.state_dict()]
     gathered = {id(tensors[name]): tensors[name] for name in names}  # tied weights once, and one tensor still
     whole = {key: _whole(tensor, first) for key, tensor in gathered.items()}
     return {name: whole[id(tensors[name])] for name in names} if first else {}
@@ -106,7 +107,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def whole_optimizer(optimizer: Any) -> dict[str, Any]:
     """Gather an optimizer's state in the main process's memory, as `state_dict` gives it unsharded; collective."""
-    first, state = _is_first(), optimizer.state_dict()
+    first, state = is_first(), optimizer.state_dict()
     moments = {
         number: {key: _whole(value, first) if isinstance(value, Tensor) else value for key, value in one.items()}
         for number, one in state["state"].items()
@@ -121,14 +122,20 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         UserError: Where the folder cannot be read.
     """
     found = _tensors(load_model(folder, torch.float32))
-    own, saved = _tensors(model), [_plain_name(name) for name in model.state_dict()]
+    own, saved = _tensors(model), [plain_name(name) for name in model.state_dict()]
     with torch.no_grad():
         for name in {id(own[name]): name for name in saved}.values():  # tied weights once
             own[name].copy_(_like(own[name], found[name]))
 
 
-def load_optimizer(optimizer: Any, folder: Path) -> None:
-    """Give a sharded optimizer the state in a checkpoint folder, each rank its own rows of it."""
+def load_optimizer(optimizer: Any, folder: Path, *, settings: bool = True) -> None:
+    """Give an optimizer the state in a checkpoint folder, each rank its own rows of what is sharded.
+
+    Args:
+        optimizer: Of the same kind, for the same parameters.
+        folder: The checkpoint.
+        settings: Whether to take over rates, decays and the like too.
+    """
     state = torch.load(folder / OPTIMIZER, map_location="cpu", mmap=True, weights_only=True)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, one in state["state"].items():
@@ -136,6 +143,8 @@ def load_optimizer(optimizer: Any, folder: Path) -> None:
         for key, value in one.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 one[key] = _like(parameter, value)
+    if not settings:
+        state["param_groups"] = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict(state)
 
 
@@ -143,16 +152,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters, under each of their names, and buffers; those of FSDP2 in shards."""
     make_current(model)
     named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    return {_plain_name(name): tensor for name, tensor in named.items()}
-
-
-def _plain_name(name: str) -> str:
-    """Strip what activation checkpointing and torch.compile put into names."""
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
-
-
-def _is_first() -> bool:
-    return torch.distributed.get_rank() == 0
+    return {plain_name(name): tensor for name, tensor in named.items()}
 
 
 def _whole(tensor: Tensor, keep: bool) -> Tensor:
