@@ -151,8 +151,9 @@ class Comparison:
     def _parent_nll(self, run: Json, arm: str) -> float | None:
         """Return the first corpus's NLL of the checkpoint a run starts from, there or by the base at step 0."""
         start, seed = run.get("start") or {}, run.get("seed")
+        wanted = (start.get("phase"), start.get("arm"), seed)
         for phase in self.results.get("phases") or []:
-            if phase.get("phase") == start.get("phase") and phase.get("seed") == seed and self.first:
+            if (phase.get("phase"), phase.get("arm"), phase.get("seed")) == wanted and self.first:
                 measured = dict(_evaluations(phase.get("curve") or [], self.first))
                 if start.get("step") in measured:
                     return measured[start["step"]]

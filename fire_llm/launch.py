@@ -230,8 +230,7 @@ def _surroundings(launch: Launch, folder: str) -> Iterator[None]:
     import logging
 
     before, level = dict(os.environ), logging.root.manager.disable
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores * launch.machines // launch.processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() * launch.machines // launch.processes)))
     os.environ[_OURS] = folder
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _PATIENCE)
     if launch.settings.get("use_cpu"):
@@ -243,6 +242,11 @@ def _surroundings(launch: Launch, folder: str) -> Iterator[None]:
         logging.disable(level)
         os.environ.clear()
         os.environ.update(before)
+
+
+def cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # ---- after: what ended them

@@ -1,4 +1,4 @@
-"""Say what running a recipe would take, before anything runs: tokens, steps, FLOPs, disk, memory."""
+"""Say what running a recipe would take, before anything runs: tokens, steps, FLOPs, disk, memory, hours."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from fire_llm.errors import UserError
+from fire_llm.flops import PEAK_FLOPS, flops_per_token
 from fire_llm.layout import hidden_matrices, logical_matrices
 from fire_llm.models import describe, model_on_meta
-from fire_llm.recipe import Recipe
+from fire_llm.recipe import OptimizerSection, PhaseSection, Recipe, optimizer_of
 from fire_llm.staging import checkpoints
 from fire_llm.units import (
     Unit,
@@ -24,6 +26,7 @@ from fire_llm.units import (
     phase_steps,
     resolve_precision,
     select,
+    split_batch,
 )
 
 BYTES_A_PARAMETER = {"checkpoint": 12, "training": 16}
@@ -32,21 +35,40 @@ BYTES_A_PARAMETER = {"checkpoint": 12, "training": 16}
 BYTES_A_TOKEN = 4.2
 """UTF-8 bytes of English text that a byte-level BPE puts into a token, about; for phases counted in epochs."""
 
+MACHINES = (("H100", 1), ("A100", 8), ("H100", 8))
+"""Devices of 80 GB, and how many: what hours and memory are told for."""
+
+MFU = 0.3
+"""Share of a device's peak that training is taken to reach.
+
+Source: nanoGPT trains GPT-2 124M for 600,000 steps of 491,520 tokens in about 4 days on eight A100s, which is 0.29.
+"""
+
+LOGITS_HELD = 2**27
+"""Of a forward pass, on CUDA; the loss takes slices of so many (`trainer.loss`), but in fp16."""
+
 
 def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] = ()) -> dict[str, Any]:
     """Return the plan as data: the units with steps, tokens and FLOPs, and the totals.
 
     Steps counted in epochs are estimated from the bytes of the corpora; None where those are not known.
+
+    Raises:
+        UserError: What an arm is to do to the model it cannot, as far as the config tells.
     """
     folder = Path(output or Path("runs") / recipe.name)
     config = config_of(recipe)
     model = model_on_meta(config)
     parameters = sum(p.numel() for p in model.parameters())
-    text = config.get_text_config()
-    # 6 N for the matrices, 12·L·d·T for attention's scores, a token. Source: PaLM, arXiv 2204.02311, appendix B.
-    flops_a_token = 6 * parameters + 12 * text.num_hidden_layers * text.hidden_size * context_of(recipe, config)
+    # Where a token's operations are not counted exactly (experts, state spaces), 6 a parameter is not too few.
+    flops_a_token = flops_per_token(model, context_of(recipe, config)) or 6 * parameters
     units = select(expand(recipe), arms)
-    rows = []
+    if recycling := [r for unit in units for r in unit.resets if r.kind == "recycling"]:
+        from fire_llm.trainer.recycling import hidden_layers  # the trainer takes seconds to import
+
+        for spec in recycling:
+            hidden_layers(model, spec)
+    rows: list[dict[str, Any]] = []
     for unit in units:
         steps = _steps(recipe, unit)
         tokens = steps * recipe.batch.tokens_per_step if steps is not None else None
@@ -65,22 +87,68 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
     return {
         "model": describe(model),
         "precision": resolve_precision(recipe.precision),
-        "optimizer": _optimizer(recipe, model),
-        "schedule": _schedule(recipe),
+        "optimizer": _optimizer(recipe.optimizer, model),
+        "schedule": _schedule(recipe.optimizer),
+        "own": [_own(recipe, phase, model) for phase in recipe.phases if _own(recipe, phase, model)],
         "units": rows,
+        "machines": _machines(recipe, config, parameters, sum(row["flops"] or 0 for row in rows)),
         "disk_bytes": kept * parameters * BYTES_A_PARAMETER["checkpoint"],
         "memory_bytes": parameters * BYTES_A_PARAMETER["training"],
     }
 
 
-def _optimizer(recipe: Recipe, model: Any) -> str:
+def _machines(recipe: Recipe, config: Any, parameters: int, flops: float) -> list[dict[str, Any]]:
+    """Return hours and memory on known devices; of those that the batch divides into, and for 16 bits alone."""
+    text, context = config.get_text_config(), context_of(recipe, config)
+    width = getattr(text, "hidden_size", None)
+    if recipe.precision == "fp32" or width is None:
+        return []
+    inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * width
+    inner = max(inner) if isinstance(inner, list) else inner  # one a layer
+    machines = []
+    for device, count in MACHINES:
+        try:
+            sequences, _ = split_batch(recipe, context, count, accelerated=True)
+        except UserError:
+            continue
+        tokens = sequences * context
+        # Replicas hold the gradients once more, in the buckets that they exchange; autocast holds weights in 16 bits.
+        weights = parameters * (BYTES_A_PARAMETER["training"] + 2 + (4 if count > 1 else 0))
+        # What a layer keeps for its backward pass: in fp32 the inputs of two norms, and in 16 bits what these give, q,
+        # k, v, attention's output (twice: the projection reads a copy), the MLP's inner values before and after GELU.
+        # Source: counted as Korthikanti et al. do, arXiv 2205.05198, section 4.1, without dropout and scores.
+        layers = tokens * text.num_hidden_layers * (22 * width + 4 * inner)
+        logits = tokens * text.vocab_size
+        held = logits if recipe.precision == "fp16" else min(logits, LOGITS_HELD)
+        machines.append(
+            {
+                "name": f"{count}×{device}",
+                "hours": flops / (count * PEAK_FLOPS[device] * MFU) / 3600,
+                "memory_bytes": weights + layers + 8 * held,  # the logits in fp32, and their gradients
+            }
+        )
+    return machines
+
+
+def _own(recipe: Recipe, phase: PhaseSection, model: Any) -> str:
+    """Say what of a phase's optimizer is its own; nothing where nothing is."""
+    section = optimizer_of(recipe, phase)
+    parts = []
+    if section != recipe.optimizer:
+        parts += [_optimizer(section, model), _schedule(section)]
+    if phase.optimizer_state == "kept":
+        parts.append("begins with the optimizer's state of what it starts from")
+    return f"phase {phase.name}: {'; '.join(parts)}" if parts else ""
+
+
+def _optimizer(section: OptimizerSection, model: Any) -> str:
     """Say which optimizer trains what.
 
     Raises:
         UserError: Muon is asked for, and the layout of the model is unknown.
     """
-    if recipe.optimizer.name != "muon":
-        return recipe.optimizer.name
+    if section.name != "muon":
+        return section.name
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     hidden = hidden_matrices(model)
     own = sum(sizes[name] for name in hidden)
@@ -92,9 +160,8 @@ def _optimizer(recipe: Recipe, model: Any) -> str:
     return f"muon for {len(hidden)} matrices ({own:,} parameters), adamw for the rest ({rest:,}{among}){slow}"
 
 
-def _schedule(recipe: Recipe) -> str:
-    """Say how the learning rate goes in every phase."""
-    section = recipe.optimizer
+def _schedule(section: OptimizerSection) -> str:
+    """Say how the learning rate goes in a phase."""
     parts = [f"up to {section.lr:g} in {section.warmup:.0%} of the steps (at most {section.max_warmup_steps})"]
     if section.schedule == "cosine":
         parts.append(f"a cosine down to {section.min_lr:g}")
@@ -149,6 +216,8 @@ def print_plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[
     console.print(f"model: {planned['model']}; precision {planned['precision']}; seeds {recipe.seed}")
     console.print(f"optimizer: {planned['optimizer']}")
     console.print(f"schedule {planned['schedule']}")
+    for own in planned["own"]:
+        console.print(own)
     console.print(table)
     total = sum(row["tokens"] or 0 for row in planned["units"])
     flops = sum(row["flops"] or 0 for row in planned["units"])
@@ -158,3 +227,14 @@ def print_plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[
         f"disk ≈ {planned['disk_bytes'] / 1e9:.2g} GB of checkpoints; "
         f"memory ≈ {planned['memory_bytes'] / 1e9:.2g} GB a process, without activations"
     )
+    told = [
+        f"{machine['name']} ≈ {_duration(machine['hours'])}, {machine['memory_bytes'] / 1e9:.2g} GB a GPU"
+        for machine in planned["machines"]
+        if machine["hours"] * 60 >= 1
+    ]
+    if told:
+        console.print(f"at {MFU:.0%} of the 16-bit peak, evaluation left out: {'; '.join(told)}")
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:,.0f} h" if hours >= 2 else f"{hours * 60:.0f} min"

@@ -21,6 +21,7 @@ from fire_llm.models import describe, model_on_meta
 from fire_llm.recipe import Recipe
 from fire_llm.staging import CONTINUAL_STATE
 from fire_llm.trainer.nonfinite import SKIPPED
+from fire_llm.trainer.recycling import RECYCLED
 from fire_llm.trainer.spike import spike
 from fire_llm.trainer.telemetry import MEASURES
 from fire_llm.units import Unit, final_checkpoint, labelled_checkpoint
@@ -80,6 +81,7 @@ def _unit_results(recipe: Recipe, unit: Unit, folder: Path, bench: Any) -> dict[
     curve = _curve(state["log_history"], per_step)
     result = {
         "phase": unit.phase.name,
+        "arm": unit.arm,
         "seed": unit.seed,
         "start": None,
         "steps": state["global_step"],
@@ -96,11 +98,13 @@ def _unit_results(recipe: Recipe, unit: Unit, folder: Path, bench: Any) -> dict[
             if "loss" in log
         ],
         "skipped_steps": max((log.get(SKIPPED, 0) for log in state["log_history"]), default=0),
+        "recycled": max((log.get(RECYCLED, 0) for log in state["log_history"]), default=0),
     }
     if unit.parent is not None:
         origin = labelled_checkpoint(folder / unit.parent.folder, unit.start)
         step = int(origin.name.removeprefix("checkpoint-"))
-        result["start"] = {"phase": unit.parent.phase.name, "checkpoint": unit.start, "step": step}
+        parent = {"phase": unit.parent.phase.name, "arm": unit.parent.arm}
+        result["start"] = {**parent, "checkpoint": unit.start, "step": step}
         if unit.arm:
             result["spike"] = _spike(measured_nll(origin), curve, bench.config.get_text_config().vocab_size)
     if (path / "reset.json").exists():
@@ -160,13 +164,14 @@ def _arm_results(recipe: Recipe, units: list[Unit], folder: Path, bench: Any) ->
     finals = {c: [run["final"][c] for run in runs] for c in runs[0]["final"]}
     return {
         "label": "; ".join(r.label() for r in units[0].resets),
-        "final": {c: _mean(values) for c, values in finals.items()},
+        "final": {c: mean_scores(values) for c, values in finals.items()},
         "curve": _mean_curve([run["curve"] for run in runs]),
         "runs": runs,
     }
 
 
-def _mean(values: list[dict[str, Any]]) -> dict[str, Any]:
+def mean_scores(values: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return one corpus's scores of several seeds as their mean, with the standard deviation of their NLL."""
     nll = [v["nll"] for v in values]
     mean = sum(nll) / len(nll)
     spread = float(np.std(nll, ddof=1)) if len(nll) > 1 else None
@@ -188,7 +193,7 @@ def _mean_curve(curves: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
         entry = dict(entries[0])
         losses = [e["train_loss"] for e in entries if e["train_loss"] is not None]
         entry["train_loss"] = sum(losses) / len(losses) if losses else None
-        entry["eval"] = {c: _mean([e["eval"][c] for e in entries]) for c in entries[0]["eval"]}
+        entry["eval"] = {c: mean_scores([e["eval"][c] for e in entries]) for c in entries[0]["eval"]}
         if "diagnostics" in entry:
             seeds = [e["diagnostics"] for e in entries]
             entry["diagnostics"] = {key: sum(seed[key] for seed in seeds) / len(seeds) for key in seeds[0]}

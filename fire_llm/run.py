@@ -18,10 +18,11 @@ import torch
 from fire_llm.data import Mixture, TokenFile, tokenize_corpus, train_tokenizer
 from fire_llm.errors import UserError
 from fire_llm.layout import logical_matrices
+from fire_llm.locks import held, lock_of
 from fire_llm.manifest import damage
 from fire_llm.models import config_for, fresh_model, load_model, load_tokenizer
 from fire_llm.plan import BYTES_A_PARAMETER
-from fire_llm.recipe import Recipe
+from fire_llm.recipe import Recipe, optimizer_of
 from fire_llm.results import collect, measured_nll
 from fire_llm.staging import free_bytes, staged, write_json, writing
 from fire_llm.stopping import signals_handled
@@ -30,6 +31,9 @@ from fire_llm.trainer import (
     ContinualTrainer,
     DiagnosticsCallback,
     EvaluationSet,
+    KeptOptimizer,
+    PenaltyCallback,
+    RecyclingCallback,
     ResetCallback,
     SpikeCallback,
 )
@@ -45,6 +49,7 @@ from fire_llm.units import (
     labelled_checkpoint,
     phase_steps,
     refuse_links,
+    refuse_other_recipe,
     resolve_precision,
     select,
     split_batch,
@@ -78,17 +83,17 @@ def run_recipe(
     units = select(every_unit, arms)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with signals_handled(), _only_run(folder):
+    with signals_handled(), only_run(folder):
         refuse_links(folder, units)
-        _refuse_other_recipe(folder, units)
+        refuse_other_recipe(folder, units)
         keep_freed_memory()
         if _process().is_main_process:
             write_json(folder / "recipe.json", recipe.model_dump(mode="json"))
         bench = Workbench(recipe, folder, progress)
         with writing(folder):
             for unit in units:
-                if not _finished(folder / unit.folder):
-                    _train(unit, bench)
+                if not finished(folder / unit.folder):
+                    train(unit, bench)
         results = collect(recipe, every_unit, folder, bench)
         if _process().is_main_process:
             write_json(folder / "results.json", results)
@@ -96,55 +101,19 @@ def run_recipe(
 
 
 @contextmanager
-def _only_run(folder: Path) -> Iterator[None]:
-    """Hold the run's folder, so that a second process cannot write into it."""
-    from filelock import FileLock, Timeout
+def only_run(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold a run's folder against other runs; the workers of a sweep share it (`shared`).
 
+    Raises:
+        UserError: Another process holds it.
+    """
     if not _process().is_main_process:
         yield
         return
-    lock = FileLock(folder / ".lock")
-    try:
-        with writing(folder):
-            lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f"another run is writing into '{folder}': wait for it to end, or choose another --output"
-        ) from None
-    try:
+    with held(folder / ".lock", shared=shared) as had:
+        if not had:
+            raise UserError(f"another run is writing into '{folder}': wait for it to end, or choose another --output")
         yield
-    finally:
-        lock.release()
-
-
-def _refuse_other_recipe(folder: Path, units: list[Unit]) -> None:
-    """Compare each unit with what its folder was begun with.
-
-    Raises:
-        UserError: Naming the first unit that differs and every key that changed.
-    """
-    for unit in units:
-        path = folder / unit.folder / "unit.json"
-        if not path.exists():
-            continue
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"'{path}' is damaged: delete '{path.parent}' to train that unit again") from error
-        changed = list(_differences(before, unit.spec))
-        if changed:
-            raise UserError(
-                f"'{folder / unit.folder}' was begun with another recipe:\n  " + "\n  ".join(changed) + "\n"
-                "Choose another --output, put the recipe back, or delete that folder to train it again"
-            )
-
-
-def _differences(before: Any, after: Any, at: str = "") -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(after, dict):
-        for key in dict.fromkeys([*before, *after]):
-            yield from _differences(before.get(key), after.get(key), f"{at}.{key}" if at else str(key))
-    elif before != after:
-        yield f"{at}: {json.dumps(before)} then, {json.dumps(after)} now"
 
 
 class Workbench:
@@ -165,10 +134,12 @@ class Workbench:
                 corpora = [corpus_of(self.recipe, name) for name in tokenizer_corpora(self.recipe)]
                 origin = {"vocabulary": section.train, "corpora": {c.name: c.fingerprint for c in corpora}}
                 if not own.exists() and _process().is_main_process:
-                    trained = train_tokenizer(corpora, section.train, progress=self.progress)
-                    with staged(own) as partial:
-                        trained.save_pretrained(partial)
-                        write_json(partial / "trained_on.json", origin)
+                    with held(lock_of(self.folder, "tokenizer"), wait=True):
+                        if not own.exists():  # the one that was waited for made it
+                            trained = train_tokenizer(corpora, section.train, progress=self.progress)
+                            with staged(own) as partial:
+                                trained.save_pretrained(partial)
+                                write_json(partial / "trained_on.json", origin)
                 _process().wait_for_everyone()
                 if json.loads((own / "trained_on.json").read_text(encoding="utf-8")) != origin:
                     raise UserError(
@@ -236,7 +207,7 @@ class Workbench:
         return fresh_model(self.config, unit.seed)
 
 
-def _train(unit: Unit, bench: Workbench) -> None:
+def train(unit: Unit, bench: Workbench) -> None:
     """Train one unit to its end, from its newest checkpoint where it has one."""
     recipe, folder = bench.recipe, bench.folder / unit.folder
     resume = resumption(folder, unit.title)
@@ -258,14 +229,11 @@ def _train(unit: Unit, bench: Workbench) -> None:
     if _process().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "unit.json", unit.spec)
-    callbacks = []
+    callbacks: list[Any] = []
+    if unit.parent is not None and unit.phase.optimizer_state == "kept":
+        callbacks.append(KeptOptimizer(labelled_checkpoint(bench.folder / unit.parent.folder, unit.start)))
     if unit.arm:
-        initial = None
-        if any(r.needs_initial for r in unit.resets):
-            initial = fresh_model(bench.config, unit.seed)
-        spectra = bench.config.get_text_config().hidden_size <= SPECTRA_WIDTH
-        report = folder / "reset.json"
-        callbacks.append(ResetCallback(unit.resets, initial=initial, report_file=report, spectra=spectra))
+        callbacks += _resetting(unit, bench)
         if unit.parent is not None and unit.resets:
             before = measured_nll(labelled_checkpoint(bench.folder / unit.parent.folder, unit.start))
             callbacks.append(SpikeCallback(before, bench.config.get_text_config().vocab_size))
@@ -289,6 +257,26 @@ def _train(unit: Unit, bench: Workbench) -> None:
         raise RuntimeError(f"{unit.title}: training ended before its last step")
 
 
+def _resetting(unit: Unit, bench: Workbench) -> list[Any]:
+    """Return the callbacks of an arm: what is reset once, and what acts during the phase."""
+    initial = fresh_model(bench.config, unit.seed) if any(r.needs_initial for r in unit.resets) else None
+    once = [r for r in unit.resets if r.kind == "transition"]
+    penalties = [r for r in unit.resets if r.kind == "penalty"]
+    recycling = [r for r in unit.resets if r.kind == "recycling"]
+    callbacks: list[Any] = [
+        ResetCallback(
+            once or "keep",
+            initial=initial,
+            report_file=bench.folder / unit.folder / "reset.json",
+            spectra=bench.config.get_text_config().hidden_size <= SPECTRA_WIDTH,
+            training=[*penalties, *recycling],
+        )
+    ]
+    if penalties:
+        callbacks.append(PenaltyCallback(penalties, initial=initial))
+    return callbacks + [RecyclingCallback(spec, seed=unit.seed) for spec in recycling]
+
+
 def _arguments(unit: Unit, bench: Workbench, folder: Path, steps: int) -> ContinualArguments:
     recipe = bench.recipe
     sequences, accumulation = split_batch(recipe, bench.context, _process().num_processes)
@@ -301,7 +289,7 @@ def _arguments(unit: Unit, bench: Workbench, folder: Path, steps: int) -> Contin
         per_device_train_batch_size=sequences,
         per_device_eval_batch_size=recipe.evaluate.sequences_per_device,
         gradient_accumulation_steps=accumulation,
-        **recipe.optimizer.arguments(steps),
+        **optimizer_of(recipe, unit.phase).arguments(steps),
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         torch_compile=torch.cuda.is_available() if recipe.compile == "auto" else recipe.compile,
@@ -332,7 +320,7 @@ def _arguments(unit: Unit, bench: Workbench, folder: Path, steps: int) -> Contin
     return arguments
 
 
-def _finished(folder: Path) -> bool:
+def finished(folder: Path) -> bool:
     """Tell whether a unit's last checkpoint is there, all of its files with the sizes they should have."""
     final = final_checkpoint(folder)
     return final is not None and damage(final, contents=False) is None

@@ -15,29 +15,34 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from fire_llm.corpora import Corpus, resolve
 from fire_llm.errors import UserError, did_you_mean
 from fire_llm.models import PRESETS, config_for
-from fire_llm.recipe import PhaseSection, Recipe
+from fire_llm.recipe import PhaseSection, Recipe, optimizer_of
+from fire_llm.recipe.sections import BatchSection, EvaluateSection, OptimizerSection
 from fire_llm.resets import ResetSpec
 from fire_llm.staging import checkpoints
 
-_LATER: dict[str, dict[str, Any]] = {
-    "batch": {"document_mask": False},
-    "optimizer": {
-        "name": "adamw", "muon_lr": None, "muon_momentum": 0.95, "schedule": "cosine", "decay": 0.1,
-        "decay_shape": None, "cooldown": 0.15, "constant_lr": None,
-    },
-}  # fmt: skip
-"""Keys that recipes had not always, with their defaults: left out of `Unit.spec` there, so that older runs go on."""
+_LATER: tuple[tuple[str, type[BaseModel], tuple[str, ...]], ...] = (
+    ("batch", BatchSection, ("document_mask",)),
+    (
+        "optimizer",
+        OptimizerSection,
+        ("name", "muon_lr", "muon_momentum", "schedule", "decay", "decay_shape", "cooldown", "constant_lr"),
+    ),
+    ("evaluate", EvaluateSection, ("diagnostics_every_steps",)),
+    ("phase", PhaseSection, ("optimizer_state",)),
+)
+"""Keys that recipes had not always: left out of `Unit.spec` at their defaults, so that older runs go on."""
 
 
 MOST_UNITS = 2_000
@@ -71,13 +76,7 @@ class Unit:
 
 def expand(recipe: Recipe) -> list[Unit]:
     """Return the units of a recipe, parents before children."""
-    common = recipe.model_dump(
-        mode="json", include={"model", "tokenizer", "optimizer", "batch", "evaluate", "log_every_steps"}
-    )
-    for section, keys in _LATER.items():
-        for key, default in keys.items():
-            if common[section].get(key) == default:
-                del common[section][key]
+    common = recipe.model_dump(mode="json", include={"model", "tokenizer", "batch", "evaluate", "log_every_steps"})
     common["precision"] = resolve_precision(recipe.precision)  # "auto" may mean another thing on another machine
     lexicon = tokenizer_corpora(recipe)
     fingerprints = {name: corpus_of(recipe, name).fingerprint for name in [*recipe.corpus_names(), *lexicon]}
@@ -87,9 +86,13 @@ def expand(recipe: Recipe) -> list[Unit]:
     for phase in recipe.phases:
         shared = {
             **common,
-            "phase": phase.model_dump(mode="json", exclude={"arms", "keep", "start_from"}),
+            "optimizer": optimizer_of(recipe, phase).model_dump(mode="json"),
+            "phase": phase.model_dump(mode="json", exclude={"arms", "keep", "start_from", "optimizer"}),
             "corpora": {c: fingerprints[c] for c in dict.fromkeys([*phase.data, *recipe.evaluated(), *lexicon])},
         }
+        for place, section, keys in _LATER:
+            fields = section.model_fields
+            shared[place] = {k: v for k, v in shared[place].items() if k not in keys or v != fields[k].default}
         arms: list[tuple[str | None, list[ResetSpec]]] = [*recipe.arms(phase).items()] or [(None, [])]
         for (arm, resets), seed in itertools.product(arms, recipe.seed):
             starts: list[tuple[Unit | None, str]] = []
@@ -143,6 +146,42 @@ def refuse_links(folder: Path, units: Iterable[Unit]) -> None:
                 f"'{place}' leads out of the run's folder, to '{place.resolve()}': remove the link. A whole run may "
                 "lie elsewhere (--output), parts of it may not"
             )
+
+
+def refuse_other_recipe(folder: Path, units: list[Unit]) -> None:
+    """Compare each unit with what its folder was begun with.
+
+    Raises:
+        UserError: Naming the first unit that differs and every key that changed.
+    """
+    begun: dict[str, Any] = {}
+    for unit in units:
+        path = folder / unit.folder / "unit.json"
+        if not path.exists():
+            continue
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"'{path}' is damaged: delete '{path.parent}' to train that unit again") from error
+        begun[unit.folder], now = before, unit.spec
+        told = (before.get("start") or {}).get("from")
+        if unit.parent and told == _digest(begun.get(unit.parent.folder)):
+            # The parent was compared already; what its folder tells of keys at their defaults may be less or more.
+            now = {**now, "start": {**now["start"], "from": told}}
+        changed = list(_differences(before, now))
+        if changed:
+            raise UserError(
+                f"'{folder / unit.folder}' was begun with another recipe:\n  " + "\n  ".join(changed) + "\n"
+                "Choose another --output, put the recipe back, or delete that folder to train it again"
+            )
+
+
+def _differences(before: Any, after: Any, at: str = "") -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in dict.fromkeys([*before, *after]):
+            yield from _differences(before.get(key), after.get(key), f"{at}.{key}" if at else str(key))
+    elif before != after:
+        yield f"{at}: {json.dumps(before)} then, {json.dumps(after)} now"
 
 
 def _start_name(starts: list[tuple[Unit | None, str]], parent: Unit | None, start: str) -> str:
@@ -249,8 +288,14 @@ def phase_steps(phase: PhaseSection, tokens_per_step: int, epoch_tokens: int) ->
     return max(1, int((phase.epochs or 1) * epoch_tokens) // tokens_per_step)
 
 
-def split_batch(recipe: Recipe, context: int, world: int) -> tuple[int, int]:
+def split_batch(recipe: Recipe, context: int, world: int, accelerated: bool | None = None) -> tuple[int, int]:
     """Return (sequences a forward pass, forward passes a step) of each of `world` ranks.
+
+    Args:
+        recipe: Whose batch it is.
+        context: Tokens a sequence.
+        world: Ranks.
+        accelerated: Whether these are accelerators; by default, as this machine is.
 
     Raises:
         UserError: Where the tokens of a step do not divide evenly.
@@ -268,7 +313,8 @@ def split_batch(recipe: Recipe, context: int, world: int) -> tuple[int, int]:
             f"batch.sequences_per_device: {given} does not divide the {sequences} sequences a process has a step"
         )
     # Logits bound the memory: at a vocabulary of 50k these are 0.8 and 3.3 GB of them, in fp32.
-    most = max(1, (16_384 if torch.accelerator.is_available() else 4_096) // context)
+    accelerated = torch.accelerator.is_available() if accelerated is None else accelerated
+    most = max(1, (16_384 if accelerated else 4_096) // context)
     micro = given or max(n for n in range(1, min(most, sequences) + 1) if sequences % n == 0)
     return micro, sequences // micro
 

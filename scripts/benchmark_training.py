@@ -33,12 +33,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fire_llm.flops import flops_per_token, peak_flops
 from fire_llm.models import PRESETS, config_for, describe, fresh_model
 from fire_llm.trainer import ContinualArguments, ContinualTrainer
 from fire_llm.trainer.callbacks import Keeping
 from fire_llm.trainer.heap import keep_freed_memory
 from fire_llm.trainer.loss import SummedLoss
-from fire_llm.trainer.telemetry import flops_per_token, peak_flops, peak_memory
+from fire_llm.trainer.telemetry import peak_memory
 from fire_llm.units import resolve_precision
 
 TOOK = "took "

@@ -9,9 +9,9 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fire_llm"
 ORDER = [
-    "errors", "stopping", "staging", "manifest", "orthogonal", "metrics", "layouts", "layout", "distributed",
-    "resets", "models", "checkpoint", "corpora", "data", "evaluation", "diagnostics", "inspection", "trainer",
-    "recipe", "units", "plan", "results", "run", "matrix", "comparison", "plots", "page", "report", "launch",
+    "errors", "stopping", "staging", "locks", "manifest", "orthogonal", "metrics", "layouts", "layout", "distributed",
+    "resets", "models", "checkpoint", "corpora", "data", "evaluation", "diagnostics", "inspection", "flops", "trainer",
+    "recipe", "units", "plan", "results", "run", "matrix", "comparison", "plots", "page", "report", "launch", "sweep",
     "cli", "__main__",
 ]  # fmt: skip
 LONGEST = 350

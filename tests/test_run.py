@@ -20,7 +20,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 
 from fire_llm import UserError, load_recipe, run_recipe
-from fire_llm.run import _only_run
+from fire_llm.run import only_run
 from fire_llm.staging import checkpoints
 from fire_llm.units import expand, final_checkpoint, phase_steps, select, split_batch
 
@@ -109,7 +109,7 @@ def test_results_hold_what_the_schema_promises(finished):
             assert {"nll", "perplexity", "bits_per_byte", "tokens"} <= set(final)
             assert final["tokens"] == results["corpora"][corpus]["validation_tokens"]
         assert [e["step"] for e in arm["curve"] if e["eval"]] == [0, 4, 8]
-        assert arm["runs"][0]["start"] == {"phase": "first", "checkpoint": "final", "step": 12}
+        assert arm["runs"][0]["start"] == {"phase": "first", "arm": None, "checkpoint": "final", "step": 12}
     assert results["phases"][0]["steps"] == 12
     assert results["versions"]["torch"] == torch.__version__.split("+")[0] or results["versions"]["torch"]
 
@@ -363,7 +363,7 @@ def test_a_rank_that_is_killed_ends_the_launch_and_the_same_command_goes_on(fini
 
 
 def test_two_runs_in_one_folder_at_once_are_refused(texts, tmp_path):
-    with _only_run(tmp_path), pytest.raises(UserError, match="another run is writing into"):
+    with only_run(tmp_path), pytest.raises(UserError, match="another run is writing into"):
         run_recipe(load_recipe(recipe_data(texts)), tmp_path, progress=False)
 
 

@@ -17,12 +17,13 @@ from ranks import run_ranks
 from test_trainer import ACCUMULATION, CONTEXT, MICRO, Samples, arguments, by_hand, losses, train
 
 from fire_llm import ContinualTrainer, UserError, load_recipe, run_recipe
+from fire_llm.flops import flops_per_token, peak_flops
 from fire_llm.trainer import EvaluationSet
 from fire_llm.trainer import loss as sliced
 from fire_llm.trainer.loss import SummedLoss
 from fire_llm.trainer.nonfinite import contagious
 from fire_llm.trainer.spike import sentence, spike
-from fire_llm.trainer.telemetry import Speedometer, flops_per_token, peak_flops
+from fire_llm.trainer.telemetry import Speedometer
 
 
 @pytest.fixture

@@ -33,7 +33,9 @@ from fire_llm.errors import UserError
 from fire_llm.layout import LogicalMatrix
 from fire_llm.models import find_device
 from fire_llm.resets import ResetReport, ResetsLike, ResetSpec, parse_resets
-from fire_llm.resets.work import Plan, Work, not_finite
+from fire_llm.resets.plan import Plan, not_finite
+from fire_llm.resets.spec import refuse_kinds
+from fire_llm.resets.work import Work
 from fire_llm.staging import free_bytes, partial_of, staged, writing
 
 _CHUNK = 1 << 24
@@ -84,6 +86,7 @@ def reset_checkpoint(
     """
     named = cast("ResetsLike", {"method": method, **options})
     specs = parse_resets(named if isinstance(method, str) else method)
+    refuse_kinds(specs)
     _check_start(specs, init, seed)
     where = find_device(device)
     fault, job = None, None

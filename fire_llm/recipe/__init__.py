@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from fire_llm.recipe.grid import Cell, load_cells
+from fire_llm.recipe.optimizing import optimizer_of
 from fire_llm.recipe.reading import load_recipe, recipes_folder
-from fire_llm.recipe.sections import ModelSection, PhaseSection, Recipe, recipe_schema
+from fire_llm.recipe.sections import ModelSection, OptimizerSection, PhaseSection, Recipe, recipe_schema
 
-__all__ = ["ModelSection", "PhaseSection", "Recipe", "load_recipe", "recipe_schema", "recipes_folder"]
+__all__ = [
+    "Cell",
+    "ModelSection",
+    "OptimizerSection",
+    "PhaseSection",
+    "Recipe",
+    "load_cells",
+    "load_recipe",
+    "optimizer_of",
+    "recipe_schema",
+    "recipes_folder",
+]

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from fire_llm.corpora import CorpusSpec, resolve
 from fire_llm.errors import UserError, did_you_mean
 from fire_llm.models import PRESETS
-from fire_llm.recipe.optimizing import optimizer_faults
+from fire_llm.recipe.optimizing import optimizer_faults, optimizer_of
 from fire_llm.recipe.sections import (
     BatchSection,
     EvaluateSection,
@@ -71,7 +71,8 @@ def _fields_at(loc: Iterable[Any]) -> list[str]:
         "model": ModelSection, "tokenizer": TokenizerSection, "optimizer": OptimizerSection, "batch": BatchSection,
         "phases": PhaseSection, "evaluate": EvaluateSection, "corpora": CorpusSpec,
     }  # fmt: skip
-    first = next(iter(loc), None)
+    # A phase's optimizer is the innermost section of its place.
+    first = next((part for part in [*loc][::-1] if part in sections), None)
     return list(sections.get(str(first), Recipe).model_fields)
 
 
@@ -113,7 +114,8 @@ def contradictions(recipe: Recipe) -> Iterable[str]:
         yield "tokenizer: give one of path and train"
     if len(set(recipe.seed)) < len(recipe.seed):
         yield f"seed: {recipe.seed} names a seed twice"
-    yield from optimizer_faults(recipe.optimizer)
+    common = [*optimizer_faults(recipe.optimizer)]
+    yield from common
     context = recipe.model.context or (PRESETS.get(recipe.model.preset or "") or {}).get("n_positions")
     if context and recipe.batch.tokens_per_step % context:
         nearest = max(1, round(recipe.batch.tokens_per_step / context)) * context
@@ -123,7 +125,8 @@ def contradictions(recipe: Recipe) -> Iterable[str]:
         )
     earlier: dict[str, list[str]] = {}
     for n, phase in enumerate(recipe.phases):
-        yield from (f"phases[{n}].{fault}" for fault in _phase_contradictions(recipe, phase, earlier))
+        own = [fault for fault in optimizer_faults(optimizer_of(recipe, phase)) if fault not in common]
+        yield from (f"phases[{n}].{fault}" for fault in [*own, *_phase_contradictions(recipe, phase, earlier)])
         earlier[phase.name] = [str(k) for k in ["final", *phase.keep]]
         for arm in phase.arms or {}:
             earlier[f"{phase.name}/{arm}"] = earlier[phase.name]
@@ -182,8 +185,26 @@ def _phase_contradictions(recipe: Recipe, phase: PhaseSection, earlier: dict[str
                 yield f"start_from.{source}: '{label}' is not kept; kept: {allowed}. Add it to that phase's keep"
     armed = [p for p in recipe.phases if p.arms and p.name in earlier]
     previous = next((name for name in reversed(earlier) if "/" not in name), None)
+    if phase.optimizer_state == "kept":
+        yield from _kept_contradictions(recipe, phase, [previous] if phase.start_from is None else phase.start_from)
     if phase.start_from is None and armed and armed[-1].name == previous:
         missing = [a for a in (phase.arms or {"": None}) if a not in (armed[-1].arms or {})]
         if missing:
             example = f"{armed[-1].name}/{next(iter(armed[-1].arms or {}))}"
             yield f"start_from: the previous phase has arms; say which to go on from, such as {{{example}: final}}"
+
+
+def _kept_contradictions(recipe: Recipe, phase: PhaseSection, sources: Iterable[str | None]) -> Iterable[str]:
+    """Yield why a phase cannot go on with the optimizer's state of what it starts from."""
+    by_name = {other.name: other for other in recipe.phases}
+    own = optimizer_of(recipe, phase).name
+    for source in sources:
+        if source is None:
+            yield "optimizer_state: 'kept' wants a checkpoint of an earlier phase, and this is the first. Remove it"
+            continue
+        parent = by_name.get(source.partition("/")[0])
+        if parent is not None and (name := optimizer_of(recipe, parent).name) != own:
+            yield (
+                f"optimizer_state: 'kept' wants one optimizer in both phases; '{source}' is trained with {name}, this "
+                f"phase with {own}. Write cleared, or give both the same optimizer.name"
+            )

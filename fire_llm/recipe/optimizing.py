@@ -1,13 +1,14 @@
-"""Say what is wrong with a recipe's optimizer and schedule: unknown names, and keys that those chosen do not have."""
+"""A phase's optimizer, and what is wrong with one: unknown names, and keys that those chosen do not have."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 from importlib.util import find_spec
+from typing import Any
 
 from fire_llm.errors import did_you_mean
-from fire_llm.recipe.sections import OptimizerSection
+from fire_llm.recipe.sections import OptimizerSection, PhaseSection, Recipe
 
 OWN_KEYS = {
     "muon_lr": ("name", ("muon",)),
@@ -39,17 +40,30 @@ _LIBRARIES = (
 _NO_BETAS = ("adafactor", "sgd", "adagrad", "rmsprop")
 
 
+def optimizer_of(recipe: Recipe, phase: PhaseSection) -> OptimizerSection:
+    """Return a phase's optimizer: the recipe's, with what the phase gives in its place.
+
+    What the recipe gives and a name or schedule of the phase has no use for goes back to its default.
+    """
+    given = {key: getattr(phase.optimizer, key) for key in phase.optimizer.model_fields_set}
+    merged = recipe.optimizer.model_copy(update=given)
+    useless = {key for key, (chooser, having) in OWN_KEYS.items() if getattr(merged, chooser) not in having}
+    if merged.name.startswith(_NO_BETAS):
+        useless.add("betas")
+    return merged.model_copy(update={key: _default(key) for key in useless - given.keys()}) if given else merged
+
+
 def optimizer_faults(section: OptimizerSection) -> Iterable[str]:
     """Yield what is wrong with an optimizer section whose values are each right by themselves."""
     name_fault = _name_fault(section.name)
     if name_fault:
         yield f"optimizer.name: {name_fault}"
-    if section.name.startswith(_NO_BETAS) and not _default(section, "betas"):
+    if section.name.startswith(_NO_BETAS) and section.betas != _default("betas"):
         yield f"optimizer.betas: '{section.name}' has none; remove the key"
     for key, (chooser, having) in OWN_KEYS.items():
         chosen = getattr(section, chooser)
         # At its default a key may stand anywhere, as it does in the recipe.json of every run.
-        if chosen not in having and not _default(section, key):
+        if chosen not in having and getattr(section, key) != _default(key):
             yield f"optimizer.{key}: {chooser} '{chosen}' has no such key; it belongs to {', '.join(having)}"
     if section.schedule in ("wsd", "infinite"):
         yield from _schedule_faults(section)
@@ -57,8 +71,8 @@ def optimizer_faults(section: OptimizerSection) -> Iterable[str]:
         yield f"optimizer.min_lr: {section.min_lr} is above lr, {section.lr}"
 
 
-def _default(section: OptimizerSection, key: str) -> bool:
-    return bool(getattr(section, key) == OptimizerSection.model_fields[key].default)
+def _default(key: str) -> Any:
+    return OptimizerSection.model_fields[key].default
 
 
 def _name_fault(name: str) -> str | None:

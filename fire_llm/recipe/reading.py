@@ -25,12 +25,29 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
     Raises:
         UserError: With every fault found, one a line: `path: what is wrong, what is allowed`.
     """
+    recipe, faults = checked(read_data(source, overrides))
+    refuse(source, faults)
+    assert recipe is not None
+    return recipe
+
+
+def read_data(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Read a recipe's plain data, with its overrides in their places.
+
+    Raises:
+        UserError: It cannot be read, holds what is not plain, or has no place for an override.
+    """
     data = dict(source) if isinstance(source, Mapping) else _read(source)
-    _refuse(source, plain_faults(data))
+    refuse(source, plain_faults(data))
     data = unshared(data)
     for override in overrides:
-        _set(data, override)
-    _refuse(source, plain_faults(data))
+        set_key(data, "--set", *assignment("--set", override))
+    refuse(source, plain_faults(data))
+    return data
+
+
+def checked(data: dict[str, Any]) -> tuple[Recipe | None, list[str]]:
+    """Return the recipe that plain data stand for, and every fault of theirs; there is one of the two."""
     faults: list[str] = []
     recipe: Recipe | None = None
     try:
@@ -40,12 +57,11 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
     faults += arm_faults(data)
     if recipe is not None and not faults:
         faults += list(contradictions(recipe))
-    _refuse(source, faults)
-    assert recipe is not None
-    return recipe
+    return recipe, faults
 
 
-def _refuse(source: str | Path | Mapping[str, Any], faults: list[str]) -> None:
+def refuse(source: str | Path | Mapping[str, Any], faults: list[str]) -> None:
+    """Tell all of a recipe's faults, if there are any, in one `UserError`."""
     if faults:
         where = "the recipe" if isinstance(source, Mapping) else f"'{source}'"
         faults = list(dict.fromkeys(faults))
@@ -91,29 +107,43 @@ def _read(source: str | Path) -> dict[str, Any]:
     return data
 
 
-def _set(data: dict[str, Any], override: str) -> None:
-    """Change one key.
+def assignment(option: str, text: str) -> tuple[str, Any]:
+    """Read `KEY=VALUE`, its value as YAML.
 
     Raises:
-        UserError: It is not KEY=VALUE, or the recipe has no such place.
+        UserError: It is something else.
     """
-    key, equals, text = override.partition("=")
-    said = f"--set {printable(key)}"  # the value may be a secret
-    # A list's place is written with digits alone; what is longer than any list is a key.
-    parts = [int(p) if re.fullmatch(r"[0-9]{1,6}", p) else p for p in re.split(r"\.|\[|\]\.?", key) if p]
-    if not equals or not parts:
-        raise UserError(f"{said}: write KEY=VALUE, such as phases.1.steps=100")
+    key, equals, value = text.partition("=")
+    said = f"{option} {printable(key)}"  # the value may be a secret
+    if not equals or not _parts(key):
+        example = "phases.1.steps=100" if option == "--set" else "optimizer.lr=[1.0e-3,3.0e-4]"
+        raise UserError(f"{said}: write KEY=VALUE, such as {example}")
     try:
-        value = read_yaml(text)
+        return key, read_yaml(value)
     except ValueError as error:
         raise UserError(f"{said}: the value is not YAML: {error}") from error
+
+
+def set_key(data: dict[str, Any], said: str, key: str, value: Any) -> None:
+    """Change what stands at a dotted key.
+
+    Raises:
+        UserError: The recipe has no such place; it begins with `said` and the key.
+    """
+    parts = _parts(key)
     at: Any = data
     for i, part in enumerate(parts):
         in_list = isinstance(at, list) and isinstance(part, int) and part < len(at)
         if not in_list and not isinstance(at, dict):
-            raise UserError(f"{said}: the recipe has no '{printable('.'.join(map(str, parts[: i + 1])))}'")
+            missing = printable(".".join(map(str, parts[: i + 1])))
+            raise UserError(f"{said} {printable(key)}: the recipe has no '{missing}'")
         place: Any = part if in_list else str(part)
         if i == len(parts) - 1:
             at[place] = value
         else:
             at = at[place] if in_list else at.setdefault(place, {})
+
+
+def _parts(key: str) -> list[int | str]:
+    """Cut a dotted key; a list's place is written with digits alone, and what is longer than any list is a key."""
+    return [int(p) if re.fullmatch(r"[0-9]{1,6}", p) else p for p in re.split(r"\.|\[|\]\.?", key) if p]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from fire_llm.corpora import CorpusSpec
 from fire_llm.models import PRESETS
@@ -45,7 +45,7 @@ class TokenizerSection(_Section):
 
 
 class OptimizerSection(_Section):
-    """An optimizer and a schedule with a linear warm-up, begun anew in every phase."""
+    """An optimizer and a schedule with a linear warm-up; the schedule begins anew in every phase."""
 
     name: str = Field("adamw", description="adamw, muon, or a name that transformers' TrainingArguments.optim takes")
     lr: float = Field(6.0e-4, gt=0, description="Peak learning rate")
@@ -101,6 +101,14 @@ class OptimizerSection(_Section):
         return own
 
 
+class PhaseOptimizerSection(OptimizerSection):
+    """Keys of the optimizer that are others in one phase; what is not given is the recipe's."""
+
+    @model_serializer(mode="wrap")
+    def _only_given(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in whole(self).items() if key in self.model_fields_set}
+
+
 class BatchSection(_Section):
     """What one optimizer step sees."""
 
@@ -121,6 +129,12 @@ class PhaseSection(_Section):
     tokens: int | None = Field(None, ge=1, description="Length, in tokens; the last step is completed")
     max_corpus_tokens: int | None = Field(None, ge=1, description="Train on at most this many first tokens a corpus")
     sampling: Literal["without-replacement", "with-replacement"] = "without-replacement"
+    optimizer: PhaseOptimizerSection = Field(
+        default_factory=PhaseOptimizerSection, description="Keys of the optimizer that are others in this phase"
+    )
+    optimizer_state: Literal["cleared", "kept"] = Field(
+        "cleared", description="kept: begin with the moments of the checkpoint that the phase starts from"
+    )
     keep: Annotated[list[int | str], BeforeValidator(as_list)] = Field(
         default_factory=list, description="Checkpoints that stay beside the final one: best, or numbers of steps"
     )
@@ -166,6 +180,9 @@ class Recipe(_Section):
     log_every_steps: int = Field(10, ge=1, description="Optimizer steps a logged training loss is the mean of")
     phases: list[PhaseSection] = Field(min_length=1)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
+    sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+        default_factory=dict, description="{dotted key: values}: a grid of runs, for fire-llm sweep"
+    )
 
     def corpus_names(self) -> list[str]:
         """Return every corpus trained or measured on, in order of appearance."""
@@ -202,6 +219,8 @@ def recipe_schema() -> dict[str, Any]:
     schema["properties"]["seed"] = {"anyOf": [{"type": "integer"}, schema["properties"]["seed"]]}
     for key in ("model", "tokenizer"):
         schema["properties"][key] = {"anyOf": [{"type": "string"}, schema["properties"][key]]}
+    for option in schema["$defs"]["PhaseOptimizerSection"]["properties"].values():
+        option.pop("default")  # what is not given is the recipe's
     phase = schema["$defs"]["PhaseSection"]["properties"]
     phase["start_from"] = {"type": "object", "description": phase["start_from"].get("description", "")}
     return schema

@@ -3,12 +3,15 @@
 A reset is a function of one tensor (and of that tensor at step 0): tensor in, tensor out. Where the tensors live — in
 a running `Trainer`, in a checkpoint on disk, on another rank — is the business of whoever calls it, so the same
 function serves them all. Its signature is its schema: the keyword-only arguments are the options a recipe may give.
+What acts during a phase instead (`penalties`, `recycling`) is in the same registry, and a trainer's callback runs it.
 """
 
 from __future__ import annotations
 
 from fire_llm.resets.apply import apply_reset, fire_
-from fire_llm.resets.methods import RESETS, ResetMethod, register_reset
+from fire_llm.resets.methods import RESETS, ResetMethod, register_reset, register_training
+from fire_llm.resets.penalties import l2_init, parseval
+from fire_llm.resets.recycling import ContinualBackprop, ReDo, SelfNormalizedResets
 from fire_llm.resets.report import SIGMA_QUANTILES, ResetReport, TensorReport, sigma_quantiles
 from fire_llm.resets.spec import ROLES, ResetsLike, ResetSpec, parse_resets
 
@@ -16,14 +19,20 @@ __all__ = [
     "RESETS",
     "ROLES",
     "SIGMA_QUANTILES",
+    "ContinualBackprop",
+    "ReDo",
     "ResetMethod",
     "ResetReport",
     "ResetSpec",
     "ResetsLike",
+    "SelfNormalizedResets",
     "TensorReport",
     "apply_reset",
     "fire_",
+    "l2_init",
     "parse_resets",
+    "parseval",
     "register_reset",
+    "register_training",
     "sigma_quantiles",
 ]

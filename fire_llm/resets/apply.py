@@ -13,9 +13,10 @@ from fire_llm.distributed import MEETING_SECONDS, meet
 from fire_llm.errors import UserError
 from fire_llm.layout import unwrap
 from fire_llm.resets.methods import ComputeDtype, Scale, Solver
+from fire_llm.resets.plan import Plan
 from fire_llm.resets.report import ResetReport, Spectra
 from fire_llm.resets.spec import ResetsLike, parse_resets
-from fire_llm.resets.work import Plan, Work
+from fire_llm.resets.work import Work
 
 
 @torch.no_grad()
@@ -40,7 +41,7 @@ def apply_reset(
         model: Any causal LM whose layout is known; wrapped by DDP or `torch.compile`, or sharded by FSDP2, is fine.
         resets: A method's name, `{"method": …, option: …}`, or a list of these, each with the roles it acts on.
         initial: The same architecture with the run's step-0 weights, whole on every rank; wanted by `full_reset` and
-            `shrink_perturb`.
+            `shrink_perturb`. (`dash` wants gradients: those that the parameters hold, the same on every rank.)
         optimizer: Its state of exactly the touched parameters is cleared.
         spectra: Also report quantiles of the singular values (an eigendecomposition a matrix), or only their `range`.
         progress: Show a progress bar.
@@ -51,8 +52,9 @@ def apply_reset(
         What was touched, what was left and why; the same on every rank, but for measures of what was left in shards.
 
     Raises:
-        UserError: For an unknown reset, option, role or architecture, missing or unlike step-0 weights, a tensor that
-            is not finite, parameters that are frozen or out of reach (FSDP1, DeepSpeed), or a rank that did not come.
+        UserError: For an unknown reset, option, role or architecture, a method that acts during training, missing or
+            unlike step-0 weights, missing or sharded gradients, a tensor that is not finite, parameters that are frozen
+            or out of reach (FSDP1, DeepSpeed), or a rank that did not come.
             On every rank alike.
         RuntimeError: Where a result is not finite (those tensors are as they were), or a reset failed on another rank.
     """

@@ -1,6 +1,7 @@
 """The registry and the resets in it: functions of one tensor, tensor in, tensor out.
 
-To add a reset, add a function here; its keyword-only arguments are the options a recipe may give.
+To add a reset, add a function here; its keyword-only arguments are the options a recipe may give. What acts during a
+whole phase rather than before it stands in the same registry, from `penalties` and `recycling`.
 """
 
 from __future__ import annotations
@@ -9,14 +10,18 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from fire_llm.layout import MATRIX_ROLES, ROLES
 from fire_llm.orthogonal import newton_schulz, newton_schulz_factor, polar
+
+Kind = Literal["transition", "penalty", "recycling"]
+"""How a method acts: once on the weights, on the gradients of every step, or on the hidden units while training."""
 
 
 @dataclass(frozen=True)
@@ -24,15 +29,26 @@ class ResetMethod:
     """Describe one entry of the registry."""
 
     name: str
-    function: Callable[..., Tensor]
+    function: Callable[..., Any]
+    """Of the kind recycling a class, else a function of one tensor."""
     roles: tuple[str, ...]
     """Roles the method acts on where a recipe names none."""
     needs_initial: bool
     """Whether the function takes the tensor's own step-0 value."""
+    needs_gradient: bool
+    """Whether the function takes the gradient of the loss over training data."""
     batched: bool
     """Whether the function also takes matrices of one shape stacked, (B, out, in)."""
     options: type[BaseModel]
     """The options, validated: the keyword-only arguments of the function, plus `roles` and `exclude`."""
+    kind: Kind = "transition"
+    elementwise: bool = False
+    """Whether a penalty looks at each element by itself, so that it may be given any part of a parameter."""
+
+    @property
+    def when(self) -> Literal["transition", "training"]:
+        """Tell whether it acts once, between two phases, or during the whole phase."""
+        return "transition" if self.kind == "transition" else "training"
 
     @property
     def matrices_only(self) -> bool:
@@ -50,7 +66,9 @@ def register_reset(
     options_of: Callable[..., Tensor] | None = None,
     batched: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Callable]:
-    """Register a reset: `f(w, *, option=default, …)` or `f(w, initial, *, …)`, of one shape, fp32 or fp64.
+    """Register a reset: `f(w, *, option=default, …)`, `f(w, initial, *, …)` or `f(w, gradient, *, …)`.
+
+    All tensors are of one shape, fp32 or fp64.
 
     Args:
         name: What recipes call it.
@@ -61,23 +79,67 @@ def register_reset(
     """
 
     def add(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        schema_of = options_of or function
-        hints = get_type_hints(schema_of, include_extras=True)
-        parameters = inspect.signature(schema_of).parameters.values()
-        options: dict[str, Any] = {
-            p.name: (hints[p.name], p.default) for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY
-        }
-        # mypy wants the literals spelt out; pydantic takes them from the tuple that is the one list of roles.
-        options["roles"] = (tuple[Literal[ROLES], ...], Field(roles, min_length=1))  # type: ignore[valid-type]
-        options["exclude"] = (tuple[str, ...], Field((), description="Regular expressions of parameter names to leave"))
-        schema = create_model(
-            f"{name}_options", __config__=ConfigDict(extra="forbid", strict=True), __doc__=function.__doc__, **options
-        )
-        needs_initial = "initial" in inspect.signature(function).parameters
-        RESETS[name] = ResetMethod(name, function, roles, needs_initial, batched, schema)
+        _register(name, function, options_of or function, roles, "transition", batched)
         return function
 
     return add
+
+
+_T = TypeVar("_T", bound=Callable[..., Any])
+
+
+def register_training(
+    name: str,
+    *,
+    roles: tuple[str, ...] = ROLES,
+    kind: Literal["penalty", "recycling"],
+    elementwise: bool = False,
+) -> Callable[[_T], _T]:
+    """Register what acts during a whole phase; an arm may list it beside resets, which come first.
+
+    Args:
+        name: What recipes call it.
+        roles: Roles it acts on unless the recipe says otherwise; as in `register_reset`.
+        kind: Of a penalty, `f(w, *, option=default, …)` or `f(w, initial, *, …)` returns the gradient of what is added
+            to the loss, of the same shape as w. Of recycling, a class whose options are the keyword-only arguments of
+            `__init__` decides which hidden units begin anew.
+        elementwise: Whether a penalty looks at each element by itself: FSDP2's shards are then trained with it too.
+    """
+
+    def add(entry: _T) -> _T:
+        _register(name, entry, entry, roles, kind, batched=False, elementwise=elementwise)
+        return entry
+
+    return add
+
+
+def _register(
+    name: str,
+    entry: Callable[..., Any],
+    schema_of: Callable[..., Any],
+    roles: tuple[str, ...],
+    kind: Kind,
+    batched: bool,
+    elementwise: bool = False,
+) -> None:
+    """Put an entry in the registry, its options read off the keyword-only arguments of `schema_of`."""
+    typed: Any = schema_of.__init__ if inspect.isclass(schema_of) else schema_of
+    hints = get_type_hints(typed, include_extras=True)
+    options: dict[str, Any] = {
+        p.name: (hints[p.name], p.default)
+        for p in inspect.signature(schema_of).parameters.values()
+        if p.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    # mypy wants the literals spelt out; pydantic takes them from the tuple that is the one list of roles.
+    options["roles"] = (tuple[Literal[ROLES], ...], Field(roles, min_length=1))  # type: ignore[valid-type]
+    options["exclude"] = (tuple[str, ...], Field((), description="Regular expressions of parameter names to leave"))
+    schema = create_model(
+        f"{name}_options", __config__=ConfigDict(extra="forbid", strict=True), __doc__=entry.__doc__, **options
+    )
+    taken = inspect.signature(entry).parameters
+    RESETS[name] = ResetMethod(
+        name, entry, roles, "initial" in taken, "gradient" in taken, batched, schema, kind, elementwise
+    )
 
 
 @register_reset("keep")
@@ -155,6 +217,36 @@ def rescale(w: Tensor, **options: Any) -> Tensor:
     The control that tells what of FIRE's effect is the change of norm alone.
     """
     return _with_norm(w, _norm(fire(w, **options)))
+
+
+@register_reset("dash", roles=("attention", "mlp"), batched=True)
+def dash(
+    w: Tensor,
+    gradient: Tensor,
+    *,
+    floor: Annotated[float, Field(ge=0, le=1)] = 0.3,
+    alpha: Annotated[float, Field(gt=0, le=1)] = 0.3,
+    batches: Annotated[int, Field(ge=1)] = 10,
+) -> Tensor:
+    """Shrink each row by max(λ, cos(row, −gradient)), λ = `floor`: what the data to come does not ask for is forgotten.
+
+    A trainer gathers the gradient G ← (1−α)·G + α·g over the `batches` steps to come, before any of the arm's resets;
+    with α = 0.3, 97 % of it comes from the last 10. Elsewhere it is what the parameters' `.grad` holds.
+
+    Source: Shin et al., arXiv 2410.23495, algorithm 1; λ and α as in the authors' code.
+    """
+    tiny = torch.finfo(w.dtype).tiny
+    cosine = -(normalize(w, dim=-1, eps=tiny) * normalize(gradient, dim=-1, eps=tiny)).sum(-1, keepdim=True)
+    return w * cosine.clamp(floor, 1)
+
+
+@register_reset("initial_norm", roles=("attention", "mlp"))
+def initial_norm(w: Tensor, initial: Tensor, *, times: Annotated[float, Field(gt=0, le=100)] = 1.0) -> Tensor:
+    """Give a matrix `times` the Frobenius norm of its step-0 value, and keep its direction.
+
+    Behind `fire`, it takes the place of √(d_out/d_in), with which the norm depends on a model's width.
+    """
+    return _with_norm(w, times * _norm(initial))
 
 
 def _norm(w: Tensor) -> Tensor:

@@ -75,6 +75,8 @@ class ResetReport:
     """Of a checkpoint on disk: stored tensors that the model's class does not load."""
     not_copied: list[str] = field(default_factory=list)
     """Of a checkpoint on disk: files that are neither weights nor go with them."""
+    training: list[ResetSpec] = field(default_factory=list)
+    """Of an arm: what acts during the phase that follows."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data (see docs/results-schema.md)."""

@@ -11,10 +11,16 @@ from pydantic import ValidationError
 
 from fire_llm.errors import UserError, did_you_mean
 from fire_llm.layout import MATRIX_ROLES, ROLES, LogicalMatrix
-from fire_llm.resets.methods import RESETS, ResetMethod
+from fire_llm.resets.methods import RESETS, Kind, ResetMethod
 
 FROZEN = "frozen: requires_grad is off"
 """Why a reset leaves a parameter alone that could not learn again what it loses."""
+
+_TOLD = ("iterations", "shrink", "floor", "strength")
+"""Options that a label tells at their defaults too."""
+
+_PLACES = {"transition": "ResetCallback", "penalty": "PenaltyCallback", "recycling": "RecyclingCallback"}
+"""What runs each kind of method in a script."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,16 @@ class ResetSpec:
     def needs_initial(self) -> bool:
         """Tell whether the reset wants the step-0 weights."""
         return RESETS[self.method].needs_initial
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Tell whether the reset wants the gradient of the loss."""
+        return RESETS[self.method].needs_gradient
+
+    @property
+    def kind(self) -> Kind:
+        """Tell how it acts: transition, penalty or recycling."""
+        return RESETS[self.method].kind
 
     @classmethod
     def parse(cls, spec: str | Mapping[str, Any] | ResetSpec) -> ResetSpec:
@@ -84,9 +100,7 @@ class ResetSpec:
         """Say the reset in one line: `fire, iterations 5, roles attention mlp`."""
         method = RESETS[self.method]
         defaults = method.options()
-        shown = [
-            f"{k} {v}" for k, v in self.options.items() if v != getattr(defaults, k) or k in ("iterations", "shrink")
-        ]
+        shown = [f"{k} {v}" for k, v in self.options.items() if v != getattr(defaults, k) or k in _TOLD]
         if self.options.get("solver") == "polar":
             shown = [s for s in shown if not s.startswith("iterations")] + [f"tolerance {self.options['tolerance']:g}"]
         if self.roles != ROLES:
@@ -122,3 +136,17 @@ def parse_resets(resets: ResetsLike) -> list[ResetSpec]:
     """Read one reset or a list of them."""
     many = [resets] if isinstance(resets, str | Mapping | ResetSpec) else list(resets)
     return [ResetSpec.parse(r) for r in many]
+
+
+def refuse_kinds(specs: Iterable[ResetSpec], kind: Kind = "transition") -> None:
+    """Refuse methods of another kind than the one that the caller can run.
+
+    Raises:
+        UserError: Naming the first, what it is, and where it belongs.
+    """
+    for spec in specs:
+        if spec.kind != kind:
+            acts = "acts on weights, once" if spec.kind == "transition" else "acts during training, not on weights"
+            raise UserError(
+                f"'{spec.method}' {acts}: make it an arm of a recipe, or in a script give it to {_PLACES[spec.kind]}"
+            )

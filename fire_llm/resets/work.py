@@ -1,130 +1,33 @@
-"""What a reset does to each piece of a model, checked before and done home by home."""
+"""What a reset does to each piece of a model, done home by home."""
 
 from __future__ import annotations
 
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fire_llm.distributed import (
     Block,
     Exchange,
     Home,
-    blocks_of,
     gather_objects,
     home_of,
-    make_current,
-    refuse_engines,
     worthwhile,
 )
 from fire_llm.errors import UserError
-from fire_llm.layout import ROLES, LogicalMatrix, pieces
+from fire_llm.layout import LogicalMatrix
 from fire_llm.metrics import sfe
 from fire_llm.resets.by_rows import by_rows, reset_by_rows
 from fire_llm.resets.methods import RESETS
+from fire_llm.resets.plan import Plan
 from fire_llm.resets.report import ResetReport, Spectra, TensorReport, describe
-from fire_llm.resets.spec import FROZEN, ResetSpec
-
-
-@dataclass
-class Plan:
-    """Hold what is to be done to each piece of a model, everything checked."""
-
-    specs: list[ResetSpec]
-    pieces: list[LogicalMatrix]
-    todo: list[list[ResetSpec]]
-    """Of each piece, in order."""
-    start: Mapping[str, LogicalMatrix] = field(default_factory=dict)
-    """Step-0 pieces by name; empty where no reset wants them."""
-
-    @classmethod
-    def of(cls, model: nn.Module, specs: list[ResetSpec], initial: nn.Module | None) -> Plan:
-        """Decide what is done to each piece; names and shapes alone are looked at, so that `meta` will do.
-
-        Raises:
-            UserError: There is nothing to do, or the step-0 weights are missing or of another architecture.
-        """
-        by_role = any(set(s.roles) != set(ROLES) for s in specs)
-        cut = pieces(model, strict=by_role)
-        plan = cls(specs, cut, [[s for s in specs if s.why_not(p) is None] for p in cut])
-        wanting = [s.method for s in specs if s.needs_initial]
-        if wanting and initial is None:
-            raise UserError(
-                f"'{wanting[0]}' needs the run's step-0 weights: give `initial` (on the command line, --init or --seed)"
-            )
-        if wanting and initial is not None:
-            plan.start = {p.name: p for p in pieces(initial, strict=by_role)}
-        plan._check_names()
-        return plan
-
-    @classmethod
-    def make(cls, model: nn.Module, specs: list[ResetSpec], initial: nn.Module | None, optimizer: Any) -> Plan:
-        """Decide, for a model in memory, and refuse what cannot be done before anything is."""
-        refuse_engines(model, optimizer)
-        make_current(model)
-        plan = cls.of(model, specs, initial)
-        plan._check_values()
-        return plan
-
-    @property
-    def wanted(self) -> list[LogicalMatrix]:
-        """List the pieces that something is done to."""
-        return [p for p, todo in zip(self.pieces, self.todo, strict=True) if todo]
-
-    @property
-    def blocks(self) -> list[Block]:
-        """List the runs of rows that are worked on, in the order of the parameters."""
-        costly = [any(RESETS[s.method].matrices_only for s in todo) for todo in self.todo]
-        return [b for b in blocks_of(self.pieces, costly) if any(self.todo[i] for i in b.members)]
-
-    def _check_names(self) -> None:
-        """Refuse a plan that would touch nothing but frozen parameters, or whose step-0 weights do not match."""
-        if not self.wanted and any(s.why_not(p) == FROZEN for p in self.pieces for s in self.specs):
-            raise UserError("every parameter that the reset would touch is frozen: call requires_grad_(True) first")
-        for piece in self.wanted if self.start else ():
-            before = self.start.get(piece.name)
-            if before is None or before.shape != piece.shape:
-                raise UserError(
-                    f"the step-0 weights hold no '{piece.name}' of shape {tuple(piece.shape)}: another architecture"
-                )
-            if _sharded(before.tensor):
-                raise UserError(f"the step-0 weights of '{piece.name}' are sharded: give them whole on every rank")
-
-    def _check_values(self) -> None:
-        """Refuse weights that are not there or not finite."""
-        for piece in self.wanted:
-            if piece.tensor.is_meta:
-                raise UserError(f"'{piece.name}' is on the meta device: load the weights before a reset")
-        # All flags first, so that an accelerator is waited for once.
-        flags = [torch.isfinite(_held(piece)).all() for piece in self.wanted]
-        sound = torch.stack([f.cpu() for f in flags]).tolist() if flags else []
-        for piece, finite in zip(self.wanted, sound, strict=True):
-            if not finite:
-                raise UserError(not_finite(piece.name))
-
-    def request(self) -> str:
-        """Say what this rank is about to do, in a form that ranks can compare."""
-        rows = zip(self.pieces, self.todo, strict=True)
-        return repr((self.specs, [(p.name, tuple(p.shape), str(p.tensor.dtype), len(todo)) for p, todo in rows]))
-
-    def untouched(self, index: int, spectra: Spectra = False) -> TensorReport:
-        """Report on a piece that nothing came near; what lies in shards or on the disk is not measured."""
-        piece = self.pieces[index]
-        apart = piece.tensor.is_meta or _sharded(piece.tensor)
-        report = TensorReport.of(piece) if apart else describe(piece, _held(piece), spectra)
-        report.reason = self.reason(index) if not self.todo[index] else None
-        return report
-
-    def reason(self, index: int) -> str:
-        """Say why a piece is left alone."""
-        return "; ".join(dict.fromkeys(str(s.why_not(self.pieces[index])) for s in self.specs))
 
 
 @dataclass
@@ -251,15 +154,14 @@ class Work:
 
     def _reset(self, group: list[tuple[int, LogicalMatrix]]) -> None:
         """Reset pieces of one shape, dtype and list of resets together."""
-        names = [self.plan.pieces[index].name for index, _ in group]
         stacked = len(group) > 1
         before = torch.stack([p.read() for _, p in group]) if stacked else group[0][1].read()
         x = before.to(torch.promote_types(before.dtype, torch.float32))  # rounded once, when it is written
         for spec in self.plan.todo[group[0][0]]:
             arguments = []
-            if spec.needs_initial:
-                first = [self.plan.start[name].read().to(x) for name in names]
-                arguments = [torch.stack(first) if stacked else first[0]]
+            for read in self.plan.readings(spec):
+                beside = [read(index).to(x) for index, _ in group]
+                arguments.append(torch.stack(beside) if stacked else beside[0])
             x = RESETS[spec.method].function(x, *arguments, **spec.options)
         values = x.unbind() if stacked else (x,)
         sound = torch.stack([torch.isfinite(v).all() for v in values]).tolist()
@@ -294,30 +196,9 @@ class Work:
         self.measuring += time.perf_counter() - began
 
 
-def not_finite(name: str) -> str:
-    """Word the refusal of weights that are NaN or infinite."""
-    return f"'{name}' holds NaN or infinity: a reset would spread it. Start from a sound checkpoint"
-
-
 def together(tensor: Tensor) -> bool:
     """Tell whether matrices of one shape are best taken together: a loop is faster on a CPU."""
     return tensor.device.type != "cpu"
-
-
-def _sharded(tensor: Any) -> bool:
-    """Tell whether this rank holds but a part of a parameter."""
-    mesh = getattr(tensor, "device_mesh", None)
-    return mesh is not None and any(
-        mesh.size(dim) > 1 and not placement.is_replicate() for dim, placement in enumerate(tensor.placements)
-    )
-
-
-def _held(piece: LogicalMatrix) -> Tensor:
-    """Return a piece, or, where it lies in shards, what this rank holds of the parameter around it."""
-    tensor: Any = piece.tensor.detach()
-    if not hasattr(tensor, "to_local"):
-        return piece.read()
-    return tensor.to_local() if _sharded(tensor) else replace(piece, tensor=tensor.to_local()).read()
 
 
 def _worth_it(home: Home, blocks: list[Block]) -> Home:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from fire_llm.trainer.callbacks import ResetCallback
+from fire_llm.trainer.callbacks import KeptOptimizer, ResetCallback
 from fire_llm.trainer.diagnosing import DiagnosticsCallback
 from fire_llm.trainer.optimizers import MuonAdamW
+from fire_llm.trainer.penalties import PenaltyCallback
+from fire_llm.trainer.recycling import RecyclingCallback
 from fire_llm.trainer.schedules import multiplier
 from fire_llm.trainer.spike import SpikeCallback
 from fire_llm.trainer.stepping import hash_batch
@@ -15,7 +17,10 @@ __all__ = [
     "ContinualTrainer",
     "DiagnosticsCallback",
     "EvaluationSet",
+    "KeptOptimizer",
     "MuonAdamW",
+    "PenaltyCallback",
+    "RecyclingCallback",
     "ResetCallback",
     "SpikeCallback",
     "hash_batch",

@@ -12,14 +12,17 @@ from transformers import TrainerCallback
 from fire_llm.errors import UserError
 from fire_llm.models import fresh_model
 from fire_llm.resets import ResetReport, ResetsLike, apply_reset, parse_resets
+from fire_llm.resets.spec import refuse_kinds
 from fire_llm.staging import write_json
-from fire_llm.trainer.sharding import refuse_engines
+from fire_llm.trainer.gradients import gather_gradient
+from fire_llm.trainer.sharding import load_optimizer, refuse_engines
 
 
 class ResetCallback(TrainerCallback):
     """Apply a reset inside a running `Trainer`: when training begins, or after given steps; never again on resumption.
 
-    Works in any `Trainer`. The state of exactly the touched parameters is cleared in its optimizer.
+    Works in any `Trainer`. The state of exactly the touched parameters is cleared in its optimizer. A reset that reads
+    the gradient (`dash`) needs a `ContinualTrainer`, which gathers it from the batches to come.
 
     Args:
         resets: A method's name, a spec, or a list of specs, as `apply_reset` takes them.
@@ -29,9 +32,10 @@ class ResetCallback(TrainerCallback):
         seed: Seed of those weights; the trainer's own by default.
         report_file: Where to write the report as JSON.
         spectra: Whether the report holds singular values.
+        training: What other callbacks do during training, for the report.
 
     Raises:
-        UserError: At once, for an unknown reset or option.
+        UserError: At once, for an unknown reset or option, or a method that acts during training.
     """
 
     def __init__(
@@ -43,8 +47,11 @@ class ResetCallback(TrainerCallback):
         seed: int | None = None,
         report_file: str | Path | None = None,
         spectra: bool = False,
+        training: ResetsLike = (),
     ) -> None:
         self.resets = parse_resets(resets)
+        refuse_kinds(self.resets)
+        self.training = parse_resets(training)
         self.at_steps = frozenset(at_steps)
         if any(step < 1 for step in self.at_steps):
             raise UserError(
@@ -53,6 +60,11 @@ class ResetCallback(TrainerCallback):
         self.initial, self.seed, self.spectra = initial, seed, spectra
         self.report_file = Path(report_file) if report_file else None
         self.reports: list[ResetReport] = []
+        self._trainer: Any = None
+
+    def attach(self, trainer: Any) -> None:
+        """Note the `ContinualTrainer` that this runs in, which calls it."""
+        self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Reset at the start of training, unless this is a resumption; refuse engines that no reset can reach."""
@@ -69,10 +81,34 @@ class ResetCallback(TrainerCallback):
         initial = self.initial
         if initial is None and any(r.needs_initial for r in self.resets):
             initial = fresh_model(model.config, args.seed if self.seed is None else self.seed)
+        gathering = self._trainer is not None and any(r.needs_gradient for r in self.resets)
+        if gathering:
+            gather_gradient(self._trainer, self.resets)
         report = apply_reset(model, self.resets, initial=initial, optimizer=optimizer, spectra=self.spectra)
+        if gathering:
+            model.zero_grad()
+        report.training = self.training
         self.reports.append(report)
         if self.report_file is not None and args.process_index == 0:
             write_json(self.report_file, report.to_dict())
+
+
+class KeptOptimizer(TrainerCallback):
+    """Begin training with the moments of an earlier checkpoint; rates and schedule are the new ones.
+
+    It stands before a `ResetCallback`, which then clears those of what it touches.
+
+    Args:
+        checkpoint: Of the same model, trained by the same kind of optimizer.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        """Take them over, unless this is a resumption, which has its own."""
+        if state.global_step == 0:
+            load_optimizer(optimizer, self.checkpoint, settings=False)
 
 
 class Keeping(TrainerCallback):

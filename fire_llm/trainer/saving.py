@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
@@ -28,7 +29,11 @@ from fire_llm.staging import (
     write_json,
     writing,
 )
+from fire_llm.trainer.recycling import RecyclingCallback
 from fire_llm.trainer.sharding import OPTIMIZER, load_optimizer, load_weights, whole_optimizer, whole_weights
+
+RECYCLING = "recycling.safetensors"
+"""File in a checkpoint with what the `RecyclingCallback`s know of hidden units, by their number among them."""
 
 BYTES_A_PARAMETER = 12
 """Of a checkpoint, while none was written yet: weights and AdamW's two moments in fp32."""
@@ -54,9 +59,16 @@ class SavingTrainer(Trainer):
     def _read_state(self, checkpoint: Path) -> dict[str, Any]:
         """Take over what `TrainerState` has no room for, and return it."""
         self._resumed = json.loads((checkpoint / CONTINUAL_STATE).read_text(encoding="utf-8"))
+        kept = load_file(checkpoint / RECYCLING) if (checkpoint / RECYCLING).exists() else {}
+        for number, callback in enumerate(self._recycling()):
+            start = f"{number}."
+            callback.restore({k.removeprefix(start): t for k, t in kept.items() if k.startswith(start)})
         if self.is_world_process_zero():
             self.batches_hash.fill_(self._resumed["batches_hash"])
         return self._resumed
+
+    def _recycling(self) -> list[RecyclingCallback]:
+        return [c for c in self.callback_handler.callbacks if isinstance(c, RecyclingCallback)]
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or self.args.output_dir)
@@ -142,6 +154,9 @@ class SavingTrainer(Trainer):
         """Complete, list, flush and rename a checkpoint, then let go of older ones."""
         (written / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing reads it
         write_json(written / CONTINUAL_STATE, state)
+        kept = [(f"{n}.{key}", t.cpu()) for n, c in enumerate(self._recycling()) for key, t in c.tensors().items()]
+        if kept:
+            save_file(dict(kept), written / RECYCLING)
         self._checkpoint_bytes = write_manifest(written)
         sync(written)
         final = output / written.name

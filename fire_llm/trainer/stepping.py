@@ -13,9 +13,11 @@ from torch import Tensor
 from transformers import Trainer
 
 from fire_llm.evaluation import token_nll
+from fire_llm.flops import flops_per_token, peak_flops
 from fire_llm.trainer.loss import SummedLoss
 from fire_llm.trainer.nonfinite import SKIPPED, FiniteGuard, contagious
-from fire_llm.trainer.telemetry import Speedometer, flops_per_token, peak_flops
+from fire_llm.trainer.penalties import PenaltyCallback
+from fire_llm.trainer.telemetry import Speedometer
 
 
 class Stepping(Trainer):
@@ -82,8 +84,21 @@ class Stepping(Trainer):
         loss = contagious(nll / (labels.numel() if num_items_in_batch is None else num_items_in_batch))
         return loss if outputs is None else (loss, outputs)
 
+    def _clip_grad_norm(self, model: Any) -> Any:
+        self._penalise()
+        return super()._clip_grad_norm(model)
+
+    def _penalise(self) -> None:
+        """Add the gradients of an arm's penalties, once those of all micro-batches and ranks are there."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, PenaltyCallback):
+                scaler = self.accelerator.scaler
+                callback.add(1.0 if scaler is None else scaler.get_scale())  # fp16's gradients are still scaled
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Return the norm of a step's gradients; None where they are not finite and the step is left out."""
+        if grad_norm is None:  # nothing was clipped
+            self._penalise()
         norm = super()._get_grad_norm(model, grad_norm)
         return norm if self.guard.passes(model, norm) else None
 

@@ -23,7 +23,7 @@ from transformers import (
 
 from fire_llm.evaluation import perplexity
 from fire_llm.stopping import wait_for_step
-from fire_llm.trainer.callbacks import Keeping, Progress
+from fire_llm.trainer.callbacks import Keeping, Progress, ResetCallback
 from fire_llm.trainer.optimizers import Optimizing, OptimizingArguments
 from fire_llm.trainer.saving import SavingTrainer
 from fire_llm.trainer.sharding import refuse_engines, sharding
@@ -148,6 +148,9 @@ class ContinualTrainer(Stepping, Optimizing, SavingTrainer):
             self._say_resumed(state)
             self.args.eval_on_start = False
         self._began = time.monotonic()
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ResetCallback):
+                callback.attach(self)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
