@@ -192,11 +192,11 @@ def _matrices(c: Comparison, reports: Mapping[str, Json], looks: Mapping[str, St
 
 
 def _phases(c: Comparison) -> list[Json]:
-    """Return a block for each phase that stands before the arms."""
+    """Return a block for each phase before the arms that are compared, and for each arm of one that has some."""
     phases: dict[str, list[Json]] = {}
     for entry in c.results.get("phases") or []:
-        phases.setdefault(str(entry.get("phase")), []).append(entry)
-    text = "Before the arms fork."
+        phases.setdefault(" / ".join(filter(None, (str(entry.get("phase")), entry.get("arm")))), []).append(entry)
+    text = "Before the arms that are compared."
     return [block(f"Phase “{name}”", text, [("", plots.phase_figure(runs))]) for name, runs in phases.items()]
 
 

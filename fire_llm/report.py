@@ -23,6 +23,7 @@ __all__ = [
     "print_table",
     "render_table",
     "steps_saved",
+    "write_page",
     "write_report",
 ]
 
@@ -141,7 +142,7 @@ def write_report(results: Json | Sequence[Json], output: Path) -> Path:
     runs = [results] if isinstance(results, Mapping) else list(results)
     names = [str(run.get("name") or "run") for run in runs]
     title = names[0] if len(names) == 1 else f"{len(names)} runs"
-    return _write("report.html.j2", output, title=title, sections=[section(run, i) for i, run in enumerate(runs)])
+    return write_page("report.html.j2", output, title=title, sections=[section(run, i) for i, run in enumerate(runs)])
 
 
 def inspect_page(rows: Sequence[Json], output: Path, title: str) -> Path:
@@ -169,7 +170,7 @@ def inspect_page(rows: Sequence[Json], output: Path, title: str) -> Path:
     table = [[" × ".join(map(str, row.get("shape") or [])), *(_short(row.get(key)) for key in keys)] for row in rows]
     names = [(str(row["name"]), str(row.get("role") or "")) for row in rows]
     columns = ["shape", *(METRICS[key] for key in keys)]
-    return _write(
+    return write_page(
         "inspect.html.j2",
         output,
         title=title,
@@ -184,7 +185,7 @@ def _short(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
 
 
-def _write(template: str, output: Path, **context: Any) -> Path:
+def write_page(template: str, output: Path, **context: Any) -> Path:
     """Render a template with plotly's script inside and move the finished page into place."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from plotly.offline import get_plotlyjs

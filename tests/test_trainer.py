@@ -111,6 +111,14 @@ def test_resumed_training_ends_bitwise_where_the_uninterrupted_one_does(tmp_path
         assert torch.equal(next(twice.model.parameters()), next(whole.model.parameters()))
 
 
+def test_dropout_goes_on_where_it_was(tmp_path):
+    dropout = {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2}
+    whole = train(tiny_gpt2(**dropout), tmp_path / "whole", keep_steps=[4])
+    resume = str(tmp_path / "whole" / "checkpoint-4")
+    resumed = train(tiny_gpt2(seed=9, **dropout), tmp_path / "resumed", resume=resume)
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
+
+
 def test_the_hash_of_batches_tells_order_and_content_apart():
     a, b = torch.arange(16).view(2, 8), torch.arange(16, 32).view(2, 8)
     assert hash_batch(a, 0) + hash_batch(b, 1) != hash_batch(b, 0) + hash_batch(a, 1)

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report_failure(2, str(error))
         return 2
     except KeyboardInterrupt as error:
-        code, message = ended(error, AGAIN if arguments.verb in ("run", "demo") else ANEW)
+        code, message = ended(error, AGAIN if arguments.verb in ("run", "sweep", "demo") else ANEW)
         report_failure(code, message)
         return code
     except BrokenPipeError:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from fire_llm.recipe import load_recipe, recipe_schema
+    from fire_llm.recipe import load_cells, recipe_schema
 
     if arguments.schema:
         print(json.dumps(recipe_schema(), indent=1))
@@ -58,7 +58,13 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("check: name a RECIPE, such as demo or a YAML file")
     from fire_llm.plan import print_plan
 
-    print_plan(load_recipe(arguments.recipe, arguments.set))
+    cells = load_cells(arguments.recipe, arguments.set)
+    if cells[0].name:
+        from fire_llm.sweep.report import print_cells
+
+        print_cells(cells, Path("runs") / cells[0].recipe.name)
+    else:
+        print_plan(cells[0].recipe)
 
 
 def _run(arguments: argparse.Namespace) -> int | None:
@@ -68,6 +74,8 @@ def _run(arguments: argparse.Namespace) -> int | None:
     if arguments.num_processes is not None or arguments.accelerate_config is not None:
         launch = prepare(arguments.num_processes, arguments.accelerate_config)
     recipe = load_recipe(arguments.recipe, arguments.set)
+    if recipe.sweep and not launched():
+        sys.stderr.write("fire-llm: this runs the recipe as it is written; fire-llm sweep runs its grid\n")
     if launch is not None:
         from fire_llm.units import check_processes
 
@@ -89,6 +97,12 @@ def _run(arguments: argparse.Namespace) -> int | None:
     if int(os.environ.get("RANK", "0")) == 0:
         _show(results, folder / "report.html")
     return None
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from fire_llm.cli.sweeping import sweep
+
+    return sweep(arguments, _again(arguments, "num_processes", "accelerate_config"))
 
 
 def _again(arguments: argparse.Namespace, *leave: str) -> list[str]:

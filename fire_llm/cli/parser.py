@@ -9,7 +9,7 @@ from typing import NoReturn
 from fire_llm import __version__
 from fire_llm.errors import did_you_mean
 
-VERBS = ("check", "run", "apply", "inspect", "eval", "report", "demo")
+VERBS = ("check", "run", "sweep", "apply", "inspect", "eval", "report", "demo")
 
 _NATIVE = "take transformers' own class where the checkpoint brings code (auto_map)"
 
@@ -44,6 +44,16 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--output", metavar="DIR", help="the run's folder (runs/NAME)")
     run.add_argument("--dry-run", action="store_true", help="print the plan, run nothing")
     _launch_arguments(run)
+
+    sweep = verb("sweep", "run a recipe for every point of a grid, with workers that share the units out")
+    _recipe_arguments(sweep)
+    sweep.add_argument(
+        "--grid", action="append", default=[], metavar="KEY=[…]", help="sweep a key over these values (repeatable)"
+    )
+    sweep.add_argument("--output", metavar="DIR", help="the sweep's folder (runs/NAME)")
+    sweep.add_argument("--workers", type=int, metavar="N", help="processes, each with a unit of its own (one a GPU)")
+    sweep.add_argument("--dry-run", action="store_true", help="print the cells and their units, run nothing")
+    _launch_arguments(sweep)
 
     apply = verb("apply", "apply a reset to a checkpoint and save the result as a new one")
     apply.add_argument("src", metavar="SRC", help="checkpoint folder or Hub id; never written to")

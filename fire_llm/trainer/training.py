@@ -140,6 +140,12 @@ class ContinualTrainer(Stepping, Optimizing, SavingTrainer):
         a_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return _FromStep(self._resumed_step * a_step, self.args.max_steps * a_step)
 
+    def get_train_dataloader(self) -> Any:
+        """Give the loader a generator of its own: drawing its seed from torch's would move dropout on resumption."""
+        loader = super().get_train_dataloader()
+        getattr(loader, "base_dataloader", loader).generator = torch.Generator()
+        return loader
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train to `max_steps`, from a checkpoint folder where one is given."""
         if resume_from_checkpoint:

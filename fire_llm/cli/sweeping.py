@@ -1,0 +1,45 @@
+"""The verb `sweep`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from fire_llm.errors import UserError
+from fire_llm.launch import prepare, report_failure, start
+
+
+def sweep(arguments: argparse.Namespace, again: list[str]) -> int:
+    """Run the cells of a sweep, or print them; `again` is the command line of each of several ranks."""
+    from fire_llm.recipe import load_cells
+
+    launch = None
+    if arguments.num_processes is not None or arguments.accelerate_config is not None:
+        if arguments.workers is not None:
+            raise UserError(
+                "--workers trains several units at once, --num-processes one on several processes: give one of the two"
+            )
+        launch = prepare(arguments.num_processes, arguments.accelerate_config)
+    cells = load_cells(arguments.recipe, arguments.set, arguments.grid)
+    folder = Path(arguments.output or Path("runs") / cells[0].recipe.name)
+    if arguments.dry_run:
+        from fire_llm.sweep.report import print_cells
+
+        print_cells(cells, folder)
+        return 0
+    if launch is not None and not launch.alone:
+        from fire_llm.units import check_processes, resolve_precision
+
+        for cell in cells:
+            check_processes(cell.recipe, launch.processes)
+        return start(launch, again, resolve_precision(cells[0].recipe.precision))
+    from fire_llm.sweep import run_sweep
+    from fire_llm.sweep.report import show
+
+    done = run_sweep(cells, folder, workers=arguments.workers)
+    if int(os.environ.get("RANK", "0")) == 0:
+        show(done, folder)
+    if done.failures:
+        report_failure(done.code, done.told())
+    return done.code

@@ -1,0 +1,66 @@
+"""Plots of a sweep: where the loss ends against a swept key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from fire_llm.plots.base import Json, Style, escaped, figure, log_axis, short
+
+LOG_FROM = 10.0
+"""Ratio of the largest value to the smallest from which an axis is logarithmic."""
+
+
+def key_figure(
+    lines: Mapping[tuple[str, str], Sequence[tuple[Any, Sequence[float]]]], key: str, styles: Mapping[str, Style]
+) -> Json | None:
+    """Draw the final NLL against a swept key: a line for each (arm, other settings), the seeds' range as a band.
+
+    Args:
+        lines: (arm, other settings, "" where nothing else is swept) → (the key's value, the NLL of each seed).
+        key: The name of the axis.
+        styles: By arm.
+
+    Returns:
+        A figure; None where no arm has two values to compare.
+    """
+    from plotly import graph_objects as go
+
+    drawn = {who: points for who, points in lines.items() if len(points) > 1}
+    values = [value for points in drawn.values() for value, _ in points]
+    if not values:
+        return None
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    bands, traces = [], []
+    for (arm, others), points in drawn.items():
+        style, label = styles[arm], escaped(", ".join(filter(None, [arm, others])), 60)
+        points = sorted(points, key=lambda point: point[0]) if numbers else points
+        x = [value if numbers else _words(value) for value, _ in points]
+        if any(len(seeds) > 1 for _, seeds in points):
+            ends = short([min(seeds) for _, seeds in points] + [max(seeds) for _, seeds in reversed(points)])
+            red, green, blue = (int(style.colour[i : i + 2], 16) for i in (1, 3, 5))
+            look: Json = {"fill": "toself", "fillcolor": f"rgba({red},{green},{blue},0.18)", "line": {"width": 0}}
+            bands.append(go.Scatter(x=x + x[::-1], y=ends, mode="lines", hoverinfo="skip", legendgroup=arm, **look))
+        traces.append(
+            go.Scatter(
+                x=x,
+                y=[round(fmean(seeds), 5) for _, seeds in points],
+                mode="lines+markers",
+                legendgroup=arm,
+                line={"color": style.colour, "dash": style.dash, "width": 2},
+                marker={"symbol": style.symbol, "size": 8},
+                hovertemplate=f"<b>{label}</b><br>NLL %{{y:.4f}} at %{{x}}<extra></extra>",
+            )
+        )
+    axis: Json = {"title": {"text": escaped(key, 60)}, "showgrid": True}
+    if not numbers:
+        axis |= {"type": "category"}
+    elif min(values) > 0 and max(values) >= LOG_FROM * min(values):
+        axis |= log_axis(min(values), max(values), (1, 2, 5))
+    return figure(bands + traces, height=360, xaxis=axis, yaxis={"title": {"text": "final nats per token"}})
+
+
+def _words(value: Any) -> str:
+    return escaped(value if isinstance(value, str) else json.dumps(value), 40)

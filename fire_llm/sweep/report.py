@@ -1,0 +1,144 @@
+"""Tell what a sweep found: its table, its page, and, before it runs, what it would do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from fire_llm.page import RETENTION, block, numbered
+from fire_llm.plan import plan
+from fire_llm.plots.arms import retention_figure
+from fire_llm.plots.base import Style, palette
+from fire_llm.plots.sweep import key_figure
+from fire_llm.recipe import Cell
+from fire_llm.report import print_table, write_page, write_report
+from fire_llm.staging import checkpoints
+from fire_llm.sweep.jobs import Job, jobs_of
+from fire_llm.sweep.running import Sweep
+from fire_llm.sweep.summary import Summary
+
+Json = dict[str, Any]
+
+
+def show(sweep: Sweep, output: Path) -> Path:
+    """Write every cell's page and, where there is a grid, the sweep's; print the table; return the page's path."""
+    for cell, results in zip(sweep.cells, sweep.results, strict=True):
+        page = write_report(results, cell.folder(output) / "report.html")
+    if sweep.cells[0].name:
+        summary = Summary(sweep.cells, sweep.results)
+        print_summary(summary)
+        page = write_summary(summary, output)
+    else:
+        print_table(sweep.results[0])
+    print(f"report: {page}")
+    return page
+
+
+def print_summary(summary: Summary) -> None:
+    """Print a table a corpus, a row for each arm of each cell, of the two columns that 80 characters have room for."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    for content in summary.tables():
+        table = Table(title=escape(content["corpus"]), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        table.add_column("cell", overflow="fold", min_width=16)
+        table.add_column("arm", overflow="fold", min_width=10)
+        kept = [i for i, column in enumerate(content["columns"]) if column in ("NLL", "vs base")]
+        for i in kept:
+            table.add_column(content["columns"][i], justify="right", no_wrap=True)
+        for row in content["rows"]:
+            texts = [row["cells"][i].replace(" ± ", "±") for i in kept]
+            table.add_row(escape(row["cell"]), escape(row["arm"]), *texts, style="bold" if row["best"] else "")
+        console.print(table)
+    said = " ".join(filter(None, [*summary.reading(), summary.legend()]))
+    console.print(said, markup=False, highlight=False)
+
+
+def write_summary(summary: Summary, output: Path) -> Path:
+    """Write the page of a sweep: its arms in one table a corpus, plots over the grid, links to the cells' own pages."""
+    keeps = [entry.arm for entry in summary.entries if entry.of.methods(entry.arm) == ["keep"]]
+    looks = palette(summary.arms, keeps)
+    cells = [
+        {
+            "name": cell.name,
+            "link": f"{quote(cell.name)}/report.html",
+            "settings": ", ".join(f"{key} = {value}" for key, value in cell.settings.items()),
+            "reading": comparison.reading()[0],
+        }
+        for cell, comparison in zip(summary.cells, summary.comparisons, strict=True)
+    ]
+    return write_page(
+        "sweep.html.j2",
+        output / "report.html",
+        title=summary.cells[0].recipe.name,
+        cells=cells,
+        reading=summary.reading(),
+        tables=summary.tables(),
+        legend=summary.legend(),
+        chips=list(looks.items()),
+        blocks=numbered([*_by_key(summary, looks), _trade_off(summary, looks)], "s"),
+    )
+
+
+def _by_key(summary: Summary, looks: dict[str, Style]) -> list[Json]:
+    """Return a block for each swept key: the final loss on each corpus against its values."""
+    blocks = []
+    for key in summary.swept():
+        others = " One line for each setting of the other keys." if len(summary.swept()) > 1 else ""
+        figures = [(corpus, key_figure(summary.lines(key, corpus), key, looks)) for corpus in summary.corpora]
+        text = "Final loss on held-out text: means over the seeds, bands their range." + others
+        blocks.append(block(f"Against {key}", text, figures))
+    return blocks
+
+
+def _trade_off(summary: Summary, looks: dict[str, Style]) -> Json:
+    """Return the block about plasticity and retention, over all cells."""
+    points = {}
+    arm_of = {}
+    for entry in summary.entries:
+        label = f"{entry.arm} · {entry.where(summary.cells)}"
+        points[label], arm_of[label] = entry.of.retention(entry.arm), entry.arm
+    first = summary.comparisons[0]
+    figure = retention_figure(points, {label: looks[arm] for label, arm in arm_of.items()}, str(first.new))
+    for trace in figure["data"] if figure else ():
+        trace["legendgroup"] = arm_of[trace["legendgroup"]]  # the page's buttons switch arms
+    text = RETENTION.format(first.first) + " A marker for each arm of each cell; small ones are seeds."
+    return block("Plasticity and retention", text, [("", figure)])
+
+
+def print_cells(cells: Sequence[Cell], output: Path) -> None:
+    """Print the cells and what is to do in each: the units' states."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    jobs = jobs_of(cells, output)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("cell", "unit", "state"):
+        table.add_column(column, overflow="fold")
+    seen: dict[str, Job] = {}
+    for job in jobs:
+        table.add_row(escape(job.cell.name or "–"), escape(job.unit.folder), escape(_state(job, seen)))
+        seen.setdefault(job.key, job)
+    Console().print(table)
+    plans = {cell.name: plan(cell.recipe, cell.folder(output)) for cell in cells}
+    rows = {(name, row["unit"]): row for name, planned in plans.items() for row in planned["units"]}
+    once = [rows[job.cell.name, job.unit.folder] for job in seen.values()]
+    tokens, flops = (sum(row[what] or 0 for row in once) for what in ("tokens", "flops"))
+    unknown = "" if all(row["steps"] is not None for row in once) else " and the phases counted in epochs"
+    print(f"{len(cells)} cells of {len(jobs)} units, {len(once)} of them different: each is trained once")
+    print(f"in all: {tokens:,} tokens, {flops:.2g} FLOPs{unknown}")
+
+
+def _state(job: Job, seen: dict[str, Job]) -> str:
+    if job.done():
+        return "finished"
+    if whole := checkpoints(job.folder):
+        return f"resumes at step {whole[-1][1]}"
+    return f"as in {seen[job.key].cell.name}" if job.key in seen else "to do"
