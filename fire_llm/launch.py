@@ -63,6 +63,11 @@ def launched() -> bool:
     return any(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
 
 
+def first_rank() -> bool:
+    """Tell whether this process is the first of those that a launcher made, or alone."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def prepare(processes: int | None, config: str | None, *, use_cpu: bool = False) -> Launch:
     """Read and check what `--num-processes` and `--accelerate-config` ask for; start nothing.
 
@@ -299,7 +304,7 @@ def _first_to_speak() -> bool:
     try:
         return bool(dist.distributed_c10d._get_default_store().add("fire_llm/told", 1) == 1)
     except RuntimeError:  # the store went with its process
-        return os.environ.get("RANK", "0") == "0"
+        return first_rank()
 
 
 def _verdict(failures: Mapping[int, Any], again: str = AGAIN) -> tuple[int, str]:

@@ -14,7 +14,7 @@ from fire_llm.flops import PEAK_FLOPS, flops_per_token
 from fire_llm.layout import hidden_matrices, logical_matrices
 from fire_llm.models import describe, model_on_meta
 from fire_llm.recipe import OptimizerSection, PhaseSection, Recipe, optimizer_of
-from fire_llm.staging import checkpoints
+from fire_llm.staging import BYTES_A_PARAMETER, checkpoints
 from fire_llm.units import (
     Unit,
     config_of,
@@ -29,8 +29,8 @@ from fire_llm.units import (
     split_batch,
 )
 
-BYTES_A_PARAMETER = {"checkpoint": 12, "training": 16}
-"""Weights and AdamW's two moments, all in fp32; with gradients while training."""
+TRAINING_BYTES = BYTES_A_PARAMETER + 4
+"""Of a parameter while training: the gradient beside what a checkpoint holds, in fp32."""
 
 BYTES_A_TOKEN = 4.2
 """UTF-8 bytes of English text that a byte-level BPE puts into a token, about; for phases counted in epochs."""
@@ -92,8 +92,8 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
         "own": [_own(recipe, phase, model) for phase in recipe.phases if _own(recipe, phase, model)],
         "units": rows,
         "machines": _machines(recipe, config, parameters, sum(row["flops"] or 0 for row in rows)),
-        "disk_bytes": kept * parameters * BYTES_A_PARAMETER["checkpoint"],
-        "memory_bytes": parameters * BYTES_A_PARAMETER["training"],
+        "disk_bytes": kept * parameters * BYTES_A_PARAMETER,
+        "memory_bytes": parameters * TRAINING_BYTES,
     }
 
 
@@ -113,7 +113,7 @@ def _machines(recipe: Recipe, config: Any, parameters: int, flops: float) -> lis
             continue
         tokens = sequences * context
         # Replicas hold the gradients once more, in the buckets that they exchange; autocast holds weights in 16 bits.
-        weights = parameters * (BYTES_A_PARAMETER["training"] + 2 + (4 if count > 1 else 0))
+        weights = parameters * (TRAINING_BYTES + 2 + (4 if count > 1 else 0))
         # What a layer keeps for its backward pass: in fp32 the inputs of two norms, and in 16 bits what these give, q,
         # k, v, attention's output (twice: the projection reads a copy), the MLP's inner values before and after GELU.
         # Source: counted as Korthikanti et al. do, arXiv 2205.05198, section 4.1, without dropout and scores.

@@ -19,7 +19,7 @@ import fire_llm
 from fire_llm.diagnostics import LOG_PREFIX
 from fire_llm.models import describe, model_on_meta
 from fire_llm.recipe import Recipe
-from fire_llm.staging import CONTINUAL_STATE
+from fire_llm.staging import CONTINUAL_STATE, step_of
 from fire_llm.trainer.nonfinite import SKIPPED
 from fire_llm.trainer.recycling import RECYCLED
 from fire_llm.trainer.spike import spike
@@ -102,7 +102,7 @@ def _unit_results(recipe: Recipe, unit: Unit, folder: Path, bench: Any) -> dict[
     }
     if unit.parent is not None:
         origin = labelled_checkpoint(folder / unit.parent.folder, unit.start)
-        step = int(origin.name.removeprefix("checkpoint-"))
+        step = step_of(origin)
         parent = {"phase": unit.parent.phase.name, "arm": unit.parent.arm}
         result["start"] = {**parent, "checkpoint": unit.start, "step": step}
         if unit.arm:

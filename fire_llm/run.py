@@ -21,10 +21,9 @@ from fire_llm.layout import logical_matrices
 from fire_llm.locks import held, lock_of
 from fire_llm.manifest import damage
 from fire_llm.models import config_for, fresh_model, load_model, load_tokenizer
-from fire_llm.plan import BYTES_A_PARAMETER
 from fire_llm.recipe import Recipe, optimizer_of
 from fire_llm.results import collect, measured_nll
-from fire_llm.staging import free_bytes, staged, write_json, writing
+from fire_llm.staging import BYTES_A_PARAMETER, free_bytes, staged, write_json, writing
 from fire_llm.stopping import signals_handled
 from fire_llm.trainer import (
     ContinualArguments,
@@ -220,7 +219,7 @@ def train(unit: Unit, bench: Workbench) -> None:
     if recipe.batch.document_mask:
         check_document_mask(model)
     # One checkpoint more than are kept while the newest is written.
-    needed = BYTES_A_PARAMETER["checkpoint"] * model.num_parameters() * (1 + recipe.keep_last + len(unit.phase.keep))
+    needed = BYTES_A_PARAMETER * model.num_parameters() * (1 + recipe.keep_last + len(unit.phase.keep))
     if (free := free_bytes(folder)) < needed:
         raise UserError(
             f"'{folder}' has {free / 1e9:.2g} GB free and the unit's checkpoints take {needed / 1e9:.2g} GB: "

@@ -16,6 +16,9 @@ from fire_llm.errors import UserError
 STAGING_SUFFIX = ".partial"
 """Ending of the name under which a folder is written before it is renamed to its own."""
 
+BYTES_A_PARAMETER = 12
+"""Of a checkpoint: weights and AdamW's two moments, in fp32."""
+
 CONTINUAL_STATE = "continual_state.json"
 """File in a checkpoint that holds what `TrainerState` has no room for."""
 
@@ -111,6 +114,11 @@ def step_of(checkpoint: Path) -> int | None:
     """Return the step that a checkpoint's name tells, None where the name is not one's."""
     number = checkpoint.name.removeprefix("checkpoint-")
     return int(number) if number.isdigit() else None
+
+
+def is_run(folder: Path) -> bool:
+    """Tell whether a folder is a run's rather than a checkpoint."""
+    return (folder / "recipe.json").is_file()
 
 
 def check_file(option: str, name: str | None) -> None:

@@ -15,7 +15,8 @@ from test_run import WORDS
 from fire_llm import UserError, load_recipe, run_recipe
 from fire_llm.evaluation.scores import Scores
 from fire_llm.evaluation.table import plus_minus, print_scores
-from fire_llm.matrix import Stage, evaluate_run, is_run, transfer
+from fire_llm.matrix import Stage, evaluate_run, transfer
+from fire_llm.staging import is_run
 
 
 def scores(*nats: float) -> Scores:

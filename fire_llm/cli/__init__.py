@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fire_llm.cli.parser import parser
 from fire_llm.errors import UserError
-from fire_llm.launch import AGAIN, ANEW, ended, launched, prepare, report_failure, start
+from fire_llm.launch import AGAIN, ANEW, Launch, ended, first_rank, launched, prepare, report_failure, start
 
 if TYPE_CHECKING:
     from fire_llm.resets import ResetReport
@@ -94,7 +94,7 @@ def _run(arguments: argparse.Namespace) -> int | None:
 
     folder = Path(arguments.output or Path("runs") / recipe.name)
     results = run_recipe(recipe, folder, arms=arguments.arm)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if first_rank():
         _show(results, folder / "report.html")
     return None
 
@@ -142,9 +142,7 @@ def _apply(arguments: argparse.Namespace) -> int | None:
     if arguments.push_to_hub is not None:
         check_repository(arguments.push_to_hub)
     if arguments.num_processes is not None and not arguments.dry_run:
-        from fire_llm.models import find_device
-
-        launch = prepare(arguments.num_processes, None, use_cpu=find_device(arguments.device).type == "cpu")
+        launch = _prepare_on(arguments.device, arguments.num_processes)
         if not launch.alone:
             again = _again(arguments, "num_processes", "push_to_hub")
             code = start(launch, again, "fp32", ANEW)
@@ -174,12 +172,18 @@ def _apply(arguments: argparse.Namespace) -> int | None:
         dry_run=arguments.dry_run,
         **options,
     )
-    if int(os.environ.get("RANK", "0")) > 0:
+    if not first_rank():
         return None
     _print_reset(report, None if arguments.dry_run else arguments.dst)
     if not arguments.dry_run:
         _push(arguments)
     return None
+
+
+def _prepare_on(device: str, processes: int) -> Launch:
+    from fire_llm.models import find_device
+
+    return prepare(processes, None, use_cpu=find_device(device).type == "cpu")
 
 
 def _push(arguments: argparse.Namespace) -> None:
@@ -230,29 +234,26 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> int | None:
-    from fire_llm.staging import check_file, write_json
+    from fire_llm.staging import check_file, is_run, write_json
 
     check_file("--json", arguments.json)
-    of_run = [name for name in arguments.checkpoints if (Path(name) / "recipe.json").is_file()]
+    of_run = [name for name in arguments.checkpoints if is_run(Path(name))]
     if of_run:
         _check_run_alone(arguments, of_run[0])
     if not (arguments.data or arguments.tasks or of_run):
         raise UserError("eval: name what to measure on: --data with corpora or files, or --tasks of lm-eval")
     if arguments.num_processes is not None:
-        from fire_llm.models import find_device
-
         if arguments.tasks:
             raise UserError("--num-processes shares the work of perplexity, not of --tasks: give them without it")
-        launch = prepare(arguments.num_processes, None, use_cpu=find_device(arguments.device).type == "cpu")
+        launch = _prepare_on(arguments.device, arguments.num_processes)
         if not launch.alone:
             return start(launch, _again(arguments, "num_processes"), "fp32", ANEW)
     if launched():
         import torch.distributed as dist
 
         dist.init_process_group()
-    first_rank = int(os.environ.get("RANK", "0")) == 0
-    evaluation = (_evaluate_run if of_run else _evaluate)(arguments, first_rank)
-    if first_rank:
+    evaluation = (_evaluate_run if of_run else _evaluate)(arguments, first_rank())
+    if first_rank():
         from fire_llm.evaluation.table import print_scores
 
         print_scores(evaluation)

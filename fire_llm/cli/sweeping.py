@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from fire_llm.errors import UserError
-from fire_llm.launch import prepare, report_failure, start
+from fire_llm.launch import first_rank, prepare, report_failure, start
 
 
 def sweep(arguments: argparse.Namespace, again: list[str]) -> int:
@@ -38,7 +37,7 @@ def sweep(arguments: argparse.Namespace, again: list[str]) -> int:
     from fire_llm.sweep.report import show
 
     done = run_sweep(cells, folder, workers=arguments.workers)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if first_rank():
         show(done, folder)
     if done.failures:
         report_failure(done.code, done.told())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fire_llm.matrix.evaluating import evaluate_run, is_run
+from fire_llm.matrix.evaluating import evaluate_run
 from fire_llm.matrix.transfer import Stage, transfer
 
-__all__ = ["Stage", "evaluate_run", "is_run", "transfer"]
+__all__ = ["Stage", "evaluate_run", "transfer"]

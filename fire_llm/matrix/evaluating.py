@@ -22,7 +22,7 @@ from fire_llm.matrix.transfer import Stage, transfer
 from fire_llm.models import find_device, fresh_model, load_model
 from fire_llm.recipe import Recipe, load_recipe
 from fire_llm.run import Workbench
-from fire_llm.staging import step_of, write_json
+from fire_llm.staging import is_run, step_of, write_json
 from fire_llm.units import Unit, expand, final_checkpoint, labelled_checkpoint
 
 SCHEMA_VERSION = 1
@@ -49,11 +49,6 @@ class Row:
     def names(self) -> Json:
         """Return what tells the row from others, as plain data."""
         return {key: value for key, value in vars(self).items() if key != "load"}
-
-
-def is_run(folder: str | Path) -> bool:
-    """Tell whether a folder is a run's rather than a checkpoint."""
-    return (Path(folder) / "recipe.json").is_file()
 
 
 def evaluate_run(

@@ -20,6 +20,7 @@ from fire_llm.distributed import active, gather_objects
 from fire_llm.errors import UserError
 from fire_llm.manifest import damage, newest_intact, write_manifest
 from fire_llm.staging import (
+    BYTES_A_PARAMETER,
     CONTINUAL_STATE,
     STAGING_SUFFIX,
     checkpoints,
@@ -34,9 +35,6 @@ from fire_llm.trainer.sharding import OPTIMIZER, load_optimizer, load_weights, w
 
 RECYCLING = "recycling.safetensors"
 """File in a checkpoint with what the `RecyclingCallback`s know of hidden units, by their number among them."""
-
-BYTES_A_PARAMETER = 12
-"""Of a checkpoint, while none was written yet: weights and AdamW's two moments in fp32."""
 
 
 class SavingTrainer(Trainer):
