@@ -71,6 +71,7 @@ def test_the_flags_are_frozen():
         ],
         "report": ["--markdown", "--output"],
         "demo": ["--accelerate-config", "--num-processes", "--output", "--set"],
+        "sweep": ["--accelerate-config", "--dry-run", "--grid", "--num-processes", "--output", "--set", "--workers"],
     }  # fmt: skip
 
 

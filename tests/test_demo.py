@@ -10,7 +10,10 @@ import pytest
 
 from fire_llm.cli import main
 
-TOUCHED = {"base": 0, "full-reset": 60, "s-and-p": 60, "fire": 24, "fire+head": 25, "rescale": 24, "fire+s-and-p": 60}
+TOUCHED = {"base": 0, "full-reset": 60, "s-and-p": 60, "fire": 24, "fire+head": 25, "rescale": 24,
+    "fire-keep-norm": 24,
+    "fire+s-and-p": 60,
+}
 
 
 def shortened(*sets: str) -> list[str]:
@@ -29,7 +32,7 @@ def arms_of(output: Path) -> dict:
     return results["arms"]
 
 
-def test_the_demo_compares_seven_arms_on_two_corpora(tmp_path, capsys):
+def test_the_demo_compares_eight_arms_on_two_corpora(tmp_path, capsys):
     short = shortened("phases.0.steps=3", "phases.1.steps=2", "evaluate.max_tokens=2048")
     assert main(["demo", "--output", str(tmp_path / "demo"), *short]) == 0
     arms = arms_of(tmp_path / "demo")
