@@ -98,6 +98,12 @@ class Comparison:
         """Count an arm's seeds."""
         return len({run.get("seed") for run in self.runs(arm)}) or 1
 
+    @cached_property
+    def partial(self) -> list[str]:
+        """Return the arms with fewer seeds than others: their means are of other data and weights."""
+        most = max(map(self.seeds, self.arms), default=1)
+        return [arm for arm in self.arms if self.seeds(arm) < most]
+
     def nll(self, arm: str, corpus: str) -> float | None:
         """Return an arm's final NLL on a corpus, in nats per token, the mean over its seeds."""
         return ((self.arms[arm].get("final") or {}).get(corpus) or {}).get("nll")
@@ -171,16 +177,17 @@ class Comparison:
         return [(x, y - parent) for x, y, parent in pairs if parent is not None]
 
     def ranked(self) -> list[str]:
-        """Return the arms with a finite NLL on the new corpus, best first."""
+        """Return the arms with a finite NLL on the new corpus, best first, and behind those what lacks seeds."""
         scores = {arm: self.nll(arm, self.new or "") for arm in self.arms}
-        return sorted((a for a in scores if scores[a] is not None), key=lambda a: scores[a] or 0.0)
+        return sorted((a for a in scores if scores[a] is not None), key=lambda a: (a in self.partial, scores[a] or 0.0))
 
     def tables(self) -> list[Json]:
         """Return a table a corpus: {corpus, columns, rows: [{arm, best, cells}]}, cells as text."""
         tables = []
         for corpus in self.corpora:
             last = {self.new: "steps saved", self.first: "forgetting"}.get(corpus)
-            values = [n for arm in self.arms if (n := self.nll(arm, corpus)) is not None]
+            whole = [arm for arm in self.arms if arm not in self.partial]
+            values = [n for arm in whole if (n := self.nll(arm, corpus)) is not None]
             rows = []
             for arm in self.arms:
                 final = (self.arms[arm].get("final") or {}).get(corpus) or {}
@@ -194,7 +201,13 @@ class Comparison:
                     cells.append("–" if itself else never if value is None else f"{value:.0%}")
                 elif last:
                     cells.append(paired([y for _, y in self.retention(arm)]))
-                rows.append({"arm": arm, "best": bool(values) and final.get("nll") == min(values), "cells": cells})
+                rows.append(
+                    {
+                        "arm": arm,
+                        "best": bool(values) and arm in whole and final.get("nll") == min(values),
+                        "cells": cells,
+                    }
+                )
             columns = ["perplexity", "NLL", "bits/byte", "vs base", "vs full reset", *([last] if last else [])]
             tables.append({"corpus": corpus, "columns": columns, "rows": rows})
         return tables
@@ -203,9 +216,10 @@ class Comparison:
         """Say what ± stands for, where there are several seeds."""
         if max(map(self.seeds, self.arms), default=1) < 2:
             return ""
-        return (
+        told = (
             f"NLL ± its standard deviation over seeds; differences, paired by seed, ± half their {LEVEL:.0%} interval."
         )
+        return told + (f" Of fewer seeds than the others: {', '.join(self.partial)}." if self.partial else "")
 
     def batches(self) -> tuple[bool | None, str]:
         """Say whether all arms saw the same batches in the same order: (None where it cannot be told, sentence)."""

@@ -10,7 +10,13 @@ import pytest
 
 from fire_llm.cli import main
 
-TOUCHED = {"base": 0, "full-reset": 60, "s-and-p": 60, "fire": 24, "fire+head": 25, "rescale": 24,
+TOUCHED = {
+    "base": 0,
+    "full-reset": 60,
+    "s-and-p": 60,
+    "fire": 24,
+    "fire+head": 25,
+    "rescale": 24,
     "fire-keep-norm": 24,
     "fire+s-and-p": 60,
 }

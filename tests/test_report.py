@@ -292,6 +292,17 @@ def test_table_of_several_seeds_pairs_them() -> None:
     assert cells(results, NEW, "fire")["vs base"] == "-0.1500 ± 0.6353"  # t(0.975; 1) = 12.7062
 
 
+def test_an_arm_that_lacks_seeds_is_not_called_the_best() -> None:
+    results = fake_results((1, 2, 3))
+    results["arms"]["base"]["final"][NEW]["nll"] = 0.5
+    assert Comparison(results).ranked()[0] == "base"
+    del results["arms"]["base"]["runs"][1:]
+    comparison = Comparison(results)
+    assert comparison.ranked()[-1] == "base" and "Of fewer seeds than the others: base." in comparison.legend()
+    rows = {row["arm"]: row["best"] for row in comparison.tables()[0]["rows"]}
+    assert not rows["base"] and sum(rows.values()) == 1
+
+
 def test_arms_are_compared_within_their_warm_start() -> None:
     results = fake_results()
     late = fake_results(arms=("base", "full-reset", "fire"))["arms"]
