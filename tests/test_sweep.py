@@ -357,6 +357,7 @@ def _sweep_here(path: Path, output: Path, cache: str) -> None:
     (output / f"trained-{os.getpid()}.json").write_text(json.dumps(trained))
 
 
+@pytest.mark.slow
 def test_two_sweeps_at_once_share_the_work_and_end_with_the_weights_of_one(whole, path, tmp_path):
     arguments = (path, tmp_path, os.environ["FIRE_LLM_CACHE"])
     processes = [PROCESSES.Process(target=_sweep_here, args=arguments) for _ in range(2)]
