@@ -47,7 +47,7 @@ def flops_per_token(model: nn.Module, context: int) -> float | None:
     stacked = any(p.ndim == 3 for p in model.parameters())
     if heads is None or stacked:
         return None
-    head = getattr(model.get_output_embeddings(), "weight", None)  # type: ignore[operator]
+    head = getattr(model.get_output_embeddings(), "weight", None)  # type: ignore[operator]  # nn.Module has no methods of classes
     tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not head}
     weights = sum(p.numel() for p in model.parameters() if p not in tables)
     width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)

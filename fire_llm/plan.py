@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
         "precision": resolve_precision(recipe.precision),
         "optimizer": _optimizer(recipe.optimizer, model),
         "schedule": _schedule(recipe.optimizer),
-        "own": [_own(recipe, phase, model) for phase in recipe.phases if _own(recipe, phase, model)],
+        "own": [own for phase in recipe.phases if (own := _own(recipe, phase, model))],
         "units": rows,
         "machines": _machines(recipe, config, parameters, sum(row["flops"] or 0 for row in rows)),
         "disk_bytes": kept * parameters * BYTES_A_PARAMETER,
@@ -219,11 +219,8 @@ def print_plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[
     for own in planned["own"]:
         console.print(own)
     console.print(table)
-    total = sum(row["tokens"] or 0 for row in planned["units"])
-    flops = sum(row["flops"] or 0 for row in planned["units"])
-    unknown = "" if all(row["steps"] is not None for row in planned["units"]) else " and the phases counted in epochs"
     console.print(
-        f"in all: {total:,} tokens, {flops:.2g} FLOPs{unknown}; "
+        f"{totals(planned['units'])}; "
         f"disk ≈ {planned['disk_bytes'] / 1e9:.2g} GB of checkpoints; "
         f"memory ≈ {planned['memory_bytes'] / 1e9:.2g} GB a process, without activations"
     )
@@ -234,6 +231,13 @@ def print_plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[
     ]
     if told:
         console.print(f"at {MFU:.0%} of the 16-bit peak, evaluation left out: {'; '.join(told)}")
+
+
+def totals(rows: Sequence[dict[str, Any]]) -> str:
+    """Say what some rows of a plan take together."""
+    tokens, flops = (sum(row[what] or 0 for row in rows) for what in ("tokens", "flops"))
+    unknown = "" if all(row["steps"] is not None for row in rows) else " and the phases counted in epochs"
+    return f"in all: {tokens:,} tokens, {flops:.2g} FLOPs{unknown}"
 
 
 def _duration(hours: float) -> str:

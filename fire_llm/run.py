@@ -38,6 +38,7 @@ from fire_llm.trainer import (
 )
 from fire_llm.trainer.heap import keep_freed_memory
 from fire_llm.trainer.masking import check_document_mask
+from fire_llm.trainer.penalties import step_0
 from fire_llm.trainer.saving import resumption, verified
 from fire_llm.units import (
     Unit,
@@ -258,7 +259,7 @@ def train(unit: Unit, bench: Workbench) -> None:
 
 def _resetting(unit: Unit, bench: Workbench) -> list[Any]:
     """Return the callbacks of an arm: what is reset once, and what acts during the phase."""
-    initial = fresh_model(bench.config, unit.seed) if any(r.needs_initial for r in unit.resets) else None
+    initial = step_0(list(unit.resets), None, bench.config, unit.seed)
     once = [r for r in unit.resets if r.kind == "transition"]
     penalties = [r for r in unit.resets if r.kind == "penalty"]
     recycling = [r for r in unit.resets if r.kind == "recycling"]

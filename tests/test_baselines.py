@@ -174,7 +174,7 @@ def test_penalties_add_the_gradient_of_their_definition(build):
     model, initial = build().double(), build(seed=1)
     wanted = torch.autograd.grad(written_out(model, initial, (3e-3, 2e-3)), list(model.parameters()))
     callback = PenaltyCallback(both(), initial=initial)
-    callback.on_train_begin(None, None, None, model=model)
+    callback.on_train_begin(SimpleNamespace(seed=0), None, None, model=model)
     for p in list(model.parameters())[1:]:  # the first one has no gradient yet
         p.grad = torch.full_like(p, 0.5)
     callback.add(8.0)
@@ -185,7 +185,7 @@ def test_penalties_add_the_gradient_of_their_definition(build):
 def test_parts_roles_and_excluded_names_are_penalised_apart():
     model = tiny_gpt2()
     callback = PenaltyCallback({"method": "parseval", "roles": ["attention"], "exclude": [r"\[[qv]\]$", "c_proj"]})
-    callback.on_train_begin(None, None, None, model=model)
+    callback.on_train_begin(SimpleNamespace(seed=0), None, None, model=model)
     callback.add(1.0)
     touched = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert list(touched) == [f"transformer.h.{i}.attn.c_attn.weight" for i in (0, 1)]
@@ -253,7 +253,7 @@ def test_resumed_arms_end_bitwise_where_the_uninterrupted_ones_do(tmp_path):
 def test_step_0_weights_are_kept_where_the_model_itself_is_given():
     model = tiny_gpt2()
     callback = PenaltyCallback({"method": "l2_init", "strength": 0.5}, initial=model)
-    callback.on_train_begin(None, None, None, model=model)
+    callback.on_train_begin(SimpleNamespace(seed=0), None, None, model=model)
     with torch.no_grad():
         model.transformer.wpe.weight += 1
     callback.add(1.0)
@@ -277,7 +277,7 @@ def test_frozen_parameters_get_no_penalty():
     model = tiny_gpt2()
     model.transformer.wte.requires_grad_(False)
     callback = PenaltyCallback("l2_init", initial=tiny_gpt2(1))
-    callback.on_train_begin(None, None, None, model=model)
+    callback.on_train_begin(SimpleNamespace(seed=0), None, None, model=model)
     callback.add(1.0)
     assert model.transformer.wte.weight.grad is None and model.transformer.wpe.weight.grad is not None
 

@@ -94,7 +94,7 @@ class _Pretending(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func == Tensor.is_meta.__get__:  # type: ignore[attr-defined]
+        if func == Tensor.is_meta.__get__:  # type: ignore[attr-defined]  # stubs call it a bool
             return False
         if func == Tensor.device.__get__ and result.type == "meta":
             return torch.device("cpu")

@@ -17,6 +17,7 @@ from torch.func import functional_call
 
 from fire_llm.distributed import fsdp_modules
 from fire_llm.errors import UserError
+from fire_llm.evaluation.scoring import evaluating
 from fire_llm.layout import LogicalMatrix, logical_matrices
 from fire_llm.layouts.lookup import Lookup
 from fire_llm.orthogonal import exact_products
@@ -78,7 +79,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     Fused attention has no second derivative, and flash-attention's own package does not take fp32. accelerate's mixed
     precision is a `forward` laid over the model's own; it is set aside.
     """
-    modes = [(module, module.training) for module in model.modules()]
     configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     attentions = [(config, getattr(config, "_attn_implementation", None)) for config in configs.values()]
     sharded = bool(fsdp_modules(model))
@@ -90,10 +90,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         if not sharded:
             stack.enter_context(exact_products(device))
         stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
+        stack.enter_context(evaluating(model))
         try:
-            model.eval()
             if any(attention not in (None, "eager", "sdpa") for _, attention in attentions):
-                model.set_attn_implementation("eager")  # type: ignore[operator]
+                model.set_attn_implementation("eager")  # type: ignore[operator]  # nn.Module types any attribute as a tensor or a module
             if laid_over is not None:
                 vars(model)["forward"] = vars(model)["_original_forward"]
             yield
@@ -103,8 +103,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for config, attention in attentions:
                 if attention is not None:
                     config._attn_implementation = attention
-            for module, mode in modes:
-                module.training = mode
 
 
 def sample(model: nn.Module, tokens: Any, context: int | None, sequences: int) -> Tensor:

@@ -171,6 +171,18 @@ def with_hidden(outputs: Any, hidden: Tensor) -> Any:
 
 
 @contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Put a model into evaluation; afterwards each module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
 def forward_replaced(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Let a module run another forward inside; afterwards what a library had put there itself is put back."""
     # An attribute of the instance hides the method of its class.

@@ -54,9 +54,8 @@ def loss_figure(
         if spread:
             x = [t for t, _, _ in spread] + [t for t, _, _ in reversed(spread)]
             y = short([low for _, low, _ in spread] + [high for _, _, high in reversed(spread)])
-            fill = f"rgba({int(style.colour[1:3], 16)},{int(style.colour[3:5], 16)},{int(style.colour[5:7], 16)},0.18)"
-            look = {"fill": "toself", "fillcolor": fill, "line": {"width": 0}, "mode": "lines", "hoverinfo": "skip"}
-            bands.append(go.Scatter(x=x, y=y, legendgroup=arm, **look))
+            look = {"fill": "toself", "fillcolor": style.shade, "line": {"width": 0}, "mode": "lines"}
+            bands.append(go.Scatter(x=x, y=y, hoverinfo="skip", legendgroup=arm, **look))
         what = "training loss %{y:.4f}" if corpus is None else "NLL %{y:.4f} · perplexity %{customdata:.2f}"
         lines.append(
             go.Scatter(

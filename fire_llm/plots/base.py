@@ -35,6 +35,12 @@ class Style(NamedTuple):
         """Return the text character that looks like the marker."""
         return SYMBOLS[self.symbol]
 
+    @property
+    def shade(self) -> str:
+        """Return the colour of a band around the line."""
+        red, green, blue = (int(self.colour[i : i + 2], 16) for i in (1, 3, 5))
+        return f"rgba({red},{green},{blue},0.18)"
+
 
 def palette(arms: Sequence[str], neutral: Iterable[str] = ()) -> dict[str, Style]:
     """Give each arm one look; the arms in `neutral` (those that reset nothing) are grey."""

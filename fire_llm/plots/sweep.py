@@ -40,8 +40,7 @@ def key_figure(
         x = [value if numbers else _words(value) for value, _ in points]
         if any(len(seeds) > 1 for _, seeds in points):
             ends = short([min(seeds) for _, seeds in points] + [max(seeds) for _, seeds in reversed(points)])
-            red, green, blue = (int(style.colour[i : i + 2], 16) for i in (1, 3, 5))
-            look: Json = {"fill": "toself", "fillcolor": f"rgba({red},{green},{blue},0.18)", "line": {"width": 0}}
+            look: Json = {"fill": "toself", "fillcolor": style.shade, "line": {"width": 0}}
             bands.append(go.Scatter(x=x + x[::-1], y=ends, mode="lines", hoverinfo="skip", legendgroup=arm, **look))
         traces.append(
             go.Scatter(

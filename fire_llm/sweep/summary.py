@@ -72,7 +72,7 @@ class Summary:
         for corpus in self.corpora:
             parts = {id(c): next((t for t in c.tables() if t["corpus"] == corpus), None) for c in self.comparisons}
             columns = list(dict.fromkeys(name for part in parts.values() if part for name in part["columns"]))
-            lowest = min((n for e in self.entries if (n := e.of.nll(e.arm, corpus)) is not None), default=None)
+            lowest = self._lowest(corpus)
             rows: list[Json] = []
             for entry in self.entries:
                 part = parts[id(entry.of)]
@@ -84,7 +84,7 @@ class Summary:
                     {
                         "cell": entry.where(self.cells),
                         "arm": entry.arm,
-                        "best": lowest is not None and entry.of.nll(entry.arm, corpus) == lowest,
+                        "best": entry is lowest,
                         "cells": [texts.get(column, DASH) for column in columns],
                     }
                 )
@@ -98,11 +98,16 @@ class Summary:
         """Say which arm of which cell ends lowest on each corpus."""
         said = []
         for corpus in self.corpora:
-            scored = [(n, e) for e in self.entries if (n := e.of.nll(e.arm, corpus)) is not None]
-            if scored:
-                nll, entry = min(scored, key=lambda pair: pair[0])
+            if entry := self._lowest(corpus):
+                nll = entry.of.nll(entry.arm, corpus)
                 said.append(f"Lowest on {corpus}: {entry.arm} ({entry.where(self.cells)}), {nll:.4f} nats per token.")
         return said or ["No arm of any cell has a finite loss."]
+
+    def _lowest(self, corpus: str) -> Entry | None:
+        """Return the arm that ends lowest on a corpus, among those that lack no seed."""
+        whole = [entry for entry in self.entries if entry.arm not in entry.of.partial]
+        scored = [(n, i) for i, e in enumerate(whole) if (n := e.of.nll(e.arm, corpus)) is not None]
+        return whole[min(scored)[1]] if scored else None
 
     def legend(self) -> str:
         """Say what ± stands for, where there are several seeds."""

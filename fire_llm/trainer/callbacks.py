@@ -10,11 +10,11 @@ from typing import Any
 from transformers import TrainerCallback
 
 from fire_llm.errors import UserError
-from fire_llm.models import fresh_model
 from fire_llm.resets import ResetReport, ResetsLike, apply_reset, parse_resets
 from fire_llm.resets.spec import refuse_kinds
 from fire_llm.staging import write_json
 from fire_llm.trainer.gradients import gather_gradient
+from fire_llm.trainer.penalties import step_0
 from fire_llm.trainer.sharding import load_optimizer, refuse_engines
 
 
@@ -78,9 +78,7 @@ class ResetCallback(TrainerCallback):
             self._apply(args, **kwargs)
 
     def _apply(self, args: Any, model: Any = None, optimizer: Any = None, **_: Any) -> None:
-        initial = self.initial
-        if initial is None and any(r.needs_initial for r in self.resets):
-            initial = fresh_model(model.config, args.seed if self.seed is None else self.seed)
+        initial = step_0(self.resets, self.initial, model.config, args.seed if self.seed is None else self.seed)
         gathering = self._trainer is not None and any(r.needs_gradient for r in self.resets)
         if gathering:
             gather_gradient(self._trainer, self.resets)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fire_llm.errors import UserError
+from fire_llm.evaluation.scoring import evaluating
 from fire_llm.resets import ResetSpec
 
 
@@ -30,21 +31,18 @@ def gather_gradient(trainer: Any, specs: list[ResetSpec]) -> None:
         raise UserError("a reset that reads gradients needs them whole, and FSDP2 shards them: train replicas")
     [(batches, alpha)] = wanted
     args, model = trainer.args, trainer.model
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     model.zero_grad()
     micro, accumulation = args.train_batch_size, args.gradient_accumulation_steps
-    for step in range(trainer.state.global_step, trainer.state.global_step + batches):
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(1 - alpha)
-        for number in range(step * accumulation, (step + 1) * accumulation):
-            first = (number * args.world_size + args.process_index) * micro
-            samples = [trainer.train_dataset[i] for i in range(first, first + micro)]
-            inputs = trainer._prepare_inputs(trainer.data_collator(samples))
-            with trainer.compute_loss_context_manager():
-                tokens = accumulation * inputs["labels"].numel()
-                loss = trainer.compute_loss(trainer.model_wrapped, inputs, num_items_in_batch=tokens)
-            trainer.accelerator.backward(alpha * loss)
-    for module, mode in modes:
-        module.training = mode
+    with evaluating(model):
+        for step in range(trainer.state.global_step, trainer.state.global_step + batches):
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(1 - alpha)
+            for number in range(step * accumulation, (step + 1) * accumulation):
+                first = (number * args.world_size + args.process_index) * micro
+                samples = [trainer.train_dataset[i] for i in range(first, first + micro)]
+                inputs = trainer._prepare_inputs(trainer.data_collator(samples))
+                with trainer.compute_loss_context_manager():
+                    tokens = accumulation * inputs["labels"].numel()
+                    loss = trainer.compute_loss(trainer.model_wrapped, inputs, num_items_in_batch=tokens)
+                trainer.accelerator.backward(alpha * loss)

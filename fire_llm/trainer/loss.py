@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from fire_llm.distributed import fsdp_modules
 from fire_llm.errors import UserError
-from fire_llm.evaluation.scoring import IGNORE, Scorer, forward_replaced, token_nll, with_hidden
+from fire_llm.evaluation.scoring import IGNORE, Scorer, evaluating, forward_replaced, token_nll, with_hidden
 from fire_llm.layout import unwrap
 
 SLICE = {"cpu": 2**25, "cuda": 2**27}
@@ -93,16 +93,11 @@ class SummedLoss:
 
     def _look(self, labels: Tensor) -> None:
         """Find the trunk once, with the model as evaluation has it, and leave the model as it was."""
-        training = {module: module.training for module in self.model.modules()}
-        self.model.eval()
         try:
-            with torch.no_grad():
+            with evaluating(self.model), torch.no_grad():
                 self._trunk = Scorer(self.model, labels.flatten().clamp(min=0)).trunk
         except UserError:
             self._trunk = None  # evaluation says why; training goes on as it would in any other trainer
-        finally:
-            for module, mode in training.items():
-                module.training = mode
         self._looked = True
         if self._trunk is not None:
             self._forward = self._compiled(self._trunk.forward)

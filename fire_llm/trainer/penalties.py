@@ -48,9 +48,7 @@ class PenaltyCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Find what is penalised, and the weights it is drawn to."""
-        initial = self.initial
-        if initial is None and any(p.needs_initial for p in self.penalties):
-            initial = fresh_model(model.config, args.seed if self.seed is None else self.seed)
+        initial = step_0(self.penalties, self.initial, model.config, args.seed if self.seed is None else self.seed)
         plan = Plan.of(model, self.penalties, initial, "penalty")
         starts = {piece.parameter: piece.tensor for piece in plan.start.values()}
         self._terms = []
@@ -78,6 +76,12 @@ class PenaltyCallback(TrainerCallback):
         if not self._added:
             raise UserError("PenaltyCallback acts before gradients are clipped: use fire_llm's ContinualTrainer")
         self._added = False
+
+
+def step_0(specs: list[ResetSpec], given: Any, config: Any, seed: int) -> Any:
+    """Return the step-0 weights: those given, else, where one of the specs wants them, newly drawn ones."""
+    wanted = given is None and any(spec.needs_initial for spec in specs)
+    return fresh_model(config, seed) if wanted else given
 
 
 def _gradient(method: str, beside: list[Tensor], options: dict[str, Any], w: Tensor) -> Tensor:

@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from ranks import PROCESSES
 
 KINDS = ("step", "saving", "reset", "tokenising")
 WRITES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate"}
-WORDS = ["fire", "resets", "the", "weights", "of", "a", "model", "so", "that", "it", "may", "learn", "again"]
 
 
 @dataclass(frozen=True)
@@ -31,36 +29,6 @@ class Instant:
     index: int
     number: signal.Signals
     rank: int = 0
-
-
-def recipe(folder: Path) -> Path:
-    """Write a recipe of a second: two phases of two corpora, an arm with a reset, saves in the middle of intervals."""
-    for name, seed in (("a", 1), ("b", 2)):
-        generator = torch.Generator().manual_seed(seed)
-        picks = torch.multinomial(torch.linspace(1, 5, len(WORDS)) ** seed, 4000, True, generator=generator)
-        lines = [json.dumps({"text": " ".join(WORDS[i] for i in chunk)}) + "\n" for chunk in picks.split(60)]
-        (folder / f"{name}.jsonl").write_text("".join(lines))
-        os.utime(folder / f"{name}.jsonl", (1, 1))  # part of its fingerprint
-    data = {
-        "name": "tiny",
-        "data_root": str(folder),
-        "model": {"preset": "gpt-tiny", "context": 16, "config": {"n_embd": 16, "n_layer": 1, "n_head": 1}},
-        "tokenizer": {"train": 280},
-        "corpora": {name: {"files": f"{name}.jsonl", "holdout": 0.1} for name in "ab"},
-        "optimizer": {"lr": 3.0e-3, "min_lr": 3.0e-4},
-        "batch": {"tokens_per_step": 128, "sequences_per_device": 2},
-        "precision": "fp32",
-        "phases": [
-            {"name": "first", "data": {"a": 1.0}, "steps": 10, "keep": ["best"]},
-            {"name": "second", "data": {"b": 0.75, "a": 0.25}, "steps": 8, "arms": {"fire": {"method": "fire"}}},
-        ],
-        "evaluate": {"every_steps": 5, "max_tokens": 600},
-        "log_every_steps": 3,
-        "save_every_steps": 4,
-    }
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(data))
-    return path
 
 
 def run(

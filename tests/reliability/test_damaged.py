@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from killing import outcome, recipe
+from killing import outcome
+from tiny_recipe import recipe
 
 from fire_llm import UserError, load_recipe, run_recipe
 from fire_llm.manifest import MANIFEST, damage, newest_intact, write_manifest

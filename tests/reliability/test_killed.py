@@ -7,7 +7,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from killing import KINDS, draw, outcome, recipe, run
+from killing import KINDS, draw, outcome, run
+from tiny_recipe import recipe
 
 from fire_llm.manifest import damage
 from fire_llm.staging import checkpoints

@@ -10,7 +10,8 @@ import time
 
 import psutil
 import pytest
-from killing import outcome, recipe
+from killing import outcome
+from tiny_recipe import recipe
 
 from fire_llm import load_recipe, run_recipe
 from fire_llm.cli import main
