@@ -17,6 +17,7 @@ import torch
 import yaml
 from ranks import PROCESSES
 from safetensors.torch import load_file
+from tiny_recipe import recipe
 
 from fire_llm import UserError, load_recipe, run_recipe
 from fire_llm.cli import main
@@ -40,30 +41,7 @@ GRID = ["phases.1.arms.fire.iterations=[1,5]"]
 @pytest.fixture(scope="module")
 def path(tmp_path_factory) -> Path:
     """Write a recipe of a second: two phases of two corpora, an arm with a reset."""
-    folder = tmp_path_factory.mktemp("texts")
-    words = ["fire", "resets", "the", "weights", "of", "a", "model", "so", "that", "it", "may", "learn", "again"]
-    for name, seed in (("a", 1), ("b", 2)):
-        picks = torch.randint(len(words), (4000,), generator=torch.Generator().manual_seed(seed))
-        lines = [json.dumps({"text": " ".join(words[i] for i in chunk)}) + "\n" for chunk in picks.split(60)]
-        (folder / f"{name}.jsonl").write_text("".join(lines))
-    data = {
-        "name": "tiny",
-        "data_root": str(folder),
-        "model": {"preset": "gpt-tiny", "context": 16, "config": {"n_embd": 16, "n_layer": 1, "n_head": 1}},
-        "tokenizer": {"train": 280},
-        "corpora": {name: {"files": f"{name}.jsonl", "holdout": 0.1} for name in "ab"},
-        "optimizer": {"lr": 3.0e-3, "min_lr": 3.0e-4},
-        "batch": {"tokens_per_step": 128, "sequences_per_device": 2},
-        "precision": "fp32",
-        "phases": [
-            {"name": "first", "data": {"a": 1.0}, "steps": 10, "keep": ["best"]},
-            {"name": "second", "data": {"b": 0.75, "a": 0.25}, "steps": 8, "arms": {"fire": {"method": "fire"}}},
-        ],
-        "evaluate": {"every_steps": 5, "max_tokens": 600},
-        "save_every_steps": 4,
-    }
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(data))
-    return folder / "tiny.yaml"
+    return recipe(tmp_path_factory.mktemp("texts"))
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +157,17 @@ def test_a_sweep_again_trains_nothing_and_a_larger_grid_only_what_is_new(whole, 
     assert trained == []
     run_sweep(load_cells(path, TWO, ["phases.1.arms.fire.iterations=[3,5,1]"]), folder, workers=1, progress=False)
     assert trained == ["second/fire/seed-1"]
+
+
+def test_of_some_arms_only_what_they_start_from_is_trained_too(path, tmp_path, capsys):
+    argv = ["sweep", str(path), "--set", TWO[0], "--grid", GRID[0], "--output", str(tmp_path), "--workers=1"]
+    assert main([*argv, "--arm=base", "--dry-run"]) == 0 and "2 cells of 4 units, 2 of them" in capsys.readouterr().out
+    assert main([*argv, "--arm=base"]) == 0
+    there = {job.unit.folder for job in jobs_of(load_cells(path, TWO, GRID), tmp_path) if job.done()}
+    assert there == {"first/seed-1", "second/base/seed-1"}
+    assert "base" in capsys.readouterr().out
+    assert main([*argv, "--arm=fir"]) == 2
+    assert "the recipe has no arm 'fir'. Did you mean 'fire'?" in capsys.readouterr().err
 
 
 def test_what_is_kept_makes_units_differ(path, tmp_path):
@@ -378,7 +367,11 @@ def test_two_sweeps_at_once_share_the_work_and_end_with_the_weights_of_one(whole
 @pytest.mark.slow
 def test_two_workers_end_with_the_weights_of_one(whole, path, tmp_path, sweep_process):
     folder, _, _ = whole
-    process = sweep_process(path, tmp_path, "--set", TWO[0], "--grid", GRID[0], "--workers=2")
+    argv = (path, tmp_path, "--set", TWO[0], "--grid", GRID[0], "--workers=2")
+    process = sweep_process(*argv, "--arm=base")
+    _, said = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0 and not list(tmp_path.glob("*/second/fire")), said
+    process = sweep_process(*argv)
     _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, said
     for cell, unit in itertools.product(("iterations=1", "iterations=5"), ("first", "second/base", "second/fire")):

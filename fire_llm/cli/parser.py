@@ -40,7 +40,6 @@ def parser() -> argparse.ArgumentParser:
 
     run = verb("run", "run what of a recipe is not finished; resumes what was cut off")
     _recipe_arguments(run)
-    run.add_argument("--arm", action="append", default=[], metavar="NAME", help="only this arm (repeatable)")
     run.add_argument("--output", metavar="DIR", help="the run's folder (runs/NAME)")
     run.add_argument("--dry-run", action="store_true", help="print the plan, run nothing")
     _launch_arguments(run)
@@ -54,6 +53,8 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument("--workers", type=int, metavar="N", help="processes, each with a unit of its own (one a GPU)")
     sweep.add_argument("--dry-run", action="store_true", help="print the cells and their units, run nothing")
     _launch_arguments(sweep)
+    for training in (run, sweep):
+        training.add_argument("--arm", action="append", default=[], metavar="NAME", help="only this arm (repeatable)")
 
     apply = verb("apply", "apply a reset to a checkpoint and save the result as a new one")
     apply.add_argument("src", metavar="SRC", help="checkpoint folder or Hub id; never written to")

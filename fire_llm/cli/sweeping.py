@@ -25,18 +25,18 @@ def sweep(arguments: argparse.Namespace, again: list[str]) -> int:
     if arguments.dry_run:
         from fire_llm.sweep.report import print_cells
 
-        print_cells(cells, folder)
+        print_cells(cells, folder, arguments.arm)
         return 0
     if launch is not None and not launch.alone:
         from fire_llm.units import check_processes, resolve_precision
 
         for cell in cells:
-            check_processes(cell.recipe, launch.processes)
+            check_processes(cell.recipe, launch.processes, arguments.arm)
         return start(launch, again, resolve_precision(cells[0].recipe.precision))
     from fire_llm.sweep import run_sweep
     from fire_llm.sweep.report import show
 
-    done = run_sweep(cells, folder, workers=arguments.workers)
+    done = run_sweep(cells, folder, arms=arguments.arm, workers=arguments.workers)
     if first_rank():
         show(done, folder)
     if done.failures:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import groupby
 from pathlib import Path
 
 from fire_llm.locks import lock_of
 from fire_llm.recipe import Cell
 from fire_llm.run import finished
 from fire_llm.staging import checkpoints, staged, write_json
-from fire_llm.units import Unit, expand
+from fire_llm.units import Unit, expand, select
 
 
 @dataclass
@@ -77,6 +78,19 @@ def jobs_of(cells: Sequence[Cell], output: Path) -> list[Job]:
     for job in jobs:
         job.twins = [twin for twin in by_key[job.key] if twin is not job]
     return jobs
+
+
+def of_arms(jobs: Sequence[Job], arms: Iterable[str]) -> list[Job]:
+    """Return the jobs of the named arms, in all cells, and those that they start from; all of them for no arms.
+
+    Raises:
+        UserError: For an arm that a cell has not.
+    """
+    wanted, chosen = list(arms), []
+    for _, own in groupby(jobs, lambda job: job.cell.name):
+        by_folder = {job.unit.folder: job for job in own}
+        chosen += [by_folder[unit.folder] for unit in select([job.unit for job in by_folder.values()], wanted)]
+    return chosen
 
 
 def take_over(job: Job, source: Job) -> None:

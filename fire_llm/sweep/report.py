@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from fire_llm.page import RETENTION, block, numbered
-from fire_llm.plan import plan
+from fire_llm.plan import plan, totals
 from fire_llm.plots.arms import retention_figure
 from fire_llm.plots.base import Style, palette
 from fire_llm.plots.sweep import key_figure
 from fire_llm.recipe import Cell
 from fire_llm.report import print_table, write_page, write_report
 from fire_llm.staging import checkpoints
-from fire_llm.sweep.jobs import Job, jobs_of
+from fire_llm.sweep.jobs import Job, jobs_of, of_arms
 from fire_llm.sweep.running import Sweep
 from fire_llm.sweep.summary import Summary
 
@@ -111,14 +111,14 @@ def _trade_off(summary: Summary, looks: dict[str, Style]) -> Json:
     return block("Plasticity and retention", text, [("", figure)])
 
 
-def print_cells(cells: Sequence[Cell], output: Path) -> None:
+def print_cells(cells: Sequence[Cell], output: Path, arms: Iterable[str] = ()) -> None:
     """Print the cells and what is to do in each: the units' states."""
     from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    jobs = jobs_of(cells, output)
+    jobs = of_arms(jobs_of(cells, output), arms)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("cell", "unit", "state"):
         table.add_column(column, overflow="fold")
@@ -130,10 +130,8 @@ def print_cells(cells: Sequence[Cell], output: Path) -> None:
     plans = {cell.name: plan(cell.recipe, cell.folder(output)) for cell in cells}
     rows = {(name, row["unit"]): row for name, planned in plans.items() for row in planned["units"]}
     once = [rows[job.cell.name, job.unit.folder] for job in seen.values()]
-    tokens, flops = (sum(row[what] or 0 for row in once) for what in ("tokens", "flops"))
-    unknown = "" if all(row["steps"] is not None for row in once) else " and the phases counted in epochs"
     print(f"{len(cells)} cells of {len(jobs)} units, {len(once)} of them different: each is trained once")
-    print(f"in all: {tokens:,} tokens, {flops:.2g} FLOPs{unknown}")
+    print(totals(once))
 
 
 def _state(job: Job, seen: dict[str, Job]) -> str:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from fire_llm.results import collect
 from fire_llm.run import Workbench, only_run, run_recipe
 from fire_llm.staging import CONTINUAL_STATE, write_json, writing
 from fire_llm.stopping import Stopped, signals_handled
-from fire_llm.sweep.jobs import Failures, Job, jobs_of, take_over
+from fire_llm.sweep.jobs import Failures, Job, jobs_of, of_arms, take_over
 from fire_llm.sweep.worker import POLL_SECONDS, work
 from fire_llm.units import final_checkpoint, refuse_links, refuse_other_recipe
 
@@ -67,22 +67,31 @@ class Sweep:
         return "\n  ".join(lines)
 
 
-def run_sweep(cells: Sequence[Cell], output: str | Path, *, workers: int | None = None, progress: bool = True) -> Sweep:
+def run_sweep(
+    cells: Sequence[Cell],
+    output: str | Path,
+    *,
+    arms: Iterable[str] = (),
+    workers: int | None = None,
+    progress: bool = True,
+) -> Sweep:
     """Run what of a sweep's cells is not finished yet, and write the results of each.
 
     Args:
         cells: From `load_cells`.
         output: The sweep's folder. A cell's run is a folder in it, or all of it where there is no grid.
+        arms: Only these arms (and the phases they start from); all by default.
         workers: Processes that train; by default one a GPU, or one. One is this process. Under a launcher, its ranks
             train one unit after another together instead.
         progress: Show progress bars.
 
     Raises:
-        UserError: Where a folder belongs to another recipe or is in use by `fire-llm run`.
+        UserError: Where a folder belongs to another recipe or is in use by `fire-llm run`, or an arm is unknown.
         Stopped: A KeyboardInterrupt, after SIGINT or SIGTERM: every worker saved the step it was in.
     """
+    arms = list(arms)
     if launched():
-        return Sweep(list(cells), _in_order(cells, Path(output), progress), [], [])
+        return Sweep(list(cells), _in_order(cells, Path(output), arms, progress), [], [])
     for name in _TASKS:
         os.environ.pop(name, None)
     if workers is None:
@@ -91,6 +100,7 @@ def run_sweep(cells: Sequence[Cell], output: str | Path, *, workers: int | None 
         raise UserError(f"--workers {workers}: at least 1 is needed")
     output = Path(output)
     jobs = jobs_of(cells, output)
+    wanted = of_arms(jobs, arms)
     with ExitStack() as stack:
         stack.enter_context(signals_handled())
         with writing(output):
@@ -102,23 +112,23 @@ def run_sweep(cells: Sequence[Cell], output: str | Path, *, workers: int | None 
         failures = Failures(own)
         ended: list[str] = []
         if workers == 1:
-            work(jobs, output, failures, progress=progress)
-        elif any(not job.done() for job in jobs):
-            ended = _work_in_processes(cells, jobs, output, failures, workers, progress)
+            work(wanted, output, failures, progress=progress)
+        elif any(not job.done() for job in wanted):
+            ended = _work_in_processes(cells, arms, wanted, output, failures, workers, progress)
         failed = [*failures.all()]
-        left = [job.title for job in jobs if not job.done() and job.title not in {f["unit"] for f in failed}]
+        left = [job.title for job in wanted if not job.done() and job.title not in {f["unit"] for f in failed}]
         failed += [{"unit": "", "message": message, "code": 1, "log": None} for message in ended if left]
         with held(lock_of(output, "results"), wait=True):
             results = [_gather(cell, jobs, output, progress) for cell in cells]
     return Sweep(list(cells), results, failed, left)
 
 
-def _in_order(cells: Sequence[Cell], output: Path, progress: bool) -> list[dict[str, Any]]:
+def _in_order(cells: Sequence[Cell], output: Path, arms: list[str], progress: bool) -> list[dict[str, Any]]:
     """Run one cell after another on all ranks of a launcher, and return their results."""
     from accelerate import PartialState
 
     state = PartialState(cpu=not torch.accelerator.is_available())
-    jobs = jobs_of(cells, output)
+    jobs = of_arms(jobs_of(cells, output), arms)
     results = []
     for cell in cells:
         if state.is_main_process:
@@ -129,7 +139,7 @@ def _in_order(cells: Sequence[Cell], output: Path, progress: bool) -> list[dict[
             if cells[0].name:
                 write_json(output / "sweep.json", described(cells))
         state.wait_for_everyone()
-        results.append(run_recipe(cell.recipe, cell.folder(output), progress=progress))
+        results.append(run_recipe(cell.recipe, cell.folder(output), arms=arms, progress=progress))
     return results
 
 
@@ -171,7 +181,13 @@ def _gather(cell: Cell, jobs: Sequence[Job], output: Path, progress: bool) -> di
 
 
 def _work_in_processes(
-    cells: Sequence[Cell], jobs: Sequence[Job], output: Path, failures: Failures, workers: int, progress: bool
+    cells: Sequence[Cell],
+    arms: list[str],
+    jobs: Sequence[Job],
+    output: Path,
+    failures: Failures,
+    workers: int,
+    progress: bool,
 ) -> list[str]:
     """Start the workers, wait until they end, and return what ended those that did not end by themselves.
 
@@ -181,6 +197,7 @@ def _work_in_processes(
     told = {
         "output": str(output),
         "failures": str(failures.folder),
+        "arms": arms,
         "cells": [{"name": c.name, "settings": c.settings, "recipe": c.recipe.model_dump(mode="json")} for c in cells],
     }
     instructions = failures.folder.with_suffix(".todo")

@@ -22,7 +22,7 @@ from fire_llm.recipe import Cell, load_recipe
 from fire_llm.run import Workbench, only_run, train
 from fire_llm.staging import writing
 from fire_llm.stopping import Stopped, signals_handled
-from fire_llm.sweep.jobs import Failures, Job, jobs_of, lock_for, take_over
+from fire_llm.sweep.jobs import Failures, Job, jobs_of, lock_for, of_arms, take_over
 from fire_llm.trainer.heap import keep_freed_memory
 
 POLL_SECONDS = 1.0
@@ -86,7 +86,8 @@ def main(instructions: str, log: str) -> int:
     print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()}", file=sys.stderr, flush=True)
     try:
         with signals_handled():
-            work(jobs_of(cells, output), output, Failures(Path(told["failures"])), progress=False, log=log)
+            jobs = of_arms(jobs_of(cells, output), told["arms"])
+            work(jobs, output, Failures(Path(told["failures"])), progress=False, log=log)
     except KeyboardInterrupt as stopped:
         return stopped.code if isinstance(stopped, Stopped) else 130
     except UserError as error:
