@@ -80,7 +80,7 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
                 "estimated": unit.phase.epochs is not None,
                 "tokens": tokens,
                 "flops": tokens * flops_a_token if tokens is not None else None,
-                "state": _state(folder, unit),
+                "state": state_of(folder / unit.folder),
             }
         )
     kept = sum(1 + len(u.phase.keep) for u in units)
@@ -185,11 +185,11 @@ def _steps(recipe: Recipe, unit: Unit) -> int | None:
     return phase_steps(unit.phase, recipe.batch.tokens_per_step, total)
 
 
-def _state(folder: Path, unit: Unit) -> str:
-    path = folder / unit.folder
-    if final_checkpoint(path) is not None:
+def state_of(folder: Path) -> str:
+    """Say how far a unit is."""
+    if final_checkpoint(folder) is not None:
         return "finished"
-    whole = checkpoints(path)
+    whole = checkpoints(folder)
     return f"resumes at step {whole[-1][1]}" if whole else "to do"
 
 

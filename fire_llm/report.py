@@ -78,22 +78,32 @@ def _evaluation(file: Path) -> Json:
 
 def render_table(results: Json) -> list[Table]:
     """Return a rich table a corpus, a row an arm; the lowest loss is bold. Bits per byte are left out: 100 columns."""
+    contents = Comparison(results).tables()
+    return [corpus_table(c, {"arm": 12}, [name for name in c["columns"] if name != "bits/byte"]) for c in contents]
+
+
+def corpus_table(content: Json, names: Mapping[str, int], columns: Sequence[str]) -> Table:
+    """Return the rich table of a corpus.
+
+    Args:
+        content: its {corpus, columns, rows}, each row with `cells`, one a column, `best`, and its own names.
+        names: what a row is called by, and how many characters that gets at least.
+        columns: those of the content's columns that there is room for.
+    """
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
-    tables = []
-    for content in Comparison(results).tables():
-        table = Table(title=escape(content["corpus"]), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-        table.add_column("arm", overflow="fold", min_width=12)
-        kept = [i for i, column in enumerate(content["columns"]) if column != "bits/byte"]
-        for i in kept:
-            table.add_column(content["columns"][i], justify="right", no_wrap=True)
-        for row in content["rows"]:
-            cells = [row["cells"][i].replace(" ± ", "±") for i in kept]
-            table.add_row(escape(row["arm"]), *cells, style="bold" if row["best"] else "")
-        tables.append(table)
-    return tables
+    table = Table(title=escape(content["corpus"]), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for name, width in names.items():
+        table.add_column(name, overflow="fold", min_width=width)
+    kept = [i for i, column in enumerate(content["columns"]) if column in columns]
+    for i in kept:
+        table.add_column(content["columns"][i], justify="right", no_wrap=True)
+    for row in content["rows"]:
+        cells = [row["cells"][i].replace(" ± ", "±") for i in kept]
+        table.add_row(*(escape(row[name]) for name in names), *cells, style="bold" if row["best"] else "")
+    return table
 
 
 def print_table(results: Json, console: Console | None = None) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 from urllib.parse import quote
 
 from fire_llm.page import RETENTION, block, numbered
-from fire_llm.plan import plan, totals
+from fire_llm.plan import plan, state_of, totals
 from fire_llm.plots.arms import retention_figure
 from fire_llm.plots.base import Style, palette
 from fire_llm.plots.sweep import key_figure
 from fire_llm.recipe import Cell
-from fire_llm.report import print_table, write_page, write_report
+from fire_llm.report import corpus_table, print_table, write_page, write_report
 from fire_llm.staging import checkpoints
 from fire_llm.sweep.jobs import Job, jobs_of, of_arms
 from fire_llm.sweep.running import Sweep
@@ -38,23 +38,11 @@ def show(sweep: Sweep, output: Path) -> Path:
 
 def print_summary(summary: Summary) -> None:
     """Print a table a corpus, a row for each arm of each cell, of the two columns that 80 characters have room for."""
-    from rich import box
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
 
     console = Console()
     for content in summary.tables():
-        table = Table(title=escape(content["corpus"]), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-        table.add_column("cell", overflow="fold", min_width=16)
-        table.add_column("arm", overflow="fold", min_width=10)
-        kept = [i for i, column in enumerate(content["columns"]) if column in ("NLL", "vs base")]
-        for i in kept:
-            table.add_column(content["columns"][i], justify="right", no_wrap=True)
-        for row in content["rows"]:
-            texts = [row["cells"][i].replace(" ± ", "±") for i in kept]
-            table.add_row(escape(row["cell"]), escape(row["arm"]), *texts, style="bold" if row["best"] else "")
-        console.print(table)
+        console.print(corpus_table(content, {"cell": 16, "arm": 10}, ("NLL", "vs base")))
     said = " ".join(filter(None, [*summary.reading(), summary.legend()]))
     console.print(said, markup=False, highlight=False)
 
@@ -135,8 +123,5 @@ def print_cells(cells: Sequence[Cell], output: Path, arms: Iterable[str] = ()) -
 
 
 def _state(job: Job, seen: dict[str, Job]) -> str:
-    if job.done():
-        return "finished"
-    if whole := checkpoints(job.folder):
-        return f"resumes at step {whole[-1][1]}"
-    return f"as in {seen[job.key].cell.name}" if job.key in seen else "to do"
+    elsewhere = job.key in seen and not checkpoints(job.folder)
+    return f"as in {seen[job.key].cell.name}" if elsewhere else state_of(job.folder)
