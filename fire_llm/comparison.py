@@ -27,7 +27,7 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _evaluations(curve: Sequence[Json], corpus: str) -> list[tuple[float, float]]:
+def evaluations(curve: Sequence[Json], corpus: str) -> list[tuple[float, float]]:
     """Return (step, NLL) wherever the curve was evaluated on the corpus with a finite result, by step."""
     pairs = [(e.get("step"), ((e.get("eval") or {}).get(corpus) or {}).get("nll")) for e in curve]
     return sorted((s, n) for s, n in pairs if s is not None and n is not None and math.isfinite(n))
@@ -44,7 +44,7 @@ def steps_saved(curve: Sequence[Json], reference_curve: Sequence[Json], corpus: 
     Returns:
         A fraction, linear between evaluations; None where the arm never gets there or nothing was measured.
     """
-    points, reference = _evaluations(curve, corpus), _evaluations(reference_curve, corpus)
+    points, reference = evaluations(curve, corpus), evaluations(reference_curve, corpus)
     if not points or not reference or reference[-1][0] <= 0:
         return None
     total, target = reference[-1]
@@ -160,12 +160,12 @@ class Comparison:
         wanted = (start.get("phase"), start.get("arm"), seed)
         for phase in self.results.get("phases") or []:
             if (phase.get("phase"), phase.get("arm"), phase.get("seed")) == wanted and self.first:
-                measured = dict(_evaluations(phase.get("curve") or [], self.first))
+                measured = dict(evaluations(phase.get("curve") or [], self.first))
                 if start.get("step") in measured:
                     return measured[start["step"]]
         base = self.reference(arm, "keep")
         curve = next((r.get("curve") or [] for r in self.runs(base) if r.get("seed") == seed), []) if base else []
-        return dict(_evaluations(curve, self.first or "")).get(0)
+        return dict(evaluations(curve, self.first or "")).get(0)
 
     def retention(self, arm: str) -> list[tuple[float, float]]:
         """Return each seed's (final NLL on the new corpus, forgetting: that on the first less the parent's)."""
@@ -191,7 +191,7 @@ class Comparison:
             rows = []
             for arm in self.arms:
                 final = (self.arms[arm].get("final") or {}).get(corpus) or {}
-                cells = [_plain(final.get("perplexity"), 2), _spread(final.get("nll"), final.get("nll_std"))]
+                cells = [_plain(final.get("perplexity"), 2), spread(final.get("nll"), final.get("nll_std"))]
                 cells.append(_plain(final.get("bits_per_byte"), 4))
                 cells += [paired(self.differences(arm, self.reference(arm, m), corpus)) for m in ("keep", "full_reset")]
                 if last == "steps saved":
@@ -299,7 +299,7 @@ def _plain(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}" if abs(value) < 1e5 else f"{value:.2e}"
 
 
-def _spread(value: float | None, std: float | None) -> str:
+def spread(value: float | None, std: float | None) -> str:
     """Write a mean with its standard deviation over seeds where there is one."""
     return "–" if value is None else f"{value:.4f}" + (f" ± {std:.4f}" if std is not None else "")
 

@@ -14,6 +14,8 @@ from fire_llm.plots.base import Style, palette
 from fire_llm.plots.diagnostics import MEASURES, measure_figure
 from fire_llm.plots.matrices import heat_figure, matrices, spectra_figure
 from fire_llm.plots.matrix import corpora_figure
+from fire_llm.plots.sweep import key_figure
+from fire_llm.stream import Stream
 
 Json = dict[str, Any]
 
@@ -21,6 +23,10 @@ LOSS = "The axis opens on what follows the first third of training; double-click
 BAND = "The line is the mean over the seeds, the band their range. "
 STEPS = "Against full reset: how much sooner an arm first reaches the loss on {} with which full reset ends."
 RETENTION = "Forgetting is the final NLL on {} less that of the checkpoint the arm started from."
+STREAM = (
+    "Left: NLL on a phase's own corpus when the phase ended, less the base's; a line that rises loses plasticity. "
+    "Right: the final NLL on it less that one."
+)
 HEAT = "Colours are logarithmic, the same for all arms and both DfI maps; blank cells: left alone or not measured."
 SPECTRA = "Dotted grey: before the reset. Arms that leave the matrix alone are not drawn."
 DIAGNOSED = "Measured on held-out text of {}."
@@ -74,6 +80,7 @@ def section(results: Json, index: int) -> Json:
     import yaml
 
     c = Comparison(results)
+    stream = Stream(c)
     reports: dict[str, Json] = {
         arm: next((run["reset"] for run in c.runs(arm) if run.get("reset")), {}) for arm in c.arms
     }
@@ -84,13 +91,20 @@ def section(results: Json, index: int) -> Json:
         "name": c.results.get("name") or f"run {index + 1}",
         "created": c.results.get("created"),
         "reading": c.reading(),
-        "tables": c.tables(),
+        "tables": [*c.tables(), *stream.tables()],
         "legend": c.legend(),
         "agree": agree,
         "note": note,
         "chips": list(looks.items()),
         "blocks": numbered(
-            [*_outcome(c, looks), *_evaluation(c), *_diagnostics(c, looks), *_matrices(c, reports, looks), *_phases(c)],
+            [
+                *_outcome(c, looks),
+                _stream(stream, looks),
+                *_evaluation(c),
+                *_diagnostics(c, looks),
+                *_matrices(c, reports, looks),
+                *_phases(c),
+            ],
             f"r{index}",
         ),
         "arms": [_arm(c, arm, reports[arm]) for arm in c.arms],
@@ -118,6 +132,16 @@ def _outcome(c: Comparison, looks: Mapping[str, Style]) -> list[Json]:
             [("", plots.retention_figure(points, looks, str(c.new)))],
         ),
     ]
+
+
+def _stream(stream: Stream, looks: Mapping[str, Style]) -> Json:
+    """Return the block about the course of a stream: a block without figures where there is none."""
+    figures = []
+    for caption, of in (("learned, less the base", stream.against_base), ("forgotten at the end", stream.forgotten)):
+        by_arm = {arm: of(arm) for arm in stream.of.arms}
+        lines = {(arm, ""): [(stream.name(p), seeds) for p, seeds in by.items() if seeds] for arm, by in by_arm.items()}
+        figures.append((caption, key_figure(lines, "trained in turn", looks, "nats per token")))
+    return block("The stream", STREAM, figures)
 
 
 def _evaluation(c: Comparison) -> list[Json]:

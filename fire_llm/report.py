@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fire_llm.comparison import Comparison, finite, steps_saved
 from fire_llm.errors import UserError
 from fire_llm.page import block, numbered, section
+from fire_llm.stream import Stream
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,7 +79,8 @@ def _evaluation(file: Path) -> Json:
 
 def render_table(results: Json) -> list[Table]:
     """Return a rich table a corpus, a row an arm; the lowest loss is bold. Bits per byte are left out: 100 columns."""
-    contents = Comparison(results).tables()
+    comparison = Comparison(results)
+    contents = [*comparison.tables(), *Stream(comparison).tables()]
     return [corpus_table(c, {"arm": 12}, [name for name in c["columns"] if name != "bits/byte"]) for c in contents]
 
 
@@ -123,7 +125,7 @@ def print_table(results: Json, console: Console | None = None) -> None:
 def markdown_table(results: Json) -> str:
     """Return the tables, the reading and the note on batches as markdown."""
     comparison, blocks = Comparison(results), []
-    for content in comparison.tables():
+    for content in [*comparison.tables(), *Stream(comparison).tables()]:
         lines = [f"### {_md(content['corpus'])}", "", "| arm | " + " | ".join(content["columns"]) + " |"]
         lines.append("|---|" + "---:|" * len(content["columns"]))
         for row in content["rows"]:

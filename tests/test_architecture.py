@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "fire_llm"
 ORDER = [
     "errors", "stopping", "staging", "locks", "manifest", "orthogonal", "metrics", "layouts", "layout", "distributed",
     "resets", "models", "checkpoint", "corpora", "data", "evaluation", "diagnostics", "inspection", "flops", "trainer",
-    "recipe", "units", "plan", "results", "run", "matrix", "comparison", "plots", "page", "report", "launch", "sweep",
-    "cli", "__main__",
+    "recipe", "units", "plan", "results", "run", "matrix", "comparison", "stream", "plots", "page", "report", "launch",
+    "sweep", "cli", "__main__",
 ]  # fmt: skip
 LONGEST = 350
 

@@ -7,7 +7,8 @@ from test_run import recipe_data, texts  # noqa: F401
 
 from fire_llm import load_recipe, run_recipe
 from fire_llm.comparison import Comparison
-from fire_llm.report import write_report
+from fire_llm.report import markdown_table, write_report
+from fire_llm.stream import Stream
 
 ARMS = {"base": "keep", "full-reset": "full_reset"}
 
@@ -48,3 +49,36 @@ def test_the_page_keeps_the_arms_of_earlier_phases_apart(stream, tmp_path):
     text = page.read_text(encoding="utf-8")
     for title in ("Phase “first”", "Phase “second / base”", "Phase “second / full-reset”"):
         assert title in text
+
+
+def test_the_course_of_an_arm_is_read_off_its_own_ancestors(stream):
+    course = Stream(Comparison(stream))
+    first, *second = stream["phases"]
+    assert course.phases == {"first": "a", "second": "b", "third": "b"} and course.armed == ["second", "third"]
+    for name, own in zip(ARMS, second, strict=True):
+        final = stream["arms"][name]["final"]
+        then = {"first": first["final"]["a"]["nll"], "second": own["final"]["b"]["nll"], "third": final["b"]["nll"]}
+        assert course.learned(name) == {phase: {1: pytest.approx(nll)} for phase, nll in then.items()}
+        lost = {"first": final["a"]["nll"] - then["first"], "second": final["b"]["nll"] - then["second"]}
+        assert course.forgotten(name) == {phase: [pytest.approx(nll)] for phase, nll in lost.items()}
+    base, full_reset = second
+    apart = course.against_base("full-reset")
+    assert apart["second"] == [pytest.approx(full_reset["final"]["b"]["nll"] - base["final"]["b"]["nll"])]
+    assert course.against_base("base") == {"second": [0.0], "third": [0.0]}
+
+
+def test_the_page_and_the_tables_follow_a_stream(stream, tmp_path):
+    write_report(stream, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "The stream</h3>" in text and "learned, against the base" in text
+    told = markdown_table(stream)
+    # Two phases have the same corpus, so that columns are called after the phases.
+    assert "| arm | second | third |" in told and "| arm | first | second |" in told
+    second = stream["phases"][1]["final"]["b"]["nll"]
+    assert f"| base | {second:.4f} |" in told
+
+
+def test_one_transition_is_no_stream(stream):
+    alone = {**stream, "phases": stream["phases"][:1]}
+    assert Stream(Comparison(alone)).phases == {} and Stream(Comparison(alone)).tables() == []
+    assert "learned" not in markdown_table(alone)

@@ -14,7 +14,10 @@ LOG_FROM = 10.0
 
 
 def key_figure(
-    lines: Mapping[tuple[str, str], Sequence[tuple[Any, Sequence[float]]]], key: str, styles: Mapping[str, Style]
+    lines: Mapping[tuple[str, str], Sequence[tuple[Any, Sequence[float]]]],
+    key: str,
+    styles: Mapping[str, Style],
+    unit: str = "final nats per token",
 ) -> Json | None:
     """Draw the final NLL against a swept key: a line for each (arm, other settings), the seeds' range as a band.
 
@@ -22,6 +25,7 @@ def key_figure(
         lines: (arm, other settings, "" where nothing else is swept) → (the key's value, the NLL of each seed).
         key: The name of the axis.
         styles: By arm.
+        unit: The name of the other axis.
 
     Returns:
         A figure; None where no arm has two values to compare.
@@ -50,7 +54,7 @@ def key_figure(
                 legendgroup=arm,
                 line={"color": style.colour, "dash": style.dash, "width": 2},
                 marker={"symbol": style.symbol, "size": 8},
-                hovertemplate=f"<b>{label}</b><br>NLL %{{y:.4f}} at %{{x}}<extra></extra>",
+                hovertemplate=f"<b>{label}</b><br>%{{y:.4f}} at %{{x}}<extra></extra>",
             )
         )
     axis: Json = {"title": {"text": escaped(key, 60)}, "showgrid": True}
@@ -58,7 +62,7 @@ def key_figure(
         axis |= {"type": "category"}
     elif min(values) > 0 and max(values) >= LOG_FROM * min(values):
         axis |= log_axis(min(values), max(values), (1, 2, 5))
-    return figure(bands + traces, height=360, xaxis=axis, yaxis={"title": {"text": "final nats per token"}})
+    return figure(bands + traces, height=360, xaxis=axis, yaxis={"title": {"text": unit}})
 
 
 def _words(value: Any) -> str:

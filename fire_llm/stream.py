@@ -1,0 +1,118 @@
+"""What the arms of a stream, several phases with arms, learned in each phase, and what they kept of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from statistics import fmean, stdev
+from typing import Any
+
+from fire_llm.comparison import Comparison, evaluations, paired, spread
+
+Json = dict[str, Any]
+Scores = dict[str, dict[Any, float]]
+"""By phase, nats per token by seed."""
+
+LEARNED = "learned: NLL on a phase's corpus when the phase ended"
+AGAINST_BASE = "learned, against the base"
+FORGOTTEN = "forgotten: NLL at the end less that when the corpus's phase ended"
+
+
+class Stream:
+    """Follow the arms of a results.json back through the phases that led to them."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        """Take the comparison of the last phase's arms."""
+        self.of = comparison
+        phases = (comparison.results.get("recipe") or {}).get("phases") or []
+        self._corpus = {p["name"]: max(p["data"], key=p["data"].__getitem__) for p in phases if p.get("data")}
+        before = comparison.results.get("phases") or []
+        self._runs = {(run.get("phase"), run.get("arm"), run.get("seed")): run for run in before}
+
+    @cached_property
+    def phases(self) -> dict[str, str]:
+        """Return the corpus of each phase that led to the arms, the first one without arms too; empty if one has some.
+
+        The corpus of a phase is the heaviest of its mixture.
+        """
+        if not any(arm for _, arm, _ in self._runs):
+            return {}
+        led = {phase for arm in self.of.arms for phase in self.learned(arm)}
+        return {phase: corpus for phase, corpus in self._corpus.items() if phase in led}
+
+    @property
+    def armed(self) -> list[str]:
+        """Return the phases that have arms."""
+        bare = {phase for phase, arm, _ in self._runs if not arm}
+        return [phase for phase in self.phases if phase not in bare]
+
+    def learned(self, arm: str) -> Scores:
+        """Return the NLL on each phase's own corpus at the checkpoint from which this arm's next phase began."""
+        scores: Scores = {}
+        for run in self.of.runs(arm):
+            seed, step = run.get("seed"), None
+            current: Json | None = run
+            while current is not None:
+                phase = str(current.get("phase"))
+                corpus = self._corpus.get(phase, "")
+                measured = evaluations(current.get("curve") or [], corpus)
+                at = dict(measured).get(step if step is not None else measured[-1][0]) if measured else None
+                if at is not None:
+                    scores.setdefault(phase, {})[seed] = at
+                start = current.get("start") or {}
+                step, current = start.get("step"), self._runs.get((start.get("phase"), start.get("arm"), seed))
+        return scores
+
+    def against_base(self, arm: str) -> dict[str, list[float]]:
+        """Return, by phase with arms, what the arm learned less what its base did, seed by seed."""
+        base = self.of.reference(arm, "keep")
+        if base is None:
+            return {}
+        mine, theirs = self.learned(arm), self.learned(base)
+        return {p: [mine[p][s] - theirs[p][s] for s in mine.get(p, {}) if s in theirs.get(p, {})] for p in self.armed}
+
+    def forgotten(self, arm: str) -> dict[str, list[float]]:
+        """Return, by phase but the last, the final NLL on its corpus less that which was learned, seed by seed."""
+        learned = self.learned(arm)
+        last = [*self.phases][-1:]
+        return {
+            phase: [final[seed] - nll for seed, nll in learned.get(phase, {}).items() if seed in final]
+            for phase, corpus in self.phases.items()
+            if phase not in last
+            for final in (self.of.by_seed(arm, corpus),)
+        }
+
+    def tables(self) -> list[Json]:
+        """Return the stream's tables, in the form of `Comparison.tables`; none where only one phase has arms."""
+        if not self.phases:
+            return []
+        learned = {arm: {p: _spread(found) for p, found in self.learned(arm).items()} for arm in self.of.arms}
+        less, lost = (
+            {arm: {p: paired(found) for p, found in of(arm).items()} for arm in self.of.arms}
+            for of in (self.against_base, self.forgotten)
+        )
+        for arm in less:
+            if self.of.reference(arm, "keep") == arm:
+                less[arm] = {}
+        return [
+            self._table(LEARNED, learned, self.armed),
+            self._table(AGAINST_BASE, less, self.armed),
+            self._table(FORGOTTEN, lost, [*self.phases][:-1]),
+        ]
+
+    def name(self, phase: str) -> str:
+        """Call a phase by its corpus, where no other has the same."""
+        corpora = list(self.phases.values())
+        return self.phases[phase] if len(set(corpora)) == len(corpora) else phase
+
+    def _table(self, title: str, cells: Mapping[str, Mapping[str, str]], phases: list[str]) -> Json:
+        rows = [
+            {"arm": arm, "best": False, "cells": [texts.get(phase, "–") for phase in phases]}
+            for arm, texts in cells.items()
+        ]
+        return {"corpus": title, "columns": [self.name(phase) for phase in phases], "rows": rows}
+
+
+def _spread(by_seed: Mapping[Any, float]) -> str:
+    values = list(by_seed.values())
+    return spread(fmean(values), stdev(values) if len(values) > 1 else None)
