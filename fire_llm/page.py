@@ -24,8 +24,8 @@ BAND = "The line is the mean over the seeds, the band their range. "
 STEPS = "Against full reset: how much sooner an arm first reaches the loss on {} with which full reset ends."
 RETENTION = "Forgetting is the final NLL on {} less that of the checkpoint the arm started from."
 STREAM = (
-    "Left: NLL on a phase's own corpus when the phase ended, less the base's; a line that rises loses plasticity. "
-    "Right: the final NLL on it less that one."
+    "Left: NLL on a phase's own corpus when the phase ended, less the base's: where the base loses plasticity phase by "
+    "phase and an arm does not, its line falls. Right: the final NLL on each corpus less that one."
 )
 HEAT = "Colours are logarithmic, the same for all arms and both DfI maps; blank cells: left alone or not measured."
 SPECTRA = "Dotted grey: before the reset. Arms that leave the matrix alone are not drawn."
