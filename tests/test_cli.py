@@ -71,7 +71,9 @@ def test_the_flags_are_frozen():
         ],
         "report": ["--markdown", "--output"],
         "demo": ["--accelerate-config", "--num-processes", "--output", "--set"],
-        "sweep": ["--accelerate-config", "--dry-run", "--grid", "--num-processes", "--output", "--set", "--workers"],
+        "sweep": [
+            "--accelerate-config", "--arm", "--dry-run", "--grid", "--num-processes", "--output", "--set", "--workers",
+        ],
     }  # fmt: skip
 
 
