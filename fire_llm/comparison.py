@@ -154,15 +154,24 @@ class Comparison:
         mean = steps_saved(self.arms[arm].get("curve") or [], self.arms[reference].get("curve") or [], self.new)
         return mean, [s for s in seeds if s is not None]
 
+    @cached_property
+    def earlier(self) -> dict[tuple[Any, Any, Any], Json]:
+        """Return the runs before the arms, by (phase, arm, seed)."""
+        runs = self.results.get("phases") or []
+        return {(run.get("phase"), run.get("arm"), run.get("seed")): run for run in runs}
+
+    def parent(self, run: Json) -> Json | None:
+        """Return the run that a run of the same seed starts from."""
+        start = run.get("start") or {}
+        return self.earlier.get((start.get("phase"), start.get("arm"), run.get("seed")))
+
     def _parent_nll(self, run: Json, arm: str) -> float | None:
         """Return the first corpus's NLL of the checkpoint a run starts from, there or by the base at step 0."""
         start, seed = run.get("start") or {}, run.get("seed")
-        wanted = (start.get("phase"), start.get("arm"), seed)
-        for phase in self.results.get("phases") or []:
-            if (phase.get("phase"), phase.get("arm"), phase.get("seed")) == wanted and self.first:
-                measured = dict(evaluations(phase.get("curve") or [], self.first))
-                if start.get("step") in measured:
-                    return measured[start["step"]]
+        if self.first and (parent := self.parent(run)):
+            measured = dict(evaluations(parent.get("curve") or [], self.first))
+            if start.get("step") in measured:
+                return measured[start["step"]]
         base = self.reference(arm, "keep")
         curve = next((r.get("curve") or [] for r in self.runs(base) if r.get("seed") == seed), []) if base else []
         return dict(evaluations(curve, self.first or "")).get(0)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PEAK_FLOPS = {
     "GB200": 2.5e15, "B200": 2.25e15, "GH200": 989.4e12, "H200": 989.4e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
@@ -32,7 +35,7 @@ def peak_flops(device: torch.device, half: bool) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
-def flops_per_token(model: nn.Module, context: int) -> float | None:
+def flops_per_token(model: PreTrainedModel, context: int) -> float | None:
     """Return the floating-point operations of one token, forward and backward; None where this does not count them.
 
     6 for every weight that is multiplied, and 12·layers·width·context for attention. Tables that are only looked up
@@ -47,7 +50,7 @@ def flops_per_token(model: nn.Module, context: int) -> float | None:
     stacked = any(p.ndim == 3 for p in model.parameters())
     if heads is None or stacked:
         return None
-    head = getattr(model.get_output_embeddings(), "weight", None)  # type: ignore[operator]  # nn.Module has no methods of classes
+    head = getattr(model.get_output_embeddings(), "weight", None)
     tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not head}
     weights = sum(p.numel() for p in model.parameters() if p not in tables)
     width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)

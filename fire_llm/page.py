@@ -15,7 +15,7 @@ from fire_llm.plots.diagnostics import MEASURES, measure_figure
 from fire_llm.plots.matrices import heat_figure, matrices, spectra_figure
 from fire_llm.plots.matrix import corpora_figure
 from fire_llm.plots.sweep import key_figure
-from fire_llm.stream import Stream
+from fire_llm.stream import Stream, every_table
 
 Json = dict[str, Any]
 
@@ -80,7 +80,6 @@ def section(results: Json, index: int) -> Json:
     import yaml
 
     c = Comparison(results)
-    stream = Stream(c)
     reports: dict[str, Json] = {
         arm: next((run["reset"] for run in c.runs(arm) if run.get("reset")), {}) for arm in c.arms
     }
@@ -91,7 +90,7 @@ def section(results: Json, index: int) -> Json:
         "name": c.results.get("name") or f"run {index + 1}",
         "created": c.results.get("created"),
         "reading": c.reading(),
-        "tables": [*c.tables(), *stream.tables()],
+        "tables": every_table(c),
         "legend": c.legend(),
         "agree": agree,
         "note": note,
@@ -99,7 +98,7 @@ def section(results: Json, index: int) -> Json:
         "blocks": numbered(
             [
                 *_outcome(c, looks),
-                _stream(stream, looks),
+                _stream(Stream(c), looks),
                 *_evaluation(c),
                 *_diagnostics(c, looks),
                 *_matrices(c, reports, looks),

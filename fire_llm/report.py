@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fire_llm.comparison import Comparison, finite, steps_saved
 from fire_llm.errors import UserError
 from fire_llm.page import block, numbered, section
-from fire_llm.stream import Stream
+from fire_llm.stream import every_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,8 +79,7 @@ def _evaluation(file: Path) -> Json:
 
 def render_table(results: Json) -> list[Table]:
     """Return a rich table a corpus, a row an arm; the lowest loss is bold. Bits per byte are left out: 100 columns."""
-    comparison = Comparison(results)
-    contents = [*comparison.tables(), *Stream(comparison).tables()]
+    contents = every_table(Comparison(results))
     return [corpus_table(c, {"arm": 12}, [name for name in c["columns"] if name != "bits/byte"]) for c in contents]
 
 
@@ -125,7 +124,7 @@ def print_table(results: Json, console: Console | None = None) -> None:
 def markdown_table(results: Json) -> str:
     """Return the tables, the reading and the note on batches as markdown."""
     comparison, blocks = Comparison(results), []
-    for content in [*comparison.tables(), *Stream(comparison).tables()]:
+    for content in every_table(comparison):
         lines = [f"### {_md(content['corpus'])}", "", "| arm | " + " | ".join(content["columns"]) + " |"]
         lines.append("|---|" + "---:|" * len(content["columns"]))
         for row in content["rows"]:

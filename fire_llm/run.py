@@ -20,7 +20,7 @@ from fire_llm.errors import UserError
 from fire_llm.layout import logical_matrices
 from fire_llm.locks import held, lock_of
 from fire_llm.manifest import damage
-from fire_llm.models import config_for, fresh_model, load_model, load_tokenizer
+from fire_llm.models import config_for, fresh_model, initial_model, load_model, load_tokenizer
 from fire_llm.recipe import Recipe, optimizer_of
 from fire_llm.results import collect, measured_nll
 from fire_llm.staging import BYTES_A_PARAMETER, free_bytes, staged, write_json, writing
@@ -38,7 +38,6 @@ from fire_llm.trainer import (
 )
 from fire_llm.trainer.heap import keep_freed_memory
 from fire_llm.trainer.masking import check_document_mask
-from fire_llm.trainer.penalties import step_0
 from fire_llm.trainer.saving import resumption, verified
 from fire_llm.units import (
     Unit,
@@ -259,7 +258,7 @@ def train(unit: Unit, bench: Workbench) -> None:
 
 def _resetting(unit: Unit, bench: Workbench) -> list[Any]:
     """Return the callbacks of an arm: what is reset once, and what acts during the phase."""
-    initial = step_0(list(unit.resets), None, bench.config, unit.seed)
+    initial = initial_model(unit.resets, None, bench.config, unit.seed)
     once = [r for r in unit.resets if r.kind == "transition"]
     penalties = [r for r in unit.resets if r.kind == "penalty"]
     recycling = [r for r in unit.resets if r.kind == "recycling"]

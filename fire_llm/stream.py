@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from statistics import fmean, stdev
 from typing import Any
@@ -26,8 +26,7 @@ class Stream:
         self.of = comparison
         phases = (comparison.results.get("recipe") or {}).get("phases") or []
         self._corpus = {p["name"]: max(p["data"], key=p["data"].__getitem__) for p in phases if p.get("data")}
-        before = comparison.results.get("phases") or []
-        self._runs = {(run.get("phase"), run.get("arm"), run.get("seed")): run for run in before}
+        self._learned = {arm: self._scores(arm) for arm in comparison.arms}
 
     @cached_property
     def phases(self) -> dict[str, str]:
@@ -35,32 +34,33 @@ class Stream:
 
         The corpus of a phase is the heaviest of its mixture.
         """
-        if not any(arm for _, arm, _ in self._runs):
+        if not any(arm for _, arm, _ in self.of.earlier):
             return {}
-        led = {phase for arm in self.of.arms for phase in self.learned(arm)}
+        led = {phase for scores in self._learned.values() for phase in scores}
         return {phase: corpus for phase, corpus in self._corpus.items() if phase in led}
 
     @property
     def armed(self) -> list[str]:
         """Return the phases that have arms."""
-        bare = {phase for phase, arm, _ in self._runs if not arm}
+        bare = {phase for phase, arm, _ in self.of.earlier if not arm}
         return [phase for phase in self.phases if phase not in bare]
 
     def learned(self, arm: str) -> Scores:
         """Return the NLL on each phase's own corpus at the checkpoint from which this arm's next phase began."""
+        return self._learned[arm]
+
+    def _scores(self, arm: str) -> Scores:
         scores: Scores = {}
         for run in self.of.runs(arm):
-            seed, step = run.get("seed"), None
+            step = None
             current: Json | None = run
             while current is not None:
                 phase = str(current.get("phase"))
-                corpus = self._corpus.get(phase, "")
-                measured = evaluations(current.get("curve") or [], corpus)
+                measured = evaluations(current.get("curve") or [], self._corpus.get(phase, ""))
                 at = dict(measured).get(step if step is not None else measured[-1][0]) if measured else None
                 if at is not None:
-                    scores.setdefault(phase, {})[seed] = at
-                start = current.get("start") or {}
-                step, current = start.get("step"), self._runs.get((start.get("phase"), start.get("arm"), seed))
+                    scores.setdefault(phase, {})[run.get("seed")] = at
+                step, current = (current.get("start") or {}).get("step"), self.of.parent(current)
         return scores
 
     def against_base(self, arm: str) -> dict[str, list[float]]:
@@ -73,31 +73,24 @@ class Stream:
 
     def forgotten(self, arm: str) -> dict[str, list[float]]:
         """Return, by phase but the last, the final NLL on its corpus less that which was learned, seed by seed."""
-        learned = self.learned(arm)
-        last = [*self.phases][-1:]
-        return {
-            phase: [final[seed] - nll for seed, nll in learned.get(phase, {}).items() if seed in final]
-            for phase, corpus in self.phases.items()
-            if phase not in last
-            for final in (self.of.by_seed(arm, corpus),)
-        }
+        learned, lost = self.learned(arm), {}
+        for phase in [*self.phases][:-1]:
+            final = self.of.by_seed(arm, self.phases[phase])
+            lost[phase] = [final[seed] - nll for seed, nll in learned.get(phase, {}).items() if seed in final]
+        return lost
 
     def tables(self) -> list[Json]:
         """Return the stream's tables, in the form of `Comparison.tables`; none where only one phase has arms."""
         if not self.phases:
             return []
-        learned = {arm: {p: _spread(found) for p, found in self.learned(arm).items()} for arm in self.of.arms}
-        less, lost = (
-            {arm: {p: paired(found) for p, found in of(arm).items()} for arm in self.of.arms}
-            for of in (self.against_base, self.forgotten)
-        )
-        for arm in less:
-            if self.of.reference(arm, "keep") == arm:
-                less[arm] = {}
+
+        def less(arm: str) -> dict[str, list[float]]:
+            return {} if self.of.reference(arm, "keep") == arm else self.against_base(arm)
+
         return [
-            self._table(LEARNED, learned, self.armed),
-            self._table(AGAINST_BASE, less, self.armed),
-            self._table(FORGOTTEN, lost, [*self.phases][:-1]),
+            self._table(LEARNED, self.armed, lambda arm, phase: _spread(self.learned(arm).get(phase, {}))),
+            self._table(AGAINST_BASE, self.armed, lambda arm, phase: paired(less(arm).get(phase, []))),
+            self._table(FORGOTTEN, [*self.phases][:-1], lambda arm, phase: paired(self.forgotten(arm).get(phase, []))),
         ]
 
     def name(self, phase: str) -> str:
@@ -105,14 +98,16 @@ class Stream:
         corpora = list(self.phases.values())
         return self.phases[phase] if len(set(corpora)) == len(corpora) else phase
 
-    def _table(self, title: str, cells: Mapping[str, Mapping[str, str]], phases: list[str]) -> Json:
-        rows = [
-            {"arm": arm, "best": False, "cells": [texts.get(phase, "–") for phase in phases]}
-            for arm, texts in cells.items()
-        ]
+    def _table(self, title: str, phases: list[str], cell: Callable[[str, str], str]) -> Json:
+        rows = [{"arm": arm, "best": False, "cells": [cell(arm, phase) for phase in phases]} for arm in self.of.arms]
         return {"corpus": title, "columns": [self.name(phase) for phase in phases], "rows": rows}
+
+
+def every_table(comparison: Comparison) -> list[Json]:
+    """Return the tables of a comparison, and of the stream where it ends one."""
+    return [*comparison.tables(), *Stream(comparison).tables()]
 
 
 def _spread(by_seed: Mapping[Any, float]) -> str:
     values = list(by_seed.values())
-    return spread(fmean(values), stdev(values) if len(values) > 1 else None)
+    return spread(fmean(values) if values else None, stdev(values) if len(values) > 1 else None)

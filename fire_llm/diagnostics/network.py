@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from fire_llm.evaluation.scoring import evaluating
 from fire_llm.layout import LogicalMatrix, logical_matrices
 from fire_llm.layouts.lookup import Lookup
 from fire_llm.orthogonal import exact_products
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LOSS_TOKENS = 2048
 """Tokens of one pass for the Hessian: a double backward keeps several times the activations of a training step."""
@@ -73,7 +76,7 @@ def _fine(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: PreTrainedModel) -> Iterator[None]:
     """Put a model into evaluation, in full precision and with plain attention; then put everything back.
 
     Fused attention has no second derivative, and flash-attention's own package does not take fp32. accelerate's mixed
@@ -93,7 +96,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         stack.enter_context(evaluating(model))
         try:
             if any(attention not in (None, "eager", "sdpa") for _, attention in attentions):
-                model.set_attn_implementation("eager")  # type: ignore[operator]  # nn.Module types any attribute as a tensor or a module
+                model.set_attn_implementation("eager")
             if laid_over is not None:
                 vars(model)["forward"] = vars(model)["_original_forward"]
             yield

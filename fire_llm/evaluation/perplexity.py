@@ -17,7 +17,7 @@ from torch import Tensor
 from fire_llm.distributed import active, fsdp_modules
 from fire_llm.errors import UserError
 from fire_llm.evaluation.scores import Scores
-from fire_llm.evaluation.scoring import IGNORE, PROBE, Scorer
+from fire_llm.evaluation.scoring import IGNORE, PROBE, Scorer, evaluating
 from fire_llm.evaluation.windows import batches, windows
 
 
@@ -183,11 +183,9 @@ def _score(
     sharded = bool(fsdp_modules(model))
     totals = torch.zeros(len(ends), dtype=torch.float64, device=device)
     limits = torch.from_numpy(ends).to(device)
-    was_training = model.training
-    model.eval()
     bar = _bar(int((plan[:, 2] - plan[:, 3]).sum()), progress)
     try:
-        with torch.no_grad() if sharded else torch.inference_mode():
+        with evaluating(model), torch.no_grad() if sharded else torch.inference_mode():
             sample = torch.from_numpy(np.asarray(text[:PROBE], dtype=np.int64)).to(device)
             scorer = Scorer(model, sample, compiled=compiled)
             for turn in range(0, len(work), world):
@@ -203,7 +201,6 @@ def _score(
                             break  # there is nothing more to learn
                 bar.update(sum(int((each[:, 2] - each[:, 3]).sum()) for each in work[turn : turn + world]))
     finally:
-        model.train(was_training)
         bar.close()
     if world > 1:
         dist.all_reduce(totals)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fire_llm.errors import UserError, did_you_mean
+from fire_llm.evaluation.scoring import evaluating
 from fire_llm.models import find_device, load_model, load_tokenizer
 
 KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better", "git_hash")
@@ -61,18 +62,18 @@ def run_tasks(
         tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint).to(place)
     chosen = _load(manager, names)
     log = logging.getLogger("lm_eval.models.huggingface")
-    level, was_training = log.level, model.training
+    level = log.level
     log.setLevel(logging.ERROR)  # it warns of a model that comes loaded, which is meant
     try:
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        answer = lm_eval.simple_evaluate(
-            lm, tasks=chosen, task_manager=manager, limit=limit, num_fewshot=num_fewshot, log_samples=False
-        )
+        with evaluating(model):
+            lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            answer = lm_eval.simple_evaluate(
+                lm, tasks=chosen, task_manager=manager, limit=limit, num_fewshot=num_fewshot, log_samples=False
+            )
     except ValueError as error:  # tasks that want images, or run code that a model wrote
         raise UserError(f"tasks: lm_eval refuses: {error}") from error
     finally:
         log.setLevel(level)
-        model.train(was_training)
     settings = {
         "lm_eval": lm_eval.__version__,
         "tasks": [str(task) for task in tasks],

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from fire_llm.plots.base import COLOURS, NEUTRAL, Json, Style, escaped, figure, log_axis, short
+from fire_llm.plots.base import COLOURS, NEUTRAL, Json, Style, band, escaped, figure, log_axis, short
 
 Curve = Sequence[Mapping[str, Any]]
 
@@ -52,10 +52,8 @@ def loss_figure(
                 per_seed.setdefault(tokens, []).append(loss)
         spread = [(t, min(v), max(v)) for t, v in sorted(per_seed.items()) if len(v) > 1]
         if spread:
-            x = [t for t, _, _ in spread] + [t for t, _, _ in reversed(spread)]
-            y = short([low for _, low, _ in spread] + [high for _, _, high in reversed(spread)])
-            look = {"fill": "toself", "fillcolor": style.shade, "line": {"width": 0}, "mode": "lines"}
-            bands.append(go.Scatter(x=x, y=y, hoverinfo="skip", legendgroup=arm, **look))
+            tokens_at, low, high = zip(*spread, strict=True)
+            bands.append(band(tokens_at, low, high, arm, style))
         what = "training loss %{y:.4f}" if corpus is None else "NLL %{y:.4f} · perplexity %{customdata:.2f}"
         lines.append(
             go.Scatter(

@@ -72,6 +72,22 @@ def number(value: float) -> str:
     return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
 
 
+def band(x: Sequence[Any], low: Sequence[float], high: Sequence[float], arm: str, style: Style) -> Any:
+    """Return the trace of a shaded band between two lines over the same x."""
+    from plotly import graph_objects as go
+
+    return go.Scatter(
+        x=[*x, *reversed(x)],
+        y=short([*low, *reversed(high)]),
+        fill="toself",
+        fillcolor=style.shade,
+        line={"width": 0},
+        mode="lines",
+        hoverinfo="skip",
+        legendgroup=arm,
+    )
+
+
 def log_axis(low: float, high: float, steps: Sequence[int] = (1,)) -> Json:
     """Return a logarithmic axis with plain numbers at `steps` of every power of ten between two positive ends."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)

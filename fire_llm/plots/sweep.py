@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from fire_llm.plots.base import Json, Style, escaped, figure, log_axis, short
+from fire_llm.plots.base import Json, Style, band, escaped, figure, log_axis
 
 LOG_FROM = 10.0
 """Ratio of the largest value to the smallest from which an axis is logarithmic."""
@@ -19,10 +19,10 @@ def key_figure(
     styles: Mapping[str, Style],
     unit: str = "final nats per token",
 ) -> Json | None:
-    """Draw the final NLL against a swept key: a line for each (arm, other settings), the seeds' range as a band.
+    """Draw a loss against a key, swept or of a stream's phases: a line for each (arm, other settings), seeds as a band.
 
     Args:
-        lines: (arm, other settings, "" where nothing else is swept) → (the key's value, the NLL of each seed).
+        lines: (arm, other settings, "" where nothing else is swept) → (the key's value, nats per token of each seed).
         key: The name of the axis.
         styles: By arm.
         unit: The name of the other axis.
@@ -43,9 +43,8 @@ def key_figure(
         points = sorted(points, key=lambda point: point[0]) if numbers else points
         x = [value if numbers else _words(value) for value, _ in points]
         if any(len(seeds) > 1 for _, seeds in points):
-            ends = short([min(seeds) for _, seeds in points] + [max(seeds) for _, seeds in reversed(points)])
-            look: Json = {"fill": "toself", "fillcolor": style.shade, "line": {"width": 0}}
-            bands.append(go.Scatter(x=x + x[::-1], y=ends, mode="lines", hoverinfo="skip", legendgroup=arm, **look))
+            low, high = zip(*((min(seeds), max(seeds)) for _, seeds in points), strict=True)
+            bands.append(band(x, low, high, arm, style))
         traces.append(
             go.Scatter(
                 x=x,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import groupby
@@ -80,16 +80,16 @@ def jobs_of(cells: Sequence[Cell], output: Path) -> list[Job]:
     return jobs
 
 
-def of_arms(jobs: Sequence[Job], arms: Iterable[str]) -> list[Job]:
+def of_arms(jobs: Sequence[Job], arms: Sequence[str]) -> list[Job]:
     """Return the jobs of the named arms, in all cells, and those that they start from; all of them for no arms.
 
     Raises:
         UserError: For an arm that a cell has not.
     """
-    wanted, chosen = list(arms), []
+    chosen: list[Job] = []
     for _, own in groupby(jobs, lambda job: job.cell.name):
         by_folder = {job.unit.folder: job for job in own}
-        chosen += [by_folder[unit.folder] for unit in select([job.unit for job in by_folder.values()], wanted)]
+        chosen += [by_folder[unit.folder] for unit in select([job.unit for job in by_folder.values()], arms)]
     return chosen
 
 

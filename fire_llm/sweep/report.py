@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -99,7 +99,7 @@ def _trade_off(summary: Summary, looks: dict[str, Style]) -> Json:
     return block("Plasticity and retention", text, [("", figure)])
 
 
-def print_cells(cells: Sequence[Cell], output: Path, arms: Iterable[str] = ()) -> None:
+def print_cells(cells: Sequence[Cell], output: Path, arms: Sequence[str] = ()) -> None:
     """Print the cells and what is to do in each: the units' states."""
     from rich import box
     from rich.console import Console
@@ -115,7 +115,7 @@ def print_cells(cells: Sequence[Cell], output: Path, arms: Iterable[str] = ()) -
         table.add_row(escape(job.cell.name or "–"), escape(job.unit.folder), escape(_state(job, seen)))
         seen.setdefault(job.key, job)
     Console().print(table)
-    plans = {cell.name: plan(cell.recipe, cell.folder(output)) for cell in cells}
+    plans = {cell.name: plan(cell.recipe, cell.folder(output), arms) for cell in cells}
     rows = {(name, row["unit"]): row for name, planned in plans.items() for row in planned["units"]}
     once = [rows[job.cell.name, job.unit.folder] for job in seen.values()]
     print(f"{len(cells)} cells of {len(jobs)} units, {len(once)} of them different: each is trained once")

@@ -10,11 +10,11 @@ from typing import Any
 from transformers import TrainerCallback
 
 from fire_llm.errors import UserError
+from fire_llm.models import initial_model
 from fire_llm.resets import ResetReport, ResetsLike, apply_reset, parse_resets
 from fire_llm.resets.spec import refuse_kinds
 from fire_llm.staging import write_json
 from fire_llm.trainer.gradients import gather_gradient
-from fire_llm.trainer.penalties import step_0
 from fire_llm.trainer.sharding import load_optimizer, refuse_engines
 
 
@@ -78,7 +78,8 @@ class ResetCallback(TrainerCallback):
             self._apply(args, **kwargs)
 
     def _apply(self, args: Any, model: Any = None, optimizer: Any = None, **_: Any) -> None:
-        initial = step_0(self.resets, self.initial, model.config, args.seed if self.seed is None else self.seed)
+        seed = args.seed if self.seed is None else self.seed
+        initial = initial_model(self.resets, self.initial, model.config, seed)
         gathering = self._trainer is not None and any(r.needs_gradient for r in self.resets)
         if gathering:
             gather_gradient(self._trainer, self.resets)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fire_llm.errors import UserError
+from fire_llm.evaluation.scoring import evaluating
 
 PROBE = (11, 1, 20)
 """Tokens of the documents that a model is looked at with: beyond a convolution's reach, and one alone."""
@@ -28,18 +29,14 @@ def check_document_mask(model: Any) -> None:
     longest = getattr(text, "max_position_embeddings", None) or max(PROBE)
     documents = [torch.arange(min(n, longest), device=device) for n in PROBE]
     ids = [(places * 7 + 3 * len(places))[None] % int(text.vocab_size) for places in documents]
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             alone = torch.cat([model(input_ids=one, use_cache=False).logits for one in ids], dim=1)
             packed = model(
                 input_ids=torch.cat(ids, dim=1), position_ids=torch.cat(documents)[None], use_cache=False
             ).logits
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"batch.document_mask: {name} takes no positions of documents ({error}). {_INSTEAD}") from error
-    finally:
-        model.train(training)
     # Rounding differs between one long product and three short ones; a document that is seen moves a logit by its size.
     # In fp64 too some classes take their softmax in fp32.
     near = 256 * torch.finfo(torch.float32).eps * float(alone.abs().max())

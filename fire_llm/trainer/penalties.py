@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from fire_llm.errors import UserError
 from fire_llm.layout import LogicalMatrix
-from fire_llm.models import fresh_model
+from fire_llm.models import initial_model
 from fire_llm.resets import RESETS, ResetsLike, ResetSpec, parse_resets
 from fire_llm.resets.plan import Plan
 from fire_llm.resets.spec import refuse_kinds
@@ -48,7 +48,8 @@ class PenaltyCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Find what is penalised, and the weights it is drawn to."""
-        initial = step_0(self.penalties, self.initial, model.config, args.seed if self.seed is None else self.seed)
+        seed = args.seed if self.seed is None else self.seed
+        initial = initial_model(self.penalties, self.initial, model.config, seed)
         plan = Plan.of(model, self.penalties, initial, "penalty")
         starts = {piece.parameter: piece.tensor for piece in plan.start.values()}
         self._terms = []
@@ -76,12 +77,6 @@ class PenaltyCallback(TrainerCallback):
         if not self._added:
             raise UserError("PenaltyCallback acts before gradients are clipped: use fire_llm's ContinualTrainer")
         self._added = False
-
-
-def step_0(specs: list[ResetSpec], given: Any, config: Any, seed: int) -> Any:
-    """Return the step-0 weights: those given, else, where one of the specs wants them, newly drawn ones."""
-    wanted = given is None and any(spec.needs_initial for spec in specs)
-    return fresh_model(config, seed) if wanted else given
 
 
 def _gradient(method: str, beside: list[Tensor], options: dict[str, Any], w: Tensor) -> Tensor:
