@@ -121,7 +121,7 @@ def test_replicas_on_cpus(asked, tmp_path, monkeypatch):
     assert main(["run", "demo", *given]) == 0
     args, settings, environment = asked[0]
     assert args.multi_gpu and not args.use_fsdp and not args.cpu and args.module and args.training_script == "fire_llm"
-    wanted = ["run", "demo", "--set=precision=fp32", "--arm=fire", f"--output={tmp_path / 'out'}"]
+    wanted = ["run", "demo", "--set=precision=fp32", f"--output={tmp_path / 'out'}", "--arm=fire"]
     assert args.training_script_args == wanted
     assert args.num_processes == 2 and settings["mixed_precision"] == "no"
     assert args.standalone and args.main_process_port == 0  # a port of its own, whatever else runs here
