@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import builtins
 import gzip
+import hashlib
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ import pytest
 
 from fire_llm.corpora import CORPORA, CorpusSpec, builtin, extract, held_out, resolve
 from fire_llm.corpora.builtin import Builtin
+from fire_llm.corpora.cache import content_hashes
 from fire_llm.errors import UserError
 
 ALL = {"holdout": 0.0}
@@ -120,10 +122,48 @@ def test_fingerprint_follows_the_file_and_the_settings(tmp_path: Path) -> None:
     assert fingerprint() == first
     assert len({first, fingerprint(holdout=0.2), fingerprint(document="line")}) == 3
     os.utime(path, ns=(1, 1))
-    touched = fingerprint()
+    assert fingerprint() == first  # unpacked again
     path.write_text("one\n\ntwo\n\nthree")
     os.utime(path, ns=(1, 1))
-    assert len({first, touched, fingerprint()}) == 3
+    longer = fingerprint()
+    path.write_text("one\n\ntwo\n\nTHREE")
+    os.utime(path, ns=(2, 2))
+    assert len({first, longer, fingerprint()}) == 3
+
+
+def test_a_corpus_is_what_its_files_hold(tmp_path: Path) -> None:
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text("one\n\ntwo")
+        (tmp_path / folder / "b.txt").write_text("three")
+
+    def fingerprint(folder: str, **settings: object) -> str:
+        return resolve("mine", CorpusSpec(**settings), tmp_path / folder).fingerprint
+
+    both: dict[str, object] = {"files": ["a.txt", "b.txt"]}
+    assert fingerprint("here", **both) == fingerprint("there", **both)
+    splits: list[dict[str, object]] = [both, {"files": "a.txt"}, {"files": "a.txt", "validation": "b.txt"}]
+    assert len({fingerprint("here", **split) for split in splits}) == 3
+    (tmp_path / "there" / "b.txt").rename(tmp_path / "there" / "0.txt")  # now the first to be read
+    assert fingerprint("there", files="*.txt") != fingerprint("here", files="*.txt")
+    (tmp_path / "here" / "a.json").write_text('["one"]')
+    (tmp_path / "here" / "a.txt").write_text('["one"]')
+    assert fingerprint("here", files="a.json") != fingerprint("here", files="a.txt")
+
+
+def test_a_hash_is_remembered_and_a_spoiled_note_is_not_believed(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("FIRE_LLM_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"abc" * 700_000)
+    wanted = [hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()]
+    assert content_hashes("a", [path]) == wanted
+    (note,) = (tmp_path / "cache" / "hashes").iterdir()
+    note.write_text("0" * 32)
+    assert content_hashes("a", [path]) == ["0" * 32]
+    note.write_text("0" * 31)
+    assert content_hashes("a", [path]) == wanted and note.read_text() == wanted[0]
+    monkeypatch.setenv("FIRE_LLM_CACHE", str(path / "no-folder"))
+    assert content_hashes("a", [path]) == wanted
 
 
 def wrong_files(root: Path) -> None:

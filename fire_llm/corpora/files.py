@@ -9,9 +9,10 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 
+from fire_llm.corpora.cache import content_hashes, reporting
 from fire_llm.corpora.spec import Corpus, CorpusSpec, Files, split_by_hash
 from fire_llm.errors import UserError, did_you_mean
 
@@ -56,11 +57,11 @@ def file_corpus(name: str, spec: CorpusSpec, root: Path) -> Corpus:
     if spec.text and False not in plain_text:
         raise UserError(f"corpus '{name}': 'text' names a column, and .txt files have none. Remove it.")
     holdout = DEFAULT_HOLDOUT if spec.holdout is None else spec.holdout
-    state = []
-    for path in train + validation:
-        stat = path.stat()
-        state.append((str(path), path in validation, stat.st_size, stat.st_mtime_ns))
-    identity = f"files {state} text={spec.text} document={spec.document} holdout={holdout if not validation else None}"
+    paths = train + validation
+    held = zip(content_hashes(name, paths), paths, strict=True)
+    state = [(content, path in validation, *file_kind(path)) for content, path in held]
+    digest = blake2b(repr(state).encode(), digest_size=16).hexdigest()
+    identity = f"files {digest} text={spec.text} document={spec.document} holdout={holdout if not validation else None}"
     read = (
         (lambda split: read_files(name, train if split == "train" else validation, spec))
         if validation
@@ -110,7 +111,7 @@ def read_files(name: str, paths: Iterable[Path], spec: CorpusSpec) -> Iterator[s
     column = spec.text or "text"
     for path in paths:
         suffix, compression = file_kind(path)
-        with _reporting(name, path):
+        with reporting(name, path):
             if suffix == ".parquet":
                 yield from _read_parquet(name, path, column)
                 continue
@@ -119,20 +120,6 @@ def read_files(name: str, paths: Iterable[Path], spec: CorpusSpec) -> Iterator[s
                     yield from _DOCUMENTS[spec.document or "blank-line"](_lines(name, path, stream))
                 else:
                     yield from _read_json(name, path, stream, column, array_allowed=suffix == ".json")
-
-
-@contextmanager
-def _reporting(name: str, path: Path) -> Iterator[None]:
-    """Turn what the file system and the decompressors raise into a message that names the file."""
-    try:
-        yield
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(
-            f"corpus '{name}': cannot read {path}: {error.strerror or error}. "
-            "Check its permissions; fetch it again if it is damaged or truncated."
-        ) from error
 
 
 def _open(path: Path, compression: str) -> io.BufferedReader:

@@ -59,7 +59,7 @@ class Corpus:
 
     Attributes:
         name: the name in the recipe.
-        fingerprint: text that changes whenever the documents would; computed without reading them.
+        fingerprint: text that changes whenever the documents would; of local files, by what they hold.
         read: opens a split anew and yields its documents. Called by `documents`.
         approximate_bytes: about how many bytes of text there are, for progress bars; None where that is not known.
     """

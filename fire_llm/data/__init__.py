@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from fire_llm.data.mixture import SAMPLINGS, Mixture, permute
 from fire_llm.data.tokenizer import train_tokenizer
-from fire_llm.data.tokens import TokenFile, cache_folder, tokenize_corpus
+from fire_llm.data.tokens import TokenFile, tokenize_corpus
 
 __all__ = [
     "SAMPLINGS",
     "Mixture",
     "TokenFile",
-    "cache_folder",
     "permute",
     "tokenize_corpus",
     "train_tokenizer",

@@ -19,6 +19,7 @@ import filelock
 import numpy as np
 
 from fire_llm.corpora import Corpus
+from fire_llm.corpora.cache import CACHE_VARIABLE, cache_folder
 from fire_llm.data.encode import Encoder, batches
 from fire_llm.errors import UserError
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 3
 """Raised whenever the files below would be laid out or filled differently."""
-CACHE_VARIABLE = "FIRE_LLM_CACHE"
 BAR_DELAY = 1.0
 """Seconds before a progress bar shows; what is done by then needs none."""
 PARTIAL = ".partial"
@@ -111,11 +111,6 @@ class TokenFile:
 
 def _reopen(path: Path, n_tokens: int) -> TokenFile:
     return TokenFile.open(path).first(n_tokens)
-
-
-def cache_folder(cache: str | Path | None = None) -> Path:
-    """Return the folder that holds token files: `cache`, else $FIRE_LLM_CACHE, else ~/.cache/fire_llm."""
-    return Path(cache or os.environ.get(CACHE_VARIABLE) or "~/.cache/fire_llm").expanduser()
 
 
 def tokenize_corpus(

@@ -1,0 +1,84 @@
+"""The cache folder, and the hashes of files that are remembered in it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from hashlib import blake2b
+from pathlib import Path
+
+from fire_llm.errors import UserError
+
+CACHE_VARIABLE = "FIRE_LLM_CACHE"
+_CHUNK = 1 << 20
+_DIGITS = 32
+
+
+def cache_folder(cache: str | Path | None = None) -> Path:
+    """Return the folder of what is computed once: `cache`, else $FIRE_LLM_CACHE, else ~/.cache/fire_llm."""
+    return Path(cache or os.environ.get(CACHE_VARIABLE) or "~/.cache/fire_llm").expanduser()
+
+
+@contextmanager
+def reporting(name: str, path: Path) -> Iterator[None]:
+    """Turn what the file system and the decompressors raise into a message that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"corpus '{name}': cannot read {path}: {error.strerror or error}. "
+            "Check its permissions; fetch it again if it is damaged or truncated."
+        ) from error
+
+
+def content_hashes(name: str, paths: Sequence[Path]) -> list[str]:
+    """Return the hash of what each file holds (BLAKE2b, 128 bits, as hex), wherever it lies and however old it is.
+
+    A file is read at about 1 GB/s, once: its hash is remembered in the cache folder, under its path, its size and the
+    time it was last modified. Where that folder cannot be written to it is read each time.
+
+    Args:
+        name: the corpus's, for the progress bar.
+        paths: files that are there.
+
+    Raises:
+        UserError: for a file that cannot be read.
+    """
+    from tqdm import tqdm
+
+    folder = cache_folder() / "hashes"
+    found = {path: _remembered(folder / _key(path)) for path in paths}
+    unread = [path for path, known in found.items() if known is None]
+    hidden = os.environ.get("RANK", "0") != "0"
+    size = sum(path.stat().st_size for path in unread)
+    title = f"hashing {name}"
+    with tqdm(desc=title, total=size, unit="B", unit_scale=True, leave=False, delay=1, disable=hidden) as bar:
+        for path in unread:
+            key = _key(path)  # before it is read: a file that changes meanwhile is read again
+            state = blake2b(digest_size=_DIGITS // 2)
+            with reporting(name, path), path.open("rb") as file:
+                while chunk := file.read(_CHUNK):
+                    state.update(chunk)
+                    bar.update(len(chunk))
+            found[path] = state.hexdigest()
+            with suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / key).write_text(state.hexdigest())
+    return [found[path] or "" for path in paths]
+
+
+def _key(path: Path) -> str:
+    stat = path.stat()
+    identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    return blake2b(identity.encode(errors="surrogateescape"), digest_size=_DIGITS // 2).hexdigest()
+
+
+def _remembered(note: Path) -> str | None:
+    """Return a hash that was written down whole."""
+    with suppress(OSError, UnicodeDecodeError):
+        text = note.read_text()
+        return text if len(text) == _DIGITS else None
+    return None
