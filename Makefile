@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+PYTEST  = $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 .PHONY: help demo test test-all lint format schema clean
 
@@ -19,10 +20,10 @@ demo: $(VENV)/.installed  ## pretrain, reset, continue, compare: offline, on a C
 	$(BIN)/fire-llm demo $(ARGS)
 
 test: $(VENV)/.installed  ## run the tests (no network, no accelerator)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(VENV)/.installed  ## run the slow tests too
-	$(BIN)/python -m pytest -m 'not gpu'
+	$(PYTEST) -m 'not gpu'
 
 lint: $(VENV)/.installed  ## check style, imports and types
 	$(BIN)/ruff check .

@@ -141,12 +141,13 @@ def signal_before(monkeypatch, name: str, call: int) -> None:
 )
 def test_what_a_signal_waits_for(name, call, said, saved, tmp_path, monkeypatch):
     signal_before(monkeypatch, name, call)
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt) as stopped:
         run_recipe(load_recipe(recipe(tmp_path)), tmp_path / "run", progress=False)
     assert stopped.value.code == 143 and stopped.value.said == said
     found = checkpoints(tmp_path / "run" / "first" / "seed-1")
     assert (found[-1][1] if found else None) == saved
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_the_command_line_ends_with_143_says_where_and_goes_on(tmp_path, monkeypatch, capsys):
