@@ -57,6 +57,6 @@ def test_the_demo_compares_eight_arms_on_two_corpora(tmp_path, capsys):
 def test_the_recipe_on_real_text(tmp_path, shared_data):
     sets = [f"data_root={shared_data}", f"tokenizer.path={shared_data / 'gpt2-tokenizer'}", "phases.0.steps=2"]
     recipe = Path(__file__).parent.parent / "recipes" / "small" / "wiki-web.yaml"
-    short = shortened(*sets, "phases.1.steps=1", "evaluate.max_tokens=16384")
+    short = shortened(*sets, "seed=1", "phases.1.steps=1", "evaluate.max_tokens=16384")
     assert main(["run", str(recipe), "--output", str(tmp_path / "run"), *short]) == 0
-    assert list(arms_of(tmp_path / "run")) == ["base", "full-reset", "s-and-p", "fire", "fire+head"]
+    assert list(arms_of(tmp_path / "run")) == ["base", "full-reset", "s-and-p", "fire", "fire+head", "fire+s-and-p"]
