@@ -50,8 +50,8 @@ def content_hashes(name: str, paths: Sequence[Path]) -> list[str]:
     from tqdm import tqdm
 
     folder = cache_folder() / "hashes"
-    found = {path: _remembered(folder / _key(path)) for path in paths}
-    unread = [path for path, known in found.items() if known is None]
+    found = {path: known for path in paths if (known := _remembered(folder / _key(path)))}
+    unread = [path for path in paths if path not in found]
     hidden = os.environ.get("RANK", "0") != "0"
     size = sum(path.stat().st_size for path in unread)
     title = f"hashing {name}"
@@ -67,7 +67,7 @@ def content_hashes(name: str, paths: Sequence[Path]) -> list[str]:
             with suppress(OSError):
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / key).write_text(state.hexdigest())
-    return [found[path] or "" for path in paths]
+    return [found[path] for path in paths]
 
 
 def _key(path: Path) -> str:
