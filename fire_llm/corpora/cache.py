@@ -37,8 +37,8 @@ def reporting(name: str, path: Path) -> Iterator[None]:
 def content_hashes(name: str, paths: Sequence[Path]) -> list[str]:
     """Return the hash of what each file holds (BLAKE2b, 128 bits, as hex), wherever it lies and however old it is.
 
-    A file is read once, at hundreds of MB/s: its hash is remembered in the cache folder, under its path, its size and the
-    time it was last modified. Where that folder cannot be written to it is read each time.
+    A file is read once, at hundreds of MB/s: its hash is remembered in the cache folder, under its path, its size and
+    the time it was last modified. Where that folder cannot be written to, it is read each time.
 
     Args:
         name: the corpus's, for the progress bar.
