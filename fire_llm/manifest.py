@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
@@ -23,7 +24,7 @@ def write_manifest(folder: Path) -> int:
     """List every file below a folder with its size and hash; return their bytes together."""
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
     sizes = {name: (folder / name).stat().st_size for name in names}
-    files = {name: {"bytes": size, "blake2b": _hash(folder / name)} for name, size in sizes.items()}
+    files = {name: {"bytes": size, "blake2b": hash_file(folder / name)} for name, size in sizes.items()}
     write_json(folder / MANIFEST, {"piece_bytes": PIECE, "files": files})
     return sum(sizes.values())
 
@@ -53,7 +54,7 @@ def damage(folder: Path, *, contents: bool = True, from_disk: bool = False) -> s
             size = path.stat().st_size
             if size != listed["bytes"]:
                 return f"{name} has {size} bytes instead of {listed['bytes']}"
-            if contents and _hash(path, manifest["piece_bytes"], from_disk) != listed["blake2b"]:
+            if contents and hash_file(path, manifest["piece_bytes"], from_disk=from_disk) != listed["blake2b"]:
                 return f"{name} is not what was written: its hash differs"
         except FileNotFoundError:
             return f"{name} is missing"
@@ -95,8 +96,20 @@ def _read(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _hash(path: Path, piece: int = PIECE, from_disk: bool = False) -> str:
-    """Hash the hashes of a file's pieces, so that all cores can work on one file."""
+def hash_file(
+    path: Path, piece: int = PIECE, *, from_disk: bool = False, advance: Callable[[int], object] = lambda _: None
+) -> str:
+    """Hash the hashes of a file's pieces, so that all cores can work on one file.
+
+    Args:
+        path: The file.
+        piece: Bytes of a piece.
+        from_disk: Whether to forget first what the system holds of it in memory.
+        advance: Told the bytes of each piece that is done.
+
+    Returns:
+        BLAKE2b, 256 bits, as hex.
+    """
     with path.open("rb") as file, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         size = os.fstat(file.fileno()).st_size
         if from_disk and hasattr(os, "posix_fadvise"):
@@ -105,4 +118,8 @@ def _hash(path: Path, piece: int = PIECE, from_disk: bool = False) -> str:
         def digest(start: int) -> bytes:
             return blake2b(os.pread(file.fileno(), piece, start), digest_size=32).digest()
 
-        return blake2b(b"".join(pool.map(digest, range(0, size, piece))), digest_size=32).hexdigest()
+        whole, starts = blake2b(digest_size=32), range(0, size, piece)
+        for start, found in zip(starts, pool.map(digest, starts), strict=True):
+            whole.update(found)
+            advance(min(piece, size - start))
+        return whole.hexdigest()

@@ -155,12 +155,13 @@ def test_a_hash_is_remembered_and_a_spoiled_note_is_not_believed(tmp_path: Path,
     monkeypatch.setenv("FIRE_LLM_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "a.txt"
     path.write_bytes(b"abc" * 700_000)
-    wanted = [hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()]
+    piece = hashlib.blake2b(path.read_bytes(), digest_size=32).digest()
+    wanted = [hashlib.blake2b(piece, digest_size=32).hexdigest()]
     assert content_hashes("a", [path]) == wanted
     (note,) = (tmp_path / "cache" / "hashes").iterdir()
-    note.write_text("0" * 32)
-    assert content_hashes("a", [path]) == ["0" * 32]
-    note.write_text("0" * 31)
+    note.write_text("0" * 64)
+    assert content_hashes("a", [path]) == ["0" * 64]
+    note.write_text("0" * 63)
     assert content_hashes("a", [path]) == wanted and note.read_text() == wanted[0]
     monkeypatch.setenv("FIRE_LLM_CACHE", str(path / "no-folder"))
     assert content_hashes("a", [path]) == wanted

@@ -9,10 +9,11 @@ from hashlib import blake2b
 from pathlib import Path
 
 from fire_llm.errors import UserError
+from fire_llm.manifest import hash_file
 
 CACHE_VARIABLE = "FIRE_LLM_CACHE"
-_CHUNK = 1 << 20
-_DIGITS = 32
+_DIGITS = 64
+_untaken: dict[str, str] = {}  # what the cache folder did not take, for as long as this process lives
 
 
 def cache_folder(cache: str | Path | None = None) -> Path:
@@ -35,10 +36,10 @@ def reporting(name: str, path: Path) -> Iterator[None]:
 
 
 def content_hashes(name: str, paths: Sequence[Path]) -> list[str]:
-    """Return the hash of what each file holds (BLAKE2b, 128 bits, as hex), wherever it lies and however old it is.
+    """Return the hash of what each file holds (`hash_file`), wherever it lies and however old it is.
 
     A file is read once, at hundreds of MB/s: its hash is remembered in the cache folder, under its path, its size and
-    the time it was last modified. Where that folder cannot be written to, it is read each time.
+    the time it was last modified. Where that folder cannot be written to, each process reads it once.
 
     Args:
         name: the corpus's, for the progress bar.
@@ -50,7 +51,7 @@ def content_hashes(name: str, paths: Sequence[Path]) -> list[str]:
     from tqdm import tqdm
 
     folder = cache_folder() / "hashes"
-    found = {path: known for path in paths if (known := _remembered(folder / _key(path)))}
+    found = {path: known for path in paths if (known := _remembered(folder, _key(path)))}
     unread = [path for path in paths if path not in found]
     hidden = os.environ.get("RANK", "0") != "0"
     size = sum(path.stat().st_size for path in unread)
@@ -58,27 +59,26 @@ def content_hashes(name: str, paths: Sequence[Path]) -> list[str]:
     with tqdm(desc=title, total=size, unit="B", unit_scale=True, leave=False, delay=1, disable=hidden) as bar:
         for path in unread:
             key = _key(path)  # before it is read: a file that changes meanwhile is read again
-            state = blake2b(digest_size=_DIGITS // 2)
-            with reporting(name, path), path.open("rb") as file:
-                while chunk := file.read(_CHUNK):
-                    state.update(chunk)
-                    bar.update(len(chunk))
-            found[path] = state.hexdigest()
-            with suppress(OSError):
+            with reporting(name, path):
+                found[path] = hash_file(path, advance=bar.update)
+            try:
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / key).write_text(state.hexdigest())
+                (folder / key).write_text(found[path])
+            except OSError:
+                _untaken[key] = found[path]
     return [found[path] for path in paths]
 
 
 def _key(path: Path) -> str:
     stat = path.stat()
     identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-    return blake2b(identity.encode(errors="surrogateescape"), digest_size=_DIGITS // 2).hexdigest()
+    return blake2b(identity.encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
-def _remembered(note: Path) -> str | None:
-    """Return a hash that was written down whole."""
+def _remembered(folder: Path, key: str) -> str | None:
+    """Return a hash that was written down whole, or that could not be."""
     with suppress(OSError, UnicodeDecodeError):
-        text = note.read_text()
-        return text if len(text) == _DIGITS else None
-    return None
+        text = (folder / key).read_text()
+        if len(text) == _DIGITS:
+            return text
+    return _untaken.get(key)
