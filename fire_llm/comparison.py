@@ -114,7 +114,7 @@ class Comparison:
         if not resets:
             phases = (self.results.get("recipe") or {}).get("phases") or []
             plans = [(p.get("arms") or {}).get(arm.split("@")[0]) for p in phases if isinstance(p, dict)]
-            plan: Any = next((p for p in plans if p), [])
+            plan: Any = next((p for p in reversed(plans) if p), [])
             resets = plan if isinstance(plan, list) else [plan]
         return [reset.get("method", "") for reset in resets]
 
@@ -123,12 +123,23 @@ class Comparison:
         start: Json = next((r["start"] for r in self.runs(arm) if r.get("start")), {})
         return f"{start.get('phase')}/{start.get('checkpoint')}"
 
+    def always(self, arm: str, method: str) -> bool:
+        """Say whether an arm and those of earlier phases that it goes on from apply this method and no other."""
+        run, methods = next(iter(self.runs(arm)), None), self.methods(arm)
+        while methods == [method] and (run := run and self.parent(run)) and run.get("reset"):
+            methods = [reset.get("method", "") for reset in run["reset"].get("resets") or []]
+        return methods == [method]
+
     def reference(self, arm: str, method: str) -> str | None:
-        """Return the arm with only this method (`keep`: the base, `full_reset`) that shares the arm's start."""
+        """Return the arm with only this method (`keep`: the base, `full_reset`) that shares the arm's start.
+
+        Where none does, as in a stream, it is the one that never applied another.
+        """
         found = [other for other in self.arms if self.methods(other) == [method]]
-        return next(
-            (other for other in found if self.start(other) == self.start(arm)), found[0] if len(found) == 1 else None
-        )
+        whole = [other for other in found if self.always(other, method)]
+        beside = [other for other in found if self.start(other) == self.start(arm) and (other != arm or arm in whole)]
+        alone = whole or found
+        return beside[0] if beside else alone[0] if len(alone) == 1 else None
 
     def by_seed(self, arm: str, corpus: str) -> dict[Any, float]:
         """Return the final NLL of each seed that has one."""

@@ -85,7 +85,7 @@ def section(results: Json, index: int) -> Json:
     }
     agree, note = c.batches()
     recipe = c.results.get("recipe")
-    looks = palette(list(c.arms), [arm for arm in c.arms if c.methods(arm) == ["keep"]])
+    looks = palette(list(c.arms), [arm for arm in c.arms if c.always(arm, "keep")])
     return {
         "name": c.results.get("name") or f"run {index + 1}",
         "created": c.results.get("created"),

@@ -10,22 +10,23 @@ from fire_llm.comparison import Comparison
 from fire_llm.report import markdown_table, write_report
 from fire_llm.stream import Stream
 
-ARMS = {"base": "keep", "full-reset": "full_reset"}
+ARMS = {"base": "keep", "full-reset": "full_reset", "once": "shrink_perturb"}
+LAST = {**ARMS, "once": "keep"}
 
 
 @pytest.fixture(scope="module")
 def stream(texts, tmp_path_factory):  # noqa: F811
-    """Run a phase without arms and two with two each, a few steps long."""
+    """Run a phase without arms and two with three each, a few steps long; the third arm resets once."""
     data = recipe_data(texts)
     data["phases"][0].update(steps=8, keep=[])
     data["phases"][1].update(steps=4, arms=ARMS)
-    data["phases"].append({"name": "third", "data": {"b": 1.0}, "steps": 2, "arms": ARMS})
+    data["phases"].append({"name": "third", "data": {"b": 1.0}, "steps": 2, "arms": LAST})
     return run_recipe(load_recipe(data), tmp_path_factory.mktemp("stream"), progress=False)
 
 
 def test_results_tell_which_arm_each_phase_and_start_belongs_to(stream):
     assert [(p["phase"], p["arm"]) for p in stream["phases"]] == [
-        ("first", None), ("second", "base"), ("second", "full-reset"),
+        ("first", None), ("second", "base"), ("second", "full-reset"), ("second", "once"),
     ]  # fmt: skip
     assert stream["arms_phase"] == "third" and set(stream["arms"]) == set(ARMS)
     assert stream["phases"][1]["start"] == {"phase": "first", "arm": None, "checkpoint": "final", "step": 8}
@@ -39,7 +40,7 @@ def test_forgetting_counts_from_an_arms_own_parent(stream):
         [(_, forgotten)] = compared.retention(name)
         before, after = own["final"]["a"]["nll"], stream["arms"][name]["final"]["a"]["nll"]
         assert forgotten == pytest.approx(after - before)
-    base, full_reset = (own["final"]["a"]["nll"] for own in stream["phases"][1:])
+    base, full_reset, _ = (own["final"]["a"]["nll"] for own in stream["phases"][1:])
     assert abs(base - full_reset) > 0.01
 
 
@@ -61,10 +62,21 @@ def test_the_course_of_an_arm_is_read_off_its_own_ancestors(stream):
         assert course.learned(name) == {phase: {1: pytest.approx(nll)} for phase, nll in then.items()}
         lost = {"first": final["a"]["nll"] - then["first"], "second": final["b"]["nll"] - then["second"]}
         assert course.forgotten(name) == {phase: [pytest.approx(nll)] for phase, nll in lost.items()}
-    base, full_reset = second
+    base, full_reset, once = second
     apart = course.against_base("full-reset")
     assert apart["second"] == [pytest.approx(full_reset["final"]["b"]["nll"] - base["final"]["b"]["nll"])]
     assert course.against_base("base") == {"second": [0.0], "third": [0.0]}
+    assert course.against_base("once")["second"] == [
+        pytest.approx(once["final"]["b"]["nll"] - base["final"]["b"]["nll"])
+    ]
+
+
+def test_an_arm_that_resets_once_is_no_base(stream):
+    compared = Comparison(stream)
+    assert compared.methods("once") == compared.methods("base") == ["keep"]
+    assert [arm for arm in compared.arms if compared.always(arm, "keep")] == ["base"]
+    assert [compared.reference(arm, "keep") for arm in compared.arms] == ["base"] * 3
+    assert [compared.reference(arm, "full_reset") for arm in compared.arms] == ["full-reset"] * 3
 
 
 def test_the_page_and_the_tables_follow_a_stream(stream, tmp_path):
