@@ -22,7 +22,9 @@ from tiny_recipe import recipe
 from fire_llm import UserError, load_recipe, run_recipe
 from fire_llm.cli import main
 from fire_llm.locks import held
-from fire_llm.recipe import load_cells
+from fire_llm.plots.base import palette
+from fire_llm.plots.sweep import key_figure
+from fire_llm.recipe import load_cells, words
 from fire_llm.run import only_run
 from fire_llm.staging import checkpoints
 from fire_llm.sweep import run_sweep, worker
@@ -98,6 +100,10 @@ def test_names_are_safe_short_and_differ_but_for_capitals(path):
     assert len({n.lower() for n in names}) == 6
     for name in names:
         assert len(name) <= 100 and not set(name) & set('/\\ "{}[]:*?<>|') and not name.startswith((".", "-"))
+    mixed = [
+        c.name for c in load_cells(path, [], ["phases.0.data=[{a: 1.0},{a: 0.9, b: 0.1}]", "phases.0.keep=[[4],[]]"])
+    ]
+    assert mixed[1::2] == ["data=a-1.0,keep=none", "data=a-0.9,b-0.1,keep=none"]
     signs = [c.name for c in load_cells(path, [], ["description=['-2', '2', 'A', 'a']"])]
     assert signs[:3] == ["description=-2", "description=2", "description=A"] and signs[3].startswith("description=a,")
 
@@ -465,6 +471,17 @@ def test_the_page_and_the_table_hold_every_arm_once(whole, capsys, tmp_path):
     assert [r["cells"][1] for r in rows[1:]] == [f"{nll[1]:.4f}", f"{nll[5]:.4f}"]
     lines = Summary(sweep.cells, sweep.results).lines("phases.1.arms.fire.iterations", "b")
     assert lines["fire", ""] == [(1, [nll[1]]), (5, [nll[5]])]
+
+
+def test_values_of_many_parts_are_told_in_words_and_drawn_a_line_each():
+    value = {"web & text": 0.9, 'a "b"': 0.1, "arms": {"fire": {"iterations": 5}}, "betas": [0.9, 0.95], "none": []}
+    said = 'web & text 0.9, a "b" 0.1, arms (fire (iterations 5)), betas (0.9, 0.95), none (none)'
+    assert words(value) == said and words("x") == "x" and words(True) == "true" and words(None) == "null"
+    points = [("web & text 1.0", [2.0]), ('web & text 0.9, a "b" 0.1', [1.0])]
+    drawn = key_figure({("fire", ""): points}, "data", palette(["fire"]))
+    assert drawn is not None and drawn["layout"]["xaxis"]["type"] == "category"
+    # Plotly reads &amp; and <br> in a label, and would show &quot; as it is written.
+    assert list(drawn["data"][0]["x"]) == ["web &amp; text 1.0", 'web &amp; text 0.9<br>a "b" 0.1']
 
 
 def test_a_sweep_without_arms_compares_its_last_phase(path, tmp_path):

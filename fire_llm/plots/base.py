@@ -57,7 +57,7 @@ def palette(arms: Sequence[str], neutral: Iterable[str] = ()) -> dict[str, Style
 
 def escaped(value: str, width: int = 28) -> str:
     """Escape text for plotly, which reads labels as a small HTML and `%{…}` as a field; the rest is cut off."""
-    return html.escape(value if len(value) <= width else value[: width - 1] + "…").replace("%", "&#37;")
+    return html.escape(value if len(value) <= width else value[: width - 1] + "…", quote=False).replace("%", "&#37;")
 
 
 def short(values: Iterable[float | None]) -> list[float | None]:

@@ -65,4 +65,6 @@ def key_figure(
 
 
 def _words(value: Any) -> str:
-    return escaped(value if isinstance(value, str) else json.dumps(value), 40)
+    """Write a value on the axis: a line for each of its parts."""
+    parts = value.split(", ") if isinstance(value, str) else [json.dumps(value)]
+    return "<br>".join(escaped(part, 40) for part in parts)

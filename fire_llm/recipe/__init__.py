@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fire_llm.recipe.grid import Cell, load_cells
+from fire_llm.recipe.grid import Cell, load_cells, words
 from fire_llm.recipe.optimizing import optimizer_of
 from fire_llm.recipe.reading import load_recipe, recipes_folder
 from fire_llm.recipe.sections import ModelSection, OptimizerSection, PhaseSection, Recipe, recipe_schema
@@ -18,4 +18,5 @@ __all__ = [
     "optimizer_of",
     "recipe_schema",
     "recipes_folder",
+    "words",
 ]

@@ -133,8 +133,21 @@ def _short_keys(keys: list[str]) -> dict[str, str]:
     return short
 
 
+def words(value: Any) -> str:
+    """Write a swept value for people: `cleared`, `0.001`, `web-text 0.9, wikitext-2 0.1`."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_part(part)}" for key, part in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(_part, value)) or "none"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _part(value: Any) -> str:
+    return f"({words(value)})" if isinstance(value, Mapping | list) else words(value)
+
+
 def _written(value: Any) -> str:
-    return _safe(value if isinstance(value, str) else json.dumps(value, separators=(",", "-"))) or "none"
+    return _safe(words(value).replace(", ", ",")) or "none"
 
 
 def _safe(text: str) -> str:

@@ -12,7 +12,7 @@ from fire_llm.plan import plan, state_of, totals
 from fire_llm.plots.arms import retention_figure
 from fire_llm.plots.base import Style, palette
 from fire_llm.plots.sweep import key_figure
-from fire_llm.recipe import Cell
+from fire_llm.recipe import Cell, words
 from fire_llm.report import corpus_table, print_table, write_page, write_report
 from fire_llm.staging import checkpoints
 from fire_llm.sweep.jobs import Job, jobs_of, of_arms
@@ -49,13 +49,13 @@ def print_summary(summary: Summary) -> None:
 
 def write_summary(summary: Summary, output: Path) -> Path:
     """Write the page of a sweep: its arms in one table a corpus, plots over the grid, links to the cells' own pages."""
-    keeps = [entry.arm for entry in summary.entries if entry.of.methods(entry.arm) == ["keep"]]
+    keeps = [entry.arm for entry in summary.entries if entry.of.always(entry.arm, "keep")]
     looks = palette(summary.arms, keeps)
     cells = [
         {
             "name": cell.name,
             "link": f"{quote(cell.name)}/report.html",
-            "settings": ", ".join(f"{key} = {value}" for key, value in cell.settings.items()),
+            "settings": ", ".join(f"{key} = {words(value)}" for key, value in cell.settings.items()),
             "reading": comparison.reading()[0],
         }
         for cell, comparison in zip(summary.cells, summary.comparisons, strict=True)

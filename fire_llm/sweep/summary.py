@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from fire_llm.comparison import Comparison
-from fire_llm.recipe import Cell
+from fire_llm.recipe import Cell, words
 from fire_llm.results import mean_scores
 
 Json = dict[str, Any]
@@ -34,7 +34,7 @@ class Entry:
         meant = [cell for cell in every_cell if all(cell.settings[k] == v for k, v in shared.items())]
         if len(meant) > len(self.cells):
             return f"{first.name} and {len(self.cells) - 1} more"
-        return ", ".join(f"{key.rpartition('.')[2]}={json.dumps(value)}" for key, value in shared.items()) or "all"
+        return ", ".join(f"{key.rpartition('.')[2]}={words(value)}" for key, value in shared.items()) or "all"
 
 
 class Summary:
@@ -119,13 +119,15 @@ class Summary:
         return [key for key in keys if len({json.dumps(cell.settings[key]) for cell in self.cells}) > 1]
 
     def lines(self, key: str, corpus: str) -> dict[tuple[str, str], list[tuple[Any, list[float]]]]:
-        """Return (arm, other settings) → (the key's value, the final NLL of each seed) on a corpus."""
+        """Return (arm, other settings) → (the key's value, as a number or in words; NLL of each seed) on a corpus."""
         lines: dict[tuple[str, str], list[tuple[Any, list[float]]]] = {}
         for cell, comparison in zip(self.cells, self.comparisons, strict=True):
-            others = [f"{k}={json.dumps(v)}" for k, v in cell.settings.items() if k != key and k in self.swept()]
+            others = [f"{k}={words(v)}" for k, v in cell.settings.items() if k != key and k in self.swept()]
             for arm in comparison.arms:
                 if seeds := list(comparison.by_seed(arm, corpus).values()):
-                    lines.setdefault((arm, ", ".join(others)), []).append((cell.settings[key], seeds))
+                    value = cell.settings[key]
+                    value = value if isinstance(value, int | float) else words(value)
+                    lines.setdefault((arm, ", ".join(others)), []).append((value, seeds))
         return lines
 
 
