@@ -125,10 +125,9 @@ class Comparison:
 
     def always(self, arm: str, method: str) -> bool:
         """Say whether an arm and those of earlier phases that it goes on from apply this method and no other."""
-        run, methods = next(iter(self.runs(arm)), None), self.methods(arm)
-        while methods == [method] and (run := run and self.parent(run)) and run.get("reset"):
-            methods = [reset.get("method", "") for reset in run["reset"].get("resets") or []]
-        return methods == [method]
+        before = [run["reset"] for own in self.runs(arm)[:1] for run in self.ancestors(own) if run.get("reset")]
+        applied = [[reset.get("method", "") for reset in report.get("resets") or []] for report in before]
+        return all(methods == [method] for methods in [self.methods(arm), *applied])
 
     def reference(self, arm: str, method: str) -> str | None:
         """Return the arm with only this method (`keep`: the base, `full_reset`) that shares the arm's start.
@@ -175,6 +174,15 @@ class Comparison:
         """Return the run that a run of the same seed starts from."""
         start = run.get("start") or {}
         return self.earlier.get((start.get("phase"), start.get("arm"), run.get("seed")))
+
+    def ancestors(self, run: Json) -> list[Json]:
+        """Return the run that a run starts from, the one that that starts from, and so on."""
+        found: list[Json] = []
+        at = self.parent(run)
+        while at is not None and at not in found:
+            found.append(at)
+            at = self.parent(at)
+        return found
 
     def _parent_nll(self, run: Json, arm: str) -> float | None:
         """Return the first corpus's NLL of the checkpoint a run starts from, there or by the base at step 0."""

@@ -53,14 +53,13 @@ class Stream:
         scores: Scores = {}
         for run in self.of.runs(arm):
             step = None
-            current: Json | None = run
-            while current is not None:
+            for current in (run, *self.of.ancestors(run)):
                 phase = str(current.get("phase"))
                 measured = evaluations(current.get("curve") or [], self._corpus.get(phase, ""))
                 at = dict(measured).get(step if step is not None else measured[-1][0]) if measured else None
                 if at is not None:
                     scores.setdefault(phase, {})[run.get("seed")] = at
-                step, current = (current.get("start") or {}).get("step"), self.of.parent(current)
+                step = (current.get("start") or {}).get("step")
         return scores
 
     def against_base(self, arm: str) -> dict[str, list[float]]:

@@ -71,6 +71,13 @@ def test_the_course_of_an_arm_is_read_off_its_own_ancestors(stream):
     ]
 
 
+def test_runs_that_claim_to_start_from_themselves_are_followed_once(stream):
+    first = {**stream["phases"][0], "start": {"phase": "first", "arm": None, "step": 8}}
+    compared = Comparison({**stream, "phases": [first, *stream["phases"][1:]]})
+    assert [run["phase"] for run in compared.ancestors(compared.runs("base")[0])] == ["second", "first"]
+    assert Stream(compared).learned("base").keys() == {"first", "second", "third"}
+
+
 def test_an_arm_that_resets_once_is_no_base(stream):
     compared = Comparison(stream)
     assert compared.methods("once") == compared.methods("base") == ["keep"]
