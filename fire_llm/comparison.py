@@ -74,6 +74,10 @@ def paired_interval(values: Sequence[float], level: float = LEVEL) -> tuple[floa
     return fmean(values) - reach, fmean(values) + reach
 
 
+def _method_names(resets: Sequence[Json]) -> list[str]:
+    return [reset.get("method", "") for reset in resets]
+
+
 class Comparison:
     """Answer the questions the table, the page and the summary ask of one results.json."""
 
@@ -116,7 +120,7 @@ class Comparison:
             plans = [(p.get("arms") or {}).get(arm.split("@")[0]) for p in phases if isinstance(p, dict)]
             plan: Any = next((p for p in reversed(plans) if p), [])
             resets = plan if isinstance(plan, list) else [plan]
-        return [reset.get("method", "") for reset in resets]
+        return _method_names(resets)
 
     def start(self, arm: str) -> str:
         """Name the checkpoint an arm started from."""
@@ -125,9 +129,9 @@ class Comparison:
 
     def always(self, arm: str, method: str) -> bool:
         """Say whether an arm and those of earlier phases that it goes on from apply this method and no other."""
-        before = [run["reset"] for own in self.runs(arm)[:1] for run in self.ancestors(own) if run.get("reset")]
-        applied = [[reset.get("method", "") for reset in report.get("resets") or []] for report in before]
-        return all(methods == [method] for methods in [self.methods(arm), *applied])
+        reports = [run["reset"] for own in self.runs(arm)[:1] for run in self.ancestors(own) if run.get("reset")]
+        before = (_method_names(report.get("resets") or []) for report in reports)
+        return all(names == [method] for names in [self.methods(arm), *before])
 
     def reference(self, arm: str, method: str) -> str | None:
         """Return the arm with only this method (`keep`: the base, `full_reset`) that shares the arm's start.
@@ -137,8 +141,7 @@ class Comparison:
         found = [other for other in self.arms if self.methods(other) == [method]]
         whole = [other for other in found if self.always(other, method)]
         beside = [other for other in found if self.start(other) == self.start(arm) and (other != arm or arm in whole)]
-        alone = whole or found
-        return beside[0] if beside else alone[0] if len(alone) == 1 else None
+        return beside[0] if beside else whole[0] if len(whole) == 1 else None
 
     def by_seed(self, arm: str, corpus: str) -> dict[Any, float]:
         """Return the final NLL of each seed that has one."""

@@ -41,7 +41,7 @@ def key_figure(
     for (arm, others), points in drawn.items():
         style, label = styles[arm], escaped(", ".join(filter(None, [arm, others])), 60)
         points = sorted(points, key=lambda point: point[0]) if numbers else points
-        x = [value if numbers else _words(value) for value, _ in points]
+        x = [value if numbers else _tick(value) for value, _ in points]
         if any(len(seeds) > 1 for _, seeds in points):
             low, high = zip(*((min(seeds), max(seeds)) for _, seeds in points), strict=True)
             bands.append(band(x, low, high, arm, style))
@@ -64,7 +64,7 @@ def key_figure(
     return figure(bands + traces, height=360, xaxis=axis, yaxis={"title": {"text": unit}})
 
 
-def _words(value: Any) -> str:
+def _tick(value: Any) -> str:
     """Write a value on the axis: a line for each of its parts."""
     parts = value.split(", ") if isinstance(value, str) else [json.dumps(value)]
     return "<br>".join(escaped(part, 40) for part in parts)
