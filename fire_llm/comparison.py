@@ -12,6 +12,8 @@ from functools import cached_property
 from statistics import fmean, stdev
 from typing import Any
 
+from fire_llm.measurement import described
+
 Json = dict[str, Any]
 
 LEVEL = 0.95
@@ -244,13 +246,17 @@ class Comparison:
         return tables
 
     def legend(self) -> str:
-        """Say what ± stands for, where there are several seeds."""
-        if max(map(self.seeds, self.arms), default=1) < 2:
-            return ""
-        told = (
-            f"NLL ± its standard deviation over seeds; differences, paired by seed, ± half their {LEVEL:.0%} interval."
-        )
-        return told + (f" Of fewer seeds than the others: {', '.join(self.partial)}." if self.partial else "")
+        """Return how the numbers of the tables were measured, and what ± means where there are several seeds."""
+        measured = self.results.get("measured")
+        said = [f"Measured {described(measured)}."] if measured else []
+        if max(map(self.seeds, self.arms), default=1) > 1:
+            said.append(
+                "NLL ± its standard deviation over seeds; differences, paired by seed, ± half their "
+                f"{LEVEL:.0%} interval."
+            )
+            if self.partial:
+                said.append(f"Of fewer seeds than the others: {', '.join(self.partial)}.")
+        return " ".join(said)
 
     def batches(self) -> tuple[bool | None, str]:
         """Say whether all arms saw the same batches in the same order: (None where it cannot be told, sentence)."""

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from fire_llm.comparison import Comparison
+from fire_llm.measurement import all_described
 from fire_llm.plots import arms as plots
 from fire_llm.plots.base import Style, palette
 from fire_llm.plots.diagnostics import MEASURES, measure_figure
@@ -148,10 +149,8 @@ def _evaluation(c: Comparison) -> list[Json]:
     evaluation = c.results.get("evaluation")
     if not evaluation:
         return []
-    from fire_llm.evaluation.table import how
-
     rows = evaluation["rows"]
-    text = MATRIX + " · ".join(dict.fromkeys(how(row) for row in rows)) + "."
+    text = MATRIX + " · ".join(all_described(rows)) + "."
     tables = [
         {
             "caption": TRANSFER[key],

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from fire_llm import hardware
 from fire_llm.errors import UserError
 from fire_llm.flops import PEAK_FLOPS, flops_per_token
+from fire_llm.hardware import resolve_precision
 from fire_llm.layout import hidden_matrices, logical_matrices
 from fire_llm.models import describe, model_on_meta
 from fire_llm.recipe import OptimizerSection, PhaseSection, Recipe, optimizer_of
@@ -20,11 +22,9 @@ from fire_llm.units import (
     config_of,
     context_of,
     corpus_of,
-    cpu_has_bf16,
     expand,
     final_checkpoint,
     phase_steps,
-    resolve_precision,
     select,
     split_batch,
 )
@@ -155,7 +155,7 @@ def _optimizer(section: OptimizerSection, model: Any) -> str:
     stacks = {p.parameter for p in logical_matrices(model) if p.cut is not None and p.cut.index is not None}
     among = f", {len(stacks)} stacks of experts among them" if stacks else ""
     rest = sum(sizes.values()) - own
-    emulated = not torch.accelerator.is_available() and not cpu_has_bf16()
+    emulated = not torch.accelerator.is_available() and not hardware.cpu_has_bf16()
     slow = "; Muon multiplies in bf16, which this CPU emulates: its steps will be slow" if emulated else ""
     return f"muon for {len(hidden)} matrices ({own:,} parameters), adamw for the rest ({rest:,}{among}){slow}"
 

@@ -131,7 +131,7 @@ def markdown_table(results: Json) -> str:
             cells = [_md(row["arm"]), *row["cells"]]
             lines.append("| " + " | ".join(f"**{cell}**" if row["best"] else cell for cell in cells) + " |")
         blocks.append("\n".join(lines))
-    said = [comparison.legend(), _md(" ".join(comparison.reading())), comparison.batches()[1]]
+    said = [_md(comparison.legend()), _md(" ".join(comparison.reading())), comparison.batches()[1]]
     return "\n\n".join([*blocks, *filter(None, said)]) + "\n"
 
 

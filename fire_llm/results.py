@@ -17,6 +17,8 @@ import torch
 
 import fire_llm
 from fire_llm.diagnostics import LOG_PREFIX
+from fire_llm.hardware import resolve_precision
+from fire_llm.measurement import first_token, token_text
 from fire_llm.models import describe, model_on_meta
 from fire_llm.recipe import Recipe
 from fire_llm.staging import CONTINUAL_STATE, step_of
@@ -59,11 +61,25 @@ def collect(recipe: Recipe, units: list[Unit], folder: Path, bench: Any) -> dict
             }
             for name in recipe.corpus_names()
         },
+        "measured": _measured(recipe, bench),
         "phases": [_unit_results(recipe, u, folder, bench) for u in finished if u not in compared],
         "arms_phase": last.name if last else None,
         "first_corpus": heaviest[recipe.phases[0].name],
         "new_corpus": heaviest[(last or recipe.phases[-1]).name],
         "arms": {name: _arm_results(recipe, units, folder, bench) for name, units in arms.items()},
+    }
+
+
+def _measured(recipe: Recipe, bench: Any) -> dict[str, Any]:
+    """Return how every perplexity of the run was measured."""
+    prefix = first_token(bench.tokenizer)
+    return {
+        "precision": "fp32" if recipe.evaluate.precision == "fp32" else resolve_precision(recipe.precision),
+        "context": bench.context,
+        "stride": bench.context,
+        "per_document": False,
+        "prefix": prefix,
+        "prefix_text": token_text(bench.tokenizer, prefix),
     }
 
 

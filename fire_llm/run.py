@@ -17,9 +17,11 @@ import torch
 
 from fire_llm.data import Mixture, TokenFile, tokenize_corpus, train_tokenizer
 from fire_llm.errors import UserError
+from fire_llm.hardware import resolve_precision
 from fire_llm.layout import logical_matrices
 from fire_llm.locks import held, lock_of
 from fire_llm.manifest import damage
+from fire_llm.measurement import first_token
 from fire_llm.models import config_for, fresh_model, initial_model, load_model, load_tokenizer
 from fire_llm.recipe import Recipe, optimizer_of
 from fire_llm.results import collect, measured_nll
@@ -49,7 +51,6 @@ from fire_llm.units import (
     phase_steps,
     refuse_links,
     refuse_other_recipe,
-    resolve_precision,
     select,
     split_batch,
     tokenizer_corpora,
@@ -189,11 +190,11 @@ class Workbench:
         )
 
     def evaluation_sets(self) -> dict[str, EvaluationSet]:
-        """Return the held-out texts to measure on, each read after an end-of-text token."""
+        """Return the held-out texts to measure on, each read after the tokenizer's first token."""
         sets = {}
         for name in self.recipe.evaluated():
             held_out = self.tokens(name, "validation").first(self.recipe.evaluate.max_tokens)
-            sets[name] = EvaluationSet(np.asarray(held_out.tokens), held_out.n_bytes, self.tokenizer.eos_token_id)
+            sets[name] = EvaluationSet(np.asarray(held_out.tokens), held_out.n_bytes, first_token(self.tokenizer))
         return sets
 
     def starting_model(self, unit: Unit) -> Any:
@@ -304,6 +305,7 @@ def _arguments(unit: Unit, bench: Workbench, folder: Path, steps: int) -> Contin
         save_steps=recipe.save_every_steps,
         keep_last=recipe.keep_last,
         eval_context=bench.context,
+        eval_precision=recipe.evaluate.precision,
         best_corpora=dict(unit.phase.data),
         keep_best="best" in unit.phase.keep,
         keep_steps=[k for k in unit.phase.keep if isinstance(k, int)],

@@ -26,6 +26,7 @@ from pydantic import BaseModel
 
 from fire_llm.corpora import Corpus, resolve
 from fire_llm.errors import UserError, did_you_mean
+from fire_llm.hardware import resolve_precision
 from fire_llm.models import PRESETS, config_for
 from fire_llm.recipe import PhaseSection, Recipe, optimizer_of
 from fire_llm.recipe.sections import BatchSection, EvaluateSection, OptimizerSection
@@ -327,21 +328,3 @@ def check_processes(recipe: Recipe, world: int, arms: Iterable[str] = ()) -> Non
     """
     select(expand(recipe), arms)
     split_batch(recipe, context_of(recipe, config_of(recipe)), world)
-
-
-def resolve_precision(precision: str) -> str:
-    """Return fp32, bf16 or fp16; auto asks the hardware whether it multiplies bf16 natively."""
-    if precision != "auto":
-        return precision
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if torch.accelerator.is_available():
-        return "fp32"
-    return "bf16" if cpu_has_bf16() else "fp32"
-
-
-def cpu_has_bf16() -> bool:
-    """Tell whether the CPU multiplies bf16 natively; elsewhere bf16 is several times slower than fp32."""
-    flags = Path("/proc/cpuinfo")
-    text = flags.read_text(encoding="utf-8", errors="replace") if flags.exists() else ""
-    return "avx512_bf16" in text or "amx_bf16" in text

@@ -379,7 +379,7 @@ def test_runs_made_before_there_were_names_are_not_refused():
 @pytest.fixture(params=[True, False], ids=["bf16", "emulated"])
 def native(request, monkeypatch):
     """Stand for a CPU that multiplies bf16 natively, and for one that does not."""
-    monkeypatch.setattr("fire_llm.plan.cpu_has_bf16", lambda: request.param)
+    monkeypatch.setattr("fire_llm.hardware.cpu_has_bf16", lambda: request.param)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     return request.param
 

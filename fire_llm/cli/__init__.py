@@ -86,7 +86,7 @@ def _run(arguments: argparse.Namespace) -> int | None:
         print_plan(recipe, arguments.output, arguments.arm)
         return None
     if launch is not None and not launch.alone:
-        from fire_llm.units import resolve_precision
+        from fire_llm.hardware import resolve_precision
 
         again = _again(arguments, "num_processes", "accelerate_config")
         return start(launch, again, resolve_precision(recipe.precision))

@@ -105,11 +105,14 @@ def parser() -> argparse.ArgumentParser:
         "--per-document", action="store_true", help="read each document by itself (windows run across them)"
     )
     evaluate.add_argument(
-        "--prefix", default="auto", choices=("auto", "bos", "eos", "none"), help="token read first (the tokenizer's)"
+        "--prefix", default="auto", choices=("auto", "bos", "eos", "none"), help="token read first (BOS, else EOS)"
     )
     evaluate.add_argument("--batch-size", type=int, default=8, metavar="N", help="windows a forward pass (8)")
     evaluate.add_argument(
-        "--dtype", default="stored", choices=("stored", "float32", "bfloat16", "float16", "float64"), help="of weights"
+        "--dtype",
+        default="float32",
+        choices=("float32", "stored", "bfloat16", "float16", "float64"),
+        help="of weights and their products (float32); stored: the checkpoint's",
     )
     evaluate.add_argument("--device", metavar="NAME", default="cpu", help="where to compute: cpu (default), cuda")
     evaluate.add_argument("--compile", action="store_true", help="compile the model, which pays on long texts")

@@ -28,7 +28,8 @@ def sweep(arguments: argparse.Namespace, again: list[str]) -> int:
         print_cells(cells, folder, arguments.arm)
         return 0
     if launch is not None and not launch.alone:
-        from fire_llm.units import check_processes, resolve_precision
+        from fire_llm.hardware import resolve_precision
+        from fire_llm.units import check_processes
 
         for cell in cells:
             check_processes(cell.recipe, launch.processes, arguments.arm)

@@ -17,10 +17,10 @@ from torch.func import functional_call
 
 from fire_llm.distributed import fsdp_modules
 from fire_llm.errors import UserError
+from fire_llm.evaluation.precision import own_precision
 from fire_llm.evaluation.scoring import evaluating
 from fire_llm.layout import LogicalMatrix, logical_matrices
 from fire_llm.layouts.lookup import Lookup
-from fire_llm.orthogonal import exact_products
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,30 +79,24 @@ def _fine(tensor: Tensor) -> Tensor:
 def undisturbed(model: PreTrainedModel) -> Iterator[None]:
     """Put a model into evaluation, in full precision and with plain attention; then put everything back.
 
-    Fused attention has no second derivative, and flash-attention's own package does not take fp32. accelerate's mixed
-    precision is a `forward` laid over the model's own; it is set aside.
+    Fused attention has no second derivative, and flash-attention's own package does not take fp32.
     """
     configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     attentions = [(config, getattr(config, "_attn_implementation", None)) for config in configs.values()]
     sharded = bool(fsdp_modules(model))
-    laid_over = None if sharded else vars(model).get("_original_forward") and vars(model).get("forward")
     device = next(model.parameters()).device
     indices = [device.index] if device.type == "cuda" else []
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(indices))
         if not sharded:
-            stack.enter_context(exact_products(device))
+            stack.enter_context(own_precision(model))
         stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
         stack.enter_context(evaluating(model))
         try:
             if any(attention not in (None, "eager", "sdpa") for _, attention in attentions):
                 model.set_attn_implementation("eager")
-            if laid_over is not None:
-                vars(model)["forward"] = vars(model)["_original_forward"]
             yield
         finally:
-            if laid_over is not None:
-                vars(model)["forward"] = laid_over
             for config, attention in attentions:
                 if attention is not None:
                     config._attn_implementation = attention

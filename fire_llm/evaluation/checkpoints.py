@@ -17,11 +17,11 @@ from fire_llm.errors import UserError
 from fire_llm.evaluation.perplexity import Perplexity, perplexity
 from fire_llm.evaluation.tasks import run_tasks
 from fire_llm.evaluation.uncertainty import BOOTSTRAP, paired_difference, standard_errors
+from fire_llm.measurement import PREFIXES, first_token, token_text
 from fire_llm.models import check_fits, find_device, load_model, load_tokenizer
 
 SCHEMA_VERSION = 1
 DTYPES = ("stored", "float32", "bfloat16", "float16", "float64")
-PREFIXES = ("auto", "bos", "eos", "none")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def score_checkpoints(
     batch_size: int = 8,
     per_document: bool = False,
     prefix: str = "auto",
-    dtype: str = "stored",
+    dtype: str = "float32",
     device: str = "cpu",
     compiled: bool = False,
     tasks: Sequence[str] = (),
@@ -79,9 +79,8 @@ def score_checkpoints(
         column: Column of the files that holds the text, where it is not `text`.
         document: What a document is in .txt files: line, blank-line, heading or file.
         context, stride, batch_size, per_document, compiled: As in `perplexity`.
-        prefix: Token read first: `bos`, `eos`, `none`, or `auto`, which is the one that the tokenizer puts before a
-            text itself, and otherwise its end of text.
-        dtype: Of the weights: `stored` keeps the checkpoint's.
+        prefix: Token read first: `bos`, `eos`, `none`, or `auto`, as in `first_token`.
+        dtype: Of the weights and their products; `stored` keeps the checkpoint's.
         device: `cpu`, `cuda` or `cuda:N`.
         tasks, limit, num_fewshot: Also tasks of lm-eval, as in `run_tasks`.
         look: Also measures something else of a model on a text, such as its plasticity.
@@ -103,7 +102,7 @@ def score_checkpoints(
         tokenizer = load_tokenizer(name)
         model = load_model(name, "auto" if dtype == "stored" else getattr(torch, dtype)).to(where)
         check_fits(model.config, tokenizer, None)
-        first = prefix_token(tokenizer, prefix, name)
+        first = first_token(tokenizer, prefix, name)
         for corpus, part in corpora:
             text = Text.of(tokenize_corpus(corpus, tokenizer, part, progress=progress), per_document)
             result = perplexity(
@@ -122,7 +121,7 @@ def score_checkpoints(
                 share=True,
             )
             measured.setdefault(corpus.name, []).append(result)
-            row = {"checkpoint": name, "data": corpus.name, "split": part, "dtype": str(model.dtype)[6:]}
+            row = {"checkpoint": name, "data": corpus.name, "split": part, "prefix_text": token_text(tokenizer, first)}
             rows.append({**row, **result.to_dict(), "se": standard_errors(result.scores)})
             if look is not None:
                 looks.append({"checkpoint": name, "data": corpus.name, **look(model, text)})
@@ -165,20 +164,6 @@ def _corpus(name: str, split: str, column: str | None, document: str | None) -> 
     settings = {"text": column, "document": document}
     given = {key: value for key, value in settings.items() if value is not None}
     return resolve(name, CorpusSpec(files=name, holdout=0.0, **given)), "train"
-
-
-def prefix_token(tokenizer: Any, wanted: str, name: str) -> int | None:
-    """Return the token that is read before a text."""
-    if wanted == "none":
-        return None
-    if wanted == "auto":
-        # What it puts before a text itself is what the model has always read there.
-        begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-        wanted = "bos" if begins else "eos"
-    token = getattr(tokenizer, f"{wanted}_token_id")
-    if token is None:
-        raise UserError(f"--prefix {wanted}: the tokenizer of '{name}' has no such token. Give another, or none")
-    return int(token)
 
 
 def check_choice(option: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -16,7 +16,8 @@ from fire_llm.data.encode import Encoder
 from fire_llm.data.tokens import count_words
 from fire_llm.errors import UserError
 from fire_llm.evaluation import Scores, perplexity, summarize
-from fire_llm.evaluation.checkpoints import PREFIXES, check_choice, prefix_token
+from fire_llm.evaluation.checkpoints import check_choice
+from fire_llm.measurement import PREFIXES, first_token
 
 ROUNDING = 1e-3
 """Nats by which rounding may put a negative log-likelihood below zero, in bfloat16 at most."""
@@ -30,16 +31,17 @@ Args:
         none where they are not: bits per byte and word perplexity are then None.
     model: A loaded causal LM; it is used as it is, wherever it is, and left as it was.
     tokenizer: Its tokenizer.
-    prefix: The token read before each document, or before the first: auto (the one that the tokenizer puts there
-        itself, otherwise its end of text), bos, eos or none.
+    prefix: The token read before each document, or before the first: auto (the tokenizer's beginning of text, or its
+        end of text where it has none), bos, eos or none.
     per_document: Read each document by itself (True), or windows across documents, the end of text after each of them,
         as `fire-llm eval` reads a corpus.
-    context, stride, batch_size, compiled, progress: As in fire_llm.perplexity. With predictions that are no texts,
-        `context`, `stride` and `per_document` are only repeated in the answer.
+    context, stride, batch_size, compiled, mixed, progress: As in fire_llm.perplexity. With predictions that are no
+        texts, `context`, `stride` and `per_document` are only repeated in the answer.
 
 Returns:
     nll (nats a token), perplexity, byte_perplexity, word_perplexity, bits_per_byte; tokens, bytes, words and documents;
-    context, stride, prefix and per_document; document_nll (nats, the sum over each document) and document_tokens.
+    context, stride, prefix, per_document and precision; document_nll (nats, the sum over each document) and
+    document_tokens.
 
 Example:
     metric = evaluate.load(fire_llm.evaluation.METRIC)
@@ -123,7 +125,7 @@ class ExactPerplexity(evaluate.Metric):
                 model,
                 np.concatenate(ids),
                 documents=np.cumsum([len(each) for each in ids]),
-                prefix=prefix_token(tokenizer, prefix, type(tokenizer).__name__),
+                prefix=first_token(tokenizer, prefix, type(tokenizer).__name__),
                 n_bytes=n_bytes,
                 n_words=n_words,
                 **how,
@@ -134,7 +136,7 @@ class ExactPerplexity(evaluate.Metric):
                 raise UserError("the predictions are likelihoods, which need no model: leave model= out, or give texts")
             sums = np.asarray([_total(nll, number) for number, nll in enumerate(predictions, 1)])
             lengths = np.asarray([len(nll) for nll in predictions])
-            result = summarize(Scores(sums, lengths, n_bytes, n_words), prefix=None, **how)
+            result = summarize(Scores(sums, lengths, n_bytes, n_words), prefix=None, precision=None, **how)
         each = result.scores
         return {**result.to_dict(), "document_nll": each.nll.tolist(), "document_tokens": each.tokens.tolist()}
 

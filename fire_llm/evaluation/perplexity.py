@@ -6,6 +6,7 @@ Shapes: N = tokens of the text, D = documents, W = windows, T = positions a wind
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from fire_llm.distributed import active, fsdp_modules
 from fire_llm.errors import UserError
+from fire_llm.evaluation.precision import own_precision, precision_of
 from fire_llm.evaluation.scores import Scores
 from fire_llm.evaluation.scoring import IGNORE, PROBE, Scorer, evaluating
 from fire_llm.evaluation.windows import batches, windows
@@ -48,6 +50,9 @@ class Perplexity:
     """Token read before the text, or before each document; without one the first is not scored."""
     per_document: bool
     """Whether each document was read by itself."""
+    precision: str | None
+    """Of the weights and their products: fp32, bf16, fp16 or fp64; `mixed` where the model kept its own; None where
+    likelihoods came from elsewhere."""
     scores: Scores = field(repr=False, compare=False)
     """What each document got."""
 
@@ -69,10 +74,11 @@ def perplexity(
     documents: Any = None,
     per_document: bool = False,
     compiled: bool = False,
+    mixed: bool = False,
     progress: str | None = None,
     share: bool = False,
 ) -> Perplexity:
-    """Measure a model's perplexity on a text.
+    """Measure a model's perplexity on a text, in the precision of its weights.
 
     Args:
         model: A causal LM; its mode (train or eval) is restored, gradients are off.
@@ -89,6 +95,9 @@ def perplexity(
         per_document: Read each document by itself, after `prefix`; its last window reaches back to be full, as
             lm-eval's rolling windows do. Otherwise windows run across documents.
         compiled: Compile the model with torch.compile, which pays on long texts.
+        mixed: Keep the mixed precision that is in force (autocast, TF32, what accelerate or FSDP2 put around a model
+            for training). By default it is set aside, so that a model in training and its saved checkpoint give the
+            same number.
         progress: Title of a progress bar; None for none.
         share: Under torch.distributed, let each rank score a part of the windows; every rank must then call this, and
             all get the same numbers. A model in shards needs every rank to call this either way.
@@ -116,7 +125,7 @@ def perplexity(
     plan = windows(lengths - unscored, context, stride, reach_back=per_document)
     counted = np.diff(ends, prepend=0)
     counted -= unscored if per_document else np.eye(1, len(ends), dtype=np.int64)[0] * unscored
-    nll = _score(model, text, begins, plan, ends, prefix, batch_size * context, compiled, progress, share)
+    nll = _score(model, text, begins, plan, ends, prefix, batch_size * context, compiled, mixed, progress, share)
     n_bytes, n_words = (None if n is None else np.atleast_1d(np.asarray(n, dtype=np.int64)) for n in (n_bytes, n_words))
     per_each = [n if n is not None and len(n) == len(ends) else None for n in (n_bytes, n_words)]
     return summarize(
@@ -127,6 +136,7 @@ def perplexity(
         stride=stride,
         prefix=prefix,
         per_document=per_document,
+        precision="mixed" if mixed else precision_of(model),
     )
 
 
@@ -136,7 +146,7 @@ def summarize(scores: Scores, *, n_bytes: int | None = None, n_words: int | None
     Args:
         scores: Of every document; their order does not matter, as the sum is exact.
         n_bytes, n_words: Of the whole text; the sums of `scores` by default.
-        how: `context`, `stride`, `prefix`, `per_document`.
+        how: `context`, `stride`, `prefix`, `per_document`, `precision`.
     """
     total, n = math.fsum(scores.nll), int(scores.tokens.sum())
     if n_bytes is None and scores.bytes is not None:
@@ -171,6 +181,7 @@ def _score(
     prefix: int | None,
     tokens_a_batch: int,
     compiled: bool,
+    mixed: bool,
     progress: str | None,
     share: bool,
 ) -> np.ndarray:
@@ -185,7 +196,11 @@ def _score(
     limits = torch.from_numpy(ends).to(device)
     bar = _bar(int((plan[:, 2] - plan[:, 3]).sum()), progress)
     try:
-        with evaluating(model), torch.no_grad() if sharded else torch.inference_mode():
+        with ExitStack() as stack:
+            if not mixed:
+                stack.enter_context(own_precision(model))
+            stack.enter_context(evaluating(model))
+            stack.enter_context(torch.no_grad() if sharded else torch.inference_mode())
             sample = torch.from_numpy(np.asarray(text[:PROBE], dtype=np.int64)).to(device)
             scorer = Scorer(model, sample, compiled=compiled)
             for turn in range(0, len(work), world):

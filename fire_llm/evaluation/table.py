@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any
 
+from fire_llm.measurement import all_described
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -53,7 +55,7 @@ def _print_rows(evaluation: Json, rows: Sequence[Json], out: Console) -> None:
     if prefix:
         out.print(f"checkpoints below {prefix}", markup=False, highlight=False)
     out.print(_scores_table(rows, prefix))
-    told = list(dict.fromkeys(map(how, rows)))
+    told = all_described(rows)
     if any(row.get("word_perplexity") is not None for row in rows):
         told.append("word perplexity per piece between runs of white space")
     if any(error is not None for row in rows for error in (row.get("se") or {}).values()):
@@ -78,13 +80,6 @@ SIGNS = {
     "forward_transfer": "Forward transfer, not yet trained on: NLL(after) less NLL(at the start): negative helps",
 }
 """What the numbers of a run's transfer mean, by their key in evaluation.json."""
-
-
-def how(row: Json) -> str:
-    """Say how a row was measured: context, stride, the token before, where documents end."""
-    first = "the first token not scored" if row["prefix"] is None else f"after token {row['prefix']}"
-    read = f"each document by itself, {first}" if row["per_document"] else f"windows run across documents, {first}"
-    return f"context {row['context']}, stride {row['stride']}, {read}"
 
 
 def plus_minus(value: float | None, error: float | None, least: int = 4, alone: int = 6, sign: str = "") -> str:

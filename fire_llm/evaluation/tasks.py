@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fire_llm.errors import UserError, did_you_mean
 from fire_llm.evaluation.scoring import evaluating
 from fire_llm.models import find_device, load_model, load_tokenizer
@@ -28,8 +30,9 @@ def run_tasks(
     """Return what `lm_eval.simple_evaluate` says of a checkpoint on some tasks.
 
     Args:
-        checkpoint: A checkpoint folder or Hub id; or a loaded model and its tokenizer, which are used as they are: no
-            second model is made, the device is the model's, and its mode (train or eval) is restored.
+        checkpoint: A checkpoint folder or Hub id, which is loaded in fp32; or a loaded model and its tokenizer, which
+            are used as they are: no second model is made, the device is the model's, and its mode (train or eval) is
+            restored.
         tasks: Names of lm_eval's tasks, groups or tags; or paths, which hold a `/` or end in `.yaml`: of a task of
             one's own, or of a folder of such and of groups of them, all of which are run.
         limit: Documents of each task that are read, or below 1 the share of them; all by default. For trying out.
@@ -59,7 +62,7 @@ def run_tasks(
         model, tokenizer = checkpoint
     else:
         place = find_device(device)
-        tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint).to(place)
+        tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint, torch.float32).to(place)
     chosen = _load(manager, names)
     log = logging.getLogger("lm_eval.models.huggingface")
     level = log.level

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fire_llm.corpora import CORPORA
 from fire_llm.distributed import is_first
 from fire_llm.errors import UserError, did_you_mean
@@ -19,6 +21,7 @@ from fire_llm.evaluation.perplexity import Perplexity, perplexity
 from fire_llm.evaluation.scores import Scores
 from fire_llm.evaluation.uncertainty import BOOTSTRAP, standard_errors
 from fire_llm.matrix.transfer import Stage, transfer
+from fire_llm.measurement import first_token, token_text
 from fire_llm.models import find_device, fresh_model, load_model
 from fire_llm.recipe import Recipe, load_recipe
 from fire_llm.run import Workbench
@@ -63,7 +66,7 @@ def evaluate_run(
 ) -> Json:
     """Score the checkpoints of a run on its held-out texts, and write and return the matrix.
 
-    Each checkpoint is loaded once. Under torch.distributed ranks share the work.
+    Each checkpoint is loaded once, in fp32. Under torch.distributed ranks share the work.
 
     Args:
         run_dir: Folder of a run; what in it is not finished is left out and named.
@@ -89,6 +92,7 @@ def evaluate_run(
     bench, where = Workbench(recipe, folder, progress), find_device(device)
     texts, left_out = _texts(bench, names, required=names if data else recipe.evaluated())
     found, stages = rows_and_stages(recipe, folder, finished, bench)
+    first = first_token(bench.tokenizer)
     matrix: dict[str, dict[str, Scores]] = {}
     rows: list[Json] = []
     for row in found:
@@ -100,7 +104,7 @@ def evaluate_run(
                 context=context or bench.context,
                 stride=stride,
                 batch_size=batch_size,
-                prefix=bench.tokenizer.eos_token_id,
+                prefix=first,
                 n_bytes=text.n_bytes,
                 n_words=text.n_words,
                 documents=text.documents,
@@ -109,7 +113,8 @@ def evaluate_run(
             )
             matrix.setdefault(row.checkpoint, {})[name] = measured.scores
             errors = standard_errors(measured.scores)
-            rows.append({**row.names(), "data": name, "split": "validation", **measured.to_dict(), "se": errors})
+            named = {"data": name, "split": "validation", "prefix_text": token_text(bench.tokenizer, first)}
+            rows.append({**row.names(), **named, **measured.to_dict(), "se": errors})
         del model  # before the next is loaded
     result = {
         "schema_version": SCHEMA_VERSION,
@@ -221,7 +226,7 @@ def rows_and_stages(
     for seed in recipe.seed:
         given = recipe.model.checkpoint
         name = given or f"init/seed-{seed}"
-        load = partial(load_model, given) if given else partial(_fresh, bench, seed)
+        load = partial(load_model, given, torch.float32) if given else partial(_fresh, bench, seed)
         rows[name] = Row(name, None, None, None if given else seed, 0, ["start" if given else "init"], load)
     for unit in finished:
         own: dict[int, tuple[Path, list[str]]] = {}
@@ -231,7 +236,7 @@ def rows_and_stages(
                 own.setdefault(step_of(path) or 0, (path, []))[1].append(label)
         for step, (path, labels) in sorted(own.items()):
             key = str(path.relative_to(folder))
-            load = partial(load_model, path)
+            load = partial(load_model, path, torch.float32)
             rows[key] = Row(key, unit.phase.name, unit.arm, unit.seed, step, labels, load)
         last = str(own[max(own)][0].relative_to(folder))
         start = recipe.model.checkpoint or f"init/seed-{unit.seed}"

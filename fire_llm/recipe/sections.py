@@ -151,6 +151,9 @@ class EvaluateSection(_Section):
     every_steps: int | None = Field(None, ge=1, description="Optimizer steps between evaluations; a tenth by default")
     max_tokens: int | None = Field(None, ge=2, description="Measure on at most this many held-out tokens a corpus")
     sequences_per_device: int = Field(8, ge=1, description="Windows a forward pass")
+    precision: Literal["fp32", "training"] = Field(
+        "fp32", description="fp32 whatever the run trains in, or training: under the run's own mixed precision"
+    )
     diagnostics_every_steps: int | None = Field(
         None, ge=1, description="Optimizer steps between measurements of plasticity; none by default"
     )

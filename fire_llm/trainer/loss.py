@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from fire_llm.distributed import fsdp_modules
 from fire_llm.errors import UserError
+from fire_llm.evaluation.precision import own_precision
 from fire_llm.evaluation.scoring import IGNORE, Scorer, evaluating, forward_replaced, token_nll, with_hidden
 from fire_llm.layout import unwrap
 
@@ -94,7 +95,8 @@ class SummedLoss:
     def _look(self, labels: Tensor) -> None:
         """Find the trunk once, with the model as evaluation has it, and leave the model as it was."""
         try:
-            with evaluating(self.model), torch.no_grad():
+            # In fp32, in which a head on a slice of the positions gives the same logits to rounding; bf16 would not do.
+            with own_precision(self.model), evaluating(self.model), torch.no_grad():
                 self._trunk = Scorer(self.model, labels.flatten().clamp(min=0)).trunk
         except UserError:
             self._trunk = None  # evaluation says why; training goes on as it would in any other trainer

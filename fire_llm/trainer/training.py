@@ -21,7 +21,9 @@ from transformers import (
     default_data_collator,
 )
 
+from fire_llm.errors import UserError
 from fire_llm.evaluation import perplexity
+from fire_llm.measurement import PRECISIONS
 from fire_llm.stopping import wait_for_step
 from fire_llm.trainer.callbacks import Keeping, Progress, ResetCallback
 from fire_llm.trainer.optimizers import Optimizing, OptimizingArguments
@@ -48,6 +50,9 @@ class ContinualArguments(OptimizingArguments):
     """Add to `TrainingArguments` what a phase of continual pretraining needs."""
 
     eval_context: int | None = field(default=None, metadata={"help": "Tokens an evaluation window."})
+    eval_precision: str = field(
+        default="fp32", metadata={"help": "Evaluate in fp32, or in the precision of training: fp32 or training."}
+    )
     best_corpora: dict[str, float] | None = field(
         default=None, metadata={"help": "Weights of the corpora whose mean validation NLL decides the best checkpoint."}
     )
@@ -64,6 +69,8 @@ class ContinualArguments(OptimizingArguments):
         self.logging_nan_inf_filter = False  # it hides bad losses, and costs a host sync a micro-batch
         self.ignore_data_skip = True  # the sampler starts where the checkpoint stopped: nothing to skip
         self.remove_unused_columns = False
+        if self.eval_precision not in PRECISIONS:
+            raise UserError(f"eval_precision '{self.eval_precision}': it must be one of {', '.join(PRECISIONS)}")
         super().__post_init__()
 
 
@@ -173,7 +180,7 @@ class ContinualTrainer(Stepping, Optimizing, SavingTrainer):
     # ---- evaluation
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
-        """Measure exact perplexity on every evaluation set."""
+        """Measure exact perplexity on every evaluation set, in fp32 unless `eval_precision` says otherwise."""
         metrics: dict[str, float] = {}
         for name, corpus in self.evaluation_sets.items():
             measured = perplexity(
@@ -183,6 +190,7 @@ class ContinualTrainer(Stepping, Optimizing, SavingTrainer):
                 batch_size=self.args.per_device_eval_batch_size,
                 prefix=corpus.prefix,
                 n_bytes=corpus.n_bytes,
+                mixed=self.args.eval_precision == "training",
                 progress=f"evaluating {name}" if self.args.title and self.is_world_process_zero() else None,
                 share=True,
             )

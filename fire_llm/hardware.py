@@ -1,0 +1,40 @@
+"""What the machine can do, asked in one place, and what follows for a recipe."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from fire_llm.errors import UserError
+
+CPU_BF16 = "FIRE_LLM_CPU_BF16"
+"""Environment variable that overrules the probe of the processor: 1 or 0."""
+
+
+def cpu_has_bf16() -> bool:
+    """Return whether the CPU multiplies bf16 natively; elsewhere bf16 is several times slower than fp32.
+
+    Raises:
+        UserError: `FIRE_LLM_CPU_BF16` is neither 0 nor 1.
+    """
+    given = os.environ.get(CPU_BF16, "")
+    if given not in ("", "0", "1"):
+        raise UserError(f"{CPU_BF16} is '{given}': set it to 1 (native bf16) or 0 (none), or unset it to ask the CPU")
+    if given:
+        return given == "1"
+    flags = Path("/proc/cpuinfo")
+    text = flags.read_text(encoding="utf-8", errors="replace") if flags.exists() else ""
+    return "avx512_bf16" in text or "amx_bf16" in text
+
+
+def resolve_precision(precision: str) -> str:
+    """Return fp32, bf16 or fp16 for a recipe's precision; `auto` is bf16 where the hardware multiplies it natively."""
+    if precision != "auto":
+        return precision
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if torch.accelerator.is_available():
+        return "fp32"
+    return "bf16" if cpu_has_bf16() else "fp32"
