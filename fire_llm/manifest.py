@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fire_llm.errors import UserError
-from fire_llm.staging import CONTINUAL_STATE, step_of, write_json
+from fire_llm.staging import step_of, write_json
 
 MANIFEST = "manifest.json"
 """File in a checkpoint that lists the others; written last."""
@@ -32,19 +32,13 @@ def write_manifest(folder: Path) -> int:
 def damage(folder: Path, *, contents: bool = True, from_disk: bool = False) -> str | None:
     """Tell what is wrong with a checkpoint, naming the file; None for nothing. Files that are not listed do not count.
 
-    A checkpoint that was written before there were manifests has none to verify, and its own state does not say that
-    it had one: it counts as it did then.
-
     Args:
         folder: A checkpoint.
         contents: Read and hash every file; otherwise only sizes are compared, which takes no time.
         from_disk: Read what the disk holds, not what memory still has of it, as far as the system lets us choose.
     """
     if not (folder / MANIFEST).exists():
-        state = _read(folder / CONTINUAL_STATE)
-        if state is None:
-            return f"{CONTINUAL_STATE} is missing or damaged"
-        return f"{MANIFEST} is missing" if "manifest" in state else None
+        return f"{MANIFEST} is missing"
     manifest = _read(folder / MANIFEST)
     if manifest is None or not {"files", "piece_bytes"} <= set(manifest):
         return f"{MANIFEST} is damaged"
@@ -76,8 +70,6 @@ def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
     for path in sorted(steps, key=steps.__getitem__, reverse=True):
         wrong = damage(path)
         if wrong is None:
-            if not (path / MANIFEST).exists():
-                said.append(f"{path.name} was written before there were manifests: it is taken as it is")
             return path, said
         said.append(f"{path.name} is skipped: {wrong}")
     if said:

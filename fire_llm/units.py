@@ -22,29 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
 
 from fire_llm.corpora import Corpus, resolve
 from fire_llm.errors import UserError, did_you_mean
 from fire_llm.hardware import resolve_precision
 from fire_llm.models import PRESETS, config_for
 from fire_llm.recipe import PhaseSection, Recipe, optimizer_of
-from fire_llm.recipe.sections import BatchSection, EvaluateSection, OptimizerSection
 from fire_llm.resets import ResetSpec
 from fire_llm.staging import checkpoints
-
-_LATER: tuple[tuple[str, type[BaseModel], tuple[str, ...]], ...] = (
-    ("batch", BatchSection, ("document_mask",)),
-    (
-        "optimizer",
-        OptimizerSection,
-        ("name", "muon_lr", "muon_momentum", "schedule", "decay", "decay_shape", "cooldown", "constant_lr"),
-    ),
-    ("evaluate", EvaluateSection, ("diagnostics_every_steps",)),
-    ("phase", PhaseSection, ("optimizer_state",)),
-)
-"""Keys that recipes had not always: left out of `Unit.spec` at their defaults, so that older runs go on."""
-
 
 MOST_UNITS = 2_000
 """Of a recipe: a few lines of warm starts and seeds multiply."""
@@ -91,9 +76,6 @@ def expand(recipe: Recipe) -> list[Unit]:
             "phase": phase.model_dump(mode="json", exclude={"arms", "keep", "start_from", "optimizer"}),
             "corpora": {c: fingerprints[c] for c in dict.fromkeys([*phase.data, *recipe.evaluated(), *lexicon])},
         }
-        for place, section, keys in _LATER:
-            fields = section.model_fields
-            shared[place] = {k: v for k, v in shared[place].items() if k not in keys or v != fields[k].default}
         arms: list[tuple[str | None, list[ResetSpec]]] = [*recipe.arms(phase).items()] or [(None, [])]
         for (arm, resets), seed in itertools.product(arms, recipe.seed):
             starts: list[tuple[Unit | None, str]] = []
@@ -155,7 +137,6 @@ def refuse_other_recipe(folder: Path, units: list[Unit]) -> None:
     Raises:
         UserError: Naming the first unit that differs and every key that changed.
     """
-    begun: dict[str, Any] = {}
     for unit in units:
         path = folder / unit.folder / "unit.json"
         if not path.exists():
@@ -164,12 +145,7 @@ def refuse_other_recipe(folder: Path, units: list[Unit]) -> None:
             before = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"'{path}' is damaged: delete '{path.parent}' to train that unit again") from error
-        begun[unit.folder], now = before, unit.spec
-        told = (before.get("start") or {}).get("from")
-        if unit.parent and told == _digest(begun.get(unit.parent.folder)):
-            # The parent was compared already; what its folder tells of keys at their defaults may be less or more.
-            now = {**now, "start": {**now["start"], "from": told}}
-        changed = list(_differences(before, now))
+        changed = list(_differences(before, unit.spec))
         if changed:
             raise UserError(
                 f"'{folder / unit.folder}' was begun with another recipe:\n  " + "\n  ".join(changed) + "\n"

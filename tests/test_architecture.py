@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fire_llm"
-ORDER = [
-    "errors", "hardware", "measurement", "stopping", "staging", "locks", "manifest", "orthogonal", "metrics",
-    "layouts", "layout", "distributed",
-    "resets", "models", "checkpoint", "corpora", "data", "evaluation", "diagnostics", "inspection", "flops", "trainer",
-    "recipe", "units", "plan", "results", "run", "matrix", "comparison", "stream", "plots", "page", "report", "launch",
-    "sweep", "cli", "__main__",
-]  # fmt: skip
+PAGE = PACKAGE.parent / "docs" / "architecture.md"
 LONGEST = 350
+
+
+def rows() -> list[tuple[list[str], str]]:
+    """Return the rows of the page's table of rooms: (names as they stand there, what the rooms hold)."""
+    table = PAGE.read_text(encoding="utf-8").partition("| room |")[2].partition("\n\n")[0]
+    cells = [line.split("|")[1:3] for line in table.splitlines()[2:]]
+    return [(re.findall(r"`([^`]+)`", names), holds) for names, holds in cells]
+
+
+LISTED = [name for names, _ in rows() for name in names]
+ORDER = [*(name.rstrip("/") for name in LISTED), "__main__"]
 
 
 def imports(path: Path) -> set[str]:
@@ -37,8 +43,17 @@ def room(path: Path) -> str:
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if room(p) != "__init__")
 
 
-def test_every_room_has_its_place_in_the_order():
+def test_the_page_lists_every_room_once_and_no_other():
+    assert len(set(ORDER)) == len(ORDER)
     assert {room(p) for p in MODULES} == set(ORDER)
+    folders = {f"{p.parent.name}/" for p in PACKAGE.glob("*/__init__.py")}
+    assert {name for name in LISTED if name.endswith("/")} == folders
+
+
+def test_the_page_names_modules_that_are_there():
+    for names, holds in rows():
+        for name in re.findall(r"`([a-z_]+)`", holds) if names[0].endswith("/") else ():
+            assert any((PACKAGE / n / f"{name}.py").exists() for n in names), f"{names[0]} has no module '{name}'"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))

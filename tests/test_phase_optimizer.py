@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from hashlib import blake2b
 
 import pytest
 import torch
@@ -106,24 +105,15 @@ def test_a_state_that_cannot_be_kept_is_refused():
         load_recipe(data)
 
 
-# ---- runs from before there were these keys
-
-OLD = {
-    "phase": {"name", "data", "epochs", "steps", "tokens", "max_corpus_tokens", "sampling"},
-    "evaluate": {"data", "every_steps", "max_tokens", "sequences_per_device"},
-    "batch": {"tokens_per_step", "sequences_per_device"},
-    "optimizer": {"lr", "min_lr", "warmup", "max_warmup_steps", "weight_decay", "betas", "clip"},
-}
+# ---- what a unit's folder tells
 
 
-def test_a_unit_tells_of_later_keys_only_where_they_are_not_at_their_defaults():
+def test_a_unit_tells_of_every_key_that_its_weights_or_measurements_depend_on():
+    apart = {"arms", "keep", "start_from", "optimizer"}  # the resets, other folders, the parent, and a part of its own
     for unit in expand(load_recipe(GOOD)):
-        assert {section: set(unit.spec[section]) for section in OLD} == OLD
-    data = changed("phases/1/optimizer_state", "kept")
-    data["evaluate"] = {"diagnostics_every_steps": 5}
-    one, two, _ = expand(load_recipe(data))
-    assert "optimizer_state" not in one.spec["phase"] and two.spec["phase"]["optimizer_state"] == "kept"
-    assert one.spec["evaluate"]["diagnostics_every_steps"] == 5
+        for place in ("batch", "optimizer", "evaluate"):
+            assert set(unit.spec[place]) == set(type(getattr(load_recipe(GOOD), place)).model_fields)
+        assert set(unit.spec["phase"]) == set(type(unit.phase).model_fields) - apart
 
 
 def short(folder, **second):
@@ -134,28 +124,14 @@ def short(folder, **second):
     return data
 
 
-def hashed(spec):
-    return blake2b(json.dumps(spec, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def test_folders_that_tell_of_keys_at_their_defaults_go_on(texts, tmp_path):  # noqa: F811
-    """As runs do that were made when units told of `diagnostics_every_steps: null`."""
+def test_a_unit_that_was_begun_before_a_key_was_known_is_refused(texts, tmp_path):  # noqa: F811
     data = short(texts)
     run_recipe(load_recipe(data), tmp_path, arms=["base"], progress=False)
-    first, base = (tmp_path / place / "unit.json" for place in ("first/seed-1", "second/base/seed-1"))
-    told = {path: json.loads(path.read_text()) for path in (first, base)}
-    for spec in told.values():
-        spec["evaluate"]["diagnostics_every_steps"] = None
-    told[base]["start"]["from"] = hashed(told[first])
-    for path, spec in told.items():
-        path.write_text(json.dumps(spec))
-    before = first.stat().st_mtime_ns, base.stat().st_mtime_ns
-    run_recipe(load_recipe(data), tmp_path, arms=["base", "fire"], progress=False)  # fire tells of its parent anew
-    run_recipe(load_recipe(data), tmp_path, arms=["base", "fire"], progress=False)
-    assert before == (first.stat().st_mtime_ns, base.stat().st_mtime_ns)
-    told[base]["start"]["from"] = "0" * 32
-    base.write_text(json.dumps(told[base]))
-    with pytest.raises(UserError, match=f'start.from: "{"0" * 32}" then, "'):
+    path = tmp_path / "first" / "seed-1" / "unit.json"
+    told = json.loads(path.read_text())
+    del told["evaluate"]["sequences_per_device"]
+    path.write_text(json.dumps(told))
+    with pytest.raises(UserError, match=r"another recipe:\n  evaluate.sequences_per_device: null then, 8 now\nChoose"):
         run_recipe(load_recipe(data), tmp_path, arms=["base"], progress=False)
 
 

@@ -66,7 +66,7 @@ def reset_checkpoint(
         src: A checkpoint folder or a Hub id; never written to.
         dst: The folder to make; must not exist. It appears whole or not at all.
         method: A reset's name or spec, or a list of specs.
-        init: Checkpoint with the run's step-0 weights, for `full_reset` and `shrink_perturb`.
+        init: Checkpoint with the run's step-0 weights, for `full_reset`, `shrink_perturb` and `initial_norm`.
         seed: Draw the step-0 weights anew from the config and this seed instead, a parameter at a time (a few
             architectures draw some weights from others: a whole model at once, in fp32).
         revision: Branch, tag or commit, where `src` is a Hub id.

@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     apply.add_argument("--shrink", type=float, metavar="C", help="share of the step-0 weights in shrink_perturb (0.5)")
     apply.add_argument("--role", action="append", metavar="ROLE", help="add a role to attention and mlp (repeatable)")
     apply.add_argument("--exclude", action="append", metavar="REGEX", help="leave parameters it matches (repeatable)")
-    apply.add_argument("--init", metavar="CKPT", help="step-0 weights, for shrink_perturb and full_reset")
+    apply.add_argument("--init", metavar="CKPT", help="step-0 weights, for shrink_perturb, full_reset, initial_norm")
     apply.add_argument("--seed", type=int, metavar="N", help="draw the step-0 weights from the config and this seed")
     apply.add_argument("--revision", metavar="REV", help="branch, tag or commit, where SRC is a Hub id")
     apply.add_argument("--native", action="store_true", help=_NATIVE)

@@ -183,7 +183,7 @@ def _refuse_changed_text(folder: Path, finished: Sequence[Unit], names: Sequence
         UserError: Naming the corpus.
     """
     for unit in finished:
-        before = json.loads((folder / unit.folder / "unit.json").read_text(encoding="utf-8")).get("corpora", {})
+        before = json.loads((folder / unit.folder / "unit.json").read_text(encoding="utf-8"))["corpora"]
         for name, now in unit.spec["corpora"].items():
             if name in names and before.get(name, now) != now:
                 raise UserError(

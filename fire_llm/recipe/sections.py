@@ -219,7 +219,10 @@ def recipe_schema() -> dict[str, Any]:
     arms = {"anyOf": [one, {"type": "array", "items": one}]}
     schema["$defs"]["PhaseSection"]["properties"]["arms"] = {"type": "object", "additionalProperties": arms}
     # What a validator accepts in shorthand, editors must accept too.
-    schema["properties"]["seed"] = {"anyOf": [{"type": "integer"}, schema["properties"]["seed"]]}
+    sections = schema["$defs"]
+    for section, key in ((schema, "seed"), (sections["PhaseSection"], "keep"), (sections["EvaluateSection"], "data")):
+        listed = section["properties"][key]
+        section["properties"][key] = {"anyOf": [listed["items"], listed]}
     for key in ("model", "tokenizer"):
         schema["properties"][key] = {"anyOf": [{"type": "string"}, schema["properties"][key]]}
     for option in schema["$defs"]["PhaseOptimizerSection"]["properties"].values():

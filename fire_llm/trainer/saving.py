@@ -118,7 +118,6 @@ class SavingTrainer(Trainer):
             "batches_hash": self._hash_over_ranks(),
             "seconds": self._resumed.get("seconds", 0.0) + time.monotonic() - self._began,
             "world_size": self.args.world_size,
-            "manifest": 1,
             # A signal saves in the middle of a logged interval; its mean must come out as if it had not.
             "unlogged": {
                 "since": self._globalstep_last_logged,
@@ -129,10 +128,10 @@ class SavingTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Restore the generators, and what of an interval's losses was summed but not logged."""
         super()._load_rng_state(checkpoint)
-        unlogged = self._resumed.get("unlogged")
-        if checkpoint is None or unlogged is None:
+        if checkpoint is None:
             return
-        losses, rank = unlogged["losses"], self.args.process_index
+        unlogged, rank = self._resumed["unlogged"], self.args.process_index
+        losses = unlogged["losses"]
         same = len(losses) == self.args.world_size
         self._tr_loss.fill_(losses[rank] if same else sum(losses) / len(losses))
         self._globalstep_last_logged = unlogged["since"]

@@ -171,10 +171,10 @@ class ContinualTrainer(Stepping, Optimizing, SavingTrainer):
             self._progress.close()
 
     def _say_resumed(self, state: dict[str, Any]) -> None:
-        before, now = state.get("world_size"), self.args.world_size
+        before, now = state["world_size"], self.args.world_size
         if self.args.title is None or not self.is_world_process_zero():
             return
-        changed = f", on {now} process(es) instead of {before}: the same batches" if before not in (None, now) else ""
+        changed = f", on {now} process(es) instead of {before}: the same batches" if before != now else ""
         sys.stderr.write(f"{self.args.title}: goes on from step {state['step']}{changed}\n")
 
     # ---- evaluation

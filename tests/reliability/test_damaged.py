@@ -111,18 +111,6 @@ def test_no_whole_checkpoint_is_an_error_that_names_each_and_deletes_none(whole,
     assert {p.name for p in (cut / SECOND).glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
 
 
-def test_a_checkpoint_made_before_there_were_manifests_counts_and_is_told(whole, cut):
-    newest = cut / SECOND / "checkpoint-6"
-    (newest / MANIFEST).unlink()
-    state = json.loads((newest / "continual_state.json").read_text())
-    old = {key: state[key] for key in ("step", "batches_hash", "seconds", "world_size")}
-    (newest / "continual_state.json").write_text(json.dumps(old))
-    intact, said = newest_intact(cut / SECOND)
-    assert intact == newest and "before there were manifests" in said[0]
-    run_recipe(load_recipe(whole[0]), cut, progress=False)
-    assert damage(cut / SECOND / "checkpoint-8") is None
-
-
 def test_a_damaged_parent_is_refused_and_trained_again_once_deleted(whole, cut):
     shutil.rmtree(cut / SECOND)
     parent = cut / FIRST / "checkpoint-10"
