@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -148,6 +149,20 @@ def test_run_eval_of_the_run_eval_of_the_checkpoint_a_plain_loop_and_lm_eval_agr
     print(f"{precision}, {place}: " + ", ".join(f"{who} {np.exp(nll):.10f}" for who, nll in found.items()))
     for who, nll in found.items():
         assert nll == pytest.approx(found["plain loop"], rel=1e-6 if who == "lm_eval" else 1e-9), who
+
+
+def test_fp16_on_a_cpu_is_fp16_and_resumes_bit_for_bit(texts, tmp_path):
+    """accelerate would train in fp32 instead, and say nothing."""
+    data = {**recipe_data(texts, "fp16"), "save_every_steps": 6, "keep_last": 2}
+    results = run_recipe(load_recipe(data), tmp_path / "whole", progress=False)
+    alone = run_recipe(load_recipe(recipe_data(texts, "fp32")), tmp_path / "fp32", progress=False)
+    assert results["phases"][0]["final"]["a"]["nll"] != alone["phases"][0]["final"]["a"]["nll"]
+    last = final_checkpoint(tmp_path / "whole" / "only" / "seed-1")
+    assert torch.load(last / "scaler.pt", weights_only=True)["scale"] > 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / last.relative_to(tmp_path / "whole"))
+    again = run_recipe(load_recipe(data), tmp_path / "again", progress=False)
+    assert again["phases"][0]["final"] == results["phases"][0]["final"]
 
 
 def test_a_run_in_bf16_can_be_measured_in_bf16_and_says_so(texts, tmp_path):

@@ -136,10 +136,14 @@ class ContinualTrainer(Stepping, Optimizing, SavingTrainer):
         self.add_callback(self._progress)
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Make the accelerator, FSDP2's shards on CPUs included, and refuse what cannot be reset."""
+        """Make the accelerator, FSDP2's shards and fp16 on CPUs included, and refuse what cannot be reset."""
         refuse_engines(self.args)
         with sharding(self):
             super().create_accelerator_and_postprocess()
+        if self.args.fp16 and self.args.device.type == "cpu":
+            # accelerate leaves fp16 out on CPUs, without a word, and would train in fp32.
+            self.accelerator.native_amp = True
+            self.accelerator.scaler = torch.amp.GradScaler("cpu")
 
     # ---- data: sample i of the phase, whatever happened before
 
