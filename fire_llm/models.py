@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fire_llm.context import choose_context, longest_context
 from fire_llm.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def _override(config: Any, overrides: dict[str, Any]) -> None:
         UserError: For an unknown attribute, or a value that the config refuses or that nothing can be built from.
     """
     name = type(config).__name__
+    positions = [] if longest_context(config) is None else ["max_position_embeddings"]  # XLNet has none to count
     for key, value in overrides.items():
         if key in _CODE or key.startswith("__") or not hasattr(config, key) or callable(getattr(config, key)):
             known = [k for k in config.to_dict() if not k.startswith("_")]
@@ -90,7 +92,7 @@ def _override(config: Any, overrides: dict[str, Any]) -> None:
             setattr(config, key, value)
         except Exception as error:  # the classes' own checks raise what they like
             raise UserError(f"model.config.{key}: {name} refuses {value!r}: {_first_line(error)}") from error
-    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings")
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", *positions)
     try:
         text = config.get_text_config()
         found = {size: getattr(text, size) for size in sizes if getattr(text, size, None) is not None}
@@ -132,11 +134,7 @@ def check_fits(config: Any, tokenizer: Any, context: int | None) -> None:
             f"model: the tokenizer has {len(tokenizer)} tokens and the model's embedding {text.vocab_size} rows. "
             "Take the model's own tokenizer, or a preset whose vocabulary follows the tokenizer's"
         )
-    longest = getattr(text, "max_position_embeddings", None)
-    if context and longest and context > longest:
-        raise UserError(
-            f"model.context: {context} is longer than the model's {longest} positions. Use at most {longest}"
-        )
+    choose_context(config, context, "model.context")
 
 
 def fresh_model(config: Any, seed: int) -> Any:

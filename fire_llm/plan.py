@@ -54,10 +54,12 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
     Steps counted in epochs are estimated from the bytes of the corpora; None where those are not known.
 
     Raises:
-        UserError: What an arm is to do to the model it cannot, as far as the config tells.
+        UserError: What an arm is to do to the model it cannot, as far as the config tells; or the tokens of a step are
+            no whole number of the model's sequences.
     """
     folder = Path(output or Path("runs") / recipe.name)
     config = config_of(recipe)
+    split_batch(recipe, context_of(recipe, config), 1)  # what one process cannot divide, no number of them can
     model = model_on_meta(config)
     parameters = sum(p.numel() for p in model.parameters())
     # Where a token's operations are not counted exactly (experts, state spaces), 6 a parameter is not too few.

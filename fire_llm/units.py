@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from fire_llm.context import choose_context
 from fire_llm.corpora import Corpus, resolve
 from fire_llm.errors import UserError, did_you_mean
 from fire_llm.hardware import resolve_precision
@@ -252,8 +253,8 @@ def config_of(recipe: Recipe) -> Any:
 
 
 def context_of(recipe: Recipe, config: Any) -> int:
-    """Return the tokens a sequence: the recipe's, else the longest that the model reads, at most 1024."""
-    return recipe.model.context or min(getattr(config.get_text_config(), "max_position_embeddings", 1024), 1024)
+    """Return the tokens a sequence: the recipe's, else what `choose_context` takes."""
+    return choose_context(config, recipe.model.context, "model.context")
 
 
 def phase_steps(phase: PhaseSection, tokens_per_step: int, epoch_tokens: int) -> int:

@@ -33,6 +33,7 @@ import numpy as np
 import torch
 
 from fire_llm import perplexity
+from fire_llm.context import choose_context
 from fire_llm.corpora import resolve
 from fire_llm.data import train_tokenizer
 from fire_llm.data.encode import Encoder
@@ -125,8 +126,7 @@ def speed(args: Any) -> dict[str, Any]:
     else:
         tokenizer, model = load_tokenizer(args.model), load_model(args.model)
     model = model.to(args.device, getattr(torch, args.dtype)).eval()
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
-    args.context = args.context or min(longest, 1024)
+    args.context = choose_context(model.config, args.context)
     texts, ids = texts_of(args.corpus, tokenizer, args.tokens)
     stream = np.concatenate(ids)
     lengths = sorted(len(each) for each in ids)

@@ -269,7 +269,7 @@ def broken(name, value=math.nan):
         (tiny_gpt2, {"iterations": 0}, "iterations: 0 is not a number of iterations"),
         (tiny_gpt2, {"delta": 1.0}, r"delta 1.0 must lie in \[0, 1\)"),
         (tiny_gpt2, {"tau": -0.1}, "tau -0.1 must not be negative"),
-        (tiny_gpt2, {"context": 65}, "context 65 must lie between 1 and the model's 64 positions"),
+        (tiny_gpt2, {"context": 65}, "context 65 must lie between 1 and 64, the most tokens"),
         (tiny_gpt2, {"tokens": TOKENS[:16]}, "the text has 16: give more text or a shorter context"),
         (tiny_gpt2, {"tokens": TOKENS[:1], "context": None}, "predict the one after; the text has 1"),
         (tiny_gpt2, {"tokens": TOKENS + 50}, "do not fit the model's vocabulary of 97"),

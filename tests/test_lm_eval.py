@@ -15,7 +15,9 @@ import torch
 from conftest import tiny_gpt2, tiny_llama
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
 from test_data import TEXTS, corpus_of, prose
+from transformers import RobertaConfig, RobertaForCausalLM
 
 from fire_llm import UserError, perplexity
 from fire_llm.data import train_tokenizer
@@ -102,8 +104,6 @@ validation_split: null
 
 def compare_wikitext(model, tokenizer, pages: list[str], folder: Path, batch_size: int) -> float:
     """Return the largest relative difference between lm_eval's task `wikitext` and ours on the same pages."""
-    from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
-
     task = write_task(folder, "local_wikitext", [{"page": page} for page in pages], WIKITEXT)
     answer = run_tasks((model, tokenizer), [task], batch_size=batch_size)
     theirs = answer["results"]["local_wikitext"]
@@ -258,6 +258,34 @@ def test_a_folder_of_tasks_is_run_whole_on_the_model_given(checkpoint, tokenizer
     assert set(answer["results"]) == {"one", "two"}
     assert answer["n-samples"]["one"] == {"original": 9, "effective": 4}
     assert model.training
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "roberta"])
+@pytest.mark.parametrize("context", [32, None])
+def test_the_context_asked_for_is_the_one_that_is_read(kind, context, tokenizer, tmp_path):
+    """RoBERTa's 64 positions hold 62 tokens: left to itself, lm_eval reads 64 and fails."""
+    if kind == "gpt2":
+        model, longest = tiny_gpt2(vocab_size=400, n_positions=64), 64
+    else:
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = RobertaConfig(vocab_size=400, max_position_embeddings=64, pad_token_id=1, is_decoder=True, **sizes)
+        model, longest = RobertaForCausalLM(config), 62
+    pages = [prose(200), prose(30)]
+    task = write_task(tmp_path, "windows", [{"page": page} for page in pages], WIKITEXT)
+    answer = run_tasks((model, tokenizer), [task], context=context)
+    assert answer["settings"]["context"] == (context or longest)
+    texts = [wikitext_detokenizer({"page": page}) for page in pages]
+    measured = ours(model.eval(), tokenizer, texts, pages, context=context or longest)
+    assert answer["results"]["windows"]["bits_per_byte,none"] == pytest.approx(measured.bits_per_byte, rel=1e-5)
+
+
+def test_answers_that_are_longer_than_the_context_are_refused(checkpoint, tmp_path):
+    lines = "output_type: generate_until\ndoc_to_text: question\ndoc_to_target: question\n"
+    task = write_task(tmp_path, "answers", QUESTIONS, f"{lines}metric_list: [{{metric: exact_match}}]\n")
+    with pytest.raises(UserError, match=r"lm_eval refuses: .*max tokens to generate \(256\).*\(32\)"):
+        run_tasks(checkpoint, [task], context=32, limit=1)
+    with pytest.raises(UserError, match="context 257 must lie between 1 and 256, the most tokens"):
+        run_tasks(checkpoint, [task], context=257)
 
 
 def test_a_group_in_the_folder_has_a_score_of_its_own(checkpoint, tmp_path):

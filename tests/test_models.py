@@ -84,7 +84,7 @@ def test_bad_models(name, options, message):
 
 def test_a_context_beyond_the_models_positions_is_refused(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="65 is longer than the model's 64 positions"):
+    with pytest.raises(UserError, match=r"model\.context 65 must lie between 1 and 64, the most tokens"):
         config_for(str(tmp_path), context=65)
 
 

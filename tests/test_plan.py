@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 from test_recipe import GOOD
+from transformers import RobertaConfig
 
-from fire_llm import load_recipe
+from fire_llm import UserError, load_recipe
 from fire_llm.plan import LOGITS_HELD, plan, print_plan
 from fire_llm.trainer.loss import SLICE
 
@@ -33,6 +34,16 @@ def test_epochs_count_what_the_corpora_hold(tmp_path):
     assert steps == pytest.approx(2 * 42_000 / 4.2 / 1024, abs=2)
     phase["max_corpus_tokens"] = 2048
     assert plan(load_recipe(data), tmp_path)["units"][0]["steps"] == 4
+
+
+def test_a_batch_that_a_checkpoints_context_does_not_divide_is_refused(tmp_path):
+    """66 positions hold 64 tokens where they are counted from the padding token, 1."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    RobertaConfig(**sizes, vocab_size=512, max_position_embeddings=66, is_decoder=True).save_pretrained(tmp_path)
+    data = {**GOOD, "model": {"checkpoint": str(tmp_path)}, "batch": {"tokens_per_step": 132}}
+    with pytest.raises(UserError, match="132 does not divide into sequences of 64 tokens on 1 process"):
+        plan(load_recipe(data), tmp_path)
+    assert plan(load_recipe({**data, "batch": {"tokens_per_step": 128}}), tmp_path)["units"][0]["tokens"] == 1280
 
 
 def paper(*overrides):

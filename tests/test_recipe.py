@@ -10,6 +10,7 @@ import yaml
 
 from fire_llm import UserError, load_recipe
 from fire_llm.recipe import Recipe, recipe_schema, recipes_folder
+from fire_llm.units import config_of, context_of
 
 GOOD: dict = {
     "model": {"preset": "gpt-tiny", "context": 64},
@@ -47,6 +48,17 @@ def test_the_good_one_loads():
     assert recipe.seed == [1] and recipe.phases[0].keep == ["best", 5]
     assert recipe.optimizer.lr == 6e-4
     assert recipe.evaluated() == ["python-docs", "library-docs"]
+
+
+@pytest.mark.parametrize("name", ["n_positions", "max_position_embeddings"])
+def test_the_context_of_a_preset_follows_its_config(name):
+    """gpt-tiny reads 128 tokens by itself; 1024 is a multiple of that, but not of 96."""
+    recipe = changed("model", {"preset": "gpt-tiny", "config": {name: 96}})
+    with pytest.raises(UserError, match=r"batch\.tokens_per_step: 1024 is not a multiple of the context, 96"):
+        load_recipe(recipe)
+    recipe["batch"]["tokens_per_step"] = 96 * 3
+    loaded = load_recipe(recipe)
+    assert context_of(loaded, config_of(loaded)) == 96
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,9 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--document", choices=("line", "blank-line", "heading", "file"), help="a document of .txt files (blank-line)"
     )
-    evaluate.add_argument("--context", type=int, metavar="N", help="tokens a window")
+    evaluate.add_argument(
+        "--context", type=int, metavar="N", help="tokens a window, and the most that tasks read at once"
+    )
     evaluate.add_argument("--stride", type=int, metavar="N", help="tokens between windows (the context)")
     evaluate.add_argument(
         "--per-document", action="store_true", help="read each document by itself (windows run across them)"

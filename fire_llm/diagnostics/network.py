@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fire_llm.context import choose_context
 from fire_llm.distributed import fsdp_modules
 from fire_llm.errors import UserError
 from fire_llm.evaluation.precision import own_precision
@@ -120,11 +121,9 @@ def sample(model: nn.Module, tokens: Any, context: int | None, sequences: int) -
     stream = np.asarray(tokens).reshape(-1)
     config: Any = model.config
     text = config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", None)
-    most = min(longest or 1024, 1024)
-    if context is not None and not 1 <= context <= (longest or context):
-        raise UserError(f"context {context} must lie between 1 and the model's {longest} positions")
-    length = context or max(1, min(most, len(stream) - 1))
+    length = choose_context(config, context)
+    if context is None:
+        length = max(1, min(length, len(stream) - 1))
     if len(stream) <= length:
         raise UserError(
             f"diagnostics read {length} tokens and predict the one after; the text has {len(stream)}: "

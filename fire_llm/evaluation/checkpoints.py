@@ -82,7 +82,7 @@ def score_checkpoints(
         prefix: Token read first: `bos`, `eos`, `none`, or `auto`, as in `first_token`.
         dtype: Of the weights and their products; `stored` keeps the checkpoint's.
         device: `cpu`, `cuda` or `cuda:N`.
-        tasks, limit, num_fewshot: Also tasks of lm-eval, as in `run_tasks`.
+        tasks, limit, num_fewshot: Also tasks of lm-eval, as in `run_tasks`, which get `context` too.
         look: Also measures something else of a model on a text, such as its plasticity.
         progress: Show progress bars.
 
@@ -127,7 +127,12 @@ def score_checkpoints(
                 looks.append({"checkpoint": name, "data": corpus.name, **look(model, text)})
         if tasks:
             answers[name] = run_tasks(
-                (model, tokenizer), tasks, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size
+                (model, tokenizer),
+                tasks,
+                context=context,
+                limit=limit,
+                num_fewshot=num_fewshot,
+                batch_size=batch_size,
             )
         del model
     evaluation = {

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fire_llm.context import choose_context
 from fire_llm.distributed import active, fsdp_modules
 from fire_llm.errors import UserError
 from fire_llm.evaluation.precision import own_precision, precision_of
@@ -271,12 +272,7 @@ def _ends(documents: Any, n: int, prefix: int) -> np.ndarray:
 
 def _window(model: Any, context: int | None, stride: int | None) -> tuple[int, int]:
     """Check and return the context and the stride."""
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = longest if longest and longest > 0 else None  # XLNet says -1: any number
-    context = context or min(longest or 1024, 1024)
-    if context < 1 or (longest and context > longest):
-        allowed = f"between 1 and the model's {longest} positions" if longest else "at least 1"
-        raise UserError(f"context {context} must be {allowed}")
+    context = choose_context(model.config, context)
     stride = context if stride is None else stride
     if not 1 <= stride <= context:
         raise UserError(f"stride {stride} must lie between 1 and the context, {context}")

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fire_llm.context import choose_context, longest_context
 from fire_llm.errors import UserError, did_you_mean
 from fire_llm.evaluation.scoring import evaluating
 from fire_llm.models import find_device, load_model, load_tokenizer
@@ -22,6 +23,7 @@ def run_tasks(
     checkpoint: str | Path | tuple[Any, Any],
     tasks: Sequence[str | Path],
     *,
+    context: int | None = None,
     limit: int | float | None = None,
     num_fewshot: int | None = None,
     batch_size: int = 8,
@@ -35,6 +37,8 @@ def run_tasks(
             restored.
         tasks: Names of lm_eval's tasks, groups or tags; or paths, which hold a `/` or end in `.yaml`: of a task of
             one's own, or of a folder of such and of groups of them, all of which are run.
+        context: Most tokens read at once; by default as many as the model reads, and lm_eval's 2048 where it has no
+            limit. Questions that are longer lose their beginning, texts are read in windows.
         limit: Documents of each task that are read, or below 1 the share of them; all by default. For trying out.
         num_fewshot: Examples before each question; the task's own number by default.
         batch_size: Sequences a forward pass.
@@ -63,17 +67,21 @@ def run_tasks(
     else:
         place = find_device(device)
         tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint, torch.float32).to(place)
+        tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint).to(place)
+    longest = longest_context(model.config) if context is None else choose_context(model.config, context)
     chosen = _load(manager, names)
     log = logging.getLogger("lm_eval.models.huggingface")
     level = log.level
     log.setLevel(logging.ERROR)  # it warns of a model that comes loaded, which is meant
     try:
         with evaluating(model):
-            lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            # Left to itself it takes XLNet's -1, and the two positions that RoBERTa keeps free.
+            most = longest or HFLM._DEFAULT_MAX_LENGTH
+            lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=most)
             answer = lm_eval.simple_evaluate(
                 lm, tasks=chosen, task_manager=manager, limit=limit, num_fewshot=num_fewshot, log_samples=False
             )
-    except ValueError as error:  # tasks that want images, or run code that a model wrote
+    except (AssertionError, ValueError) as error:  # answers longer than the context, images, code that a model wrote
         raise UserError(f"tasks: lm_eval refuses: {error}") from error
     finally:
         log.setLevel(level)

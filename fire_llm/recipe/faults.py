@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from fire_llm.context import DEFAULT
 from fire_llm.corpora import CorpusSpec, resolve
 from fire_llm.errors import UserError, did_you_mean
 from fire_llm.models import PRESETS
@@ -116,7 +117,7 @@ def contradictions(recipe: Recipe) -> Iterable[str]:
         yield f"seed: {recipe.seed} names a seed twice"
     common = [*optimizer_faults(recipe.optimizer)]
     yield from common
-    context = recipe.model.context or (PRESETS.get(recipe.model.preset or "") or {}).get("n_positions")
+    context = _context(recipe)
     if context and recipe.batch.tokens_per_step % context:
         nearest = max(1, round(recipe.batch.tokens_per_step / context)) * context
         yield (
@@ -140,6 +141,14 @@ def contradictions(recipe: Recipe) -> Iterable[str]:
             yield f"{place}: {error}"
         except OSError as error:
             yield f"{place}: '{name}' cannot be looked at: {error.strerror or error}"
+
+
+def _context(recipe: Recipe) -> int | None:
+    """Return the tokens a sequence, None where a checkpoint's config has to be read for it."""
+    settings = {**PRESETS.get(recipe.model.preset or "", {}), **recipe.model.config}
+    longest = settings.get("max_position_embeddings", settings.get("n_positions"))
+    own = min(longest, DEFAULT) if isinstance(longest, int) and longest > 0 else None
+    return recipe.model.context or own
 
 
 def _phase_contradictions(recipe: Recipe, phase: PhaseSection, earlier: dict[str, list[str]]) -> Iterable[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fire_llm.context import longest_context
 from fire_llm.errors import UserError
 from fire_llm.evaluation.scoring import evaluating
 
@@ -26,7 +27,7 @@ def check_document_mask(model: Any) -> None:
         UserError: Its logits differ from those of the documents read alone, or it takes no positions.
     """
     name, device, text = type(model).__name__, next(model.parameters()).device, model.config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", None) or max(PROBE)
+    longest = longest_context(model.config) or max(PROBE)
     documents = [torch.arange(min(n, longest), device=device) for n in PROBE]
     ids = [(places * 7 + 3 * len(places))[None] % int(text.vocab_size) for places in documents]
     try:
