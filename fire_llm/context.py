@@ -57,14 +57,15 @@ def choose_context(config: Any, wanted: int | None, name: str = "context") -> in
         UserError: The model does not read as many.
     """
     longest = longest_context(config)
-    if wanted is None:
-        return min(longest or DEFAULT, DEFAULT)
-    if wanted < 1 or (longest is not None and wanted > longest):
-        allowed = (
-            f"lie between 1 and {longest}, the most tokens that the model reads at once" if longest else "be at least 1"
+    most = DEFAULT if longest is None else min(longest, DEFAULT)
+    context = most if wanted is None else wanted
+    if longest is None and context < 1:
+        raise UserError(f"{name} {context} must be at least 1")
+    if longest is not None and not 1 <= context <= longest:
+        raise UserError(
+            f"{name} {context} must lie between 1 and {longest}, the most tokens that the model reads at once"
         )
-        raise UserError(f"{name} {wanted} must {allowed}")
-    return wanted
+    return context
 
 
 def _stretched(text: Any) -> int:
@@ -76,6 +77,6 @@ def _stretched(text: Any) -> int:
     parameters = getattr(text, "rope_parameters", None) or {}
     layers = [parameters] if "rope_type" in parameters else parameters.values()  # one for all, or one a kind of layer
     yarn = [rope for rope in layers if isinstance(rope, dict) and rope.get("rope_type") == "yarn"]
-    return max(
-        (int((r.get("factor") or 0) * (r.get("original_max_position_embeddings") or 0)) for r in yarn), default=0
-    )
+    # Where one is null, transformers takes their product to be `max_position_embeddings`.
+    factors = [(rope.get("factor") or 0, rope.get("original_max_position_embeddings") or 0) for rope in yarn]
+    return max((int(factor * original) for factor, original in factors), default=0)

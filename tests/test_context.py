@@ -127,6 +127,7 @@ def test_the_default_is_the_longest_context_up_to_1024():
     [
         ("whisper", 449, "model.context 449 must lie between 1 and 448, the most tokens that the model reads at once"),
         ("opt", 2049, "model.context 2049 must lie between 1 and 2048,"),
+        ("roberta", 512, "model.context 512 must lie between 1 and 510,"),
         ("gpt2", 0, "model.context 0 must lie between 1 and 1024,"),
         ("xlnet", 0, "model.context 0 must be at least 1"),
     ],

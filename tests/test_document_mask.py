@@ -117,7 +117,7 @@ def test_logits_of_a_packed_block_are_those_of_its_documents(family, attention):
     check_document_mask(model)
 
 
-@pytest.mark.parametrize("family", ["mamba", "mamba2", "bloom", "mpt", "rwkv", "recurrent_gemma", "falcon_h1"])
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "bloom", "mpt", "rwkv", "recurrent_gemma", "falcon_h1", "xlnet"])
 def test_models_that_read_across_documents_are_refused(family):
     model = build(family).train()
     with pytest.raises(

@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 from conftest import tiny_gpt2, tiny_llama
+from transformers import XLNetConfig
 
 from fire_llm import UserError
 from fire_llm.models import PRESETS, config_for, describe, fresh_model, load_model, load_tokenizer, model_on_meta
@@ -86,6 +87,12 @@ def test_a_context_beyond_the_models_positions_is_refused(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"model\.context 65 must lie between 1 and 64, the most tokens"):
         config_for(str(tmp_path), context=65)
+
+
+def test_a_model_without_a_limit_can_be_overridden_and_read_at_any_length(tmp_path):
+    XLNetConfig(vocab_size=64, d_model=32, n_layer=1, n_head=2, d_inner=32).save_pretrained(tmp_path)
+    config = config_for(str(tmp_path), context=5000, overrides={"dropout": 0.0})
+    assert config.dropout == 0.0 and config.max_position_embeddings == -1
 
 
 def test_checkpoints_that_cannot_be_read_are_named(tmp_path):

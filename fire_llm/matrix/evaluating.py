@@ -101,7 +101,7 @@ def evaluate_run(
             measured: Perplexity = perplexity(
                 model,
                 text.tokens,
-                context=context or bench.context,
+                context=bench.context if context is None else context,
                 stride=stride,
                 batch_size=batch_size,
                 prefix=first,
