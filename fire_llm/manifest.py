@@ -66,7 +66,7 @@ def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
         UserError: There are checkpoints and none of them is whole; each is named with what is wrong.
     """
     steps = {path: step for path in folder.glob("checkpoint-*") if (step := step_of(path)) is not None}
-    said = []
+    said: list[str] = []
     for path in sorted(steps, key=steps.__getitem__, reverse=True):
         wrong = damage(path)
         if wrong is None:

@@ -38,6 +38,9 @@ MOST_UNITS = 2_000
 LONGEST_NAME = 255
 """Characters of a folder's name; file systems take no more."""
 
+_ABSENT = object()
+"""Stands for a key that a unit's folder, or the recipe, does not have."""
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -157,9 +160,11 @@ def refuse_other_recipe(folder: Path, units: list[Unit]) -> None:
 def _differences(before: Any, after: Any, at: str = "") -> Iterator[str]:
     if isinstance(before, dict) and isinstance(after, dict):
         for key in dict.fromkeys([*before, *after]):
-            yield from _differences(before.get(key), after.get(key), f"{at}.{key}" if at else str(key))
+            path = f"{at}.{key}" if at else str(key)
+            yield from _differences(before.get(key, _ABSENT), after.get(key, _ABSENT), path)
     elif before != after:
-        yield f"{at}: {json.dumps(before)} then, {json.dumps(after)} now"
+        then, now = ("absent" if value is _ABSENT else json.dumps(value) for value in (before, after))
+        yield f"{at}: {then} then, {now} now"
 
 
 def _start_name(starts: list[tuple[Unit | None, str]], parent: Unit | None, start: str) -> str:

@@ -129,9 +129,9 @@ def test_a_unit_that_was_begun_before_a_key_was_known_is_refused(texts, tmp_path
     run_recipe(load_recipe(data), tmp_path, arms=["base"], progress=False)
     path = tmp_path / "first" / "seed-1" / "unit.json"
     told = json.loads(path.read_text())
-    del told["evaluate"]["sequences_per_device"]
+    del told["evaluate"]["diagnostics_every_steps"]  # null by default
     path.write_text(json.dumps(told))
-    with pytest.raises(UserError, match=r"another recipe:\n  evaluate.sequences_per_device: null then, 8 now\nChoose"):
+    with pytest.raises(UserError, match=r"another recipe:\n  evaluate.diagnostics_every_steps: absent then, null now"):
         run_recipe(load_recipe(data), tmp_path, arms=["base"], progress=False)
 
 
