@@ -23,7 +23,7 @@ from transformers import (
 
 from fire_llm.evaluation import perplexity
 from fire_llm.stopping import wait_for_step
-from fire_llm.trainer.callbacks import Keeping, Progress, ResetCallback
+from fire_llm.trainer.callbacks import Keeping, Progress, ResetCallback, interactive
 from fire_llm.trainer.optimizers import Optimizing, OptimizingArguments
 from fire_llm.trainer.saving import SavingTrainer
 from fire_llm.trainer.sharding import refuse_engines, sharding
@@ -175,6 +175,7 @@ class ContinualTrainer(Stepping, Optimizing, SavingTrainer):
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         """Measure exact perplexity on every evaluation set."""
         metrics: dict[str, float] = {}
+        shown = self.args.title and not self.args.disable_tqdm and self.is_world_process_zero() and interactive()
         for name, corpus in self.evaluation_sets.items():
             measured = perplexity(
                 self.model,
@@ -183,7 +184,7 @@ class ContinualTrainer(Stepping, Optimizing, SavingTrainer):
                 batch_size=self.args.per_device_eval_batch_size,
                 prefix=corpus.prefix,
                 n_bytes=corpus.n_bytes,
-                progress=f"evaluating {name}" if self.args.title and self.is_world_process_zero() else None,
+                progress=f"evaluating {name}" if shown else None,
                 share=True,
             )
             for key in ("nll", "perplexity", "bits_per_byte", "tokens", "bytes"):
