@@ -34,7 +34,7 @@ _HOMES = {
     "ResetCallback": "trainer",
     "Recipe": "recipe",
     "load_recipe": "recipe",
-    "run_recipe": "run",
+    "run_recipe": "sweep",
     "UserError": "errors",
 }
 __all__ = [*_HOMES]

@@ -1,13 +1,12 @@
-"""The fold: a recipe's phases over checkpoints, with a reset between two of them.
+"""Train one unit: its data, the model it starts from, the reset, the phase.
 
-Finished units are skipped, units that were cut off resume from their newest checkpoint, and a folder that another
-recipe made is refused.
+A unit that was cut off resumes from its newest checkpoint. Which units are trained, and where: `sweep/`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,8 @@ from fire_llm.manifest import damage
 from fire_llm.measurement import first_token
 from fire_llm.models import config_for, fresh_model, initial_model, load_model, load_tokenizer
 from fire_llm.recipe import Recipe, optimizer_of
-from fire_llm.results import collect, measured_nll
-from fire_llm.staging import BYTES_A_PARAMETER, free_bytes, staged, write_json, writing
-from fire_llm.stopping import signals_handled
+from fire_llm.results import measured_nll
+from fire_llm.staging import BYTES_A_PARAMETER, free_bytes, staged, write_json
 from fire_llm.trainer import (
     ContinualArguments,
     ContinualTrainer,
@@ -38,20 +36,15 @@ from fire_llm.trainer import (
     ResetCallback,
     SpikeCallback,
 )
-from fire_llm.trainer.heap import keep_freed_memory
 from fire_llm.trainer.masking import check_document_mask
 from fire_llm.trainer.saving import resumption, verified
 from fire_llm.units import (
     Unit,
     context_of,
     corpus_of,
-    expand,
     final_checkpoint,
     labelled_checkpoint,
     phase_steps,
-    refuse_links,
-    refuse_other_recipe,
-    select,
     split_batch,
     tokenizer_corpora,
 )
@@ -60,49 +53,9 @@ SPECTRA_WIDTH = 1024
 """Largest short side whose singular values a run's reports hold; beyond it they cost more than the reset."""
 
 
-def run_recipe(
-    recipe: Recipe, output: str | Path | None = None, *, arms: Iterable[str] = (), progress: bool = True
-) -> dict[str, Any]:
-    """Run what of a recipe is not finished yet, and return (and write) the results.
-
-    Args:
-        recipe: From `load_recipe`.
-        output: The run's folder, `runs/NAME` by default. What in it is finished is skipped, what was cut off resumes.
-        arms: Only these arms (and the phases they start from); all by default.
-        progress: Show progress bars.
-
-    Returns:
-        The content of `results.json` (see docs/results-schema.md).
-
-    Raises:
-        UserError: Where the folder belongs to a different recipe or is in use, an arm is unknown, or the disk is full.
-        Stopped: A KeyboardInterrupt, after SIGINT or SIGTERM: the step they came in is saved (docs/reliability.md).
-    """
-    folder = Path(output or Path("runs") / recipe.name)
-    every_unit = expand(recipe)
-    units = select(every_unit, arms)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with signals_handled(), only_run(folder):
-        refuse_links(folder, units)
-        refuse_other_recipe(folder, units)
-        keep_freed_memory()
-        if _process().is_main_process:
-            write_json(folder / "recipe.json", recipe.model_dump(mode="json"))
-        bench = Workbench(recipe, folder, progress)
-        with writing(folder):
-            for unit in units:
-                if not finished(folder / unit.folder):
-                    train(unit, bench)
-        results = collect(recipe, every_unit, folder, bench)
-        if _process().is_main_process:
-            write_json(folder / "results.json", results)
-    return results
-
-
 @contextmanager
 def only_run(folder: Path, *, shared: bool = False) -> Iterator[None]:
-    """Hold a run's folder against other runs; the workers of a sweep share it (`shared`).
+    """Hold a run's folder against other runs; sweeps and their workers share it (`shared`).
 
     Raises:
         UserError: Another process holds it.
@@ -121,6 +74,8 @@ class Workbench:
 
     def __init__(self, recipe: Recipe, folder: Path, progress: bool) -> None:
         self.recipe, self.folder, self.progress = recipe, folder, progress and _process().is_main_process
+        self.callbacks: list[Any] = []
+        """Added to every unit's; where there are any, the process that started this one shows the bars."""
         self._files: dict[tuple[str, str], TokenFile] = {}
         self._tokenizer: Any = None
         self._config: Any = None
@@ -229,7 +184,7 @@ def train(unit: Unit, bench: Workbench) -> None:
     if _process().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "unit.json", unit.spec)
-    callbacks: list[Any] = []
+    callbacks = [*bench.callbacks]
     if unit.parent is not None and unit.phase.optimizer_state == "kept":
         callbacks.append(KeptOptimizer(labelled_checkpoint(bench.folder / unit.parent.folder, unit.start)))
     if unit.arm:
@@ -314,7 +269,7 @@ def _arguments(unit: Unit, bench: Workbench, folder: Path, steps: int) -> Contin
         ddp_find_unused_parameters=False,
         log_level_replica="error",
         report_to="none",
-        disable_tqdm=True,
+        disable_tqdm=bool(bench.callbacks),
     )
     # Without this, fp32 would give way to what `accelerate launch --mixed_precision` left in the environment.
     arguments.mixed_precision = {"fp32": "no"}.get(precision, precision)

@@ -58,7 +58,7 @@ def test_the_flags_are_frozen():
     }
     assert flags == {
         "check": ["--schema", "--set"],
-        "run": ["--accelerate-config", "--arm", "--dry-run", "--num-processes", "--output", "--set"],
+        "run": ["--accelerate-config", "--arm", "--dry-run", "--num-processes", "--output", "--set", "--workers"],
         "apply": [
             "--device", "--dry-run", "--exclude", "--init", "--iterations", "--method", "--native", "--num-processes",
             "--push-to-hub", "--revision", "--role", "--scale", "--seed", "--shrink", "--solver", "--tolerance",
@@ -70,7 +70,7 @@ def test_the_flags_are_frozen():
             "--stride", "--tasks",
         ],
         "report": ["--markdown", "--output"],
-        "demo": ["--accelerate-config", "--num-processes", "--output", "--set"],
+        "demo": ["--accelerate-config", "--num-processes", "--output", "--set", "--workers"],
         "sweep": [
             "--accelerate-config", "--arm", "--dry-run", "--grid", "--num-processes", "--output", "--set", "--workers",
         ],
@@ -264,12 +264,12 @@ def test_words_the_parser_does_not_know(argv, message, capsys):
 
 
 def test_a_failure_of_the_work_is_exit_1(monkeypatch, capsys):
-    import fire_llm.run
+    import fire_llm.sweep
 
     def fail(*_, **__):
         raise FloatingPointError("the training loss is nan at step 3")
 
-    monkeypatch.setattr(fire_llm.run, "run_recipe", fail)
+    monkeypatch.setattr(fire_llm.sweep, "run_recipe", fail)
     assert run("run", "demo") == 1
     assert "the work failed: the training loss is nan at step 3" in capsys.readouterr().err
 

@@ -144,10 +144,10 @@ def test_the_demo_and_a_configuration(asked, tmp_path):
 
 
 def test_one_process_needs_no_launcher(asked, monkeypatch):
-    import fire_llm.run
+    import fire_llm.sweep
 
     ran: list = []
-    monkeypatch.setattr(fire_llm.run, "run_recipe", lambda *_, **__: ran.append(1) or {})
+    monkeypatch.setattr(fire_llm.sweep, "run_recipe", lambda *_, **__: ran.append(1) or {})
     monkeypatch.setattr("fire_llm.cli._show", lambda *_: None)
     assert main(["run", "demo", "--num-processes", "1"]) == 0
     assert main(["run", "demo", "--accelerate-config", str(recipes_folder() / "accelerate" / "single-gpu.yaml")]) == 0

@@ -70,9 +70,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _run(arguments: argparse.Namespace) -> int | None:
     from fire_llm.recipe import load_recipe
 
-    launch = None
-    if arguments.num_processes is not None or arguments.accelerate_config is not None:
-        launch = prepare(arguments.num_processes, arguments.accelerate_config)
+    launch = _launch(arguments)
     recipe = load_recipe(arguments.recipe, arguments.set)
     if recipe.sweep and not launched():
         sys.stderr.write("fire-llm: this runs the recipe as it is written; fire-llm sweep runs its grid\n")
@@ -90,19 +88,31 @@ def _run(arguments: argparse.Namespace) -> int | None:
 
         again = _again(arguments, "num_processes", "accelerate_config")
         return start(launch, again, resolve_precision(recipe.precision))
-    from fire_llm.run import run_recipe
+    from fire_llm.sweep import run_recipe
 
     folder = Path(arguments.output or Path("runs") / recipe.name)
-    results = run_recipe(recipe, folder, arms=arguments.arm)
+    workers = arguments.workers if launch is None else 1
+    results = run_recipe(recipe, folder, arms=arguments.arm, workers=workers)
     if first_rank():
         _show(results, folder / "report.html")
     return None
 
 
+def _launch(arguments: argparse.Namespace) -> Launch | None:
+    """Return the launch of several ranks that was asked for, None where none was."""
+    if arguments.num_processes is None and arguments.accelerate_config is None:
+        return None
+    if arguments.workers is not None:
+        raise UserError(
+            "--workers trains several units at once, --num-processes one on several processes: give one of the two"
+        )
+    return prepare(arguments.num_processes, arguments.accelerate_config)
+
+
 def _sweep(arguments: argparse.Namespace) -> int:
     from fire_llm.cli.sweeping import sweep
 
-    return sweep(arguments, _again(arguments, "num_processes", "accelerate_config"))
+    return sweep(arguments, _launch(arguments), _again(arguments, "num_processes", "accelerate_config"))
 
 
 def _again(arguments: argparse.Namespace, *leave: str) -> list[str]:

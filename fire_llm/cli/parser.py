@@ -50,7 +50,6 @@ def parser() -> argparse.ArgumentParser:
         "--grid", action="append", default=[], metavar="KEY=[…]", help="sweep a key over these values (repeatable)"
     )
     sweep.add_argument("--output", metavar="DIR", help="the sweep's folder (runs/NAME)")
-    sweep.add_argument("--workers", type=int, metavar="N", help="processes, each with a unit of its own (one a GPU)")
     sweep.add_argument("--dry-run", action="store_true", help="print the cells and their units, run nothing")
     _launch_arguments(sweep)
     for training in (run, sweep):
@@ -145,5 +144,13 @@ def _recipe_arguments(verb: argparse.ArgumentParser, nargs: str | None = None) -
 
 
 def _launch_arguments(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--num-processes", type=int, metavar="N", help="processes to start, one a GPU (one, here)")
+    verb.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that train units side by side (one a GPU; on a CPU one a core where the model is small)",
+    )
+    verb.add_argument(
+        "--num-processes", type=int, metavar="N", help="processes that train each unit together (one, here)"
+    )
     verb.add_argument("--accelerate-config", metavar="FILE", help="accelerate's settings: FSDP2, several machines")

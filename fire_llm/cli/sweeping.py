@@ -5,21 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fire_llm.errors import UserError
-from fire_llm.launch import first_rank, prepare, report_failure, start
+from fire_llm.launch import Launch, first_rank, report_failure, start
 
 
-def sweep(arguments: argparse.Namespace, again: list[str]) -> int:
+def sweep(arguments: argparse.Namespace, launch: Launch | None, again: list[str]) -> int:
     """Run the cells of a sweep, or print them; `again` is the command line of each of several ranks."""
     from fire_llm.recipe import load_cells
 
-    launch = None
-    if arguments.num_processes is not None or arguments.accelerate_config is not None:
-        if arguments.workers is not None:
-            raise UserError(
-                "--workers trains several units at once, --num-processes one on several processes: give one of the two"
-            )
-        launch = prepare(arguments.num_processes, arguments.accelerate_config)
     cells = load_cells(arguments.recipe, arguments.set, arguments.grid)
     folder = Path(arguments.output or Path("runs") / cells[0].recipe.name)
     if arguments.dry_run:
@@ -37,7 +29,8 @@ def sweep(arguments: argparse.Namespace, again: list[str]) -> int:
     from fire_llm.sweep import run_sweep
     from fire_llm.sweep.report import show
 
-    done = run_sweep(cells, folder, arms=arguments.arm, workers=arguments.workers)
+    workers = arguments.workers if launch is None else 1
+    done = run_sweep(cells, folder, arms=arguments.arm, workers=workers)
     if first_rank():
         show(done, folder)
     if done.failures:

@@ -1,7 +1,7 @@
-"""Many runs at once: a grid of recipes, their units shared out among workers that know each other by locks alone."""
+"""Runs and sweeps: the units of one recipe, or of a grid of them, shared out among workers by locks alone."""
 
 from __future__ import annotations
 
-from fire_llm.sweep.running import Sweep, run_sweep
+from fire_llm.sweep.running import Sweep, run_recipe, run_sweep
 
-__all__ = ["Sweep", "run_sweep"]
+__all__ = ["Sweep", "run_recipe", "run_sweep"]

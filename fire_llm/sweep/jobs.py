@@ -11,6 +11,7 @@ from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
 
+from fire_llm.errors import UserError, redact
 from fire_llm.locks import lock_of
 from fire_llm.recipe import Cell
 from fire_llm.run import finished
@@ -90,6 +91,9 @@ def of_arms(jobs: Sequence[Job], arms: Sequence[str]) -> list[Job]:
     for _, own in groupby(jobs, lambda job: job.cell.name):
         by_folder = {job.unit.folder: job for job in own}
         chosen += [by_folder[unit.folder] for unit in select([job.unit for job in by_folder.values()], arms)]
+    wanted = {id(job) for job in chosen}
+    for job in chosen:  # what nobody is going to finish is not waited for
+        job.twins = [twin for twin in job.twins if id(twin) in wanted or twin.done()]
     return chosen
 
 
@@ -117,16 +121,34 @@ class Failures:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def add(self, job: Job, message: str, code: int, log: str | None) -> None:
+    def add(self, job: Job, error: Exception, log: str | None) -> None:
         """Keep why a job failed: the message, the exit code it stands for, and where more is told."""
-        content = {"unit": job.title, "message": message, "code": code, "log": log}
+        kind = type(error).__name__
+        message = redact(str(error) or kind)
+        code = 2 if isinstance(error, UserError) else 1
+        content = {"unit": job.title, "message": message, "code": code, "log": log, "kind": kind}
         write_json(self.folder / f"{job.key}.json", content)
 
     def has(self, job: Job | None) -> bool:
         """Tell whether a job, or what it starts from, failed."""
         return job is not None and ((self.folder / f"{job.key}.json").exists() or self.has(job.parent))
 
+    def any(self) -> bool:
+        """Tell whether something failed."""
+        return next(self.folder.glob("*.json"), None) is not None
+
     def all(self) -> list[dict[str, str | int | None]]:
         """Return what failed, by unit."""
         found = [json.loads(path.read_text(encoding="utf-8")) for path in self.folder.glob("*.json")]
         return sorted(found, key=lambda failure: str(failure["unit"]))
+
+    def error(self) -> Exception:
+        """Return the first failure as the exception that it was, a user's mistake before others."""
+        failure = max(self.all(), key=lambda failure: int(failure["code"] or 0))
+        message, kind = str(failure["message"]), str(failure["kind"])
+        if failure["code"] == 2:
+            return UserError(message)
+        if kind in ("FloatingPointError", "MemoryError"):
+            return {"FloatingPointError": FloatingPointError, "MemoryError": MemoryError}[kind](message)
+        named = message if kind == "RuntimeError" else f"{kind}: {message}"
+        return RuntimeError(f"{failure['unit']}: {named} (see '{failure['log']}')")

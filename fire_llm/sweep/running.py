@@ -1,18 +1,16 @@
-"""Start the workers of a sweep, show how far they are, and gather what they made."""
+"""Run what one command asks for: the units of a run, or of all cells of a sweep, and gather what they made.
+
+A run is a sweep of one cell that has its folder to itself, and that ends at its first failure.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import signal
-import socket
-import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,23 +18,25 @@ from typing import Any
 import torch
 
 from fire_llm.errors import UserError
-from fire_llm.launch import cores, launched
+from fire_llm.launch import launched
 from fire_llm.locks import held, lock_of
-from fire_llm.recipe import Cell
+from fire_llm.recipe import Cell, Recipe
 from fire_llm.results import collect
-from fire_llm.run import Workbench, only_run, run_recipe
-from fire_llm.staging import CONTINUAL_STATE, write_json, writing
-from fire_llm.stopping import Stopped, signals_handled
+from fire_llm.run import Workbench, only_run, train
+from fire_llm.staging import write_json, writing
+from fire_llm.stopping import signals_handled
 from fire_llm.sweep.jobs import Failures, Job, jobs_of, of_arms, take_over
-from fire_llm.sweep.worker import POLL_SECONDS, work
-from fire_llm.units import final_checkpoint, refuse_links, refuse_other_recipe
+from fire_llm.sweep.processes import Workers
+from fire_llm.sweep.progress import Overview
+from fire_llm.sweep.resources import registered_here, small, threads_asked_for, worker_count
+from fire_llm.sweep.worker import work
+from fire_llm.trainer.heap import keep_freed_memory
+from fire_llm.units import phase_steps, refuse_links, refuse_other_recipe
 
 SCHEMA_VERSION = 1
 
 _TASKS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Set by srun and mpirun in each of several tasks, which accelerate would take for the ranks of one training."""
-
-_PROGRAM = "import sys; from fire_llm.sweep.worker import main; raise SystemExit(main(*sys.argv[1:]))"
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,38 @@ class Sweep:
         return "\n  ".join(lines)
 
 
+def run_recipe(
+    recipe: Recipe,
+    output: str | Path | None = None,
+    *,
+    arms: Iterable[str] = (),
+    workers: int | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Run what of a recipe is not finished yet, and return (and write) the results.
+
+    Units that do not depend on each other, such as arms and seeds, are trained side by side where that pays.
+
+    Args:
+        recipe: From `load_recipe`.
+        output: The run's folder, `runs/NAME` by default. What in it is finished is skipped, what was cut off resumes.
+        arms: Only these arms (and the phases they start from); all by default.
+        workers: Processes that train, each a unit of its own: by default one a GPU; on a CPU one a core where the
+            model is small (docs/scaling.md), else one. The weights do not depend on it. What one process can do at a
+            time is done in this one. Under a launcher, its ranks train one unit after another together.
+        progress: Show progress bars.
+
+    Returns:
+        The content of `results.json` (see docs/results-schema.md).
+
+    Raises:
+        UserError: Where the folder belongs to a different recipe or is in use, an arm is unknown, or the disk is full.
+        Stopped: A KeyboardInterrupt, after SIGINT or SIGTERM: the step they came in is saved (docs/reliability.md).
+    """
+    folder = Path(output or Path("runs") / recipe.name)
+    return _Command([Cell("", {}, recipe)], folder, list(arms), progress, alone=True).run(workers).results[0]
+
+
 def run_sweep(
     cells: Sequence[Cell],
     output: str | Path,
@@ -81,69 +113,147 @@ def run_sweep(
         cells: From `load_cells`.
         output: The sweep's folder. A cell's run is a folder in it, or all of it where there is no grid.
         arms: Only these arms (and the phases they start from); all by default.
-        workers: Processes that train; by default one a GPU, or one. One is this process. Under a launcher, its ranks
-            train one unit after another together instead.
+        workers: As in `run_recipe`.
         progress: Show progress bars.
 
     Raises:
         UserError: Where a folder belongs to another recipe or is in use by `fire-llm run`, or an arm is unknown.
         Stopped: A KeyboardInterrupt, after SIGINT or SIGTERM: every worker saved the step it was in.
     """
-    arms = list(arms)
-    if launched():
-        return Sweep(list(cells), _in_order(cells, Path(output), arms, progress), [], [])
-    for name in _TASKS:
-        os.environ.pop(name, None)
-    if workers is None:
-        workers = max(1, torch.cuda.device_count())
-    if workers < 1:
-        raise UserError(f"--workers {workers}: at least 1 is needed")
-    output = Path(output)
-    jobs = jobs_of(cells, output)
-    wanted = of_arms(jobs, arms)
-    with ExitStack() as stack:
-        stack.enter_context(signals_handled())
-        with writing(output):
-            output.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(only_run(output, shared=True))
-        _prepare(cells, jobs, output)
-        own = output / ".workers" / uuid.uuid4().hex
-        stack.callback(shutil.rmtree, own, ignore_errors=True)
-        failures = Failures(own)
-        ended: list[str] = []
-        if workers == 1:
-            work(wanted, output, failures, progress=progress)
-        elif any(not job.done() for job in wanted):
-            ended = _work_in_processes(cells, arms, wanted, output, failures, workers, progress)
-        failed = [*failures.all()]
-        left = [job.title for job in wanted if not job.done() and job.title not in {f["unit"] for f in failed}]
-        failed += [{"unit": "", "message": message, "code": 1, "log": None} for message in ended if left]
-        with held(lock_of(output, "results"), wait=True):
-            results = [_gather(cell, jobs, output, progress) for cell in cells]
-    return Sweep(list(cells), results, failed, left)
+    return _Command(cells, Path(output), list(arms), progress, alone=False).run(workers)
 
 
-def _in_order(cells: Sequence[Cell], output: Path, arms: list[str], progress: bool) -> list[dict[str, Any]]:
-    """Run one cell after another on all ranks of a launcher, and return their results."""
+@dataclass(frozen=True)
+class _Command:
+    """What one command is to run."""
+
+    cells: Sequence[Cell]
+    output: Path
+    arms: list[str]
+    progress: bool
+    alone: bool
+    """A run rather than a sweep."""
+
+    def run(self, workers: int | None) -> Sweep:
+        """Train what is not finished, here, in workers or on the ranks of a launcher, and gather the results."""
+        if workers is not None and workers < 1:
+            raise UserError(f"--workers {workers}: at least 1 is needed")
+        if launched() and workers is not None:
+            raise UserError(
+                f"--workers {workers}: a launcher started this process (RANK or WORLD_SIZE is set), and its ranks "
+                "train each unit together. Leave --workers out, or start without a launcher"
+            )
+        if not launched() and not self.alone:
+            for name in _TASKS:
+                os.environ.pop(name, None)
+        jobs = jobs_of(self.cells, self.output)
+        wanted = of_arms(jobs, self.arms)
+        if _ranks().num_processes > 1 or launched():
+            return Sweep(list(self.cells), self._on_ranks(jobs, wanted), [], [])
+        with ExitStack() as stack:
+            with writing(self.output):
+                self.output.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(signals_handled())
+            stack.enter_context(only_run(self.output, shared=not self.alone))
+            _prepare(self.cells, wanted if self.alone else jobs, self.output, self.alone)
+            own = self.output / ".workers" / uuid.uuid4().hex
+            stack.callback(shutil.rmtree, own, ignore_errors=True)
+            failures = Failures(own)
+            ended = self._train(wanted, failures, workers)
+            failed = [*failures.all()]
+            left = [job.title for job in wanted if not job.done() and job.title not in {f["unit"] for f in failed}]
+            if self.alone and failed:
+                raise failures.error()
+            if self.alone and left:
+                raise RuntimeError(f"{'; '.join(ended)}; the same command goes on from the newest checkpoints")
+            failed += [{"unit": "", "message": message, "code": 1, "log": None} for message in ended if left]
+            with held(lock_of(self.output, "results"), wait=True):
+                results = [_gather(cell, jobs, self.output, self._bench(cell)) for cell in self.cells]
+        return Sweep(list(self.cells), results, failed, left)
+
+    def _train(self, wanted: Sequence[Job], failures: Failures, workers: int | None) -> list[str]:
+        """Train jobs, in this process for as long as one is enough; return what ended workers that were ended."""
+        number = worker_count(workers, wanted)
+        one_thread = threads_asked_for() is None
+        if not one_thread and self.progress and threads_asked_for() != 1 and any(small(c.recipe) for c in self.cells):
+            sys.stderr.write(f"each unit trains on {threads_asked_for()} threads, as OMP_NUM_THREADS says\n")
+        options: dict[str, Any] = {"one_thread": one_thread, "alone": self.alone}
+        # Where there are several GPUs, each process is to see one; else this process does what one can do at a time.
+        most = None if number == 1 else 1
+        if torch.cuda.device_count() > 1 and workers != 1 and not registered_here():
+            most = 0
+        work(wanted, self.output, failures, progress=self.progress, most=most, **options)
+        if all(job.done() or failures.has(job) for job in wanted):
+            return []
+        overview = Overview(wanted, self._tokenised(wanted), failures.folder, self.progress)
+        overview.say(f"{number} worker(s); what they say is kept in '{self.output / '.workers'}'")
+        options["progress"] = self.alone and self.progress
+        return Workers(number, self.cells, self.arms, self.output, failures, options).train(overview)
+
+    def _tokenised(self, wanted: Sequence[Job]) -> dict[str, int]:
+        """Make tokenizers and tokens before workers want them, with all cores, and return the jobs' steps by key."""
+        benches: dict[str, Workbench] = {}
+        steps: dict[str, int] = {}
+        for job in wanted:
+            recipe, unit = job.cell.recipe, job.unit
+            data = str([unit.spec[part] for part in ("model", "tokenizer")] + sorted(unit.spec["corpora"].items()))
+            bench = benches.setdefault(data, self._bench(job.cell))
+            tokens = 0
+            try:
+                for name in unit.phase.data if not job.done() else ():
+                    bench.tokens(name, "train")
+                for name in recipe.evaluated() if not job.done() else ():
+                    bench.tokens(name, "validation")
+                if unit.phase.epochs is not None:
+                    tokens = bench.mixture(unit).epoch_tokens
+            except UserError:
+                if self.alone:
+                    raise
+                # Other cells may have other text: who trains the unit tells.
+            steps[job.key] = phase_steps(unit.phase, recipe.batch.tokens_per_step, tokens)
+        return steps
+
+    def _bench(self, cell: Cell) -> Workbench:
+        return Workbench(cell.recipe, cell.folder(self.output), self.progress)
+
+    def _on_ranks(self, jobs: Sequence[Job], wanted: Sequence[Job]) -> list[dict[str, Any]]:
+        """Run one cell after another on all ranks of a launcher, and return their results."""
+        state = _ranks()
+        results = []
+        for cell in self.cells:
+            folder, own = cell.folder(self.output), [job for job in wanted if job.cell is cell]
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            with signals_handled(), only_run(folder):
+                refuse_links(folder, [job.unit for job in own])
+                refuse_other_recipe(folder, [job.unit for job in own])
+                keep_freed_memory()
+                if state.is_main_process:
+                    write_json(folder / "recipe.json", cell.recipe.model_dump(mode="json"))
+                    if self.cells[0].name:
+                        write_json(self.output / "sweep.json", described(self.cells))
+                    for job in own:
+                        # Earlier cells are finished.
+                        if not job.done() and (source := job.source()):
+                            take_over(job, source)
+                state.wait_for_everyone()
+                bench = self._bench(cell)
+                with writing(folder):
+                    for job in own:
+                        if not job.done():
+                            train(job.unit, bench)
+                results.append(_gather(cell, jobs, self.output, bench, state.is_main_process))
+        return results
+
+
+def _ranks() -> Any:
+    """Return accelerate's view of the ranks of a launcher, joining them where there are some."""
     from accelerate import PartialState
 
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    jobs = of_arms(jobs_of(cells, output), arms)
-    results = []
-    for cell in cells:
-        if state.is_main_process:
-            for job in jobs:
-                # Earlier cells are finished.
-                if job.cell is cell and not job.done() and (source := job.source()):
-                    take_over(job, source)
-            if cells[0].name:
-                write_json(output / "sweep.json", described(cells))
-        state.wait_for_everyone()
-        results.append(run_recipe(cell.recipe, cell.folder(output), arms=arms, progress=progress))
-    return results
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
-def _prepare(cells: Sequence[Cell], jobs: Sequence[Job], output: Path) -> None:
+def _prepare(cells: Sequence[Cell], jobs: Sequence[Job], output: Path, alone: bool) -> None:
     """Compare the folders of all cells with what they were begun with, and say in them what they are."""
     with held(lock_of(output, "recipes"), wait=True):
         for cell in cells:
@@ -154,7 +264,7 @@ def _prepare(cells: Sequence[Cell], jobs: Sequence[Job], output: Path) -> None:
             refuse_links(folder, units)
             refuse_other_recipe(folder, units)
         for cell in cells:
-            with only_run(cell.folder(output), shared=True):
+            with nullcontext() if alone else only_run(cell.folder(output), shared=True):
                 write_json(cell.folder(output) / "recipe.json", cell.recipe.model_dump(mode="json"))
         if cells[0].name:
             write_json(output / "sweep.json", described(cells))
@@ -171,107 +281,10 @@ def described(cells: Sequence[Cell]) -> dict[str, Any]:
     return {"schema_version": SCHEMA_VERSION, "grid": grid, "cells": named}
 
 
-def _gather(cell: Cell, jobs: Sequence[Job], output: Path, progress: bool) -> dict[str, Any]:
-    """Write a cell's results, of the units that are finished."""
+def _gather(cell: Cell, jobs: Sequence[Job], output: Path, bench: Workbench, first: bool = True) -> dict[str, Any]:
+    """Return a cell's results, of the units that are finished; the first rank writes them."""
     folder = cell.folder(output)
-    units = [job.unit for job in jobs if job.cell is cell]
-    results = collect(cell.recipe, units, folder, Workbench(cell.recipe, folder, progress))
-    write_json(folder / "results.json", results)
+    results = collect(cell.recipe, [job.unit for job in jobs if job.cell is cell], folder, bench)
+    if first:
+        write_json(folder / "results.json", results)
     return results
-
-
-def _work_in_processes(
-    cells: Sequence[Cell],
-    arms: list[str],
-    jobs: Sequence[Job],
-    output: Path,
-    failures: Failures,
-    workers: int,
-    progress: bool,
-) -> list[str]:
-    """Start the workers, wait until they end, and return what ended those that did not end by themselves.
-
-    Raises:
-        Stopped: A signal came; it was passed on, and every worker has ended.
-    """
-    told = {
-        "output": str(output),
-        "failures": str(failures.folder),
-        "arms": arms,
-        "cells": [{"name": c.name, "settings": c.settings, "recipe": c.recipe.model_dump(mode="json")} for c in cells],
-    }
-    instructions = failures.folder.with_suffix(".todo")
-    write_json(instructions, told)
-    logs = [output / ".workers" / f"{socket.gethostname()}-{n + 1}.log" for n in range(workers)]
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
-        for n, log in enumerate(logs):
-            with writing(output):
-                log.parent.mkdir(parents=True, exist_ok=True)
-                with log.open("a", encoding="utf-8") as file:
-                    process = subprocess.Popen(
-                        [sys.executable, "-c", _PROGRAM, str(instructions), str(log)],
-                        stdin=subprocess.PIPE,
-                        stdout=file,
-                        stderr=file,
-                        env=_environment(n, workers),
-                    )
-            processes.append(process)
-        _watch(processes, jobs, progress)
-    except KeyboardInterrupt as stopped:
-        number = stopped.number if isinstance(stopped, Stopped) else signal.SIGINT
-        for process in processes:
-            if process.poll() is None:
-                process.send_signal(number)
-        for process in processes:
-            process.wait()
-        raise Stopped(int(number), "the workers saved the steps they were in; the same command goes on") from None
-    finally:
-        for process in processes:
-            assert process.stdin is not None
-            process.stdin.close()  # which ends a worker that is left, should this process fail
-        instructions.unlink()
-    return [_verdict(p.returncode, n, logs[n]) for n, p in enumerate(processes) if p.returncode]
-
-
-def _environment(n: int, workers: int) -> dict[str, str]:
-    """Return what a worker inherits: its share of the GPUs, or of the cores."""
-    environment = dict(os.environ)
-    if (present := torch.cuda.device_count()) > 0:
-        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-        devices = visible or [str(i) for i in range(present)]
-        environment["CUDA_VISIBLE_DEVICES"] = devices[n % len(devices)]
-    else:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // workers)))
-    return environment
-
-
-def _watch(processes: Sequence[subprocess.Popen[bytes]], jobs: Sequence[Job], progress: bool) -> None:
-    """Show one bar over all units until every worker has ended."""
-    from tqdm import tqdm
-
-    left = [job for job in jobs if final_checkpoint(job.folder) is None]
-    with tqdm(total=len(jobs), initial=len(jobs) - len(left), unit="unit", disable=not progress) as bar:
-        while True:
-            alive = any(process.poll() is None for process in processes)
-            for job in [*left]:
-                if (final := final_checkpoint(job.folder)) is None:
-                    continue
-                left.remove(job)
-                bar.update()
-                bar.write(f"{job.title}: {_seconds(final):.1f} s", file=sys.stderr)
-            if not alive:
-                return
-            time.sleep(POLL_SECONDS)
-
-
-def _seconds(checkpoint: Path) -> float:
-    state: Mapping[str, Any] = json.loads((checkpoint / CONTINUAL_STATE).read_text(encoding="utf-8"))
-    return float(state["seconds"])
-
-
-def _verdict(code: int, n: int, log: Path) -> str:
-    """Say what ended a worker."""
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    hint = ", most often because the machine ran out of memory" if code == -signal.SIGKILL else ""
-    return f"worker {n + 1} {how}{hint}; see '{log}'"

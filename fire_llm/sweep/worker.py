@@ -1,4 +1,4 @@
-"""A worker of a sweep: take a unit that nobody has, train it, take the next; wait where what is left hangs on others.
+"""A worker: take a unit that nobody has, train it, take the next; wait where what is left hangs on others.
 
 There is no scheduler. A unit's lock is held by who trains it and is free again when that process ends, however it ends,
 so workers of other commands, and of other machines on the same file system, share the work.
@@ -14,6 +14,8 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fire_llm.errors import UserError, redact
@@ -23,71 +25,123 @@ from fire_llm.run import Workbench, only_run, train
 from fire_llm.staging import writing
 from fire_llm.stopping import Stopped, signals_handled
 from fire_llm.sweep.jobs import Failures, Job, jobs_of, lock_for, of_arms, take_over
+from fire_llm.sweep.progress import StepReport
+from fire_llm.sweep.resources import small, threads
 from fire_llm.trainer.heap import keep_freed_memory
 
 POLL_SECONDS = 1.0
 """Between two looks at what others have finished."""
 
+QUIET = "| "
+"""Begins a line of a log that is for the log alone."""
 
-def work(jobs: Sequence[Job], output: Path, failures: Failures, *, progress: bool, log: str | None = None) -> None:
+
+def work(
+    jobs: Sequence[Job],
+    output: Path,
+    failures: Failures,
+    *,
+    progress: bool,
+    one_thread: bool = True,
+    alone: bool = False,
+    log: str | None = None,
+    report: StepReport | None = None,
+    most: int | None = None,
+) -> None:
     """Train what can be trained until every job is finished, or hangs on one that failed.
 
     Args:
         jobs: Of `jobs_of`.
-        output: The sweep's folder, with the locks.
+        output: The command's folder, with the locks.
         failures: What the workers of this command failed at, which none of them tries again.
-        progress: Show progress bars.
-        log: Where this worker's errors are told in full.
+        progress: Say what there is to say, with bars where there is no `report`.
+        one_thread: Train small models on one thread.
+        alone: This is a run: its folder is held by the command, and the first failure ends it.
+        log: Where this worker's errors are told in full; None in the command's own process, which raises those of a
+            run.
+        report: Where to tell another process how far this one is.
+        most: Return as soon as more units than these can be trained at once.
     """
-    benches: dict[str, Workbench] = {}
+    worker = _Worker(output, failures, progress, one_thread, alone, log, report)
     keep_freed_memory()
     while left := [job for job in jobs if not job.done() and not failures.has(job)]:
-        for job in left:
-            if job.ready() and _taken(job, output, failures, benches, progress, log):
-                break  # back to the first: what it was waiting for may be there now
-        else:
+        if alone and failures.any():
+            return
+        if most is not None and _more_at_once(left, most):
+            return
+        # Back to the first after each: what it was waiting for may be there now.
+        if not any(job.ready() and worker.take(job) for job in left):
             time.sleep(POLL_SECONDS)
 
 
-def _taken(
-    job: Job, output: Path, failures: Failures, benches: dict[str, Workbench], progress: bool, log: str | None
-) -> bool:
-    """Train a job or take it over, unless somebody else is at it; tell whether it was this worker's."""
-    with held(lock_for(output, job)) as had:
-        if not had:
-            return False
-        if job.done() or failures.has(job) or not job.ready():
-            return True  # things changed between the look and the lock
-        if job.cell.name not in benches:
-            benches.clear()  # one cell's tokens in memory are enough
-            if progress and job.cell.name:
+def _more_at_once(left: Sequence[Job], most: int) -> bool:
+    ready: set[str] = set()
+    for job in left:
+        if job.key not in ready and job.ready():
+            ready.add(job.key)
+        if len(ready) > most:
+            return True
+    return False
+
+
+@dataclass
+class _Worker:
+    output: Path
+    failures: Failures
+    progress: bool
+    one_thread: bool
+    alone: bool
+    log: str | None
+    report: StepReport | None
+    benches: dict[str, Workbench] = field(default_factory=dict)
+
+    def take(self, job: Job) -> bool:
+        """Train a job or take it over, unless somebody else is at it; return whether it was this worker's."""
+        with held(lock_for(self.output, job)) as had:
+            if not had:
+                return False
+            if job.done() or self.failures.has(job) or not job.ready():
+                return True  # things changed between the look and the lock
+            try:
+                with writing(job.run), nullcontext() if self.alone else only_run(job.run, shared=True):
+                    if source := job.source():
+                        take_over(job, source)
+                    else:
+                        self._train(job)
+            except Exception as error:  # whatever it is, the other units do not depend on it
+                if self.alone and self.log is None:
+                    raise
+                if self.log is not None:
+                    sys.stderr.writelines(f"{QUIET}{line}\n" for line in traceback.format_exc().splitlines())
+                self.failures.add(job, error, self.log)
+        return True
+
+    def _train(self, job: Job) -> None:
+        if job.cell.name not in self.benches:
+            self.benches.clear()  # one cell's tokens in memory are enough
+            if self.progress and job.cell.name:
                 print(f"{job.cell.name}:", file=sys.stderr)
-            benches[job.cell.name] = Workbench(job.cell.recipe, job.run, progress)
-        try:
-            with writing(job.run), only_run(job.run, shared=True):
-                if source := job.source():
-                    take_over(job, source)
-                else:
-                    train(job.unit, benches[job.cell.name])
-        except Exception as error:  # whatever it is, the other units do not depend on it
-            if log is not None:
-                traceback.print_exc()
-            code = 2 if isinstance(error, UserError) else 1
-            failures.add(job, redact(str(error) or type(error).__name__), code, log)
-    return True
+            self.benches[job.cell.name] = Workbench(job.cell.recipe, job.run, self.progress)
+        bench = self.benches[job.cell.name]
+        if self.report is not None:
+            self.report.key = job.key
+            bench.callbacks = [self.report]
+        with threads(1 if self.one_thread and small(job.cell.recipe) else None):
+            train(job.unit, bench)
 
 
-def main(instructions: str, log: str) -> int:
+def main(instructions: str, n: str, log: str) -> int:
     """Work in a process of its own, at what a file says, for as long as the standard input stays open."""
-    told = json.loads(Path(instructions).read_text(encoding="utf-8"))
+    given = json.loads(Path(instructions).read_text(encoding="utf-8"))
     threading.Thread(target=_watch_starter, daemon=True).start()
-    output = Path(told["output"])
-    cells = [Cell(cell["name"], cell["settings"], load_recipe(cell["recipe"])) for cell in told["cells"]]
-    print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()}", file=sys.stderr, flush=True)
+    output, failures = Path(given["output"]), Failures(Path(given["failures"]))
+    cells = [Cell(cell["name"], cell["settings"], load_recipe(cell["recipe"])) for cell in given["cells"]]
+    print(f"{QUIET}{time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()}", file=sys.stderr, flush=True)
+    report = StepReport(failures.folder / f"{n}.step")
     try:
         with signals_handled():
-            jobs = of_arms(jobs_of(cells, output), told["arms"])
-            work(jobs, output, Failures(Path(told["failures"])), progress=False, log=log)
+            jobs = of_arms(jobs_of(cells, output), given["arms"])
+            work(jobs, output, failures, **given["options"], log=log, report=report)
     except KeyboardInterrupt as stopped:
         return stopped.code if isinstance(stopped, Stopped) else 130
     except UserError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -126,20 +128,55 @@ class Keeping(TrainerCallback):
             raise FloatingPointError(f"the training loss is {loss} at step {state.global_step}: training stops here")
 
 
+BAR_DELAY = 2.0
+"""Seconds before a progress bar shows; what is done by then needs none."""
+
+LINE_SECONDS = 30.0
+"""Between two lines that say how far training is, where there is no terminal to draw a bar on."""
+
+
+def interactive() -> bool:
+    """Return whether bars can be drawn: on a terminal or in a notebook, not in a file or a pipe."""
+    return sys.stderr.isatty() or "ipykernel" in sys.modules
+
+
+def duration(seconds: float) -> str:
+    """Write a duration for people: `45 s`, `12 min`, `3.5 h`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 class Progress(TrainerCallback):
-    """Show one bar a phase, with the latest training loss and validation perplexities."""
+    """Show one bar a phase, with the latest training loss and validation perplexities, or a line now and then."""
 
     bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         from tqdm.auto import tqdm
 
-        hidden = args.title is None or not state.is_world_process_zero
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=args.title, unit="step", disable=hidden)
+        shown = args.title is not None and not args.disable_tqdm and state.is_world_process_zero
+        self.lines = shown and not interactive()
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=args.title,
+            unit="step",
+            delay=BAR_DELAY,
+            disable=not shown or self.lines,
+        )
         self.shown: dict[str, str] = {}
+        self.began, self.first = time.monotonic(), state.global_step
+        self.line_at = self.began + LINE_SECONDS
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar.update(state.global_step - self.bar.n)
+        step, now = state.global_step, time.monotonic()
+        self.bar.update(step - self.bar.n)
+        if self.lines and now >= self.line_at:
+            self.line_at = now + LINE_SECONDS
+            left = duration((now - self.began) / (step - self.first) * (state.max_steps - step))
+            values = ", ".join(f"{name} {value}" for name, value in self.shown.items())
+            sys.stderr.write(f"{args.title}: step {step:,} of {state.max_steps:,}, {left} left; {values}\n")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         if "loss" in logs:

@@ -25,7 +25,7 @@ from fire_llm.errors import UserError
 from fire_llm.evaluation import perplexity
 from fire_llm.measurement import PRECISIONS
 from fire_llm.stopping import wait_for_step
-from fire_llm.trainer.callbacks import Keeping, Progress, ResetCallback
+from fire_llm.trainer.callbacks import Keeping, Progress, ResetCallback, interactive
 from fire_llm.trainer.optimizers import Optimizing, OptimizingArguments
 from fire_llm.trainer.saving import SavingTrainer
 from fire_llm.trainer.sharding import refuse_engines, sharding
@@ -186,6 +186,7 @@ class ContinualTrainer(Stepping, Optimizing, SavingTrainer):
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         """Measure exact perplexity on every evaluation set, in fp32 unless `eval_precision` says otherwise."""
         metrics: dict[str, float] = {}
+        shown = self.args.title and not self.args.disable_tqdm and self.is_world_process_zero() and interactive()
         for name, corpus in self.evaluation_sets.items():
             measured = perplexity(
                 self.model,
@@ -195,7 +196,7 @@ class ContinualTrainer(Stepping, Optimizing, SavingTrainer):
                 prefix=corpus.prefix,
                 n_bytes=corpus.n_bytes,
                 mixed=self.args.eval_precision == "training",
-                progress=f"evaluating {name}" if self.args.title and self.is_world_process_zero() else None,
+                progress=f"evaluating {name}" if shown else None,
                 share=True,
             )
             for key in ("nll", "perplexity", "bits_per_byte", "tokens", "bytes"):

@@ -157,7 +157,8 @@ def test_the_command_line_ends_with_143_says_where_and_goes_on(tmp_path, monkeyp
     with monkeypatch.context() as patch:
         signal_before(patch, "training_step", 6)  # 4 a step
         assert main(command) == 143
-    assert capsys.readouterr().err.endswith("\nfire-llm: ended by SIGTERM; saved at step 2; the same command goes on\n")
+    said = f"\n{capsys.readouterr().err}"
+    assert said.endswith("\nfire-llm: ended by SIGTERM; saved at step 2; the same command goes on\n")
     assert main(command) == 0
     assert "first: goes on from step 2" in capsys.readouterr().err
     assert main([*command[:-1], str(tmp_path / "whole")]) == 0
