@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 import fire_llm
+from fire_llm.compat import installed
 from fire_llm.diagnostics import LOG_PREFIX
 from fire_llm.models import describe, model_on_meta
 from fire_llm.recipe import Recipe
@@ -202,10 +203,9 @@ def _mean_curve(curves: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def versions() -> dict[str, Any]:
-    """Return the versions that results depend on."""
-    from importlib.metadata import version
-
-    named = {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")}
+    """Return the versions that results depend on; None for a library without metadata."""
+    libraries = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
+    named = {name: installed(name) for name in libraries}
     return {"fire_llm": fire_llm.__version__, **named, "python": platform.python_version(), "git": _git_hash()}
 
 

@@ -9,10 +9,10 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fire_llm"
 ORDER = [
-    "errors", "stopping", "staging", "locks", "manifest", "orthogonal", "metrics", "layouts", "layout", "distributed",
-    "resets", "models", "checkpoint", "corpora", "data", "evaluation", "diagnostics", "inspection", "flops", "trainer",
-    "recipe", "units", "plan", "results", "run", "matrix", "comparison", "stream", "plots", "page", "report", "launch",
-    "sweep", "cli", "__main__",
+    "errors", "compat", "stopping", "staging", "locks", "manifest", "orthogonal", "metrics", "layouts", "layout",
+    "distributed", "resets", "models", "checkpoint", "corpora", "data", "evaluation", "diagnostics", "inspection",
+    "flops", "trainer", "recipe", "units", "plan", "results", "run", "matrix", "comparison", "stream", "plots", "page",
+    "report", "launch", "sweep", "cli", "__main__",
 ]  # fmt: skip
 LONGEST = 350
 
