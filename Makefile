@@ -33,6 +33,7 @@ $(1) -m venv --clear $(@D)
 $(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(2)
 $(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
 $(@D)/bin/python -m uv pip install --quiet --python $(@D) --resolution lowest-direct '$(2)' -e '.[test]'
+$(@D)/bin/python scripts/check_floors.py $(3)
 @touch $@
 endef
 
@@ -40,7 +41,7 @@ $(LOWEST)/.installed: pyproject.toml Makefile
 	$(call at_their_lowest,$(LOWEST_PYTHON),$(LOWEST_TORCH))
 
 $(FLOOR)/.installed: pyproject.toml Makefile
-	$(call at_their_lowest,$(PYTHON),$(TORCH))
+	$(call at_their_lowest,$(PYTHON),$(TORCH),torch)
 
 demo: $(VENV)/.installed  ## pretrain, reset, continue, compare: offline, on a CPU, in minutes (ARGS="--num-processes 2")
 	$(BIN)/fire-llm demo $(ARGS)

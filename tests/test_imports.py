@@ -9,7 +9,9 @@ import pytest
 
 import fire_llm
 
-MODULES = sorted(m.name for m in pkgutil.walk_packages(fire_llm.__path__, "fire_llm.") if not m.name.endswith("__main__"))
+MODULES = sorted(
+    m.name for m in pkgutil.walk_packages(fire_llm.__path__, "fire_llm.") if not m.name.endswith("__main__")
+)
 
 
 @pytest.mark.parametrize("name", MODULES)
