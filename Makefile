@@ -2,9 +2,20 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-PYTEST  = $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+PYTEST  = $(BIN)/python -m pytest $(PARALLEL)
+PARALLEL = -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: help demo test test-all lint format schema clean
+# The lowest versions that pyproject.toml allows, with the lowest torch and Python (LOWEST) or with the locked torch and
+# PYTHON (FLOOR): an older torch is a download of gigabytes.
+LOWEST_PYTHON ?= python3.10
+LOWEST := $(VENV)-lowest
+FLOOR  := $(VENV)-floor
+TORCH        := $(shell grep '^torch==' constraints.txt)
+LOWEST_TORCH := $(shell sed -n 's/^ *"torch>=\(.*\)",$$/torch==\1/p' pyproject.toml)
+# What of the suite fits into ten minutes, installing included.
+FLOOR_TESTS := $(addprefix tests/test_,$(addsuffix .py,imports compat models layout checkpoint evaluation trainer))
+
+.PHONY: help demo test test-all test-lowest test-floor lint format schema clean
 
 help:  ## list what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -12,9 +23,25 @@ help:  ## list what can be made
 # torch is named first and exactly, so that an index with CPU builds is asked for that one.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(shell grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
 	@touch $@
+
+# torch comes first and alone: what it needs is resolved with the rest, at its lowest where it is ours too.
+define at_their_lowest
+$(1) -m venv --clear $(@D)
+$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(2)
+$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+$(@D)/bin/python -m uv pip install --quiet --python $(@D) --resolution lowest-direct '$(2)' -e '.[test]'
+$(@D)/bin/python scripts/check_floors.py $(3)
+@touch $@
+endef
+
+$(LOWEST)/.installed: pyproject.toml Makefile
+	$(call at_their_lowest,$(LOWEST_PYTHON),$(LOWEST_TORCH))
+
+$(FLOOR)/.installed: pyproject.toml Makefile
+	$(call at_their_lowest,$(PYTHON),$(TORCH),torch)
 
 demo: $(VENV)/.installed  ## pretrain, reset, continue, compare: offline, on a CPU, in minutes (ARGS="--num-processes 2")
 	$(BIN)/fire-llm demo $(ARGS)
@@ -24,6 +51,12 @@ test: $(VENV)/.installed  ## run the tests (no network, no accelerator)
 
 test-all: $(VENV)/.installed  ## run the slow tests too
 	$(PYTEST) -m 'not gpu'
+
+test-lowest: $(LOWEST)/.installed  ## run the tests at the lowest versions that pyproject.toml allows (gigabytes)
+	$(LOWEST)/bin/python -m pytest $(PARALLEL)
+
+test-floor: $(FLOOR)/.installed  ## run a part of the tests at the lowest versions, but for torch and Python
+	$(FLOOR)/bin/python -m pytest $(PARALLEL) $(FLOOR_TESTS)
 
 lint: $(VENV)/.installed  ## check style, imports and types
 	$(BIN)/ruff check .
@@ -37,5 +70,5 @@ format: $(VENV)/.installed  ## rewrite the code in the house style
 schema: $(VENV)/.installed  ## write the JSON schema that editors complete recipes from
 	$(BIN)/fire-llm check --schema > recipes/schema.tmp && mv recipes/schema.tmp recipes/recipe.schema.json
 
-clean:  ## delete the environment, not the runs
-	rm -rf $(VENV)
+clean:  ## delete the environments, not the runs
+	rm -rf $(VENV) $(LOWEST) $(FLOOR)

@@ -185,8 +185,10 @@ def register_layout(
 
 
 def supported_types() -> list[str]:
-    """List the `model_type`s whose every weight is known, default configuration and variants alike."""
-    return list(TYPES)
+    """List the `model_type`s of the installed transformers whose every weight is known, whatever their options."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return [name for name in TYPES if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
 
 
 def unwrap(model: nn.Module) -> nn.Module:

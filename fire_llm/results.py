@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 import fire_llm
+from fire_llm.compat import installed
 from fire_llm.diagnostics import LOG_PREFIX
 from fire_llm.hardware import resolve_precision
 from fire_llm.measurement import first_token, token_text
@@ -218,10 +219,9 @@ def _mean_curve(curves: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def versions() -> dict[str, Any]:
-    """Return the versions that results depend on."""
-    from importlib.metadata import version
-
-    named = {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")}
+    """Return the versions that results depend on; None for a library without metadata."""
+    libraries = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
+    named = {name: installed(name) for name in libraries}
     return {"fire_llm": fire_llm.__version__, **named, "python": platform.python_version(), "git": _git_hash()}
 
 

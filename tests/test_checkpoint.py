@@ -252,7 +252,8 @@ def test_the_provenance_tells_what_was_done(source, tmp_path):
     reset_checkpoint(source, tmp_path / "dst", iterations=4)
     told = json.loads((tmp_path / "dst" / "fire.json").read_text())
     assert told["resets"][0]["method"] == "fire" and told["resets"][0]["options"]["iterations"] == 4
-    assert told["versions"]["torch"] == torch.__version__ and told["source"]["class"] == "LlamaForCausalLM"
+    assert told["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert told["source"]["class"] == "LlamaForCausalLM"
     for name, hashes in told["shards"].items():
         assert hashes["source"] == hashlib.sha256((source / name).read_bytes()).hexdigest()
         assert hashes["result"] == hashlib.sha256((tmp_path / "dst" / name).read_bytes()).hexdigest()

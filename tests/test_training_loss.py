@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from conftest import tiny_gpt2, tiny_llama
 from ranks import run_ranks
 from test_trainer import ACCUMULATION, CONTEXT, MICRO, Samples, arguments, by_hand, losses, train
+from transformers import TrainingArguments
 
 from fire_llm import ContinualTrainer, UserError, load_recipe, run_recipe
 from fire_llm.flops import flops_per_token, peak_flops
@@ -24,6 +26,10 @@ from fire_llm.trainer.loss import SummedLoss
 from fire_llm.trainer.nonfinite import contagious
 from fire_llm.trainer.spike import sentence, spike
 from fire_llm.trainer.telemetry import Speedometer
+
+# transformers calls it so from one of its later versions on.
+NEW = any(field.name == "activation_checkpointing" for field in dataclasses.fields(TrainingArguments))
+CHECKPOINTING = "activation_checkpointing" if NEW else "gradient_checkpointing"
 
 
 @pytest.fixture
@@ -189,7 +195,7 @@ def test_a_trajectory_in_slices_equals_a_hand_written_loop(build, slices, tmp_pa
 @pytest.mark.parametrize(
     "settings",
     [
-        {"activation_checkpointing": True},
+        {CHECKPOINTING: True},
         {"bf16": True},
         pytest.param({"torch_compile": True, "torch_compile_backend": "eager"}, marks=pytest.mark.slow),
     ],

@@ -6,14 +6,14 @@ import platform
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import version
+from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from fire_llm import __version__
 from fire_llm.checkpoint.stored import Stored
+from fire_llm.compat import installed
 from fire_llm.errors import UserError
 from fire_llm.resets import ResetReport, TensorReport
 from fire_llm.staging import write_json
@@ -68,8 +68,8 @@ def write_provenance(
     packages = ("torch", "transformers", "safetensors")
     data = {
         "fire_llm": __version__,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), **{name: installed(name) for name in packages}},
         "source": {
             "name": source.name,
             "revision": source.revision,

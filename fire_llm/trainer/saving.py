@@ -199,8 +199,9 @@ class SavingTrainer(Trainer):
         load_weights(model or self.model, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.is_fsdp_enabled or checkpoint is None:
-            return super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        # transformers below 5.18 cannot load replicas' states on CPUs: torch knows no place "cpu:0".
         load_optimizer(self.optimizer, Path(checkpoint))
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 

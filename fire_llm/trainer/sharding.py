@@ -141,8 +141,9 @@ def load_optimizer(optimizer: Any, folder: Path, *, settings: bool = True) -> No
     for number, one in state["state"].items():
         parameter = parameters[number]
         for key, value in one.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                one[key] = _like(parameter, value)
+            if isinstance(value, Tensor):  # nothing stays mapped: the folder may be deleted while training goes on
+                sharded = hasattr(parameter, "placements") and value.shape == parameter.shape
+                one[key] = _like(parameter, value) if sharded else value.clone()
     if not settings:
         state["param_groups"] = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict(state)

@@ -16,11 +16,13 @@ import torch
 from transformers import (
     PrinterCallback,
     ProgressCallback,
+    Trainer,
     TrainerCallback,
     TrainerControl,
     default_data_collator,
 )
 
+from fire_llm.compat import check_trainer
 from fire_llm.errors import UserError
 from fire_llm.evaluation import perplexity
 from fire_llm.measurement import PRECISIONS
@@ -115,6 +117,7 @@ class ContinualTrainer(Stepping, Optimizing, SavingTrainer):
         callbacks: Iterable[TrainerCallback] = (),
         **kwargs: Any,
     ) -> None:
+        check_trainer(Trainer)
         self.evaluation_sets = evaluation_sets or {}
         self._resumed_step = 0
         # Samples are full: nothing is padded, and tokenizers such as GPT-2's have no token to pad with.

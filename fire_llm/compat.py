@@ -1,0 +1,78 @@
+"""What the supported versions of transformers, accelerate, torch and huggingface-hub do not have in common.
+
+Every hook that is not public and every renamed argument is reached through this file, so that a new release is one
+file to look at. Each entry names the version it stands for; docs/dependencies.md says why the floors are where they
+are.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from types import CodeType
+
+from fire_llm.errors import UserError
+
+TRAINER_HOOKS = (
+    "_clip_grad_norm",
+    "_get_grad_norm",
+    "_get_num_items_in_batch",
+    "_get_output_dir",
+    "_get_train_sampler",
+    "_init_training_state",
+    "_load_from_checkpoint",
+    "_load_optimizer_and_scheduler",
+    "_load_rng_state",
+    "_maybe_log_save_evaluate",
+    "_save_checkpoint",
+    "_save_optimizer_and_scheduler",
+)
+"""Private methods of `Trainer` that `ContinualTrainer` overrides."""
+
+TRAINER_ATTRIBUTES = ("_created_lr_scheduler", "_globalstep_last_logged", "_prepare_inputs", "_save", "_tr_loss")
+"""Other private names of `Trainer` that are read, set or called."""
+
+
+def installed(distribution: str) -> str | None:
+    """Return the version of a distribution; None where its metadata is missing, as in some vendored installations."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def check_trainer(trainer: type) -> None:
+    """Refuse a `Trainer` that does not call what is overridden: the override would be left out in silence.
+
+    Example: without a call of `_get_grad_norm`, a loss that is not finite would reach the weights.
+
+    Args:
+        trainer: transformers' `Trainer`.
+
+    Raises:
+        UserError: It lacks hooks, or has some that nothing in it calls.
+    """
+    if missing := missing_hooks(trainer):
+        raise UserError(
+            f"ContinualTrainer cannot work with transformers {installed('transformers')}: its Trainer has or calls no "
+            f"{', '.join(missing)}. Install a version that fire-llm is tested with: see docs/dependencies.md"
+        )
+
+
+@functools.cache
+def missing_hooks(trainer: type) -> tuple[str, ...]:
+    """Return which of the private hooks and attributes a `Trainer` lacks, or never uses itself."""
+    functions = [inspect.unwrap(member) for kind in trainer.__mro__ for member in vars(kind).values()]
+    used = {name for f in functions if inspect.isfunction(f) for name in _names(f.__code__)}
+    lacked = [name for name in TRAINER_HOOKS if not hasattr(trainer, name) or name not in used]
+    return (*lacked, *(name for name in TRAINER_ATTRIBUTES if name not in used))
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """Yield the names of attributes that a function reads, sets or calls, functions inside it included."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
