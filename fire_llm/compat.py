@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from types import CodeType
+from typing import Any
 
 from fire_llm.errors import UserError
 
@@ -76,3 +77,32 @@ def _names(code: CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _names(constant)
+
+
+def fsdp2_states(modules: Iterable[Any]) -> list[Any]:
+    """Return what FSDP2 keeps of some of its modules, once each: modules that are gathered together share it."""
+    return list({id(state): state for state in (module._get_fsdp_state() for module in modules)}.values())
+
+
+def fsdp2_policy(state: Any) -> Any:
+    """Return the `MixedPrecisionPolicy` of one of `fsdp2_states`."""
+    return state._mp_policy
+
+
+def set_fsdp2_policy(state: Any, policy: Any) -> None:
+    """Give parameters that FSDP2 has sharded another `MixedPrecisionPolicy`; torch has no public way to.
+
+    Args:
+        state: One of `fsdp2_states`, its parameters in shards (`reshard`).
+        policy: Holds from the next gathering on.
+    """
+    state._mp_policy = policy
+    # A list of groups in torch 2.13; one group or none in 2.11 and below.
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    for group in filter(None, groups):
+        group.mp_policy = policy
+        group._init_mp_dtypes()
+        for parameter in group.fsdp_params:
+            # Buffers in the other dtype; the next gathering makes new ones.
+            parameter.all_gather_outputs = []
+            vars(parameter).pop("_unsharded_param", None)

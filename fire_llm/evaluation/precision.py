@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
 
+from fire_llm.compat import fsdp2_policy, fsdp2_states, set_fsdp2_policy
 from fire_llm.distributed import fsdp_modules, make_current
 from fire_llm.orthogonal import exact_products
 
@@ -49,31 +49,19 @@ def own_precision(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _gathered_as_stored(model: nn.Module) -> Iterator[None]:
     """Let FSDP2 gather shards in their own dtype inside the block, and cast neither inputs nor outputs."""
-    states: list[Any] = list({id(s): s for s in (m._get_fsdp_state() for m in fsdp_modules(model))}.values())
-    policies = [state._mp_policy for state in states]
+    states = fsdp2_states(fsdp_modules(model))
+    policies = [fsdp2_policy(state) for state in states]
     if all(policy.param_dtype is None and policy.output_dtype is None for policy in policies):
         yield
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     try:
-        _set_policies(model, states, [MixedPrecisionPolicy()] * len(states))
+        make_current(model)
+        for state in states:
+            set_fsdp2_policy(state, MixedPrecisionPolicy())
         yield
     finally:
-        _set_policies(model, states, policies)
-
-
-def _set_policies(model: nn.Module, states: list[Any], policies: list[Any]) -> None:
-    """Give FSDP2's groups of parameters other policies. torch has no public way to do this after sharding."""
-    make_current(model)
-    for state, policy in zip(states, policies, strict=True):
-        state._mp_policy = policy
-        # torch 2.12 allows several groups a module.
-        groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
-        for group in filter(None, groups):
-            group.mp_policy = policy
-            group._init_mp_dtypes()
-            for parameter in group.fsdp_params:
-                # Buffers of the other dtype; they are made again by the next gathering.
-                parameter.all_gather_outputs = []
-                vars(parameter).pop("_unsharded_param", None)
+        make_current(model)
+        for state, policy in zip(states, policies, strict=True):
+            set_fsdp2_policy(state, policy)
