@@ -112,7 +112,7 @@ class _Worker:
                 if self.alone and self.log is None:
                     raise
                 if self.log is not None:
-                    sys.stderr.writelines(f"{QUIET}{line}\n" for line in traceback.format_exc().splitlines())
+                    sys.stderr.writelines(f"{QUIET}{line}\n" for line in redact(traceback.format_exc()).splitlines())
                 self.failures.add(job, error, self.log)
         return True
 
