@@ -37,10 +37,11 @@ $(@D)/bin/python scripts/check_floors.py $(3)
 @touch $@
 endef
 
-$(LOWEST)/.installed: pyproject.toml Makefile
-	$(call at_their_lowest,$(LOWEST_PYTHON),$(LOWEST_TORCH))
+$(LOWEST)/.installed: pyproject.toml constraints.txt
+	@$(LOWEST_PYTHON) -c '' 2>/dev/null || echo "there is no $(LOWEST_PYTHON): $(PYTHON) instead; set LOWEST_PYTHON"
+	$(call at_their_lowest,$(shell $(LOWEST_PYTHON) -c '' 2>/dev/null && echo $(LOWEST_PYTHON) || echo $(PYTHON)),$(LOWEST_TORCH))
 
-$(FLOOR)/.installed: pyproject.toml Makefile
+$(FLOOR)/.installed: pyproject.toml constraints.txt
 	$(call at_their_lowest,$(PYTHON),$(TORCH),torch)
 
 demo: $(VENV)/.installed  ## pretrain, reset, continue, compare: offline, on a CPU, in minutes (ARGS="--num-processes 2")
