@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from types import CodeType
 from typing import Any
@@ -89,20 +89,28 @@ def fsdp2_policy(state: Any) -> Any:
     return state._mp_policy
 
 
-def set_fsdp2_policy(state: Any, policy: Any) -> None:
+def set_fsdp2_policy(state: Any, policy: Any, buffers: Sequence[tuple[Any, Any]] = ()) -> list[tuple[Any, Any]]:
     """Give parameters that FSDP2 has sharded another `MixedPrecisionPolicy`; torch has no public way to.
 
     Args:
         state: One of `fsdp2_states`, its parameters in shards (`reshard`).
         policy: Holds from the next gathering on.
+        buffers: What this returned when the policy was replaced, to be put back with it.
+
+    Returns:
+        The buffers, in the other dtype, that parameters were gathered in. The gradients of a step's micro-batches so
+        far hang on them.
     """
     state._mp_policy = policy
     # A list of groups in torch 2.13; one group or none in 2.11 and below.
     groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    parameters = [parameter for group in groups if group is not None for parameter in group.fsdp_params]
+    before = [(parameter.all_gather_outputs, vars(parameter).pop("_unsharded_param", None)) for parameter in parameters]
     for group in filter(None, groups):
         group.mp_policy = policy
         group._init_mp_dtypes()
-        for parameter in group.fsdp_params:
-            # Buffers in the other dtype; the next gathering makes new ones.
-            parameter.all_gather_outputs = []
-            vars(parameter).pop("_unsharded_param", None)
+    for parameter, (outputs, unsharded) in zip(parameters, buffers or [([], None)] * len(parameters), strict=True):
+        parameter.all_gather_outputs = outputs
+        if unsharded is not None:
+            parameter._unsharded_param = unsharded
+    return before

@@ -70,5 +70,21 @@ def described(row: Mapping[str, Any]) -> str:
 
 
 def all_described(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return each way in which some rows were measured once, in their order."""
-    return list(dict.fromkeys(map(described, rows)))
+    """Return each way in which some rows were measured once; where there are several, with the checkpoints before it.
+
+    Args:
+        rows: As in `described`, with `checkpoint`.
+    """
+    return each_once((row["checkpoint"], described(row)) for row in rows)
+
+
+def each_once(said: Iterable[tuple[str, str]]) -> list[str]:
+    """Return what is said of some names once, as it is where it is said of all, with the names before it otherwise.
+
+    Args:
+        said: (name, what is said of it).
+    """
+    names: dict[str, dict[str, None]] = {}
+    for name, what in said:
+        names.setdefault(what, {})[name] = None
+    return [what if len(names) == 1 else f"{', '.join(of)}: {what}" for what, of in names.items()]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import tiny_gpt2, tiny_llama
 from ranks import run_ranks
 from small_models import SMALL, VOCABULARY, build, stand_ins
-from transformers import BertConfig, BertLMHeadModel
+from transformers import BertConfig, BertLMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from fire_llm import UserError, perplexity
 from fire_llm.evaluation import windows
@@ -333,3 +333,64 @@ def test_the_document_with_logits_that_are_not_finite_is_named():
 def test_bad_documents_and_windows(options, message):
     with pytest.raises(UserError, match=message):
         perplexity(tiny_gpt2(), TOKENS[:20], **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["bert", "cpmant", "roberta", "roc_bert", "xlm", "xlnet"])
+def test_half_precision_hides_no_foresight(name, dtype):
+    """What a later token does to the logits is there no more than rounding."""
+    with stand_ins():
+        model = build(name).to(dtype).eval()
+        with pytest.raises(UserError, match="looks ahead"):
+            perplexity(model, torch.arange(50) % VOCABULARY, context=16)
+
+
+def test_a_model_without_gradients_is_measured_in_half_precision():
+    """Reformer's class refuses to be differentiated unless its config says how."""
+    model = build("reformer").to(torch.bfloat16).eval()
+    assert perplexity(model, torch.arange(40) % VOCABULARY, context=16).precision == "bf16"
+
+
+def test_rounding_of_half_precision_is_no_foresight():
+    """Experts get other batches where a later token goes elsewhere, and their products other roundings."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4, "num_local_experts": 8}
+    config = MixtralConfig(vocab_size=97, num_attention_heads=4, num_key_value_heads=2, **sizes)
+    for dtype in (torch.bfloat16, torch.float32):
+        assert perplexity(MixtralForCausalLM(config).to(dtype), TOKENS[:100], context=32).tokens == 99
+
+
+def test_a_model_is_looked_at_whatever_is_read_first():
+    """One token shows no foresight, and what was found of a model is kept."""
+    config = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=97)
+    bert = BertLMHeadModel(config)
+    for tokens in ([5], TOKENS[:50]):
+        with pytest.raises(UserError, match="looks ahead"):
+            perplexity(bert, tokens, prefix=1)
+
+
+@pytest.mark.parametrize("longest", [1, 8])
+def test_a_model_that_reads_less_than_it_is_looked_at_with(longest):
+    model = tiny_gpt2(n_positions=longest)
+    assert perplexity(model, TOKENS[:50]).nll == pytest.approx(by_hand(model, TOKENS[:50], longest, longest), rel=1e-7)
+
+
+@pytest.mark.parametrize(("tokens", "prefix"), [([1, 2, 3], -1), ([1, 2, 3], 97), ([1, -2, 3], 0)])
+def test_ids_outside_the_vocabulary_are_refused(tokens, prefix):
+    with pytest.raises(UserError, match=r"token (-1|97|-2) is outside the model's vocabulary of 97"):
+        perplexity(tiny_gpt2(), tokens, prefix=prefix)
+
+
+def test_a_wrapped_model_is_measured_as_the_one_inside():
+    plain = perplexity(tiny_llama(), TOKENS[:100], context=32).nll
+    for wrapped in (torch.compile(tiny_llama(), backend="eager", fullgraph=True), torch.nn.DataParallel(tiny_llama())):
+        assert perplexity(wrapped, TOKENS[:100], context=32).nll == plain
+
+
+def test_weights_that_accelerate_keeps_elsewhere_and_weights_that_are_nowhere():
+    from accelerate import cpu_offload
+
+    plain = perplexity(tiny_llama(), TOKENS[:100], context=32).nll
+    assert perplexity(cpu_offload(tiny_llama(), execution_device="cpu"), TOKENS[:100], context=32).nll == plain
+    with pytest.raises(UserError, match="LlamaForCausalLM is on device 'meta', without weights: load them"):
+        perplexity(tiny_llama().to("meta"), TOKENS[:100])

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from io import StringIO
 from pathlib import Path
 
 import lm_eval
@@ -16,11 +17,13 @@ from conftest import tiny_gpt2, tiny_llama
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
+from rich.console import Console
 from test_data import TEXTS, corpus_of, prose
 from transformers import RobertaConfig, RobertaForCausalLM
 
 from fire_llm import UserError, perplexity
 from fire_llm.data import train_tokenizer
+from fire_llm.evaluation.table import print_scores
 from fire_llm.evaluation.tasks import run_tasks
 
 RELATIVE = 1e-6
@@ -336,3 +339,22 @@ def test_a_model_that_gives_nan_gives_null(tokenizer, tmp_path):
     torch.nn.init.constant_(model.transformer.ln_f.weight, math.nan)
     answer = run_tasks((model, tokenizer), [task])
     assert answer["results"]["nan_wikitext"]["bits_per_byte,none"] is None
+
+
+def test_a_checkpoint_in_bf16_is_asked_in_fp32_and_the_table_says_so(tokenizer, tmp_path):
+    folder, model = tmp_path / "half", tiny_gpt2(vocab_size=400).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    pages = [prose(200), prose(30)]
+    task = write_task(tmp_path, "windows", [{"page": page} for page in pages], WIKITEXT)
+    texts = [wikitext_detokenizer({"page": page}) for page in pages]
+    wanted = ours(tiny_gpt2(vocab_size=400).to(torch.bfloat16).float(), tokenizer, texts, pages).bits_per_byte
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        full = run_tasks(folder, [task])
+    assert full["results"]["windows"]["bits_per_byte,none"] == pytest.approx(wanted, rel=1e-6)
+    half = run_tasks((model, tokenizer), [task])
+    assert half["results"]["windows"]["bits_per_byte,none"] != pytest.approx(wanted, rel=1e-6)
+    out = StringIO()
+    print_scores({"rows": [], "tasks": {"runs/a": full, "runs/b": half}}, Console(file=out, width=200))
+    read = "at most 64 tokens at once, texts after <|endoftext|>"
+    assert f"a: in fp32, {read}; b: in bf16, {read}\n" in out.getvalue()

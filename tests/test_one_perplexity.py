@@ -30,7 +30,8 @@ from fire_llm.data import train_tokenizer
 from fire_llm.evaluation.checkpoints import score_checkpoints
 from fire_llm.evaluation.precision import own_precision, precision_of
 from fire_llm.matrix import evaluate_run
-from fire_llm.measurement import first_token
+from fire_llm.measurement import all_described, first_token
+from fire_llm.sweep.summary import Summary
 from fire_llm.units import final_checkpoint
 
 CONTEXT = 32
@@ -259,6 +260,103 @@ def test_shards_gathered_in_bf16_are_measured_in_fp32_and_go_on_training_as_befo
         assert before == pytest.approx(alone, rel=1e-9) and between == pytest.approx(alone, rel=1e-9)
         assert same and inside == torch.float32
         assert abs(mixed / alone - 1) > 1e-7
+
+
+def accumulate(rank, world):
+    """Return the gradients of two micro-batches, with and without a perplexity between them, for two policies."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    batches = torch.randint(0, 97, (2, 1, 17), generator=torch.Generator().manual_seed(rank))
+    found = []
+    for reduce in (None, torch.float32):
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce)
+        for measured in (False, True):
+            model = tiny_llama()
+            for part in (*model.model.layers, model):
+                fully_shard(part, mp_policy=policy)
+            for last, ids in enumerate(batches):
+                model.set_requires_gradient_sync(bool(last))
+                model(input_ids=ids, labels=ids).loss.backward()
+                if measured:
+                    perplexity(model, torch.arange(50), context=16, share=True)
+            found.append([p.grad.full_tensor() for p in model.parameters()])
+    return found
+
+
+def test_gradients_of_the_micro_batches_so_far_outlast_a_perplexity(tmp_path):
+    for a, b, c, d in run_ranks(2, accumulate, tmp_path):
+        for without, between in ((a, b), (c, d)):
+            assert all(torch.equal(x, y) for x, y in zip(without, between, strict=True))
+
+
+def test_attention_that_takes_no_fp32_gives_way_and_comes_back(monkeypatch):
+    """As flash-attention's package does, with which a model may train under bf16."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as MASKS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ATTENTIONS
+
+    def half_alone(module, query, *args, **kwargs):
+        if query.dtype == torch.float32:
+            raise RuntimeError("only supports fp16 and bf16")
+        return ATTENTIONS["sdpa"](module, query, *args, **kwargs)
+
+    monkeypatch.setitem(ATTENTIONS._global_mapping, "half_alone", half_alone)
+    monkeypatch.setitem(MASKS._global_mapping, "half_alone", MASKS["sdpa"])
+    tokens = torch.randint(0, 97, (100,), generator=torch.Generator().manual_seed(1))
+    plain = perplexity(tiny_llama(), tokens, context=32).nll
+    model = tiny_llama()
+    model.set_attn_implementation("half_alone")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert perplexity(model, tokens, context=32).nll == plain
+    assert model.config._attn_implementation == "half_alone"
+    half = perplexity(model.to(torch.bfloat16), tokens, context=32)
+    assert half.precision == "bf16" and half.nll == pytest.approx(plain, rel=1e-2)
+
+
+def test_an_error_inside_puts_everything_back(accelerator):
+    prepared = accelerator.prepare(tiny_llama())
+    laid_over, before = prepared.forward, torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            with pytest.raises(ZeroDivisionError), own_precision(prepared), own_precision(prepared):
+                raise ZeroDivisionError
+            assert torch.is_autocast_enabled("cpu")
+        assert prepared.forward is laid_over and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_every_precision_of_a_models_weights_is_named():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(9, 9, dtype=torch.bfloat16))
+    assert precision_of(model) == "bf16 and fp32" and precision_of(model[0]) == "fp32"
+
+
+def test_where_rows_were_measured_in_several_ways_each_says_whose_it_is():
+    one = {"precision": "fp32", "context": 8, "stride": 4, "prefix": 3, "per_document": False}
+    rows = [{**one, "checkpoint": "a"}, {**one, "checkpoint": "a"}, {**one, "checkpoint": "b"}]
+    way = "context 8, stride 4, windows run across documents, after token 3"
+    assert all_described(rows) == [f"in fp32, {way}"]
+    rows.append({**one, "checkpoint": "c", "precision": "bf16"})
+    assert all_described(rows) == [f"a, b: in fp32, {way}", f"c: in bf16, {way}"]
+
+
+def test_a_sweep_over_how_it_is_measured_says_every_way():
+    curve = [{"step": 1, "tokens": 1, "eval": {"a": {"nll": 1.0}}}]
+    run = {"phase": "only", "arm": "base", "seed": 1, "final": {"a": {"nll": 1.0}}, "curve": curve}
+    arms = {"base": {"label": "", "final": run["final"], "curve": curve, "runs": [run]}}
+    how = {"context": 8, "stride": 8, "per_document": False, "prefix": 3}
+    results = [
+        {
+            "arms": arms,
+            "arms_phase": "only",
+            "new_corpus": "a",
+            "first_corpus": "a",
+            "measured": {"precision": p, **how},
+        }
+        for p in ("fp32", "bf16", "fp32")
+    ]
+    told = Summary([SimpleNamespace(settings={})] * 3, results).legend()
+    assert told.count("Measured in fp32") == 1 and told.count("Measured in bf16") == 1
 
 
 def special(bos: int | None, eos: int | None) -> SimpleNamespace:

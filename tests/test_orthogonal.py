@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+import threading
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ from torch import Tensor
 
 from fire_llm.errors import UserError
 from fire_llm.orthogonal import (
+    exact_products,
     newton_schulz,
     newton_schulz_factor,
     paper_map,
@@ -548,3 +553,70 @@ def test_the_range_of_what_has_no_smallest_value(side: int) -> None:
     assert smallest < 1e-5 * largest
     assert singular_range(torch.zeros(side, side, dtype=torch.float64)) == (0, 0)
     assert singular_range(torch.eye(side, dtype=torch.float64)) == pytest.approx((1, 1))
+
+
+def _settings() -> dict[str, object]:
+    """Read every setting of torch's for products in fp32, by the older way and by the newer."""
+    newer = {name: getattr(torch.backends, name).matmul.fp32_precision for name in ("cuda", "mkldnn")}
+    convolutions = {name: getattr(torch.backends, name).conv.fp32_precision for name in ("cudnn", "mkldnn")}
+    try:
+        older = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:  # they contradict the newer ones
+        older = None
+    return {"matmul": newer, "conv": convolutions, "older": older}
+
+
+SETTINGS = """
+import torch
+from test_orthogonal import _settings
+from fire_llm.orthogonal import exact_products
+
+{set}
+before = _settings()
+with exact_products(torch.device("cpu")):
+    inside = _settings()
+assert inside["older"] == ("highest", False), inside
+assert set(inside["matmul"].values()) == {{"ieee"}} and inside["conv"]["mkldnn"] == "ieee", inside
+assert _settings() == before, (_settings(), before)
+torch.backends.fp32_precision = "ieee"
+assert not {follows} or set(_settings()["matmul"].values()) == {{"ieee"}}, _settings()
+"""
+
+
+@pytest.mark.parametrize(
+    ("set_by", "follows"),
+    [
+        ("pass", True),
+        ("torch.set_float32_matmul_precision('medium')", False),
+        ("torch.backends.fp32_precision = 'tf32'", True),
+        ("torch.backends.mkldnn.fp32_precision = 'bf16'", False),
+        ("torch.backends.cuda.matmul.allow_tf32 = True", False),
+    ],
+)
+def test_no_setting_is_felt_or_left_changed(set_by, follows):
+    """In a process of its own: what was never set cannot be had again."""
+    code = SETTINGS.format(set=set_by, follows=follows)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
+
+
+def test_threads_that_overlap_leave_settings_as_they_were():
+    before = torch.get_float32_matmul_precision()
+    inside, outside, seen = threading.Event(), threading.Event(), []
+
+    def first() -> None:
+        with exact_products(torch.device("cpu")):
+            inside.wait(30)
+        outside.set()
+
+    try:
+        torch.set_float32_matmul_precision("medium")
+        thread = threading.Thread(target=first)
+        thread.start()
+        with exact_products(torch.device("cpu")):
+            inside.set()
+            assert outside.wait(30)
+            seen.append(torch.get_float32_matmul_precision())
+        thread.join()
+        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)

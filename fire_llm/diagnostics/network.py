@@ -18,7 +18,7 @@ from torch.func import functional_call
 from fire_llm.context import choose_context
 from fire_llm.distributed import fsdp_modules
 from fire_llm.errors import UserError
-from fire_llm.evaluation.precision import own_precision
+from fire_llm.evaluation.precision import attention_among, own_precision
 from fire_llm.evaluation.scoring import evaluating
 from fire_llm.layout import LogicalMatrix, logical_matrices
 from fire_llm.layouts.lookup import Lookup
@@ -80,10 +80,8 @@ def _fine(tensor: Tensor) -> Tensor:
 def undisturbed(model: PreTrainedModel) -> Iterator[None]:
     """Put a model into evaluation, in full precision and with plain attention; then put everything back.
 
-    Fused attention has no second derivative, and flash-attention's own package does not take fp32.
+    Fused attention has no second derivative.
     """
-    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    attentions = [(config, getattr(config, "_attn_implementation", None)) for config in configs.values()]
     sharded = bool(fsdp_modules(model))
     device = next(model.parameters()).device
     indices = [device.index] if device.type == "cuda" else []
@@ -93,14 +91,8 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
             stack.enter_context(own_precision(model))
         stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
         stack.enter_context(evaluating(model))
-        try:
-            if any(attention not in (None, "eager", "sdpa") for _, attention in attentions):
-                model.set_attn_implementation("eager")
-            yield
-        finally:
-            for config, attention in attentions:
-                if attention is not None:
-                    config._attn_implementation = attention
+        stack.enter_context(attention_among(model, ("eager", "sdpa")))
+        yield
 
 
 def sample(model: nn.Module, tokens: Any, context: int | None, sequences: int) -> Tensor:

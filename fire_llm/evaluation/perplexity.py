@@ -18,10 +18,11 @@ from torch import Tensor
 from fire_llm.context import choose_context
 from fire_llm.distributed import active, fsdp_modules
 from fire_llm.errors import UserError
-from fire_llm.evaluation.precision import own_precision, precision_of
+from fire_llm.evaluation.precision import device_of, own_precision, precision_of
 from fire_llm.evaluation.scores import Scores
 from fire_llm.evaluation.scoring import IGNORE, PROBE, Scorer, evaluating
 from fire_llm.evaluation.windows import batches, windows
+from fire_llm.layout import unwrap
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Perplexity:
     per_document: bool
     """Whether each document was read by itself."""
     precision: str | None
-    """Of the weights and their products: fp32, bf16, fp16 or fp64; `mixed` where the model kept its own; None where
-    likelihoods came from elsewhere."""
+    """Of the weights and their products: fp32, bf16, fp16 or fp64, all of them where there are several; `mixed` where
+    the model kept its own; None where likelihoods came from elsewhere."""
     scores: Scores = field(repr=False, compare=False)
     """What each document got."""
 
@@ -82,7 +83,8 @@ def perplexity(
     """Measure a model's perplexity on a text, in the precision of its weights.
 
     Args:
-        model: A causal LM; its mode (train or eval) is restored, gradients are off.
+        model: A causal LM, inside DistributedDataParallel or torch.compile's wrapper or not; its mode (train or eval)
+            is restored, gradients are off.
         tokens: (N,) token ids: a tensor, an array, a memory map or a list.
         context: Positions a window; the model's longest by default, at most 1024.
         stride: Positions between the starts of windows; `context` (disjoint windows) by default. Smaller gives later
@@ -107,6 +109,7 @@ def perplexity(
         UserError: For fewer than two tokens, an id outside the vocabulary, a bad context or stride, ends of documents
             that are none, a model that is no causal LM, or logits that are not finite.
     """
+    model = unwrap(model)
     text = np.asarray(tokens).reshape(-1)
     ends = _ends(documents, len(text), int(prefix is not None))
     context, stride = _window(model, context, stride)
@@ -187,7 +190,7 @@ def _score(
     share: bool,
 ) -> np.ndarray:
     """Return (D,) fp64: the sum of the negative log-likelihoods of each document's tokens, in nats."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     rank, world = (dist.get_rank(), dist.get_world_size()) if share and active() else (0, 1)
     # In order of cost: ranks that take turns have about the same to do, in every turn and in all.
     work = [*batches(plan, tokens_a_batch)]
@@ -198,12 +201,13 @@ def _score(
     bar = _bar(int((plan[:, 2] - plan[:, 3]).sum()), progress)
     try:
         with ExitStack() as stack:
-            if not mixed:
-                stack.enter_context(own_precision(model))
             stack.enter_context(evaluating(model))
             stack.enter_context(torch.no_grad() if sharded else torch.inference_mode())
             sample = torch.from_numpy(np.asarray(text[:PROBE], dtype=np.int64)).to(device)
-            scorer = Scorer(model, sample, compiled=compiled)
+            with own_precision(model):  # in which the model is looked at, and measured unless it keeps another
+                scorer = Scorer(model, sample, compiled=compiled)
+            if not mixed:
+                stack.enter_context(own_precision(model))
             for turn in range(0, len(work), world):
                 # A rank without a batch of its own repeats the last: shards are gathered by all ranks or by none.
                 batch = work[min(turn + rank, len(work) - 1)]
@@ -281,7 +285,8 @@ def _window(model: Any, context: int | None, stride: int | None) -> tuple[int, i
 
 def _check_ids(model: Any, text: np.ndarray, prefix: int | None) -> None:
     size = model.config.get_text_config().vocab_size
-    top, least = (max(int(text.max()), prefix or 0), int(text.min())) if len(text) else (prefix or 0, 0)
+    ids = [*([int(text.max()), int(text.min())] if len(text) else ()), *(() if prefix is None else (prefix,))]
+    top, least = max(ids), min(ids)
     if top >= size or least < 0:
         raise UserError(
             f"token {top if top >= size else least} is outside the model's vocabulary of {size}: "

@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
 
 from fire_llm.compat import fsdp2_policy, fsdp2_states, set_fsdp2_policy
 from fire_llm.distributed import fsdp_modules, make_current
+from fire_llm.errors import UserError
 from fire_llm.orthogonal import exact_products
 
 NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def precision_of(model: nn.Module) -> str:
-    """Return the name of the dtype of a model's weights: fp64, fp32, bf16 or fp16."""
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    return NAMES.get(dtype, str(dtype).removeprefix("torch."))
+    """Return the name of the dtype of a model's weights: fp64, fp32, bf16 or fp16.
+
+    Where they have several, all are named, that of the most weights first: `bf16 and fp32`.
+    """
+    sizes: Counter[torch.dtype] = Counter()
+    for p in model.parameters():
+        sizes[p.dtype] += p.numel()
+    return " and ".join(NAMES.get(dtype, str(dtype).removeprefix("torch.")) for dtype, _ in sizes.most_common())
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device that a model computes on; where accelerate keeps its weights elsewhere, accelerate says it.
+
+    Raises:
+        UserError: Its weights are nowhere.
+    """
+    devices = [p.device for p in model.parameters() if p.device.type != "meta"]
+    if devices:
+        return devices[0]
+    hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
+    given = [d for hook in hooks if (d := getattr(hook, "execution_device", None)) is not None]
+    if not given:
+        raise UserError(
+            f"{type(model).__name__} is on device 'meta', without weights: load them, with from_pretrained for example"
+        )
+    return torch.device(given[0])
 
 
 @contextmanager
@@ -27,16 +53,18 @@ def own_precision(model: nn.Module) -> Iterator[None]:
 
     Three things make bf16 or TF32 products of fp32 weights, and each is set aside: torch's own autocast and TF32;
     the `forward` that accelerate lays over a model's own, which turns autocast on; and the policy by which FSDP2
-    gathers shards in another dtype. Example: a model that trains under bf16 autocast is evaluated in fp32, and its
-    saved checkpoint, loaded in fp32, gives the same logits.
+    gathers shards in another dtype. Kernels of attention that take no fp32 give way to torch's. Example: a model that
+    trains under bf16 autocast is evaluated in fp32, and its saved checkpoint, loaded in fp32, gives the same logits.
 
     Args:
         model: On one device; collective where it is sharded.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
+    half = all(p.element_size() < 4 for p in model.parameters())
     laid_over = [vars(module) for module in model.modules() if {"forward", "_original_forward"} <= vars(module).keys()]
     overlays = [own["forward"] for own in laid_over]
-    with _gathered_as_stored(model), exact_products(device):
+    attention = nullcontext() if half else attention_among(model, ("eager", "sdpa", "flex_attention"))
+    with _gathered_as_stored(model), exact_products(device), attention:
         try:
             for own in laid_over:
                 own["forward"] = own["_original_forward"]
@@ -44,6 +72,29 @@ def own_precision(model: nn.Module) -> Iterator[None]:
         finally:
             for own, overlay in zip(laid_over, overlays, strict=True):
                 own["forward"] = overlay
+
+
+@contextmanager
+def attention_among(model: Any, allowed: Collection[str]) -> Iterator[None]:
+    """Let a model use another implementation of attention inside the block, where its own is none of those allowed.
+
+    flash-attention's own package, for one, does not take fp32.
+
+    Args:
+        model: A model of transformers; others are left alone.
+        allowed: Names as in `attn_implementation`.
+    """
+    configs = list({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())
+    before = [getattr(config, "_attn_implementation", None) for config in configs]
+    try:
+        if any(name not in (None, *allowed) for name in before):
+            fused = "sdpa" in allowed and getattr(model, "_supports_sdpa", False)
+            model.set_attn_implementation("sdpa" if fused else "eager")
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            if name is not None:
+                config._attn_implementation = name
 
 
 @contextmanager
@@ -56,12 +107,11 @@ def _gathered_as_stored(model: nn.Module) -> Iterator[None]:
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
+    make_current(model)
+    buffers = [set_fsdp2_policy(state, MixedPrecisionPolicy()) for state in states]
     try:
-        make_current(model)
-        for state in states:
-            set_fsdp2_policy(state, MixedPrecisionPolicy())
         yield
     finally:
         make_current(model)
-        for state, policy in zip(states, policies, strict=True):
-            set_fsdp2_policy(state, policy)
+        for state, policy, before in zip(states, policies, buffers, strict=True):
+            set_fsdp2_policy(state, policy, before)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fire_llm.context import longest_context
 from fire_llm.distributed import fsdp_modules
 from fire_llm.errors import UserError
 
@@ -95,7 +96,7 @@ class Scorer:
         if not fsdp_modules(model):
             name = _KNOWN.get(model, False)
             if name is False:
-                name = _KNOWN[model] = _look_at(model, sample[None, :PROBE])
+                name = _KNOWN[model] = _look_at(model, _probe(model, sample)[None])
             self.trunk = model.get_submodule(name) if name is not None else None
         part = self.trunk if self.trunk is not None else model
         self.forward: Callable[..., Any] = _compiled(part) if compiled else part.forward
@@ -197,6 +198,17 @@ def forward_replaced(module: torch.nn.Module, forward: Callable[..., Any]) -> It
             module.forward = own
 
 
+def _probe(model: Any, sample: Tensor) -> Tensor:
+    """Return the tokens to look at a model with: as many from however short a text, no more than it reads, no padding.
+
+    XLM, for one, finds the length of a text by its padding, wherever that stands, and attends to no token beyond.
+    """
+    n = min(PROBE, longest_context(model.config) or PROBE)
+    tokens = sample.repeat(-(-n // len(sample)))[:n]
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
+    return tokens if padding is None else tokens.masked_fill(tokens == padding, (padding + 1) % _vocabulary(model))
+
+
 def _look_at(model: Any, ids: Tensor) -> str | None:
     """Return the name of the model's trunk, None where it has to be run whole.
 
@@ -241,14 +253,44 @@ def _look_at(model: Any, ids: Tensor) -> str | None:
 
 def _refuse_foresight(model: Any, ids: Tensor, logits: Tensor) -> None:
     """Refuse a model whose logits depend on later tokens: it has seen what it is to predict."""
+    if ids.shape[1] < 2:
+        return
     other = ids.clone()
     other[:, -1] = (other[:, -1] + 1) % _vocabulary(model)
-    changed = model(input_ids=other, use_cache=False).logits
-    if ids.shape[1] > 1 and not _close(changed[0, :-1], logits[0, :-1]):
+    before, after = logits[0, :-1], model(input_ids=other, use_cache=False).logits[0, :-1]
+    # In half precision rounding hides what a later token does to the logits. It hides no gradient, which is zero where
+    # that token does nothing.
+    half = torch.finfo(before.dtype).eps > 1e-4
+    if not _close(after, before) or (half and _gradient_reaches_back(model, ids)):
         raise UserError(
             f"{type(model).__name__} looks ahead: a token changes the logits of those before it, so that it has no "
             "perplexity. Set is_decoder in its config where it has that, or choose a causal LM"
         )
+
+
+def _gradient_reaches_back(model: Any, ids: Tensor) -> bool:
+    """Tell whether the logits have a gradient by the embedding of the last token, but for those of its own position.
+
+    False where the model has no gradients to give.
+    """
+    embedded: list[Tensor] = []
+
+    def catch(_: Any, __: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    hook = model.get_input_embeddings().register_forward_hook(catch)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            logits = model(input_ids=ids.clone(), use_cache=False).logits
+            found = torch.autograd.grad(logits[:, :-1].float().square().sum(), embedded, allow_unused=True)
+    except Exception:  # kernels without a backward pass, classes that insist on how they are trained
+        return False
+    finally:
+        hook.remove()
+    return any(
+        bool(gradient[:, -1].isfinite().all() and gradient[:, -1].any()) for gradient in found if gradient is not None
+    )
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

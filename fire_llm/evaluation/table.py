@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any
 
-from fire_llm.measurement import all_described
+from fire_llm.measurement import all_described, each_once
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,6 +48,7 @@ def print_scores(evaluation: Json, console: Console | None = None) -> None:
     if answers := evaluation.get("tasks"):
         out.print("Tasks of lm-eval", style="bold", highlight=False)
         out.print(_tasks_table(answers))
+        out.print("; ".join(_tasks_described(answers)), markup=False, highlight=False)
 
 
 def _print_rows(evaluation: Json, rows: Sequence[Json], out: Console) -> None:
@@ -55,7 +56,7 @@ def _print_rows(evaluation: Json, rows: Sequence[Json], out: Console) -> None:
     if prefix:
         out.print(f"checkpoints below {prefix}", markup=False, highlight=False)
     out.print(_scores_table(rows, prefix))
-    told = all_described(rows)
+    told = all_described({**row, "checkpoint": _below(row["checkpoint"], prefix)} for row in rows)
     if any(row.get("word_perplexity") is not None for row in rows):
         told.append("word perplexity per piece between runs of white space")
     if any(error is not None for row in rows for error in (row.get("se") or {}).values()):
@@ -197,6 +198,18 @@ def _tasks_table(answers: Json) -> Table:
                 name = metric if how_read in ("none", "") else f"{metric} ({how_read})"
                 table.add_row(escape(_broken(_below(checkpoint, prefix), 16)), escape(task), escape(name), shown)
     return table
+
+
+def _tasks_described(answers: Json) -> list[str]:
+    """Return how lm_eval measured, once each way."""
+    prefix, settings = _common_folder(list(answers)), {name: answer["settings"] for name, answer in answers.items()}
+    return each_once(
+        (
+            _below(name, prefix),
+            f"in {how['precision']}, at most {how['context']} tokens at once, texts after {how['prefix_text']}",
+        )
+        for name, how in settings.items()
+    )
 
 
 def _common_folder(names: Sequence[str]) -> str:

@@ -12,7 +12,9 @@ import torch
 
 from fire_llm.context import choose_context, longest_context
 from fire_llm.errors import UserError, did_you_mean
+from fire_llm.evaluation.precision import own_precision, precision_of
 from fire_llm.evaluation.scoring import evaluating
+from fire_llm.measurement import token_text
 from fire_llm.models import find_device, load_model, load_tokenizer
 
 KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better", "git_hash")
@@ -45,8 +47,9 @@ def run_tasks(
         device: Where a checkpoint is loaded to.
 
     Returns:
-        JSON data: `KEPT`, and `settings` (lm_eval's version, the arguments, `context` the most tokens read at once,
-        `prefix` the token read before a text). What is not finite is null.
+        JSON data: `KEPT`, and `settings` (lm_eval's version, the arguments, the `precision` of weights and products,
+        `context` the most tokens read at once, `prefix` and `prefix_text` the token read before a text). What is not
+        finite is null.
 
     Raises:
         UserError: lm_eval is not installed, a task is unknown or cannot be loaded (its data not within reach, a
@@ -67,14 +70,13 @@ def run_tasks(
     else:
         place = find_device(device)
         tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint, torch.float32).to(place)
-        tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint).to(place)
     longest = longest_context(model.config) if context is None else choose_context(model.config, context)
     chosen = _load(manager, names)
     log = logging.getLogger("lm_eval.models.huggingface")
     level = log.level
     log.setLevel(logging.ERROR)  # it warns of a model that comes loaded, which is meant
     try:
-        with evaluating(model):
+        with evaluating(model), own_precision(model):
             # Left to itself it takes XLNet's -1, and the two positions that RoBERTa keeps free.
             most = longest or HFLM._DEFAULT_MAX_LENGTH
             lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=most)
@@ -91,8 +93,10 @@ def run_tasks(
         "limit": limit,
         "num_fewshot": num_fewshot,
         "batch_size": batch_size,
+        "precision": precision_of(model),
         "context": lm.max_length,
         "prefix": lm.prefix_token_id,
+        "prefix_text": token_text(tokenizer, lm.prefix_token_id),
     }
     return {"settings": settings, **{key: _plain(answer[key]) for key in KEPT if key in answer}}
 

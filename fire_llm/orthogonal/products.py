@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,17 +89,54 @@ def check_dtype(dtype: torch.dtype | None, allowed: tuple[torch.dtype, ...]) -> 
 
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """Keep autocast, TF32 and bf16 shortcuts out of the products inside; afterwards every setting is as it was."""
-    # torch's annotations leave mkldnn.matmul out.
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
+    """Keep autocast, TF32 and bf16 shortcuts out of the products inside; afterwards every setting is as it was.
+
+    autocast is a thread's, the settings are the process's: the first thread to come remembers them, the last to leave
+    puts them back.
+    """
+    with _ENTERED:
+        if not _before:
+            _before.append(_shortcuts())
+        _threads.append(None)
+        # Both of torch's ways to choose, which refuse to be read where they differ; torch.compile reads the older one.
+        torch.set_float32_matmul_precision("highest")
+        for backend, _ in _before[0][1]:
             backend.fp32_precision = "ieee"
+    try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for backend, precision in zip(backends, before, strict=True):
+        with _ENTERED:
+            _threads.pop()
+            if not _threads:
+                _put_back(*_before.pop())
+
+
+_ENTERED = Lock()
+_threads: list[None] = []
+_before: list[tuple[str | None, list[tuple[Any, str]]]] = []
+
+
+def _shortcuts() -> tuple[str | None, list[tuple[Any, str]]]:
+    """Return torch's setting for all matmuls, None where it contradicts the newer ones, and these by backend."""
+    torch_backends: Any = torch.backends  # torch's annotations leave their parts out
+    cpu, cuda = torch_backends.mkldnn, torch_backends.cudnn
+    backends = [torch_backends.cuda.matmul, cpu.matmul, cpu.conv, cpu.rnn]
+    if torch.cuda.is_available():
+        backends += [cuda.conv, cuda.rnn]  # TF32 unless somebody says otherwise
+    try:
+        overall: str | None = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        overall = None
+    return overall, [(backend, backend.fp32_precision) for backend in backends]
+
+
+def _put_back(overall: str | None, backends: list[tuple[Any, str]]) -> None:
+    if overall is not None:
+        torch.set_float32_matmul_precision(overall)
+    for backend, precision in backends:
+        backend.fp32_precision = "none"  # a setting that came from torch.backends.fp32_precision goes on following it
+        if backend.fp32_precision != precision:
             backend.fp32_precision = precision
 
 

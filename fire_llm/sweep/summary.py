@@ -110,8 +110,8 @@ class Summary:
         return whole[min(scored)[1]] if scored else None
 
     def legend(self) -> str:
-        """Say what ± stands for, where there are several seeds."""
-        return next(filter(None, (comparison.legend() for comparison in self.comparisons)), "")
+        """Return how the cells' numbers were measured, once each way, and what ± means where there are seeds."""
+        return " ".join(dict.fromkeys(filter(None, (comparison.legend() for comparison in self.comparisons))))
 
     def swept(self) -> list[str]:
         """Return the keys with two values or more."""
