@@ -1,8 +1,10 @@
-"""What the supported versions of transformers, accelerate, torch and huggingface-hub do not have in common.
+"""What this package needs of the libraries beyond their documented interface, and what differs between their versions.
 
-Every hook that is not public and every renamed argument is reached through this file, so that a new release is one
-file to look at. Each entry names the version it stands for; docs/dependencies.md says why the floors are where they
-are.
+`ContinualTrainer` overrides methods of `Trainer`, some of them private, which come and go from release to release.
+Where one is no longer called, the override is left out and nothing says so. The lists below are held against the
+installed `Trainer` before it is used (docs/dependencies.md says which versions pass).
+
+Each entry that stands for a version names it, so that it can go when the floor in pyproject.toml passes that version.
 """
 
 from __future__ import annotations
@@ -17,23 +19,35 @@ from typing import Any
 from fire_llm.errors import UserError
 
 TRAINER_HOOKS = (
-    "_clip_grad_norm",
-    "_get_grad_norm",
+    "_clip_grad_norm",  # from 5.3
+    "_get_grad_norm",  # from 5.3
     "_get_num_items_in_batch",
     "_get_output_dir",
     "_get_train_sampler",
-    "_init_training_state",
+    "_init_training_state",  # from 5.3
     "_load_from_checkpoint",
     "_load_optimizer_and_scheduler",
     "_load_rng_state",
     "_maybe_log_save_evaluate",
     "_save_checkpoint",
     "_save_optimizer_and_scheduler",
+    "compute_loss",
+    "create_accelerator_and_postprocess",
+    "create_optimizer",
+    "create_scheduler",
+    "evaluate",
+    "floating_point_ops",
+    "get_batch_samples",
+    "get_decay_parameter_names",
+    "get_train_dataloader",
+    "log",
+    "save_model",
+    "training_step",
 )
-"""Private methods of `Trainer` that `ContinualTrainer` overrides."""
+"""Methods of `Trainer` that `ContinualTrainer` overrides, and that `Trainer` itself must call."""
 
 TRAINER_ATTRIBUTES = ("_created_lr_scheduler", "_globalstep_last_logged", "_prepare_inputs", "_save", "_tr_loss")
-"""Other private names of `Trainer` that are read, set or called."""
+"""Other private names of `Trainer` that are read, set or called; `_tr_loss` from 5.3."""
 
 
 def installed(distribution: str) -> str | None:
@@ -64,7 +78,7 @@ def check_trainer(trainer: type) -> None:
 
 @functools.cache
 def missing_hooks(trainer: type) -> tuple[str, ...]:
-    """Return which of the private hooks and attributes a `Trainer` lacks, or never uses itself."""
+    """Return which of the hooks and attributes a `Trainer` lacks, or never uses itself."""
     functions = [inspect.unwrap(member) for kind in trainer.__mro__ for member in vars(kind).values()]
     used = {name for f in functions if inspect.isfunction(f) for name in _names(f.__code__)}
     lacked = [name for name in TRAINER_HOOKS if not hasattr(trainer, name) or name not in used]

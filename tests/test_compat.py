@@ -22,34 +22,48 @@ def private(source: str) -> set[str]:
     return {name for name in names if name.startswith("_") and not name.startswith("__")}
 
 
-def test_the_hooks_are_the_private_methods_that_are_overridden():
+def test_the_hooks_are_the_methods_that_are_overridden():
     own = [kind for kind in ContinualTrainer.__mro__ if kind.__module__.startswith("fire_llm.")]
-    defined = {name for kind in own for name in vars(kind) if name.startswith("_") and not name.startswith("__")}
-    assert {name for name in defined if hasattr(Trainer, name)} == set(TRAINER_HOOKS)
+    defined = {name for kind in own for name in vars(kind) if not name.startswith("__")}
+    # `train` is what a user calls; no method of `Trainer` has to.
+    assert {name for name in defined if hasattr(Trainer, name)} - {"train"} == set(TRAINER_HOOKS)
 
 
 def test_every_private_name_shared_with_the_trainer_is_listed():
     ours = {name for file in (PACKAGE / "trainer").glob("*.py") for name in private(file.read_text(encoding="utf-8"))}
     theirs = private(inspect.getsource(Trainer))
-    assert ours & theirs - set(TRAINER_HOOKS) == set(TRAINER_ATTRIBUTES)
+    assert (ours & theirs) - set(TRAINER_HOOKS) == set(TRAINER_ATTRIBUTES)
 
 
 def test_the_installed_trainer_calls_every_hook():
     assert missing_hooks(Trainer) == ()
 
 
-@pytest.mark.parametrize("name", ["_get_grad_norm", "_tr_loss"])
-def test_a_trainer_that_calls_no_such_hook_is_refused(name, monkeypatch):
-    class Newer:
-        """Have every hook, and call them all but one."""
+def trainer_that_calls(names, has=TRAINER_HOOKS):
+    """Make a class with the methods `has`, and one more that reads the attributes `names`."""
+    made = {}
+    exec("\n".join(["def run(self):", *(f"    self.{name}" for name in names)]), made)
+    return type("Newer", (), {"run": made["run"], **{name: lambda self: None for name in has}})
 
-    names = {*TRAINER_HOOKS, *TRAINER_ATTRIBUTES} - {name}
-    exec("def run(self):\n" + "\n".join(f"    self.{n}" for n in names), calls := {})
-    Newer.run = calls["run"]
-    for hook in TRAINER_HOOKS:
-        setattr(Newer, hook, lambda self: None)
+
+@pytest.mark.parametrize("name", ["_get_grad_norm", "training_step", "_tr_loss"])
+def test_a_trainer_that_calls_no_such_hook_is_refused(name):
+    every = [*TRAINER_HOOKS, *TRAINER_ATTRIBUTES]
+    check_trainer(trainer_that_calls(every))
     with pytest.raises(UserError, match=rf"transformers \S+: its Trainer has or calls no {name}\. Install"):
-        check_trainer(Newer)
+        check_trainer(trainer_that_calls([n for n in every if n != name]))
+
+
+def test_a_trainer_without_a_hook_is_refused_though_it_reads_the_name():
+    every = [*TRAINER_HOOKS, *TRAINER_ATTRIBUTES]
+    with pytest.raises(UserError, match="has or calls no _clip_grad_norm"):
+        check_trainer(trainer_that_calls(every, [n for n in TRAINER_HOOKS if n != "_clip_grad_norm"]))
+
+
+def test_a_continual_trainer_is_not_made_of_such_a_trainer(monkeypatch):
+    monkeypatch.setattr("fire_llm.trainer.training.Trainer", trainer_that_calls(["compute_loss"]))
+    with pytest.raises(UserError, match="has or calls no _clip_grad_norm, _get_grad_norm"):
+        ContinualTrainer(None, None, None)
 
 
 def test_missing_metadata_of_a_library_is_no_error_at_the_end_of_a_run(monkeypatch):
