@@ -151,7 +151,8 @@ def test_eval_on_a_file_and_on_a_corpus(checkpoint, tmp_path, capsys):
     text = "the lazy dog jumps over the fox\n\na second document"
     (tmp_path / "t.txt").write_text(text)
     assert run("eval", checkpoint, "--data", tmp_path / "t.txt", "--context", 16, "--json", tmp_path / "e.json") == 0
-    assert "windows run across documents, after token" in capsys.readouterr().out.replace("\n", " ")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "in fp32, context" in said and "windows run across documents, after <|endoftext|>" in said
     row = json.loads((tmp_path / "e.json").read_text())["rows"][0]
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     ids: list[int] = []
@@ -171,7 +172,7 @@ def test_eval_of_two_checkpoints_each_document_by_itself(checkpoint, tmp_path, c
     assert run("eval", checkpoint, checkpoint, *data, "--dtype", "float64", "--diagnostics", "--json", out) == 0
     assert "NLL less that of" in capsys.readouterr().out
     found = json.loads(out.read_text())
-    assert [row["documents"] for row in found["rows"]] == [3, 3] and found["rows"][0]["dtype"] == "float64"
+    assert [row["documents"] for row in found["rows"]] == [3, 3] and found["rows"][0]["precision"] == "fp64"
     assert found["differences"][0]["mean"] == found["differences"][0]["se"] == 0
     assert found["rows"][0]["bytes"] == sum(map(len, texts)) and found["rows"][0]["words"] == 12
     assert len(found["diagnostics"]) == 2

@@ -20,7 +20,7 @@ from fire_llm.recipe import optimizer_of, recipe_schema
 from fire_llm.run import Workbench, _arguments
 from fire_llm.staging import checkpoints
 from fire_llm.trainer import KeptOptimizer
-from fire_llm.units import expand
+from fire_llm.units import config_of, expand
 
 
 def phase_of(optimizer, common=None):
@@ -44,7 +44,7 @@ def test_arguments_and_specs_are_those_of_the_phase(tmp_path):
     recipe, _ = phase_of({"lr": 1.0e-3, "warmup": 0.5, "min_lr": 6.0e-5})
     first, *later = expand(recipe)
     bench = Workbench(recipe, tmp_path, False)
-    bench._config = type("Config", (), {})()
+    bench._config = config_of(recipe)
     for unit, lr, warmup in [(first, 6e-4, 1), *((unit, 1e-3, 5) for unit in later)]:
         made = _arguments(unit, bench, tmp_path, 10)
         assert (made.learning_rate, made.warmup_steps) == (lr, warmup)
