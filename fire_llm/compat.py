@@ -49,6 +49,22 @@ TRAINER_HOOKS = (
 TRAINER_ATTRIBUTES = ("_created_lr_scheduler", "_globalstep_last_logged", "_prepare_inputs", "_save", "_tr_loss")
 """Other private names of `Trainer` that are read, set or called; `_tr_loss` from 5.3."""
 
+OTHER_LAYOUTS = {"aria_text": "5.18"}
+"""Model types whose matrices lie otherwise below a version of transformers; there they are refused, as unknown ones."""
+
+
+def left_out() -> set[str]:
+    """Return the model types that the installed transformers lays out in a way that no layout tells about."""
+    import transformers
+
+    own = _numbers(transformers.__version__)
+    return {name for name, first in OTHER_LAYOUTS.items() if own < _numbers(first)}
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Return the first two numbers of a version."""
+    return tuple(int(number) for number in version.split(".")[:2])
+
 
 def installed(distribution: str) -> str | None:
     """Return the version of a distribution; None where its metadata is missing, as in some vendored installations."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fire_llm.compat import left_out
 from fire_llm.errors import UserError, did_you_mean
 from fire_llm.layouts import TYPES
 from fire_llm.layouts.grammar import MATRIX_ROLES, ROLES, Cut, Layout, Part, PartLike, Sizes
@@ -188,7 +189,8 @@ def supported_types() -> list[str]:
     """List the `model_type`s of the installed transformers whose every weight is known, whatever their options."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    return [name for name in TYPES if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - left_out()
+    return [name for name in TYPES if name in known]
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -29,8 +29,8 @@ HEAD = """\
 Which matrices each causal language model of transformers {version} holds, and how they lie in its parameters: all
 {count} types of `MODEL_FOR_CAUSAL_LM_MAPPING`, {supported} supported, {refused} refused. Written by
 `python scripts/list_layouts.py`; the table itself is `fire_llm/layouts/`, and [adding](adding.md#a-layout) says how to
-add to it. An older transformers lacks the newest of these types, and they are left out there:
-`fire_llm.layout.supported_types()` lists those of the installed version.
+add to it. An older transformers lacks the newest of these types, and they are left out there, as is below 5.18
+`aria_text`, whose experts lay otherwise: `fire_llm.layout.supported_types()` lists those of the installed version.
 
 For every type `fire-llm apply` on a saved checkpoint equals `fire_` on the model in memory, bit for bit
 (`tests/test_checkpoint_types.py`), and every fused rule is proved by the model's own forward pass, without the rule
