@@ -97,6 +97,7 @@ def _of(model_type: str, **options: Any) -> Callable[[], PreTrainedConfig]:
 
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+SECTIONS = {**ROPE, "mrope_section": [2, 2, 4]}  # before 5.18 the default ones are those of wider heads
 HALF = {**ROPE, "partial_rotary_factor": 0.5}
 MLA = """axk1 axk2 bailing_hybrid deepseek_v2 deepseek_v3 deepseek_v32 dots3_note_text glm4_moe_lite glm_moe_dsa
     kimi_linear minicpm3 youtu hy_v4 longcat_flash"""
@@ -104,7 +105,7 @@ QSA = {f"indexer_{n}": v for n, v in dict(n_heads=2, kv_heads=1, head_dim=16, bu
 QWEN4 = dict(
     QSA,
     eos_token_id=2,
-    layer_types=["linear_attention", "indexed_attention"],
+    layer_types=["linear_attention", "full_attention"],
     ngram_vocab_size_base=50,
     split_ngram_parts=1,
     make_ngram_vocab_size_divisible_by=2,
@@ -123,7 +124,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "blt_local_encoder": {"head_dim": 12},
     "blt_patcher": {"head_dim": 12},
     "bamba": {"attn_layer_indices": [1]},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": SECTIONS, "sliding_attention": SECTIONS}},
     "deepseek_v2": {"num_key_value_heads": 4, "first_k_dense_replace": 1, "num_experts_per_tok": 2},
     "dbrx": {
         "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},

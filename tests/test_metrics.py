@@ -127,10 +127,9 @@ def test_small_singular_values_survive_the_streaming(split: int) -> None:
     for rows in features.split(split):
         gathered.add(rows.view(-1, 1, 13))
     assert (gathered.rows, gathered.width) == (300, 13)
-    # Each of the factorisations is backward stable: it moves singular values by about eps times the largest, 1.
-    bound = (-(-300 // split) + 13) * torch.finfo(torch.float64).eps
-    assert (gathered.singular_values() - sigma).abs().max() < bound
-    assert (gathered.singular_values() / sigma - 1).abs().max() < bound / sigma[-1] < 0.1
+    # The first one is 1: a rounding for each of the 13 columns. How many there are differs between LAPACKs.
+    assert (gathered.singular_values() - sigma).abs().max() < 13 * torch.finfo(torch.float64).eps
+    assert (gathered.singular_values() / sigma - 1).abs().max() < 1e-3
     by_gram = torch.linalg.eigvalsh(features.mT @ features).clamp(min=0).sqrt()
     assert (by_gram.flip(0) / sigma - 1).abs().max() > 0.1
 
