@@ -1,6 +1,6 @@
 """Run the demo on the machine as it is, then beside processes that burn every core: seconds, ratio, equal weights.
 
-    python scripts/benchmark_busy.py                 # a tenth of the demo, each way twice, in turns
+    python scripts/benchmark_busy.py                 # an eighth of the demo, each way twice, in turns
     python scripts/benchmark_busy.py --whole         # all of it, each way once
     OMP_NUM_THREADS=2 python scripts/benchmark_busy.py --workers 1    # what two threads in one process do
 
