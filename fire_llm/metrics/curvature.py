@@ -148,7 +148,7 @@ def _squared_residual(
         gap = a * product + (b * length - value * a) * one
         if before is not None:
             gap -= value * b * before[i]
-        total += float(gap.double().square_().sum())
+        total += float(gap.detach().double().square_().sum())
     return total
 
 
@@ -185,7 +185,7 @@ def _checked(parameters: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _dot(a: Vector, b: Vector) -> float:
-    return sum(float(torch.sum(x * y, dtype=torch.float64)) for x, y in zip(a, b, strict=True))
+    return sum(float(torch.sum(x.detach() * y.detach(), dtype=torch.float64)) for x, y in zip(a, b, strict=True))
 
 
 def _scale(vector: Vector, factor: float) -> None:

@@ -5,8 +5,9 @@ Shapes: (..., out, in) at the surface; inside, a chunk is (B = batch, n = short 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from threading import Lock
 from typing import Any
@@ -117,6 +118,14 @@ _threads: list[None] = []
 _before: list[tuple[str | None, list[tuple[Any, str]]]] = []
 
 
+@cache
+def _settled() -> None:
+    """Let torch 2.9 warn, once and to nobody, that its older setting is going to be deprecated."""
+    with warnings.catch_warnings(), suppress(RuntimeError):
+        warnings.simplefilter("ignore")
+        torch.get_float32_matmul_precision()
+
+
 def _shortcuts() -> tuple[str | None, list[tuple[Any, str]]]:
     """Return torch's setting for all matmuls, None where it contradicts the newer ones, and these by backend."""
     torch_backends: Any = torch.backends  # torch's annotations leave their parts out
@@ -124,6 +133,7 @@ def _shortcuts() -> tuple[str | None, list[tuple[Any, str]]]:
     backends = [torch_backends.cuda.matmul, cpu.matmul, cpu.conv, cpu.rnn]
     if torch.cuda.is_available():
         backends += [cuda.conv, cuda.rnn]  # TF32 unless somebody says otherwise
+    _settled()
     try:
         overall: str | None = torch.get_float32_matmul_precision()
     except RuntimeError:
