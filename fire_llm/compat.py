@@ -54,7 +54,7 @@ OTHER_LAYOUTS = {"aria_text": "5.18"}
 
 
 def left_out() -> set[str]:
-    """Return the model types that the installed transformers lays out in a way that no layout tells about."""
+    """Return the model types that the installed transformers lays out in a way that no layout describes."""
     import transformers
 
     own = _numbers(transformers.__version__)
@@ -129,7 +129,7 @@ def set_fsdp2_policy(state: Any, policy: Any, buffers: Sequence[tuple[Any, Any]]
 
     Returns:
         The buffers, in the other dtype, that parameters were gathered in. The gradients of a step's micro-batches so
-        far hang on them.
+        far belong to them.
     """
     state._mp_policy = policy
     # A list of groups in torch 2.13; one group or none in 2.11 and below.

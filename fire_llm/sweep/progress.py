@@ -44,7 +44,7 @@ class StepReport(TrainerCallback):
             return
         self._written = time.monotonic()
         partial = self.path.with_suffix(".partial")
-        with suppress(OSError):  # a full disk is told by who saves a checkpoint
+        with suppress(OSError):  # the save of a checkpoint reports a full disk
             partial.write_text(json.dumps([self.key, state.global_step]), encoding="utf-8")
             os.replace(partial, self.path)
 

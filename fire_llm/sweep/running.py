@@ -209,7 +209,7 @@ class _Command:
             except UserError:
                 if self.alone:
                     raise
-                # Other cells may have other text: who trains the unit tells.
+                # Other cells may have other text: the worker that trains the unit reports it.
             steps[job.key] = phase_steps(unit.phase, recipe.batch.tokens_per_step, tokens)
         return steps
 

@@ -1,4 +1,4 @@
-"""A worker: take a unit that nobody has, train it, take the next; wait where what is left hangs on others.
+"""A worker: take a unit that nobody has, train it, take the next; wait where what is left depends on others.
 
 There is no scheduler. A unit's lock is held by who trains it and is free again when that process ends, however it ends,
 so workers of other commands, and of other machines on the same file system, share the work.
@@ -57,7 +57,7 @@ def work(
         progress: Say what there is to say, with bars where there is no `report`.
         one_thread: Train small models on one thread.
         alone: This is a run: its folder is held by the command, and the first failure ends it.
-        log: Where this worker's errors are told in full; None in the command's own process, which raises those of a
+        log: Where this worker's errors are written in full; None in the command's own process, which raises those of a
             run.
         report: Where to tell another process how far this one is.
         most: Return as soon as more units than these can be trained at once.
