@@ -39,7 +39,7 @@ LONGEST_NAME = 255
 """Characters of a folder's name; file systems take no more."""
 
 _ABSENT = object()
-"""Stands for a key that a unit's folder, or the recipe, does not have."""
+"""Marks a key that a unit's folder, or the recipe, does not have."""
 
 
 @dataclass(frozen=True)

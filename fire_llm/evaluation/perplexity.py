@@ -6,7 +6,7 @@ Shapes: N = tokens of the text, D = documents, W = windows, T = positions a wind
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -204,10 +204,11 @@ def _score(
             stack.enter_context(evaluating(model))
             stack.enter_context(torch.no_grad() if sharded else torch.inference_mode())
             sample = torch.from_numpy(np.asarray(text[:PROBE], dtype=np.int64)).to(device)
-            with own_precision(model):  # in which the model is looked at, and measured unless it keeps another
-                scorer = Scorer(model, sample, compiled=compiled)
             if not mixed:
                 stack.enter_context(own_precision(model))
+            # Its trunk is looked for in its own precision, even where it is then measured in another.
+            with own_precision(model) if mixed else nullcontext():
+                scorer = Scorer(model, sample, compiled=compiled)
             for turn in range(0, len(work), world):
                 # A rank without a batch of its own repeats the last: shards are gathered by all ranks or by none.
                 batch = work[min(turn + rank, len(work) - 1)]
