@@ -22,7 +22,7 @@ import sys
 import threading
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -61,7 +61,8 @@ class Wait:
     """Innermost frame outside torch."""
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.op} at {self.ours or self.cause}"
+        more = f" ({self.cause})" if self.ours and self.cause != self.ours else ""
+        return f"{self.kind} {self.op} at {self.ours or self.cause}{more}"
 
 
 @dataclass
@@ -129,10 +130,11 @@ def _frames() -> tuple[str | None, str]:
     while frame is not None and ours is None:
         file = frame.f_code.co_filename
         if not file.startswith(LIBRARIES):
-            short = f"{'/'.join(Path(file).parts[-3:])}:{frame.f_lineno} {frame.f_code.co_name}"
+            inside = file.startswith(PACKAGE)
+            short = f"fire_llm{file[len(PACKAGE) :]}" if inside else "/".join(Path(file).parts[-3:])
+            short = f"{short}:{frame.f_lineno} {frame.f_code.co_name}"
             cause = short if cause == "?" else cause
-            if file.startswith(PACKAGE):
-                ours = f"fire_llm{file[len(PACKAGE) :]}:{frame.f_lineno} {frame.f_code.co_name}"
+            ours = short if inside else None
         frame = frame.f_back  # type: ignore[assignment]
     return ours, cause
 
@@ -336,10 +338,18 @@ def _wrapped(x: Any) -> Any:
     return Simulated(x) if isinstance(x, Tensor) and not isinstance(x, Simulated) else x
 
 
+@functools.cache
+def _composite(func: Any) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
 def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors: list[Tensor] = []
     _map(lambda x: tensors.append(x) if isinstance(x, Tensor) else None, (args, list(kwargs.values())))
     ours = [x for x in tensors if isinstance(x, Simulated)]
+    if ours and _composite(func):  # inference mode leaves it to us to take these apart
+        with _running(), _Factories():
+            return func.decompose(*args, **kwargs)
     name = func._schema.name.partition("::")[2]
     target = kwargs.get("device")
     target = torch.device(target) if target is not None else None
@@ -393,7 +403,7 @@ def _copy(func: Any, name: str, args: Any, kwargs: Any, on_device: bool, log: Lo
     source = args[1] if name == "copy_" else args[0]
     to_device = isinstance(args[0], Simulated) if name == "copy_" else on_device
     from_device = isinstance(source, Simulated)
-    if to_device and not from_device and source.ndim + source.numel() > 1 and not (non_blocking and _pinned(source)):
+    if to_device and not from_device and not (non_blocking and _pinned(source)):
         log.note("upload", name)
     if name == "_to_copy":
         result = func(_unwrapped(source), **kwargs)
@@ -622,7 +632,7 @@ def _forget_probes() -> None:
     for name, module in [*sys.modules.items()]:
         if name.startswith(("fire_llm", "transformers.utils", "accelerate.utils")):
             for it in vars(module).values():
-                if hasattr(it, "cache_clear") and getattr(it, "__module__", None) == name:
+                if isinstance(it, functools._lru_cache_wrapper) and it.__module__ == name:
                     it.cache_clear()
     if "accelerate.state" in sys.modules:
         from accelerate.state import AcceleratorState
@@ -683,3 +693,26 @@ def simulated_cuda() -> Iterator[Log]:
 def plain(it: Any) -> Any:
     """Give simulated tensors as CPU tensors, without a wait: for the test to read."""
     return _map(lambda x: x.inner.detach().clone() if isinstance(x, Simulated) else x, it)
+
+
+# ---- graphs of torch.compile
+
+
+class Graphs(list):
+    """A backend of torch.compile that keeps the graphs and runs them as they are."""
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        self.append(graph)
+        return graph.forward
+
+
+def attention_calls(graphs: Iterable[torch.fx.GraphModule]) -> list[torch.fx.Node]:
+    """List the calls of scaled_dot_product_attention in graphs."""
+    function = torch.nn.functional.scaled_dot_product_attention
+    return [node for graph in graphs for node in graph.graph.nodes if node.target is function]
+
+
+def attention_masks(graphs: Iterable[torch.fx.GraphModule]) -> list[torch.fx.Node]:
+    """List those that are given a mask: they leave out the kernels that take none, flash attention's among them."""
+    calls = attention_calls(graphs)
+    return [n for n in calls if (n.args[3] if len(n.args) > 3 else n.kwargs.get("attn_mask")) is not None]
