@@ -150,6 +150,9 @@ class Simulated(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Simulated:
+        if inner.is_inference() != torch.is_inference_mode_enabled():  # a view in inference mode of what is older
+            with torch.inference_mode(inner.is_inference()):
+                return Simulated(inner)
         it = Tensor._make_wrapper_subclass(
             cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
             layout=inner.layout, device=META,

@@ -459,7 +459,9 @@ def test_training_gives_what_the_cpu_gives(build, changes, tmp_path):
     assert scores["eval_web_nll"] == pytest.approx(wanted.evaluate()["eval_web_nll"], abs=1e-3)
 
 
-@pytest.mark.xfail(strict=False, reason="1 wait a step, and one more a micro-batch for the mask of transformers: 3 here")
+@pytest.mark.xfail(
+    strict=False, reason="1 wait a step, and one more a micro-batch for the mask of transformers: 3 here"
+)
 @pytest.mark.parametrize(
     "changes", [ADAMW, {**ADAMW, "nonfinite": "skip"}, MUON], ids=["adamw-halt", "adamw-skip", "muon"]
 )
