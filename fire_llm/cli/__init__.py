@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        return globals()[f"_{arguments.verb}"](arguments) or 0
+        with _leaving():
+            return globals()[f"_{arguments.verb}"](arguments) or 0
     except UserError as error:
         report_failure(2, str(error))
         return 2
@@ -46,6 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return 1
     return 0
+
+
+def _leaving() -> AbstractContextManager[None]:
+    """Leave the other ranks at the end, where a launcher started some."""
+    if not launched():
+        return nullcontext()  # nothing heavy is imported
+    from fire_llm.distributed import leaving
+
+    return leaving()
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -166,9 +177,9 @@ def _apply(arguments: argparse.Namespace) -> int | None:
         base = method.roles if method is not None and method.matrices_only else ()
         options["roles"] = list(dict.fromkeys([*base, *arguments.role]))
     if launched():
-        import torch.distributed as dist
+        from fire_llm.distributed import join
 
-        dist.init_process_group("gloo")
+        join("gloo")
     report = reset_checkpoint(
         arguments.src,
         arguments.dst,
@@ -259,9 +270,9 @@ def _eval(arguments: argparse.Namespace) -> int | None:
         if not launch.alone:
             return start(launch, _again(arguments, "num_processes"), "fp32", ANEW)
     if launched():
-        import torch.distributed as dist
+        from fire_llm.distributed import join
 
-        dist.init_process_group()
+        join()
     evaluation = (_evaluate_run if of_run else _evaluate)(arguments, first_rank())
     if first_rank():
         from fire_llm.evaluation.table import print_scores

@@ -1,0 +1,107 @@
+"""What runs do on accelerators, as far as it shows where there is none: counts, peaks and backends are put in place."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import PROCESSES
+from tiny_recipe import recipe
+
+from fire_llm.distributed import PATIENCE
+from fire_llm.distributed.meeting import wire_device
+from fire_llm.trainer.telemetry import Speedometer, peak_memory
+
+
+def test_the_peak_of_memory_is_that_of_one_training(monkeypatch):
+    """An allocator's own peak only rises; a second training that takes less reports less."""
+    peak = {}
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak.update({device: 0}))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", peak.__getitem__)
+    for most in (900, 400):
+        speed = Speedometer(None, None, cuda)
+        peak[cuda] = max(peak[cuda], most)
+        assert peak_memory(cuda) == most
+        speed.stop()  # what `Trainer` logs later is of the same training
+        assert peak_memory(cuda) == most
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "wire"),
+    [
+        ("cpu:gloo,cuda:gloo", "cuda:1", "cpu"),  # what torch makes of "gloo"
+        ("cpu:gloo,cuda:gloo,mps:gloo", "cpu", "cpu"),
+        ("cuda:gloo,cpu:gloo", "cuda:1", "cpu"),
+        ("cpu:gloo,cuda:nccl", "cuda:1", "cuda:1"),
+        ("cpu:gloo,cuda:nccl", "cpu", "cpu"),
+        ("cuda:nccl", "cpu", "cuda:3"),
+        ("cpu:mpi,cuda:mpi", "cuda:1", "cuda:1"),
+    ],
+)
+def test_what_gloo_cannot_send_goes_by_the_cpu(config, device, wire, monkeypatch):
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: config)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 3)
+    assert wire_device(None, torch.device(device)) == torch.device(wire)
+
+
+def test_gloo_names_accelerators_as_its_own(tmp_path):
+    """The set-up that the test above stands for, as torch describes it."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert "cuda:gloo" in dist.get_backend_config(None)
+        assert wire_device(None, torch.device("cuda", 0)) == torch.device("cpu")
+    finally:
+        dist.destroy_process_group()
+
+
+def _as_rank(folder: Path, argv: list[str]) -> None:
+    """Run a verb on the one rank of a launcher, and write what became of its process group."""
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", FIRE_LLM_CACHE=str(folder / "cache"))
+    made: list[timedelta] = []
+    destroyed: list[int] = []
+    real_make, real_destroy = dist.init_process_group, dist.destroy_process_group
+
+    def make(*args: Any, timeout: timedelta, **kwargs: Any) -> None:
+        made.append(timeout)
+        real_make(*args, timeout=timeout, **kwargs)
+
+    def destroy(*args: Any) -> None:
+        destroyed.append(dist.get_rank())
+        real_destroy(*args)
+
+    dist.init_process_group, dist.destroy_process_group = make, destroy
+    from fire_llm.cli import main
+
+    told = [main(argv), made == [PATIENCE], destroyed, dist.is_initialized()]
+    (folder / "told.json").write_text(json.dumps(told))
+
+
+def on_one_rank(folder: Path, *argv: str) -> list[Any]:
+    """Return [exit code, whether ranks waited long, ranks that destroyed their group, whether one is left]."""
+    process = PROCESSES.Process(target=_as_rank, args=(folder, list(argv)))
+    process.start()
+    process.join(240)
+    return json.loads((folder / "told.json").read_text())
+
+
+def test_ranks_wait_for_hours_and_leave_once(tmp_path):
+    path = recipe(tmp_path)
+    short = ["--set=phases.0.steps=1", "--set=phases.1.steps=1", "--set=phases.0.keep=[]"]
+    run = ["run", str(path), *short, f"--output={tmp_path / 'run'}"]
+    assert timedelta(hours=1) < PATIENCE
+    ended_well = [0, True, [0], False]
+    assert on_one_rank(tmp_path, *run) == ended_well
+    checkpoint = str(tmp_path / "run" / "first" / "seed-1" / "checkpoint-1")
+    assert on_one_rank(tmp_path, "apply", "fire", checkpoint, str(tmp_path / "reset")) == ended_well
+    text = str(tmp_path / "a.jsonl")
+    assert on_one_rank(tmp_path, "eval", checkpoint, "--data", text) == ended_well
+    # A rank that failed may have left others in a collective, and says so through the group's store.
+    assert on_one_rank(tmp_path, "eval", str(tmp_path / "missing"), "--data", text) == [2, True, [], True]
