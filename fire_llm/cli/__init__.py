@@ -150,10 +150,10 @@ def _demo(arguments: argparse.Namespace) -> int | None:
 
 
 def _show(results: dict[str, Any], page: Path) -> None:
-    from fire_llm.report import print_table, write_report
+    from fire_llm.report import page_told, print_table
 
     print_table(results)
-    print(f"report: {write_report(results, page)}")
+    print(page_told(results, page))
 
 
 def _apply(arguments: argparse.Namespace) -> int | None:
@@ -238,6 +238,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
     check_file("--json", arguments.json)
     check_file("--html", arguments.html)
+    if arguments.html:
+        from fire_llm.report import check_page, inspect_page
+
+        check_page()
     rows = inspect_checkpoint(
         arguments.checkpoint,
         arguments.against,
@@ -249,8 +253,6 @@ def _inspect(arguments: argparse.Namespace) -> None:
     if arguments.json:
         write_json(Path(arguments.json), rows)
     if arguments.html:
-        from fire_llm.report import inspect_page
-
         inspect_page(rows, Path(arguments.html), str(arguments.checkpoint))
 
 
@@ -325,13 +327,13 @@ def _check_run_alone(arguments: argparse.Namespace, run: str) -> None:
 def _evaluate_run(arguments: argparse.Namespace, progress: bool) -> dict[str, Any]:
     """Measure a run's checkpoints, and write its page anew."""
     from fire_llm.matrix import evaluate_run
-    from fire_llm.report import load_results, write_report
+    from fire_llm.report import load_results, page_told
 
     folder = Path(arguments.checkpoints[0])
     names = ("data", "context", "stride", "batch_size", "device")
     evaluation = evaluate_run(folder, **{name: getattr(arguments, name) for name in names}, progress=progress)
     if progress and (folder / "results.json").is_file():
-        print(f"report: {write_report(load_results(folder), folder / 'report.html')}")
+        print(page_told(load_results(folder), folder / "report.html"))
     return evaluation
 
 
