@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import conftest
 import pytest
 import torch
 import torch.distributed as dist
+from _pytest.config import parse_warning_filter
 from ranks import PROCESSES
 from tiny_recipe import recipe
 
@@ -59,6 +62,36 @@ def test_gloo_names_accelerators_as_its_own(tmp_path):
         assert wire_device(None, torch.device("cuda", 0)) == torch.device("cpu")
     finally:
         dist.destroy_process_group()
+
+
+def test_warnings_of_accelerators_are_no_errors_where_a_test_needs_one():
+    """Filters as pytest reads them; what is not known stays an error, and other tests have none of them."""
+
+    class Item:
+        def __init__(self, *marks: str) -> None:
+            self.marks, self.added = marks, []
+
+        def get_closest_marker(self, name: str) -> str | None:
+            return name if name in self.marks else None
+
+        def add_marker(self, mark: Any) -> None:
+            self.added.append(mark.args[0])
+
+    gpu, other = Item("gpu"), Item("slow")
+    conftest.pytest_collection_modifyitems([gpu, other])
+    assert not other.added
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for line in gpu.added:
+            warnings.filterwarnings(*parse_warning_filter(line, escape=False))
+        for told, kind in (
+            ("TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled. Do", UserWarning),
+            ("\nOnline softmax is disabled on the fly since Inductor decides to split", UserWarning),
+            ("This process (pid=1) is multi-threaded, use of fork() may lead to deadlocks", DeprecationWarning),
+        ):
+            warnings.warn(told, kind, stacklevel=1)
+        with pytest.raises(UserWarning, match="another"):
+            warnings.warn("another", stacklevel=1)
 
 
 def _as_rank(folder: Path, argv: list[str]) -> None:
