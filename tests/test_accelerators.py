@@ -7,6 +7,7 @@ import os
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import conftest
@@ -17,6 +18,7 @@ from _pytest.config import parse_warning_filter
 from ranks import PROCESSES
 from tiny_recipe import recipe
 
+from fire_llm import load_recipe, run, run_recipe
 from fire_llm.distributed import PATIENCE
 from fire_llm.distributed.meeting import wire_device
 from fire_llm.trainer.telemetry import Speedometer, peak_memory
@@ -92,6 +94,86 @@ def test_warnings_of_accelerators_are_no_errors_where_a_test_needs_one():
             warnings.warn(told, kind, stacklevel=1)
         with pytest.raises(UserWarning, match="another"):
             warnings.warn("another", stacklevel=1)
+
+
+# ---- runs on a machine of several GPUs
+
+
+def gpus(monkeypatch: pytest.MonkeyPatch, number: int, visible: str | None) -> None:
+    """Have torch tell of so many GPUs."""
+    from fire_llm.sweep import resources, running
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: number > 0)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: number > 0)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: number)
+    monkeypatch.setattr(resources, "cores", lambda: 64)
+    alone = SimpleNamespace(num_processes=1, is_main_process=True, wait_for_everyone=lambda: None)
+    for module in (run, running):
+        monkeypatch.setattr(module, "ranks", lambda: alone)
+    for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+
+
+class Started(Exception):
+    """Hold the environments of the workers that a command would have started."""
+
+
+@pytest.mark.parametrize(
+    ("number", "visible", "workers", "wanted"),
+    [
+        (8, None, None, ["0", "1", "2", "3"]),  # no more than there are arms and seeds
+        (2, None, None, ["0", "1"]),
+        (2, "5,6", None, ["5", "6"]),  # those that a scheduler gave, by its own names
+        (2, "GPU-1a, GPU-2b, GPU-none", None, ["GPU-1a", "GPU-2b"]),  # the third is not there
+        (2, None, 4, ["0", "1", "0", "1"]),  # two on each, as was asked for
+        (8, None, 2, ["0", "1"]),
+    ],
+)
+def test_each_worker_has_a_gpu(number, visible, workers, wanted, tmp_path, monkeypatch):
+    from fire_llm.sweep import processes, worker
+
+    def start(self: Any, n: int, log: Path, instructions: Path) -> None:
+        self.environments = [*getattr(self, "environments", []), processes.environment(n, len(self.logs), self.cells)]
+        if n + 1 == len(self.logs):
+            raise Started(self.environments)
+
+    gpus(monkeypatch, number, visible)
+    monkeypatch.setattr(processes.Workers, "_start", start)
+    monkeypatch.setattr(processes.Overview, "say", lambda *_: None)
+    monkeypatch.setattr(worker, "train", lambda *_: pytest.fail("trained where all GPUs are seen"))
+    arms = "phases.1.arms={base: keep, fire: {method: fire}}"
+    settings = load_recipe(recipe(tmp_path), [arms, "seed=[1,2]"])
+    with pytest.raises(Started) as started:
+        run_recipe(settings, tmp_path / "out", workers=workers)
+    environments = started.value.args[0]
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in environments] == wanted
+    for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+        assert {each[name] for each in environments} == {str(64 // len(wanted))}
+
+
+@pytest.mark.parametrize(("number", "workers"), [(1, None), (1, 1), (8, 1)])
+def test_one_worker_of_one_gpu_is_the_command_itself(number, workers, tmp_path, monkeypatch):
+    from fire_llm.sweep import processes, worker
+
+    gpus(monkeypatch, number, None)
+    trained = []
+    monkeypatch.setattr(processes.Workers, "_start", lambda *_: pytest.fail("a worker was started"))
+
+    def train(unit: Any, bench: Any) -> None:
+        trained.append(unit.folder)
+        raise Started
+
+    monkeypatch.setattr(worker, "train", train)
+    with pytest.raises(Started):
+        run_recipe(load_recipe(recipe(tmp_path)), tmp_path / "out", workers=workers, progress=False)
+    assert trained == ["first/seed-1"]
+
+
+# ---- process groups
 
 
 def _as_rank(folder: Path, argv: list[str]) -> None:
