@@ -102,7 +102,7 @@ class ResetReport:
 def sigma_quantiles(sigma: Tensor) -> list[float]:
     """Return at most `SIGMA_QUANTILES` of a spectrum, evenly spread over the ranks, the ends included."""
     at = torch.linspace(0, len(sigma) - 1, min(SIGMA_QUANTILES, len(sigma))).round().long()
-    return [float(s) for s in sigma[at]]
+    return sigma[at].tolist()
 
 
 Spectra = bool | Literal["range"]
