@@ -143,13 +143,13 @@ def _squared_residual(
     v: Vector, hv: Vector, before: Vector | None, value: float, a: float, b: float, length: float
 ) -> float:
     """Return ||H x - value x||^2 of x = a v + b before; of a single vector, where there is none before."""
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=v[0].device)
     for i, (one, product) in enumerate(zip(v, hv, strict=True)):
         gap = a * product + (b * length - value * a) * one
         if before is not None:
             gap -= value * b * before[i]
-        total += float(gap.detach().double().square_().sum())
-    return total
+        total += gap.detach().double().square_().sum().to(total.device)
+    return float(total)
 
 
 def _product(loss: Loss, parameters: Sequence[Tensor], vector: Vector) -> Vector:
@@ -185,7 +185,11 @@ def _checked(parameters: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _dot(a: Vector, b: Vector) -> float:
-    return sum(float(torch.sum(x.detach() * y.detach(), dtype=torch.float64)) for x, y in zip(a, b, strict=True))
+    """Return the inner product, whose device is waited for once."""
+    total = torch.zeros((), dtype=torch.float64, device=a[0].device)
+    for x, y in zip(a, b, strict=True):
+        total += torch.sum(x.detach() * y.detach(), dtype=torch.float64).to(total.device)
+    return float(total)
 
 
 def _scale(vector: Vector, factor: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -109,14 +109,13 @@ class Plan:
         for piece in self.wanted:
             if piece.tensor.is_meta:
                 raise UserError(f"'{piece.name}' is on the meta device: load the weights before a reset")
-        # All flags first, so that an accelerator is waited for once.
-        flags = [torch.isfinite(held(piece)).all() for piece in self.wanted]
-        sound = torch.stack([f.cpu() for f in flags]).tolist() if flags else []
-        for piece, finite in zip(self.wanted, sound, strict=True):
+        for piece, finite in zip(self.wanted, all_finite(held(piece) for piece in self.wanted), strict=True):
             if not finite:
                 raise UserError(not_finite(piece.name))
-        for spec, piece in self._read_by_gradient():
-            if not torch.isfinite(with_gradient(piece).read()).all():
+        read = list(self._read_by_gradient())
+        gradients = all_finite(with_gradient(piece).read() for _, piece in read)
+        for (spec, piece), finite in zip(read, gradients, strict=True):
+            if not finite:
                 raise UserError(f"'{spec.method}': the gradient of '{piece.name}' is NaN or infinite; try fp32 or bf16")
 
     def request(self) -> str:
@@ -135,6 +134,16 @@ class Plan:
     def reason(self, index: int) -> str:
         """Say why a piece is left alone."""
         return "; ".join(dict.fromkeys(str(s.why_not(self.pieces[index])) for s in self.specs))
+
+
+def all_finite(tensors: Iterable[Tensor]) -> list[bool]:
+    """Tell of each tensor whether it is finite; each device is waited for once, after all have been looked at."""
+    flags = [torch.isfinite(tensor).all() for tensor in tensors]
+    found: dict[int, bool] = {}
+    for device in {flag.device for flag in flags}:
+        own = [i for i, flag in enumerate(flags) if flag.device == device]
+        found |= zip(own, torch.stack([flags[i] for i in own]).tolist(), strict=True)
+    return [found[i] for i in range(len(flags))]
 
 
 def with_gradient(piece: LogicalMatrix) -> LogicalMatrix:
