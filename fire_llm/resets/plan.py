@@ -13,7 +13,7 @@ from fire_llm.distributed import Block, blocks_of, make_current, refuse_engines
 from fire_llm.errors import UserError
 from fire_llm.layout import ROLES, LogicalMatrix, pieces
 from fire_llm.resets.methods import RESETS, Kind
-from fire_llm.resets.report import Spectra, TensorReport, describe
+from fire_llm.resets.report import Measures, Spectra, TensorReport, describe, fetch
 from fire_llm.resets.spec import FROZEN, ResetSpec, refuse_kinds
 
 
@@ -123,11 +123,11 @@ class Plan:
         rows = zip(self.pieces, self.todo, strict=True)
         return repr((self.specs, [(p.name, tuple(p.shape), str(p.tensor.dtype), len(todo)) for p, todo in rows]))
 
-    def untouched(self, index: int, spectra: Spectra = False) -> TensorReport:
+    def untouched(self, index: int, spectra: Spectra = False, measures: Measures | None = None) -> TensorReport:
         """Report on a piece that nothing came near; what lies in shards or on the disk is not measured."""
         piece = self.pieces[index]
         apart = piece.tensor.is_meta or is_sharded(piece.tensor)
-        report = TensorReport.of(piece) if apart else describe(piece, held(piece), spectra)
+        report = TensorReport.of(piece) if apart else describe(piece, held(piece), spectra, measures)
         report.reason = self.reason(index) if not self.todo[index] else None
         return report
 
@@ -138,12 +138,7 @@ class Plan:
 
 def all_finite(tensors: Iterable[Tensor]) -> list[bool]:
     """Tell of each tensor whether it is finite; each device is waited for once, after all have been looked at."""
-    flags = [torch.isfinite(tensor).all() for tensor in tensors]
-    found: dict[int, bool] = {}
-    for device in {flag.device for flag in flags}:
-        own = [i for i, flag in enumerate(flags) if flag.device == device]
-        found |= zip(own, torch.stack([flags[i] for i in own]).tolist(), strict=True)
-    return [found[i] for i in range(len(flags))]
+    return fetch([torch.isfinite(tensor).all() for tensor in tensors])
 
 
 def with_gradient(piece: LogicalMatrix) -> LogicalMatrix:

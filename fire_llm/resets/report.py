@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -118,24 +119,32 @@ Spectra = bool | Literal["range"]
 """Whether a report tells quantiles of the singular values (True), the largest and the smallest, or nothing of them."""
 
 
+def fetch(scalars: Sequence[Tensor]) -> list[Any]:
+    """Return the values of scalars of one dtype, in order; each device that holds some is waited for once."""
+    found: dict[int, Any] = {}
+    for device in {scalar.device for scalar in scalars}:
+        own = [i for i, scalar in enumerate(scalars) if scalar.device == device]
+        found |= zip(own, torch.stack([scalars[i] for i in own]).tolist(), strict=True)
+    return [found[i] for i in range(len(scalars))]
+
+
 class Measures:
     """Gather numbers on a device and fetch them together: one wait for as many pieces as are measured."""
 
     def __init__(self) -> None:
         self._numbers: list[Tensor] = []
-        self._uses: list[Callable[..., None]] = []
+        self._uses: list[tuple[Callable[..., None], int]] = []
 
     def add(self, use: Callable[..., None], *numbers: Tensor) -> None:
         """Give scalars to a function once they are fetched."""
         self._numbers += numbers
-        self._uses.append(lambda known, n=len(numbers): use(*(next(known) for _ in range(n))))
+        self._uses.append((use, len(numbers)))
 
     def fetch(self) -> None:
         """Wait for the numbers and hand them over, in order."""
-        fetched = torch.stack([n.double() for n in self._numbers]).tolist() if self._numbers else []
-        known = iter(fetched)
-        for use in self._uses:
-            use(known)
+        known = iter(fetch([number.double() for number in self._numbers]))
+        for use, count in self._uses:
+            use(*islice(known, count))
 
 
 def describe(piece: LogicalMatrix, tensor: Tensor, spectra: Spectra, measures: Measures | None = None) -> TensorReport:

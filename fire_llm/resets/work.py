@@ -106,7 +106,9 @@ class Work:
                 "try compute_dtype float32"
             )
         plan = self.plan
-        rows = [self.reports.get(i) or plan.untouched(i, self.spectra) for i in range(len(plan.pieces))]
+        measures = Measures()
+        rows = [self.reports.get(i) or plan.untouched(i, self.spectra, measures) for i in range(len(plan.pieces))]
+        measures.fetch()
         touched, untouched = [r for r in rows if r.reason is None], [r for r in rows if r.reason is not None]
         return ResetReport(plan.specs, touched, untouched, seconds, 0, shared, self.gathered_whole)
 
@@ -186,11 +188,8 @@ class Work:
             pairs.append((index, report, later))
         measures.fetch()
         for index, report, later in pairs:
-            report.dfi_after, report.norm_after, report.sigma_after = (
-                later.dfi_after,
-                later.norm_after,
-                later.sigma_after,
-            )
+            report.dfi_after, report.norm_after = later.dfi_after, later.norm_after
+            report.sigma_after = later.sigma_after
             self._done(index, report)
 
     def _done(self, index: int, report: TensorReport) -> None:
