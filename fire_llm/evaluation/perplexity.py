@@ -6,6 +6,7 @@ Shapes: N = tokens of the text, D = documents, W = windows, T = positions a wind
 from __future__ import annotations
 
 import math
+from collections import Counter
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -23,6 +24,10 @@ from fire_llm.evaluation.scores import DocumentSums, Scores
 from fire_llm.evaluation.scoring import PROBE, Scorer, evaluating
 from fire_llm.evaluation.windows import batches, windows
 from fire_llm.layout import unwrap
+
+
+WORTH_COMPILING = 32
+"""Batches of one shape in a text from which on the trunk is compiled, which takes 20 s or so."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,8 @@ def perplexity(
         documents: (D,) where each document ends in `tokens`, the last at N; one document by default.
         per_document: Read each document by itself, after `prefix`; its last window reaches back to be full, as
             lm-eval's rolling windows do. Otherwise windows run across documents.
-        compiled: Compile the model with torch.compile, which pays on long texts.
+        compiled: Compile the model's trunk with torch.compile, where at least 32 batches have one shape; fewer are
+            done before it is compiled.
         mixed: Keep the mixed precision that is in force (autocast, TF32, what accelerate or FSDP2 put around a model
             for training). By default it is set aside, so that a model in training and its saved checkpoint give the
             same number.
@@ -207,7 +213,7 @@ def _score(
                 stack.enter_context(own_precision(model))
             # Its trunk is looked for in its own precision, even where it is then measured in another.
             with own_precision(model) if mixed else nullcontext():
-                scorer = Scorer(model, sample, compiled=compiled)
+                scorer = Scorer(model, sample, compiled=_commonest(work) if compiled else None)
             for turn in range(0, len(work), world):
                 # A rank without a batch of its own repeats the last: shards are gathered by all ranks or by none.
                 batch = work[min(turn + rank, len(work) - 1)]
@@ -233,6 +239,13 @@ def _score(
             "overflow in this precision. Try fp32; if that does not help, the checkpoint is damaged"
         )
     return totals
+
+
+def _commonest(work: list[np.ndarray]) -> tuple[int, int] | None:
+    """Return the shape (B, T) of the most batches, None where they are too few to compile for."""
+    shapes = Counter((len(batch), int((batch[:, 2] - batch[:, 1]).max())) for batch in work)
+    shape, count = shapes.most_common(1)[0]
+    return shape if count >= WORTH_COMPILING else None
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> Tensor:

@@ -87,13 +87,14 @@ class Scorer:
     Args:
         model: A causal LM, in evaluation mode.
         sample: (n,) tokens of the text to be scored.
-        compiled: Compile the trunk with torch.compile.
+        compiled: Shape (B, T) of the batches on which the trunk is compiled with torch.compile; None: on none. Others
+            are run as they are, so that one graph is made.
 
     Raises:
         UserError: The model gives no logits over its vocabulary, or a token changes the logits before it.
     """
 
-    def __init__(self, model: Any, sample: Tensor, *, compiled: bool = False) -> None:
+    def __init__(self, model: Any, sample: Tensor, *, compiled: tuple[int, int] | None = None) -> None:
         self.model = model
         self.trunk: torch.nn.Module | None = None
         if not fsdp_modules(model):
@@ -101,8 +102,9 @@ class Scorer:
             if name is False:
                 name = _KNOWN[model] = _look_at(model, _probe(model, sample)[None])
             self.trunk = model.get_submodule(name) if name is not None else None
-        part = self.trunk if self.trunk is not None else model
-        self.forward: Callable[..., Any] = _compiled(part) if compiled else part.forward
+        self.compiled = compiled
+        # The same code is compiled once in a process, whatever number of models and wrappers there are.
+        self.fast = torch.compile(self.trunk.forward) if compiled and self.trunk is not None else None
 
     def __call__(self, ids: Tensor, targets: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return the negative log-likelihoods of the scored positions, row after row. The host waits for nothing.
@@ -118,7 +120,8 @@ class Scorer:
         if self.trunk is None:
             return exact_nll(_taken(self.model(input_ids=ids, use_cache=False).logits, rows), targets)
         some = _slice(len(targets), _vocabulary(self.model), ids.device)
-        parts = _logits_in_slices(self.model, self.trunk, self.forward, ids, rows, some)
+        forward = self.fast if self.fast is not None and ids.shape == self.compiled else self.trunk.forward
+        parts = _logits_in_slices(self.model, self.trunk, forward, ids, rows, some)
         nll = torch.empty(len(targets), dtype=torch.float64, device=ids.device)
         for logits, some_targets, out in zip(parts, targets.split(some), nll.split(some), strict=True):
             exact_nll(logits, some_targets, out)
@@ -143,15 +146,6 @@ def _slice(scored: int, vocabulary: int, device: torch.device) -> int:
 
 _KNOWN: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 """Name of each model's trunk, None where it has to be run whole."""
-
-_COMPILED: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-
-
-def _compiled(module: torch.nn.Module) -> Callable[..., Any]:
-    if module not in _COMPILED:
-        _COMPILED[module] = torch.compile(module.forward)
-    return _COMPILED[module]
-
 
 def _vocabulary(model: Any) -> int:
     return int(model.config.get_text_config().vocab_size)
