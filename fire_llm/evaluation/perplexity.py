@@ -26,7 +26,7 @@ from fire_llm.evaluation.windows import batches, windows
 from fire_llm.layout import unwrap
 
 
-WORTH_COMPILING = 32
+WORTH_COMPILING = 8
 """Batches of one shape in a text from which on the trunk is compiled, which takes 20 s or so."""
 
 
@@ -102,8 +102,8 @@ def perplexity(
         documents: (D,) where each document ends in `tokens`, the last at N; one document by default.
         per_document: Read each document by itself, after `prefix`; its last window reaches back to be full, as
             lm-eval's rolling windows do. Otherwise windows run across documents.
-        compiled: Compile the model's trunk with torch.compile, where at least 32 batches have one shape; fewer are
-            done before it is compiled.
+        compiled: Compile the model's trunk with torch.compile, where at least 8 batches have one shape. It takes 20 s
+            or so, once a process and shape: for long texts, or many models.
         mixed: Keep the mixed precision that is in force (autocast, TF32, what accelerate or FSDP2 put around a model
             for training). By default it is set aside, so that a model in training and its saved checkpoint give the
             same number.
