@@ -25,7 +25,6 @@ from fire_llm.evaluation.scoring import PROBE, Scorer, evaluating
 from fire_llm.evaluation.windows import batches, windows
 from fire_llm.layout import unwrap
 
-
 WORTH_COMPILING = 8
 """Batches of one shape in a text from which on the trunk is compiled, which takes 20 s or so."""
 

@@ -147,6 +147,7 @@ def _slice(scored: int, vocabulary: int, device: torch.device) -> int:
 _KNOWN: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 """Name of each model's trunk, None where it has to be run whole."""
 
+
 def _vocabulary(model: Any) -> int:
     return int(model.config.get_text_config().vocab_size)
 
