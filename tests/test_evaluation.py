@@ -22,7 +22,14 @@ from conftest import tiny_gpt2, tiny_llama
 from ranks import run_ranks
 from small_models import SMALL, VOCABULARY, build, stand_ins
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import BertConfig, BertLMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from fire_llm import UserError, perplexity
 from fire_llm.evaluation import exact_nll, kernels, scores, scoring, windows
@@ -304,6 +311,28 @@ def test_compiling_changes_speed_alone_and_happens_once(monkeypatch):
     assert len(graphs) == made
 
 
+def test_a_compiled_trunk_has_no_mask_where_it_needs_none_and_one_where_it_does(monkeypatch):
+    masks = []
+
+    def backend(graph, _):
+        for node in graph.graph.nodes:
+            if node.op == "call_function" and "scaled_dot_product_attention" in str(node.target):
+                masks.append(node.kwargs.get("attn_mask", node.args[3] if len(node.args) > 3 else None))
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    window = MistralConfig(vocab_size=97, num_key_value_heads=2, sliding_window=8, pad_token_id=0, **sizes)
+    for model, needed in ((tiny_llama(), False), (MistralForCausalLM(window), True)):
+        masks.clear()
+        wanted = perplexity(model, TOKENS, context=16, batch_size=1).nll
+        assert perplexity(model, TOKENS, context=16, batch_size=1, compiled=True).nll == pytest.approx(wanted, rel=1e-7)
+        assert masks and all((mask is not None) is needed for mask in masks)
+        assert model.config._attn_implementation == "sdpa"
+    torch._dynamo.reset()
+
+
 def test_a_compiled_model_is_not_kept(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
     model = tiny_gpt2()
@@ -334,7 +363,7 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("stride", [128, 96])
 @pytest.mark.parametrize("per_document", [False, True])
 def test_the_host_waits_once_a_batch_at_most(stride, per_document):
-    """A batch of 256 positions is four slices at a vocabulary of 65 k. What is left is transformers' look at a mask."""
+    """A batch of 256 positions is four slices at a vocabulary of 65 k. On a CPU what is left is transformers' look at a mask."""
     model, waits = tiny_gpt2(vocab_size=65536, n_positions=128, n_embd=16), []
     for n in (2, 8):  # windows: one batch, and four
         ends = [128 * (k + 1) for k in range(n)] if per_document else [128 + (n - 1) * stride]
@@ -343,6 +372,20 @@ def test_the_host_waits_once_a_batch_at_most(stride, per_document):
             perplexity(model, torch.arange(ends[-1]) % 97, documents=ends, **options)
         waits.append(mode.waits)
     assert waits[1] - waits[0] <= 3
+
+
+@pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama])
+def test_a_scorer_waits_for_nothing_where_masks_are_left_out(build):
+    """As on an accelerator, where masks are looked at; here they are for the sake of a shape that never comes."""
+    model = build().eval()
+    ids, rows = TOKENS[:128].view(2, 64), torch.arange(3, 128, 2)
+    with torch.inference_mode():
+        plain = scoring.Scorer(model, ids[0])(ids, ids.flatten()[rows], rows)
+        scorer = scoring.Scorer(model, ids[0], context=64, compiled=(0, 0))
+        assert scorer.unmasked
+        with Waits() as mode:
+            found = scorer(ids, ids.flatten()[rows], rows)
+    assert mode.waits == 0 and torch.equal(found, plain)
 
 
 def test_a_gpus_likelihoods_are_added_a_batch_later_and_all_of_them(monkeypatch):

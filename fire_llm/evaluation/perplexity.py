@@ -212,7 +212,8 @@ def _score(
                 stack.enter_context(own_precision(model))
             # Its trunk is looked for in its own precision, even where it is then measured in another.
             with own_precision(model) if mixed else nullcontext():
-                scorer = Scorer(model, sample, compiled=_commonest(work) if compiled else None)
+                longest = int((plan[:, 2] - plan[:, 1]).max())
+                scorer = Scorer(model, sample, context=longest, compiled=_commonest(work) if compiled else None)
             for turn in range(0, len(work), world):
                 # A rank without a batch of its own repeats the last: shards are gathered by all ranks or by none.
                 batch = work[min(turn + rank, len(work) - 1)]

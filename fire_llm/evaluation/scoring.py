@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from fire_llm.context import longest_context
 from fire_llm.distributed import fsdp_modules
 from fire_llm.errors import UserError
 from fire_llm.evaluation import kernels
+from fire_llm.evaluation.unmasked import needs_no_mask, unmasked, uses_sdpa
 
 IGNORE = -100
 """Label of a position that is read but not scored."""
@@ -84,9 +85,12 @@ class Scorer:
     model is first scored; where it does not (a trunk that cannot be found, shards that all ranks gather together),
     ordinary forward passes are taken.
 
+    On an accelerator, and where it is compiled, attention that is causal and nothing else has no mask (`unmasked`).
+
     Args:
         model: A causal LM, in evaluation mode.
         sample: (n,) tokens of the text to be scored.
+        context: The most tokens of a window.
         compiled: Shape (B, T) of the batches on which the trunk is compiled with torch.compile; None: on none. Others
             are run as they are, so that one graph is made.
 
@@ -94,7 +98,9 @@ class Scorer:
         UserError: The model gives no logits over its vocabulary, or a token changes the logits before it.
     """
 
-    def __init__(self, model: Any, sample: Tensor, *, compiled: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, model: Any, sample: Tensor, *, context: int = 0, compiled: tuple[int, int] | None = None
+    ) -> None:
         self.model = model
         self.trunk: torch.nn.Module | None = None
         if not fsdp_modules(model):
@@ -102,12 +108,17 @@ class Scorer:
             if name is False:
                 name = _KNOWN[model] = _look_at(model, _probe(model, sample)[None])
             self.trunk = model.get_submodule(name) if name is not None else None
+        self.unmasked = False
+        if context and (compiled or sample.device.type != "cpu") and not fsdp_modules(model):
+            self.unmasked = _needs_no_mask(model, context, self.trunk)
         self.compiled = compiled
         # The same code is compiled once in a process, whatever number of models and wrappers there are.
         self.fast = torch.compile(self.trunk.forward) if compiled and self.trunk is not None else None
 
     def __call__(self, ids: Tensor, targets: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Return the negative log-likelihoods of the scored positions, row after row. The host waits for nothing.
+        """Return the negative log-likelihoods of the scored positions, row after row.
+
+        The host waits for nothing but what the model's own forward pass waits for.
 
         Args:
             ids: (B, T) tokens to read.
@@ -117,6 +128,10 @@ class Scorer:
         Returns:
             (S,) fp64, nats.
         """
+        with unmasked(self.model) if self.unmasked else nullcontext():
+            return self._score(ids, targets, rows)
+
+    def _score(self, ids: Tensor, targets: Tensor, rows: Tensor | None) -> Tensor:
         if self.trunk is None:
             return exact_nll(_taken(self.model(input_ids=ids, use_cache=False).logits, rows), targets)
         some = _slice(len(targets), _vocabulary(self.model), ids.device)
@@ -128,6 +143,19 @@ class Scorer:
             # Outputs of transformers are now and then part of a cycle, and would stay until the next collection.
             logits.untyped_storage().resize_(0)
         return nll
+
+
+_PLAIN: weakref.WeakKeyDictionary[Any, dict[int, bool]] = weakref.WeakKeyDictionary()
+"""Whether each model's attention needs no mask, by the length of the windows."""
+
+
+def _needs_no_mask(model: Any, context: int, trunk: torch.nn.Module | None) -> bool:
+    known = _PLAIN.setdefault(model, {})
+    if not uses_sdpa(model):
+        return False
+    if context not in known:
+        known[context] = needs_no_mask(model, context, trunk)
+    return known[context]
 
 
 def _slice(scored: int, vocabulary: int, device: torch.device) -> int:
