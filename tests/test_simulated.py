@@ -518,7 +518,7 @@ def test_arms_that_act_in_training_give_what_the_cpu_gives(methods, tmp_path):
 
 @pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama])
 def test_the_loss_in_slices_gives_what_whole_logits_give(build, monkeypatch, log):
-    monkeypatch.setitem(sliced.SLICE, "cuda", 97 * 20)
+    monkeypatch.setattr(sliced, "SLICES", (97 * 20, 97 * 20))
     monkeypatch.setattr(sliced, "WHOLE", 97 * 20)
     ids, labels = batch()
     labels[1, 3] = -100
@@ -559,7 +559,7 @@ def traced(request):
     """Give a model's builder and the graphs of its loss, traced anew."""
     build = request.param
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sliced.SLICE, "cpu", 97 * 24)
+        patch.setattr(sliced, "SLICE", 97 * 24)
         patch.setattr(sliced, "WHOLE", 97 * 10)
         patch.setattr(sliced, "CACHED", 97 * 24)  # a slice at once, as on a GPU
         torch._dynamo.reset()
