@@ -118,7 +118,7 @@ def _by_stacks(w: Tensor, out: Tensor, iterations: int, products: torch.dtype, n
     """Write the map of a batch on an accelerator, stack by stack; what 16 bits do not carry is done in float32."""
     wide_enough = min(w.shape[-2:]) > CPU_BATCH_SIDE
     first = min(iterations, AT_ONCE) if wide_enough and iterations > 1 else 0
-    batch = w.reshape(-1, *w.shape[-2:])
+    batch = w.reshape(-1, *w.shape[-2:]) if w.numel() else w
     for chunk in spans(w):
         x = oriented(batch, chunk).float()
         y = oriented(out, chunk) if out.dtype == torch.float32 else torch.empty_like(x)

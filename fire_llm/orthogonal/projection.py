@@ -134,7 +134,7 @@ def _by_stacks(w: Tensor, out: Tensor, tolerance: float, name: str) -> None:
     else:
         again = (AGAIN[:2], AGAIN[2:4], AGAIN[4:])  # all five on one Gram matrix would lose digits
         attempts = ((SHORT,), again, again)
-    batch = w.reshape(-1, *w.shape[-2:])
+    batch = w.reshape(-1, *w.shape[-2:]) if w.numel() else w
     for chunk in spans(w):
         found = project(oriented(batch, chunk).float(), attempts, tolerance, False)
         if found is None:
