@@ -152,7 +152,7 @@ def polynomial_map(
         return wide, heavy
     kept = [(1.0, 0.0, 0.0) if c is None else c for c in own]
     levels = max(len(c) for i, c in enumerate(kept) if i not in left) // 2
-    # Horner's scheme on M_k = G + (even / odd) S + (odd of k + 1 / odd of k) S M_(k+1) / n; where a matrix's polynomial
+    # Horner's scheme on M_k = G + (even / odd) S + (odd of k + 1 / odd of k) S M_(k+1) / u; where a matrix's polynomial
     # has ended, the ratios are 0.
     odds = [[c[2 * k + 1] if len(c) > 2 * k + 1 else 0.0 for c in kept] for k in range(levels + 1)]
     evens = [[c[2 * k + 2] if len(c) > 2 * k + 2 else 0.0 for c in kept] for k in range(levels)]
@@ -243,7 +243,8 @@ def finish(x: Tensor) -> tuple[Tensor, Tensor]:
     """Take singular values near 1 to 1 by a Taylor step, and bound what is left of ||I - X X^T||_F.
 
     With E = X X^T - I the step multiplies by I - E/2 + 3/8 E^2, and leaves 5/8 E^3 and less of E, of norm at most
-    ||E^2||_F^(3/2). Its product is of fp16 operands, whose rounding, 2^-11 of a correction of E/2, is added.
+    ||E^2||_F^(3/2). Its product is of fp16 operands, whose rounding, 2^-11 of a correction of E/2, is added, and so is
+    the rounding of E itself.
 
     Returns:
         The result (B, n, m), and the bounds (B,).
@@ -256,7 +257,7 @@ def finish(x: Tensor) -> tuple[Tensor, Tensor]:
     first, second = (torch.linalg.vector_norm(one, dim=(-2, -1)) for one in (error, square))
     correction = square.mul_(0.375).sub_(error, alpha=0.5)
     y = accumulate(x.clone(), ((correction * SPLIT_SCALE).half(),), parts[:1], alpha=SPLIT_SCALE**-2)
-    return y, second**1.5 + first * 2.0**-11
+    return y, second**1.5 + first * 2.0**-11 + SPLIT_ROUNDING * math.sqrt(x.shape[-2])
 
 
 def project(
@@ -292,9 +293,8 @@ def project(
             return None
         out = y if number == 0 else out.index_copy_(0, positions(left, y), y)
         again = [i for i, r in enumerate(residuals) if r > tolerance >= roundings[i] and number < len(attempts) - 1]
-        uncertain += [
-            left[i] for i, r in enumerate(residuals) if i not in again and not max(r, roundings[i]) <= tolerance
-        ]
+        held = [r <= tolerance and q <= tolerance for r, q in zip(residuals, roundings, strict=True)]  # not NaN
+        uncertain += [left[i] for i, certain in enumerate(held) if not certain and i not in again]
         if not again:
             break
         if len(again) < len(left):  # from before the Taylor step, whose rounding far from 1 would count
