@@ -39,8 +39,9 @@ LIBRARIES = (str(Path(torch.__file__).parent), __file__, contextlib.__file__, fu
 
 SHAPES_FROM_DATA = {
     "nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive",
-    "bincount", "equal", "multinomial",
+    "bincount", "multinomial",
 }  # fmt: skip
+READS = {"_local_scalar_dense", "equal", "allclose"}
 CHECKED_LINALG = {"_linalg_eigh", "_linalg_svd", "_linalg_eigvals", "linalg_eig", "_linalg_check_errors"}
 ONE_DEVICE = {"cat", "stack", "mm", "bmm", "addmm", "baddbmm", "index_add_", "index_add", "gather", "scatter_add_"}
 
@@ -149,6 +150,9 @@ class Simulated(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Simulated:
+        if inner.is_inference() != torch.is_inference_mode_enabled():  # a view in inference mode of what is older
+            with torch.inference_mode(inner.is_inference()):
+                return Simulated(inner)
         it = Tensor._make_wrapper_subclass(
             cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
             layout=inner.layout, device=META,
@@ -182,6 +186,12 @@ class Simulated(Tensor):
 
     def cuda(self, *args: Any, **kwargs: Any) -> Tensor:
         return self
+
+    def __setitem__(self, where: Any, value: Any) -> None:
+        if isinstance(value, bool | int | float):  # torch keeps the numbers that CUDA's tensors are set to on the host
+            value = torch.tensor(value, dtype=self.dtype)
+        with _running(), torch._C.DisableTorchFunctionSubclass():
+            super().__setitem__(where, value)
 
     def tolist(self) -> Any:
         return self.detach().cpu().tolist() if self.ndim else self.item()
@@ -289,17 +299,23 @@ def _running() -> Iterator[None]:
 
 # ---- autocast, by torch's own lists of 2.11 and 2.13 (ATen/autocast_mode.h)
 
-LOW = set(
-    "conv1d conv2d conv3d prelu addmm addmv addr matmul __matmul__ __rmatmul__ einsum mm mv vecdot linear addbmm "
-    "baddbmm bmm chain_matmul multi_dot scaled_dot_product_attention".split()
-)
-FP32 = set(
-    "acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow __pow__ __rpow__ softplus "
-    "layer_norm native_layer_norm rms_norm group_norm norm cosine_similarity nll_loss kl_div l1_loss smooth_l1_loss "
-    "huber_loss mse_loss binary_cross_entropy_with_logits dist cdist logsumexp cross_entropy".split()
-)
-FP32_DTYPE = set("prod softmax log_softmax cumprod cumsum vector_norm matrix_norm sum".split())
-WIDEST = set("addcdiv addcmul atan2 cross dot vdot index_put tensordot scatter_add".split())
+LOW = {
+    "conv1d", "conv2d", "conv3d", "prelu", "addmm", "addmv", "addr", "matmul", "__matmul__", "__rmatmul__",
+    "einsum", "mm", "mv", "vecdot", "linear", "addbmm", "baddbmm", "bmm", "chain_matmul", "multi_dot",
+    "scaled_dot_product_attention",
+}  # fmt: skip
+FP32 = {
+    "acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt",
+    "sinh", "tan", "pow", "__pow__", "__rpow__", "softplus", "layer_norm", "native_layer_norm", "rms_norm",
+    "group_norm", "norm", "cosine_similarity", "nll_loss", "kl_div", "l1_loss", "smooth_l1_loss", "huber_loss",
+    "mse_loss", "binary_cross_entropy_with_logits", "dist", "cdist", "logsumexp", "cross_entropy",
+}  # fmt: skip
+FP32_DTYPE = {
+    "prod", "softmax", "log_softmax", "cumprod", "cumsum", "vector_norm", "matrix_norm", "sum",
+}  # fmt: skip
+WIDEST = {
+    "addcdiv", "addcmul", "atan2", "cross", "dot", "vdot", "index_put", "tensordot", "scatter_add",
+}  # fmt: skip
 
 
 def _autocast(name: str, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -338,20 +354,43 @@ def _wrapped(x: Any) -> Any:
     return Simulated(x) if isinstance(x, Tensor) and not isinstance(x, Simulated) else x
 
 
-@functools.cache
-def _composite(func: Any) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+@dataclass(frozen=True)
+class Operation:
+    """Hold what a schema says of an operation."""
+
+    name: str
+    composite: bool
+    written: tuple[tuple[int, str, str], ...]
+    """Arguments that are written to: place, name, and the set of aliases they belong to."""
+    returned: tuple[str | None, ...]
+    """For each result, the aliases that it is of an argument that was written to; None of what is new or a view."""
+
+    @staticmethod
+    @functools.cache
+    def of(func: Any) -> Operation:
+        def alias(it: Any) -> str | None:
+            info = it.alias_info
+            return next(iter(info.before_set), "") if info is not None and info.is_write else None
+
+        schema = func._schema
+        written = [(i, x.name, found) for i, x in enumerate(schema.arguments) if (found := alias(x)) is not None]
+        composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+        name = schema.name.partition("::")[2]
+        return Operation(name, composite, tuple(written), tuple(map(alias, schema.returns)))
 
 
 def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors: list[Tensor] = []
-    _map(lambda x: tensors.append(x) if isinstance(x, Tensor) else None, (args, list(kwargs.values())))
+    _gather(args, tensors)
+    _gather(kwargs.values(), tensors)
     ours = [x for x in tensors if isinstance(x, Simulated)]
-    if ours and _composite(func):  # inference mode leaves it to us to take these apart
+    target = kwargs.get("device")
+    if not ours and target is None and "pin_memory" not in kwargs:
+        return func(*args, **kwargs)
+    operation = Operation.of(func)
+    if ours and operation.composite:  # inference mode leaves it to us to take these apart
         with _running(), _Factories():
             return func.decompose(*args, **kwargs)
-    name = func._schema.name.partition("::")[2]
-    target = kwargs.get("device")
     target = torch.device(target) if target is not None else None
     if target == META and getattr(_inside, "depth", 0):
         target = CUDA  # C++ asks for the device of the tensors it was given
@@ -362,7 +401,7 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
     if target is not None:
         kwargs["device"] = CPU if on_device else target
-    log = _log or Log()
+    log, name = _log or Log(), operation.name
     if name in ("_to_copy", "copy_"):
         return _copy(func, name, args, kwargs, on_device, log)
     _check_devices(func, name, args, kwargs, tensors, ours)
@@ -371,30 +410,34 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         result = _wide_product(func, args, kwargs)
     else:
         result = func(*_map(_unwrapped, args), **_map(_unwrapped, kwargs))
-    return _returned(func, args, kwargs, result, on_device)
+    return _returned(operation, args, kwargs, result, on_device)
 
 
-def _returned(func: Any, args: Any, kwargs: Any, result: Any, on_device: bool) -> Any:
+def _gather(it: Any, tensors: list[Tensor]) -> None:
+    for x in it:
+        if isinstance(x, Tensor):
+            tensors.append(x)
+        elif isinstance(x, list | tuple):
+            _gather(x, tensors)
+
+
+def _returned(operation: Operation, args: Any, kwargs: Any, result: Any, on_device: bool) -> Any:
     """Wrap what is new; give back the very tensors that were written to."""
-    given = [*args, *[None] * (len(func._schema.arguments) - len(args))]
     written: dict[str, Any] = {}
-    for argument, value in zip(func._schema.arguments, given, strict=True):
-        info = argument.alias_info
-        if info is not None and info.is_write:
-            value = kwargs.get(argument.name) if value is None else value
-            written |= dict.fromkeys(info.before_set, value)
-            for x in value if isinstance(value, list | tuple) else [value]:
-                if isinstance(x, Simulated) and x.inner.shape != x.shape:
-                    raise NotImplementedError(f"simulated: {func} changes a tensor's shape in place")
-    outs = func._schema.returns
-    results = list(result) if len(outs) > 1 else [result][: len(outs)]
-    for i, (out, value) in enumerate(zip(outs, results, strict=True)):
-        info = out.alias_info
-        if info is not None and info.is_write:
-            results[i] = written[next(iter(info.before_set))]
+    for place, name, aliases in operation.written:
+        value = args[place] if place < len(args) else kwargs.get(name)
+        written[aliases] = value
+        for x in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(x, Simulated) and x.inner.shape != x.shape:
+                raise NotImplementedError(f"simulated: {operation.name} changes a tensor's shape in place")
+    returned = operation.returned
+    results = list(result) if len(returned) > 1 else [result][: len(returned)]
+    for i, aliases in enumerate(returned):
+        if aliases is not None:
+            results[i] = written[aliases]
         elif on_device:
-            results[i] = _map(_wrapped, value)
-    return tuple(results) if len(outs) > 1 else next(iter(results), None)
+            results[i] = _map(_wrapped, results[i])
+    return tuple(results) if len(returned) > 1 else next(iter(results), None)
 
 
 def _copy(func: Any, name: str, args: Any, kwargs: Any, on_device: bool, log: Log) -> Any:
@@ -440,7 +483,7 @@ def _check_devices(func: Any, name: str, args: Any, kwargs: Any, tensors: list[T
 
 def _note_wait(func: Any, name: str, args: Any, kwargs: Any, log: Log) -> None:
     """Note what CUDA makes the host wait for."""
-    if name == "_local_scalar_dense":
+    if name in READS:
         log.note("item", name)
     elif name in SHAPES_FROM_DATA or (name == "repeat_interleave" and kwargs.get("output_size") is None):
         log.note("shape", name)
@@ -586,11 +629,14 @@ def _gives(value: Any) -> Callable[..., Any]:
     return lambda *_, **__: value
 
 
-MEMORY = "memory_allocated max_memory_allocated memory_reserved max_memory_reserved".split()
-QUIET = (
-    "_lazy_init init set_device set_device_index set_device_idx set_stream empty_cache reset_peak_memory_stats "
-    "reset_accumulated_memory_stats ipc_collect manual_seed manual_seed_all seed seed_all empty_host_cache"
-).split()
+MEMORY = {
+    "memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved",
+}  # fmt: skip
+QUIET = {
+    "_lazy_init", "init", "set_device", "set_device_index", "set_device_idx", "set_stream", "empty_cache",
+    "reset_peak_memory_stats", "reset_accumulated_memory_stats", "ipc_collect", "manual_seed", "manual_seed_all",
+    "seed", "seed_all", "empty_host_cache",
+}  # fmt: skip
 PROPERTIES = types.SimpleNamespace(
     name="NVIDIA H100 80GB HBM3", major=9, minor=0, total_memory=80 * 2**30, multi_processor_count=132
 )
@@ -670,7 +716,11 @@ def simulated_cuda() -> Iterator[Log]:
             (torch, "tensor", _made(torch.tensor)),
             (torch, "as_tensor", _made(torch.as_tensor)),
             (Tensor, "to", _to),
-            (Tensor, "cuda", lambda self, *_, **__: self.to(CUDA)),
+            (
+                Tensor,
+                "cuda",
+                lambda self, device=None, non_blocking=False, **_: self.to(CUDA, non_blocking=non_blocking),
+            ),
             (Tensor, "pin_memory", lambda self, *_: _pin(self.clone())),
             (Tensor, "is_pinned", lambda self, *_: _pinned(self)),
         ):
@@ -679,6 +729,9 @@ def simulated_cuda() -> Iterator[Log]:
 
         supported = [*_foreach_utils._foreach_supported_types, Simulated]
         stack.enter_context(mock.patch.object(_foreach_utils, "_foreach_supported_types", supported))
+        swapping = torch.__future__.get_swap_module_params_on_conversion()
+        torch.__future__.set_swap_module_params_on_conversion(True)  # tied parameters stay so, as with `.data`
+        stack.callback(torch.__future__.set_swap_module_params_on_conversion, swapping)
         stack.enter_context(_Factories())
         _log = log
         try:
