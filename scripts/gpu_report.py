@@ -180,6 +180,7 @@ class Worker:
     def __init__(self, args: argparse.Namespace, options: list[str]) -> None:
         self.args, self.options = args, options
         self.process: subprocess.Popen[str] | None = None
+        self.ready = False
         self.answers: queue.Queue[str | None] = queue.Queue()
 
     def start(self) -> None:
@@ -194,7 +195,7 @@ class Worker:
                 text=True,
                 start_new_session=True,
             )
-        self.answers = queue.Queue()
+        self.answers, self.ready = queue.Queue(), False
         self.reader = threading.Thread(target=self._read, args=[self.process, self.answers], daemon=True)
         self.reader.start()
 
@@ -228,29 +229,29 @@ class Worker:
         if self.process is None:
             self.start()
         assert self.process is not None and self.process.stdin is not None
-        asked = False
         limit = time.monotonic() + seconds
         until = min(end, limit + GRACE)
+        asked = False
         while True:
+            if self.ready and not asked:
+                left = max(1.0, limit - time.monotonic())  # loading libraries is a part of it
+                self.process.stdin.write(json.dumps({"stage": name, "seconds": left}) + "\n")
+                self.process.stdin.flush()
+                asked = True
             try:
-                answer = self.answers.get(timeout=max(0.1, until - time.monotonic()))
+                answer, why = self.answers.get(timeout=max(0.1, until - time.monotonic())), "its process ended"
             except queue.Empty:
                 answer, why = None, "out of time, and its process did not answer"
-            else:
-                why = "its process ended"
             if answer is None:
                 self.stop()
                 return self._ended(name, why)
             told: dict[str, Any] = json.loads(answer)
-            if "ready" not in told:
-                if not told["sound"]:
-                    self.stop()
-                return told
-            if not asked:
-                asked = True
-                left = max(1.0, limit - time.monotonic())  # loading libraries is a part of it
-                self.process.stdin.write(json.dumps({"stage": name, "seconds": left}) + "\n")
-                self.process.stdin.flush()
+            if "ready" in told:
+                self.ready = True
+                continue
+            if not told["sound"]:
+                self.stop()
+            return told
 
     def _ended(self, name: str, why: str) -> dict[str, Any]:
         file, log = self.args.output / f"{name}.json", self.args.output / "log.txt"

@@ -145,7 +145,7 @@ def _training(data: Json, short: list[str]) -> list[str]:
     for name, row in rows.items():
         rate = row.get("median")
         mfu = f"{row['mfu']:.1%}" if row.get("mfu") else ""
-        memory = f"{row.get('peak_bytes_above_what_was_held', 0) / 2**30:.1f}"
+        memory = f"{row.get('peak_bytes', 0) / 2**30:.1f}"
         table.append([name, f"{rate:,.0f}" if rate else "unmeasured", mfu, memory,
                       f"{row.get('first_round_seconds', 0):.0f}"])  # fmt: skip
     ours = rows.get("ours", {}).get("median")
@@ -153,7 +153,7 @@ def _training(data: Json, short: list[str]) -> list[str]:
         if ours is not None and data.get("model") == "gpt-0.1b":
             _verdict(short, f"training beside {name}, tokens/s", ours, rate, least=True)
         table.append([f"{name}, reported", f"{rate:,}", "", "", ""])
-    head = ("", "tokens/s", "MFU", "GiB above what was held", "first round with compiling, s")
+    head = ("", "tokens/s", "MFU", "GiB at most", "first round with compiling, s")
     lines += ["", *_table(head, table), ""]
     for name, ratio in data.get("ratios", {}).items():
         target = {"ours / bare": 0.95, "ours / stock": 1.15}[name]
