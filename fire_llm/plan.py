@@ -44,8 +44,8 @@ MFU = 0.3
 Source: nanoGPT trains GPT-2 124M for 600,000 steps of 491,520 tokens in about 4 days on eight A100s, which is 0.29.
 """
 
-LOGITS_HELD = 2**27
-"""Of a forward pass, on CUDA; the loss takes slices of so many (`trainer.loss`), but in fp16."""
+LOGITS_HELD = 2**29
+"""Of a forward pass, on 80 GB; the loss takes slices of so many (`trainer.loss`), but in fp16."""
 
 
 def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] = ()) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_gpt2, tiny_llama
 from transformers import Trainer, TrainingArguments
+from transformers.utils.import_utils import enable_tf32
 
 from fire_llm import ContinualTrainer, ResetCallback, UserError, fire_, logical_matrices, perplexity
 from fire_llm.staging import checkpoints
@@ -268,3 +269,56 @@ def test_the_callback_refuses_what_the_trainers_arguments_ask_for():
     for settings, message in [({"deepspeed": "zero3.json"}, "DeepSpeed"), ({"fsdp_plugin_args": {}}, "FSDP1")]:
         with pytest.raises(UserError, match=message):
             ResetCallback("fire").on_train_begin(SimpleNamespace(**settings), None, None)
+
+
+# ---- what transformers does by itself on a machine with GPUs
+
+
+def test_a_process_trains_on_one_of_the_gpus_that_it_sees(tmp_path, monkeypatch):
+    """`Trainer` would take all eight, by DataParallel, and eight times the tokens a step."""
+
+    own = TrainingArguments._setup_devices
+
+    def devices(self):
+        if not hasattr(self, "_n_gpu"):  # once, as the property that this stands for
+            own.__get__(self)
+            self._n_gpu = 8
+        return torch.device("cpu")
+
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", property(devices))
+    stock = TrainingArguments(str(tmp_path), per_device_train_batch_size=MICRO, report_to="none")
+    assert (stock.n_gpu, stock.train_batch_size) == (8, 8 * MICRO)
+    ours = arguments(tmp_path, use_cpu=False)
+    assert (ours.n_gpu, ours.train_batch_size, ours.eval_batch_size) == (1, MICRO, 8)
+    trainer = ContinualTrainer(tiny_gpt2(), ours, Samples())
+    assert len(trainer._get_train_sampler()) == STEPS * MICRO * ACCUMULATION
+
+
+def products():
+    """Return how torch multiplies in fp32, in both of its ways to say it; the older raises where they differ."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul
+    return torch.get_float32_matmul_precision(), torch.backends.fp32_precision, [b.fp32_precision for b in backends]
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_compiling_leaves_the_products_of_the_process_alone(precision, tmp_path, monkeypatch):
+    """transformers turns TF32 on where it compiles, and accelerate where it compiles in fp32."""
+    monkeypatch.setattr("transformers.training_args.is_torch_tf32_available", lambda: True)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        found = products()
+        for half in (False, True):
+            enable_tf32.cache_clear()  # it does nothing the second time
+            options = {"bf16": half, "torch_compile": True, "torch_compile_backend": "eager"}
+            TrainingArguments(str(tmp_path), use_cpu=True, **options)
+            assert torch.backends.fp32_precision == "tf32"
+            torch.backends.fp32_precision = "none"
+            torch.set_float32_matmul_precision(precision)
+            ours = arguments(tmp_path, **options)
+            assert products() == found
+            ContinualTrainer(tiny_gpt2(), ours, Samples())
+            assert products() == found
+    finally:
+        torch.backends.fp32_precision = "none"
+        torch.set_float32_matmul_precision(before)

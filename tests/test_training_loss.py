@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 
 from fire_llm import ContinualTrainer, UserError, load_recipe, run_recipe
 from fire_llm.flops import flops_per_token, peak_flops
-from fire_llm.trainer import EvaluationSet
+from fire_llm.trainer import EvaluationSet, nonfinite
 from fire_llm.trainer import loss as sliced
 from fire_llm.trainer.loss import SummedLoss
 from fire_llm.trainer.nonfinite import contagious
@@ -35,7 +35,7 @@ CHECKPOINTING = "activation_checkpointing" if NEW else "gradient_checkpointing"
 @pytest.fixture
 def slices(monkeypatch):
     """Make a slice of 7 positions, and a cached block of 2, out of any micro-batch of the tiny models."""
-    monkeypatch.setitem(sliced.SLICE, "cpu", 97 * 7)
+    monkeypatch.setattr(sliced, "SLICE", 97 * 7)
     monkeypatch.setattr(sliced, "WHOLE", 97 * 7)
     monkeypatch.setattr(sliced, "CACHED", 97 * 2)
 
@@ -70,6 +70,22 @@ def batch(rows=3, seed=0):
 
 def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_form_for_torch_compile_gives_the_same_loss_and_gradient(dtype):
+    logits = (torch.randn(9, 97, dtype=torch.float64) * 4).to(dtype)
+    targets = torch.arange(9) * 10
+    targets[4] = -100
+    gradients = [torch.full_like(logits, torch.nan) for _ in range(2)]
+    forms = sliced._differentiate, sliced._differentiate_at_once
+    taken = [form(logits, targets, to) for form, to in zip(forms, gradients, strict=True)]
+    assert torch.equal(*taken) and torch.equal(*gradients)
+
+
+def test_slices_are_cut_evenly():
+    rows = {(16_384, 2668): 2048, (3044, 2668): 1522, (48, 7): 6, (7, 7): 7, (1, 7): 1, (13, 5): 5, (5, 1): 1}
+    assert {of: sliced.even_rows(*of) for of in rows} == rows
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2", "cohere", "gptj", "mamba"])
@@ -135,7 +151,7 @@ def test_no_logits_of_the_whole_micro_batch_are_held(slices, monkeypatch):
     summed.sliced(model, labels)
     seen.clear()
     summed(model, labels, input_ids=ids)
-    assert sum(seen) == 1 + labels.numel() and max(seen) == 7
+    assert sum(seen) == 1 + labels.numel() and max(seen) == 6  # of at most 7, cut evenly
 
 
 def test_bf16_is_as_near_to_fp32_as_whole_logits_are(slices):
@@ -204,7 +220,7 @@ def test_a_trajectory_in_slices_equals_a_hand_written_loop(build, slices, tmp_pa
 def test_a_trajectory_in_slices_is_that_of_whole_logits(settings, tmp_path, monkeypatch):
     """What Trainer is told in other ways works in slices too, and gives what it gave before."""
     whole = train(tiny_llama(), tmp_path / "whole", **settings)
-    monkeypatch.setitem(sliced.SLICE, "cpu", 97 * 7)
+    monkeypatch.setattr(sliced, "SLICE", 97 * 7)
     monkeypatch.setattr(sliced, "WHOLE", 97 * 7)
     parts = train(tiny_llama(), tmp_path / "parts", **settings)
     near = 2e-2 if "bf16" in settings else 2e-6
@@ -219,7 +235,7 @@ def meet():
 
 def _replicas(rank, world, folder):
     meet()
-    sliced.SLICE["cpu"] = sliced.WHOLE = 97 * 7
+    sliced.SLICE = sliced.WHOLE = 97 * 7
     trainer = train(
         tiny_gpt2(), folder / "ddp", gradient_accumulation_steps=ACCUMULATION, per_device_train_batch_size=1
     )
@@ -322,11 +338,53 @@ def test_a_step_that_is_skipped_changes_no_weight_and_is_counted(tmp_path):
     assert resumed.guard.skipped == 1
 
 
-def _one_of_two(rank, world, folder, nonfinite):
+@pytest.mark.parametrize("sample", [-1, 5 * MICRO * ACCUMULATION + 3, 11 * MICRO * ACCUMULATION])
+def test_a_step_left_out_on_the_device_is_one_that_is_left_out_by_the_host(sample, tmp_path, monkeypatch):
+    """As on an accelerator, with nothing waited for but what is logged: weights, moments and logs are the same."""
+    settings = {"nonfinite": "skip", "optim": "adamw_torch_fused", "logging_steps": 4, "save_steps": 5}
+    waited = poisoned(tmp_path / "waited", sample, **settings)
+    waited.train()
+    monkeypatch.setattr(nonfinite, "_told_on_device", lambda trainer, _: nonfinite.takes_found_inf(trainer.optimizer))
+    told = poisoned(tmp_path / "told", sample, **settings)
+    heard = []
+    settle = told.guard.settle
+    told.guard.settle = lambda: heard.append(told.guard._left is not None) or settle()
+    told.train()
+    assert sum(heard) == 12 and told.guard.skipped == waited.guard.skipped == (0 if sample < 0 else 1)
+    for a, b in zip(told.model.parameters(), waited.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    moments = [trainer.optimizer.state_dict()["state"] for trainer in (told, waited)]
+    for a, b in zip(moments[0].values(), moments[1].values(), strict=True):
+        assert all(torch.equal(a[key], b[key]) for key in ("exp_avg", "exp_avg_sq", "step"))
+    logs = [
+        [{k: e.get(k) for k in ("step", "loss", "grad_norm", "skipped_steps")} for e in trainer.state.log_history]
+        for trainer in (told, waited)
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_a_step_left_out_on_the_device_halts_training_before_anything_is_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(nonfinite, "_told_on_device", lambda trainer, _: nonfinite.takes_found_inf(trainer.optimizer))
+    sample = 5 * MICRO * ACCUMULATION + 3
+    options = {"optim": "adamw_torch_fused", "lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}}
+    whole = poisoned(tmp_path / "whole", -1, max_steps=5, **options)
+    whole.train()
+    for every, name in ((100, "later"), (6, "saving")):
+        settings = {**options, "logging_steps": 100, "save_steps": every}
+        trainer = poisoned(tmp_path / name, sample, **settings)
+        with pytest.raises(FloatingPointError, match=r"loss is not finite at step 6\. "):
+            trainer.train()
+        found = json.loads((tmp_path / name / "nonfinite.json").read_text())["ranks"][0]["batches"]
+        assert [s["index"] for b in found for s in b["samples"]] == list(range(30, 36))
+        assert [b["finite"] for b in found] == [True, False, True]
+        for a, b in zip(trainer.model.parameters(), whole.model.parameters(), strict=True):
+            assert torch.equal(a, b)  # the weights are those of step 5
+        assert not [*(tmp_path / name).glob("checkpoint-*")]
+
+
+def _one_of_two(rank, world, folder, action):
     meet()
-    trainer = poisoned(
-        folder / nonfinite, 2 * 2 * MICRO + 3, nonfinite=nonfinite, gradient_accumulation_steps=1, max_steps=4
-    )
+    trainer = poisoned(folder / action, 2 * 2 * MICRO + 3, nonfinite=action, gradient_accumulation_steps=1, max_steps=4)
     try:
         trainer.train()
     except FloatingPointError as error:
@@ -334,15 +392,15 @@ def _one_of_two(rank, world, folder, nonfinite):
     return trainer.guard.skipped, next(trainer.model.parameters()).detach().clone()
 
 
-@pytest.mark.parametrize("nonfinite", ["halt", "skip"])
-def test_all_ranks_do_the_same_where_one_sees_it(nonfinite, tmp_path):
-    found = run_ranks(2, _one_of_two, tmp_path, tmp_path, nonfinite)
-    if nonfinite == "skip":
+@pytest.mark.parametrize("action", ["halt", "skip"])
+def test_all_ranks_do_the_same_where_one_sees_it(action, tmp_path):
+    found = run_ranks(2, _one_of_two, tmp_path, tmp_path, action)
+    if action == "skip":
         assert found[0][0] == found[1][0] == 1 and torch.equal(found[0][1], found[1][1])
         return
     for told, step in found:
         assert step == 2 and "the training loss is not finite at step 3" in told
-    dumped = json.loads((tmp_path / nonfinite / "nonfinite.json").read_text())["ranks"]
+    dumped = json.loads((tmp_path / action / "nonfinite.json").read_text())["ranks"]
     assert [rank["batches"][0]["finite"] for rank in dumped] == [True, False]
     assert [s["index"] for s in dumped[1]["batches"][0]["samples"]] == [10, 11]  # where Trainer's loader put them
 

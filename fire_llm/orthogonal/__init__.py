@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from fire_llm.orthogonal.paper_map import CUBIC, newton_schulz, newton_schulz_factor
-from fire_llm.orthogonal.products import CHUNK_ELEMENTS, CPU_BATCH_SIDE, exact_products
+from fire_llm.orthogonal.products import CHUNK_ELEMENTS, CPU_BATCH_SIDE, exact_products, settings_kept
 from fire_llm.orthogonal.projection import COMPOSITION, polar
 from fire_llm.orthogonal.spectrum import singular_range, singular_values
 
@@ -19,6 +19,7 @@ __all__ = [
     "newton_schulz",
     "newton_schulz_factor",
     "polar",
+    "settings_kept",
     "singular_range",
     "singular_values",
 ]

@@ -113,6 +113,18 @@ def exact_products(device: torch.device) -> Iterator[None]:
                 _put_back(*_before.pop())
 
 
+@contextmanager
+def settings_kept() -> Iterator[None]:
+    """Put torch's settings for products in fp32 back as they were, whatever is done to them inside."""
+    everywhere: Any = torch.backends
+    before, by_backend = everywhere.fp32_precision, _shortcuts()
+    try:
+        yield
+    finally:
+        everywhere.fp32_precision = before
+        _put_back(*by_backend)
+
+
 _ENTERED = Lock()
 _threads: list[None] = []
 _before: list[tuple[str | None, list[tuple[Any, str]]]] = []

@@ -6,7 +6,8 @@ Shapes: B = sequences a micro-batch, T = tokens a sequence, S = B·T positions, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,10 +18,14 @@ from fire_llm.distributed import fsdp_modules
 from fire_llm.errors import UserError
 from fire_llm.evaluation.precision import own_precision
 from fire_llm.evaluation.scoring import IGNORE, Scorer, evaluating, forward_replaced, token_nll, with_hidden
+from fire_llm.evaluation.unmasked import needs_no_mask, unmasked
 from fire_llm.layout import unwrap
 
-SLICE = {"cpu": 2**25, "cuda": 2**27}
-"""Logits held at once, by type of device: 128 MiB and 512 MiB of them in fp32."""
+SLICE = 2**25
+"""Logits held at once on a CPU: 128 MiB of them in fp32."""
+
+SLICES = 2**26, 2**29
+"""Least and most logits held at once on an accelerator. A slice and its gradient take 1 and 2 GB in bf16 at most."""
 
 WHOLE = 2**27
 """Logits that are held whole: 512 MiB in fp32. On one CPU thread, slices took 1.3 times the step of whole logits (1024
@@ -62,7 +67,8 @@ class SummedLoss:
         self._trunk: nn.Module | None = None
         self._looked = False
         self._forward: Callable[..., Any] | None = None
-        self._differentiate = self._compiled(_differentiate)
+        self._differentiate = _differentiate if compiling is None else self._compiled(_differentiate_at_once)
+        self._without_mask: dict[int, bool] = {}
 
     def __call__(self, model: nn.Module, labels: Tensor, **inputs: Tensor) -> Tensor:
         """Return Σ nll, (), fp32.
@@ -72,12 +78,30 @@ class SummedLoss:
             labels: (B, T) tokens that follow each position; `IGNORE` where none is scored.
             **inputs: What the model reads: `input_ids` (B, T) and what goes with them.
         """
-        if not self.sliced(model, labels):
-            return token_nll(model(**inputs, use_cache=False).logits, labels).sum()
-        # The wrapped model is called, not this one: DistributedDataParallel gets ready for the backward pass in there.
-        with forward_replaced(self.model, lambda **given: self._sum(labels.flatten(), given)):
-            # torch.compile's wrapper is left aside: it would compile this function, of which only two parts gain by it.
+        sliced = self.sliced(model, labels)
+        with ExitStack() as stack:
+            if self.without_mask(inputs):
+                stack.enter_context(unmasked(self.model))
+            if not sliced:
+                return token_nll(model(**inputs, use_cache=False).logits, labels).sum()
+            # The wrapped model is called, not this one: DistributedDataParallel gets ready for backward in there.
+            stack.enter_context(forward_replaced(self.model, lambda **given: self._sum(labels.flatten(), given)))
+            # torch.compile's wrapper is left aside: it would compile this function, of which two parts gain by it.
             return getattr(model, "_orig_mod", model)(**inputs)
+
+    def without_mask(self, inputs: dict[str, Tensor]) -> bool:
+        """Tell whether attention is causal and nothing else, so that its kernel takes no mask; looked at once a length.
+
+        Args:
+            inputs: What the model reads. Positions of documents, beside the ids, have a mask of their own.
+        """
+        if set(inputs) != {"input_ids"}:
+            return False
+        context = inputs["input_ids"].shape[-1]
+        if context not in self._without_mask:
+            with evaluating(self.model):
+                self._without_mask[context] = needs_no_mask(self.model, context, self._trunk)
+        return self._without_mask[context]
 
     def sliced(self, model: nn.Module, labels: Tensor) -> bool:
         """Tell whether the logits of a micro-batch are taken in slices."""
@@ -133,12 +157,34 @@ class SummedLoss:
             # One position shows which parameters stand behind the trunk, a tied embedding among them.
             parameters = [leaf for leaf in _leaves(self._logits(inputs)) if leaf is not part]
             hidden = outputs[0].flatten(0, 1)
-            rows = max(1, SLICE.get(hidden.device.type, SLICE["cuda"]) // self._vocabulary())
+            rows = even_rows(len(hidden), max(1, logits_at_once(hidden.device) // self._vocabulary()))
             return _Sliced.apply(head, self._differentiate, targets, rows, hidden, *parameters)
 
     def _logits(self, inputs: dict[str, Tensor]) -> Tensor:
         # The class's forward: accelerate's own, on the instance, would make fp32 of the logits.
         return type(self.model).forward(self.model, **inputs, use_cache=False).logits[0]
+
+
+def logits_at_once(device: torch.device) -> int:
+    """Return the logits of a slice; with their gradient, in bf16, a 32nd part of an accelerator's memory."""
+    least, most = SLICES
+    return SLICE if device.type == "cpu" else max(least, min(most, total_memory(device) // 128))
+
+
+@cache
+def total_memory(device: torch.device) -> int:
+    """Return the bytes of an accelerator's memory, 0 where torch does not tell."""
+    return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else 0
+
+
+def even_rows(total: int, most: int) -> int:
+    """Return the rows of a slice, at most `most`: all slices have about as many, where it can be had just as many.
+
+    Example: 3044 rows in slices of at most 2668 are two of 1522. A compiled function would be compiled anew for a rest.
+    """
+    number = -(-total // most)
+    exact = next((n for n in range(number, 2 * number) if total % n == 0), number)
+    return -(-total // exact)
 
 
 class _Sliced(torch.autograd.Function):
@@ -183,12 +229,29 @@ def _differentiate(logits: Tensor, targets: Tensor, gradient: Tensor) -> Tensor:
     """
     ignored = (targets == IGNORE)[:, None]
     at = targets.clamp(min=0)[:, None]
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    log_p = torch.log_softmax(logits, -1, dtype=wide)
+    log_p = torch.log_softmax(logits, -1, dtype=_wide(logits))
     nll = -log_p.gather(-1, at).masked_fill(ignored, 0.0).sum()
     p = log_p.exp_().scatter_add_(-1, at, log_p.new_full((), -1.0).expand(at.shape))
     gradient.copy_(p.masked_fill_(ignored, 0.0))
     return nll
+
+
+def _differentiate_at_once(logits: Tensor, targets: Tensor, gradient: Tensor) -> Tensor:
+    """Do the same as `_differentiate`, in a form of which torch.compile writes nothing but `gradient`.
+
+    A scatter would be a kernel of its own, and what it writes to a tensor in fp32.
+    """
+    ignored = (targets == IGNORE)[:, None]
+    at = targets.clamp(min=0)[:, None]
+    log_p = torch.log_softmax(logits, -1, dtype=_wide(logits))
+    nll = -log_p.gather(-1, at).masked_fill(ignored, 0.0).sum()
+    one_hot = torch.arange(logits.shape[-1], device=logits.device) == at
+    gradient.copy_((log_p.exp() - one_hot.to(log_p.dtype)).masked_fill(ignored, 0.0))
+    return nll
+
+
+def _wide(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _leaves(result: Tensor) -> list[Tensor]:

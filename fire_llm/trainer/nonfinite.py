@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fire_llm.staging import checkpoints, write_json
@@ -27,11 +29,26 @@ def contagious(loss: Tensor) -> Tensor:
     return loss * (1 + 0 * loss.detach())
 
 
+@dataclass
+class _LeftToDevice:
+    """A step whose norm the host has not seen yet; where it is not finite, the device has left the update out."""
+
+    step: int
+    losses: list[Tensor]
+    bad: Tensor
+    """() bool, on the host once `copied`."""
+    copied: torch.cuda.Event | None
+
+
 class FiniteGuard:
     """Look at each step's gradient norm before the optimizer does.
 
     The norm is taken over gradients that all ranks have averaged, or is summed over their shards: every rank sees the
-    same one and does the same, with no message of its own. On an accelerator the host waits for it once a step.
+    same one and does the same, with no message of its own.
+
+    On an accelerator the host would wait for it before every update. There a fused optimizer is told on the device to
+    leave the update out, as gradient scaling does it, and the host hears of it a step later, or before anything is
+    logged, measured or saved. Other optimizers are waited for.
 
     Args:
         trainer: A `ContinualTrainer`; its `args.nonfinite` says what to do: halt or skip.
@@ -42,6 +59,7 @@ class FiniteGuard:
         self.skipped = 0
         self._losses: list[Tensor] = []
         self._before: Tensor | None = None
+        self._left: _LeftToDevice | None = None
 
     def resume(self, history: list[dict[str, Any]]) -> None:
         """Count on from a checkpoint's log."""
@@ -67,24 +85,62 @@ class FiniteGuard:
             FloatingPointError: It is not finite and `nonfinite` is halt.
         """
         losses, self._losses = self._losses, []
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        if math.isfinite(norm):
-            return True
         trainer = self.trainer
+        step = trainer.state.global_step + 1
+        if (optimizer := _told_on_device(trainer, norm)) is not None:
+            self.settle()
+            self._left = self._leave_to_device(optimizer, norm, step, losses)
+            return True
+        if math.isfinite(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)):
+            return True
         scaler = trainer.accelerator.scaler
         if scaler is not None and scaler.get_scale() >= 1:
             return True  # fp16 overflows now and then: the scaler leaves the step out and lowers its scale
-        step = trainer.state.global_step + 1
         if trainer.args.nonfinite == "halt":
             self._halt(step, [float(loss) for loss in losses])
         for parameter in model.parameters():
             parameter.grad = None  # an optimizer passes over what has none
-        # The logged loss is a mean over the steps since the last log: this one is not among them.
         trainer._tr_loss.copy_(self._before)
-        trainer._globalstep_last_logged += 1
+        self._skip(step)
+        return False
+
+    def _leave_to_device(self, optimizer: Any, norm: Tensor, step: int, losses: list[Tensor]) -> _LeftToDevice:
+        """Let the device leave out this step's update, and its loss from the sum, where the norm is not finite."""
+        bad = ~torch.isfinite(norm)
+        optimizer.grad_scale, optimizer.found_inf = None, bad.float()
+        assert self._before is not None
+        summed = self.trainer._tr_loss
+        summed.copy_(torch.where(bad, self._before, summed))
+        on_host = torch.empty((), dtype=torch.bool, pin_memory=norm.is_cuda)
+        on_host.copy_(bad, non_blocking=True)
+        copied = torch.cuda.Event() if norm.is_cuda else None
+        if copied is not None:
+            copied.record()
+        return _LeftToDevice(step, losses, on_host, copied)
+
+    def settle(self) -> bool:
+        """Hear of the step that was left to the device, if there is one; tell whether its update was made.
+
+        Raises:
+            FloatingPointError: It was not finite, and `nonfinite` is halt. The weights are those from before it.
+        """
+        left, self._left = self._left, None
+        if left is None:
+            return True
+        if left.copied is not None:
+            left.copied.synchronize()
+        if not left.bad:
+            return True
+        if self.trainer.args.nonfinite == "halt":
+            self._halt(left.step, [float(loss) for loss in left.losses])
+        self._skip(left.step)
+        return False
+
+    def _skip(self, step: int) -> None:
+        # The logged loss is a mean over the steps since the last log: this one is not among them.
+        self.trainer._globalstep_last_logged += 1
         self.skipped += 1
         self._say(f"step {step} skipped, its loss or gradient is not finite ({self.skipped} so far)")
-        return False
 
     def _halt(self, step: int, losses: list[float]) -> None:
         from accelerate.utils import gather_object
@@ -113,6 +169,20 @@ class FiniteGuard:
     def _say(self, words: str) -> None:
         if self.trainer.is_world_process_zero():
             sys.stderr.write(f"{self.trainer.args.title or 'training'}: {words}\n")
+
+
+def _told_on_device(trainer: Any, norm: Any) -> Any:
+    """Return the optimizer that can be told on an accelerator to leave a step out; None where the host has to wait."""
+    if not getattr(norm, "is_cuda", False) or hasattr(norm, "full_tensor") or trainer.accelerator.scaler is not None:
+        return None
+    return takes_found_inf(trainer.optimizer)
+
+
+def takes_found_inf(optimizer: Any) -> Any:
+    """Return torch's optimizer, out of accelerate's, if it is a fused Adam or AdamW: these read `found_inf`."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    fused = isinstance(inner, torch.optim.Adam | torch.optim.AdamW) and inner.defaults.get("fused")
+    return inner if fused else None
 
 
 def describe(dataset: Any, index: int) -> dict[str, Any]:

@@ -52,10 +52,13 @@ class Stepping(Trainer):
         return Speedometer(flops_per_token(self.model, context), every, args.device)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Tensor]], Any]:
-        """Fetch a step's micro-batches, with an eye on the clock."""
+        """Fetch a step's micro-batches, with an eye on the clock, and count their tokens into the hash."""
         with self._speed.waiting():
             batches, items = super().get_batch_samples(*args, **kwargs)
         self._speed.count(items * self.args.world_size)
+        if batches:
+            ids = torch.cat([batch["input_ids"] for batch in batches]).to(self.batches_hash.device)
+            self.batches_hash += hash_batch(ids, self.state.global_step)
         return batches, items
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> int:
@@ -63,9 +66,8 @@ class Stepping(Trainer):
         return sum(batch["labels"].numel() for batch in batch_samples)
 
     def training_step(self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
-        """Run one micro-batch forward and backward, and count its tokens into the hash."""
+        """Run one micro-batch forward and backward."""
         self.guard.begin()
-        self.batches_hash += hash_batch(inputs["input_ids"].to(self.batches_hash.device), self.state.global_step)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.guard.saw(loss)
         return loss
@@ -106,8 +108,11 @@ class Stepping(Trainer):
         """Return what `Trainer` does, without counting the model's parameters at every micro-batch."""
         return 6 * inputs["input_ids"].numel() * self._weights
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        control = self.control
+        if (control.should_log or control.should_evaluate or control.should_save) and not self.guard.settle():
+            grad_norm = None  # of a step that was left out
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
         if self._globalstep_last_logged == self.state.global_step:
             self._speed.stop()  # what was just evaluated and saved is no part of the next measurement
 

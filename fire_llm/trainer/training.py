@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from fire_llm.compat import check_trainer
 from fire_llm.errors import UserError
 from fire_llm.evaluation import perplexity
 from fire_llm.measurement import PRECISIONS
+from fire_llm.orthogonal import settings_kept
 from fire_llm.stopping import wait_for_step
 from fire_llm.trainer.callbacks import Keeping, Progress, ResetCallback, interactive
 from fire_llm.trainer.optimizers import Optimizing, OptimizingArguments
@@ -73,7 +75,11 @@ class ContinualArguments(OptimizingArguments):
         self.remove_unused_columns = False
         if self.eval_precision not in PRECISIONS:
             raise UserError(f"eval_precision '{self.eval_precision}': it must be one of {', '.join(PRECISIONS)}")
-        super().__post_init__()
+        # With torch_compile, transformers turns TF32 on, in the whole process, unless it is told not to.
+        with settings_kept() if self.tf32 is None else nullcontext():
+            super().__post_init__()
+        # A process trains on one GPU. `Trainer` would take all that it sees, by DataParallel, with a batch for each.
+        self._n_gpu = min(1, self.n_gpu)
 
 
 class _FromStep(torch.utils.data.Sampler[int]):
@@ -141,7 +147,8 @@ class ContinualTrainer(Stepping, Optimizing, SavingTrainer):
     def create_accelerator_and_postprocess(self) -> None:
         """Make the accelerator, FSDP2's shards and fp16 on CPUs included, and refuse what cannot be reset."""
         refuse_engines(self.args)
-        with sharding(self):
+        # accelerate, too, turns TF32 on where it compiles in fp32.
+        with sharding(self), settings_kept() if self.args.tf32 is None else nullcontext():
             super().create_accelerator_and_postprocess()
         if self.args.fp16 and self.args.device.type == "cpu":
             # accelerate leaves fp16 out on CPUs, without a word, and would train in fp32.
