@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {
     # stage: (most seconds, seconds below which it is not begun)
     "environment": (20, 3),
-    "tests": (75, 15),
+    "tests": (80, 15),
     "newton-schulz": (45, 10),
     "training": (170, 45),
     "perplexity": (40, 10),

@@ -139,7 +139,9 @@ def _training(data: Json, short: list[str]) -> list[str]:
     lines.append(
         f"{data['model']}, context {data['context']}, {data['tokens_per_step']:,} tokens a step in micro-batches of "
         f"{data['sequences']}, {data['precision']}, {'compiled' if data['compiled'] else 'not compiled'}; "
-        f"{data['steps_a_round']} steps a round, in turns; medians. Logits: {data.get('path', 'not known')}."
+        f"{data['steps_a_round']} steps a round, in turns; medians. "
+        f"Logits: {data.get('path', 'not known')}. Attention "
+        f"{ {True: 'without a mask', False: 'with a mask'}.get(data.get('without_mask'), 'is not known') }."
     )
     table = []
     for name, row in rows.items():

@@ -42,13 +42,9 @@ def masked() -> AbstractContextManager[None]:
     return everywhere("needs_no_mask", lambda *_, **__: False)
 
 
-@contextmanager
-def slices(logits: int) -> Iterator[None]:
+def slices(logits: int) -> AbstractContextManager[None]:
     """Hold so many logits at once."""
-    from fire_llm.trainer import loss
-
-    with mock.patch.dict(loss.SLICE, cuda=logits, cpu=logits):
-        yield
+    return everywhere("logits_at_once", lambda _: logits)
 
 
 @contextmanager
@@ -66,8 +62,8 @@ ABLATIONS: dict[str, tuple[Callable[[], AbstractContextManager[Any]], dict[str, 
     "attention with a mask": (masked, {}),
     "micro-batches of 64": (nullcontext, {"batch": 64, "accumulation": 1}),
     "micro-batches of 16": (nullcontext, {"batch": 16, "accumulation": 4}),
-    "slices of 2^29 logits": (functools.partial(slices, 2**29), {}),
     "slices of 2^27 logits": (functools.partial(slices, 2**27), {}),
+    "one slice": (functools.partial(slices, 2**31), {}),
     "attention by cuDNN": (functools.partial(kernel, "CUDNN_ATTENTION", "MATH"), {}),
     "attention by flash": (functools.partial(kernel, "FLASH_ATTENTION", "MATH"), {}),
 }
@@ -136,8 +132,9 @@ def _training(stage: Any) -> None:
     for name, ratio in stage.found.get("ratios", {}).items():
         stage.say(f"{name}: {ratio:.3f}")
     if trainers.get("ours") is not None:
-        stage.attempt("path", lambda: stage.note(path=_path(trainers["ours"], race)))
-    stage.say(f"logits: {stage.found.get('path', 'unknown')}")
+        stage.attempt("path", lambda: stage.note(**_path(trainers["ours"], race)))
+    masked_by = {True: "without a mask", False: "with a mask"}.get(stage.found.get("without_mask"), "unknown")
+    stage.say(f"logits: {stage.found.get('path', 'unknown')}; attention: {masked_by}")
     profiles: dict[str, Any] = {}
     for name in ("ours", "stock"):
         if trainers.get(name) is not None and stage.left() > 15:
@@ -195,9 +192,12 @@ def _peak(cuda: bool) -> int:
     return torch.cuda.max_memory_allocated() if cuda else 0
 
 
-def _path(trainer: Any, race: Any) -> str:
-    labels = torch.zeros(race.batch, race.context, dtype=torch.int64, device=race.device)
-    return "in slices" if trainer._summed_loss.sliced(trainer.model, labels) else "whole"
+def _path(trainer: Any, race: Any) -> dict[str, Any]:
+    """Say how the trainer took its logits and its attention."""
+    ids = torch.zeros(race.batch, race.context, dtype=torch.int64, device=race.device)
+    taken = trainer._summed_loss
+    path = "in slices" if taken.sliced(trainer.model, ids) else "whole"
+    return {"path": path, "without_mask": taken.without_mask({"input_ids": ids})}
 
 
 def _profile(stage: Any, name: str, trainer: Any, profiles: dict[str, Any]) -> None:
