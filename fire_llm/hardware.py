@@ -29,6 +29,13 @@ def cpu_has_bf16() -> bool:
     return "avx512_bf16" in text or "amx_bf16" in text
 
 
+def accelerator_memory() -> int:
+    """Return the bytes of the accelerator that this process trains on: 0 for none, -1 where torch does not tell."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    return -1 if torch.accelerator.is_available() else 0
+
+
 def resolve_precision(precision: str) -> str:
     """Return fp32, bf16 or fp16 for a recipe's precision; `auto` is bf16 where the hardware multiplies it natively."""
     if precision != "auto":

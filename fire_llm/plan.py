@@ -24,6 +24,7 @@ from fire_llm.units import (
     corpus_of,
     expand,
     final_checkpoint,
+    kept_a_token,
     phase_steps,
     select,
     split_batch,
@@ -37,6 +38,8 @@ BYTES_A_TOKEN = 4.2
 
 MACHINES = (("H100", 1), ("A100", 8), ("H100", 8))
 """Devices of 80 GB, and how many: what hours and memory are told for."""
+
+MACHINE_BYTES = 80 * 10**9
 
 MFU = 0.3
 """Share of a device's peak that training is taken to reach.
@@ -102,31 +105,25 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
 def _machines(recipe: Recipe, config: Any, parameters: int, flops: float) -> list[dict[str, Any]]:
     """Return hours and memory on known devices; of those that the batch divides into, and for 16 bits alone."""
     text, context = config.get_text_config(), context_of(recipe, config)
-    width = getattr(text, "hidden_size", None)
-    if recipe.precision == "fp32" or width is None:
+    kept = kept_a_token(text)
+    if recipe.precision == "fp32" or kept is None:
         return []
-    inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * width
-    inner = max(inner) if isinstance(inner, list) else inner  # one a layer
     machines = []
     for device, count in MACHINES:
         try:
-            sequences, _ = split_batch(recipe, context, count, accelerated=True)
+            sequences, _ = split_batch(recipe, context, count, memory=MACHINE_BYTES)
         except UserError:
             continue
         tokens = sequences * context
         # Replicas hold the gradients once more, in the buckets that they exchange; autocast holds weights in 16 bits.
         weights = parameters * (TRAINING_BYTES + 2 + (4 if count > 1 else 0))
-        # What a layer keeps for its backward pass: in fp32 the inputs of two norms, and in 16 bits what these give, q,
-        # k, v, attention's output (twice: the projection reads a copy), the MLP's inner values before and after GELU.
-        # Source: counted as Korthikanti et al. do, arXiv 2205.05198, section 4.1, without dropout and scores.
-        layers = tokens * text.num_hidden_layers * (22 * width + 4 * inner)
         logits = tokens * text.vocab_size
         held = logits if recipe.precision == "fp16" else min(logits, LOGITS_HELD)
         machines.append(
             {
                 "name": f"{count}×{device}",
                 "hours": flops / (count * PEAK_FLOPS[device] * MFU) / 3600,
-                "memory_bytes": weights + layers + 8 * held,  # the logits in fp32, and their gradients
+                "memory_bytes": weights + tokens * kept + 8 * held,  # the logits in fp32, and their gradients
             }
         )
     return machines

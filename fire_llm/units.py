@@ -21,12 +21,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fire_llm.context import choose_context
 from fire_llm.corpora import Corpus, resolve
 from fire_llm.errors import UserError, did_you_mean
-from fire_llm.hardware import resolve_precision
+from fire_llm.hardware import accelerator_memory, resolve_precision
 from fire_llm.models import PRESETS, config_for
 from fire_llm.recipe import PhaseSection, Recipe, optimizer_of
 from fire_llm.resets import ResetSpec
@@ -271,14 +269,14 @@ def phase_steps(phase: PhaseSection, tokens_per_step: int, epoch_tokens: int) ->
     return max(1, int((phase.epochs or 1) * epoch_tokens) // tokens_per_step)
 
 
-def split_batch(recipe: Recipe, context: int, world: int, accelerated: bool | None = None) -> tuple[int, int]:
+def split_batch(recipe: Recipe, context: int, world: int, memory: int | None = None) -> tuple[int, int]:
     """Return (sequences a forward pass, forward passes a step) of each of `world` ranks.
 
     Args:
         recipe: Whose batch it is.
         context: Tokens a sequence.
         world: Ranks.
-        accelerated: Whether these are accelerators; by default, as this machine is.
+        memory: Bytes of each rank's accelerator, 0 for none; by default, of this machine's.
 
     Raises:
         UserError: Where the tokens of a step do not divide evenly.
@@ -295,11 +293,47 @@ def split_batch(recipe: Recipe, context: int, world: int, accelerated: bool | No
         raise UserError(
             f"batch.sequences_per_device: {given} does not divide the {sequences} sequences a process has a step"
         )
-    # Logits bound the memory: at a vocabulary of 50k these are 0.8 and 3.3 GB of them, in fp32.
-    accelerated = torch.accelerator.is_available() if accelerated is None else accelerated
-    most = max(1, (16_384 if accelerated else 4_096) // context)
-    micro = given or max(n for n in range(1, min(most, sequences) + 1) if sequences % n == 0)
-    return micro, sequences // micro
+    if given is None:
+        most = max(1, _tokens_at_once(recipe, accelerator_memory() if memory is None else memory) // context)
+        given = max(n for n in range(1, min(most, sequences) + 1) if sequences % n == 0)
+    return given, sequences // given
+
+
+CPU_TOKENS, ACCELERATOR_TOKENS, MOST_TOKENS = 4_096, 16_384, 65_536
+"""Tokens of a forward pass: on a CPU, on an accelerator of unknown memory or model, and as many as ever pay."""
+
+KEPT_SHARE = 0.3
+"""Of an accelerator's memory, for what a forward pass keeps for its backward pass."""
+
+
+def _tokens_at_once(recipe: Recipe, memory: int) -> int:
+    """Return how many tokens a forward pass takes: more of them fill a GPU better, until its memory is full."""
+    if memory == 0:
+        return CPU_TOKENS
+    kept = kept_a_token(config_of(recipe).get_text_config())
+    if memory < 0 or kept is None:
+        return ACCELERATOR_TOKENS
+    kept *= 2 if resolve_precision(recipe.precision) == "fp32" else 1
+    return min(MOST_TOKENS, int(KEPT_SHARE * memory / kept))
+
+
+def kept_a_token(text: Any) -> int | None:
+    """Return the bytes that the layers of a model keep for the backward pass of a token in 16 bits; None if unknown.
+
+    A layer keeps, in fp32, the inputs of two norms; in 16 bits what these give, q, k, v, attention's output (twice:
+    the projection reads a copy), and the MLP's inner values before and after its activation.
+
+    Args:
+        text: A text model's config.
+
+    Source: counted as Korthikanti et al. do, arXiv 2205.05198, section 4.1, without dropout and scores.
+    """
+    width, layers = getattr(text, "hidden_size", None), getattr(text, "num_hidden_layers", None)
+    if width is None or layers is None:
+        return None
+    inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * width
+    inner = max(inner) if isinstance(inner, list) else inner  # one a layer
+    return int(layers * (22 * width + 4 * inner))
 
 
 def check_processes(recipe: Recipe, world: int, arms: Iterable[str] = ()) -> None:

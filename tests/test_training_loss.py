@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -70,6 +71,33 @@ def batch(rows=3, seed=0):
 
 def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+class Rounding(torch.nn.Linear):
+    """Give a slice of the positions logits that are off by a share of themselves, as another kernel might."""
+
+    share = 2.0**-23
+
+    def forward(self, hidden):
+        logits = super().forward(hidden)
+        return logits if hidden.shape[-2] == CONTEXT else logits * (1 + self.share)
+
+
+@pytest.mark.parametrize("share", [2.0**-23, 1e-3])
+def test_rounding_of_the_head_keeps_the_slices_and_more_than_that_is_told(share, slices, monkeypatch):
+    """A trunk is looked for in fp32, under bf16 autocast too, where one digit of a logit is 500 times the tolerance."""
+    model, told = tiny("gptj"), []
+    head = Rounding(32, 97)
+    head.load_state_dict(model.lm_head.state_dict())
+    model.lm_head = head
+    monkeypatch.setattr(Rounding, "share", share)
+    autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+    summed = SummedLoss(model, autocast, say=told.append)
+    ids, labels = batch()
+    summed(model, labels, input_ids=ids)
+    summed(model, labels, input_ids=ids)
+    assert summed.sliced(model, labels) == (not told) == (share < 1e-6)
+    assert told == [] or ("GPTJForCausalLM" in told[0] and "held whole: 1.9e-05 GB" in told[0] and len(told) == 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

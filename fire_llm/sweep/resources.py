@@ -49,7 +49,7 @@ def flops_of(recipe: Recipe) -> tuple[float, float]:
         config = config_of(recipe)
         model, context = model_on_meta(config), context_of(recipe, config)
         a_token = flops_per_token(model, context) or 6.0 * sum(p.numel() for p in model.parameters())
-        sequences, _ = split_batch(recipe, context, 1, accelerated=False)
+        sequences, _ = split_batch(recipe, context, 1, memory=0)
         _flops[key] = a_token, a_token * sequences * context
     return _flops[key]
 

@@ -53,6 +53,7 @@ class SummedLoss:
         autocast: Gives the context that its forward pass runs in.
         fp16: Whether that context computes in fp16.
         compiling: Arguments of torch.compile, for the trunk and the softmax; None: they are not compiled.
+        say: Where to tell, once, that logits are held whole which could have been sliced, and how much they take.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class SummedLoss:
         *,
         fp16: bool = False,
         compiling: dict[str, Any] | None = None,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.model, self.autocast, self.fp16, self.compiling = unwrap(model), autocast, fp16, compiling
         self._trunk: nn.Module | None = None
@@ -69,6 +71,7 @@ class SummedLoss:
         self._forward: Callable[..., Any] | None = None
         self._differentiate = _differentiate if compiling is None else self._compiled(_differentiate_at_once)
         self._without_mask: dict[int, bool] = {}
+        self._say = say
 
     def __call__(self, model: nn.Module, labels: Tensor, **inputs: Tensor) -> Tensor:
         """Return Σ nll, (), fp32.
@@ -127,6 +130,12 @@ class SummedLoss:
         self._looked = True
         if self._trunk is not None:
             self._forward = self._compiled(self._trunk.forward)
+            return
+        gigabytes = 4 * labels.numel() * self._vocabulary() / 1e9
+        self._say(
+            f"no part of {type(self.model).__name__} gives the same logits in slices, so that a micro-batch's are held "
+            f"whole: {gigabytes:.2g} GB, and as much for their gradients. Smaller micro-batches hold less"
+        )
 
     def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return function if self.compiling is None else torch.compile(function, **self.compiling)

@@ -140,7 +140,7 @@ class FiniteGuard:
         # The logged loss is a mean over the steps since the last log: this one is not among them.
         self.trainer._globalstep_last_logged += 1
         self.skipped += 1
-        self._say(f"step {step} skipped, its loss or gradient is not finite ({self.skipped} so far)")
+        self.say(f"step {step} skipped, its loss or gradient is not finite ({self.skipped} so far)")
 
     def _halt(self, step: int, losses: list[float]) -> None:
         from accelerate.utils import gather_object
@@ -166,7 +166,8 @@ class FiniteGuard:
             "samples. Lower the learning rate, or leave such steps out with nonfinite: skip"
         )
 
-    def _say(self, words: str) -> None:
+    def say(self, words: str) -> None:
+        """Write a line about this training to stderr, on the first rank."""
         if self.trainer.is_world_process_zero():
             sys.stderr.write(f"{self.trainer.args.title or 'training'}: {words}\n")
 

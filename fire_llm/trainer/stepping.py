@@ -38,7 +38,7 @@ class Stepping(Trainer):
         args = self.args
         compiling = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
         options = compiling if args.torch_compile else None
-        return SummedLoss(self.model, self.accelerator.autocast, fp16=args.fp16, compiling=options)
+        return SummedLoss(self.model, self.accelerator.autocast, fp16=args.fp16, compiling=options, say=self.guard.say)
 
     @cached_property
     def _weights(self) -> int:
