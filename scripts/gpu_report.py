@@ -34,7 +34,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {
     # stage: (most seconds, seconds below which it is not begun)
-    "environment": (20, 3),
+    "environment": (60, 3),  # with loading the libraries, where no tests ran meanwhile
     "tests": (80, 15),
     "newton-schulz": (45, 10),
     "training": (170, 45),
@@ -257,7 +257,7 @@ class Worker:
         file, log = self.args.output / f"{name}.json", self.args.output / "log.txt"
         found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"stage": name, "failures": {}}
         last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
-        found["failures"][why] = [line[:300] for line in last]
+        found.setdefault("failures", {})[why] = [line[:300] for line in last]
         write(file, found | {"status": why})
         return {"lines": [], "status": why}
 

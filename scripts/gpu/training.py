@@ -184,6 +184,7 @@ def _restart_peak(cuda: bool) -> int:
     if not cuda:
         return 0
     gc.collect()
+    torch.cuda.init()  # a process that has done nothing yet has no statistics
     torch.cuda.reset_peak_memory_stats()
     return torch.cuda.memory_allocated()
 
