@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,12 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = [
+    "check_page",
     "inspect_page",
     "load_results",
     "markdown_table",
+    "page_fault",
+    "page_told",
     "print_table",
     "render_table",
     "steps_saved",
@@ -140,6 +144,19 @@ def _md(text: str) -> str:
     return "".join("\\" + c if c in "|*_`<[\\" else c for c in text)
 
 
+def page_fault() -> str | None:
+    """Say why no page can be made here, None where one can: the library of figures is large, and left out at times."""
+    if find_spec("plotly") is not None:
+        return None
+    return "pages need plotly, which is not installed: pip install plotly, then fire-llm report RUN_DIR"
+
+
+def page_told(results: Json, page: Path) -> str:
+    """Write the page of work that is done, and say where it is, or why there is none: the results are there."""
+    fault = page_fault()
+    return f"report: {write_report(results, page)}" if fault is None else f"no {page.name}: {fault}"
+
+
 def write_report(results: Json | Sequence[Json], output: Path) -> Path:
     """Write one self-contained HTML page about one or several results and return its path.
 
@@ -148,8 +165,9 @@ def write_report(results: Json | Sequence[Json], output: Path) -> Path:
         output: the file, or an existing folder in which `report.html` is written. It appears whole or not at all.
 
     Raises:
-        UserError: where the file cannot be written.
+        UserError: where the file cannot be written, or plotly is not installed.
     """
+    check_page()
     runs = [results] if isinstance(results, Mapping) else list(results)
     names = [str(run.get("name") or "run") for run in runs]
     title = names[0] if len(names) == 1 else f"{len(names)} runs"
@@ -167,8 +185,9 @@ def inspect_page(rows: Sequence[Json], output: Path, title: str) -> Path:
         title: heading of the page.
 
     Raises:
-        UserError: where the file cannot be written.
+        UserError: where the file cannot be written, or plotly is not installed.
     """
+    check_page()
     from fire_llm.plots.matrices import METRICS, layer_spectra_figure, metric_figure
 
     rows = finite(rows)
@@ -189,6 +208,12 @@ def inspect_page(rows: Sequence[Json], output: Path, title: str) -> Path:
         columns=columns,
         rows=zip(names, table, strict=True),
     )
+
+
+def check_page() -> None:
+    """Raise a UserError where no page can be made here."""
+    if fault := page_fault():
+        raise UserError(fault)
 
 
 def _short(value: float | None) -> str:

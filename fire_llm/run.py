@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from fire_llm.data import Mixture, TokenFile, tokenize_corpus, train_tokenizer
+from fire_llm.distributed import ranks
 from fire_llm.errors import UserError
 from fire_llm.hardware import resolve_precision
 from fire_llm.layout import logical_matrices
@@ -60,7 +61,7 @@ def only_run(folder: Path, *, shared: bool = False) -> Iterator[None]:
     Raises:
         UserError: Another process holds it.
     """
-    if not _process().is_main_process:
+    if not ranks().is_main_process:
         yield
         return
     with held(folder / ".lock", shared=shared) as had:
@@ -73,7 +74,7 @@ class Workbench:
     """Hold what the units of a run share, each made when first wanted: tokenizer, token files, model config."""
 
     def __init__(self, recipe: Recipe, folder: Path, progress: bool) -> None:
-        self.recipe, self.folder, self.progress = recipe, folder, progress and _process().is_main_process
+        self.recipe, self.folder, self.progress = recipe, folder, progress and ranks().is_main_process
         self.callbacks: list[Any] = []
         """Added to every unit's; where there are any, the process that started this one shows the bars."""
         self._files: dict[tuple[str, str], TokenFile] = {}
@@ -88,14 +89,14 @@ class Workbench:
             if section is not None and section.train is not None:
                 corpora = [corpus_of(self.recipe, name) for name in tokenizer_corpora(self.recipe)]
                 origin = {"vocabulary": section.train, "corpora": {c.name: c.fingerprint for c in corpora}}
-                if not own.exists() and _process().is_main_process:
+                if not own.exists() and ranks().is_main_process:
                     with held(lock_of(self.folder, "tokenizer"), wait=True):
                         if not own.exists():  # the one that was waited for made it
                             trained = train_tokenizer(corpora, section.train, progress=self.progress)
                             with staged(own) as partial:
                                 trained.save_pretrained(partial)
                                 write_json(partial / "trained_on.json", origin)
-                _process().wait_for_everyone()
+                ranks().wait_for_everyone()
                 if json.loads((own / "trained_on.json").read_text(encoding="utf-8")) != origin:
                     raise UserError(
                         f"'{own}' was trained for another recipe or on other text: choose another --output, "
@@ -181,7 +182,7 @@ def train(unit: Unit, bench: Workbench) -> None:
             f"'{folder}' has {free / 1e9:.2g} GB free and the unit's checkpoints take {needed / 1e9:.2g} GB: "
             "free some space, keep fewer checkpoints, or choose another --output"
         )
-    if _process().is_main_process:
+    if ranks().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "unit.json", unit.spec)
     callbacks = [*bench.callbacks]
@@ -234,7 +235,7 @@ def _resetting(unit: Unit, bench: Workbench) -> list[Any]:
 
 def _arguments(unit: Unit, bench: Workbench, folder: Path, steps: int) -> ContinualArguments:
     recipe = bench.recipe
-    sequences, accumulation = split_batch(recipe, bench.context, _process().num_processes)
+    sequences, accumulation = split_batch(recipe, bench.context, ranks().num_processes)
     precision = resolve_precision(recipe.precision)
     every = recipe.evaluate.every_steps or max(1, steps // 10)
     arguments = ContinualArguments(
@@ -280,10 +281,3 @@ def finished(folder: Path) -> bool:
     """Tell whether a unit's last checkpoint is there, all of its files with the sizes they should have."""
     final = final_checkpoint(folder)
     return final is not None and damage(final, contents=False) is None
-
-
-def _process() -> Any:
-    """Return accelerate's view of this process, joining the others where it was launched with some."""
-    from accelerate import PartialState
-
-    return PartialState(cpu=not torch.accelerator.is_available())

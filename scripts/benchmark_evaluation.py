@@ -2,10 +2,15 @@
 
     python scripts/benchmark_evaluation.py [--model gpt-small] [--context 256] [--vocab 50304] [--device cuda]
     python scripts/benchmark_evaluation.py --only memory [--memory-of ours plain lm_eval]
+    python scripts/benchmark_evaluation.py --only precisions --device cuda --batch-size 16 --context 1024 --vocab 50304
 
 Speed: one model, one text, one process, in turns. `ours, stream` and Trainer.evaluate get the same tokens in blocks of
-the context; `ours, documents` and lm_eval's loglikelihood_rolling get the same texts, and both tokenise them. Seconds
-are medians; the ratio of a pair is the median of the rounds' ratios. The negative log-likelihoods are compared as well.
+the context; `ours, documents`, lm_eval's loglikelihood_rolling and the rolling loop get the same texts, and all but the
+loop tokenise them. Seconds are medians; the ratio of a pair is the median of the rounds' ratios. The negative
+log-likelihoods are compared as well. lm_eval and Trainer.evaluate are left out where lm_eval and datasets are missing.
+
+Precisions: perplexity beside the rolling loop, which does what lm_eval does with tokens, in fp32, in bf16, and in fp32
+under bf16 autocast; the text is one document. On a GPU the clock stops when it has done its work.
 
 Memory: a narrow Llama of vocabulary 131,072 reads windows of 4096 tokens, each contestant in a process of its own,
 after a short text that loads the libraries. On a CPU it is the peak of resident memory less what was resident before;
@@ -17,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import importlib.util
 import io
 import json
 import platform
@@ -31,6 +37,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rolling_loop import PRECISIONS, in_turns, measure, rolling_loop
 
 from fire_llm import perplexity
 from fire_llm.context import choose_context
@@ -41,7 +48,11 @@ from fire_llm.models import PRESETS, config_for, describe, fresh_model, load_mod
 
 TOKENIZER_ENTRIES = 4096
 """Of the tokenizer trained for a preset; its model's vocabulary may be larger, as its cost is what is measured."""
-PAIRS = (("ours, stream", "Trainer.evaluate", 1.0), ("ours, documents", "lm_eval", 2.0))
+PAIRS = (
+    ("ours, stream", "Trainer.evaluate", 1.0),
+    ("ours, documents", "lm_eval", 2.0),
+    ("ours, documents", "rolling loop", 2.0),
+)
 MEMORY_TARGET_MB = 300
 
 
@@ -60,28 +71,8 @@ def texts_of(corpus: str, tokenizer: Any, tokens: int) -> tuple[list[str], list[
 
 def contestants(model: Any, tokenizer: Any, texts: list[str], stream: np.ndarray, args: Any) -> dict[str, Callable]:
     """Return functions that measure the text and give Σ nll and the tokens it is of."""
-    from datasets import Dataset
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
-    from transformers import PrinterCallback, Trainer, TrainingArguments
-
     context, prefix = args.context, tokenizer.eos_token_id
     blocks = stream[: len(stream) // context * context].reshape(-1, context)
-    dataset = Dataset.from_dict({"input_ids": blocks, "labels": blocks}).with_format("torch")
-    trainer = Trainer(
-        model,
-        TrainingArguments(
-            output_dir=tempfile.mkdtemp(),
-            per_device_eval_batch_size=args.batch_size,
-            prediction_loss_only=True,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=args.device == "cpu",
-        ),
-        eval_dataset=dataset,
-    )
-    trainer.remove_callback(PrinterCallback)
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size, max_length=context)
     encode = Encoder(tokenizer)
 
     def ours_stream() -> tuple[float, int]:
@@ -102,31 +93,104 @@ def contestants(model: Any, tokenizer: Any, texts: list[str], stream: np.ndarray
         )
         return measured.nll * measured.tokens, measured.tokens
 
-    def trainers() -> tuple[float, int]:
+    run: dict[str, Callable] = {"ours, stream": ours_stream}
+    if installed("datasets"):
+        run["Trainer.evaluate"] = trainers(model, blocks, args)
+    run["ours, documents"] = ours_documents
+    if installed("lm_eval"):
+        run["lm_eval"] = lm_evals(model, tokenizer, texts, len(stream), args)
+    ends = np.cumsum([len(each) for each in Encoder(tokenizer)(texts)])
+    run["rolling loop"] = lambda: rolling_loop(model, stream, context, args.batch_size, prefix, documents=ends)
+    return run
+
+
+def installed(library: str) -> bool:
+    return importlib.util.find_spec(library) is not None
+
+
+def trainers(model: Any, blocks: np.ndarray, args: Any) -> Callable:
+    """Return what measures blocks with Trainer.evaluate."""
+    from datasets import Dataset
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
+    dataset = Dataset.from_dict({"input_ids": blocks, "labels": blocks}).with_format("torch")
+    trainer = Trainer(
+        model,
+        TrainingArguments(
+            output_dir=tempfile.mkdtemp(),
+            per_device_eval_batch_size=args.batch_size,
+            prediction_loss_only=True,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=args.device == "cpu",
+        ),
+        eval_dataset=dataset,
+    )
+    trainer.remove_callback(PrinterCallback)
+
+    def evaluated() -> tuple[float, int]:
         scored = blocks.size - len(blocks)  # each block's first token is nobody's label
         return trainer.evaluate()["eval_loss"] * scored, scored
+
+    return evaluated
+
+
+def lm_evals(model: Any, tokenizer: Any, texts: list[str], tokens: int, args: Any) -> Callable:
+    """Return what measures texts with lm_eval."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batch_size, max_length=args.context)
 
     def rolling() -> tuple[float, int]:
         requests = [Instance("loglikelihood_rolling", {}, (text,), 0) for text in texts]
         with contextlib.redirect_stderr(io.StringIO()):  # it draws a bar for every batch
-            return -sum(lm.loglikelihood_rolling(requests, disable_tqdm=True)), len(stream)
+            return -sum(lm.loglikelihood_rolling(requests, disable_tqdm=True)), tokens
 
-    return dict(
-        zip(("ours, stream", "Trainer.evaluate", "ours, documents", "lm_eval"),
-            (ours_stream, trainers, ours_documents, rolling), strict=True)
-    )  # fmt: skip
+    return rolling
 
 
-def speed(args: Any) -> dict[str, Any]:
-    """Time the contestants in turns and print a table."""
+def measured_model(args: Any) -> tuple[Any, Any]:
+    """Return a tokenizer and the model, and settle the context."""
     if args.model in PRESETS:
         tokenizer = train_tokenizer([resolve(args.corpus)], TOKENIZER_ENTRIES, progress=False)
         overrides = {"vocab_size": args.vocab} if args.vocab else None
         model = fresh_model(config_for(args.model, tokenizer=tokenizer, context=args.context, overrides=overrides), 0)
     else:
         tokenizer, model = load_tokenizer(args.model), load_model(args.model)
-    model = model.to(args.device, getattr(torch, args.dtype)).eval()
     args.context = choose_context(model.config, args.context)
+    return tokenizer, model.to(args.device).eval()
+
+
+def precisions(args: Any) -> dict[str, Any]:
+    """Time perplexity and the rolling loop in each precision and print a table."""
+    tokenizer, model = measured_model(args)
+    stream = np.concatenate(texts_of(args.corpus, tokenizer, args.tokens)[1])
+    print(f"{describe(model)}, on {args.device}; context {args.context}, batch size {args.batch_size}, {len(stream):,} "
+          f"tokens of {args.corpus} as one document")  # fmt: skip
+    rows = measure(
+        model,
+        stream,
+        context=args.context,
+        batch_size=args.batch_size,
+        prefix=tokenizer.eos_token_id,
+        precisions=args.precisions,
+        rolling_batch_sizes=args.rolling_batch_sizes,
+        compiled=args.compile,
+        repeat=args.repeat,
+    )
+    for row in rows:
+        ours = next(each for each in rows if each["precision"] == row["precision"])
+        print(f"{row['precision']:14} {row['contestant']:24} {row['tokens_per_second']:12,.0f} tokens/s, "
+              f"{row['nll']:.9f} nats, first pass {row['first_seconds']:.1f} s; ours: "
+              f"{ours['tokens_per_second'] / row['tokens_per_second']:.2f} times its speed")  # fmt: skip
+    return {"settings": vars(args), "rows": rows}
+
+
+def speed(args: Any) -> dict[str, Any]:
+    """Time the contestants in turns and print a table."""
+    tokenizer, model = measured_model(args)
+    model = model.to(getattr(torch, args.dtype))
     texts, ids = texts_of(args.corpus, tokenizer, args.tokens)
     stream = np.concatenate(ids)
     lengths = sorted(len(each) for each in ids)
@@ -134,13 +198,9 @@ def speed(args: Any) -> dict[str, Any]:
     print(f"{args.corpus}: {len(stream):,} tokens of {len(ids)} documents, {lengths[0]} to {lengths[-1]}, "
           f"median {statistics.median(lengths):.0f}")  # fmt: skip
     run = contestants(model, tokenizer, texts, stream, args)
-    answers = {name: measure() for name, measure in run.items()}  # untimed: loads, compiles, fills caches
-    seconds: dict[str, list[float]] = {name: [] for name in run}
-    for turn in range(args.repeat):
-        for name in [*run][turn % len(run) :] + [*run][: turn % len(run)]:
-            began = time.perf_counter()
-            run[name]()
-            seconds[name].append(time.perf_counter() - began)
+    timed = in_turns(run, args.repeat, torch.device(args.device))
+    seconds = {name: each for name, (_, each, _) in timed.items()}
+    answers = {name: answer for name, (_, _, answer) in timed.items()}
     rows = {}
     for name, each in seconds.items():
         middle = statistics.median(each)
@@ -150,12 +210,15 @@ def speed(args: Any) -> dict[str, Any]:
               f"{nll / n:.7f} nats over {n:,} tokens")  # fmt: skip
     ratios = {}
     for ours, theirs, target in PAIRS:
+        if theirs not in seconds:
+            print(f"{theirs} is not installed")
+            continue
         each = [b / a for a, b in zip(seconds[ours], seconds[theirs], strict=True)]
         ratios[theirs] = statistics.median(each)
         print(f"{ours}: {ratios[theirs]:.2f} times the speed of {theirs} ({min(each):.2f} to {max(each):.2f}); "
               f"wanted: {target:.0f}")  # fmt: skip
-    apart = rows["ours, documents"]["nll"] / rows["lm_eval"]["nll"] - 1
-    print(f"ours, documents and lm_eval: {apart:.1e} apart. Trainer skips each block's first token")
+    apart = rows["ours, documents"]["nll"] / rows["rolling loop"]["nll"] - 1
+    print(f"ours, documents and the rolling loop: {apart:.1e} apart. Trainer skips each block's first token")
     return {"settings": vars(args), "rows": rows, "ratios": ratios}
 
 
@@ -223,7 +286,7 @@ def memory(args: Any) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=("speed", "memory"), default=("speed", "memory"))
+    parser.add_argument("--only", nargs="+", choices=("speed", "memory", "precisions"), default=("speed", "memory"))
     parser.add_argument("--model", default="gpt-small", help=f"{', '.join(PRESETS)}, a checkpoint folder or a Hub id")
     parser.add_argument("--context", type=int, help="tokens a window; the model's longest, at most 1024")
     parser.add_argument("--vocab", type=int, help="a preset's vocabulary, larger than its tokenizer's")
@@ -233,6 +296,9 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
+    parser.add_argument("--rolling-batch-sizes", nargs="+", type=int, default=(16,), help="of the loop; lm_eval: 1")
+    parser.add_argument("--compile", action="store_true", help="measure perplexity with a compiled trunk too")
     parser.add_argument("--memory-of", nargs="+", choices=("ours", "plain", "lm_eval"), default=("ours", "plain"))
     parser.add_argument("--memory-vocab", type=int, default=131_072)
     parser.add_argument("--memory-context", type=int, default=4096)
@@ -246,7 +312,7 @@ def main() -> None:
         print(json.dumps(memory_of(args.contestant, args)))
         return
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    figures = {name: {"speed": speed, "memory": memory}[name](args) for name in args.only}
+    figures = {name: {"speed": speed, "memory": memory, "precisions": precisions}[name](args) for name in args.only}
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1, default=str))
 

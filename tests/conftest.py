@@ -18,6 +18,30 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+OF_ACCELERATORS = (
+    # Inductor, where fp32 is computed as fp32: it is asked for.
+    "ignore:TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled:UserWarning",
+    "ignore:\\s*Online softmax is disabled on the fly:UserWarning",
+    # Inductor's pool of compilers, from Python 3.12 on; NVML's bindings, as torch imports them.
+    "ignore:This process .* is multi-threaded, use of fork:DeprecationWarning",
+    "ignore:The pynvml package is deprecated:FutureWarning",
+    # What counts waits for the device, by `torch.cuda.set_sync_debug_mode`.
+    "ignore:Synchronization debug mode is a prototype feature:UserWarning",
+    # Subprocesses and files of compilers that outlive a test.
+    "ignore::ResourceWarning",
+    "ignore::pytest.PytestUnraisableExceptionWarning",
+)
+"""Warnings of libraries that show on accelerators alone: no errors in tests that are marked gpu."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave these warnings out of what is an error."""
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            for warning in OF_ACCELERATORS:
+                item.add_marker(pytest.mark.filterwarnings(warning))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep tokenised corpora out of the user's cache."""

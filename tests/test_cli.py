@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import tiny_gpt2
 from safetensors.torch import load_file
+from tiny_recipe import recipe
 
 from fire_llm import UserError, fire_, perplexity
 from fire_llm.cli import main, parser
@@ -288,3 +289,45 @@ def test_public_names_are_there_and_importing_costs_nothing():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ})
     assert done.stdout.strip() == "[]"
     assert issubclass(UserError, ValueError)
+
+
+# ---- without a library
+
+
+def test_without_plotly_work_ends_well_and_says_in_a_line_what_a_page_needs(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "plotly", None)  # as if it were not installed
+    path = recipe(tmp_path)
+    short = ["--set=phases.0.steps=1", "--set=phases.1.steps=1", "--set=phases.0.keep=[]"]
+    lacks = "pages need plotly, which is not installed: pip install plotly, then fire-llm report RUN_DIR"
+    for verb, more in (("run", ()), ("sweep", ("--grid", "phases.1.arms.fire.iterations=[1,5]"))):
+        folder = tmp_path / verb
+        assert run(verb, path, *short, *more, "--output", folder, "--workers=1") == 0
+        told = capsys.readouterr()
+        assert told.out.splitlines()[-1] == f"no report.html: {lacks}" and "Traceback" not in told.err
+        assert list(folder.rglob("results.json")) and not list(folder.rglob("report.html"))
+    assert run("eval", tmp_path / "run", "--data", "a") == 0
+    assert f"no report.html: {lacks}" in capsys.readouterr().out
+    for argv in (["report", tmp_path / "run"], ["inspect", checkpoint, "--html", tmp_path / "page.html"]):
+        assert run(*argv) == 2
+        told = capsys.readouterr()
+        assert told.err == f"fire-llm: {lacks}\n"
+        assert argv[0] == "report" or not told.out  # an inspection is not begun
+    monkeypatch.undo()
+    assert run("report", tmp_path / "run") == 0 and (tmp_path / "run" / "report.html").is_file()
+
+
+def test_a_run_ends_well_where_libraries_have_no_metadata(tmp_path, monkeypatch):
+    """As where `datasets` is not installed, which nothing but corpora of the Hub needs."""
+    import importlib.metadata
+
+    from fire_llm import compat
+
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(compat, "version", version)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    short = ["--set=phases.0.steps=1", "--set=phases.1.steps=1", "--set=phases.0.keep=[]"]
+    assert run("run", recipe(tmp_path), *short, "--output", tmp_path / "run", "--workers=1") == 0
+    versions = json.loads((tmp_path / "run" / "results.json").read_text())["versions"]
+    assert versions["datasets"] is None and versions["torch"] is None and versions["python"]

@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import os
+import subprocess
+import sys
+import warnings
+import weakref
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_gpt2, tiny_llama
 from ranks import run_ranks
 from small_models import SMALL, VOCABULARY, build, stand_ins
-from transformers import BertConfig, BertLMHeadModel, MixtralConfig, MixtralForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from fire_llm import UserError, perplexity
-from fire_llm.evaluation import windows
+from fire_llm.evaluation import exact_nll, kernels, scores, scoring, windows
 
 TOKENS = torch.randint(0, 97, (1003,), generator=torch.Generator().manual_seed(0))
 
@@ -273,13 +291,224 @@ def test_a_forward_that_a_library_replaced_is_put_back():
     assert model.model.forward is wrapped
 
 
-def test_compiling_changes_speed_alone(monkeypatch):
-    model, compiled = tiny_gpt2(), []
-    monkeypatch.setattr(torch, "compile", lambda f, **_: compiled.append(f) or f)
-    wanted = perplexity(model, TOKENS[:50], context=16).nll
-    assert perplexity(model, TOKENS[:50], context=16, compiled=True).nll == wanted
-    perplexity(model, TOKENS[:60], context=16, compiled=True)
-    assert len(compiled) == 1
+def test_compiling_changes_speed_alone_and_happens_once(monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(tuple(inputs[0].shape))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    model, options = tiny_gpt2(), {"context": 16, "batch_size": 1}
+    perplexity(model, TOKENS[:100], **options, compiled=True)
+    assert not graphs  # 6 batches, and the rest: not worth it
+    wanted = perplexity(model, TOKENS, **options).nll
+    assert perplexity(model, TOKENS, **options, compiled=True).nll == pytest.approx(wanted, rel=1e-7)
+    made = len(graphs)
+    assert made
+    for another in (model, tiny_gpt2()):
+        perplexity(another, TOKENS, **options, compiled=True)
+    assert len(graphs) == made
+
+
+def test_a_compiled_trunk_has_no_mask_where_it_needs_none_and_one_where_it_does(monkeypatch):
+    masks = []
+
+    def backend(graph, _):
+        for node in graph.graph.nodes:
+            if node.op == "call_function" and "scaled_dot_product_attention" in str(node.target):
+                masks.append(node.kwargs.get("attn_mask", node.args[3] if len(node.args) > 3 else None))
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    window = MistralConfig(vocab_size=97, num_key_value_heads=2, sliding_window=8, pad_token_id=0, **sizes)
+    for model, needed in ((tiny_llama(), False), (MistralForCausalLM(window), True)):
+        masks.clear()
+        wanted = perplexity(model, TOKENS, context=16, batch_size=1).nll
+        assert perplexity(model, TOKENS, context=16, batch_size=1, compiled=True).nll == pytest.approx(wanted, rel=1e-7)
+        assert masks and all((mask is not None) is needed for mask in masks)
+        assert model.config._attn_implementation == "sdpa"
+    torch._dynamo.reset()
+
+
+def test_a_compiled_model_is_not_kept(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    model = tiny_gpt2()
+    perplexity(model, TOKENS, context=16, batch_size=1, compiled=True)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+class Waits(TorchDispatchMode):
+    """Count the operations for whose result the host has to wait where they run on another device."""
+
+    waits = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        by_mask = func is torch.ops.aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+        self.waits += by_mask or func.overloadpacket in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.nonzero,
+            torch.ops.aten.masked_select,
+            torch.ops.aten.is_nonzero,
+            torch.ops.aten.equal,
+        )
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("stride", [128, 96])
+@pytest.mark.parametrize("per_document", [False, True])
+def test_the_host_waits_once_a_batch_at_most(stride, per_document):
+    """A batch of 256 positions is four slices at a vocabulary of 65 k. On a CPU what is left is transformers' look at a mask."""
+    model, waits = tiny_gpt2(vocab_size=65536, n_positions=128, n_embd=16), []
+    for n in (2, 8):  # windows: one batch, and four
+        ends = [128 * (k + 1) for k in range(n)] if per_document else [128 + (n - 1) * stride]
+        options = {"context": 128, "stride": stride, "batch_size": 2, "per_document": per_document, "prefix": 0}
+        with Waits() as mode:
+            perplexity(model, torch.arange(ends[-1]) % 97, documents=ends, **options)
+        waits.append(mode.waits)
+    assert waits[1] - waits[0] <= 3
+
+
+@pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama])
+def test_a_scorer_waits_for_nothing_where_masks_are_left_out(build):
+    """As on an accelerator, where masks are looked at; here they are for the sake of a shape that never comes."""
+    model = build().eval()
+    ids, rows = TOKENS[:128].view(2, 64), torch.arange(3, 128, 2)
+    with torch.inference_mode():
+        plain = scoring.Scorer(model, ids[0])(ids, ids.flatten()[rows], rows)
+        scorer = scoring.Scorer(model, ids[0], context=64, compiled=(0, 0))
+        assert scorer.unmasked
+        with Waits() as mode:
+            found = scorer(ids, ids.flatten()[rows], rows)
+    assert mode.waits == 0 and torch.equal(found, plain)
+
+
+def test_a_gpus_likelihoods_are_added_a_batch_later_and_all_of_them(monkeypatch):
+    fetched = []
+    monkeypatch.setattr(scores, "_to_host", lambda nll: lambda: fetched.append(len(nll)) or nll.numpy())
+    sums = scores.DocumentSums(np.asarray([3, 5]), torch.device("cuda"))
+    sums.add(np.asarray([1, 2, 3]), torch.tensor([0.5, 0.25, 8.0], dtype=torch.float64))
+    assert not fetched
+    sums.add(np.asarray([4]), torch.tensor([math.inf], dtype=torch.float64))
+    assert fetched == [3] and sums.finite
+    assert sums.finish().tolist() == [0.75, math.inf] and not sums.finite
+
+
+@pytest.mark.parametrize(("gigabytes", "slices"), [(80, 4), (24, 5), (8, 14)])
+def test_slices_on_a_gpu_are_even_and_fit_its_memory(monkeypatch, gigabytes, slices):
+    memory = gigabytes * 10**9
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory))
+    rows = scoring._slice(16_384, 50_304, torch.device("cuda"))
+    assert -(-16_384 // rows) == slices and rows * (slices - 1) < 16_384
+    assert rows * 50_304 * 4 <= min(memory / 32, 2**30)
+
+
+DTYPES = pytest.mark.parametrize("dtype", kernels.DTYPES, ids=str)
+
+
+def hard_rows(dtype, vocabulary):
+    """Return logits (12, V) of models that are sure, unsure, and far below zero, and targets."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(12, vocabulary, generator=generator) * torch.logspace(-2, 1.3, 12)[:, None]
+    logits[3:6] -= 120
+    return logits.to(dtype), torch.randint(0, vocabulary, (12,), generator=generator)
+
+
+def softmax_in_fp64(logits, targets):
+    return -torch.log_softmax(logits.double(), -1).gather(-1, targets[:, None])[:, 0]
+
+
+INTERPRETED = """
+import sys, torch
+from fire_llm.evaluation.kernels import row_nll
+torch.save([row_nll(*each) for each in torch.load(sys.argv[1])], sys.argv[2])
+"""
+
+
+def interpreted(cases, folder):
+    """Return what the kernel gives for (logits, targets) each, run by Triton's interpreter on the CPU."""
+    pytest.importorskip("triton")
+    torch.save(cases, folder / "cases.pt")
+    command = [sys.executable, "-c", INTERPRETED, str(folder / "cases.pt"), str(folder / "found.pt")]
+    package = Path(kernels.__file__).parents[2]
+    subprocess.run(command, check=True, cwd=package, env=os.environ | {"TRITON_INTERPRET": "1"})
+    return torch.load(folder / "found.pt")
+
+
+def test_the_kernel_gives_the_softmax_of_fp64(tmp_path):
+    cases = [hard_rows(dtype, v) for dtype in kernels.DTYPES for v in (1, 97, 4096, 12_289)]
+    cases += [(logits.t().contiguous().t(), targets) for logits, targets in cases]  # columns lie together
+    found = interpreted(cases, tmp_path)
+    for (logits, targets), nll in zip(cases, found, strict=True):
+        wanted = softmax_in_fp64(logits, targets)
+        torch.testing.assert_close(nll, wanted, rtol=1e-9, atol=2e-8)
+        assert float((nll - wanted).mean()) == pytest.approx(0, abs=1e-9 * max(1, float(wanted.mean())))
+
+
+def test_the_kernel_hides_no_logit_that_is_not_finite(tmp_path):
+    logits = torch.randn(5, 5000)
+    logits[0, 4999], logits[1, 4], logits[2] = math.nan, math.inf, -math.inf
+    logits[3:, 7] = -math.inf
+    (found,) = interpreted([(logits, torch.tensor([0, 0, 0, 7, 8]))], tmp_path)
+    assert found[:3].isnan().all() and found[3] == math.inf and found[4].isfinite()
+
+
+@DTYPES
+def test_the_kernel_compiles_for_an_h100(monkeypatch, tmp_path, dtype):
+    compiler = pytest.importorskip("triton.compiler")
+    from triton.backends.compiler import GPUTarget
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    name = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    types = {"logits": f"*{name}", "targets": "*i64", "out": "*fp64", "stride": "i32"}
+    constants = {"SIZE": 50_304, "BLOCK": 4096}
+    source = compiler.ASTSource(kernels.kernel(), types | dict.fromkeys(constants, "constexpr"), constants)
+    made = compiler.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    assert made.asm["cubin"] and "ex2.approx" not in made.asm["ptx"]
+
+
+def test_without_a_kernel_torch_takes_the_softmax(monkeypatch):
+    monkeypatch.setattr(kernels, "triton", object())
+    kernels.usable.cache_clear()
+    with pytest.warns(UserWarning, match="perplexity takes torch's operations"):
+        assert not kernels.usable(torch.device("cpu"), torch.float32, 97)
+    kernels.usable.cache_clear()
+    assert not kernels.usable(torch.device("cpu"), torch.float64, 97)
+
+
+@pytest.mark.gpu
+@DTYPES
+def test_on_a_gpu_the_kernel_gives_the_softmax_of_fp64(dtype):
+    logits, targets = (each.cuda() for each in hard_rows(dtype, 50_304))
+    assert kernels.usable(logits.device, dtype, 50_304)
+    wanted = softmax_in_fp64(logits, targets)
+    torch.testing.assert_close(exact_nll(logits, targets), wanted, rtol=1e-9, atol=2e-8)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_host_waits_once_a_batch_and_numbers_are_the_cpus():
+    model, options = tiny_gpt2(), {"context": 32, "stride": 20, "batch_size": 8}
+    wanted = perplexity(model, TOKENS, **options)
+    model.cuda()
+    found = perplexity(model, TOKENS, **options)
+    assert found.nll == pytest.approx(wanted.nll, rel=1e-6)
+    assert perplexity(model, TOKENS, **options).nll == found.nll
+    waits = []
+    for n in (32 + 7 * 20 + 1, 32 + 31 * 20 + 1):  # a batch of 8 windows, and four
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                perplexity(model, TOKENS[:n], **options)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchronizing" in str(w.message) for w in caught))
+    assert waits[1] - waits[0] <= 3
 
 
 def test_logits_are_never_held():
@@ -291,7 +520,6 @@ def test_logits_are_never_held():
 
 def max_memory(function):
     """Return the bytes of the largest storage that any operation made."""
-    from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
         largest = 0

@@ -31,6 +31,8 @@ METHODS = {
 }
 """Options so eager that a few steps recycle some units and leave others."""
 
+ARGUMENTS = SimpleNamespace(n_gpu=0, torch_compile=False)
+
 
 def tiny_phi3():
     """Build a Phi-3, whose gate and up are fused, of 2 layers."""
@@ -254,7 +256,7 @@ def test_moments_of_exactly_the_touched_weights_are_cleared(build, muon, tmp_pat
 def prepared(model, method, seed=0, **options):
     """Return a callback that has found a model's units."""
     callback = RecyclingCallback({"method": method, **options}, seed=seed)
-    callback.on_train_begin(SimpleNamespace(n_gpu=0), SimpleNamespace(global_step=0), None, model=model)
+    callback.on_train_begin(ARGUMENTS, SimpleNamespace(global_step=0), None, model=model)
     return callback
 
 
@@ -262,7 +264,7 @@ def test_training_that_broke_off_leaves_no_second_listener():
     callback = prepared(tiny_gpt2(), "snr")
     model = tiny_gpt2()
     for _ in range(2):
-        callback.on_train_begin(SimpleNamespace(n_gpu=0), SimpleNamespace(global_step=0), None, model=model)
+        callback.on_train_begin(ARGUMENTS, SimpleNamespace(global_step=0), None, model=model)
     assert [len(layer.reader._forward_pre_hooks) for layer in callback.layers] == [1, 1]
 
 
@@ -431,6 +433,48 @@ def test_compiled_training_recycles_the_same_units(method, tmp_path):
         trainer = train(tiny_gpt2(), tmp_path / str(compiled), callbacks=[callback], max_steps=6, **options)
         counts.append([e["recycled"] for e in trainer.state.log_history if "loss" in e])
     assert counts[0] == counts[1] and counts[0][-1] > 0
+
+
+@pytest.fixture
+def dynamo():
+    """Give torch.compile's settings as a new process has them, and take what it compiled away afterwards."""
+    import torch._dynamo.config as settings
+
+    torch._dynamo.reset()
+    with settings.patch(skip_nnmodule_hook_guards=True):
+        yield settings
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("whole", [pytest.param(loss.WHOLE, marks=pytest.mark.slow), 0])
+def test_arms_that_are_compiled_in_turn_recycle_what_each_does_alone(whole, tmp_path, monkeypatch, dynamo):
+    """The graphs of one training are there when the next one of the same class begins, in a run's order of arms."""
+    monkeypatch.setattr(loss, "WHOLE", whole)
+
+    def ended(method, name, **options):
+        callbacks = [RecyclingCallback({"method": method, **METHODS[method]}, seed=3)] if method else []
+        trainer = train(tiny_gpt2(n_layer=1), tmp_path / name, callbacks=callbacks, max_steps=6, **options)
+        return [callback.recycled for callback in callbacks], [p.detach().clone() for p in trainer.model.parameters()]
+
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    turns = [None, "redo", "snr", "continual_backprop", None]
+    alone = {method: ended(method, f"alone-{method}") for method in dict.fromkeys(turns)}
+    assert all(count > 0 for method in METHODS for count in alone[method][0])
+    for i, method in enumerate(turns):
+        counts, weights = ended(method, f"{i}", **compiled)
+        assert counts == alone[method][0]
+        for a, b in zip(weights, alone[method][1], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_hooks_are_looked_at_only_where_a_compiled_run_recycles(tmp_path, dynamo):
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    train(tiny_gpt2(), tmp_path / "a", max_steps=1, **compiled)
+    train(tiny_gpt2(), tmp_path / "b", max_steps=1, callbacks=[RecyclingCallback("snr", seed=0)])
+    assert dynamo.skip_nnmodule_hook_guards
+    callback = RecyclingCallback("snr", seed=0)
+    train(tiny_gpt2(), tmp_path / "c", max_steps=1, callbacks=[callback], **compiled)
+    assert not dynamo.skip_nnmodule_hook_guards
 
 
 def _share(rank, world):

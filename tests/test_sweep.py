@@ -457,7 +457,8 @@ def test_ranks_train_one_cell_after_another(whole, path, tmp_path, sweep_process
 
 def test_the_page_and_the_table_hold_every_arm_once(whole, capsys, tmp_path):
     folder, sweep, _ = whole
-    page = show(sweep, folder).read_text(encoding="utf-8")
+    show(sweep, folder)
+    page = (folder / "report.html").read_text(encoding="utf-8")
     assert page.count('href="iterations%3D5/report.html"') == 1 and (folder / "iterations=5" / "report.html").is_file()
     out = capsys.readouterr().out
     assert f"report: {folder / 'report.html'}" in out.replace("\n", "")

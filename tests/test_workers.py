@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import psutil
@@ -17,13 +18,14 @@ import pytest
 import torch
 import yaml
 from tiny_recipe import recipe
+from transformers import TrainerCallback
 
 from fire_llm import UserError, load_recipe, register_reset, run_recipe
 from fire_llm.cli import main
 from fire_llm.recipe import Cell
 from fire_llm.resets import RESETS
 from fire_llm.staging import checkpoints
-from fire_llm.sweep import resources
+from fire_llm.sweep import resources, run_sweep
 from fire_llm.sweep.jobs import Failures, jobs_of
 from fire_llm.sweep.progress import Overview, StepReport
 from fire_llm.sweep.resources import environment, flops_of, small, threads, worker_count
@@ -134,6 +136,35 @@ def test_a_users_number_of_threads_is_respected_and_told(path, tmp_path, monkeyp
         assert seen[2:] == [1, 1] and torch.get_num_threads() == 2 and "OMP_" not in capsys.readouterr().err
     finally:
         torch.set_num_threads(1)
+
+
+def test_no_model_of_an_earlier_unit_is_left_when_one_begins(path, tmp_path, monkeypatch):
+    """On a GPU it would hold 16 bytes a parameter; one that failed held them in its traceback too."""
+    from fire_llm.run import Workbench
+    from fire_llm.sweep import worker
+
+    made, alive = [], []
+    real_train, real_model = worker.train, Workbench.starting_model
+
+    class Failing(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            raise RuntimeError("in the middle of a step")
+
+    def train(unit, bench):
+        alive.append(sum(model() is not None for model in made))
+        bench.callbacks = [Failing()] if unit.arm == "base" else []
+        real_train(unit, bench)
+
+    def starting_model(bench, unit):
+        model = real_model(bench, unit)
+        made.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(worker, "train", train)
+    monkeypatch.setattr(Workbench, "starting_model", starting_model)
+    sweep = run_sweep([Cell("", {}, load_recipe(path, [ARMS]))], tmp_path, workers=1, progress=False)
+    assert [failure["message"] for failure in sweep.failures] == ["in the middle of a step"]
+    assert len(made) == 4 and alive == [0] * 4
 
 
 def test_what_other_processes_would_not_know_is_trained_here(path, tmp_path):

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        return globals()[f"_{arguments.verb}"](arguments) or 0
+        with _leaving():
+            return globals()[f"_{arguments.verb}"](arguments) or 0
     except UserError as error:
         report_failure(2, str(error))
         return 2
@@ -46,6 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return 1
     return 0
+
+
+def _leaving() -> AbstractContextManager[None]:
+    """Leave the other ranks at the end, where a launcher started some."""
+    if not launched():
+        return nullcontext()  # nothing heavy is imported
+    from fire_llm.distributed import leaving
+
+    return leaving()
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -139,10 +150,10 @@ def _demo(arguments: argparse.Namespace) -> int | None:
 
 
 def _show(results: dict[str, Any], page: Path) -> None:
-    from fire_llm.report import print_table, write_report
+    from fire_llm.report import page_told, print_table
 
     print_table(results)
-    print(f"report: {write_report(results, page)}")
+    print(page_told(results, page))
 
 
 def _apply(arguments: argparse.Namespace) -> int | None:
@@ -166,9 +177,9 @@ def _apply(arguments: argparse.Namespace) -> int | None:
         base = method.roles if method is not None and method.matrices_only else ()
         options["roles"] = list(dict.fromkeys([*base, *arguments.role]))
     if launched():
-        import torch.distributed as dist
+        from fire_llm.distributed import join
 
-        dist.init_process_group("gloo")
+        join("gloo")
     report = reset_checkpoint(
         arguments.src,
         arguments.dst,
@@ -227,6 +238,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
     check_file("--json", arguments.json)
     check_file("--html", arguments.html)
+    if arguments.html:
+        from fire_llm.report import check_page, inspect_page
+
+        check_page()
     rows = inspect_checkpoint(
         arguments.checkpoint,
         arguments.against,
@@ -238,8 +253,6 @@ def _inspect(arguments: argparse.Namespace) -> None:
     if arguments.json:
         write_json(Path(arguments.json), rows)
     if arguments.html:
-        from fire_llm.report import inspect_page
-
         inspect_page(rows, Path(arguments.html), str(arguments.checkpoint))
 
 
@@ -259,9 +272,9 @@ def _eval(arguments: argparse.Namespace) -> int | None:
         if not launch.alone:
             return start(launch, _again(arguments, "num_processes"), "fp32", ANEW)
     if launched():
-        import torch.distributed as dist
+        from fire_llm.distributed import join
 
-        dist.init_process_group()
+        join()
     evaluation = (_evaluate_run if of_run else _evaluate)(arguments, first_rank())
     if first_rank():
         from fire_llm.evaluation.table import print_scores
@@ -314,13 +327,13 @@ def _check_run_alone(arguments: argparse.Namespace, run: str) -> None:
 def _evaluate_run(arguments: argparse.Namespace, progress: bool) -> dict[str, Any]:
     """Measure a run's checkpoints, and write its page anew."""
     from fire_llm.matrix import evaluate_run
-    from fire_llm.report import load_results, write_report
+    from fire_llm.report import load_results, page_told
 
     folder = Path(arguments.checkpoints[0])
     names = ("data", "context", "stride", "batch_size", "device")
     evaluation = evaluate_run(folder, **{name: getattr(arguments, name) for name in names}, progress=progress)
     if progress and (folder / "results.json").is_file():
-        print(f"report: {write_report(load_results(folder), folder / 'report.html')}")
+        print(page_told(load_results(folder), folder / "report.html"))
     return evaluation
 
 

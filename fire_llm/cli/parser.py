@@ -116,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
         help="of weights and their products (float32); stored: the checkpoint's",
     )
     evaluate.add_argument("--device", metavar="NAME", default="cpu", help="where to compute: cpu (default), cuda")
-    evaluate.add_argument("--compile", action="store_true", help="compile the model, which pays on long texts")
+    evaluate.add_argument("--compile", action="store_true", help="compile the trunk: 20 s or so, for long texts")
     evaluate.add_argument("--num-processes", type=int, metavar="N", help="processes that share the work (one)")
     evaluate.add_argument("--tasks", nargs="+", metavar="NAME", help="also these tasks of lm-eval, or files of them")
     evaluate.add_argument("--limit", type=int, metavar="N", help="documents a task (all)")

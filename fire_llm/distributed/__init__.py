@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from fire_llm.distributed.exchange import Exchange
 from fire_llm.distributed.homes import Block, Home, blocks_of, fsdp_modules, home_of, make_current, refuse_engines
+from fire_llm.distributed.joining import PATIENCE, join, leaving, ranks
 from fire_llm.distributed.meeting import MEETING_SECONDS, active, gather_objects, is_first, meet
 from fire_llm.distributed.sharing import assign, cost, makespan, rounds, split_cost, splits, worthwhile
 
 __all__ = [
     "MEETING_SECONDS",
+    "PATIENCE",
     "Block",
     "Exchange",
     "Home",
@@ -20,9 +22,12 @@ __all__ = [
     "gather_objects",
     "home_of",
     "is_first",
+    "join",
+    "leaving",
     "make_current",
     "makespan",
     "meet",
+    "ranks",
     "refuse_engines",
     "rounds",
     "split_cost",

@@ -105,9 +105,12 @@ def gather_objects(group: Any, mine: Any) -> list[Any]:
 
 
 def wire_device(group: Any, device: torch.device) -> torch.device:
-    """Return the device whose tensors the group can send: `device` where it can, else the accelerator, else the CPU."""
-    backends = dist.get_backend_config(group)
-    able = {entry.partition(":")[0] for entry in str(backends).split(",")}
+    """Return the device whose tensors the group can send: `device` where it can, else the CPU, else the accelerator.
+
+    gloo names every device as its own, and sends tensors of CPUs alone in some of its collectives (`all_to_all`).
+    """
+    entries = [entry.partition(":") for entry in str(dist.get_backend_config(group)).split(",")]
+    able = {kind for kind, _, backend in entries if kind == "cpu" or backend != "gloo"}
     if device.type in able:
         return device
     return torch.device("cpu") if "cpu" in able else torch.device(able.pop(), torch.accelerator.current_device_index())

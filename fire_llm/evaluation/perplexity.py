@@ -6,6 +6,7 @@ Shapes: N = tokens of the text, D = documents, W = windows, T = positions a wind
 from __future__ import annotations
 
 import math
+from collections import Counter
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -19,10 +20,13 @@ from fire_llm.context import choose_context
 from fire_llm.distributed import active, fsdp_modules
 from fire_llm.errors import UserError
 from fire_llm.evaluation.precision import device_of, own_precision, precision_of
-from fire_llm.evaluation.scores import Scores
-from fire_llm.evaluation.scoring import IGNORE, PROBE, Scorer, evaluating
+from fire_llm.evaluation.scores import DocumentSums, Scores
+from fire_llm.evaluation.scoring import PROBE, Scorer, evaluating
 from fire_llm.evaluation.windows import batches, windows
 from fire_llm.layout import unwrap
+
+WORTH_COMPILING = 8
+"""Batches of one shape in a text from which on the trunk is compiled, which takes 20 s or so."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,8 @@ def perplexity(
         documents: (D,) where each document ends in `tokens`, the last at N; one document by default.
         per_document: Read each document by itself, after `prefix`; its last window reaches back to be full, as
             lm-eval's rolling windows do. Otherwise windows run across documents.
-        compiled: Compile the model with torch.compile, which pays on long texts.
+        compiled: Compile the model's trunk with torch.compile, where at least 8 batches have one shape. It takes 20 s
+            or so, once a process and shape: for long texts, or many models.
         mixed: Keep the mixed precision that is in force (autocast, TF32, what accelerate or FSDP2 put around a model
             for training). By default it is set aside, so that a model in training and its saved checkpoint give the
             same number.
@@ -196,8 +201,7 @@ def _score(
     work = [*batches(plan, tokens_a_batch)]
     # What FSDP2 gathers in a forward pass is used again in training, which inference tensors may not be.
     sharded = bool(fsdp_modules(model))
-    totals = torch.zeros(len(ends), dtype=torch.float64, device=device)
-    limits = torch.from_numpy(ends).to(device)
+    sums = DocumentSums(ends, device)
     bar = _bar(int((plan[:, 2] - plan[:, 3]).sum()), progress)
     try:
         with ExitStack() as stack:
@@ -208,56 +212,76 @@ def _score(
                 stack.enter_context(own_precision(model))
             # Its trunk is looked for in its own precision, even where it is then measured in another.
             with own_precision(model) if mixed else nullcontext():
-                scorer = Scorer(model, sample, compiled=compiled)
+                longest = int((plan[:, 2] - plan[:, 1]).max())
+                scorer = Scorer(model, sample, context=longest, compiled=_commonest(work) if compiled else None)
             for turn in range(0, len(work), world):
                 # A rank without a batch of its own repeats the last: shards are gathered by all ranks or by none.
                 batch = work[min(turn + rank, len(work) - 1)]
                 if turn + rank < len(work) or sharded:
-                    ids, labels, at = _tensors(text, begins, batch, prefix, device)
-                    nll = scorer(ids, labels)
+                    ids, targets, rows, at = _tensors(text, begins, batch, prefix, device)
+                    nll = scorer(ids, targets, rows)
                     if turn + rank < len(work):
-                        owner = torch.bucketize(at, limits, right=True)
-                        totals.index_add_(0, owner, nll)
-                        if world == 1 and not torch.isfinite(nll).all():
+                        sums.add(at, nll)
+                        if world == 1 and not sums.finite:
                             break  # there is nothing more to learn
                 bar.update(sum(int((each[:, 2] - each[:, 3]).sum()) for each in work[turn : turn + world]))
+            totals = sums.finish()
     finally:
         bar.close()
     if world > 1:
-        dist.all_reduce(totals)
-    sums = totals.cpu().numpy()
-    wrong = np.flatnonzero(~np.isfinite(sums))
+        everyones = torch.from_numpy(totals).to(device)
+        dist.all_reduce(everyones)
+        totals = everyones.cpu().numpy()
+    wrong = np.flatnonzero(~np.isfinite(totals))
     if len(wrong):
         raise UserError(
             f"the model's logits are not finite on {_which(wrong[0], ends)}: its weights hold NaN or infinity, or "
             "overflow in this precision. Try fp32; if that does not help, the checkpoint is damaged"
         )
-    return sums
+    return totals
+
+
+def _commonest(work: list[np.ndarray]) -> tuple[int, int] | None:
+    """Return the shape (B, T) of the most batches, None where they are too few to compile for."""
+    shapes = Counter((len(batch), int((batch[:, 2] - batch[:, 1]).max())) for batch in work)
+    shape, count = shapes.most_common(1)[0]
+    return shape if count >= WORTH_COMPILING else None
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy to a device; a GPU takes it when it gets there, and the host goes on."""
+    if device.type != "cuda":
+        return torch.from_numpy(array).to(device)
+    return torch.from_numpy(np.ascontiguousarray(array)).pin_memory().to(device, non_blocking=True)
 
 
 def _tensors(
     text: np.ndarray, begins: np.ndarray, batch: np.ndarray, prefix: int | None, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a batch's ids (B, T), its labels (B, T), and where in the text the scored tokens are (S,).
+) -> tuple[Tensor, Tensor, Tensor | None, np.ndarray]:
+    """Return what a scorer takes of a batch, and where in the text the scored tokens are.
 
     Shorter windows are filled at their end with token 0, which no position before it sees.
+
+    Returns:
+        ids (B, T), targets (S,), their rows (S,) among the B·T or None where all are scored; (S,) places.
     """
     before = int(prefix is not None)
     longest = int((batch[:, 2] - batch[:, 1]).max())
     block = np.zeros((len(batch), longest + 1), dtype=np.int64)
-    labels = np.full((len(batch), longest), IGNORE, dtype=np.int64)
+    scored = np.zeros((len(batch), longest), dtype=bool)
     at = []
-    for row, line, (document, start, end, first) in zip(block, labels, batch, strict=True):
+    for row, line, (document, start, end, first) in zip(block, scored, batch, strict=True):
         # Position k of a document reads text[origin + k] and predicts the one after; the prefix is position 0.
         origin = begins[document] - before
         lead = before if start == 0 else 0
         row[lead : end - start + 1] = text[origin + start + lead : origin + end + 1]
         if prefix is not None and start == 0:
             row[0] = prefix
-        line[first - start : end - start] = row[first - start + 1 : end - start + 1]
+        line[first - start : end - start] = True
         at.append(np.arange(origin + first + 1, origin + end + 1))
-    ids, targets, places = (torch.from_numpy(x).to(device) for x in (block[:, :-1], labels, np.concatenate(at)))
-    return ids, targets, places
+    ids, targets = (_to_device(each, device) for each in (block[:, :-1], block[:, 1:][scored]))
+    rows = None if scored.all() else _to_device(np.flatnonzero(scored), device)
+    return ids, targets, rows, np.concatenate(at)
 
 
 def _ends(documents: Any, n: int, prefix: int) -> np.ndarray:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -41,3 +45,56 @@ class Scores:
     def documents(self) -> int:
         """Return D."""
         return len(self.nll)
+
+
+class DocumentSums:
+    """Add up a text's negative log-likelihoods by document, on the host, in the order in which they are given.
+
+    Atomic sums on a GPU would end in other digits every time. What a GPU computes is added a batch later, so that it
+    works at one batch while the host waits for the one before.
+
+    Args:
+        ends: (D,) where each document ends in the text.
+        device: Where the likelihoods are computed.
+    """
+
+    finite = True
+    """Whether all that was added so far is finite."""
+
+    def __init__(self, ends: np.ndarray, device: torch.device) -> None:
+        self.ends, self.totals = ends, np.zeros(len(ends))
+        self._behind = int(device.type == "cuda")
+        self._pending: deque[tuple[np.ndarray, Callable[[], np.ndarray]]] = deque()
+
+    def add(self, at: np.ndarray, nll: Tensor) -> None:
+        """Take (S,) fp64 likelihoods, nats, of the tokens at (S,) places in the text."""
+        self._pending.append((np.searchsorted(self.ends, at, side="right"), _to_host(nll)))
+        self._add_up(self._behind)
+
+    def finish(self) -> np.ndarray:
+        """Return the sums (D,), of all that was given."""
+        self._add_up(0)
+        return self.totals
+
+    def _add_up(self, but: int) -> None:
+        while len(self._pending) > but:
+            owners, fetched = self._pending.popleft()
+            nll = fetched()
+            np.add.at(self.totals, owners, nll)
+            self.finite &= bool(np.isfinite(nll).all())
+
+
+def _to_host(nll: Tensor) -> Callable[[], np.ndarray]:
+    """Begin to copy to the host; what is given back waits for this copy, and for nothing that is begun later."""
+    if nll.device.type != "cuda":
+        return nll.cpu().numpy
+    host = torch.empty(nll.shape, dtype=nll.dtype, pin_memory=True)
+    host.copy_(nll, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(nll.device))
+
+    def fetched() -> np.ndarray:
+        copied.synchronize()
+        return host.numpy()
+
+    return fetched

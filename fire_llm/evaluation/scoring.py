@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor
 from fire_llm.context import longest_context
 from fire_llm.distributed import fsdp_modules
 from fire_llm.errors import UserError
+from fire_llm.evaluation import kernels
+from fire_llm.evaluation.unmasked import needs_no_mask, unmasked, uses_sdpa
 
 IGNORE = -100
 """Label of a position that is read but not scored."""
@@ -49,12 +51,14 @@ def exact_nll(logits: Tensor, targets: Tensor, out: Tensor | None = None) -> Ten
     Args:
         logits: (S, V), any float dtype; the exponentials are taken in fp32 (fp64 for fp64).
         targets: (S,) int64.
-        out: (S,) fp64, where to write it. Then fp32 and fp64 logits are overwritten too: what is neither made nor
+        out: (S,) fp64, where to write it. Then fp32 and fp64 logits may be overwritten too: what is neither made nor
             dropped leaves no holes in the memory.
 
     Returns:
         (S,) fp64.
     """
+    if logits.is_cuda and kernels.usable(logits.device, logits.dtype, logits.shape[-1]):
+        return kernels.row_nll(logits, targets, out)
     own, cpu = out is not None, logits.device.type == "cpu"
     nll = torch.empty(len(targets), dtype=torch.float64, device=logits.device) if out is None else out
     # 1 MB at a time stays in a core's cache: 0.11 ms a row of V = 50k, 0.25 in pieces of 16 MB, 0.45 in one of 64 MB.
@@ -81,16 +85,22 @@ class Scorer:
     model is first scored; where it does not (a trunk that cannot be found, shards that all ranks gather together),
     ordinary forward passes are taken.
 
+    On an accelerator, and where it is compiled, attention that is causal and nothing else has no mask (`unmasked`).
+
     Args:
         model: A causal LM, in evaluation mode.
         sample: (n,) tokens of the text to be scored.
-        compiled: Compile the trunk with torch.compile.
+        context: The most tokens of a window.
+        compiled: Shape (B, T) of the batches on which the trunk is compiled with torch.compile; None: on none. Others
+            are run as they are, so that one graph is made.
 
     Raises:
         UserError: The model gives no logits over its vocabulary, or a token changes the logits before it.
     """
 
-    def __init__(self, model: Any, sample: Tensor, *, compiled: bool = False) -> None:
+    def __init__(
+        self, model: Any, sample: Tensor, *, context: int = 0, compiled: tuple[int, int] | None = None
+    ) -> None:
         self.model = model
         self.trunk: torch.nn.Module | None = None
         if not fsdp_modules(model):
@@ -98,28 +108,36 @@ class Scorer:
             if name is False:
                 name = _KNOWN[model] = _look_at(model, _probe(model, sample)[None])
             self.trunk = model.get_submodule(name) if name is not None else None
-        part = self.trunk if self.trunk is not None else model
-        self.forward: Callable[..., Any] = _compiled(part) if compiled else part.forward
+        self.unmasked = False
+        if context and (compiled or sample.device.type != "cpu") and not fsdp_modules(model):
+            self.unmasked = _needs_no_mask(model, context, self.trunk)
+        self.compiled = compiled
+        # The same code is compiled once in a process, whatever number of models and wrappers there are.
+        self.fast = torch.compile(self.trunk.forward) if compiled and self.trunk is not None else None
 
-    def __call__(self, ids: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, ids: Tensor, targets: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return the negative log-likelihoods of the scored positions, row after row.
+
+        The host waits for nothing but what the model's own forward pass waits for.
 
         Args:
             ids: (B, T) tokens to read.
-            labels: (B, T) tokens that follow; `IGNORE` where none is scored.
+            targets: (S,) the token that follows each scored position.
+            rows: (S,) int64, where the scored positions are among the B·T; None where all are scored.
 
         Returns:
             (S,) fp64, nats.
         """
-        targets = labels.flatten()
-        rows = (targets != IGNORE).nonzero().squeeze(-1)
-        targets = targets[rows]
+        with unmasked(self.model) if self.unmasked else nullcontext():
+            return self._score(ids, targets, rows)
+
+    def _score(self, ids: Tensor, targets: Tensor, rows: Tensor | None) -> Tensor:
         if self.trunk is None:
-            logits = self.model(input_ids=ids, use_cache=False).logits
-            return exact_nll(logits.flatten(0, 1)[rows], targets)
-        some = max(64, (2**22 if ids.device.type == "cpu" else 2**25) // _vocabulary(self.model))
-        parts = _logits_in_slices(self.model, self.trunk, self.forward, ids, rows, some)
-        nll = torch.empty(len(rows), dtype=torch.float64, device=ids.device)
+            return exact_nll(_taken(self.model(input_ids=ids, use_cache=False).logits, rows), targets)
+        some = _slice(len(targets), _vocabulary(self.model), ids.device)
+        forward = self.fast if self.fast is not None and ids.shape == self.compiled else self.trunk.forward
+        parts = _logits_in_slices(self.model, self.trunk, forward, ids, rows, some)
+        nll = torch.empty(len(targets), dtype=torch.float64, device=ids.device)
         for logits, some_targets, out in zip(parts, targets.split(some), nll.split(some), strict=True):
             exact_nll(logits, some_targets, out)
             # Outputs of transformers are now and then part of a cycle, and would stay until the next collection.
@@ -127,16 +145,35 @@ class Scorer:
         return nll
 
 
+_PLAIN: weakref.WeakKeyDictionary[Any, dict[int, bool]] = weakref.WeakKeyDictionary()
+"""Whether each model's attention needs no mask, by the length of the windows."""
+
+
+def _needs_no_mask(model: Any, context: int, trunk: torch.nn.Module | None) -> bool:
+    known = _PLAIN.setdefault(model, {})
+    if not uses_sdpa(model):
+        return False
+    if context not in known:
+        known[context] = needs_no_mask(model, context, trunk)
+    return known[context]
+
+
+def _slice(scored: int, vocabulary: int, device: torch.device) -> int:
+    """Return the positions of a slice: 16 MiB of logits in fp32 on a CPU, 1 GiB on a GPU, a 32nd of its memory at most.
+
+    On a GPU all are cut alike: products of few sizes are looked up once.
+    """
+    if device.type == "cpu":
+        return max(64, 2**22 // vocabulary)
+    logits = 2**25
+    if device.type == "cuda":
+        logits = min(2**28, torch.cuda.get_device_properties(device).total_memory // 128)
+    most = max(64, logits // vocabulary)
+    return -(-scored // -(-scored // most))
+
+
 _KNOWN: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 """Name of each model's trunk, None where it has to be run whole."""
-
-_COMPILED: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-
-
-def _compiled(module: torch.nn.Module) -> Callable[..., Any]:
-    if module not in _COMPILED:
-        _COMPILED[module] = torch.compile(module.forward)
-    return _COMPILED[module]
 
 
 def _vocabulary(model: Any) -> int:
@@ -144,24 +181,29 @@ def _vocabulary(model: Any) -> int:
 
 
 def _logits_in_slices(
-    model: Any, trunk: torch.nn.Module, forward: Callable[..., Any], ids: Tensor, rows: Tensor, some: int
+    model: Any, trunk: torch.nn.Module, forward: Callable[..., Any], ids: Tensor, rows: Tensor | None, some: int
 ) -> Any:
-    """Yield the logits (≤ some, V) of the positions `rows` of the flattened batch."""
+    """Yield the logits (≤ some, V) of the positions `rows` of the flattened batch; of all where it is None."""
     kept: Any = None
-    at = 0
+    at, n = 0, ids.numel() if rows is None else len(rows)
 
     def replay(*args: Any, **kwargs: Any) -> Any:
         nonlocal kept
         if kept is None:
             outputs = forward(*args, **kwargs)
-            kept = outputs, outputs[0].flatten(0, 1)[rows]
+            kept = outputs, _taken(outputs[0], rows)
         outputs, hidden = kept
         return with_hidden(outputs, hidden[None, at : at + some])
 
     with forward_replaced(trunk, replay):
-        while at < len(rows):
+        while at < n:
             yield model(input_ids=ids, use_cache=False).logits[0]
             at += some
+
+
+def _taken(each: Tensor, rows: Tensor | None) -> Tensor:
+    """Return the `rows` of (B, T, …), as (S, …)."""
+    return each.flatten(0, 1).contiguous() if rows is None else each.flatten(0, 1)[rows]
 
 
 def with_hidden(outputs: Any, hidden: Tensor) -> Any:

@@ -37,9 +37,9 @@ def needs_no_mask(model: Any, context: int, part: nn.Module | None = None) -> bo
     Returns:
         False too where its attention is not SDPA, or where it cannot be looked at.
     """
-    configs = _configs(model)
-    if not configs or any(config._attn_implementation != "sdpa" for config in configs):
+    if not uses_sdpa(model):
         return False
+    configs = _configs(model)
     _register()
     device = next(model.parameters()).device
     ids = torch.arange(context, device=device)[None] % int(model.config.get_text_config().vocab_size)
@@ -53,6 +53,12 @@ def needs_no_mask(model: Any, context: int, part: nn.Module | None = None) -> bo
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         return False
     return bool(_seen) and not any(_seen) and torch.equal(*outputs)
+
+
+def uses_sdpa(model: Any) -> bool:
+    """Tell whether all of a model's attention is transformers' SDPA."""
+    configs = _configs(model)
+    return bool(configs) and all(config._attn_implementation == "sdpa" for config in configs)
 
 
 @contextmanager

@@ -94,15 +94,16 @@ def top_hessian_eigenvalue(
     length = 0.0
     for count in range(1, iterations + 1):
         hv = _product(loss, wanted, v)
-        quotient = _dot(v, hv)
+        pairs = [(v, hv), (hv, hv)] + ([(before, hv), (before, v)] if before is not None else [])
+        quotient, square, *across = _dots(pairs)
         # A v + B before is the unit vector x; H before = length * v, by how v came about.
         value, a, b = quotient, 1.0, 0.0
         if before is not None:
-            _check_symmetry(_dot(before, hv), length)
-            cosine = max(-1.0, min(1.0, _dot(before, v)))
+            _check_symmetry(across[0], length)
+            cosine = max(-1.0, min(1.0, across[1]))
             value, a, b = _ritz(quotient, cosine, length)
         residual = math.sqrt(_squared_residual(v, hv, before, value, a, b, length))
-        length = math.sqrt(_finite(_dot(hv, hv), "Hessian"))
+        length = math.sqrt(_finite(square, "Hessian"))
         if residual <= tolerance * abs(value):
             return TopEigenvalue(value, residual, count, True)
         before, v = v, hv
@@ -143,13 +144,13 @@ def _squared_residual(
     v: Vector, hv: Vector, before: Vector | None, value: float, a: float, b: float, length: float
 ) -> float:
     """Return ||H x - value x||^2 of x = a v + b before; of a single vector, where there is none before."""
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=v[0].device)
     for i, (one, product) in enumerate(zip(v, hv, strict=True)):
         gap = a * product + (b * length - value * a) * one
         if before is not None:
             gap -= value * b * before[i]
-        total += float(gap.detach().double().square_().sum())
-    return total
+        total += gap.detach().double().square_().sum().to(total.device)
+    return float(total)
 
 
 def _product(loss: Loss, parameters: Sequence[Tensor], vector: Vector) -> Vector:
@@ -185,7 +186,17 @@ def _checked(parameters: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _dot(a: Vector, b: Vector) -> float:
-    return sum(float(torch.sum(x.detach() * y.detach(), dtype=torch.float64)) for x, y in zip(a, b, strict=True))
+    return _dots([(a, b)])[0]
+
+
+def _dots(pairs: Sequence[tuple[Vector, Vector]]) -> list[float]:
+    """Return inner products, and wait for the device once for all of them."""
+    totals = torch.zeros(len(pairs), dtype=torch.float64, device=pairs[0][0][0].device)
+    for total, (a, b) in zip(totals, pairs, strict=True):
+        for x, y in zip(a, b, strict=True):
+            total += torch.sum(x.detach() * y.detach(), dtype=torch.float64).to(total.device)
+    found: list[float] = totals.tolist()
+    return found
 
 
 def _scale(vector: Vector, factor: float) -> None:

@@ -25,8 +25,15 @@ def sfe(before: Tensor, after: Tensor) -> float:
     """
     if before.shape != after.shape:
         raise UserError(f"sfe: shapes {tuple(before.shape)} and {tuple(after.shape)} differ; give one parameter, twice")
-    pairs = zip(before.reshape(-1).split(CHUNK_ELEMENTS), after.reshape(-1).split(CHUNK_ELEMENTS), strict=True)
-    return float(sum((a.double() - b.to(a.device).double()).square_().sum().item() for a, b in pairs))
+    return float(squared_error(before, after))
+
+
+def squared_error(before: Tensor, after: Tensor) -> Tensor:
+    """Return `sfe` of tensors of one shape as a float64 scalar on the device of `before`, which is not waited for."""
+    total = torch.zeros((), dtype=torch.float64, device=before.device)
+    for a, b in zip(before.reshape(-1).split(CHUNK_ELEMENTS), after.reshape(-1).split(CHUNK_ELEMENTS), strict=True):
+        total += (a.double() - b.to(a.device).double()).square_().sum()
+    return total
 
 
 @torch.no_grad()
@@ -45,13 +52,13 @@ def dfi(w: Tensor) -> float:
     """
     if w.ndim != 2:
         raise UserError(f"dfi: shape {tuple(w.shape)} is not a matrix; give (out, in), one matrix at a time")
-    return dfi_of_gram(gram(w if w.shape[0] >= w.shape[1] else w.mT))
+    return float(dfi_of_gram(gram(w if w.shape[0] >= w.shape[1] else w.mT)))
 
 
-def dfi_of_gram(g: Tensor) -> float:
-    """Return ||g - I||_F^2 of a Gram matrix (n, n), which is as it was afterwards."""
+def dfi_of_gram(g: Tensor) -> Tensor:
+    """Return ||g - I||_F^2 of a Gram matrix (n, n), which is as it was afterwards; its device is not waited for."""
     g.diagonal().sub_(1)
-    deviation = float(g.square().sum())
+    deviation = g.square().sum()
     g.diagonal().add_(1)
     return deviation
 

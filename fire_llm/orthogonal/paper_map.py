@@ -5,7 +5,7 @@ Shapes: (..., out, in) at the surface; inside, a chunk is (B = batch, n = short 
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor
 
 from fire_llm.errors import UserError
+from fire_llm.orthogonal.accelerated import LOW_PRECISION_SHARE, polynomial_map, positions
 from fire_llm.orthogonal.products import (
     CPU_BATCH_SIDE,
     FLOATS,
@@ -22,7 +23,9 @@ from fire_llm.orthogonal.products import (
     chunks,
     exact_products,
     matmul,
+    oriented,
     positive,
+    spans,
     step,
     store,
     symmetric_product,
@@ -31,7 +34,6 @@ from fire_llm.orthogonal.products import (
 CUBIC = (1.5, -0.5)  # x -> 1.5 x - 0.5 x^3
 
 GRAM_RATIO = 1.5  # m / n from which iterating on the n x n Gram matrix costs less
-LOW_PRECISION_SHARE = 0.07  # largest correction, relative to what it corrects, that is computed in low precision
 GRAM_STEPS = 5  # steps before the Gram matrix is formed anew: its rounding grows by 2.25 a step
 AT_ONCE = 5  # steps taken as one polynomial; more of them need too high a degree
 HIGHEST_DEGREE = 12  # beyond it, monomials lose digits and steps one by one cost little more
@@ -73,8 +75,11 @@ def newton_schulz(
     iterate = torch.float64 if products == torch.float64 else torch.float32
     out = torch.empty_like(w, memory_format=torch.contiguous_format)
     with exact_products(w.device):
-        for chunk, x, _ in chunks(w, iterate, name, own=False):
-            store(out, chunk, _map(x, iterations, products))
+        if w.device.type == "cpu" or iterate == torch.float64:
+            for chunk, x, _ in chunks(w, iterate, name, own=False):
+                store(out, chunk, _map(x, iterations, products))
+        else:
+            _by_stacks(w, out, iterations, products, name)
     return out
 
 
@@ -89,22 +94,52 @@ def newton_schulz_factor(gram: Tensor, iterations: int = 5) -> Tensor:
     trace = positive(gram.trace())
     gram = gram / trace
     factor = torch.eye(len(gram), dtype=gram.dtype, device=gram.device) / trace.sqrt()
-    for _ in range(iterations):
-        one = gram * CUBIC[1]  # all of these commute
-        one.diagonal().add_(CUBIC[0])
-        gram, factor = one @ gram @ one, factor @ one
+    with exact_products(gram.device):
+        for _ in range(iterations):
+            one = gram * CUBIC[1]  # all of these commute
+            one.diagonal().add_(CUBIC[0])
+            gram, factor = one @ gram @ one, factor @ one
     return factor
 
 
 def _map(x: Tensor, iterations: int, products: torch.dtype) -> Tensor:
-    """Return the map of a batch (B, n, m) of any scale."""
+    """Return the map of a batch (B, n, m) of any scale; B = 1 where n is above `CPU_BATCH_SIDE`."""
     first = min(iterations, AT_ONCE)
     if first < 2 or x.shape[-2] <= CPU_BATCH_SIDE or x.dtype == torch.float64:
         return _one_by_one(_normalised(x), iterations, products)
-    y, left = _at_once(x, first, products)
-    if left is not None:
-        y[left] = _one_by_one(_normalised(x[left]), first, products)
+    y = _at_once(x, first, products)
+    if y is None:
+        y = _one_by_one(_normalised(x), first, products)
     return _one_by_one(y, iterations - first, products)
+
+
+def _by_stacks(w: Tensor, out: Tensor, iterations: int, products: torch.dtype, name: str) -> None:
+    """Write the map of a batch on an accelerator, stack by stack; what 16 bits do not carry is done in float32."""
+    wide_enough = min(w.shape[-2:]) > CPU_BATCH_SIDE
+    first = min(iterations, AT_ONCE) if wide_enough and iterations > 1 else 0
+    for chunk in spans(w):
+        x, sound = oriented(w, chunk).float(), False
+        y = oriented(out, chunk) if out.dtype == torch.float32 else torch.empty_like(x)
+        left = polynomial_map(x, y, products, partial(_coefficients, first), sound) if first else None
+        if left is None:
+            _, x, _ = next(chunks(w, torch.float32, name, own=False, only=chunk))
+            left = polynomial_map(x, y, products, partial(_coefficients, first), True) if first else None
+        if left is None:
+            y.copy_(_one_by_one(_normalised(x), iterations, torch.float32))
+        else:
+            wide, heavy = left
+            if heavy:
+                at = positions(heavy, x)
+                of, z = x.index_select(0, at), torch.empty_like(x[: len(heavy)])
+                polynomial_map(of, z, torch.float32, partial(_coefficients, first), True)
+                y.index_copy_(0, at, z)
+            if wide:
+                at = positions(wide, x)
+                y.index_copy_(0, at, _one_by_one(_normalised(x.index_select(0, at)), first, torch.float32))
+            if iterations > first:
+                y.copy_(_one_by_one(y, iterations - first, torch.float32))
+        if y.dtype != out.dtype:
+            store(out, chunk, y)
 
 
 def _normalised(x: Tensor) -> Tensor:
@@ -124,7 +159,7 @@ def _one_by_one(x: Tensor, iterations: int, products: torch.dtype) -> Tensor:
     return x
 
 
-def _at_once(x: Tensor, steps: int, products: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def _at_once(x: Tensor, steps: int, products: torch.dtype) -> Tensor | None:
     """Take several steps as one polynomial of the Gram matrix, where its spectrum lies in a short enough interval.
 
     k steps multiply a singular value s by q(s^2). Of the Frobenius-normalised Gram matrix G, (tr G^4)^(1/4) bounds the
@@ -132,26 +167,22 @@ def _at_once(x: Tensor, steps: int, products: torch.dtype) -> tuple[Tensor, Tens
     It takes half its degree in products of n x n matrices, and m/n to multiply x by it.
 
     Args:
-        x: (B, n, m), float32, of any scale.
+        x: (1, n, m), float32, of any scale.
         steps: to take.
         products: dtype of the products' operands.
 
     Returns:
-        The result, and which matrices of the batch are still to be done, None where all are.
+        The result, or None where the spectrum or the correction is too large.
     """
     low = x.to(products)
     gram = _product(low, low.mT)
     trace = positive(gram.diagonal(dim1=-2, dim2=-1).double().sum(-1)[:, None, None])
     gram /= trace.to(x.dtype)
     square = _product(gram.to(products), gram.to(products))
-    bounds = torch.linalg.vector_norm(square, dim=(-2, -1)).sqrt().mul(BOUND_MARGIN).tolist()
-    near = [bound for bound in bounds if _interpolant(steps, _rounded_up(bound)) is not None]
-    wide = torch.tensor([bound not in near for bound in bounds], device=x.device)
-    if not near:
-        return torch.empty_like(x), wide
-    end = _rounded_up(max(near))
+    end = _rounded_up(torch.linalg.vector_norm(square).sqrt().mul(BOUND_MARGIN).item())
     coefficients = _interpolant(steps, end)
-    assert coefficients is not None
+    if coefficients is None:
+        return None
     first, *others = coefficients
     gram /= end
     square /= end**2
@@ -165,11 +196,17 @@ def _at_once(x: Tensor, steps: int, products: torch.dtype) -> tuple[Tensor, Tens
         y = add_product(x, 1.0, rest)
     else:
         correction = _product(rest.to(products), low)
-        share = torch.linalg.vector_norm(correction, dim=(-2, -1)) / torch.linalg.vector_norm(x, dim=(-2, -1))
-        wide |= share > LOW_PRECISION_SHARE
+        if torch.linalg.vector_norm(correction) > LOW_PRECISION_SHARE * torch.linalg.vector_norm(x):
+            return None
         y = x + correction
-    y *= (first / trace.sqrt()).to(x.dtype)
-    return y, wide if wide.any() else None
+    return y.mul_((first / trace.sqrt()).to(x.dtype))
+
+
+def _coefficients(steps: int, bound: float) -> tuple[float, ...] | None:
+    """Return the polynomial that stands for steps on a spectrum within the bound, in powers of t; None for none."""
+    end = _rounded_up(bound * BOUND_MARGIN)
+    found = _interpolant(steps, end)
+    return found and tuple(c / end**power for power, c in enumerate(found))
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Shapes: (..., out, in) at the surface; inside, a chunk is (B = batch, n = short 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +13,7 @@ from functools import cache
 from threading import Lock
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +26,9 @@ _SAFE = 10  # largest entries between 2**-10 and 2**10 need no scaling: fp32 hol
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def chunks(w: Tensor, dtype: torch.dtype, name: str, *, own: bool = True) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def chunks(
+    w: Tensor, dtype: torch.dtype, name: str, *, own: bool = True, only: slice | None = None
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield (slice of the flattened batch, x, scale): x = w / scale as a (B, n, m) tensor, n <= m.
 
     `scale` (B, 1, 1) is the power of two that leaves the largest entry of each matrix in [1, 2), so that no later
@@ -36,31 +40,45 @@ def chunks(w: Tensor, dtype: torch.dtype, name: str, *, own: bool = True) -> Ite
         name: What error messages call `w`.
         own: Whether x must be a new tensor. Otherwise it may be a view of `w`, with a scale of 1, where nothing can
             overflow or underflow, which saves the memory of a copy.
+        only: One of `spans`; default: all.
     """
     if not w.numel():
         return
+    n = min(w.shape[-2:])
     batch = w.reshape(-1, *w.shape[-2:])
-    n, m = sorted(w.shape[-2:])
-    count = 1 if w.device.type == "cpu" and n > CPU_BATCH_SIDE else max(1, CHUNK_ELEMENTS // (n * m))
-    for start in range(0, len(batch), count):
-        chunk = slice(start, start + count)
+    for chunk in spans(w) if only is None else (only,):
         x = batch[chunk].to(torch.promote_types(w.dtype, dtype))
         largest = torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True))
-        bad = (~largest.isfinite()).flatten().nonzero()
-        if len(bad):
-            index = torch.unravel_index(bad[0] + start, w.shape[:-2]) if w.ndim > 2 else ()
-            which = name + (f"[{', '.join(str(i.item()) for i in index)}]" if index else "")
+        values = largest.flatten().tolist()
+        bad = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
+        if bad is not None:
+            index = np.unravel_index(bad + chunk.start, w.shape[:-2]) if w.ndim > 2 else ()
+            which = name + (f"[{', '.join(str(i) for i in index)}]" if index else "")
             raise UserError(
                 f"{which}: holds NaN or infinity, which would spread to the whole matrix; "
                 "reset from an earlier checkpoint, or leave this matrix out"
             )
         scale = torch.ldexp(torch.ones_like(largest), torch.frexp(positive(largest)).exponent - 1)
-        ends = torch.stack(scale.aminmax()).tolist() if not own and x.dtype == dtype else [0.0]
-        if min(ends) >= 2**-_SAFE and max(ends) <= 2**_SAFE:
+        fits = all(value == 0 or 2**-_SAFE <= value < 2 ** (_SAFE + 1) for value in values)
+        if not own and x.dtype == dtype and fits:
             scale = torch.ones_like(scale)
         else:
             x = (x / scale).to(dtype)
         yield chunk, x if w.shape[-2] == n else x.mT, scale
+
+
+def spans(w: Tensor) -> Iterator[slice]:
+    """Yield the slices of the flattened batch that are worked on at once."""
+    n, m = sorted(w.shape[-2:])
+    count = 1 if w.device.type == "cpu" and n > CPU_BATCH_SIDE else max(1, CHUNK_ELEMENTS // (n * m))
+    total = math.prod(w.shape[:-2])
+    yield from (slice(start, min(start + count, total)) for start in range(0, total, count))
+
+
+def oriented(w: Tensor, chunk: slice) -> Tensor:
+    """Return one of `spans` as (B, n, m), a view of a contiguous `w`."""
+    batch = w.reshape(-1, *w.shape[-2:])[chunk]
+    return batch if w.shape[-2] <= w.shape[-1] else batch.mT
 
 
 def store(out: Tensor, chunk: slice, x: Tensor) -> None:
@@ -174,7 +192,7 @@ def accumulates(device: str, dtype: torch.dtype) -> bool:
     """Try once whether a device's products of a dtype can be had in float32 without rounding them first."""
     one = torch.ones(1, 16, 16, dtype=dtype, device=device)
     try:
-        return torch.bmm(one, one, out_dtype=torch.float32).dtype == torch.float32
+        return torch.baddbmm(one.float(), one, one, out_dtype=torch.float32).dtype == torch.float32
     except (RuntimeError, TypeError, NotImplementedError):  # the CPU, and what has no such kernel
         return False
 

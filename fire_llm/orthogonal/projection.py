@@ -12,15 +12,19 @@ import torch
 from torch import Tensor
 
 from fire_llm.errors import UserError
+from fire_llm.orthogonal.accelerated import SHORT, Quintic, positions, project
 from fire_llm.orthogonal.paper_map import CUBIC
 from fire_llm.orthogonal.products import (
     CPU_BATCH_SIDE,
+    accumulates,
     check_dtype,
     check_matrix,
     chunks,
     exact_products,
     inverse,
     multiply,
+    oriented,
+    spans,
     step,
     store,
     symmetric_product,
@@ -43,6 +47,7 @@ COMPOSITION = (
 )
 POLISH = ((*CUBIC, 0.0), (*CUBIC, 0.0))  # squares the error twice: 6e-6 -> 1e-10 -> rounding
 LIFT = (*COMPOSITION[3:], *POLISH)  # multiplies what is still small by 210
+AGAIN = COMPOSITION[3:8]  # multiplies what is still small by 142
 DOUBLE_STEPS = 2  # leading steps taken in fp64, while singular values of 1e-4 would drown in fp32's rounding
 
 FAST_TOLERANCE = 1e-3  # from here on fp32 iterates are precise enough for `polar`
@@ -98,9 +103,13 @@ def polar(
             f"compute_dtype: torch.float32 holds a tolerance of {FAST_TOLERANCE:g}, not {tolerance:g}; "
             "leave compute_dtype out, or give torch.float64"
         )
-    if compute_dtype is None and w.device.type != "cpu":
-        compute_dtype = torch.float32 if tolerance >= FAST_TOLERANCE else torch.float64
     out = torch.empty_like(w, memory_format=torch.contiguous_format)
+    if compute_dtype is None and w.device.type != "cpu":
+        if tolerance >= FAST_TOLERANCE and accumulates(w.device.type, torch.float16):
+            with exact_products(w.device):
+                _by_stacks(w, out, tolerance, name)
+            return out
+        compute_dtype = torch.float32 if tolerance >= FAST_TOLERANCE else torch.float64
     fast = compute_dtype is None and tolerance >= FAST_TOLERANCE
     quick = fast and w.dtype != torch.float64 and min(w.shape[-2:]) > CPU_BATCH_SIDE
     with exact_products(w.device):
@@ -113,6 +122,30 @@ def polar(
                 x = x.double()
             store(out, chunk, _project(x, tolerance, compute_dtype))
     return out
+
+
+def _by_stacks(w: Tensor, out: Tensor, tolerance: float, name: str) -> None:
+    """Write the polar factors of a batch on an accelerator, stack by stack; what is not certain is done in float64."""
+    if max(w.shape[-2:]) < RECTANGLE * min(w.shape[-2:]):
+        attempts: tuple[tuple[tuple[Quintic, ...], ...], ...] = tuple(
+            tuple((one,) for one in steps) for steps in (COMPOSITION[:-1], AGAIN)
+        )
+    else:
+        again = (AGAIN[:2], AGAIN[2:4], AGAIN[4:])  # all five on one Gram matrix would lose digits
+        attempts = ((SHORT,), again, again)
+    for chunk in spans(w):
+        found = project(oriented(w, chunk).float(), attempts, tolerance, False)
+        if found is None:
+            _, x, _ = next(chunks(w, torch.float32, name, only=chunk))
+            found = project(x, attempts, tolerance, True)
+        assert found is not None
+        y, uncertain = found
+        if uncertain:
+            at = positions(uncertain, y)
+            hard = w.reshape(-1, *w.shape[-2:])[chunk].index_select(0, at)
+            for part, x, _ in chunks(hard, torch.float64, name):
+                y.index_copy_(0, at[part], _project(x, tolerance, torch.float64).to(y.dtype))
+        store(out, chunk, y)
 
 
 def _quick(x: Tensor, tolerance: float) -> Tensor | None:

@@ -12,7 +12,7 @@ from fire_llm.distributed import Block, Home, splits
 from fire_llm.distributed.meeting import wire_device
 from fire_llm.layout import LogicalMatrix
 from fire_llm.metrics import CHUNK_ELEMENTS, gram
-from fire_llm.orthogonal import singular_range
+from fire_llm.orthogonal import exact_products, singular_range
 from fire_llm.resets.methods import fire_by_gram
 from fire_llm.resets.report import Spectra, TensorReport, sigma_quantiles
 from fire_llm.resets.spec import ResetSpec
@@ -45,8 +45,9 @@ def reset_by_rows(piece: LogicalMatrix, spec: ResetSpec, home: Home, spectra: Sp
     if not torch.isfinite(p).all():
         return None
     wide = torch.promote_types(rows.dtype, torch.float32)
-    for chunk in rows.split(max(1, 16 * CHUNK_ELEMENTS // max(1, rows.shape[1]))):
-        chunk.copy_(chunk.to(wide) @ p.to(wide))
+    with exact_products(rows.device):
+        for chunk in rows.split(max(1, 16 * CHUNK_ELEMENTS // max(1, rows.shape[1]))):
+            chunk.copy_(chunk.to(wide) @ p.to(wide))
     after, moved = p.mT @ g @ p, p - torch.eye(len(p), dtype=p.dtype, device=p.device)
     report = TensorReport.of(piece)
     report.sfe = float((moved.mT @ g @ moved).trace())

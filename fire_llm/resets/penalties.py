@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
+from fire_llm.orthogonal import exact_products
 from fire_llm.resets.methods import register_training
 
 Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -33,5 +34,6 @@ def parseval(
     Source: Chung et al., arXiv 2412.07224, section 3; λ and s as in the authors' code, at their width of 64.
     """
     out, into = w.shape
-    product = (w @ w.mT) @ w if out <= into else w @ (w.mT @ w)
+    with exact_products(w.device):
+        product = (w @ w.mT) @ w if out <= into else w @ (w.mT @ w)
     return (product - scale * w) * (4 * strength)

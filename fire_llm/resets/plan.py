@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from fire_llm.distributed import Block, blocks_of, make_current, refuse_engines
 from fire_llm.errors import UserError
 from fire_llm.layout import ROLES, LogicalMatrix, pieces
 from fire_llm.resets.methods import RESETS, Kind
-from fire_llm.resets.report import Spectra, TensorReport, describe
+from fire_llm.resets.report import Measures, Spectra, TensorReport, describe, fetch
 from fire_llm.resets.spec import FROZEN, ResetSpec, refuse_kinds
 
 
@@ -109,14 +109,13 @@ class Plan:
         for piece in self.wanted:
             if piece.tensor.is_meta:
                 raise UserError(f"'{piece.name}' is on the meta device: load the weights before a reset")
-        # All flags first, so that an accelerator is waited for once.
-        flags = [torch.isfinite(held(piece)).all() for piece in self.wanted]
-        sound = torch.stack([f.cpu() for f in flags]).tolist() if flags else []
-        for piece, finite in zip(self.wanted, sound, strict=True):
+        for piece, finite in zip(self.wanted, all_finite(held(piece) for piece in self.wanted), strict=True):
             if not finite:
                 raise UserError(not_finite(piece.name))
-        for spec, piece in self._read_by_gradient():
-            if not torch.isfinite(with_gradient(piece).read()).all():
+        read = list(self._read_by_gradient())
+        gradients = all_finite(with_gradient(piece).read() for _, piece in read)
+        for (spec, piece), finite in zip(read, gradients, strict=True):
+            if not finite:
                 raise UserError(f"'{spec.method}': the gradient of '{piece.name}' is NaN or infinite; try fp32 or bf16")
 
     def request(self) -> str:
@@ -124,17 +123,22 @@ class Plan:
         rows = zip(self.pieces, self.todo, strict=True)
         return repr((self.specs, [(p.name, tuple(p.shape), str(p.tensor.dtype), len(todo)) for p, todo in rows]))
 
-    def untouched(self, index: int, spectra: Spectra = False) -> TensorReport:
+    def untouched(self, index: int, spectra: Spectra = False, measures: Measures | None = None) -> TensorReport:
         """Report on a piece that nothing came near; what lies in shards or on the disk is not measured."""
         piece = self.pieces[index]
         apart = piece.tensor.is_meta or is_sharded(piece.tensor)
-        report = TensorReport.of(piece) if apart else describe(piece, held(piece), spectra)
+        report = TensorReport.of(piece) if apart else describe(piece, held(piece), spectra, measures)
         report.reason = self.reason(index) if not self.todo[index] else None
         return report
 
     def reason(self, index: int) -> str:
         """Say why a piece is left alone."""
         return "; ".join(dict.fromkeys(str(s.why_not(self.pieces[index])) for s in self.specs))
+
+
+def all_finite(tensors: Iterable[Tensor]) -> list[bool]:
+    """Tell of each tensor whether it is finite; each device is waited for once, after all have been looked at."""
+    return fetch([torch.isfinite(tensor).all() for tensor in tensors])
 
 
 def with_gradient(piece: LogicalMatrix) -> LogicalMatrix:

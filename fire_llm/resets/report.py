@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -43,6 +45,14 @@ class TensorReport:
     def of(cls, piece: LogicalMatrix) -> TensorReport:
         """Name a piece, measure nothing."""
         return cls(piece.name, piece.parameter, piece.part, piece.role, list(piece.shape))
+
+    def _normed(self, norm: float) -> None:
+        self.norm_before = self.norm_after = norm
+
+    def _measured(self, trace: float, dfi: float) -> None:
+        """Take the trace of the Gram matrix and its deviation from isometry."""
+        self._normed(math.sqrt(trace))
+        self.dfi_before = self.dfi_after = dfi
 
     @property
     def residual(self) -> float | None:
@@ -102,24 +112,60 @@ class ResetReport:
 def sigma_quantiles(sigma: Tensor) -> list[float]:
     """Return at most `SIGMA_QUANTILES` of a spectrum, evenly spread over the ranks, the ends included."""
     at = torch.linspace(0, len(sigma) - 1, min(SIGMA_QUANTILES, len(sigma))).round().long()
-    return [float(s) for s in sigma[at]]
+    return sigma[at.to(sigma.device)].tolist()
 
 
 Spectra = bool | Literal["range"]
 """Whether a report tells quantiles of the singular values (True), the largest and the smallest, or nothing of them."""
 
 
-def describe(piece: LogicalMatrix, tensor: Tensor, spectra: Spectra) -> TensorReport:
-    """Measure a piece as it is now; before and after are the same until something touches it."""
-    report = TensorReport.of(piece)
+def fetch(scalars: Sequence[Tensor]) -> list[Any]:
+    """Return the values of scalars of one dtype, in order; each device that holds some is waited for once."""
+    found: dict[int, Any] = {}
+    for device in {scalar.device for scalar in scalars}:
+        own = [i for i, scalar in enumerate(scalars) if scalar.device == device]
+        found |= zip(own, torch.stack([scalars[i] for i in own]).tolist(), strict=True)
+    return [found[i] for i in range(len(scalars))]
+
+
+class Measures:
+    """Gather numbers on a device and fetch them together: one wait for as many pieces as are measured."""
+
+    def __init__(self) -> None:
+        self._numbers: list[Tensor] = []
+        self._uses: list[tuple[Callable[..., None], int]] = []
+
+    def add(self, use: Callable[..., None], *numbers: Tensor) -> None:
+        """Give scalars to a function once they are fetched."""
+        self._numbers += numbers
+        self._uses.append((use, len(numbers)))
+
+    def fetch(self) -> None:
+        """Wait for the numbers and hand them over, in order."""
+        known = iter(fetch([number.double() for number in self._numbers]))
+        for use, count in self._uses:
+            use(*islice(known, count))
+
+
+def describe(piece: LogicalMatrix, tensor: Tensor, spectra: Spectra, measures: Measures | None = None) -> TensorReport:
+    """Measure a piece as it is now; before and after are the same until something touches it.
+
+    Args:
+        piece: What is reported on.
+        tensor: Its values.
+        spectra: Whether singular values are told.
+        measures: Gathers the report's numbers, which are in it once they are fetched; default: at once.
+    """
+    report, later = TensorReport.of(piece), measures or Measures()
     if not piece.matrix:
-        report.norm_before = report.norm_after = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+        later.add(report._normed, torch.linalg.vector_norm(tensor, dtype=torch.float64))
     else:
         g = gram(tensor if tensor.shape[0] >= tensor.shape[1] else tensor.mT, quick=True)
-        report.norm_before = report.norm_after = math.sqrt(float(g.trace()))
-        report.dfi_before = report.dfi_after = dfi_of_gram(g)
+        later.add(report._measured, g.trace(), dfi_of_gram(g))
         if spectra == "range":
             report.sigma_before = report.sigma_after = list(singular_range(g))
         elif spectra:
             report.sigma_before = report.sigma_after = sigma_quantiles(singular_values(tensor))
+    if measures is None:
+        later.fetch()
     return report

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,11 +24,11 @@ from fire_llm.distributed import (
 )
 from fire_llm.errors import UserError
 from fire_llm.layout import LogicalMatrix
-from fire_llm.metrics import sfe
+from fire_llm.metrics.matrices import squared_error
 from fire_llm.resets.by_rows import by_rows, reset_by_rows
 from fire_llm.resets.methods import RESETS
-from fire_llm.resets.plan import Plan
-from fire_llm.resets.report import ResetReport, Spectra, TensorReport, describe
+from fire_llm.resets.plan import Plan, all_finite
+from fire_llm.resets.report import Measures, ResetReport, Spectra, TensorReport, describe
 
 
 @dataclass
@@ -105,7 +106,9 @@ class Work:
                 "try compute_dtype float32"
             )
         plan = self.plan
-        rows = [self.reports.get(i) or plan.untouched(i, self.spectra) for i in range(len(plan.pieces))]
+        measures = Measures()
+        rows = [self.reports.get(i) or plan.untouched(i, self.spectra, measures) for i in range(len(plan.pieces))]
+        measures.fetch()
         touched, untouched = [r for r in rows if r.reason is None], [r for r in rows if r.reason is not None]
         return ResetReport(plan.specs, touched, untouched, seconds, 0, shared, self.gathered_whole)
 
@@ -163,23 +166,31 @@ class Work:
                 beside = [read(index).to(x) for index, _ in group]
                 arguments.append(torch.stack(beside) if stacked else beside[0])
             x = RESETS[spec.method].function(x, *arguments, **spec.options)
-        values = x.unbind() if stacked else (x,)
-        sound = torch.stack([torch.isfinite(v).all() for v in values]).tolist()
-        for (index, piece), old, new, good in zip(group, before if stacked else (before,), values, sound, strict=True):
-            if not good:
-                self.failed.add(self.plan.pieces[index].name)
-                continue
-            after = new.to(old.dtype)
-            with self._measured():  # before it is written, because `old` may be a view of what is written to
-                self._report(index, old, after)
+        rows = list(zip(group, before if stacked else (before,), x.unbind() if stacked else (x,), strict=True))
+        sound = all_finite(new for *_, new in rows)
+        self.failed |= {self.plan.pieces[i].name for ((i, _), *_), good in zip(rows, sound, strict=True) if not good}
+        done = [
+            (i, piece, old, new.to(old.dtype)) for ((i, piece), old, new), good in zip(rows, sound, strict=True) if good
+        ]
+        with self._measured():  # before anything is written, because `old` may be a view of what is written to
+            self._report([(i, old, after) for i, _, old, after in done])
+        for _, piece, _, after in done:
             piece.write_(after)
 
-    def _report(self, index: int, before: Tensor, after: Tensor) -> None:
-        own = self.plan.pieces[index]
-        report, later = describe(own, before, self.spectra), describe(own, after, self.spectra)
-        report.sfe = sfe(before, after)
-        report.dfi_after, report.norm_after, report.sigma_after = later.dfi_after, later.norm_after, later.sigma_after
-        self._done(index, report)
+    def _report(self, done: list[tuple[int, Tensor, Tensor]]) -> None:
+        """Report on pieces before and after, and wait once for all that is measured but spectra."""
+        measures = Measures()
+        pairs = []
+        for index, before, after in done:
+            own = self.plan.pieces[index]
+            report, later = (describe(own, of, self.spectra, measures) for of in (before, after))
+            measures.add(partial(setattr, report, "sfe"), squared_error(before, after))
+            pairs.append((index, report, later))
+        measures.fetch()
+        for index, report, later in pairs:
+            report.dfi_after, report.norm_after = later.dfi_after, later.norm_after
+            report.sigma_after = later.sigma_after
+            self._done(index, report)
 
     def _done(self, index: int, report: TensorReport) -> None:
         self.reports[index] = report

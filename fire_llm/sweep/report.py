@@ -13,7 +13,7 @@ from fire_llm.plots.arms import retention_figure
 from fire_llm.plots.base import Style, palette
 from fire_llm.plots.sweep import key_figure
 from fire_llm.recipe import Cell, words
-from fire_llm.report import corpus_table, print_table, write_page, write_report
+from fire_llm.report import corpus_table, page_fault, page_told, print_table, write_page
 from fire_llm.staging import checkpoints
 from fire_llm.sweep.jobs import Job, jobs_of, of_arms
 from fire_llm.sweep.running import Sweep
@@ -22,18 +22,18 @@ from fire_llm.sweep.summary import Summary
 Json = dict[str, Any]
 
 
-def show(sweep: Sweep, output: Path) -> Path:
-    """Write every cell's page and, where there is a grid, the sweep's; print the table; return the page's path."""
+def show(sweep: Sweep, output: Path) -> None:
+    """Print the table, write every cell's page and, where there is a grid, the sweep's; say where it is."""
     for cell, results in zip(sweep.cells, sweep.results, strict=True):
-        page = write_report(results, cell.folder(output) / "report.html")
+        told = page_told(results, cell.folder(output) / "report.html")
     if sweep.cells[0].name:
         summary = Summary(sweep.cells, sweep.results)
         print_summary(summary)
-        page = write_summary(summary, output)
+        if page_fault() is None:
+            told = f"report: {write_summary(summary, output)}"
     else:
         print_table(sweep.results[0])
-    print(f"report: {page}")
-    return page
+    print(told)
 
 
 def print_summary(summary: Summary) -> None:

@@ -139,9 +139,12 @@ def environment(n: int, workers: int, cells: Iterable[Cell]) -> dict[str, str]:
     """Return what the n-th of several workers inherits: its GPU, and as many threads of each library as are its own."""
     inherited = dict(os.environ)
     if (present := torch.cuda.device_count()) > 0:
-        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-        devices = visible or [str(i) for i in range(present)]
-        inherited["CUDA_VISIBLE_DEVICES"] = devices[n % len(devices)]
+        named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+        devices = [name for name in named if name] or [str(i) for i in range(present)]
+        # CUDA counts the names up to the first that is none of its devices.
+        inherited["CUDA_VISIBLE_DEVICES"] = devices[:present][n % min(present, len(devices))]
+        # Each would start as many compilers as there are cores.
+        inherited.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, cores() // workers)))
     own = threads_asked_for()
     if own is None:
         own = 1 if all(small(cell.recipe) for cell in cells) else max(1, cores() // workers)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from fire_llm.distributed import ranks
 from fire_llm.errors import UserError
 from fire_llm.launch import launched
 from fire_llm.locks import held, lock_of
@@ -30,7 +31,7 @@ from fire_llm.sweep.processes import Workers
 from fire_llm.sweep.progress import Overview
 from fire_llm.sweep.resources import registered_here, small, threads_asked_for, worker_count
 from fire_llm.sweep.worker import work
-from fire_llm.trainer.heap import keep_freed_memory
+from fire_llm.trainer.heap import keep_freed_memory, release_memory
 from fire_llm.units import phase_steps, refuse_links, refuse_other_recipe
 
 SCHEMA_VERSION = 1
@@ -148,7 +149,7 @@ class _Command:
                 os.environ.pop(name, None)
         jobs = jobs_of(self.cells, self.output)
         wanted = of_arms(jobs, self.arms)
-        if _ranks().num_processes > 1 or launched():
+        if ranks().num_processes > 1 or launched():
             return Sweep(list(self.cells), self._on_ranks(jobs, wanted), [], [])
         with ExitStack() as stack:
             with writing(self.output):
@@ -218,7 +219,7 @@ class _Command:
 
     def _on_ranks(self, jobs: Sequence[Job], wanted: Sequence[Job]) -> list[dict[str, Any]]:
         """Run one cell after another on all ranks of a launcher, and return their results."""
-        state = _ranks()
+        state = ranks()
         results = []
         for cell in self.cells:
             folder, own = cell.folder(self.output), [job for job in wanted if job.cell is cell]
@@ -242,15 +243,9 @@ class _Command:
                     for job in own:
                         if not job.done():
                             train(job.unit, bench)
+                            release_memory()
                 results.append(_gather(cell, jobs, self.output, bench, state.is_main_process))
         return results
-
-
-def _ranks() -> Any:
-    """Return accelerate's view of the ranks of a launcher, joining them where there are some."""
-    from accelerate import PartialState
-
-    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def _prepare(cells: Sequence[Cell], jobs: Sequence[Job], output: Path, alone: bool) -> None:

@@ -27,7 +27,7 @@ from fire_llm.stopping import Stopped, signals_handled
 from fire_llm.sweep.jobs import Failures, Job, jobs_of, lock_for, of_arms, take_over
 from fire_llm.sweep.progress import StepReport
 from fire_llm.sweep.resources import small, threads
-from fire_llm.trainer.heap import keep_freed_memory
+from fire_llm.trainer.heap import keep_freed_memory, release_memory
 
 POLL_SECONDS = 1.0
 """Between two looks at what others have finished."""
@@ -114,6 +114,8 @@ class _Worker:
                 if self.log is not None:
                     sys.stderr.writelines(f"{QUIET}{line}\n" for line in redact(traceback.format_exc()).splitlines())
                 self.failures.add(job, error, self.log)
+            finally:
+                release_memory()
         return True
 
     def _train(self, job: Job) -> None:

@@ -1,8 +1,9 @@
-"""Memory that was freed is kept for the next step."""
+"""Memory that was freed: kept for the next step, given back after the last."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
 
 import torch
@@ -17,3 +18,14 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation gets a mapping of its own
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap never shrinks
+
+
+def release_memory() -> None:
+    """Let go of the models that training has left behind, with their gradients and moments.
+
+    A trainer and what it made refer to each other, so that Python frees them whenever it next looks for such cycles:
+    most often after the next model has joined them on the accelerator.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

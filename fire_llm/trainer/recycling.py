@@ -184,6 +184,8 @@ class RecyclingCallback(TrainerCallback):
         self._scales = _scales(fresh_model(model.config, self.seed), self.layers)
         if state.global_step:
             self._go_on()
+        if args.torch_compile:
+            _guard_hooks()
         for layer, recycler in zip(self.layers, self.recyclers, strict=True):
             self._hooks.append(layer.reader.register_forward_pre_hook(self._listener(recycler)))
 
@@ -256,6 +258,18 @@ class RecyclingCallback(TrainerCallback):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+
+def _guard_hooks() -> None:
+    """Have torch.compile look at a module's hooks before it takes a graph; by default one made without them is taken.
+
+    Such a graph was left by an earlier training of the same class in this process, and would leave the hooks out.
+    """
+    import torch._dynamo.config as dynamo
+
+    if dynamo.skip_nnmodule_hook_guards:
+        dynamo.skip_nnmodule_hook_guards = False
+        torch._dynamo.reset()  # graphs made until now never look
 
 
 def _scales(fresh: nn.Module, layers: list[HiddenLayer]) -> dict[str, float]:

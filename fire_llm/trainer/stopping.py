@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from fire_llm.distributed import active
+from fire_llm.distributed import PATIENCE, active
 from fire_llm.stopping import Stopped, asked, handled, wait_for_step
 
 
@@ -71,4 +71,4 @@ class Stopping(TrainerCallback):
 @functools.cache
 def _cpu_group(world: Any) -> Any:
     """Return a gloo group of all ranks, whatever backend they train with; collective where it is made, once."""
-    return dist.new_group(backend="gloo")
+    return dist.new_group(backend="gloo", timeout=PATIENCE)

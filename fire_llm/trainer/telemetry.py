@@ -24,11 +24,14 @@ class Speedometer:
     Args:
         flops: Floating-point operations a token, None where unknown.
         peak: FLOP/s of all devices together, None where unknown.
-        device: Whose memory is looked at: torch's allocator on CUDA, elsewhere the process's resident memory.
+        device: Whose memory is looked at: torch's allocator on CUDA, whose peak begins anew here; elsewhere the
+            process's resident memory.
     """
 
     def __init__(self, flops: float | None, peak: float | None, device: torch.device) -> None:
         self.flops, self.peak, self.device = flops, peak, device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         self.stop()
 
     def stop(self) -> None:
@@ -63,7 +66,7 @@ class Speedometer:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes this process has held: of a CUDA device where it trains on one, else of main memory."""
+    """Return the most bytes held: of a CUDA device since its peak began anew, else by this process in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,0 +1,293 @@
+"""The maps of stacks on accelerators: products of 16-bit operands, one wait of the host for a stack.
+
+Shapes: (B = batch, n = short side, m = long side), n <= m. Nothing here takes a decision from a value on the device but
+what `tolist` fetches, once for all matrices of a stack, and each matrix is decided on by its own values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fire_llm.orthogonal.products import accumulates, positive
+
+Operand = tuple[Tensor, ...]
+"""A matrix as a product reads it: itself, rounded to 16 bits, or two fp16 parts whose difference holds 22 bits."""
+
+SPLIT_SCALE = 256.0  # of entries of order 1, so that fp16 holds their second parts as normal numbers
+SPLIT_ROUNDING = 4e-6  # of a product of split operands; its sums, which tensor cores cut rather than round, included
+SPLIT_DEPTH = 2048  # longest sum within a tensor core, for the same reason; longer ones are put together in fp32
+LARGEST_NORM, LEAST_NORM = 2.0**60, 2.0**-40  # within, no square overflows in fp32, and none that counts underflows
+LOW_PRECISION_SHARE = 0.07  # largest correction, relative to what it corrects, that is computed in low precision
+REST_SCALE = 16.0  # keeps the last operand of the paper's map within fp16
+PROBES = 8
+WELL_CONDITIONED = 10.0  # what rounding costs a matrix of condition 1, in units of `SPLIT_ROUNDING`
+
+
+def operand(x: Tensor, dtype: torch.dtype) -> Operand:
+    """Round to the dtype of a product's operands."""
+    return (x.to(dtype),)
+
+
+def split(x: Tensor) -> Operand:
+    """Return fp16 tensors h and l with h - l = `SPLIT_SCALE` x to 22 bits, for x of entries below 255."""
+    high, low = (torch.empty_like(x, dtype=torch.float16) for _ in range(2))
+    torch.mul(x, SPLIT_SCALE, out=high)
+    return high, torch.sub(high, x, alpha=SPLIT_SCALE, out=low)  # in fp32, where both are exact
+
+
+def transposed(a: Operand) -> Operand:
+    return tuple(part.mT for part in a)
+
+
+def accumulate(out: Tensor, a: Operand, b: Operand, *, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
+    """Set out = beta out + alpha a b, and return it; of split operands the three products that count are taken."""
+    if len(a) > 1:
+        alpha /= SPLIT_SCALE**2
+        depth = range(0, a[0].shape[-1], SPLIT_DEPTH)
+        for one, other in ((a[1], b[0]), (a[0], b[1])):
+            _multiply(out, one, other, -alpha, beta)
+            beta = 1.0
+    else:
+        depth = range(0, a[0].shape[-1], a[0].shape[-1])
+    for k in depth:
+        _multiply(out, a[0][..., k : k + depth.step], b[0][..., k : k + depth.step, :], alpha, beta)
+        beta = 1.0
+    return out
+
+
+def _multiply(out: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> None:
+    if a.dtype == out.dtype:
+        torch.baddbmm(out, a, b, beta=beta, alpha=alpha, out=out)
+    elif accumulates(a.device.type, a.dtype):
+        torch.baddbmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
+    else:
+        torch.baddbmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=alpha, out=out)
+
+
+def square_of(a: Operand, b: Operand, dtype: torch.dtype = torch.float32, alpha: float = 1.0) -> Tensor:
+    """Return alpha a b (B, n, n) in a new tensor."""
+    out = a[0].new_empty((len(a[0]), a[0].shape[-2], b[0].shape[-1]), dtype=dtype)
+    return accumulate(out, a, b, alpha=alpha, beta=0.0)
+
+
+def norms(x: Tensor) -> Tensor:
+    """Return Frobenius norms (B,) in fp64 of fp32 matrices read once: rows in fp32, which are put together in fp64."""
+    return torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=-1).double(), dim=-1)
+
+
+def positions(at: list[int], like: Tensor) -> Tensor:
+    """Return indices on the device of a tensor, without waiting for it."""
+    return torch.tensor(at).to(like.device, non_blocking=True)
+
+
+def within(found: list[float]) -> bool:
+    """Tell whether norms are those of finite matrices whose squares fp32 holds; of zeros that is not known yet."""
+    return all(LEAST_NORM < norm < LARGEST_NORM for norm in found)
+
+
+def per_matrix(values: list[float], like: Tensor) -> Tensor:
+    """Return one number a matrix as (B, 1, 1), without waiting for the device."""
+    return torch.tensor(values, dtype=like.dtype)[:, None, None].to(like.device, non_blocking=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The paper's map
+
+
+def polynomial_map(
+    x: Tensor, y: Tensor, dtype: torch.dtype, polynomial: Callable[[float], tuple[float, ...] | None], sound: bool
+) -> tuple[list[int], list[int]] | None:
+    """Write the map of x / ||x||_F, as one polynomial of its Gram matrix, to y; each matrix has its own polynomial.
+
+    With the Gram matrix scaled to trace n, G = n t, and S = G^2 / n, Horner's scheme in t^2 takes one product for two
+    degrees. The share of the correction is at most kappa (sum t^3)^(1/2), kappa its slope at 0, and sum t^3 at most
+    (sum t^4)^(2/3), as sum t = 1.
+
+    Args:
+        x: (B, n, m), float32, of norms within `within`, or zeros.
+        y: (B, n, m), float32, where the result goes.
+        dtype: Of the products' operands: float32, bfloat16 or float16.
+        polynomial: Gives, for (sum t^4)^(1/4), the coefficients of what a singular value of square t is multiplied by,
+            in powers of t and an odd number of them; None where there is none.
+        sound: Whether x is known to be finite and within range.
+
+    Returns:
+        The matrices that have no polynomial, and those whose correction is too large for the dtype: of both nothing
+        useful was written. None, and nothing written, where x may not be finite or is out of range.
+    """
+    n, m = x.shape[-2:]
+    norm = norms(x)
+    size = math.sqrt(n * m)  # entries of order 1
+    low = (torch.mul(x, (size / positive(norm)).to(x.dtype)[:, None, None], out=torch.empty_like(x, dtype=dtype)),)
+    gram = square_of(low, transposed(low), alpha=1 / m)
+    g = operand(gram, dtype)
+    square = square_of(g, g, dtype, alpha=1 / n)
+    lengths = torch.linalg.vector_norm(square, dim=(-2, -1), dtype=torch.float32).double() / n
+    found, roots = torch.stack([norm, lengths]).tolist()  # roots of sum t^4
+    if not sound and not within(found):
+        return None
+    own = [polynomial(math.sqrt(root)) if math.isfinite(root) else None for root in roots]
+    wide = [i for i, coefficients in enumerate(own) if coefficients is None]
+    heavy = [
+        i
+        for i, (c, root) in enumerate(zip(own, roots, strict=True))
+        if c is not None and dtype != x.dtype and abs(c[1] / c[0]) * root ** (2 / 3) > LOW_PRECISION_SHARE
+    ]
+    left = {*wide, *heavy}
+    if len(left) == len(x):
+        return wide, heavy
+    kept = [(1.0, 0.0, 0.0) if c is None else c for c in own]
+    levels = max(len(c) for i, c in enumerate(kept) if i not in left) // 2
+    # Horner's scheme on M_k = G + (even / odd) S + (odd of k + 1 / odd of k) S M_(k+1) / n; where a matrix's polynomial
+    # has ended, the ratios are 0.
+    odds = [[c[2 * k + 1] if len(c) > 2 * k + 1 else 0.0 for c in kept] for k in range(levels + 1)]
+    evens = [[c[2 * k + 2] if len(c) > 2 * k + 2 else 0.0 for c in kept] for k in range(levels)]
+    s, rest = (square,), gram
+    for k in reversed(range(levels)):
+        ratio = per_matrix([e / o if o else 0.0 for e, o in zip(evens[k], odds[k], strict=True)], x)
+        higher, rest = rest, torch.addcmul(gram, square, ratio)
+        if k < levels - 1:
+            ratio = per_matrix([h / o if o else 0.0 for h, o in zip(odds[k + 1], odds[k], strict=True)], x)
+            rest.addcmul_(square_of(s, operand(higher, dtype), dtype, alpha=1 / n), ratio)
+    rest *= per_matrix([o / REST_SCALE for o in odds[0]], x)
+    first = per_matrix([c[0] for c in kept], norm)[:, 0, 0] / positive(norm)
+    torch.mul(x, first.to(x.dtype)[:, None, None], out=y)
+    accumulate(y, operand(rest, dtype), low, alpha=REST_SCALE / (n * size))
+    return wide, heavy
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The polar factor
+
+Quintic = tuple[float, float, float]
+
+# Takes [0.1, 1] to 1 within 2.5e-4; found as `projection.COMPOSITION` was, from that floor.
+SHORT: tuple[Quintic, ...] = (
+    (5.603695, -13.88369, 9.733413),
+    (2.124239, -1.498124, 0.396008),
+    (1.880741, -1.257687, 0.376948),
+)
+
+
+def normalised(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x scaled to a Frobenius norm of sqrt(n), and the norms (B,) that it had."""
+    norm = norms(x)
+    return x * (math.sqrt(x.shape[-2]) / positive(norm)).to(x.dtype)[:, None, None], norm
+
+
+def probes(x: Tensor) -> Tensor:
+    """Return vectors (1, n, `PROBES`) of entries +-1, as good as random for an estimate of traces."""
+    k = torch.arange(x.shape[-2] * PROBES, dtype=torch.float64, device=x.device)
+    return torch.where((k * k * 0.7).cos() < 0, -1.0, 1.0).to(x.dtype).view(1, -1, PROBES)
+
+
+def compose(x: Tensor, v: Tensor, steps: tuple[Quintic, ...], scale: bool) -> tuple[Tensor, Tensor]:
+    """Apply odd quintics one after another to the singular values of x, by way of the Gram matrix x x^T alone.
+
+    All factors are polynomials in the Gram matrix G; the product of those so far is d I + P. A large multiple of I is
+    kept apart, since added into a product it would cost the rest a digit.
+
+    Args:
+        x: (B, n, m), float32, of entries that `split` can take.
+        v: (B, n, k), which is multiplied by the same matrix as x.
+        steps: (a, b, c) of a s + b s^3 + c s^5.
+        scale: Whether to divide x by its Schatten-8 norm, at least its largest singular value, first.
+
+    Returns:
+        Both products; with `scale` the second is the product by what the scaled x is multiplied by.
+    """
+    parts = split(x)
+    gram = square_of(parts, transposed(parts))
+    factor = None
+    if scale:
+        fourth = positive(torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True))
+        gram /= fourth
+    d, p = 1.0, None
+    for number, (a, b, c) in enumerate(steps):
+        g = split(gram)
+        h = gram * b
+        if c:
+            square = square_of(g, g)
+            if scale and number == 0:
+                top = positive(torch.linalg.vector_norm(square, dim=(-2, -1), keepdim=True).sqrt())
+                gram, square, factor = gram / top, square / top**2, (fourth * top).rsqrt()
+                g, h = split(gram), gram * b
+            h.add_(square, alpha=c)
+        hs = split(h)
+        v = torch.baddbmm(v.expand(len(x), -1, -1), h, v.expand(len(x), -1, -1), beta=a)
+        if number < len(steps) - 1:  # G <- (a I + h)^2 G
+            half = accumulate(gram * a, hs, g)
+            gram = accumulate(half * a, hs, split(half))
+        p = h if p is None else accumulate(p * a, hs, split(p)).add_(h, alpha=d)
+        d *= a
+    assert p is not None
+    y = x * d if factor is None else x * (factor * d)
+    return accumulate(y, split(p if factor is None else p * factor), parts), v
+
+
+def finish(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Take singular values near 1 to 1 by a Taylor step, and bound what is left of ||I - X X^T||_F.
+
+    With E = X X^T - I the step multiplies by I - E/2 + 3/8 E^2, and leaves 5/8 E^3 and less of E, of norm at most
+    ||E^2||_F^(3/2). Its product is of fp16 operands, whose rounding, 2^-11 of a correction of E/2, is added.
+
+    Returns:
+        The result (B, n, m), and the bounds (B,).
+    """
+    parts = split(x)
+    error = square_of(parts, transposed(parts))
+    error.diagonal(dim1=-2, dim2=-1).sub_(1)
+    e = ((error * SPLIT_SCALE).half(),)
+    square = square_of(e, e, alpha=SPLIT_SCALE**-2)
+    first, second = (torch.linalg.vector_norm(one, dim=(-2, -1)) for one in (error, square))
+    correction = square.mul_(0.375).sub_(error, alpha=0.5)
+    y = accumulate(x.clone(), ((correction * SPLIT_SCALE).half(),), parts[:1], alpha=SPLIT_SCALE**-2)
+    return y, second**1.5 + first * 2.0**-11
+
+
+def project(
+    x: Tensor, attempts: tuple[tuple[tuple[Quintic, ...], ...], ...], tolerance: float, sound: bool
+) -> tuple[Tensor, list[int]] | None:
+    """Return polar factors, and which of them are not certain to be within the tolerance.
+
+    Certain means: ||I - X X^T||_F is bounded by it, and so is what rounding moved the polar factor by, about
+    `SPLIT_ROUNDING` ||x||_F / n times sum 1 / s_i. For that sum stands the trace of what the scaled x was multiplied
+    by, estimated from a few vectors that are multiplied by the same. The residual alone would not show it.
+
+    Args:
+        x: (B, n, m), float32, of norms within `within`, or zeros.
+        attempts: Each a sequence of compositions; from the second on, what an attempt left uncertain goes on in it.
+        tolerance: Of both bounds.
+        sound: Whether x is known to be finite and within range.
+
+    Returns:
+        The factors and the uncertain ones, in order; None where x may not be finite or is out of range.
+    """
+    z, norm = normalised(x)
+    start = probes(x)
+    v, out = start, z
+    left, uncertain = list(range(len(x))), []
+    for number, compositions in enumerate(attempts):
+        for k, steps in enumerate(compositions):
+            z, v = compose(z, v, steps, scale=number == k == 0)
+        y, residual = finish(z)
+        # ||x||_F is at most sqrt(n), the largest s_i being 1
+        rounding = ((start * v).mean((-2, -1)) + WELL_CONDITIONED) * SPLIT_ROUNDING
+        found, residuals, roundings = torch.stack([norm, residual.double(), rounding.double()]).tolist()
+        if number == 0 and not sound and not within(found):
+            return None
+        out = y if number == 0 else out.index_copy_(0, positions(left, y), y)
+        again = [i for i, r in enumerate(residuals) if r > tolerance >= roundings[i] and number < len(attempts) - 1]
+        uncertain += [
+            left[i] for i, r in enumerate(residuals) if i not in again and not max(r, roundings[i]) <= tolerance
+        ]
+        if not again:
+            break
+        if len(again) < len(left):  # from before the Taylor step, whose rounding far from 1 would count
+            z, v = (one.index_select(0, positions(again, z)) for one in (z, v))
+        left = [left[i] for i in again]
+    return out, sorted(uncertain)
