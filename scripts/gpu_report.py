@@ -38,7 +38,7 @@ LIMITS = {
     "tests": (80, 15),
     "newton-schulz": (45, 10),
     "training": (170, 45),
-    "perplexity": (40, 10),
+    "perplexity": (45, 10),
     "evidence": (600, 60),
 }
 CHOICES = [stage for stage in LIMITS if stage != "environment"]

@@ -15,7 +15,7 @@ from typing import Any
 
 from fire_llm import load_recipe, run_recipe
 from fire_llm.recipe import Recipe
-from fire_llm.recipe.reading import read_data, recipes_folder
+from fire_llm.recipe.reading import read_data
 from fire_llm.run import Workbench
 
 RECIPE = "gpt-0.1b/quarter-hour"
@@ -38,32 +38,11 @@ def prepare(args: argparse.Namespace) -> None:
         print(f"preparing: {error}", file=sys.stderr)
 
 
-def _until_it_is_there() -> dict[str, Any]:
-    data = read_data("gpt-0.1b/one-gpu")
-    split = {"files": "wikitext2-tok/train.txt", "validation": "wikitext2-tok/valid.txt", "document": "heading"}
-    data["corpora"] = {"wikitext-2": split, "web-text": data["corpora"]["web-text"]}
-    data["batch"] = {"tokens_per_step": 32768, "sequences_per_device": 32}
-    fire = {"method": "fire", "iterations": 5}
-    arms = {
-        "base": "keep",
-        "fire+head": {**fire, "roles": ["attention", "mlp", "lm_head"]},
-        "s-and-p": {"method": "shrink_perturb", "shrink": 0.5},
-        "fire": fire,
-        "fire+s-and-p": [{**fire, "scale": "keep-norm"}, {"method": "shrink_perturb", "shrink": 0.35}],
-        "full-reset": "full_reset",
-    }
-    data["phases"] = [
-        {"name": "wiki", "data": {"wikitext-2": 1.0}, "max_corpus_tokens": 2_000_000, "steps": 1200},
-        {"name": "web", "data": {"web-text": 0.8, "wikitext-2": 0.2}, "steps": 220, "arms": arms},
-    ]
-    data["evaluate"] = {"max_tokens": 120_000, "sequences_per_device": 32}
-    data["save_every_steps"] = 100_000
-    return data
-
-
 def recipe_of(args: argparse.Namespace) -> dict[str, Any]:
     """Return the plain data of the recipe of the evidence, with this machine's folders in it."""
-    data = read_data(RECIPE) if (recipes_folder() / f"{RECIPE}.yaml").exists() else _until_it_is_there()
+    data = read_data(RECIPE)
+    for phase in data["phases"]:
+        phase["steps"] = phase.pop("tokens") // data["batch"]["tokens_per_step"]
     data |= {"seed": [args.seed], "data_root": str(args.data), "tokenizer": {"path": str(args.data / "gpt2-tokenizer")}}
     if args.size == "tiny":
         sizes = {"n_embd": 16, "n_layer": 1, "n_head": 1}

@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import gc
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import benchmark_newton_schulz as solving
 import torch
-from torch import Tensor
-
-from fire_llm import newton_schulz, polar
 
 
 def clean(args: argparse.Namespace) -> bool:
@@ -28,36 +21,6 @@ def clean(args: argparse.Namespace) -> bool:
         return float(torch.ones(4, device="cuda").sum()) == 4.0
     except RuntimeError:
         return False
-
-
-def milliseconds(work: Callable[[], Any], repeat: int, device: str, enough: float = 5.0) -> list[float]:
-    """Return the times of `repeat` runs after one that is not counted, fewer after `enough` seconds.
-
-    On CUDA by events, which stand between the kernels: the host's waits inside are part of a time, Python's start is
-    not.
-    """
-    work()
-    found: list[float] = []
-    began = time.monotonic()
-    while len(found) < repeat and (not found or time.monotonic() - began < enough):
-        if device == "cuda":
-            torch.cuda.synchronize()
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            first.record()
-            work()
-            last.record()
-            torch.cuda.synchronize()
-            found.append(first.elapsed_time(last))
-        else:
-            start = time.perf_counter()
-            work()
-            found.append(1000 * (time.perf_counter() - start))
-    return found
-
-
-def spread(times: list[float]) -> dict[str, Any]:
-    """Return the median, the range and the number of times."""
-    return {"median": statistics.median(times), "least": min(times), "most": max(times), "runs": len(times)}
 
 
 # ---- the machine
@@ -76,12 +39,12 @@ def environment(stage: Any) -> None:
     stage.note(**settings)
     size = 2**20 if tiny else 2**30  # 4 GiB of fp32
     source, target = torch.zeros(2, size, device=args.device)
-    times = milliseconds(lambda: target.copy_(source), 1 if tiny else 20, args.device)
-    stage.note(copy_terabytes_per_second=2 * source.nbytes / statistics.median(times) / 1e9)
+    taken, _ = solving.milliseconds(lambda _: [target.copy_(source)], [source], 1 if tiny else 20)
+    stage.note(copy_terabytes_per_second=2 * source.nbytes / taken / 1e9)
     n = 64 if tiny else 8192
     x = torch.randn(n, n, device=args.device, dtype=torch.bfloat16)
-    times = milliseconds(lambda: x @ x, 1 if tiny else 20, args.device)
-    stage.note(product_side=n, product_teraflops=2 * n**3 / statistics.median(times) / 1e9)
+    taken, _ = solving.milliseconds(lambda _: [x @ x], [x], 1 if tiny else 20)
+    stage.note(product_side=n, product_teraflops=2 * n**3 / taken / 1e9)
     stage.say(
         f"{settings['device']}, torch {torch.__version__}: {stage.found['copy_terabytes_per_second']:.2f} TB/s, "
         f"{stage.found['product_teraflops']:.0f} TFLOP/s in bf16"
@@ -91,106 +54,50 @@ def environment(stage: Any) -> None:
 # ---- Newton-Schulz and polar
 
 
-def loop64(w: Tensor) -> Tensor:
-    """Return what the paper's loop gives, in fp64."""
-    return solving.paper_loop(w.double())
-
-
-def factor64(w: Tensor) -> Tensor:
-    """Return the polar factor in fp64, from the eigenvectors of the smaller Gram matrix: for well-conditioned w."""
-    x = w.double()
-    if x.shape[0] > x.shape[1]:
-        return factor64(w.mT).mT
-    squares, vectors = torch.linalg.eigh(x @ x.mT)
-    return (vectors * squares.rsqrt()) @ vectors.mT @ x
-
-
-def solvers() -> dict[str, tuple[Any, Callable[[Tensor], Tensor]]]:
-    """Return what is timed, each with the fp64 function that it is compared with."""
-    each, batched = solving.each, solving.batched
-    found: dict[str, tuple[Any, Callable[[Tensor], Tensor]]] = {}
-    for name in ("bfloat16", "float16", "float32"):
-        solve = functools.partial(newton_schulz, compute_dtype=getattr(torch, name))
-        found[f"newton_schulz, {name}"] = (batched(solve), loop64)
-    found["authors' loop, fp32"] = (each(solving.paper_loop), loop64)
-    found["torch.optim.Muon"] = (
-        each(lambda w: solving.muon_iteration(w, solving.MUON, solving.STEPS, 1e-7)),
-        factor64,
-    )
-    found["polar, 1e-3"] = (batched(polar), factor64)
-    found["polar, 1e-5"] = (batched(lambda w: polar(w, 1e-5)), factor64)
-    return found
-
-
 def orthogonalisers(stage: Any) -> None:
-    """Time every solver on all matrices of GPT-2's blocks, and two on the largest of Llama-3-8B."""
+    """Time every solver on all matrices of GPT-2's blocks, and two of them on each shape of Llama-3-8B."""
     args = stage.args
-    tiny, cuda = args.size == "tiny", args.device == "cuda"
+    tiny = args.size == "tiny"
     torch.manual_seed(0)
     depth, layer = solving.MODELS["gpt2"]
     if tiny:
         depth, layer = 2, tuple(((a // 8, b // 8), count) for (a, b), count in layer)
     stacks = [torch.randn(depth * count, *shape, device=args.device) * 0.02 for shape, count in layer]
+    contestants = solving.contestants(args.device == "cuda")
     stage.note(matrices=[list(stack.shape) for stack in stacks])
     rows: dict[str, Any] = {}
-    wanted: dict[Any, list[Tensor]] = {}
-    for name, (solve, reference) in solvers().items():
-        if name.endswith("float16") and not cuda and "bfloat16" not in name:
-            continue  # CPUs multiply fp16 a hundred times slower than fp32
 
-        def row(name: str = name, solve: Any = solve, reference: Any = reference) -> None:
-            if reference not in wanted:
-                wanted[reference] = [reference(stack[0]) for stack in stacks]
-            rows[name] = spread(milliseconds(lambda: solve(stacks), 1 if tiny else 20, args.device))
-            far = [
-                float((result[0].double() - right).norm() / right.norm())
-                for result, right in zip(solve(stacks), wanted[reference], strict=True)
-            ]
-            rows[name] |= {"distance": max(far), "against": reference.__name__}
-            stage.note(gpt2_milliseconds=rows)
-            stage.say(f"{name:24} {rows[name]['median']:9.2f} ms   distance {max(far):.1e}")
+    def tell(row: dict[str, Any]) -> None:
+        rows[row["solver"]] = row
+        stage.note(gpt2=rows)
+        stage.say(f"{row['solver']:24} {row['milliseconds']:9.2f} ms   distance {row['distance']:.1e}")
 
-        stage.attempt(name, row)
-    stage.attempt("Llama-3-8B", lambda: _llama(stage))
+    for name in sorted(solving.without(contestants, ["svd"]), key=lambda name: "newton_schulz" not in name):
+        one = {name: contestants[name]}
+        stage.attempt(name, lambda one=one: solving.measure(stacks, one, 1 if tiny else 20, by_svd=False, tell=tell))
+    for name in ("newton_schulz, bf16", "polar, 1e-3"):
+        stage.attempt(f"{name} on Llama-3-8B", lambda n=name: _llama(stage, n, contestants[n]))
 
     def svd() -> None:
         one = [stack[: len(stack) // depth] for stack in stacks]
-        times = milliseconds(lambda: solving.each(solving.svd)(one), 1, args.device)
-        stage.note(svd_milliseconds_one_layer=times[0])
-        stage.say(f"{'torch.linalg.svd':24} {times[0]:9.2f} ms of one layer")
+        taken, _ = solving.milliseconds(contestants["torch.linalg.svd"][0], one, 1)
+        stage.note(svd_milliseconds_one_layer=taken)
+        stage.say(f"{'torch.linalg.svd':24} {taken:9.2f} ms of one layer")
 
     stage.attempt("torch.linalg.svd", svd)
 
 
-def _llama(stage: Any) -> None:
-    args = stage.args
+def _llama(stage: Any, name: str, contestant: Any) -> None:
+    """Time one matrix of each shape; all 224 take as many times as long as there are of each."""
     layers, layer = solving.MODELS["llama-3-8b"]
-    shape = (112, 32) if args.size == "tiny" else (14336, 4096)
-    one = torch.randn(1, *shape, device=args.device) * 0.02
-
-    def operations(out: int, into: int, long: int, square: int) -> float:
-        """Return the multiplications of so many products with the matrix and of so many of its smaller side."""
-        n, m = sorted((out, into))
-        return n**3 * (long * m / n + square)
-
-    # newton_schulz takes a Gram matrix, two squares of it and one product; polar nine steps, two of them cubic.
-    costs = {"newton_schulz, bfloat16": (2, 2), "polar, 1e-3": (18, 7)}
-    found = {}
-    for name, cost in costs.items():
-        solve, reference = solvers()[name]
-        times = milliseconds(lambda solve=solve: solve([one]), 1 if args.size == "tiny" else 5, args.device)
-        right = reference(one[0])
-        far = float((solve([one])[0][0].double() - right).norm() / right.norm())
-        mine = operations(*shape, *cost)
-        every = sum(layers * count * operations(*other, *cost) for other, count in layer)
-        elements = sum(layers * count * other[0] * other[1] for other, count in layer)
-        median = statistics.median(times)
-        found[name] = {
-            "one_matrix_milliseconds": median,
-            "distance": far,
-            "all_224_seconds_by_operations": median / 1000 * every / mine,
-            "all_224_seconds_by_elements": median / 1000 * elements / (shape[0] * shape[1]),
-        }
-        stage.note(llama_3_8b=found, llama_matrix=list(shape))
-        stage.say(f"{name:24} {median:9.2f} ms for one {shape[0]} × {shape[1]}; all 224 of Llama-3-8B: "
-                  f"{found[name]['all_224_seconds_by_operations']:.2f} s by their operations")  # fmt: skip
+    tiny = stage.args.size == "tiny"
+    seconds, rows = 0.0, {}
+    for shape, count in layer:
+        sides = [side // 64 if tiny else side for side in shape]
+        one = torch.randn(1, *sides, device=stage.args.device) * 0.02
+        (row,) = solving.measure([one], {name: contestant}, 1 if tiny else 5, by_svd=False)
+        rows[" × ".join(map(str, sides))] = {k: row[k] for k in ("milliseconds", "distance", "extra_megabytes")}
+        seconds += layers * count * row["milliseconds"] / 1000
+    found = stage.found.get("llama_3_8b", {}) | {name: {"one_of_each": rows, "all_224_seconds": seconds}}
+    stage.note(llama_3_8b=found)
+    stage.say(f"{name:24} {seconds:9.2f} s for all 224 matrices of Llama-3-8B, from one of each shape")
