@@ -52,7 +52,7 @@ def recipe_of(args: argparse.Namespace) -> dict[str, Any]:
         for phase in data["phases"]:
             phase["steps"] = 8
             if "max_corpus_tokens" in phase:
-                phase["max_corpus_tokens"] = 2000
+                phase["max_corpus_tokens"] = 20_000
     return data
 
 

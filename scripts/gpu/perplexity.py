@@ -25,7 +25,7 @@ def evaluation(stage: Any) -> None:
         tokens = held_out.tokens[: 500 if tiny else None].astype("int64")
     prefix = load_tokenizer(args.data / "gpt2-tokenizer").eos_token_id
     race = race_of(args)
-    vocabulary = max(race.vocab, int(tokens.max()) + 1)
+    vocabulary = max(race.vocab, int(tokens.max()) + 1, prefix + 1)
     config = config_for(race.preset, context=race.context, overrides={"vocab_size": vocabulary})
     model = fresh_model(config, args.seed).to(args.device).eval()
     stage.note(model=race.preset, tokens=len(tokens), context=race.context, batch_size=16)
