@@ -18,6 +18,7 @@ peak of resident memory less what was resident before; on a GPU, that of torch's
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -94,27 +95,27 @@ def model_of(args: argparse.Namespace) -> Any:
     return fresh_model(config, 1).to(args.device)
 
 
-def ours(args: argparse.Namespace, steps: int) -> Callable[[], float]:
-    """Return a function that trains as a run does, and gives the seconds of `steps` steps."""
+def our_trainer(args: argparse.Namespace, steps: int) -> Any:
+    """Return the trainer of a run, for `steps` steps."""
     model = model_of(args)
     settings = ContinualArguments(**arguments(args, steps), accelerator_config={"non_blocking": args.device == "cuda"})
     trainer = ContinualTrainer(model, settings, Blocks(model.config.vocab_size, args.context, True))
     trainer.remove_callback(Keeping)  # it would write a checkpoint after each round
-    return lambda: _train(trainer, args)
+    return trainer
 
 
-def stock(args: argparse.Namespace, steps: int) -> Callable[[], float]:
-    """Return the same for transformers' Trainer."""
+def stock_trainer(args: argparse.Namespace, steps: int) -> Any:
+    """Return transformers' Trainer, for `steps` steps."""
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     model = model_of(args)
     settings = TrainingArguments(**arguments(args, steps))
     trainer = Trainer(model, settings, train_dataset=Blocks(model.config.vocab_size, args.context, False))
     trainer.remove_callback(PrinterCallback)
-    return lambda: _train(trainer, args)
+    return trainer
 
 
-def _train(trainer: Any, args: argparse.Namespace) -> float:
+def train_for(trainer: Any, args: argparse.Namespace) -> float:
     """Train for the trainer's steps and return the seconds between the first and the last of them."""
     from transformers import TrainerCallback
 
@@ -134,7 +135,7 @@ def _train(trainer: Any, args: argparse.Namespace) -> float:
 
 
 def bare(args: argparse.Namespace, steps: int) -> Callable[[], float]:
-    """Return the same for a loop in plain PyTorch, with our kernels."""
+    """Return a function that trains in plain PyTorch, with our kernels, and gives the seconds of all steps but one."""
     model, device = model_of(args), torch.device(args.device)
     data = Blocks(model.config.vocab_size, args.context, True)
     half = resolve_precision(args.precision) == "bf16"
@@ -175,11 +176,13 @@ def bare(args: argparse.Namespace, steps: int) -> Callable[[], float]:
     return run
 
 
-CONTESTANTS: dict[str, Callable[[argparse.Namespace, int], Callable[[], float]]] = {
-    "ours": ours,
-    "bare": bare,
-    "stock": stock,
-}
+TRAINERS: dict[str, Callable[[argparse.Namespace, int], Any]] = {"ours": our_trainer, "stock": stock_trainer}
+CONTESTANTS = ("ours", "bare", "stock")
+
+
+def contestant(name: str, args: argparse.Namespace, steps: int) -> Callable[[], float]:
+    """Return a function that trains for `steps` steps and gives the seconds from the end of the first to the last."""
+    return functools.partial(train_for, TRAINERS[name](args, steps), args) if name in TRAINERS else bare(args, steps)
 
 
 def speed(args: argparse.Namespace) -> None:
@@ -219,7 +222,7 @@ def turns_of(args: argparse.Namespace) -> None:
     """Train a round for each line on standard input, and print its seconds."""
     if args.contestant != "stock":
         keep_freed_memory()
-    run = CONTESTANTS[args.contestant](args, args.steps + 1)  # the first of a round warms up and is not counted
+    run = contestant(args.contestant, args, args.steps + 1)  # the first of a round warms up and is not counted
     for _ in sys.stdin:
         print(f"{TOOK}{run()}", flush=True)
 
@@ -261,7 +264,7 @@ def memory_of(args: argparse.Namespace) -> None:
 
     globals()["model_of"] = build
     args.context, args.batch, args.accumulation = 1024, 4, 1
-    run = CONTESTANTS[args.contestant](args, 2)
+    run = contestant(args.contestant, args, 2)
     before = torch.cuda.memory_allocated() if args.device == "cuda" else resident()
     run()
     print(json.dumps({"bytes": peak_memory(torch.device(args.device)) - before}))

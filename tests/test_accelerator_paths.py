@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import runpy
 import sys
 from collections import Counter
@@ -61,13 +60,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
 
 @pytest.fixture(autouse=True)
 def stacks_as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    def spans(w: torch.Tensor):
-        count = max(1, products.CHUNK_ELEMENTS // (w.shape[-1] * w.shape[-2]))
-        total = math.prod(w.shape[:-2])
-        yield from (slice(at, min(at + count, total)) for at in range(0, total, count))
-
-    for module in (products, paper_map, projection):
-        monkeypatch.setattr(module, "spans", spans)
+    monkeypatch.setattr(products, "CPU_BATCH_SIDE", 1 << 30)
 
 
 def mapped(w: torch.Tensor, iterations: int = 5, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -117,7 +110,11 @@ def test_the_map_of_a_stack(shape, dtype, bound: float, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("shape", [(150, 150), (140, 400), (400, 140)])
 @pytest.mark.parametrize("key", spectra(3))
-def test_what_low_precision_does_not_carry_is_done_in_fp32(shape, key: str) -> None:
+@pytest.mark.parametrize("split", [True, False])
+def test_what_low_precision_does_not_carry_is_done_precisely(
+    shape, key: str, split: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paper_map, "accumulates", lambda *_: split)
     w = with_spectrum(*shape, spectra(min(shape))[key]).float()
     for dtype in (torch.bfloat16, torch.float16):
         assert distance(mapped(w[None], 5, dtype)[0], scalar_map(w.double(), 5)[1]) < 5e-6
@@ -172,6 +169,12 @@ def test_what_is_not_finite_is_named(solve, value: float, monkeypatch: pytest.Mo
         solve(w)
     with pytest.raises(UserError, match=r"^matrix: holds NaN"):
         solve(w[1, 2])
+
+
+@pytest.mark.parametrize("solve", [mapped, projected])
+def test_nothing_is_made_of_nothing(solve) -> None:
+    for shape in ((0, 3), (2, 0, 3), (0, 4, 5)):
+        assert solve(torch.zeros(shape)).shape == shape
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -87,9 +87,7 @@ def printed(capsys, *arguments):
 
 def test_hours_are_told_where_there_are_any(tmp_path, capsys):
     text = printed(capsys, load_recipe("gpt-0.1b/paper"), tmp_path)
-    assert (
-        "at 30% of the 16-bit peak, evaluation left out: 1×H100 ≈ 444 h, 28 GB a GPU; 8×A100 ≈ 176 h, 29 GB" in text
-    )
+    assert "at 30% of the 16-bit peak, evaluation left out: 1×H100 ≈ 444 h, 28 GB a GPU; 8×A100 ≈ 176 h, 29 GB" in text
     text = printed(capsys, load_recipe("gpt-0.1b/paper", ["phases.0.steps=60000", "seed=1"]), tmp_path, ["base"])
     # 60,000 + 3·18,600 steps of 491,520 tokens of 8.555e8 operations, at 8·989.4e12·0.3 a second: 5.7 hours.
     assert "8×H100 ≈ 6 h" in text

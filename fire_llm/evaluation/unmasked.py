@@ -104,7 +104,7 @@ def _register() -> None:
         _seen.append(mask is not None or not causal)
         return sdpa_attention_forward(module, query, key, value, mask, **options)
 
+    # An attention that masks are not known of gets none, before anything is looked at.
     AttentionInterface.register(UNMASKED, sdpa_attention_forward)
-    AttentionMaskInterface.register(UNMASKED, lambda *_, **__: None)
     AttentionInterface.register(_LOOK, look)
     AttentionMaskInterface.register(_LOOK, sdpa_mask)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -98,21 +99,25 @@ def per_matrix(values: list[float], like: Tensor) -> Tensor:
 # The paper's map
 
 
+Polynomial = Callable[[float], "tuple[float, ...] | None"]
+"""Gives, for (sum t^4)^(1/4), the coefficients of what a singular value of square t is multiplied by, in powers of t
+and an odd number of them; None where there is none."""
+
+
 def polynomial_map(
-    x: Tensor, y: Tensor, dtype: torch.dtype, polynomial: Callable[[float], tuple[float, ...] | None], sound: bool
+    x: Tensor, y: Tensor, dtype: torch.dtype | None, polynomial: Polynomial, sound: bool
 ) -> tuple[list[int], list[int]] | None:
     """Write the map of x / ||x||_F, as one polynomial of its Gram matrix, to y; each matrix has its own polynomial.
 
-    With the Gram matrix scaled to trace n, G = n t, and S = G^2 / n, Horner's scheme in t^2 takes one product for two
-    degrees. The share of the correction is at most kappa (sum t^3)^(1/2), kappa its slope at 0, and sum t^3 at most
+    With the Gram matrix scaled to a trace of u, G = u t, and S = G^2 / u, Horner's scheme in t^2 takes one product for
+    two degrees. The share of the correction is at most kappa (sum t^3)^(1/2), kappa its slope at 0, and sum t^3 at most
     (sum t^4)^(2/3), as sum t = 1.
 
     Args:
         x: (B, n, m), float32, of norms within `within`, or zeros.
         y: (B, n, m), float32, where the result goes.
-        dtype: Of the products' operands: float32, bfloat16 or float16.
-        polynomial: Gives, for (sum t^4)^(1/4), the coefficients of what a singular value of square t is multiplied by,
-            in powers of t and an odd number of them; None where there is none.
+        dtype: Of the products' operands: float32, bfloat16 or float16; None for split ones.
+        polynomial: See `Polynomial`.
         sound: Whether x is known to be finite and within range.
 
     Returns:
@@ -121,12 +126,17 @@ def polynomial_map(
     """
     n, m = x.shape[-2:]
     norm = norms(x)
-    size = math.sqrt(n * m)  # entries of order 1
-    low = (torch.mul(x, (size / positive(norm)).to(x.dtype)[:, None, None], out=torch.empty_like(x, dtype=dtype)),)
-    gram = square_of(low, transposed(low), alpha=1 / m)
-    g = operand(gram, dtype)
-    square = square_of(g, g, dtype, alpha=1 / n)
-    lengths = torch.linalg.vector_norm(square, dim=(-2, -1), dtype=torch.float32).double() / n
+    size, u, rest_scale = math.sqrt(n * m), float(n), REST_SCALE  # entries of order 1
+    if dtype is None:  # smaller ones, as `split` takes none above 255
+        size, u, rest_scale = size / 16, u / 16, 8 * REST_SCALE
+    parts = split if dtype is None else partial(operand, dtype=dtype)
+    kept_as = dtype or x.dtype
+    factor = (size / positive(norm)).to(x.dtype)[:, None, None]
+    low = split(x * factor) if dtype is None else (torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype)),)
+    gram = square_of(low, transposed(low), alpha=u / size**2)
+    g = parts(gram)
+    square = square_of(g, g, kept_as, alpha=1 / u)
+    lengths = torch.linalg.vector_norm(square, dim=(-2, -1), dtype=torch.float32).double() / u
     found, roots = torch.stack([norm, lengths]).tolist()  # roots of sum t^4
     if not sound and not within(found):
         return None
@@ -135,28 +145,28 @@ def polynomial_map(
     heavy = [
         i
         for i, (c, root) in enumerate(zip(own, roots, strict=True))
-        if c is not None and dtype != x.dtype and abs(c[1] / c[0]) * root ** (2 / 3) > LOW_PRECISION_SHARE
+        if c is not None and kept_as != x.dtype and abs(c[1] / c[0]) * root ** (2 / 3) > LOW_PRECISION_SHARE
     ]
     left = {*wide, *heavy}
     if len(left) == len(x):
         return wide, heavy
     kept = [(1.0, 0.0, 0.0) if c is None else c for c in own]
     levels = max(len(c) for i, c in enumerate(kept) if i not in left) // 2
-    # Horner's scheme on M_k = G + (even / odd) S + (odd of k + 1 / odd of k) S M_(k+1) / n; where a matrix's polynomial
+    # Horner's scheme on M_k = G + (even / odd) S + (odd of k + 1 / odd of k) S M_(k+1) / u; where a matrix's polynomial
     # has ended, the ratios are 0.
     odds = [[c[2 * k + 1] if len(c) > 2 * k + 1 else 0.0 for c in kept] for k in range(levels + 1)]
     evens = [[c[2 * k + 2] if len(c) > 2 * k + 2 else 0.0 for c in kept] for k in range(levels)]
-    s, rest = (square,), gram
+    s, rest = (square,) if kept_as == dtype else parts(square), gram
     for k in reversed(range(levels)):
         ratio = per_matrix([e / o if o else 0.0 for e, o in zip(evens[k], odds[k], strict=True)], x)
         higher, rest = rest, torch.addcmul(gram, square, ratio)
         if k < levels - 1:
             ratio = per_matrix([h / o if o else 0.0 for h, o in zip(odds[k + 1], odds[k], strict=True)], x)
-            rest.addcmul_(square_of(s, operand(higher, dtype), dtype, alpha=1 / n), ratio)
-    rest *= per_matrix([o / REST_SCALE for o in odds[0]], x)
+            rest.addcmul_(square_of(s, parts(higher), kept_as, alpha=1 / u), ratio)
+    rest *= per_matrix([o / rest_scale for o in odds[0]], x)
     first = per_matrix([c[0] for c in kept], norm)[:, 0, 0] / positive(norm)
     torch.mul(x, first.to(x.dtype)[:, None, None], out=y)
-    accumulate(y, operand(rest, dtype), low, alpha=REST_SCALE / (n * size))
+    accumulate(y, parts(rest), low, alpha=rest_scale / (u * size))
     return wide, heavy
 
 
@@ -233,7 +243,8 @@ def finish(x: Tensor) -> tuple[Tensor, Tensor]:
     """Take singular values near 1 to 1 by a Taylor step, and bound what is left of ||I - X X^T||_F.
 
     With E = X X^T - I the step multiplies by I - E/2 + 3/8 E^2, and leaves 5/8 E^3 and less of E, of norm at most
-    ||E^2||_F^(3/2). Its product is of fp16 operands, whose rounding, 2^-11 of a correction of E/2, is added.
+    ||E^2||_F^(3/2). Its product is of fp16 operands, whose rounding, 2^-11 of a correction of E/2, is added, and so is
+    the rounding of E itself.
 
     Returns:
         The result (B, n, m), and the bounds (B,).
@@ -246,7 +257,7 @@ def finish(x: Tensor) -> tuple[Tensor, Tensor]:
     first, second = (torch.linalg.vector_norm(one, dim=(-2, -1)) for one in (error, square))
     correction = square.mul_(0.375).sub_(error, alpha=0.5)
     y = accumulate(x.clone(), ((correction * SPLIT_SCALE).half(),), parts[:1], alpha=SPLIT_SCALE**-2)
-    return y, second**1.5 + first * 2.0**-11
+    return y, second**1.5 + first * 2.0**-11 + SPLIT_ROUNDING * math.sqrt(x.shape[-2])
 
 
 def project(
@@ -282,9 +293,8 @@ def project(
             return None
         out = y if number == 0 else out.index_copy_(0, positions(left, y), y)
         again = [i for i, r in enumerate(residuals) if r > tolerance >= roundings[i] and number < len(attempts) - 1]
-        uncertain += [
-            left[i] for i, r in enumerate(residuals) if i not in again and not max(r, roundings[i]) <= tolerance
-        ]
+        held = [r <= tolerance and q <= tolerance for r, q in zip(residuals, roundings, strict=True)]  # not NaN
+        uncertain += [left[i] for i, certain in enumerate(held) if not certain and i not in again]
         if not again:
             break
         if len(again) < len(left):  # from before the Taylor step, whose rounding far from 1 would count

@@ -17,6 +17,7 @@ from fire_llm.orthogonal.accelerated import LOW_PRECISION_SHARE, polynomial_map,
 from fire_llm.orthogonal.products import (
     CPU_BATCH_SIDE,
     FLOATS,
+    accumulates,
     add_product,
     check_dtype,
     check_matrix,
@@ -117,10 +118,11 @@ def _by_stacks(w: Tensor, out: Tensor, iterations: int, products: torch.dtype, n
     """Write the map of a batch on an accelerator, stack by stack; what 16 bits do not carry is done in float32."""
     wide_enough = min(w.shape[-2:]) > CPU_BATCH_SIDE
     first = min(iterations, AT_ONCE) if wide_enough and iterations > 1 else 0
+    batch = w.reshape(-1, *w.shape[-2:]) if w.numel() else w
     for chunk in spans(w):
-        x, sound = oriented(w, chunk).float(), False
+        x = oriented(batch, chunk).float()
         y = oriented(out, chunk) if out.dtype == torch.float32 else torch.empty_like(x)
-        left = polynomial_map(x, y, products, partial(_coefficients, first), sound) if first else None
+        left = polynomial_map(x, y, products, partial(_coefficients, first), False) if first else None
         if left is None:
             _, x, _ = next(chunks(w, torch.float32, name, own=False, only=chunk))
             left = polynomial_map(x, y, products, partial(_coefficients, first), True) if first else None
@@ -131,7 +133,9 @@ def _by_stacks(w: Tensor, out: Tensor, iterations: int, products: torch.dtype, n
             if heavy:
                 at = positions(heavy, x)
                 of, z = x.index_select(0, at), torch.empty_like(x[: len(heavy)])
-                polynomial_map(of, z, torch.float32, partial(_coefficients, first), True)
+                precise = None if accumulates(w.device.type, torch.float16) else torch.float32
+                lost, _ = polynomial_map(of, z, precise, partial(_coefficients, first), True) or ([], [])
+                wide += [heavy[i] for i in lost]
                 y.index_copy_(0, at, z)
             if wide:
                 at = positions(wide, x)

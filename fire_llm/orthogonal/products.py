@@ -42,8 +42,6 @@ def chunks(
             overflow or underflow, which saves the memory of a copy.
         only: One of `spans`; default: all.
     """
-    if not w.numel():
-        return
     n = min(w.shape[-2:])
     batch = w.reshape(-1, *w.shape[-2:])
     for chunk in spans(w) if only is None else (only,):
@@ -68,7 +66,9 @@ def chunks(
 
 
 def spans(w: Tensor) -> Iterator[slice]:
-    """Yield the slices of the flattened batch that are worked on at once."""
+    """Yield the slices of the flattened batch that are worked on at once; none of an empty one."""
+    if not w.numel():
+        return
     n, m = sorted(w.shape[-2:])
     count = 1 if w.device.type == "cpu" and n > CPU_BATCH_SIDE else max(1, CHUNK_ELEMENTS // (n * m))
     total = math.prod(w.shape[:-2])

@@ -1,0 +1,210 @@
+"""The report on one GPU, run dry: tiny models on a CPU, every stage, and what becomes of one that fails."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tiny_recipe import WORDS
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "scripts" / "gpu_report.py"
+
+
+def loaded(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    spec = importlib.util.spec_from_file_location("gpu_report", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Write a folder like the one the report wants, of a few kilobytes."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    folder = tmp_path_factory.mktemp("data")
+    for name in ("wikitext2-tok", "webtext", "gpt2-tokenizer"):
+        (folder / name).mkdir()
+    sentences = [" ".join(WORDS[(i * step + i // 7) % len(WORDS)] for i in range(40)) for step in range(1, 60)]
+    for split in ("train", "valid"):
+        articles = [f" = Title {n} = \n\n {sentence} \n\n" for n, sentence in enumerate(sentences)]
+        (folder / "wikitext2-tok" / f"{split}.txt").write_text("".join(articles))
+        lines = [json.dumps({"text": sentence[::-1]}) + "\n" for sentence in sentences]
+        (folder / "webtext" / f"{split}.jsonl").write_text("".join(lines))
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(sentences, 300, special_tokens=["<|endoftext|>"], show_progress=False)
+    tokenizer.save_model(str(folder / "gpt2-tokenizer"))
+    return folder
+
+
+def report(*options, **environment):
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, options)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        timeout=280,
+    )
+
+
+def test_every_stage_runs_dry_and_the_page_tells_of_all(data, tmp_path):
+    out, page = tmp_path / "out", tmp_path / "page.md"
+    options = ["--size", "tiny", "--device", "cpu", "--data", data, "--output", out, "--cache", tmp_path / "cache"]
+    done = report(*options, "--seconds", 250)
+    found = {file.stem: json.loads(file.read_text()) for file in out.glob("*.json")}
+    assert done.returncode == 0, done.stdout + done.stderr + json.dumps(found)[-3000:]
+    stages = {"environment", "tests", "newton-schulz", "training", "perplexity", "evidence"}
+    assert set(found) == stages | {"results"} and len(list(out.iterdir())) <= 8
+    assert all(found[stage]["status"] == "done" for stage in stages)
+    assert found["tests"]["counts"]["passed"] > 0 and not found["tests"]["failed"]
+    distances = {name: row["distance"] for name, row in found["newton-schulz"]["gpt2"].items()}
+    assert distances["paper's loop, fp32"] < 1e-5 and distances["newton_schulz, fp32"] < 1e-5
+    assert distances["newton_schulz, bf16"] < 5e-4 and distances["polar, 1e-5"] < 1e-5
+    assert distances["torch.optim.Muon"] > 0.01  # its singular values scatter around 1
+    assert found["newton-schulz"]["llama_3_8b"]["polar, 1e-3"]["all_224_seconds"] > 0
+    assert set(found["training"]["contestants"]) == {"ours", "bare", "stock"}
+    assert set(found["training"]["ratios"]) == {"ours / bare", "ours / stock"}
+    assert found["training"]["profiles"]["ours"]["top"]
+    scores = found["perplexity"]["contestants"]
+    for batch in (16, 1):
+        assert scores["ours, fp32"]["nll"] == pytest.approx(
+            scores[f"rolling loop, batch {batch}, fp32"]["nll"], rel=1e-6
+        )
+    assert found["evidence"]["finished"] == found["evidence"]["arms"] == [*found["results"]["arms"]]
+    assert not any(found[stage]["failures"] for stage in stages), found
+    assert found["training"]["path"] == "whole" and found["training"]["without_mask"]
+    assert all(row["tokens_per_second"] > 0 for row in found["training"]["ablations"].values())
+
+    (out / "evidence.json").unlink()
+    found["training"]["contestants"]["ours"]["median"] = 1.0
+    (out / "training.json").write_text(json.dumps(found["training"]))
+    assert report("--output", out, "--write-docs", page).returncode == 0
+    text = page.read_text()
+    assert "- evidence: not run" in text and "## Arms of a quarter of an hour\n\nUnmeasured." in text
+    assert "scripts/gpu_report.py --size tiny" in text and "newton_schulz, bf16" in text
+
+
+def test_a_page_on_nothing_says_that_all_is_unmeasured(tmp_path):
+    page = tmp_path / "page.md"
+    assert report("--output", tmp_path, "--write-docs", page).returncode == 0
+    text = page.read_text()
+    assert text.count("not run") == 6 and text.count("Unmeasured.") == 5
+
+
+def test_help_loads_no_heavy_library():
+    code = f"import sys, runpy; sys.argv = ['x', '--help']; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+    code += f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\nexcept SystemExit: pass\n"
+    code += "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.rstrip().endswith("[]") and "--write-docs" in done.stdout
+
+
+# ---- limits and failures
+
+
+def stage_of(module, folder, seconds):
+    args = SimpleNamespace(output=folder, size="tiny", device="cpu")
+    return module.Stage("training", args, seconds)
+
+
+def test_a_stage_that_fails_keeps_what_it_measured(monkeypatch, tmp_path):
+    module = loaded(monkeypatch)
+
+    def measure(stage):
+        stage.note(first=1)
+        stage.attempt("second", lambda: 1 / 0)
+        stage.note(third=3)
+        raise ValueError("what went wrong")
+
+    stage_of(module, tmp_path, 30).run(measure)
+    found = json.loads((tmp_path / "training.json").read_text())
+    assert (found["status"], found["first"], found["third"]) == ("failed", 1, 3)
+    assert "ZeroDivisionError" in found["failures"]["second"][-1]
+    assert "what went wrong" in found["failures"]["training"][-1]
+
+
+def test_a_stage_ends_at_its_limit(monkeypatch, tmp_path):
+    module = loaded(monkeypatch)
+
+    def measure(stage):
+        stage.note(first=1)
+        stage.attempt("an endless one", lambda: time.sleep(60))
+        stage.note(second=2)
+
+    began = time.monotonic()
+    stage_of(module, tmp_path, 0.3).run(measure)
+    found = json.loads((tmp_path / "training.json").read_text())
+    assert found["status"] == "out of time" and found["first"] == 1 and "second" not in found
+    assert time.monotonic() - began < 30
+
+
+def test_a_process_that_dies_is_recorded_and_another_goes_on(monkeypatch, tmp_path):
+    module = loaded(monkeypatch)
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import json, os, sys\n"
+        "print(json.dumps({'ready': True}), flush=True)\n"
+        "for line in sys.stdin:\n"
+        "    stage = json.loads(line)['stage']\n"
+        "    if stage == 'training':\n"
+        "        print('illegal memory access', file=sys.stderr, flush=True)\n"
+        "        os._exit(9)\n"
+        "    print(json.dumps({'lines': ['a line'], 'status': 'done', 'sound': True}), flush=True)\n"
+    )
+    monkeypatch.setattr(module, "__file__", str(script))
+    args = SimpleNamespace(output=tmp_path, size="tiny", device="cpu")
+    (tmp_path / "training.json").write_text(json.dumps({"stage": "training", "failures": {}, "kept": 1}))
+    worker = module.Worker(args, [])
+    end = time.monotonic() + 60
+    try:
+        assert worker.measure("training", 20, end)["status"] == "its process ended"
+        for stage in ("perplexity", "evidence"):
+            assert worker.measure(stage, 20, end) == {"lines": ["a line"], "status": "done", "sound": True}
+    finally:
+        worker.stop()
+    found = json.loads((tmp_path / "training.json").read_text())
+    assert found["kept"] == 1 and found["failures"]["its process ended"] == ["illegal memory access"]
+
+
+def test_tests_that_fail_are_counted_and_named(monkeypatch, tmp_path):
+    module = loaded(monkeypatch)
+    file = tmp_path / "junit.xml"
+    file.write_text(
+        '<testsuites><testsuite><testcase name="a" time="1.5"/><testcase name="b" time="2"><failure message="no">'
+        'line 1\nE   line 2</failure></testcase><testcase name="c"><skipped/></testcase></testsuite></testsuites>'
+    )
+    counts, failed, slowest = module.read_junit(file)
+    assert counts == {"passed": 1, "failed": 1, "skipped": 1}
+    assert failed["b"][0] == "no" and failed["b"][-1] == "E   line 2" and next(iter(slowest)) == "b"
+    assert module.read_words("x.py::a PASSED [ 1%]\nx.py::b FAILED [ 2%]\nx.py::c[PASSED] PASSED") == {
+        "passed": 2,
+        "failed": 1,
+    }
+
+
+def test_steps_and_arms_are_cut_to_the_seconds(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from gpu.evidence import fitted
+
+    arms = {name: "keep" for name in "abcdef"}
+    phases = [{"name": "x", "steps": 1200}, {"name": "y", "steps": 220, "arms": arms}]
+    data = {"batch": {"tokens_per_step": 32768}, "phases": phases}
+    # A step is a tenth of a second: 120 s and 6 × 22 s of steps, 7 × 12 s beside them, 8 s of tokenising.
+    rate = 327_680
+    plenty = fitted(data, rate, 10_000)
+    assert [p["steps"] for p in plenty["phases"]] == [1200, 220] and [*plenty["phases"][1]["arms"]] == [*arms]
+    exact = fitted(data, rate, 92 + 252 * 0.75)
+    assert [p["steps"] for p in exact["phases"]] == [900, 165] and len(exact["phases"][1]["arms"]) == 6
+    short = fitted(data, rate, 150)  # half of the steps of all arms would take 218 s, those of three arms 148 s
+    assert len(short["phases"][1]["arms"]) == 3 and [*short["phases"][1]["arms"]] == ["a", "b", "c"]
+    assert 600 <= short["phases"][0]["steps"] < 640
+    assert data["phases"][0]["steps"] == 1200
