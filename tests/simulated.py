@@ -9,7 +9,8 @@ without one. What it tells:
 - A tensor of the device beside one of the CPU with dimensions raises RuntimeError, as on CUDA.
 - A copy to pinned memory that nobody waits for holds NaN (integers: their least value) until the host has waited.
 
-What it does not: kernels' own rounding, times, memory, streams side by side, several devices, threads, torch.compile.
+What it does not: kernels' own rounding, Triton, times, memory, streams side by side, several devices, threads,
+torch.compile.
 
 C++ sees the tensors on `meta`: its autograd engine insists on a driver for `cuda`. Hence autocast is done in Python.
 """
@@ -663,6 +664,7 @@ PROBES: dict[str, Any] = {
     "default_stream": lambda *_: Stream(),
     "stream": lambda *_: contextlib.nullcontext(),
     "device": lambda *_: contextlib.nullcontext(),
+    "device_of": lambda *_: contextlib.nullcontext(),
     "Event": Event,
     "Stream": Stream,
     "initial_seed": torch.initial_seed,
@@ -728,6 +730,9 @@ def simulated_cuda() -> Iterator[Log]:
             stack.enter_context(mock.patch.object(owner, name, new))
         from torch.utils import _foreach_utils
 
+        from fire_llm.evaluation import kernels
+
+        stack.enter_context(mock.patch.object(kernels, "triton", None))  # its kernels want real memory
         supported = [*_foreach_utils._foreach_supported_types, Simulated]
         stack.enter_context(mock.patch.object(_foreach_utils, "_foreach_supported_types", supported))
         swapping = torch.__future__.get_swap_module_params_on_conversion()
