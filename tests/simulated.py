@@ -501,10 +501,11 @@ def _note_wait(func: Any, name: str, args: Any, kwargs: Any, log: Log) -> None:
 def _wide_product(func: Any, args: Any, kwargs: Any) -> Tensor:
     """Multiply low-precision matrices with a product in fp32 (`out_dtype`), which torch's CPU lacks."""
     *matrices, dtype = (*_map(_unwrapped, args), *([kwargs["out_dtype"]] if "out_dtype" in kwargs else []))
-    more = {k: v for k, v in kwargs.items() if k != "out_dtype"}
     if dtype != torch.float32 or any(m.dtype not in (torch.float16, torch.bfloat16) for m in matrices[-2:]):
         raise RuntimeError("out_dtype must be the same as input dtype or fp32 for fp16/bf16 inputs")
-    return func.overloadpacket.default(*(m.float() for m in matrices), **more)
+    more = {k: v for k, v in kwargs.items() if k not in ("out", "out_dtype")}
+    product = func.overloadpacket.default(*(m.float() for m in matrices), **more)
+    return kwargs["out"].inner.copy_(product) if "out" in kwargs else product
 
 
 def _pin(x: Tensor) -> Tensor:
