@@ -198,7 +198,7 @@ def probes(x: Tensor) -> Tensor:
 def compose(x: Tensor, v: Tensor, steps: tuple[Quintic, ...], scale: bool) -> tuple[Tensor, Tensor]:
     """Apply odd quintics one after another to the singular values of x, by way of the Gram matrix x x^T alone.
 
-    All factors are polynomials in the Gram matrix G; the product of those so far is d I + P. A large multiple of I is
+    All factors are polynomials in the Gram matrix G; the product of those so far is d I + e P. A large multiple of I is
     kept apart, since added into a product it would cost the rest a digit.
 
     Args:
@@ -216,27 +216,29 @@ def compose(x: Tensor, v: Tensor, steps: tuple[Quintic, ...], scale: bool) -> tu
     if scale:
         fourth = positive(torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True))
         gram /= fourth
-    d, p = 1.0, None
-    for number, (a, b, c) in enumerate(steps):
-        g = split(gram)
-        h = gram * b
+    d, e, p = 1.0, 1.0, None
+    for number, (a, b, c) in enumerate(steps):  # by a I + b H
+        g, h = split(gram), gram
         if c:
             square = square_of(g, g)
             if scale and number == 0:
                 top = positive(torch.linalg.vector_norm(square, dim=(-2, -1), keepdim=True).sqrt())
                 gram, square, factor = gram / top, square / top**2, (fourth * top).rsqrt()
-                g, h = split(gram), gram * b
-            h.add_(square, alpha=c)
-        hs = split(h)
-        v = torch.baddbmm(v.expand(len(x), -1, -1), h, v.expand(len(x), -1, -1), beta=a)
-        if number < len(steps) - 1:  # G <- (a I + h)^2 G
-            half = accumulate(gram * a, hs, g)
-            gram = accumulate(half * a, hs, split(half))
-        p = h if p is None else accumulate(p * a, hs, split(p)).add_(h, alpha=d)
+                g = split(gram)
+            h = torch.add(gram, square, alpha=c / b)
+        hs = split(h) if c else g
+        v = torch.baddbmm(v.expand(len(x), -1, -1), h, v.expand(len(x), -1, -1), beta=a, alpha=b)
+        if number < len(steps) - 1:  # G <- (a I + b H)^2 G
+            half = accumulate(gram * a, hs, g, alpha=b)
+            gram = accumulate(half * a, hs, split(half), alpha=b)
+        if p is None:
+            p, e = h, b
+        else:
+            p, e = accumulate(p * (a * e), hs, split(p), alpha=b * e).add_(h, alpha=d * b), 1.0
         d *= a
     assert p is not None
     y = x * d if factor is None else x * (factor * d)
-    return accumulate(y, split(p if factor is None else p * factor), parts), v
+    return accumulate(y, split(p if factor is None else p * factor), parts, alpha=e), v
 
 
 def finish(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,8 @@ def chunks(
             overflow or underflow, which saves the memory of a copy.
         only: One of `spans`; default: all.
     """
+    if not w.numel():
+        return
     n = min(w.shape[-2:])
     batch = w.reshape(-1, *w.shape[-2:])
     for chunk in spans(w) if only is None else (only,):

@@ -48,7 +48,7 @@ def recipe_of(args: argparse.Namespace) -> dict[str, Any]:
         sizes = {"n_embd": 16, "n_layer": 1, "n_head": 1}
         data |= {"model": {"preset": "gpt-tiny", "context": 16, "config": sizes}, "precision": "fp32"}
         data["batch"] = {"tokens_per_step": 64}
-        data["evaluate"] = data.get("evaluate", {}) | {"max_tokens": 200}
+        data["evaluate"] = data.get("evaluate", {}) | {"max_tokens": 8000}
         for phase in data["phases"]:
             phase["steps"] = 8
             if "max_corpus_tokens" in phase:

@@ -59,13 +59,13 @@ def kernel(*names: str) -> Iterator[None]:
 
 ABLATIONS: dict[str, tuple[Callable[[], AbstractContextManager[Any]], dict[str, int]]] = {
     # name: (what is switched, options of the benchmark that change)
-    "attention with a mask": (masked, {}),
     "micro-batches of 64": (nullcontext, {"batch": 64, "accumulation": 1}),
-    "micro-batches of 16": (nullcontext, {"batch": 16, "accumulation": 4}),
-    "slices of 2^27 logits": (functools.partial(slices, 2**27), {}),
-    "one slice": (functools.partial(slices, 2**31), {}),
     "attention by cuDNN": (functools.partial(kernel, "CUDNN_ATTENTION", "MATH"), {}),
     "attention by flash": (functools.partial(kernel, "FLASH_ATTENTION", "MATH"), {}),
+    "attention with a mask": (masked, {}),
+    "slices of 2^27 logits": (functools.partial(slices, 2**27), {}),
+    "micro-batches of 16": (nullcontext, {"batch": 16, "accumulation": 4}),
+    "one slice": (functools.partial(slices, 2**31), {}),
 }
 """Switches of our own training, by name; one that fails is recorded and passed over."""
 
