@@ -170,8 +170,9 @@ class SummedLoss:
             return _Sliced.apply(head, self._differentiate, targets, rows, hidden, *parameters)
 
     def _logits(self, inputs: dict[str, Tensor]) -> Tensor:
-        # The class's forward: accelerate's own, on the instance, would make fp32 of the logits.
-        return type(self.model).forward(self.model, **inputs, use_cache=False).logits[0]
+        # The class's forward: accelerate's own, on the instance, would make fp32 of the logits. A row taken by its
+        # index would have a gradient of zeros, as large as the logits, that the row's own is copied into.
+        return type(self.model).forward(self.model, **inputs, use_cache=False).logits.squeeze(0)
 
 
 def logits_at_once(device: torch.device) -> int:
