@@ -37,7 +37,7 @@ def accelerator_memory() -> int:
 
 
 def resolve_precision(precision: str) -> str:
-    """Return fp32, bf16 or fp16 for a recipe's precision; `auto` is bf16 where the hardware multiplies it natively."""
+    """Return a recipe's precision; `auto` is bf16 where the hardware multiplies it natively, else fp32."""
     if precision != "auto":
         return precision
     if torch.cuda.is_available():

@@ -246,7 +246,8 @@ def _arguments(unit: Unit, bench: Workbench, folder: Path, steps: int) -> Contin
         per_device_eval_batch_size=recipe.evaluate.sequences_per_device,
         gradient_accumulation_steps=accumulation,
         **optimizer_of(recipe, unit.phase).arguments(steps),
-        bf16=precision == "bf16",
+        bf16=precision.startswith("bf16"),
+        bf16_params=precision == "bf16-params",
         fp16=precision == "fp16",
         torch_compile=torch.cuda.is_available() if recipe.compile == "auto" else recipe.compile,
         nonfinite=recipe.nonfinite,
@@ -273,7 +274,7 @@ def _arguments(unit: Unit, bench: Workbench, folder: Path, steps: int) -> Contin
         disable_tqdm=bool(bench.callbacks),
     )
     # Without this, fp32 would give way to what `accelerate launch --mixed_precision` left in the environment.
-    arguments.mixed_precision = {"fp32": "no"}.get(precision, precision)
+    arguments.mixed_precision = {"fp32": "no", "bf16-params": "bf16"}.get(precision, precision)
     return arguments
 
 

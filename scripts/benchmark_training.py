@@ -76,7 +76,7 @@ def arguments(args: argparse.Namespace, steps: int) -> dict[str, Any]:
         "lr_scheduler_type": "constant",
         "optim": "adamw_torch_fused",
         "max_grad_norm": 1.0,
-        "bf16": precision == "bf16",
+        "bf16": precision.startswith("bf16"),
         "torch_compile": args.device == "cuda",
         "logging_steps": 10,
         "save_strategy": "no",
@@ -98,7 +98,11 @@ def model_of(args: argparse.Namespace) -> Any:
 def our_trainer(args: argparse.Namespace, steps: int) -> Any:
     """Return the trainer of a run, for `steps` steps."""
     model = model_of(args)
-    settings = ContinualArguments(**arguments(args, steps), accelerator_config={"non_blocking": args.device == "cuda"})
+    settings = ContinualArguments(
+        **arguments(args, steps),
+        accelerator_config={"non_blocking": args.device == "cuda"},
+        bf16_params=args.precision == "bf16-params",
+    )
     trainer = ContinualTrainer(model, settings, Blocks(model.config.vocab_size, args.context, True))
     trainer.remove_callback(Keeping)  # it would write a checkpoint after each round
     return trainer
@@ -138,10 +142,11 @@ def bare(args: argparse.Namespace, steps: int) -> Callable[[], float]:
     """Return a function that trains in plain PyTorch, with our kernels, and gives the seconds of all steps but one."""
     model, device = model_of(args), torch.device(args.device)
     data = Blocks(model.config.vocab_size, args.context, True)
-    half = resolve_precision(args.precision) == "bf16"
+    half = resolve_precision(args.precision).startswith("bf16")
     loss_of = SummedLoss(
         model,
         lambda: torch.autocast(args.device, torch.bfloat16) if half else nullcontext(),
+        params=torch.bfloat16 if args.precision == "bf16-params" else None,
         compiling={} if args.device == "cuda" else None,
     )
     groups = [
@@ -203,7 +208,7 @@ def speed(args: argparse.Namespace) -> None:
         run.wait()
     tokens = args.steps * args.batch * args.accumulation * args.context
     model = model_of(args)
-    peak = peak_flops(torch.device(args.device), half=resolve_precision(args.precision) == "bf16")
+    peak = peak_flops(torch.device(args.device), half=resolve_precision(args.precision).startswith("bf16"))
     flops = flops_per_token(model, args.context)
     print(f"{describe(model)}, vocabulary {model.config.vocab_size}, context {args.context}, {args.batch} sequences × ")
     print(f"{args.accumulation} micro-batches a step, {args.steps} steps a round, {args.rounds} rounds, {args.device},")
@@ -286,7 +291,7 @@ def main() -> None:
     parser.add_argument("--accumulation", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3, help="timed steps a round")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "bf16-params"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--only", choices=["speed", "memory", "memory-of", "turns-of"])
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[50304, 131072])

@@ -73,6 +73,38 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("compiling", [None, {"backend": "aot_eager"}])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_parameters_read_in_bf16_give_what_a_model_in_bf16_gives(kind, compiling, whole, slices, monkeypatch):
+    """Against the model converted to bf16, without autocast; gradients arrive in fp32, tied weights and all."""
+    if whole:
+        monkeypatch.setattr(sliced, "WHOLE", 2**30)
+    model, half = tiny(kind), tiny(kind).to(torch.bfloat16)
+    ids, labels = batch()
+    autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+    loss = SummedLoss(model, autocast, params=torch.bfloat16, compiling=compiling)(model, labels, input_ids=ids)
+    loss.backward()
+    logits = half(input_ids=ids).logits
+    wanted = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
+    wanted.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=2e-4)
+    assert all(type(p) is torch.nn.Parameter and p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+    for (name, a), b in zip(model.named_parameters(), half.parameters(), strict=True):
+        assert float((a.grad - b.grad).norm()) < 0.02 * float(b.grad.norm()) + 1e-4, name
+
+
+def test_training_with_parameters_read_in_bf16(tmp_path):
+    plain, read = (
+        losses(train(tiny_gpt2(), tmp_path / str(params), bf16=True, bf16_params=params)) for params in (False, True)
+    )
+    assert read == pytest.approx(plain, rel=5e-3) and read != plain
+    with pytest.raises(UserError, match="bf16_params goes with bf16=True"):
+        arguments(tmp_path, bf16_params=True)
+    with pytest.raises(UserError, match="leave one of them out"):
+        arguments(tmp_path, bf16=True, bf16_params=True, **{CHECKPOINTING: True})
+
+
 class Rounding(torch.nn.Linear):
     """Give a slice of the positions logits that are off by a share of themselves, as another kernel might."""
 
@@ -92,7 +124,8 @@ def test_rounding_of_the_head_keeps_the_slices_and_more_than_that_is_told(share,
     model.lm_head = head
     monkeypatch.setattr(Rounding, "share", share)
     autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
-    summed = SummedLoss(model, autocast, say=told.append)
+    summed = SummedLoss(model, autocast)
+    summed.say = told.append
     ids, labels = batch()
     summed(model, labels, input_ids=ids)
     summed(model, labels, input_ids=ids)

@@ -171,8 +171,10 @@ class Recipe(_Section):
     corpora: dict[str, CorpusSpec] = Field(default_factory=dict, description="Corpora of one's own, by name")
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
     batch: BatchSection = Field(default_factory=BatchSection)
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto: bf16 autocast where the hardware multiplies it natively, else fp32"
+    precision: Literal["auto", "fp32", "bf16", "bf16-params", "fp16"] = Field(
+        "auto",
+        description="Autocast to bf16 or fp16; bf16-params: parameters are read in bf16, so that norms and the "
+        "residual stream are in it too; auto: bf16 where the hardware multiplies it natively, else fp32",
     )
     compile: Literal["auto", True, False] = Field("auto", description="Use torch.compile; auto: on CUDA alone")
     nonfinite: Literal["halt", "skip"] = Field(

@@ -6,7 +6,7 @@ Shapes: B = sequences a micro-batch, T = tokens a sequence, S = B·T positions, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cache
 from typing import Any
 
@@ -20,6 +20,7 @@ from fire_llm.evaluation.precision import own_precision
 from fire_llm.evaluation.scoring import IGNORE, Scorer, evaluating, forward_replaced, token_nll, with_hidden
 from fire_llm.evaluation.unmasked import needs_no_mask, unmasked
 from fire_llm.layout import unwrap
+from fire_llm.trainer.rounded import rounded
 
 SLICE = 2**25
 """Logits held at once on a CPU: 128 MiB of them in fp32."""
@@ -52,8 +53,8 @@ class SummedLoss:
         model: A causal LM from transformers.
         autocast: Gives the context that its forward pass runs in.
         fp16: Whether that context computes in fp16.
+        params: A dtype that the model reads its parameters in (`rounded`); None: autocast does as it does.
         compiling: Arguments of torch.compile, for the trunk and the softmax; None: they are not compiled.
-        say: Where to tell, once, that logits are held whole which could have been sliced, and how much they take.
     """
 
     def __init__(
@@ -62,16 +63,18 @@ class SummedLoss:
         autocast: Callable[[], AbstractContextManager[Any]],
         *,
         fp16: bool = False,
+        params: torch.dtype | None = None,
         compiling: dict[str, Any] | None = None,
-        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.model, self.autocast, self.fp16, self.compiling = unwrap(model), autocast, fp16, compiling
+        self.params = params
         self._trunk: nn.Module | None = None
         self._looked = False
         self._forward: Callable[..., Any] | None = None
         self._differentiate = _differentiate if compiling is None else self._compiled(_differentiate_at_once)
         self._without_mask: dict[int, bool] = {}
-        self._say = say
+        self.say: Callable[[str], None] = lambda _: None
+        """Where to tell, once, that logits are held whole that would be sliced, and how much they take."""
 
     def __call__(self, model: nn.Module, labels: Tensor, **inputs: Tensor) -> Tensor:
         """Return Σ nll, (), fp32.
@@ -86,11 +89,21 @@ class SummedLoss:
             if self.without_mask(inputs):
                 stack.enter_context(unmasked(self.model))
             if not sliced:
+                if self.params is not None:
+                    stack.enter_context(forward_replaced(self.model, self._rounded_forward))
                 return token_nll(model(**inputs, use_cache=False).logits, labels).sum()
             # The wrapped model is called, not this one: DistributedDataParallel gets ready for backward in there.
             stack.enter_context(forward_replaced(self.model, lambda **given: self._sum(labels.flatten(), given)))
             # torch.compile's wrapper is left aside: it would compile this function, of which two parts gain by it.
             return getattr(model, "_orig_mod", model)(**inputs)
+
+    def _rounded_forward(self, **inputs: Any) -> Any:
+        with self._as_read(self.model):
+            # The class's forward: accelerate's own, on the instance, would turn autocast on.
+            return type(self.model).forward(self.model, **inputs)
+
+    def _as_read(self, module: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext() if self.params is None else rounded(module, self.params)
 
     def without_mask(self, inputs: dict[str, Tensor]) -> bool:
         """Tell whether attention is causal and nothing else, so that its kernel takes no mask; looked at once a length.
@@ -132,7 +145,7 @@ class SummedLoss:
             self._forward = self._compiled(self._trunk.forward)
             return
         gigabytes = 4 * labels.numel() * self._vocabulary() / 1e9
-        self._say(
+        self.say(
             f"no part of {type(self.model).__name__} gives the same logits in slices, so that a micro-batch's are held "
             f"whole: {gigabytes:.2g} GB, and as much for their gradients. Smaller micro-batches hold less"
         )
@@ -153,7 +166,8 @@ class SummedLoss:
         def replay(*args: Any, **kwargs: Any) -> Any:
             nonlocal outputs, part
             if outputs is None:
-                outputs = forward(*args, **kwargs)
+                with self._as_read(trunk):
+                    outputs = forward(*args, **kwargs)
                 part = outputs[0].detach()[0, :1].requires_grad_()
             return with_hidden(outputs, part[None])
 

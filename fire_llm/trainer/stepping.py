@@ -38,7 +38,11 @@ class Stepping(Trainer):
         args = self.args
         compiling = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
         options = compiling if args.torch_compile else None
-        return SummedLoss(self.model, self.accelerator.autocast, fp16=args.fp16, compiling=options, say=self.guard.say)
+        # FSDP2 gathers shards in bf16 by itself.
+        params = torch.bfloat16 if args.bf16_params and not self.is_fsdp_enabled else None
+        loss = SummedLoss(self.model, self.accelerator.autocast, fp16=args.fp16, params=params, compiling=options)
+        loss.say = self.guard.say
+        return loss
 
     @cached_property
     def _weights(self) -> int:
@@ -81,7 +85,7 @@ class Stepping(Trainer):
         """
         read = {name: value for name, value in inputs.items() if name != "labels"}
         labels = inputs["labels"]
-        outputs = model(**read, use_cache=False) if return_outputs else None
+        outputs = model(**read, use_cache=False) if return_outputs else None  # under autocast, whatever `bf16_params`
         nll = self._summed_loss(model, labels, **read) if outputs is None else token_nll(outputs.logits, labels).sum()
         loss = contagious(nll / (labels.numel() if num_items_in_batch is None else num_items_in_batch))
         return loss if outputs is None else (loss, outputs)

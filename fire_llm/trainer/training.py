@@ -57,6 +57,10 @@ class ContinualArguments(OptimizingArguments):
     eval_precision: str = field(
         default="fp32", metadata={"help": "Evaluate in fp32, or in the precision of training: fp32 or training."}
     )
+    bf16_params: bool = field(
+        default=False,
+        metadata={"help": "With bf16: read parameters in bf16 too, norms and residual stream, not the products alone."},
+    )
     best_corpora: dict[str, float] | None = field(
         default=None, metadata={"help": "Weights of the corpora whose mean validation NLL decides the best checkpoint."}
     )
@@ -75,6 +79,13 @@ class ContinualArguments(OptimizingArguments):
         self.remove_unused_columns = False
         if self.eval_precision not in PRECISIONS:
             raise UserError(f"eval_precision '{self.eval_precision}': it must be one of {', '.join(PRECISIONS)}")
+        if self.bf16_params and not self.bf16:
+            raise UserError("bf16_params goes with bf16=True: it says what of a pass in bf16 is in bf16")
+        if self.bf16_params and (self.gradient_checkpointing or getattr(self, "activation_checkpointing", False)):
+            raise UserError(
+                "bf16_params cannot be had with checkpointed activations, which are computed again from parameters in "
+                "fp32: leave one of them out"
+            )
         # With torch_compile, transformers turns TF32 on, in the whole process, unless it is told not to.
         with settings_kept() if self.tf32 is None else nullcontext():
             super().__post_init__()
