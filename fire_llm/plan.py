@@ -62,7 +62,7 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
     """
     folder = Path(output or Path("runs") / recipe.name)
     config = config_of(recipe)
-    split_batch(recipe, context_of(recipe, config), 1)  # what one process cannot divide, no number of them can
+    split_batch(recipe, context_of(recipe, config), 1, memory=0)  # what one process cannot divide, none can
     model = model_on_meta(config)
     parameters = sum(p.numel() for p in model.parameters())
     # Where a token's operations are not counted exactly (experts, state spaces), 6 a parameter is not too few.

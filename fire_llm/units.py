@@ -343,4 +343,4 @@ def check_processes(recipe: Recipe, world: int, arms: Iterable[str] = ()) -> Non
         UserError: For an unknown arm, a corpus that is not there, or a batch that does not divide.
     """
     select(expand(recipe), arms)
-    split_batch(recipe, context_of(recipe, config_of(recipe)), world)
+    split_batch(recipe, context_of(recipe, config_of(recipe)), world, memory=0)  # asks no GPU: this process may fork
