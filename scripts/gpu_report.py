@@ -1,7 +1,7 @@
 """Measure on one GPU, in minutes, what no CPU can show: tests, Newton-Schulz, training, perplexity, arms of a recipe.
 
     python scripts/gpu_report.py --data FOLDER --output DIR [--seconds 540] [--stages tests training …]
-    python scripts/gpu_report.py --output DIR --write-docs docs/gpu-results.md
+    python scripts/gpu_report.py --output DIR [DIR …] --write-docs docs/gpu-results.md
     python scripts/gpu_report.py --size tiny --device cpu --data FOLDER --output DIR    (a dry run)
 
 Each stage has a limit in seconds and a JSON of its own in DIR, written anew after every measurement. What fails or
@@ -385,8 +385,10 @@ def measure(args: argparse.Namespace, options: list[str]) -> int:
     if "tests" in stages:
         stages = ["tests", *(stage for stage in stages if stage != "tests")]  # loading the libraries takes as long
     worker.start()
-    command = "python scripts/gpu_report.py " + " ".join(options)
-    machine = {"command": command, **describe_machine()}
+    before = args.output / "environment.json"
+    commands = json.loads(before.read_text(encoding="utf-8"))["machine"].get("commands", []) if before.exists() else []
+    commands.append("python scripts/gpu_report.py " + " ".join(options))
+    machine = {"commands": commands, **describe_machine()}
     write(args.output / "environment.json", {"stage": "environment", "status": "not finished", "machine": machine})
     try:
         for name in stages:
@@ -415,7 +417,9 @@ def main(argv: list[str] | None = None) -> int:
     """Read the options and do what they ask for."""
     options = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the JSONs go")
+    parser.add_argument(
+        "--output", type=Path, nargs="+", required=True, metavar="DIR", help="where the JSONs go; several for a page"
+    )
     parser.add_argument("--seconds", type=float, default=540, help="for everything (540)")
     parser.add_argument("--stages", nargs="+", choices=CHOICES, default=CHOICES, help="all by default")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -428,14 +432,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--write-docs", type=Path, metavar="FILE", help="write a page on what DIR holds, and end")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(options)
-    args.output, args.data = args.output.resolve(), args.data.resolve()
-    if args.worker:
-        work(args)
-        return 0
     if args.write_docs:
         from gpu.page import page
 
         args.write_docs.write_text(page(args.output), encoding="utf-8")
+        return 0
+    if len(args.output) > 1:
+        parser.error("--output: several folders make a page, with --write-docs FILE; measurements go to one")
+    args.output, args.data = args.output[0].resolve(), args.data.resolve()
+    if args.worker:
+        work(args)
         return 0
     return measure(args, options)
 

@@ -97,7 +97,43 @@ def test_a_page_on_nothing_says_that_all_is_unmeasured(tmp_path):
     page = tmp_path / "page.md"
     assert report("--output", tmp_path, "--write-docs", page).returncode == 0
     text = page.read_text()
-    assert text.count("not run") == 6 and text.count("Unmeasured.") == 5
+    assert text.count(": not run") == 6 and text.count("Unmeasured.") == 5
+
+
+def test_of_several_folders_a_page_takes_each_stage_from_the_last_that_finished_it(tmp_path):
+    first, second, page = tmp_path / "first", tmp_path / "second", tmp_path / "page.md"
+    stages = {
+        first: {"training": ("done", 470_000.0, 0.99), "perplexity": ("done", 3.0, None)},
+        second: {"training": ("out of time", 1.0, 0.5), "perplexity": ("done", 1.5, None)},
+    }
+    for folder, (device, date) in {first: ("NVIDIA H100", "2026-11-26"), second: ("NVIDIA H200", "2026-11-27")}.items():
+        folder.mkdir()
+        machine = {"commands": [f"python scripts/gpu_report.py --output {folder} --seconds 9"]}
+        (folder / "environment.json").write_text(json.dumps({"status": "done", "device": device, "machine": machine}))
+        (folder / "tests.json").write_text(json.dumps({"status": "left out: no time was left"}))
+        for stage, (status, value, ratio) in stages[folder].items():
+            failures = {"it": [f'  File "{tmp_path}/fire_llm/run.py", line 1']} if folder == second else {}
+            data = {"status": status, "date": f"{date}T10:00:00", "seconds": 5.0, "context": 1024, "failures": failures}
+            if stage == "training":
+                data |= {"model": "gpt-0.1b", "tokens_per_step": 65536, "micro_batches": 1, "sequences": 64}
+                data |= {"precision": "bf16", "compiled": True, "steps_a_round": 12}
+                data |= {"contestants": {"ours": {"median": value}}, "ratios": {"ours / bare": ratio}}
+            else:
+                data |= {"tokens": 10, "batch_size": 16, "contestants": {"ours": {"tokens_per_second": 1, "nll": 1}}}
+                data |= {"ratios": {"ours / rolling loop, batch 1, bf16": value}}
+            (folder / f"{stage}.json").write_text(json.dumps(data))
+    assert report("--output", first, second, "--write-docs", page).returncode == 0
+    text = page.read_text()
+    assert "| training, tokens a second | 470,000 | ≥ 460,000 | met |" in text
+    assert "| training, ours / bare | 0.99 | ≥ 0.98 | met |" in text
+    assert "| training, ours / stock |  | ≥ 1.3 | unmeasured |" in text
+    assert "- perplexity, ours / rolling loop, batch 1, bf16: 1.5, wanted ≥ 2" in text
+    assert "## Training\n\n*NVIDIA H100, 2026-11-26, 5 s.*" in text
+    assert "## Perplexity\n\n*NVIDIA H200, 2026-11-27, 5 s.*" in text
+    assert "1.00 times that of llm.c (468,000)" in text and "another device" not in text
+    assert str(tmp_path) not in text and "--output DIR --seconds 9" in text
+    refused = report("--output", first, second)
+    assert refused.returncode == 2 and "several folders make a page" in refused.stderr
 
 
 def test_help_loads_no_heavy_library():
