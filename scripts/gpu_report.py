@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import os
 import queue
@@ -51,8 +50,8 @@ ENVIRONMENT = {
 LIBRARIES = ("torch", "triton", "transformers", "accelerate", "numpy", "pydantic", "datasets", "tokenizers")
 TESTS = ["tests/test_gpu.py", "-m", "gpu", "-o", "addopts=", "-W", "default", "-p", "no:cacheprovider", "-q"]
 TESTS += ["--tb=short", "--show-capture=no", "-p", "gpu.recording"]
-PROCESSES = 3
-"""That run the tests, where pytest-xdist is installed: what is compiled, what is solved and the rest side by side."""
+GROUPS = ("compiled in fp32", "compiled in bf16", "cuSOLVER")
+"""Of tests that share what takes seconds to begin; each has a process of its own, and so has the rest."""
 GRACE = 12
 """Seconds that a stage which does not end at its limit is given before its process is killed."""
 LAST_LINES = 8
@@ -270,25 +269,33 @@ def run_tests(stage: Stage) -> None:
     """Run the GPU tests in processes of their own and count what passed."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         record, said = Path(folder) / "record.jsonl", Path(folder) / "said.txt"
-        chosen = ["-k", "singular_values"] if stage.args.size == "tiny" else []
-        if stage.args.size != "tiny" and importlib.util.find_spec("xdist"):
-            chosen = ["-n", str(PROCESSES), "--dist", "loadgroup"]
-        command = [sys.executable, "-m", "pytest", *TESTS, *chosen, f"--record={record}", f"--basetemp={folder}/tmp"]
+        command = [sys.executable, "-m", "pytest", *TESTS, f"--record={record}"]
+        chosen = [["--groups", name] for name in (*GROUPS, "!" + ",".join(GROUPS))]
+        if stage.args.size == "tiny":
+            chosen = [["-k", "singular_values"]]
         environment = dict(os.environ)
         environment["PYTHONPATH"] += f"{os.pathsep}{ROOT / 'scripts'}"
         if stage.args.device == "cpu":
             environment["FIRE_LLM_GPU_TESTS"] = "cpu"
-        stage.note(command=" ".join(["python", *command[1:]]).replace(folder, "TMP"))
-        with said.open("w", encoding="utf-8") as file:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-            )
+        stage.note(command=" ".join(["python", *command[1:]]).replace(folder, "TMP"), parts=chosen)
+        code: int | None = 0
+        processes: list[subprocess.Popen[bytes]] = []
         try:
-            code = process.wait(max(1.0, stage.left() - 2))
+            with said.open("a", encoding="utf-8") as file:
+                for n, part in enumerate(chosen):
+                    started = subprocess.Popen(
+                        [*command, f"--basetemp={folder}/{n}", *part], cwd=ROOT, env=environment, stdout=file,
+                        stderr=subprocess.STDOUT, start_new_session=True,
+                    )  # fmt: skip
+                    processes.append(started)
+            code = max(process.wait(max(1.0, stage.left() - 2)) for process in processes)
         except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             code = None
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
         found = read_record(record.read_text(encoding="utf-8").splitlines() if record.exists() else [])
         last = [line[:300] for line in said.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]]
         stage.note(exit_code=code, **found, last_lines=last)

@@ -6,7 +6,7 @@
 CUDA and cuDNN warn of things of their own: `-W default` keeps these from counting as failures.
 
 Compiling and the first call of cuSOLVER take seconds in each process. What is compiled has one model, micro-batch and
-context, and one graph a precision; `-n 3 --dist loadgroup` keeps the tests that share something in one process.
+context, and one graph a precision; scripts/gpu_report.py gives each of the groups below a process of its own.
 """
 
 from __future__ import annotations

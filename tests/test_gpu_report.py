@@ -216,7 +216,7 @@ def test_tests_are_recorded_as_they_end_and_what_is_cut_off_is_named(monkeypatch
     file, record = tmp_path / "test_it.py", tmp_path / "record.jsonl"
     file.write_text(
         "import os, pytest, time\n"
-        "def test_good(): time.sleep(0.2)\n"
+        "@pytest.mark.xdist_group('b c')\ndef test_good(): time.sleep(0.2)\n"
         "def test_bad(): assert 1 == 2\n"
         "@pytest.mark.skip\ndef test_other(): pass\n"
         "@pytest.fixture\ndef broken(): raise KeyError('gone')\n"
@@ -229,6 +229,12 @@ def test_tests_are_recorded_as_they_end_and_what_is_cut_off_is_named(monkeypatch
     done = subprocess.run([*command, "--rootdir", tmp_path, file], cwd=tmp_path, env=environment, capture_output=True)
     assert done.returncode == 3, done
     found = module.read_record([*record.read_text().splitlines(), '{"test": "half a l'])
+    for groups, names in (("b c", ["test_good"]), ("a,b c", ["test_good"]), ("!b c", ["test_bad", "test_other"])):
+        record.unlink(missing_ok=True)
+        chosen = [*command, "--rootdir", tmp_path, file, "--groups", groups, "-k", "good or bad or other"]
+        subprocess.run(chosen, cwd=tmp_path, env=environment, capture_output=True)
+        told = [json.loads(line) for line in record.read_text().splitlines()]
+        assert [line["test"] for line in told if "ended" in line] == names
     assert found["counts"] == {"passed": 1, "failed": 1, "skipped": 1, "errors": 1}
     assert found["failed"].keys() == {"test_bad", "test_broken"} and found["running"] == ["test_endless"]
     assert any("assert 1 == 2" in line for line in found["failed"]["test_bad"])

@@ -1,6 +1,7 @@
 """A plugin of pytest that writes a line of JSON when a test begins and when it ends: `-p gpu.recording --record FILE`.
 
-What was cut off can thus be read too, and what was running then.
+What was cut off can thus be read too, and what was running then. Several processes may share the file, each with other
+tests: `--groups A,B` takes those marked xdist_group(A) or xdist_group(B), `--groups !A,B` all others.
 """
 
 from __future__ import annotations
@@ -15,12 +16,26 @@ LAST_LINES = 8
 def pytest_addoption(parser: Any) -> None:
     """Add the option that names the file."""
     parser.addoption("--record", type=Path, metavar="FILE", help="a line of JSON for each test that begins or ends")
+    parser.addoption("--groups", default="!", metavar="[!]NAME,…", help="groups of tests to run, or not to run")
 
 
 def pytest_configure(config: Any) -> None:
-    """Record in the process that collects reports; pytest-xdist's workers send theirs to it."""
-    if config.getoption("record") and not hasattr(config, "workerinput"):
+    """Record, where a file is named."""
+    if config.getoption("record"):
         config.pluginmanager.register(Recorder(config.getoption("record")))
+
+
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    """Keep the tests of the groups that are asked for."""
+    asked = config.getoption("groups")
+    names = {*asked.removeprefix("!").split(",")}
+    wanted = [(asked[:1] != "!") == bool(_groups(item) & names) for item in items]
+    config.hook.pytest_deselected(items=[item for item, keep in zip(items, wanted, strict=True) if not keep])
+    items[:] = [item for item, keep in zip(items, wanted, strict=True) if keep]
+
+
+def _groups(item: Any) -> set[str]:
+    return {mark.args[0] for mark in item.iter_markers("xdist_group")}
 
 
 class Recorder:
@@ -54,4 +69,4 @@ class Recorder:
 
 
 def _name(nodeid: str) -> str:
-    return nodeid.split("::", 1)[-1].split("@")[0]  # pytest-xdist appends the group after an @
+    return nodeid.split("::", 1)[-1]
