@@ -1,7 +1,7 @@
 """Measure on one GPU, in minutes, what no CPU can show: tests, Newton-Schulz, training, perplexity, arms of a recipe.
 
     python scripts/gpu_report.py --data FOLDER --output DIR [--seconds 540] [--stages tests training …]
-    python scripts/gpu_report.py --output DIR --write-docs docs/gpu-results.md
+    python scripts/gpu_report.py --output DIR [DIR …] --write-docs docs/gpu-results.md
     python scripts/gpu_report.py --size tiny --device cpu --data FOLDER --output DIR    (a dry run)
 
 Each stage has a limit in seconds and a JSON of its own in DIR, written anew after every measurement. What fails or
@@ -17,7 +17,6 @@ import contextlib
 import json
 import os
 import queue
-import re
 import signal
 import subprocess
 import sys
@@ -25,7 +24,6 @@ import tempfile
 import threading
 import time
 import traceback
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -35,10 +33,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {
     # stage: (most seconds, seconds below which it is not begun)
     "environment": (60, 3),  # with loading the libraries, where no tests ran meanwhile
-    "tests": (80, 15),
+    "tests": (110, 15),
     "newton-schulz": (45, 10),
-    "training": (170, 45),
-    "perplexity": (45, 10),
+    "training": (200, 45),
+    "perplexity": (60, 10),
     "evidence": (600, 60),
 }
 CHOICES = [stage for stage in LIMITS if stage != "environment"]
@@ -50,8 +48,10 @@ ENVIRONMENT = {
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
 }
 LIBRARIES = ("torch", "triton", "transformers", "accelerate", "numpy", "pydantic", "datasets", "tokenizers")
-TESTS = ["tests/test_gpu.py", "-m", "gpu", "-o", "addopts=", "-W", "default", "-p", "no:cacheprovider", "-v"]
-TESTS += ["--tb=short", "--show-capture=no"]
+TESTS = ["tests/test_gpu.py", "-m", "gpu", "-o", "addopts=", "-W", "default", "-p", "no:cacheprovider", "-q"]
+TESTS += ["--tb=short", "--show-capture=no", "-p", "gpu.recording"]
+GROUPS = ("compiled in fp32", "compiled in bf16", "cuSOLVER")
+"""Of tests that share what takes seconds to begin; each has a process of its own, and so has the rest."""
 GRACE = 12
 """Seconds that a stage which does not end at its limit is given before its process is killed."""
 LAST_LINES = 8
@@ -266,60 +266,77 @@ class Worker:
 
 
 def run_tests(stage: Stage) -> None:
-    """Run the GPU tests in a process of their own and count what passed."""
-    with tempfile.TemporaryDirectory() as folder:
-        junit, said = Path(folder) / "junit.xml", Path(folder) / "said.txt"
-        chosen = ["-k", "singular_values"] if stage.args.size == "tiny" else []
-        command = [sys.executable, "-m", "pytest", *TESTS, *chosen, f"--junitxml={junit}", f"--basetemp={folder}/tmp"]
+    """Run the GPU tests in processes of their own and count what passed."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        record, said = Path(folder) / "record.jsonl", Path(folder) / "said.txt"
+        command = [sys.executable, "-m", "pytest", *TESTS, f"--record={record}"]
+        chosen = [["--groups", name] for name in (*GROUPS, "!" + ",".join(GROUPS))]
+        if stage.args.size == "tiny":
+            chosen = [["-k", "singular_values"]]
         environment = dict(os.environ)
+        environment["PYTHONPATH"] += f"{os.pathsep}{ROOT / 'scripts'}"
         if stage.args.device == "cpu":
             environment["FIRE_LLM_GPU_TESTS"] = "cpu"
-        stage.note(command=" ".join(["python", *command[1:]]).replace(folder, "TMP"))
-        with said.open("w", encoding="utf-8") as file:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-            )
+        stage.note(command=" ".join(["python", *command[1:]]).replace(folder, "TMP"), parts=chosen)
+        code: int | None = 0
+        processes: list[subprocess.Popen[bytes]] = []
         try:
-            code = process.wait(max(1.0, stage.left() - 2))
+            with said.open("a", encoding="utf-8") as file:
+                for n, part in enumerate(chosen):
+                    started = subprocess.Popen(
+                        [*command, f"--basetemp={folder}/{n}", *part], cwd=ROOT, env=environment, stdout=file,
+                        stderr=subprocess.STDOUT, start_new_session=True,
+                    )  # fmt: skip
+                    processes.append(started)
+            code = max(process.wait(max(1.0, stage.left() - 2)) for process in processes)
         except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             code = None
-        text = said.read_text(encoding="utf-8", errors="replace")
-        counts, failed, slow = read_junit(junit) if junit.exists() else (read_words(text), {}, {})
-        last = text.splitlines()[-LAST_LINES:]
-        stage.note(exit_code=code, counts=counts, failed=failed, slowest_seconds=slow, last_lines=last)
-    stage.say(", ".join(f"{count} {word}" for word, count in counts.items()) or "no test was collected")
-    for name in failed:
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+        found = read_record(record.read_text(encoding="utf-8").splitlines() if record.exists() else [])
+        last = [line[:300] for line in said.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]]
+        stage.note(exit_code=code, **found, last_lines=last)
+    counted = ", ".join(f"{count} {word}" for word, count in found["counts"].items())
+    stage.say(counted or "no test was collected")
+    stage.say("slowest: " + "; ".join(f"{name} {took:.1f} s" for name, took in [*found["slowest_seconds"].items()][:5]))
+    for name in found["failed"]:
         stage.say(f"  failed: {name}")
+    for name in found["running"]:
+        stage.say(f"  cut off: {name}")
     if code is None:
         raise OutOfTime
     if code not in (0, 1):
         raise RuntimeError(f"pytest ended with exit code {code}: {' | '.join(last)}")
 
 
-def read_junit(file: Path) -> tuple[dict[str, int], dict[str, list[str]], dict[str, float]]:
-    """Return how many tests ended how, the last lines of those that failed, and the seconds of the slowest."""
-    counts: dict[str, int] = {}
-    failed: dict[str, list[str]] = {}
-    seconds: dict[str, float] = {}
-    for case in ElementTree.parse(file).iter("testcase"):
-        ends = [part for part in case if part.tag in ("failure", "error", "skipped")]
-        word = {"failure": "failed", "error": "errors"}.get(ends[0].tag, ends[0].tag) if ends else "passed"
-        counts[word] = counts.get(word, 0) + 1
-        name = str(case.get("name"))
-        seconds[name] = float(case.get("time") or 0)
-        if word in ("failed", "errors"):
-            said = f"{ends[0].get('message') or ''}\n{ends[0].text or ''}".strip().splitlines()
-            failed[name] = [line[:300] for line in [*said[:2], *said[-LAST_LINES:]]]
-    slowest = sorted(seconds, key=seconds.__getitem__, reverse=True)[:10]
-    return counts, failed, {name: seconds[name] for name in slowest}
+def read_record(lines: list[str]) -> dict[str, Any]:
+    """Read what gpu/recording.py wrote, to its end or to where it was cut off.
 
-
-def read_words(text: str) -> dict[str, int]:
-    """Count the words that `pytest -v` ends its lines with, where it was cut off."""
-    words = [word.lower() for word in re.findall(r"::.* (PASSED|FAILED|ERROR|SKIPPED)\b", text)]
-    return {word: words.count(word) for word in words}
+    Returns:
+        counts of tests by how they ended; failed, the last lines of each that did; running, those that began and did
+        not end; slowest_seconds of the slowest 15, with their fixtures; seconds_of_all.
+    """
+    began: list[str] = []
+    ended: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):  # the last may be cut off
+            told = json.loads(line)
+            if "ended" in told:
+                ended[told["test"]] = told
+            else:
+                began.append(told["test"])
+    words = [told["ended"] for told in ended.values()]
+    slowest = sorted(ended.values(), key=lambda told: -told["seconds"])[:15]
+    return {
+        "counts": {word: words.count(word) for word in dict.fromkeys(words)},
+        "failed": {name: told["said"] for name, told in ended.items() if told["ended"] in ("failed", "errors")},
+        "running": [name for name in began if name not in ended],
+        "slowest_seconds": {told["test"]: told["seconds"] for told in slowest},
+        "seconds_of_all": round(sum(told["seconds"] for told in ended.values()), 2),
+    }
 
 
 # ---- the command
@@ -375,8 +392,10 @@ def measure(args: argparse.Namespace, options: list[str]) -> int:
     if "tests" in stages:
         stages = ["tests", *(stage for stage in stages if stage != "tests")]  # loading the libraries takes as long
     worker.start()
-    command = "python scripts/gpu_report.py " + " ".join(options)
-    machine = {"command": command, **describe_machine()}
+    before = args.output / "environment.json"
+    commands = json.loads(before.read_text(encoding="utf-8"))["machine"].get("commands", []) if before.exists() else []
+    commands.append("python scripts/gpu_report.py " + " ".join(options))
+    machine = {"commands": commands, **describe_machine()}
     write(args.output / "environment.json", {"stage": "environment", "status": "not finished", "machine": machine})
     try:
         for name in stages:
@@ -405,7 +424,9 @@ def main(argv: list[str] | None = None) -> int:
     """Read the options and do what they ask for."""
     options = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the JSONs go")
+    parser.add_argument(
+        "--output", type=Path, nargs="+", required=True, metavar="DIR", help="where the JSONs go; several for a page"
+    )
     parser.add_argument("--seconds", type=float, default=540, help="for everything (540)")
     parser.add_argument("--stages", nargs="+", choices=CHOICES, default=CHOICES, help="all by default")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -418,14 +439,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--write-docs", type=Path, metavar="FILE", help="write a page on what DIR holds, and end")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(options)
-    args.output, args.data = args.output.resolve(), args.data.resolve()
-    if args.worker:
-        work(args)
-        return 0
     if args.write_docs:
         from gpu.page import page
 
         args.write_docs.write_text(page(args.output), encoding="utf-8")
+        return 0
+    if len(args.output) > 1:
+        parser.error("--output: several folders make a page, with --write-docs FILE; measurements go to one")
+    args.output, args.data = args.output[0].resolve(), args.data.resolve()
+    if args.worker:
+        work(args)
         return 0
     return measure(args, options)
 

@@ -8,7 +8,6 @@ import math
 import os
 import subprocess
 import sys
-import warnings
 import weakref
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_gpt2, tiny_llama
+from hard_logits import hard_rows, softmax_in_fp64
 from ranks import run_ranks
 from small_models import SMALL, VOCABULARY, build, stand_ins
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from fire_llm import UserError, perplexity
-from fire_llm.evaluation import exact_nll, kernels, scores, scoring, windows
+from fire_llm.evaluation import kernels, scores, scoring, windows
 
 TOKENS = torch.randint(0, 97, (1003,), generator=torch.Generator().manual_seed(0))
 
@@ -412,18 +412,6 @@ def test_slices_on_a_gpu_are_even_and_fit_its_memory(monkeypatch, gigabytes, sli
 DTYPES = pytest.mark.parametrize("dtype", kernels.DTYPES, ids=str)
 
 
-def hard_rows(dtype, vocabulary):
-    """Return logits (12, V) of models that are sure, unsure, and far below zero, and targets."""
-    generator = torch.Generator().manual_seed(vocabulary)
-    logits = torch.randn(12, vocabulary, generator=generator) * torch.logspace(-2, 1.3, 12)[:, None]
-    logits[3:6] -= 120
-    return logits.to(dtype), torch.randint(0, vocabulary, (12,), generator=generator)
-
-
-def softmax_in_fp64(logits, targets):
-    return -torch.log_softmax(logits.double(), -1).gather(-1, targets[:, None])[:, 0]
-
-
 INTERPRETED = """
 import sys, torch
 from fire_llm.evaluation.kernels import row_nll
@@ -480,36 +468,6 @@ def test_without_a_kernel_torch_takes_the_softmax(monkeypatch):
         assert not kernels.usable(torch.device("cpu"), torch.float32, 97)
     kernels.usable.cache_clear()
     assert not kernels.usable(torch.device("cpu"), torch.float64, 97)
-
-
-@pytest.mark.gpu
-@DTYPES
-def test_on_a_gpu_the_kernel_gives_the_softmax_of_fp64(dtype):
-    logits, targets = (each.cuda() for each in hard_rows(dtype, 50_304))
-    assert kernels.usable(logits.device, dtype, 50_304)
-    wanted = softmax_in_fp64(logits, targets)
-    torch.testing.assert_close(exact_nll(logits, targets), wanted, rtol=1e-9, atol=2e-8)
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_the_host_waits_once_a_batch_and_numbers_are_the_cpus():
-    model, options = tiny_gpt2(), {"context": 32, "stride": 20, "batch_size": 8}
-    wanted = perplexity(model, TOKENS, **options)
-    model.cuda()
-    found = perplexity(model, TOKENS, **options)
-    assert found.nll == pytest.approx(wanted.nll, rel=1e-6)
-    assert perplexity(model, TOKENS, **options).nll == found.nll
-    waits = []
-    for n in (32 + 7 * 20 + 1, 32 + 31 * 20 + 1):  # a batch of 8 windows, and four
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                perplexity(model, TOKENS[:n], **options)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        waits.append(sum("synchronizing" in str(w.message) for w in caught))
-    assert waits[1] - waits[0] <= 3
 
 
 def test_logits_are_never_held():

@@ -4,12 +4,16 @@
 
 `FIRE_LLM_GPU_TESTS=cpu` runs on the CPU what makes sense there, which checks the tests themselves. On a GPU, Inductor,
 CUDA and cuDNN warn of things of their own: `-W default` keeps these from counting as failures.
+
+Compiling and the first call of cuSOLVER take seconds in each process. What is compiled has one model, micro-batch and
+context, and one graph a precision; scripts/gpu_report.py gives each of the groups below a process of its own.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import math
 import os
 import warnings
@@ -20,8 +24,9 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_gpt2, tiny_llama
+from hard_logits import hard_rows, softmax_in_fp64
 from tiny_recipe import recipe as tiny_recipe
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, TrainerCallback
 
 from fire_llm import (
     ContinualTrainer,
@@ -35,8 +40,9 @@ from fire_llm import (
     reset_checkpoint,
     run_recipe,
 )
+from fire_llm.evaluation import exact_nll, kernels
 from fire_llm.inspection import inspect_checkpoint
-from fire_llm.orthogonal import singular_values
+from fire_llm.orthogonal import projection, singular_values
 from fire_llm.orthogonal.products import accumulates
 from fire_llm.run import Workbench
 from fire_llm.trainer import ContinualArguments, EvaluationSet, RecyclingCallback
@@ -51,13 +57,18 @@ pytestmark = [
     pytest.mark.skipif(not DEVICE, reason="there is no GPU; FIRE_LLM_GPU_TESTS=cpu checks the tests on the CPU"),
 ]
 needs_cuda = pytest.mark.skipif(not CUDA, reason="CUDA alone has this")
+solving = pytest.mark.xdist_group("cuSOLVER")
+compiling = pytest.mark.xdist_group("compiled in fp32")
+compiling_bf16 = pytest.mark.xdist_group("compiled in bf16")
 
-CONTEXT, MICRO, STEPS, VOCABULARY = 64, 4, 6, 512
+CONTEXT, MICRO, STEPS, VOCABULARY, POSITIONS = 64, 4, 6, 512, 128
+SLICE = 100
+"""Positions of a slice of the logits, at most: a micro-batch has 256 of them, in four slices."""
 TEXT = torch.randint(0, VOCABULARY, (1000,), generator=torch.Generator().manual_seed(5)).numpy()
 
 
 def gpt2(seed=0, **settings):
-    sizes = {"n_embd": 64, "n_head": 2, "vocab_size": VOCABULARY, "n_positions": 128}
+    sizes = {"n_embd": 64, "n_head": 2, "vocab_size": VOCABULARY, "n_positions": POSITIONS}
     return tiny_gpt2(seed, **{**sizes, **settings})
 
 
@@ -120,6 +131,19 @@ def polar_factor(w):
     return u @ vh
 
 
+def polar_factor_there(w):
+    """Return polar factors (B, out, in) by Newton-Schulz in fp64 to the end, on the device: SVDs take minutes."""
+    x = w.double() if w.shape[-2] >= w.shape[-1] else w.double().mT
+    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    for _ in range(100):
+        off = x.mT @ x - eye
+        x = x - x @ off / 2
+        if float(off.abs().max()) < 1e-7:  # the step just taken squares it
+            return x if w.shape[-2] >= w.shape[-1] else x.mT
+    raise AssertionError("no polar factor was found: the matrices are singular")
+
+
 def distance(found, wanted):
     """Return the worst relative Frobenius distance over a stack."""
     found = found.double().cpu()
@@ -154,14 +178,38 @@ def test_low_precision_products_are_accumulated_and_returned_in_fp32():
     assert accumulates("cuda", torch.bfloat16) and accumulates("cuda", torch.float16)
 
 
-@pytest.mark.parametrize("tolerance", [1e-3, 1e-5])
+@solving
 @pytest.mark.parametrize("shape", [(256, 256), (768, 192), (192, 768)], ids=str)
-def test_polar_is_the_factor_of_an_svd(shape, tolerance):
+def test_polar_is_the_factor_of_an_svd(shape):
     for spectrum in (None, lambda i: 1 / i, lambda i: 10 ** (-4 * i / i[-1])):
-        w = matrices(shape, spectrum=spectrum)
-        assert distance(polar(w, tolerance), polar_factor(w)) < tolerance
+        w = matrices(shape, count=2, spectrum=spectrum)
+        wanted = polar_factor(w)
+        for tolerance in (1e-3, 1e-5):
+            assert distance(polar(w, tolerance), wanted) < tolerance
 
 
+STACKS = [(48, 768, 768), (12, 3072, 768), (12, 768, 3072)] if CUDA else [(6, 96, 96), (3, 384, 96), (3, 96, 384)]
+
+
+@solving
+@pytest.mark.parametrize("sizes", STACKS, ids=str)
+def test_polar_finds_all_factors_of_a_models_stack(sizes, monkeypatch):
+    """Of 48 squares some are left over by a first attempt; on a GPU none needs float64."""
+    count, *shape = sizes
+    w, again, project = matrices(shape, count), [], projection._project
+
+    def projected(x, *args):
+        again.append(len(x))
+        return project(x, *args)
+
+    monkeypatch.setattr(projection, "_project", projected)
+    found = polar(w, 1e-3)
+    wanted = polar_factor_there(w)
+    assert float(torch.linalg.vector_norm(found - wanted, dim=(-2, -1)).max()) < 1e-3 * min(shape) ** 0.5
+    assert not CUDA or sum(again) == 0, f"{sum(again)} of {count} were done again in float64"
+
+
+@solving
 def test_singular_values_are_those_of_an_svd():
     for spectrum in (None, lambda i: 10 ** (-6 * i / i[-1])):
         w = matrices((192, 320), spectrum=spectrum)
@@ -239,6 +287,14 @@ def test_fp32_perplexity_is_that_of_a_cpu(build, how):
     assert there.nll == pytest.approx(here.nll, rel=1e-6) and there.tokens == here.tokens
 
 
+@needs_cuda
+@pytest.mark.parametrize("dtype", kernels.DTYPES, ids=str)
+def test_the_kernel_gives_the_softmax_of_fp64(dtype):
+    logits, targets = (each.cuda() for each in hard_rows(dtype, 50_304))
+    assert kernels.usable(logits.device, dtype, 50_304)
+    torch.testing.assert_close(exact_nll(logits, targets), softmax_in_fp64(logits, targets), rtol=1e-9, atol=2e-8)
+
+
 def test_bf16_weights_change_perplexity_by_their_rounding():
     nll = [perplexity(gpt2().to(DEVICE, dtype), TEXT, context=CONTEXT).nll for dtype in (torch.float32, torch.bfloat16)]
     assert nll[1] == pytest.approx(nll[0], rel=1e-2)
@@ -263,20 +319,6 @@ def test_training_measures_what_evaluation_of_its_checkpoint_gives(tmp_path):
 
 
 # ---- training
-
-
-@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("bf16", 2e-3)])
-def test_compiled_eager_sliced_and_whole_train_alike(precision, bound, tmp_path, monkeypatch):
-    half = {"bf16": precision == "bf16"}
-    sliced(monkeypatch, None)
-    whole = losses(train(gpt2(), tmp_path / "whole", **half))
-    sliced(monkeypatch, 100)  # of 256 positions: four slices
-    eager = losses(train(gpt2(), tmp_path / "eager", **half))
-    torch._dynamo.reset()
-    compiled = losses(train(gpt2(), tmp_path / "compiled", torch_compile=True, torch_compile_backend=BACKEND, **half))
-    assert whole[-1] < whole[0]
-    assert eager == pytest.approx(whole, rel=bound)
-    assert compiled == pytest.approx(whole, rel=bound)
 
 
 def test_training_is_that_of_a_cpu(tmp_path):
@@ -316,53 +358,6 @@ def test_units_are_recycled_as_on_a_cpu(method, tmp_path):
     assert found[0] > 0 and found[0] == pytest.approx(found[1], rel=0.1, abs=2)
 
 
-@pytest.fixture(scope="module")
-def compiled_run(tmp_path_factory):
-    """Run a recipe, compiled, whose arms come after a phase of the same model: one plain, one reset, one recycling."""
-    folder = tmp_path_factory.mktemp("run")
-    data = yaml.safe_load(tiny_recipe(folder).read_text())
-    data["phases"][1]["arms"] |= {"base": "keep", "redo": {"method": "redo", "every": 3, "threshold": 0.9}}
-    data["compile"] = CUDA
-    torch._dynamo.reset()
-    alive, start = [], Workbench.starting_model
-
-    def models():
-        return sum(type(thing) is GPT2LMHeadModel for thing in gc.get_objects())
-
-    def starting_model(bench, unit):
-        alive.append(models())
-        return start(bench, unit)
-
-    gc.collect()
-    before = models()
-    with mock.patch.object(Workbench, "starting_model", starting_model):
-        results = run_recipe(load_recipe(data), folder / "out", workers=1, progress=False)
-    return results, [count - before for count in alive]
-
-
-def test_a_compiled_run_finishes_every_arm(compiled_run):
-    arms = compiled_run[0]["arms"]
-    assert set(arms) == {"fire", "base", "redo"}
-    for arm in arms.values():
-        (run,) = arm["runs"]
-        assert run["steps"] == 8 and run["tokens_per_step"] == 128
-        assert all(math.isfinite(score["nll"]) for score in run["final"].values())
-
-
-def test_redo_recycles_in_a_run_that_was_compiled_before_it(compiled_run):
-    assert compiled_run[0]["arms"]["redo"]["runs"][0]["recycled"] > 0
-    assert compiled_run[0]["arms"]["base"]["runs"][0]["recycled"] == 0
-
-
-def test_compiling_leaves_the_precision_of_fp32_products_alone(compiled_run):
-    assert torch.backends.fp32_precision != "tf32"
-    assert torch.get_float32_matmul_precision() == "highest"  # it raises where old and new settings disagree
-
-
-def test_a_units_model_leaves_the_memory_before_the_next_begins(compiled_run):
-    assert compiled_run[1] == [0, 0, 0, 0]
-
-
 @needs_cuda
 def test_the_peak_of_memory_is_a_units_own(tmp_path):
     def peak(vocabulary):
@@ -399,27 +394,10 @@ def test_compiled_training_gives_attention_no_mask(build, tmp_path, monkeypatch)
 
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", lambda function, **_: compile_(function, backend=look))
-    sliced(monkeypatch, 100)
+    sliced(monkeypatch, SLICE)
     train(build(), tmp_path, torch_compile=True, torch_compile_backend="eager", max_steps=2)
     torch._dynamo.reset()
     assert masks and set(masks) == {(False, True)}
-
-
-@needs_cuda
-def test_attention_runs_in_a_causal_kernel(tmp_path, monkeypatch):
-    from torch.profiler import ProfilerActivity, profile
-
-    sliced(monkeypatch, 100)
-    trainer = train(
-        gpt2(), tmp_path, bf16=True, max_steps=2, torch_compile=True
-    )  # looks at its model in fp32, compiles
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-        trainer.train()
-        torch.cuda.synchronize()
-    names = {event.key.lower() for event in seen.key_averages()}
-    attention = {n for n in names if any(part in n for part in ("flash", "cudnn", "efficient", "fmha", "math_for"))}
-    assert any("flash" in n or "cudnn" in n for n in attention), attention
-    assert not any("efficient" in n or "fmha_cutlass" in n for n in attention), attention
 
 
 # ---- checkpoints and measures
@@ -446,6 +424,7 @@ def test_apply_writes_what_it_writes_on_a_cpu(checkpoint, tmp_path):
         assert float((there[name] - tensor).norm()) <= 4e-4 * float(tensor.norm()), name
 
 
+@solving
 def test_inspect_measures_what_it_measures_on_a_cpu(checkpoint):
     there, here = (inspect_checkpoint(checkpoint, progress=False, device=device) for device in (DEVICE, "cpu"))
     for a, b in zip(there, here, strict=True):
@@ -453,6 +432,7 @@ def test_inspect_measures_what_it_measures_on_a_cpu(checkpoint):
             assert a[column] == (pytest.approx(value, rel=1e-4, abs=1e-9) if isinstance(value, float) else value)
 
 
+@solving
 def test_diagnose_measures_what_it_measures_on_a_cpu():
     there, here = (
         diagnose(gpt2().to(device), TEXT, context=32, sequences=4, reference=gpt2(3)) for device in (DEVICE, "cpu")
@@ -515,3 +495,158 @@ def test_what_is_not_finite_stops_before_the_weights_change(tmp_path):
     with pytest.raises(FloatingPointError, match="step"):
         train(model, tmp_path, bf16=True)
     assert all(torch.equal(w.cpu(), before[n]) for n, w in model.state_dict().items())
+
+
+def test_a_step_that_is_not_finite_is_left_out_on_the_device(tmp_path):
+    weights, bad = [], 2
+
+    class Break(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **_):
+            weights.append(copy.deepcopy(model.state_dict()))
+            if state.global_step == bad:
+                model.transformer.ln_f.weight.data[0] = math.inf
+
+        def on_step_end(self, args, state, control, model=None, **_):
+            if state.global_step == bad + 1:
+                model.transformer.ln_f.weight.data[0] = weights[bad]["transformer.ln_f.weight"][0]
+
+    trainer = train(gpt2(), tmp_path, bf16=True, nonfinite="skip", callbacks=[Break()])
+    for n, (before, after) in enumerate(itertools.pairwise(weights)):
+        assert all(torch.equal(before[name], after[name]) for name in before) == (n == bad), n
+    assert trainer.guard.skipped == 1 and trainer.state.global_step == STEPS
+    assert [entry["skipped_steps"] for entry in trainer.state.log_history if "skipped_steps" in entry][-1] == 1
+    assert all(map(math.isfinite, losses(trainer))) and losses(trainer)[-1] < losses(trainer)[0]
+
+
+# ---- compiled: what takes longest, last
+
+
+def train_alike(bound, tmp_path, monkeypatch, **half):
+    sliced(monkeypatch, None)
+    whole = losses(train(gpt2(), tmp_path / "whole", **half))
+    sliced(monkeypatch, SLICE)
+    eager = losses(train(gpt2(), tmp_path / "eager", **half))
+    torch._dynamo.reset()
+    compiled = losses(train(gpt2(), tmp_path / "compiled", torch_compile=True, torch_compile_backend=BACKEND, **half))
+    assert whole[-1] < whole[0]
+    assert eager == pytest.approx(whole, rel=bound)
+    assert compiled == pytest.approx(whole, rel=bound)
+
+
+@compiling_bf16
+def test_compiled_eager_sliced_and_whole_train_alike_in_bf16(tmp_path, monkeypatch):
+    train_alike(2e-3, tmp_path, monkeypatch, bf16=True)
+
+
+@pytest.fixture(scope="module")
+def kernels_of_training(tmp_path_factory):
+    """Return the names of what two compiled steps in bf16 run on the GPU, of which a part in slices of the logits."""
+    from torch.profiler import ProfilerActivity, profile
+
+    folder = tmp_path_factory.mktemp("profiled")
+    with pytest.MonkeyPatch.context() as patch:
+        sliced(patch, SLICE)
+        trainer = train(gpt2(), folder, bf16=True, max_steps=2, torch_compile=True)  # looks at its model, compiles
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+            trainer.train()
+            torch.cuda.synchronize()
+    return {event.key.lower() for event in seen.key_averages()}
+
+
+@needs_cuda
+@compiling_bf16
+def test_attention_runs_in_a_causal_kernel(kernels_of_training):
+    parts = ("flash", "cudnn", "efficient", "fmha", "math_for")
+    attention = {n for n in kernels_of_training if any(part in n for part in parts)}
+    assert any("flash" in n or "cudnn" in n for n in attention), attention
+    assert not any("efficient" in n or "fmha_cutlass" in n for n in attention), attention
+
+
+@needs_cuda
+@compiling_bf16
+def test_no_gradient_of_logits_is_copied_into_zeros(kernels_of_training):
+    fills = [n for n in kernels_of_training if "fillfunctor" in n and "bfloat16" in n]
+    assert not fills and any("softmax" in n for n in kernels_of_training)
+
+
+@compiling_bf16
+def test_a_compiled_evaluation_gives_what_an_eager_one_gives(monkeypatch):
+    compile_, calls = torch.compile, []
+
+    def compiled(function, **_):
+        graph = compile_(function, backend=BACKEND)
+        return lambda *args, **given: calls.append(1) or graph(*args, **given)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    model, text = gpt2().to(DEVICE), np.resize(TEXT, 8 * MICRO * CONTEXT + 100)
+    options = {"context": CONTEXT, "batch_size": MICRO}
+    plain = perplexity(model, text, **options)
+    assert not calls
+    found = perplexity(model, text, compiled=True, **options)
+    assert len(calls) >= 8 and found.tokens == plain.tokens
+    assert found.nll == pytest.approx(plain.nll, rel=1e-6)
+
+
+@compiling
+def test_compiled_eager_sliced_and_whole_train_alike_in_fp32(tmp_path, monkeypatch):
+    train_alike(1e-5, tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def compiled_run(tmp_path_factory):
+    """Run a recipe, compiled, whose arms come after a phase of the same model: one plain, one reset, one recycling."""
+    folder = tmp_path_factory.mktemp("run")
+    data = yaml.safe_load(tiny_recipe(folder).read_text())
+    first, second = data["phases"]
+    first |= {"steps": 4, "keep": []}
+    second |= {"steps": 4}
+    second["arms"] |= {"base": "keep", "redo": {"method": "redo", "every": 2, "threshold": 0.9}}
+    config = gpt2().config  # whose graphs serve again
+    names = ("n_embd", "n_layer", "n_head", "vocab_size", "n_positions", "activation_function")
+    data["model"] |= {"context": CONTEXT, "config": {name: getattr(config, name) for name in names}}
+    data["batch"] = {"tokens_per_step": 2 * MICRO * CONTEXT, "sequences_per_device": MICRO}
+    data |= {"compile": CUDA, "save_every_steps": 4}
+    data["evaluate"]["every_steps"] = 4
+    alive, start = [], Workbench.starting_model
+
+    def models():
+        return sum(type(thing) is GPT2LMHeadModel for thing in gc.get_objects())
+
+    def starting_model(bench, unit):
+        alive.append(models())
+        return start(bench, unit)
+
+    gc.collect()
+    before = models()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Workbench, "starting_model", starting_model)
+        sliced(patch, SLICE)
+        results = run_recipe(load_recipe(data), folder / "out", workers=1, progress=False)
+    return results, [count - before for count in alive]
+
+
+@compiling
+def test_a_compiled_run_finishes_every_arm(compiled_run):
+    arms = compiled_run[0]["arms"]
+    assert set(arms) == {"fire", "base", "redo"}
+    for arm in arms.values():
+        (run,) = arm["runs"]
+        assert run["steps"] == 4 and run["tokens_per_step"] == 2 * MICRO * CONTEXT
+        assert all(math.isfinite(score["nll"]) for score in run["final"].values())
+
+
+@compiling
+def test_redo_recycles_in_a_run_that_was_compiled_before_it(compiled_run):
+    assert compiled_run[0]["arms"]["redo"]["runs"][0]["recycled"] > 0
+    assert compiled_run[0]["arms"]["base"]["runs"][0]["recycled"] == 0
+
+
+@compiling
+def test_compiling_leaves_the_precision_of_fp32_products_alone(compiled_run):
+    assert torch.backends.fp32_precision != "tf32"
+    assert torch.get_float32_matmul_precision() == "highest"  # it raises where old and new settings disagree
+
+
+@compiling
+def test_a_units_model_leaves_the_memory_before_the_next_begins(compiled_run):
+    assert compiled_run[1] == [0, 0, 0, 0]

@@ -73,12 +73,12 @@ def test_every_stage_runs_dry_and_the_page_tells_of_all(data, tmp_path):
     assert found["newton-schulz"]["llama_3_8b"]["polar, 1e-3"]["all_224_seconds"] > 0
     assert set(found["training"]["contestants"]) == {"ours", "bare", "stock"}
     assert set(found["training"]["ratios"]) == {"ours / bare", "ours / stock"}
-    assert found["training"]["profiles"]["ours"]["top"]
+    profile = found["training"]["profiles"]["ours"]
+    assert profile["top"] and profile["kernels_a_step"] > 100 and profile["step_milliseconds"] > 0
     scores = found["perplexity"]["contestants"]
-    for batch in (16, 1):
-        assert scores["ours, fp32"]["nll"] == pytest.approx(
-            scores[f"rolling loop, batch {batch}, fp32"]["nll"], rel=1e-6
-        )
+    assert scores["ours, fp32"]["nll"] == pytest.approx(scores["rolling loop, batch 16, fp32"]["nll"], rel=1e-6)
+    one, many = (scores[f"rolling loop, batch {batch}, bf16"]["nll"] for batch in (1, 16))
+    assert one == pytest.approx(many, rel=1e-2) and "rolling loop, batch 1, fp32" not in scores
     assert found["evidence"]["finished"] == found["evidence"]["arms"] == [*found["results"]["arms"]]
     assert not any(found[stage]["failures"] for stage in stages), found
     assert found["training"]["path"] == "whole" and found["training"]["without_mask"]
@@ -97,7 +97,43 @@ def test_a_page_on_nothing_says_that_all_is_unmeasured(tmp_path):
     page = tmp_path / "page.md"
     assert report("--output", tmp_path, "--write-docs", page).returncode == 0
     text = page.read_text()
-    assert text.count("not run") == 6 and text.count("Unmeasured.") == 5
+    assert text.count(": not run") == 6 and text.count("Unmeasured.") == 5
+
+
+def test_of_several_folders_a_page_takes_each_stage_from_the_last_that_finished_it(tmp_path):
+    first, second, page = tmp_path / "first", tmp_path / "second", tmp_path / "page.md"
+    stages = {
+        first: {"training": ("done", 470_000.0, 0.99), "perplexity": ("done", 3.0, None)},
+        second: {"training": ("out of time", 1.0, 0.5), "perplexity": ("done", 1.5, None)},
+    }
+    for folder, (device, date) in {first: ("NVIDIA H100", "2026-11-26"), second: ("NVIDIA H200", "2026-11-27")}.items():
+        folder.mkdir()
+        machine = {"commands": [f"python scripts/gpu_report.py --output {folder} --seconds 9"]}
+        (folder / "environment.json").write_text(json.dumps({"status": "done", "device": device, "machine": machine}))
+        (folder / "tests.json").write_text(json.dumps({"status": "left out: no time was left"}))
+        for stage, (status, value, ratio) in stages[folder].items():
+            failures = {"it": [f'  File "{tmp_path}/fire_llm/run.py", line 1']} if folder == second else {}
+            data = {"status": status, "date": f"{date}T10:00:00", "seconds": 5.0, "context": 1024, "failures": failures}
+            if stage == "training":
+                data |= {"model": "gpt-0.1b", "tokens_per_step": 65536, "micro_batches": 1, "sequences": 64}
+                data |= {"precision": "bf16", "compiled": True, "steps_a_round": 12}
+                data |= {"contestants": {"ours": {"median": value}}, "ratios": {"ours / bare": ratio}}
+            else:
+                data |= {"tokens": 10, "batch_size": 16, "contestants": {"ours": {"tokens_per_second": 1, "nll": 1}}}
+                data |= {"ratios": {"ours / rolling loop, batch 1, bf16": value}}
+            (folder / f"{stage}.json").write_text(json.dumps(data))
+    assert report("--output", first, second, "--write-docs", page).returncode == 0
+    text = page.read_text()
+    assert "| training, tokens a second | 470,000 | ≥ 460,000 | met |" in text
+    assert "| training, ours / bare | 0.99 | ≥ 0.98 | met |" in text
+    assert "| training, ours / stock |  | ≥ 1.3 | unmeasured |" in text
+    assert "- perplexity, ours / rolling loop, batch 1, bf16: 1.5, wanted ≥ 2" in text
+    assert "## Training\n\n*NVIDIA H100, 2026-11-26, 5 s.*" in text
+    assert "## Perplexity\n\n*NVIDIA H200, 2026-11-27, 5 s.*" in text
+    assert "1.00 times that of llm.c (468,000)" in text and "another device" not in text
+    assert str(tmp_path) not in text and "--output DIR --seconds 9" in text
+    refused = report("--output", first, second)
+    assert refused.returncode == 2 and "several folders make a page" in refused.stderr
 
 
 def test_help_loads_no_heavy_library():
@@ -175,20 +211,35 @@ def test_a_process_that_dies_is_recorded_and_another_goes_on(monkeypatch, tmp_pa
     assert found["kept"] == 1 and found["failures"]["its process ended"] == ["illegal memory access"]
 
 
-def test_tests_that_fail_are_counted_and_named(monkeypatch, tmp_path):
+def test_tests_are_recorded_as_they_end_and_what_is_cut_off_is_named(monkeypatch, tmp_path):
     module = loaded(monkeypatch)
-    file = tmp_path / "junit.xml"
+    file, record = tmp_path / "test_it.py", tmp_path / "record.jsonl"
     file.write_text(
-        '<testsuites><testsuite><testcase name="a" time="1.5"/><testcase name="b" time="2"><failure message="no">'
-        'line 1\nE   line 2</failure></testcase><testcase name="c"><skipped/></testcase></testsuite></testsuites>'
+        "import os, pytest, time\n"
+        "@pytest.mark.xdist_group('b c')\ndef test_good(): time.sleep(0.2)\n"
+        "def test_bad(): assert 1 == 2\n"
+        "@pytest.mark.skip\ndef test_other(): pass\n"
+        "@pytest.fixture\ndef broken(): raise KeyError('gone')\n"
+        "def test_broken(broken): pass\n"
+        "def test_endless(): os._exit(3)\n"
+        "def test_never(): pass\n"
     )
-    counts, failed, slowest = module.read_junit(file)
-    assert counts == {"passed": 1, "failed": 1, "skipped": 1}
-    assert failed["b"][0] == "no" and failed["b"][-1] == "E   line 2" and next(iter(slowest)) == "b"
-    assert module.read_words("x.py::a PASSED [ 1%]\nx.py::b FAILED [ 2%]\nx.py::c[PASSED] PASSED") == {
-        "passed": 2,
-        "failed": 1,
-    }
+    command = [sys.executable, "-m", "pytest", "-p", "gpu.recording", f"--record={record}", "-p", "no:cacheprovider"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
+    done = subprocess.run([*command, "--rootdir", tmp_path, file], cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == 3, done
+    found = module.read_record([*record.read_text().splitlines(), '{"test": "half a l'])
+    for groups, names in (("b c", ["test_good"]), ("a,b c", ["test_good"]), ("!b c", ["test_bad", "test_other"])):
+        record.unlink(missing_ok=True)
+        chosen = [*command, "--rootdir", tmp_path, file, "--groups", groups, "-k", "good or bad or other"]
+        subprocess.run(chosen, cwd=tmp_path, env=environment, capture_output=True)
+        told = [json.loads(line) for line in record.read_text().splitlines()]
+        assert [line["test"] for line in told if "ended" in line] == names
+    assert found["counts"] == {"passed": 1, "failed": 1, "skipped": 1, "errors": 1}
+    assert found["failed"].keys() == {"test_bad", "test_broken"} and found["running"] == ["test_endless"]
+    assert any("assert 1 == 2" in line for line in found["failed"]["test_bad"])
+    assert any("KeyError: 'gone'" in line for line in found["failed"]["test_broken"])
+    assert next(iter(found["slowest_seconds"])) == "test_good" and found["seconds_of_all"] >= 0.2
 
 
 def test_steps_and_arms_are_cut_to_the_seconds(monkeypatch):

@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -59,7 +59,7 @@ def kernel(*names: str) -> Iterator[None]:
 
 ABLATIONS: dict[str, tuple[Callable[[], AbstractContextManager[Any]], dict[str, int]]] = {
     # name: (what is switched, options of the benchmark that change)
-    "micro-batches of 64": (nullcontext, {"batch": 64, "accumulation": 1}),
+    "micro-batches of 32": (nullcontext, {"batch": 32, "accumulation": 2}),
     "attention by cuDNN": (functools.partial(kernel, "CUDNN_ATTENTION", "MATH"), {}),
     "attention by flash": (functools.partial(kernel, "FLASH_ATTENTION", "MATH"), {}),
     "attention with a mask": (masked, {}),
@@ -77,8 +77,13 @@ def race_of(args: argparse.Namespace) -> SimpleNamespace:
         sizes = {"preset": "gpt-tiny", "context": 32, "vocab": 512, "batch": 2, "accumulation": 2}
         return SimpleNamespace(**sizes, steps=1, rounds=1, device=args.device, precision="fp32")
     return SimpleNamespace(
-        preset="gpt-0.1b", context=1024, vocab=50304, batch=32, accumulation=2, steps=12, rounds=3, **common
+        preset="gpt-0.1b", context=1024, vocab=50304, batch=64, accumulation=1, steps=12, rounds=3, **common
     )
+
+
+def halved(race: Any) -> Any:
+    """Return the same step in micro-batches of half as many sequences."""
+    return SimpleNamespace(**{**vars(race), "batch": race.batch // 2, "accumulation": race.accumulation * 2})
 
 
 def training(stage: Any) -> None:
@@ -101,17 +106,27 @@ def _training(stage: Any) -> None:
     runs: dict[str, Callable[[], float]] = {}
     trainers: dict[str, Any] = {}
 
+    def begin(name: str, race: Any) -> float:
+        rows[name] = {"tokens_per_second": [], "sequences": race.batch}
+        if name in racing.TRAINERS:
+            trainers[name] = racing.TRAINERS[name](race, race.steps + 1)
+            runs[name] = functools.partial(racing.train_for, trainers[name], race)
+        else:
+            runs[name] = racing.contestant(name, race, race.steps + 1)
+        return runs[name]()
+
+    def begin_with_what_fits(name: str) -> float:
+        with suppress(torch.OutOfMemoryError):
+            return begin(name, race)
+        runs.pop(name, None)
+        trainers.pop(name, None)
+        clean(args)
+        return begin(name, halved(race))
+
     def take(name: str, first: bool) -> None:
         held = _restart_peak(cuda)
-        if first:
-            rows[name] = {"tokens_per_second": []}
-            if name in racing.TRAINERS:
-                trainers[name] = racing.TRAINERS[name](race, race.steps + 1)
-                runs[name] = functools.partial(racing.train_for, trainers[name], race)
-            else:
-                runs[name] = racing.contestant(name, race, race.steps + 1)
         began = time.monotonic()
-        seconds = runs[name]()
+        seconds = begin_with_what_fits(name) if first else runs[name]()
         if first:
             rows[name] |= {"first_round_seconds": time.monotonic() - began, "first_round_rate": tokens / seconds}
             rows[name]["peak_bytes"] = _peak(cuda) - held  # of all that is its own: the others' is there too
@@ -128,7 +143,9 @@ def _training(stage: Any) -> None:
         said = f"{row['median']:12,.0f} tokens/s" if "median" in row else "not measured"
         mfu = f", MFU {row['mfu']:.1%}" if row.get("mfu") else ""
         memory = row.get("peak_bytes", 0) / 2**30
-        stage.say(f"{name:6} {said}{mfu}, {memory:.1f} GiB; first round {row.get('first_round_seconds', 0):.0f} s")
+        half = f"; micro-batches of {row['sequences']}, out of memory before" if row["sequences"] < race.batch else ""
+        first = f"first round {row.get('first_round_seconds', 0):.0f} s"
+        stage.say(f"{name:6} {said}{mfu}, {memory:.1f} GiB; {first}{half}")
     for name, ratio in stage.found.get("ratios", {}).items():
         stage.say(f"{name}: {ratio:.3f}")
     if trainers.get("ours") is not None:
@@ -138,7 +155,8 @@ def _training(stage: Any) -> None:
     profiles: dict[str, Any] = {}
     for name in ("ours", "stock"):
         if trainers.get(name) is not None and stage.left() > 15:
-            stage.attempt(f"profile of {name}", lambda n=name: _profile(stage, n, trainers[n], profiles))
+            whole = rows[name].get("step_milliseconds")
+            stage.attempt(f"profile of {name}", lambda n=name, w=whole: _profile(stage, n, trainers[n], w, profiles))
     runs.clear()
     trainers.clear()
     took = max(rows.get("ours", {}).get("first_round_seconds", 0.0), 5.0)
@@ -162,6 +180,7 @@ def _compare(stage: Any, rows: dict[str, dict[str, Any]], race: Any) -> None:
     for row in rows.values():
         if row["tokens_per_second"]:
             row["median"] = statistics.median(row["tokens_per_second"])
+            row["step_milliseconds"] = 1000 * race.batch * race.accumulation * race.context / row["median"]
             row["mfu"] = row["median"] * flops / peak if flops and peak else None
     ratios = {}
     for other in ("bare", "stock"):
@@ -201,13 +220,16 @@ def _path(trainer: Any, race: Any) -> dict[str, Any]:
     return {"path": path, "without_mask": taken.without_mask({"input_ids": ids})}
 
 
-def _profile(stage: Any, name: str, trainer: Any, profiles: dict[str, Any]) -> None:
-    """Look at two steps: which kernels they spend their time in, which of them are attention's, and how idle it is."""
+def _profile(stage: Any, name: str, trainer: Any, step: float | None, profiles: dict[str, Any]) -> None:
+    """Look at two steps: which kernels they spend their time in, which of them are attention's, and how idle it is.
+
+    The device is idle in what a step takes without the profiler, `step` milliseconds, less what its kernels take.
+    """
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     cuda = stage.args.device == "cuda"
-    trainer.args.max_steps = 2
+    steps = trainer.args.max_steps = 2
     activities = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
     with profile(activities=activities) as seen:
         began = time.perf_counter()
@@ -223,9 +245,13 @@ def _profile(stage: Any, name: str, trainer: Any, profiles: dict[str, Any]) -> N
     top = sorted(spent, key=spent.__getitem__, reverse=True)
     attention = [key for key in top if any(part in key.lower() for part in ATTENTION)]
     profiles[name] = {
-        "steps": 2,
+        "steps": steps,
         "wall_milliseconds": wall,
         "kernel_milliseconds": total,
+        "step_milliseconds": step,
+        "kernel_milliseconds_a_step": total / steps,
+        "kernels_a_step": sum(counts.values()) / steps,
+        "idle_share": 1 - total / steps / step if step else None,
         "attention": {key[:200]: {"milliseconds": spent[key], "calls": counts[key]} for key in attention},
         "top": [
             {"kernel": key[:200], "milliseconds": spent[key], "share": spent[key] / total, "calls": counts[key]}
@@ -233,6 +259,10 @@ def _profile(stage: Any, name: str, trainer: Any, profiles: dict[str, Any]) -> N
         ],
     }
     stage.note(profiles=profiles)
+    whole = f" of {step:.1f}" if step else ""
+    stage.say(f"{name}: {sum(counts.values()) / steps:,.0f} kernels take {total / steps:.1f}{whole} ms a step")
+    for key in top[:12] if name == "ours" else []:
+        stage.say(f"  {spent[key] / steps:8.2f} ms {spent[key] / total:6.1%} {counts[key] / steps:6.0f} × {key[:90]}")
     stage.say(f"attention of {name}: " + ("; ".join(key[:70] for key in attention[:4]) or "no kernel is named so"))
 
 
