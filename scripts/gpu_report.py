@@ -400,6 +400,7 @@ def measure(args: argparse.Namespace, options: list[str]) -> int:
     try:
         for name in stages:
             most, least = LIMITS[name]
+            most = args.limits.get(name, most)
             seconds = min(most, end - time.monotonic() - 3)
             began = time.monotonic()
             if seconds < least and args.size == "full":
@@ -420,6 +421,14 @@ def measure(args: argparse.Namespace, options: list[str]) -> int:
     return int(any(status != "done" for status in statuses.values()))
 
 
+def limit(text: str) -> tuple[str, float]:
+    """Read a stage's limit: training=115."""
+    stage, _, seconds = text.partition("=")
+    if stage not in LIMITS:
+        raise argparse.ArgumentTypeError(f"'{text}': there is no stage '{stage}'; there are {', '.join(LIMITS)}")
+    return stage, float(seconds)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Read the options and do what they ask for."""
     options = sys.argv[1:] if argv is None else argv
@@ -429,6 +438,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--seconds", type=float, default=540, help="for everything (540)")
     parser.add_argument("--stages", nargs="+", choices=CHOICES, default=CHOICES, help="all by default")
+    parser.add_argument("--limits", nargs="+", type=limit, default=[], metavar="STAGE=SECONDS", help="other limits")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--size", choices=("full", "tiny"), default="full", help="tiny: a dry run of small models")
     parser.add_argument(
@@ -439,6 +449,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--write-docs", type=Path, metavar="FILE", help="write a page on what DIR holds, and end")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(options)
+    args.limits = dict(args.limits)
     if args.write_docs:
         from gpu.page import page
 

@@ -57,15 +57,16 @@ def kernel(*names: str) -> Iterator[None]:
         yield
 
 
-ABLATIONS: dict[str, tuple[Callable[[], AbstractContextManager[Any]], dict[str, int]]] = {
+ABLATIONS: dict[str, tuple[Callable[[], AbstractContextManager[Any]], dict[str, Any]]] = {
     # name: (what is switched, options of the benchmark that change)
-    "micro-batches of 32": (nullcontext, {"batch": 32, "accumulation": 2}),
-    "attention by cuDNN": (functools.partial(kernel, "CUDNN_ATTENTION", "MATH"), {}),
-    "attention by flash": (functools.partial(kernel, "FLASH_ATTENTION", "MATH"), {}),
+    "parameters read in bf16": (nullcontext, {"precision": "bf16-params"}),
     "attention with a mask": (masked, {}),
+    "attention by flash": (functools.partial(kernel, "FLASH_ATTENTION", "MATH"), {}),
+    "micro-batches of 32": (nullcontext, {"batch": 32, "accumulation": 2}),
     "slices of 2^27 logits": (functools.partial(slices, 2**27), {}),
-    "micro-batches of 16": (nullcontext, {"batch": 16, "accumulation": 4}),
     "one slice": (functools.partial(slices, 2**31), {}),
+    "micro-batches of 16": (nullcontext, {"batch": 16, "accumulation": 4}),
+    "attention by cuDNN": (functools.partial(kernel, "CUDNN_ATTENTION", "MATH"), {}),
 }
 """Switches of our own training, by name; one that fails is recorded and passed over."""
 
@@ -266,7 +267,7 @@ def _profile(stage: Any, name: str, trainer: Any, step: float | None, profiles: 
     stage.say(f"attention of {name}: " + ("; ".join(key[:70] for key in attention[:4]) or "no kernel is named so"))
 
 
-def _ablate(stage: Any, race: Any, name: str, switch: Any, changes: dict[str, int], found: dict[str, Any]) -> None:
+def _ablate(stage: Any, race: Any, name: str, switch: Any, changes: dict[str, Any], found: dict[str, Any]) -> None:
     changed = SimpleNamespace(**{**vars(race), **changes})
     if stage.args.size == "tiny":
         changed.batch, changed.accumulation = race.batch, race.accumulation
