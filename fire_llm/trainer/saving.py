@@ -114,10 +114,15 @@ class SavingTrainer(Trainer):
                 return
 
         def write() -> None:
-            with self._undone(staging, step), writing(output):
-                while later:
-                    later.pop(0)()  # and let go of its copies
-                finish()
+            try:
+                with self._undone(staging, step), writing(output):
+                    while later:
+                        later.pop(0)()  # and let go of its copies
+                    finish()
+            except UserError:
+                raise
+            except Exception as error:  # it is raised at another step
+                raise RuntimeError(f"step {step} was not saved: {error!r}") from error
 
         self._writer.start(write)
 
@@ -159,7 +164,8 @@ class SavingTrainer(Trainer):
             say: Say on stderr that it could not be, because something else is about to be raised.
 
         Raises:
-            UserError: It could not be.
+            UserError: It could not be, for a reason that the user can do something about.
+            RuntimeError: It could not be, for another.
         """
         try:
             self._writer.wait()

@@ -56,7 +56,10 @@ class _Copying:
         storage, size = tensor.untyped_storage(), tensor.numel()
         known = self._storages.get(storage._cdata)
         if known is None:
-            known = torch.empty(size, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+            try:
+                known = torch.empty(size, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+            except RuntimeError as error:
+                raise NotCopied("no memory") from error
             if storage.nbytes() == size * tensor.element_size():
                 known.copy_(tensor.as_strided((size,), (1,), 0), non_blocking=tensor.is_cuda)
             self._storages[storage._cdata] = known

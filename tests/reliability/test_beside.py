@@ -194,6 +194,14 @@ def test_what_ends_training_is_raised_and_a_failed_write_is_said_beside_it(tmp_p
     assert "first: cannot write below" in (said := capsys.readouterr().err) and "Step 4 was not saved" in said
 
 
+def test_any_other_fault_of_a_write_is_raised_with_its_step(tmp_path, monkeypatch, slow):
+    slow.go.set()
+    monkeypatch.setattr(saving, "write_manifest", lambda folder: 1 // 0)
+    with pytest.raises(RuntimeError, match="step 4 was not saved: ZeroDivisionError") as error:
+        trainer_of(tiny_gpt2(), tmp_path).train()
+    assert isinstance(error.value.__cause__, ZeroDivisionError) and not steps(tmp_path)
+
+
 def test_it_is_on_the_disk_when_training_is_ended_by_an_error(tmp_path, slow):
     def fail() -> None:
         slow.go.set()
