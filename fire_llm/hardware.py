@@ -45,3 +45,25 @@ def resolve_precision(precision: str) -> str:
     if torch.accelerator.is_available():
         return "fp32"
     return "bf16" if cpu_has_bf16() else "fp32"
+
+
+def free_memory() -> int | None:
+    """Return the bytes of memory that can be taken, by the machine and by the container; None where nothing says."""
+    free = [1024 * n for n in _numbers("/proc/meminfo", "MemAvailable:")]
+    limits, used = _numbers(f"{_CGROUP}/memory.max"), _numbers(f"{_CGROUP}/memory.current")
+    cached = _numbers(f"{_CGROUP}/memory.stat", "inactive_file")
+    free += [limit - now + again for limit, now, again in zip(limits, used, cached, strict=False)]
+    return min(free, default=None)
+
+
+_CGROUP = "/sys/fs/cgroup"
+
+
+def _numbers(path: str, name: str | None = None) -> list[int]:
+    """Return the number in a file, or behind a name in it, as a list of one; an empty one where there is none."""
+    try:
+        lines = [line.split() for line in Path(path).read_text(encoding="ascii").splitlines()]
+    except OSError:
+        return []
+    words = [line if name is None else line[1:] for line in lines if name in (None, *line[:1])]
+    return [int(found[0]) for found in words[:1] if found and found[0].isdigit()]

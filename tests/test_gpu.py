@@ -16,6 +16,7 @@ import gc
 import itertools
 import math
 import os
+import threading
 import warnings
 from unittest import mock
 
@@ -345,6 +346,43 @@ def test_resumed_training_ends_where_the_uninterrupted_one_does(tmp_path):
     resumed = train(gpt2(9), tmp_path / "rest", resume=str(tmp_path / "whole" / "checkpoint-3"), **options)
     assert losses(resumed) == pytest.approx(losses(whole), rel=1e-3)  # kernels that add atomically may differ
     assert resumed.hash_of_batches() == whole.hash_of_batches()
+
+
+def test_a_checkpoint_written_beside_training_is_that_of_its_step(tmp_path, monkeypatch):
+    """Each step is saved twice: waited for, and by the thread, which begins when the next step was taken."""
+    save, write, twice = ContinualTrainer._save_checkpoint, ContinualTrainer._save, []
+    go = threading.Event()
+
+    def both(trainer, *given):
+        for way in (False, True):
+            trainer.args.async_save, trainer.args.output_dir = way, str(tmp_path / str(way))
+            if way:
+                go.clear()  # none is being written: the save before waited for it
+            save(trainer, *given)
+        twice.append(trainer._writer._thread)
+
+    def late(trainer, *given, **named):
+        if threading.current_thread() is not threading.main_thread():
+            assert go.wait(60)
+        write(trainer, *given, **named)
+
+    class Goes(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step % 2:
+                go.set()
+
+    monkeypatch.setattr(ContinualTrainer, "_save_checkpoint", both)
+    monkeypatch.setattr(ContinualTrainer, "_save", late)
+    train(gpt2(), tmp_path, callbacks=[Goes()], save_strategy="steps", save_steps=2, keep_last=9, bf16=True)
+    assert [thread is not None for thread in twice] == [True, True, False]  # the last step is waited for
+    for step in (2, 4):
+        waited, beside = (tmp_path / str(way) / f"checkpoint-{step}" for way in (False, True))
+        for name in ("model.safetensors", "scheduler.pt", "rng_state.pth", "config.json"):
+            assert (waited / name).read_bytes() == (beside / name).read_bytes(), name
+        moments = [torch.load(f / "optimizer.pt", map_location="cpu", weights_only=True) for f in (waited, beside)]
+        assert moments[0]["param_groups"] == moments[1]["param_groups"]
+        for number, one in moments[0]["state"].items():
+            assert all(torch.equal(value, moments[1]["state"][number][key]) for key, value in one.items())
 
 
 @pytest.mark.parametrize("method", ["redo", "snr", "continual_backprop"])

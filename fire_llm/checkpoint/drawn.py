@@ -11,7 +11,6 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fire_llm.errors import UserError
+from fire_llm.hardware import free_memory
 from fire_llm.layout import LogicalMatrix, pieces
 from fire_llm.models import fresh_model, model_on_meta
 
@@ -186,7 +186,7 @@ def step_0(config: Any, seed: int, progress: bool = False) -> tuple[Any, Mapping
             drawn = Drawn(config, seed, bar.update)
         return drawn.model, drawn
     except NotImplementedError:
-        needed, free = 4 * total, _free_memory()
+        needed, free = 4 * total, free_memory()
         if free is not None and needed > free:
             raise UserError(
                 f"--seed {seed}: drawing the step-0 weights of this architecture takes {needed / 1e9:.1f} GB of "
@@ -195,12 +195,3 @@ def step_0(config: Any, seed: int, progress: bool = False) -> tuple[Any, Mapping
             ) from None
     model = fresh_model(copy.deepcopy(config), seed)
     return model, {piece.name: piece for piece in pieces(model, strict=False)}
-
-
-def _free_memory() -> int | None:
-    """Return the bytes of memory that can be taken, None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)

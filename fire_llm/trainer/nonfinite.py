@@ -159,6 +159,7 @@ class FiniteGuard:
         file = Path(args.output_dir) / NONFINITE_FILE
         if trainer.is_world_process_zero():
             write_json(file, {"step": step, "not_finite": culprit, "ranks": found})
+        trainer.settle(say=True)
         newest = checkpoints(Path(args.output_dir))[-1:]
         left = f"the newest checkpoint is '{newest[0][0]}'" if newest else "no checkpoint was written yet"
         raise FloatingPointError(

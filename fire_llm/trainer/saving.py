@@ -6,14 +6,15 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import SCHEDULER_NAME
 
 from fire_llm.distributed import active, gather_objects
@@ -30,8 +31,11 @@ from fire_llm.staging import (
     write_json,
     writing,
 )
+from fire_llm.stopping import asked
 from fire_llm.trainer.recycling import RecyclingCallback
 from fire_llm.trainer.sharding import OPTIMIZER, load_optimizer, load_weights, whole_optimizer, whole_weights
+from fire_llm.trainer.stopping import Stopping
+from fire_llm.trainer.writer import Writer, on_host
 
 RECYCLING = "recycling.safetensors"
 """File in a checkpoint with what the `RecyclingCallback`s know of hidden units, by their number among them."""
@@ -42,6 +46,9 @@ class SavingTrainer(Trainer):
 
     A checkpoint is written under another name, listed with sizes and hashes, flushed and renamed once. What one rank
     cannot do, every rank raises; what was there before stays. Older ones go only when the new one was read back.
+
+    With `async_save`, weights and moments are copied to the host at the step, everything else is written at once, and
+    a thread writes the copies and does the rest while training goes on. The files are the same.
     """
 
     args: Any
@@ -49,6 +56,9 @@ class SavingTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._staging: Path | None = None
+        self._copies: tuple[Any, Any] | None = None
+        self._later: list[Callable[[], Any]] = []
+        self._writer = Writer()
         self._resumed: dict[str, Any] = {}
         self._began = time.monotonic()
         self._checkpoint_bytes: int | None = None
@@ -75,25 +85,98 @@ class SavingTrainer(Trainer):
         """Write the checkpoint under a temporary name, list and flush it, and rename it once.
 
         Raises:
-            UserError: On every rank, where one of them could not write; nothing that was there before is lost.
+            UserError: On every rank, where one of them could not write, this checkpoint or the one before; nothing
+                that was there before is lost.
         """
+        self.settle()
         output, step = Path(self.args.output_dir), self.state.global_step
         name = f"checkpoint-{step}"
         staging, state = output / f"{name}{STAGING_SUFFIX}", self._own_state()
-        write_all = super()._save_checkpoint
-        try:
+        recycled = {f"{n}.{key}": t for n, c in enumerate(self._recycling()) for key, t in c.tensors().items()}
+        recycled = {key: t.to("cpu", copy=True) for key, t in recycled.items()}
+        best, write_all = self.state.best_global_step, super()._save_checkpoint
+
+        def finish() -> None:
+            self._finish(output, staging / name, state, recycled)
+            self._prune(output, output / name, step, best)
+
+        with self._undone(staging, step):
             self._together(lambda: self._make_room(output), first_only=True)
-            self._staging = staging
-            self._together(lambda: write_all(model, trial))
-            self._together(lambda: self._finish(output, staging / name, state), first_only=True)
+            self._staging, self._later = staging, []
+            self._copies = self._copied() if self._writes_beside() else None
+            beside = self._copies is not None
+            try:
+                self._together(lambda: write_all(model, trial))
+            finally:
+                self._staging, self._copies, later, self._later = None, None, self._later, []
+            if not beside:
+                self._together(finish, first_only=True)
+                return
+
+        def write() -> None:
+            try:
+                with self._undone(staging, step), writing(output):
+                    while later:
+                        later.pop(0)()  # and let go of its copies
+                    finish()
+            except UserError:
+                raise
+            except Exception as error:  # it is raised at another step
+                raise RuntimeError(f"step {step} was not saved: {error!r}") from error
+
+        self._writer.start(write)
+
+    @contextmanager
+    def _undone(self, staging: Path, step: int) -> Iterator[None]:
+        """Remove what could not be completed, and say which step it was."""
+        try:
+            yield
         except UserError as error:
             if self.is_world_process_zero():
                 shutil.rmtree(staging, ignore_errors=True)
             raise UserError(
                 f"{error}\nStep {step} was not saved. What was saved before stays, and the same command goes on from it"
             ) from error
-        finally:
-            self._staging = None
+
+    def _writes_beside(self) -> bool:
+        """Tell whether training goes on while the next checkpoint is written."""
+        wanted, model = self.args.async_save, self.model
+        if wanted is None:
+            # What others do when something is saved, they may do with the folder.
+            others = [c for c in self.callback_handler.callbacks if not isinstance(c, Stopping)]
+            looked_at = any(type(c).on_save is not TrainerCallback.on_save for c in others)
+            wanted = self.args.device.type not in ("cpu", "xla") and not looked_at
+        own = isinstance(model, PreTrainedModel) and not getattr(model, "_hf_peft_config_loaded", False)
+        placed = getattr(model, "hf_quantizer", None) is not None or hasattr(model, "hf_device_map")
+        alone = not active() and not self.is_fsdp_enabled
+        goes_on = self.state.global_step < self.state.max_steps and not asked()
+        return bool(wanted and own and not placed and alone and goes_on and not self.args.push_to_hub)
+
+    def _copied(self) -> tuple[Any, Any] | None:
+        """Copy weights and the optimizer's state to the host; None where that cannot be."""
+        optimizer = None if self.args.save_only_model else self.optimizer.state_dict()
+        return on_host(self.model.state_dict(), optimizer)
+
+    def settle(self, *, say: bool = False) -> None:
+        """Wait until the last checkpoint is written.
+
+        Args:
+            say: Say on stderr that it could not be, because something else is about to be raised.
+
+        Raises:
+            UserError: It could not be, for a reason that the user can do something about.
+            RuntimeError: It could not be, for another.
+        """
+        try:
+            self._writer.wait()
+        except Exception as error:
+            if not say:
+                raise
+            sys.stderr.write(f"{self.args.title or 'training'}: {error}\n")
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self._writer.check()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _together(self, work: Callable[[], Any], first_only: bool = False) -> None:
         """Do a part of a save, wait for the others, and raise everywhere what one of them ran into.
@@ -147,13 +230,12 @@ class SavingTrainer(Trainer):
                 "free some space, or keep fewer checkpoints"
             )
 
-    def _finish(self, output: Path, written: Path, state: dict[str, Any]) -> None:
-        """Complete, list, flush and rename a checkpoint, then let go of older ones."""
+    def _finish(self, output: Path, written: Path, state: dict[str, Any], recycled: dict[str, Tensor]) -> None:
+        """Complete, list, flush and rename a checkpoint."""
         (written / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing reads it
         write_json(written / CONTINUAL_STATE, state)
-        kept = [(f"{n}.{key}", t.cpu()) for n, c in enumerate(self._recycling()) for key, t in c.tensors().items()]
-        if kept:
-            save_file(dict(kept), written / RECYCLING)
+        if recycled:
+            save_file(recycled, written / RECYCLING)
         self._checkpoint_bytes = write_manifest(written)
         sync(written)
         final = output / written.name
@@ -162,16 +244,15 @@ class SavingTrainer(Trainer):
         written.rename(final)
         sync(output, below=False)
         shutil.rmtree(written.parent)
-        self._prune(output, final)
 
-    def _prune(self, output: Path, newest: Path) -> None:
+    def _prune(self, output: Path, newest: Path, step: int, best: int | None) -> None:
         """Delete older checkpoints that nothing keeps, once the new one was read back from the disk."""
-        step, args = self.state.global_step, self.args
+        args = self.args
         # One with a higher number was skipped when this training was resumed: it is left to be looked at.
         older = [(folder, n) for folder, n in checkpoints(output) if n < step]
         kept = {*args.keep_steps, *(n for _, n in older[max(0, len(older) - args.keep_last + 1) :])}
         if args.keep_best:
-            kept.add(self.state.best_global_step)
+            kept.add(best)
         unwanted = [folder for folder, n in older if n not in kept]
         if unwanted and (wrong := damage(newest, from_disk=True)):
             raise UserError(f"'{newest}' cannot be read back as it was written: {wrong}. Nothing older was deleted")
@@ -180,17 +261,27 @@ class SavingTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as an ordinary folder; of shards, `Trainer` would keep pickles beside it."""
+        if self._copies is not None and output_dir is not None and _internal_call:
+            Path(output_dir).mkdir(parents=True)
+            weights = self._copies[0]
+            self._later.append(lambda: self._save(output_dir, state_dict=weights))
+            return
         if not self.is_fsdp_enabled:
             return super().save_model(output_dir, _internal_call)
         weights = whole_weights(self.model)
         self._save(output_dir or self.args.output_dir, state_dict=weights)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.is_fsdp_enabled:
+        if not self.is_fsdp_enabled and self._copies is None:
             return super()._save_optimizer_and_scheduler(output_dir)
-        state = whole_optimizer(self.optimizer)
+        if self._copies is not None:
+            moments = self._copies[1]
+            self._later.append(lambda: torch.save(moments, Path(output_dir) / OPTIMIZER))
+        else:
+            moments = whole_optimizer(self.optimizer)
+            if self.args.should_save:
+                torch.save(moments, Path(output_dir) / OPTIMIZER)
         if self.args.should_save:
-            torch.save(state, Path(output_dir) / OPTIMIZER)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

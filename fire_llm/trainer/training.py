@@ -67,6 +67,10 @@ class ContinualArguments(OptimizingArguments):
     keep_best: bool = field(default=False, metadata={"help": "Keep the checkpoint with the lowest validation NLL."})
     keep_last: int = field(default=1, metadata={"help": "Newest checkpoints that stay."})
     keep_steps: list[int] = field(default_factory=list, metadata={"help": "Optimizer steps whose checkpoints stay."})
+    async_save: bool | None = field(
+        default=None,
+        metadata={"help": "Write checkpoints while training goes on; None: on accelerators, one process, FSDP2 never."},
+    )
     nonfinite: str = field(
         default="halt", metadata={"help": "Where a loss or gradient is not finite: halt, or skip the step."}
     )
@@ -190,7 +194,12 @@ class ContinualTrainer(Stepping, Optimizing, SavingTrainer):
             if isinstance(callback, ResetCallback):
                 callback.attach(self)
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            trained = super().train(resume_from_checkpoint, *args, **kwargs)
+            self.settle()
+            return trained
+        except BaseException:
+            self.settle(say=True)
+            raise
         finally:
             wait_for_step(False)
             self._progress.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -14,8 +15,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from ranks import PROCESSES
+
+from fire_llm.trainer import ContinualArguments
 
 KINDS = ("step", "saving", "reset", "tokenising")
 WRITES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate"}
@@ -31,8 +35,20 @@ class Instant:
     rank: int = 0
 
 
+def beside(patch: pytest.MonkeyPatch) -> None:
+    """Have runs write checkpoints beside training from here on, as they do on an accelerator."""
+    patch.setattr("fire_llm.run.ContinualArguments", functools.partial(ContinualArguments, async_save=True))
+
+
 def run(
-    world: int, folder: Path, path: Path, output: Path, cache: Path, instant: Instant | None = None, *more: str
+    world: int,
+    folder: Path,
+    path: Path,
+    output: Path,
+    cache: Path,
+    instant: Instant | None = None,
+    *more: str,
+    asynchronous: bool = False,
 ) -> tuple[list[int], str, list[Counter]]:
     """Run a recipe on `world` ranks until all have ended.
 
@@ -47,7 +63,9 @@ def run(
         old.unlink()
     argv = ["run", str(path), "--output", str(output), *more]
     processes = [
-        PROCESSES.Process(target=_live, args=(r, world, store and store.port, folder, argv, cache, output, instant))
+        PROCESSES.Process(
+            target=_live, args=(r, world, store and store.port, folder, argv, cache, output, instant, asynchronous)
+        )
         for r in range(world)
     ]
     for process in processes:
@@ -66,7 +84,17 @@ def run(
     return codes, said, [Counter(json.loads(c.read_text())) if c.exists() else Counter() for c in counts]
 
 
-def _live(rank: int, world: int, port: int, folder: Path, argv: list[str], cache: Path, output: Path, at: Any) -> None:
+def _live(
+    rank: int,
+    world: int,
+    port: int,
+    folder: Path,
+    argv: list[str],
+    cache: Path,
+    output: Path,
+    at: Any,
+    asynchronous: bool,
+) -> None:
     """Be one rank of `fire-llm run`."""
     with (folder / f"{rank}.said").open("w") as said:
         os.dup2(said.fileno(), 1)
@@ -83,6 +111,8 @@ def _live(rank: int, world: int, port: int, folder: Path, argv: list[str], cache
     import fire_llm.cli
 
     fire_llm.cli._show = lambda *_: None  # the page takes longer than the run
+    if asynchronous:
+        beside(pytest.MonkeyPatch())
     counts = _count_events(output, cache, at if at is not None and at.rank == rank else None)
     code = fire_llm.cli.main(argv)
     (folder / f"{rank}.counts").write_text(json.dumps(counts))

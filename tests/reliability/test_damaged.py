@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from killing import outcome
+from killing import beside, outcome
 from tiny_recipe import recipe
 
 from fire_llm import UserError, load_recipe, run_recipe
@@ -169,6 +169,13 @@ def test_older_ones_stay_where_the_new_one_cannot_be_read_back(whole, tmp_path, 
 # ---- the disk
 
 
+@pytest.fixture(params=["waited for", "beside training"])
+def saved(request, monkeypatch) -> None:
+    """Save as a CPU does, and as an accelerator does."""
+    if request.param == "beside training":
+        beside(monkeypatch)
+
+
 def interrupted_saves(whole, output: Path, monkeypatch, fail) -> str:
     """Let the save of step 6 run into something; return the message, and see that the same command goes on."""
     with monkeypatch.context() as patch:
@@ -185,7 +192,7 @@ def interrupted_saves(whole, output: Path, monkeypatch, fail) -> str:
 @pytest.mark.parametrize(
     "code", [errno.EDQUOT, *(pytest.param(c, marks=pytest.mark.slow) for c in (errno.ENOSPC, errno.EROFS))]
 )
-def test_a_disk_that_refuses_leaves_the_previous_checkpoint(code, whole, tmp_path, monkeypatch):
+def test_a_disk_that_refuses_leaves_the_previous_checkpoint(code, saved, whole, tmp_path, monkeypatch):
     save = torch.save
 
     def refuse(data, path, *args, **kwargs):
@@ -224,7 +231,7 @@ def remount(folder: Path, options: str) -> None:
 
 
 @pytest.mark.parametrize("trouble", ["full", "read-only"])
-def test_a_real_disk_that_is_full_or_becomes_read_only(trouble, whole, small_disk, monkeypatch):
+def test_a_real_disk_that_is_full_or_becomes_read_only(trouble, saved, whole, small_disk, monkeypatch):
     """While step 6 is written: the file system is shrunk to what is on it, or remounted."""
     write, done, unit = saving.write_json, [], small_disk / "run" / FIRST
 
@@ -279,7 +286,7 @@ def interrupt(monkeypatch, at: int) -> None:
     monkeypatch.setattr(ContinualTrainer, "_save_checkpoint", once)
 
 
-def test_resumed_twice_and_in_later_epochs(tmp_path, monkeypatch):
+def test_resumed_twice_and_in_later_epochs(saved, tmp_path, monkeypatch):
     """18 blocks and 8 samples a step: step 4 lies in the second epoch, step 8 in the fourth."""
     path = recipe(tmp_path)
     again = load_recipe(path, ["phases.0.max_corpus_tokens=300", "phases.1.max_corpus_tokens=300"])

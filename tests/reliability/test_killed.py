@@ -22,22 +22,25 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     path, done = recipe(folder), {}
 
-    def of(world: int):
-        if world not in done:
-            output = folder / f"on-{world}"
-            codes, said, counts = run(world, folder / "said", path, output, folder / f"cache-{world}")
+    def of(world: int, asynchronous: bool = False):
+        key = world, asynchronous
+        if key not in done:
+            output, cache = folder / f"on-{key}", folder / f"cache-{key}"
+            codes, said, counts = run(world, folder / "said", path, output, cache, asynchronous=asynchronous)
             assert codes == [0] * world, said
-            done[world] = path, folder / f"cache-{world}", counts, outcome(output)
-        return done[world]
+            done[key] = path, cache, counts, outcome(output)
+        return done[key]
 
     return of
 
 
-def kill_and_go_on(whole, tmp_path: Path, world: int, kind: str, number: signal.Signals, seed: int) -> None:
-    path, filled, counts, wanted = whole(world)
+def kill_and_go_on(
+    whole, tmp_path: Path, world: int, kind: str, number: signal.Signals, seed: int, asynchronous: bool = False
+) -> None:
+    path, filled, counts, wanted = whole(world, asynchronous)
     instant = draw(seed, counts, kind, number)
     output, cache = tmp_path / "out", tmp_path / "cache" if kind == "tokenising" else filled
-    codes, said, _ = run(world, tmp_path / "said", path, output, cache, instant)
+    codes, said, _ = run(world, tmp_path / "said", path, output, cache, instant, asynchronous=asynchronous)
     where = f"{instant} on {world} rank(s), seed {seed}: {codes}\n{said}"
     assert codes[instant.rank] in (-number, 128 + number), where
     assert "Traceback" not in said, where
@@ -48,7 +51,7 @@ def kill_and_go_on(whole, tmp_path: Path, world: int, kind: str, number: signal.
     if number == TERM and kind == "step":
         assert codes == [143] * world, where
         assert "saved at step" in said and "the same command goes on" in said, where
-    codes, said, _ = run(world, tmp_path / "said", path, output, cache)
+    codes, said, _ = run(world, tmp_path / "said", path, output, cache, asynchronous=asynchronous)
     assert codes == [0] * world, f"{where}\nthen {codes}: {said}"
     assert outcome(output) == wanted, where
     assert not list(output.rglob("*.partial*")), where
@@ -61,6 +64,12 @@ FAST = [(1, "saving", KILL), (1, "step", TERM), (2, "step", TERM)]
 @pytest.mark.parametrize(("world", "kind", "number"), FAST)
 def test_a_killed_run_goes_on_to_the_same_end(whole, tmp_path, world, kind, number):
     kill_and_go_on(whole, tmp_path, world, kind, number, seed=1)
+
+
+@pytest.mark.parametrize(("kind", "number", "seed"), [("saving", KILL, 7), ("saving", KILL, 8), ("step", TERM, 9)])
+def test_a_run_that_is_killed_while_it_writes_beside_training(whole, tmp_path, kind, number, seed):
+    assert whole(1, True)[3] == whole(1)[3]
+    kill_and_go_on(whole, tmp_path, 1, kind, number, seed, asynchronous=True)
 
 
 MANY = [
