@@ -93,8 +93,11 @@ class ContinualArguments(OptimizingArguments):
         # With torch_compile, transformers turns TF32 on, in the whole process, unless it is told not to.
         with settings_kept() if self.tf32 is None else nullcontext():
             super().__post_init__()
-        # A process trains on one GPU. `Trainer` would take all that it sees, by DataParallel, with a batch for each.
-        self._n_gpu = min(1, self.n_gpu)
+
+    @property
+    def n_gpu(self) -> int:
+        """Give one GPU a process: `Trainer` would take all that it sees, by DataParallel, with a batch for each."""
+        return min(1, int(super().n_gpu))
 
 
 class _FromStep(torch.utils.data.Sampler[int]):
