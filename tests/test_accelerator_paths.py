@@ -226,6 +226,36 @@ def test_a_stack_of_easy_hard_and_empty_matrices(in_float64) -> None:
     assert torch.linalg.svdvals(small)[:4] == pytest.approx([1, 1, 1, 0], abs=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(140, 140), (130, 400)])
+def test_a_part_of_a_stack_needs_a_second_attempt(shape, in_float64, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(projection, "_more", lambda n: 0)
+    monkeypatch.setattr(accelerated, "SPLIT_ROUNDING", 2.4e-7)  # sums are exact here
+    n = min(shape)
+    easy, hard = torch.linspace(1, 0.5, n), torch.linspace(1, 0.5, n)
+    hard[-1] = 1e-5 if shape == (140, 140) else 1e-2
+    w = torch.stack([with_spectrum(*shape, s) for s in (easy, hard, easy, hard, easy)]).float()
+    seen: list[int] = []
+    path = accelerated.finish
+    monkeypatch.setattr(accelerated, "finish", lambda x: (seen.append(len(x)), path(x))[1])
+    for x, one in zip(projected(w), w, strict=True):
+        assert distance(x, polar_factor(one)) < 1e-4
+    assert seen[:2] == [5, 2] and not in_float64
+
+
+def test_squares_of_any_size_succeed_at_the_first_attempt(in_float64, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps grow with the size as a Gaussian's condition does; here that of 4096 x 4096, in a small matrix."""
+    n = 150
+    u, s, vh = (torch.from_numpy(one) for one in svd(gaussian(n, n)))
+    s[-1] = s[0] * 0.03 / (2 * 4096)
+    w = ((u * s) @ vh).float()
+    monkeypatch.setattr(accelerated, "SPLIT_ROUNDING", 2.4e-7)  # sums are exact here
+    monkeypatch.setattr(projection, "_more", lambda _, more=projection._more: more(4096))
+    path, seen = accelerated.finish, []
+    monkeypatch.setattr(accelerated, "finish", lambda x: (seen.append(len(x)), path(x))[1])
+    assert distance(projected(w[None])[0], polar_factor(w)) < 1e-4
+    assert seen == [1] and not in_float64
+
+
 def test_split_products_hold_22_bits() -> None:
     a, b = gaussian(1, 60, 5000).float() / 10, gaussian(1, 5000, 70, seed=1).float() / 10
     found = accelerated.square_of(accelerated.split(a), accelerated.split(b))

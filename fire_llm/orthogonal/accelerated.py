@@ -208,7 +208,7 @@ def compose(x: Tensor, v: Tensor, steps: tuple[Quintic, ...], scale: bool) -> tu
         scale: Whether to divide x by its Schatten-8 norm, at least its largest singular value, first.
 
     Returns:
-        Both products; with `scale` the second is the product by what the scaled x is multiplied by.
+        Both products, the first in place of x unless it is scaled; with `scale` the second is the product by what the scaled x is multiplied by.
     """
     parts = split(x)
     gram = square_of(parts, transposed(parts))
@@ -226,9 +226,10 @@ def compose(x: Tensor, v: Tensor, steps: tuple[Quintic, ...], scale: bool) -> tu
                 gram, square, factor = gram / top, square / top**2, (fourth * top).rsqrt()
                 g = split(gram)
             h = torch.add(gram, square, alpha=c / b)
-        hs = split(h) if c else g
+        last = number == len(steps) - 1
+        hs = g if not c else split(h) if p is not None or not last else ()
         v = torch.baddbmm(v.expand(len(x), -1, -1), h, v.expand(len(x), -1, -1), beta=a, alpha=b)
-        if number < len(steps) - 1:  # G <- (a I + b H)^2 G
+        if not last:  # G <- (a I + b H)^2 G
             half = accumulate(gram * a, hs, g, alpha=b)
             gram = accumulate(half * a, hs, split(half), alpha=b)
         if p is None:
@@ -237,8 +238,23 @@ def compose(x: Tensor, v: Tensor, steps: tuple[Quintic, ...], scale: bool) -> tu
             p, e = accumulate(p * (a * e), hs, split(p), alpha=b * e).add_(h, alpha=d * b), 1.0
         d *= a
     assert p is not None
-    y = x * d if factor is None else x * (factor * d)
-    return accumulate(y, split(p if factor is None else p * factor), parts, alpha=e), v
+    if factor is None:
+        return accumulate(x, split(p), parts, alpha=e, beta=d), v
+    return accumulate(x * (factor * d), split(p * factor), parts, alpha=e), v
+
+
+def cubic(x: Tensor, v: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
+    """Apply a s + b s^3 to singular values near 1, as `compose` does, by a factor of 11 bits.
+
+    The factor is symmetric, and so is its rounding, hence it rotates singular vectors only as far as the singular values
+    differ: by less than `SPLIT_ROUNDING` where these are within 0.05 of 1. x has its 22 bits.
+    """
+    high, low = split(x)
+    gram = square_of((high,), (high.mT,), alpha=SPLIT_SCALE**-2)
+    h = ((gram * SPLIT_SCALE).half(),)  # symmetric as far as the product of a matrix by its transpose is
+    v = torch.baddbmm(v.expand(len(x), -1, -1), gram, v.expand(len(x), -1, -1), beta=a, alpha=b)
+    accumulate(x, h, (high,), alpha=b * SPLIT_SCALE**-2, beta=a)
+    return accumulate(x, h, (low,), alpha=-b * SPLIT_SCALE**-2), v
 
 
 def finish(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -286,12 +302,16 @@ def project(
     left, uncertain = list(range(len(x))), []
     for number, compositions in enumerate(attempts):
         for k, steps in enumerate(compositions):
-            z, v = compose(z, v, steps, scale=number == k == 0)
+            if len(steps) == 1 and not steps[0][2]:
+                z, v = cubic(z, v, *steps[0][:2])
+            else:
+                z, v = compose(z, v, steps, scale=number == k == 0)
         y, residual = finish(z)
         # ||x||_F is at most sqrt(n), the largest s_i being 1
         rounding = ((start * v).mean((-2, -1)) + WELL_CONDITIONED) * SPLIT_ROUNDING
-        found, residuals, roundings = torch.stack([norm, residual.double(), rounding.double()]).tolist()
-        if number == 0 and not sound and not within(found):
+        rows = [residual.double(), rounding.double(), *([norm] if number == 0 else [])]  # later z may be a part of all
+        residuals, roundings, *found = torch.stack(rows).tolist()
+        if found and not sound and not within(found[0]):
             return None
         out = y if number == 0 else out.index_copy_(0, positions(left, y), y)
         again = [i for i, r in enumerate(residuals) if r > tolerance >= roundings[i] and number < len(attempts) - 1]
