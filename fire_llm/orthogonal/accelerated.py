@@ -208,7 +208,8 @@ def compose(x: Tensor, v: Tensor, steps: tuple[Quintic, ...], scale: bool) -> tu
         scale: Whether to divide x by its Schatten-8 norm, at least its largest singular value, first.
 
     Returns:
-        Both products, the first in place of x unless it is scaled; with `scale` the second is the product by what the scaled x is multiplied by.
+        Both products, the first in place of x unless it is scaled; with `scale`
+        the second is the product by what the scaled x is multiplied by.
     """
     parts = split(x)
     gram = square_of(parts, transposed(parts))
@@ -246,8 +247,8 @@ def compose(x: Tensor, v: Tensor, steps: tuple[Quintic, ...], scale: bool) -> tu
 def cubic(x: Tensor, v: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
     """Apply a s + b s^3 to singular values near 1, as `compose` does, by a factor of 11 bits.
 
-    The factor is symmetric, and so is its rounding, hence it rotates singular vectors only as far as the singular values
-    differ: by less than `SPLIT_ROUNDING` where these are within 0.05 of 1. x has its 22 bits.
+    The factor is symmetric, and so is its rounding, hence it rotates singular vectors only as far as the singular
+    values differ: by less than `SPLIT_ROUNDING` where these are within 0.05 of 1. x has its 22 bits.
     """
     high, low = split(x)
     gram = square_of((high,), (high.mT,), alpha=SPLIT_SCALE**-2)
