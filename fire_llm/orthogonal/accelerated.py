@@ -25,6 +25,7 @@ LARGEST_NORM, LEAST_NORM = 2.0**60, 2.0**-40  # within, no square overflows in f
 LOW_PRECISION_SHARE = 0.07  # largest correction, relative to what it corrects, that is computed in low precision
 REST_SCALE = 16.0  # keeps the last operand of the paper's map within fp16
 PROBES = 8
+FLOOR, RARE = 1e-4, 0.03  # what `projection.COMPOSITION` takes to 1; share of Gaussian squares that may be below it
 WELL_CONDITIONED = 10.0  # what rounding costs a matrix of condition 1, in units of `SPLIT_ROUNDING`
 
 
@@ -183,6 +184,16 @@ SHORT: tuple[Quintic, ...] = (
 )
 
 
+def more_steps(n: int, gain: float) -> int:
+    """Return how often a step that multiplies by `gain` is put in, for few Gaussian squares to need a second attempt.
+
+    The smallest singular value is below RARE / (2 n) of the largest in RARE of all cases; the Schatten-8 norm, by which
+    the matrix is divided, is (14 n)^(1/8) / 2 times the largest.
+    """
+    floor = RARE / (2 * n) / max(1, (14 * n) ** (1 / 8) / 2)
+    return max(0, math.ceil(math.log(FLOOR / floor, gain)))
+
+
 def normalised(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return x scaled to a Frobenius norm of sqrt(n), and the norms (B,) that it had."""
     norm = norms(x)
@@ -258,7 +269,7 @@ def cubic(x: Tensor, v: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
     return accumulate(x, h, (low,), alpha=-b * SPLIT_SCALE**-2), v
 
 
-def finish(x: Tensor) -> tuple[Tensor, Tensor]:
+def finish(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Take singular values near 1 to 1 by a Taylor step, and bound what is left of ||I - X X^T||_F.
 
     With E = X X^T - I the step multiplies by I - E/2 + 3/8 E^2, and leaves 5/8 E^3 and less of E, of norm at most
@@ -266,7 +277,7 @@ def finish(x: Tensor) -> tuple[Tensor, Tensor]:
     the rounding of E itself.
 
     Returns:
-        The result (B, n, m), and the bounds (B,).
+        The result (B, n, m), the bounds (B,), and ||E||_F (B,).
     """
     parts = split(x)
     error = square_of(parts, transposed(parts))
@@ -276,7 +287,7 @@ def finish(x: Tensor) -> tuple[Tensor, Tensor]:
     first, second = (torch.linalg.vector_norm(one, dim=(-2, -1)) for one in (error, square))
     correction = square.mul_(0.375).sub_(error, alpha=0.5)
     y = accumulate(x.clone(), ((correction * SPLIT_SCALE).half(),), parts[:1], alpha=SPLIT_SCALE**-2)
-    return y, second**1.5 + first * 2.0**-11 + SPLIT_ROUNDING * math.sqrt(x.shape[-2])
+    return y, second**1.5 + first * 2.0**-11 + SPLIT_ROUNDING * math.sqrt(x.shape[-2]), first
 
 
 def project(
@@ -307,7 +318,7 @@ def project(
                 z, v = cubic(z, v, *steps[0][:2])
             else:
                 z, v = compose(z, v, steps, scale=number == k == 0)
-        y, residual = finish(z)
+        y, residual, _ = finish(z)
         # ||x||_F is at most sqrt(n), the largest s_i being 1
         rounding = ((start * v).mean((-2, -1)) + WELL_CONDITIONED) * SPLIT_ROUNDING
         rows = [residual.double(), rounding.double(), *([norm] if number == 0 else [])]  # later z may be a part of all

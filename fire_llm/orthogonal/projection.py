@@ -5,7 +5,6 @@ Shapes: (..., out, in) at the surface; inside, a chunk is (B = batch, n = short 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fire_llm.errors import UserError
-from fire_llm.orthogonal.accelerated import SHORT, Quintic, positions, project
+from fire_llm.orthogonal.accelerated import SHORT, Quintic, more_steps, positions, project
 from fire_llm.orthogonal.paper_map import CUBIC
 from fire_llm.orthogonal.products import (
     CPU_BATCH_SIDE,
@@ -30,6 +29,7 @@ from fire_llm.orthogonal.products import (
     store,
     symmetric_product,
 )
+from fire_llm.orthogonal.rectangles import WIDE, project_rectangles
 
 # Odd quintics a x + b x^3 + c x^5 whose composition takes every singular value of [1e-4, 1] to 1 within 6e-6: seven
 # minimax quintics and two cubics, found as in Polar Express (arXiv 2505.16932) but with a floor of 1e-4, a cushion of
@@ -46,7 +46,6 @@ COMPOSITION = (
     (1.498076, -0.495891, 0.0),
     (1.500006, -0.500001, 0.0),
 )
-FLOOR, RARE = 1e-4, 0.03  # what `COMPOSITION` takes to 1; share of Gaussian squares that may be below it
 POLISH = ((*CUBIC, 0.0), (*CUBIC, 0.0))  # squares the error twice: 6e-6 -> 1e-10 -> rounding
 LIFT = (*COMPOSITION[3:], *POLISH)  # multiplies what is still small by 210
 AGAIN = COMPOSITION[3:8]  # multiplies what is still small by 142
@@ -130,19 +129,24 @@ def polar(
 def _by_stacks(w: Tensor, out: Tensor, tolerance: float, name: str) -> None:
     """Write the polar factors of a batch on an accelerator, stack by stack; what is not certain is done in float64."""
     if max(w.shape[-2:]) < RECTANGLE * min(w.shape[-2:]):
-        steps = (COMPOSITION[0], *(COMPOSITION[1:2] * _more(min(w.shape[-2:]))), *COMPOSITION[1:-1])
+        steps = (
+            COMPOSITION[0],
+            *(COMPOSITION[1:2] * more_steps(min(w.shape[-2:]), COMPOSITION[1][0])),
+            *COMPOSITION[1:-1],
+        )
         attempts: tuple[tuple[tuple[Quintic, ...], ...], ...] = tuple(
             tuple((one,) for one in all_of) for all_of in (steps, AGAIN)
         )
     else:
         again = (AGAIN[:2], AGAIN[2:4], AGAIN[4:])  # all five on one Gram matrix would lose digits
         attempts = ((SHORT,), again, again)
+    solve = project_rectangles if max(w.shape[-2:]) >= WIDE * min(w.shape[-2:]) else project
     batch = w.reshape(-1, *w.shape[-2:]) if w.numel() else w
     for chunk in spans(w):
-        found = project(oriented(batch, chunk).float(), attempts, tolerance, False)
+        found = solve(oriented(batch, chunk).float(), attempts, tolerance, False)
         if found is None:
             _, x, _ = next(chunks(w, torch.float32, name, only=chunk))
-            found = project(x, attempts, tolerance, True)
+            found = solve(x, attempts, tolerance, True)
         assert found is not None
         y, uncertain = found
         if uncertain:
@@ -151,16 +155,6 @@ def _by_stacks(w: Tensor, out: Tensor, tolerance: float, name: str) -> None:
             for part, x, _ in chunks(hard, torch.float64, name):
                 y.index_copy_(0, at[part], _project(x, tolerance, torch.float64).to(y.dtype))
         store(out, chunk, y)
-
-
-def _more(n: int) -> int:
-    """Return how often the second step is repeated, so that of Gaussian squares few (`RARE`) need a second attempt.
-
-    The smallest singular value is below RARE / (2 n) of the largest in RARE of all cases; the Schatten-8 norm, by which
-    the matrix is divided, is (14 n)^(1/8) / 2 times the largest.
-    """
-    floor = RARE / (2 * n) / max(1, (14 * n) ** (1 / 8) / 2)
-    return max(0, math.ceil(math.log(FLOOR / floor, COMPOSITION[1][0])))
 
 
 def _quick(x: Tensor, tolerance: float) -> Tensor | None:
