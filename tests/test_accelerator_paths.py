@@ -21,7 +21,20 @@ from fire_llm.orthogonal import accelerated, paper_map, products, projection
 from fire_llm.resets import plan, work
 from fire_llm.resets.penalties import parseval
 
-VIEWS = {"view", "_unsafe_view", "select", "slice", "transpose", "unsqueeze", "as_strided", "diagonal", "detach"}
+VIEWS = {
+    "view",
+    "_unsafe_view",
+    "select",
+    "slice",
+    "transpose",
+    "unsqueeze",
+    "as_strided",
+    "diagonal",
+    "detach",
+    "expand",
+    "alias",
+    "_reshape_alias",
+}
 
 
 class Waits(TorchDispatchMode):
