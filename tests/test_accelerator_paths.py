@@ -21,6 +21,21 @@ from fire_llm.orthogonal import accelerated, paper_map, products, projection
 from fire_llm.resets import plan, work
 from fire_llm.resets.penalties import parseval
 
+VIEWS = {
+    "view",
+    "_unsafe_view",
+    "select",
+    "slice",
+    "transpose",
+    "unsqueeze",
+    "as_strided",
+    "diagonal",
+    "detach",
+    "expand",
+    "alias",
+    "_reshape_alias",
+}
+
 
 class Waits(TorchDispatchMode):
     """Count what would make the host wait for an accelerator: numbers read, masks counted, tensors fetched."""
@@ -28,13 +43,14 @@ class Waits(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen: Counter[str] = Counter()
-        self.lists = 0
+        self.lists = self.kernels = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         masked = name in {"index", "index_put", "index_put_"} and any(
             i is not None and i.dtype == torch.bool for i in args[1]
         )
+        self.kernels += not (name in VIEWS or name.startswith(("empty", "new_empty")))
         if name in {"_local_scalar_dense", "nonzero", "equal", "masked_select"} or masked:
             self.seen[name] += 1
         return func(*args, **(kwargs or {}))
@@ -129,6 +145,25 @@ def test_scales_steps_and_small_sides(iterations: int, scale: float) -> None:
         assert distance(mapped(w, iterations), expected) < 1e-4
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 3e-4), (torch.float16, 4e-5), (torch.float32, 3e-7)])
+def test_a_gaussian_stack_takes_one_polynomial_and_one_wait(dtype, bound: float, waits: Waits) -> None:
+    n = 768
+    coefficients, end = paper_map._fixed(5, n, n, True)
+    t = torch.linspace(0, end, 999, dtype=torch.float64)
+    s = t.sqrt()
+    for _ in range(5):
+        s = 1.5 * s - 0.5 * s**3
+    q = sum(c * t**power for power, c in enumerate(coefficients))
+    assert len(coefficients) == 5 and (q[1:] / (s / t.sqrt())[1:] - 1).abs().max() < 3e-7
+    w = gaussian(1, n, n).float() * 0.02
+    accelerated.accumulates("cpu", dtype)
+    with waits:
+        x = mapped(w, 5, dtype)
+    assert waits.count == 1, waits.seen
+    assert waits.kernels <= 20 or dtype != torch.float32  # the CPU casts operands of 16 bits in kernels of its own
+    assert distance(x[0], scalar_map(w[0].double(), 5)[1]) < bound
+
+
 def test_a_matrix_does_not_depend_on_its_neighbours() -> None:
     """Each has a polynomial of its own, of its own degree."""
     n = 200
@@ -202,7 +237,8 @@ def test_gaussian_matrices_need_no_float64(in_float64) -> None:
     for shape in ((20, 160, 160), (3, 100, 300), (3, 300, 100), (1, 500, 500), (4, 5, 5), (2, 1, 3)):
         w = gaussian(*shape).float() * 0.02
         for x, one in zip(projected(w), w, strict=True):
-            assert distance(x, polar_factor(one)) < 1e-5
+            single = max(one.shape) >= 2 * min(one.shape)  # the longest products in single fp16 operands
+            assert distance(x, polar_factor(one)) < (1e-4 if single else 1e-5)
     assert not in_float64
 
 
@@ -224,6 +260,36 @@ def test_a_stack_of_easy_hard_and_empty_matrices(in_float64) -> None:
     assert not x[2].any()
     small = projected((gaussian(n, 3) @ gaussian(3, n))[None])[0]  # fp64: no rounding noise to be made orthogonal
     assert torch.linalg.svdvals(small)[:4] == pytest.approx([1, 1, 1, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(140, 140), (130, 200)])
+def test_a_part_of_a_stack_needs_a_second_attempt(shape, in_float64, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(projection, "more_steps", lambda *_: 0)
+    monkeypatch.setattr(accelerated, "SPLIT_ROUNDING", 2.4e-7)  # sums are exact here
+    n = min(shape)
+    easy, hard = torch.linspace(1, 0.5, n), torch.linspace(1, 0.5, n)
+    hard[-1] = 1e-5 if shape == (140, 140) else 1e-2
+    w = torch.stack([with_spectrum(*shape, s) for s in (easy, hard, easy, hard, easy)]).float()
+    seen: list[int] = []
+    path = accelerated.finish
+    monkeypatch.setattr(accelerated, "finish", lambda x: (seen.append(len(x)), path(x))[1])
+    for x, one in zip(projected(w), w, strict=True):
+        assert distance(x, polar_factor(one)) < 1e-4
+    assert seen[:2] == [5, 2] and not in_float64
+
+
+def test_squares_of_any_size_succeed_at_the_first_attempt(in_float64, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps grow with the size as a Gaussian's condition does; here that of 4096 x 4096, in a small matrix."""
+    n = 150
+    u, s, vh = (torch.from_numpy(one) for one in svd(gaussian(n, n)))
+    s[-1] = s[0] * 0.03 / (2 * 4096)
+    w = ((u * s) @ vh).float()
+    monkeypatch.setattr(accelerated, "SPLIT_ROUNDING", 2.4e-7)  # sums are exact here
+    monkeypatch.setattr(projection, "more_steps", lambda _, gain: accelerated.more_steps(4096, gain))
+    path, seen = accelerated.finish, []
+    monkeypatch.setattr(accelerated, "finish", lambda x: (seen.append(len(x)), path(x))[1])
+    assert distance(projected(w[None])[0], polar_factor(w)) < 1e-4
+    assert seen == [1] and not in_float64
 
 
 def test_split_products_hold_22_bits() -> None:

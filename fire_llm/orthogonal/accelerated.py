@@ -25,6 +25,7 @@ LARGEST_NORM, LEAST_NORM = 2.0**60, 2.0**-40  # within, no square overflows in f
 LOW_PRECISION_SHARE = 0.07  # largest correction, relative to what it corrects, that is computed in low precision
 REST_SCALE = 16.0  # keeps the last operand of the paper's map within fp16
 PROBES = 8
+FLOOR, RARE = 1e-4, 0.03  # what `projection.COMPOSITION` takes to 1; share of Gaussian squares that may be below it
 WELL_CONDITIONED = 10.0  # what rounding costs a matrix of condition 1, in units of `SPLIT_ROUNDING`
 
 
@@ -183,6 +184,16 @@ SHORT: tuple[Quintic, ...] = (
 )
 
 
+def more_steps(n: int, gain: float) -> int:
+    """Return how often a step that multiplies by `gain` is put in, for few Gaussian squares to need a second attempt.
+
+    The smallest singular value is below RARE / (2 n) of the largest in RARE of all cases; the Schatten-8 norm, by which
+    the matrix is divided, is (14 n)^(1/8) / 2 times the largest.
+    """
+    floor = RARE / (2 * n) / max(1, (14 * n) ** (1 / 8) / 2)
+    return max(0, math.ceil(math.log(FLOOR / floor, gain)))
+
+
 def normalised(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return x scaled to a Frobenius norm of sqrt(n), and the norms (B,) that it had."""
     norm = norms(x)
@@ -208,7 +219,8 @@ def compose(x: Tensor, v: Tensor, steps: tuple[Quintic, ...], scale: bool) -> tu
         scale: Whether to divide x by its Schatten-8 norm, at least its largest singular value, first.
 
     Returns:
-        Both products; with `scale` the second is the product by what the scaled x is multiplied by.
+        Both products, the first in place of x unless it is scaled; with `scale`
+        the second is the product by what the scaled x is multiplied by.
     """
     parts = split(x)
     gram = square_of(parts, transposed(parts))
@@ -226,9 +238,10 @@ def compose(x: Tensor, v: Tensor, steps: tuple[Quintic, ...], scale: bool) -> tu
                 gram, square, factor = gram / top, square / top**2, (fourth * top).rsqrt()
                 g = split(gram)
             h = torch.add(gram, square, alpha=c / b)
-        hs = split(h) if c else g
+        last = number == len(steps) - 1
+        hs = g if not c else split(h) if p is not None or not last else ()
         v = torch.baddbmm(v.expand(len(x), -1, -1), h, v.expand(len(x), -1, -1), beta=a, alpha=b)
-        if number < len(steps) - 1:  # G <- (a I + b H)^2 G
+        if not last:  # G <- (a I + b H)^2 G
             half = accumulate(gram * a, hs, g, alpha=b)
             gram = accumulate(half * a, hs, split(half), alpha=b)
         if p is None:
@@ -237,11 +250,26 @@ def compose(x: Tensor, v: Tensor, steps: tuple[Quintic, ...], scale: bool) -> tu
             p, e = accumulate(p * (a * e), hs, split(p), alpha=b * e).add_(h, alpha=d * b), 1.0
         d *= a
     assert p is not None
-    y = x * d if factor is None else x * (factor * d)
-    return accumulate(y, split(p if factor is None else p * factor), parts, alpha=e), v
+    if factor is None:
+        return accumulate(x, split(p), parts, alpha=e, beta=d), v
+    return accumulate(x * (factor * d), split(p * factor), parts, alpha=e), v
 
 
-def finish(x: Tensor) -> tuple[Tensor, Tensor]:
+def cubic(x: Tensor, v: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
+    """Apply a s + b s^3 to singular values near 1, as `compose` does, by a factor of 11 bits.
+
+    The factor is symmetric, and so is its rounding, hence it rotates singular vectors only as far as the singular
+    values differ: by less than `SPLIT_ROUNDING` where these are within 0.05 of 1. x has its 22 bits.
+    """
+    high, low = split(x)
+    gram = square_of((high,), (high.mT,), alpha=SPLIT_SCALE**-2)
+    h = ((gram * SPLIT_SCALE).half(),)  # symmetric as far as the product of a matrix by its transpose is
+    v = torch.baddbmm(v.expand(len(x), -1, -1), gram, v.expand(len(x), -1, -1), beta=a, alpha=b)
+    accumulate(x, h, (high,), alpha=b * SPLIT_SCALE**-2, beta=a)
+    return accumulate(x, h, (low,), alpha=-b * SPLIT_SCALE**-2), v
+
+
+def finish(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Take singular values near 1 to 1 by a Taylor step, and bound what is left of ||I - X X^T||_F.
 
     With E = X X^T - I the step multiplies by I - E/2 + 3/8 E^2, and leaves 5/8 E^3 and less of E, of norm at most
@@ -249,7 +277,7 @@ def finish(x: Tensor) -> tuple[Tensor, Tensor]:
     the rounding of E itself.
 
     Returns:
-        The result (B, n, m), and the bounds (B,).
+        The result (B, n, m), the bounds (B,), and ||E||_F (B,).
     """
     parts = split(x)
     error = square_of(parts, transposed(parts))
@@ -259,7 +287,7 @@ def finish(x: Tensor) -> tuple[Tensor, Tensor]:
     first, second = (torch.linalg.vector_norm(one, dim=(-2, -1)) for one in (error, square))
     correction = square.mul_(0.375).sub_(error, alpha=0.5)
     y = accumulate(x.clone(), ((correction * SPLIT_SCALE).half(),), parts[:1], alpha=SPLIT_SCALE**-2)
-    return y, second**1.5 + first * 2.0**-11 + SPLIT_ROUNDING * math.sqrt(x.shape[-2])
+    return y, second**1.5 + first * 2.0**-11 + SPLIT_ROUNDING * math.sqrt(x.shape[-2]), first
 
 
 def project(
@@ -286,12 +314,16 @@ def project(
     left, uncertain = list(range(len(x))), []
     for number, compositions in enumerate(attempts):
         for k, steps in enumerate(compositions):
-            z, v = compose(z, v, steps, scale=number == k == 0)
-        y, residual = finish(z)
+            if len(steps) == 1 and not steps[0][2]:
+                z, v = cubic(z, v, *steps[0][:2])
+            else:
+                z, v = compose(z, v, steps, scale=number == k == 0)
+        y, residual, _ = finish(z)
         # ||x||_F is at most sqrt(n), the largest s_i being 1
         rounding = ((start * v).mean((-2, -1)) + WELL_CONDITIONED) * SPLIT_ROUNDING
-        found, residuals, roundings = torch.stack([norm, residual.double(), rounding.double()]).tolist()
-        if number == 0 and not sound and not within(found):
+        rows = [residual.double(), rounding.double(), *([norm] if number == 0 else [])]  # later z may be a part of all
+        residuals, roundings, *found = torch.stack(rows).tolist()
+        if found and not sound and not within(found[0]):
             return None
         out = y if number == 0 else out.index_copy_(0, positions(left, y), y)
         again = [i for i, r in enumerate(residuals) if r > tolerance >= roundings[i] and number < len(attempts) - 1]

@@ -5,6 +5,7 @@ Shapes: (..., out, in) at the surface; inside, a chunk is (B = batch, n = short 
 
 from __future__ import annotations
 
+import math
 from functools import cache, partial
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from fire_llm.errors import UserError
 from fire_llm.orthogonal.accelerated import LOW_PRECISION_SHARE, polynomial_map, positions
+from fire_llm.orthogonal.fixed_map import SPREAD, Coefficients, fixed_map, gaussian_root, share
 from fire_llm.orthogonal.products import (
     CPU_BATCH_SIDE,
     FLOATS,
@@ -122,10 +124,10 @@ def _by_stacks(w: Tensor, out: Tensor, iterations: int, products: torch.dtype, n
     for chunk in spans(w):
         x = oriented(batch, chunk).float()
         y = oriented(out, chunk) if out.dtype == torch.float32 else torch.empty_like(x)
-        left = polynomial_map(x, y, products, partial(_coefficients, first), False) if first else None
+        left = _as_polynomials(x, y, first, products, False) if first else None
         if left is None:
             _, x, _ = next(chunks(w, torch.float32, name, own=False, only=chunk))
-            left = polynomial_map(x, y, products, partial(_coefficients, first), True) if first else None
+            left = _as_polynomials(x, y, first, products, True) if first else None
         if left is None:
             y.copy_(_one_by_one(_normalised(x), iterations, torch.float32))
         else:
@@ -144,6 +146,31 @@ def _by_stacks(w: Tensor, out: Tensor, iterations: int, products: torch.dtype, n
                 y.copy_(_one_by_one(y, iterations - first, torch.float32))
         if y.dtype != out.dtype:
             store(out, chunk, y)
+
+
+def _as_polynomials(
+    x: Tensor, y: Tensor, steps: int, products: torch.dtype, sound: bool
+) -> tuple[list[int], list[int]] | None:
+    """Do as `polynomial_map`, which is left what the polynomial for Gaussians of that shape does not serve."""
+    own, fixed = partial(_coefficients, steps), _fixed(steps, *x.shape[-2:], products != x.dtype)
+    if fixed is None:
+        return polynomial_map(x, y, products, own, sound)
+    left = fixed_map(x, y, products, *fixed, own, sound)
+    if left is None:
+        return None
+    again, wide, heavy = left
+    if again:
+        every = len(again) == len(x)
+        at = positions(again, x)
+        of, z = (x, y) if every else (x.index_select(0, at), torch.empty_like(x[: len(again)]))
+        found = polynomial_map(of, z, products, own, True)
+        assert found is not None
+        if not every:
+            y.index_copy_(0, at, z)
+        wide, heavy = (
+            sorted([*had, *(again[i] for i in more)]) for had, more in zip((wide, heavy), found, strict=True)
+        )
+    return wide, heavy
 
 
 def _normalised(x: Tensor) -> Tensor:
@@ -228,13 +255,45 @@ def _interpolant(steps: int, end: float) -> tuple[float, ...] | None:
 
     An even number of coefficients follows the constant one. The error is measured on a grid, relative to q.
     """
+    attempts = (_interpolated(steps, end, degree) for degree in range(2, HIGHEST_DEGREE + 1, 2))
+    return next((found for found in attempts if found is not None), None)
+
+
+def _interpolated(steps: int, end: float, degree: int) -> tuple[float, ...] | None:
     grid = np.linspace(0, end, 2001)
-    for degree in range(2, HIGHEST_DEGREE + 1, 2):
-        found = Chebyshev.interpolate(lambda t: _growth(t, steps), degree, domain=[0, end])
-        if np.max(np.abs(found(grid) / _growth(grid, steps) - 1)) < INTERPOLATION_ERROR:
-            powers = found.convert(kind=Polynomial, domain=[0, end], window=[0, 1]).coef
-            return tuple(float(c) for c in np.pad(powers, (0, degree + 1 - len(powers))))
+    found = Chebyshev.interpolate(lambda t: _growth(t, steps), degree, domain=[0, end])
+    if not np.max(np.abs(found(grid) / _growth(grid, steps) - 1)) < INTERPOLATION_ERROR:
+        return None
+    powers = found.convert(kind=Polynomial, domain=[0, end], window=[0, 1]).coef
+    return tuple(float(c) for c in np.pad(powers, (0, degree + 1 - len(powers))))
+
+
+@cache
+def _fixed(steps: int, n: int, m: int, low: bool) -> tuple[Coefficients, float] | None:
+    """Return the polynomial of least degree that Gaussians of a shape need, in powers of t, and up to which bound.
+
+    None where the degree would be too high, or low precision not do.
+    """
+    root = math.sqrt(gaussian_root(n, m))
+    for degree in range(4, HIGHEST_DEGREE + 1, 2):
+        found, end = _widest(steps, degree)
+        if math.sqrt(root) * BOUND_MARGIN * SPREAD <= end:
+            coefficients = tuple(c / end**power for power, c in enumerate(found))
+            return (
+                None
+                if low and share(coefficients, root * SPREAD) > LOW_PRECISION_SHARE
+                else (coefficients, end / BOUND_MARGIN)
+            )
     return None
+
+
+@cache
+def _widest(steps: int, degree: int) -> tuple[Coefficients, float]:
+    """Return the interpolant of a degree on the widest interval [0, end] that it serves, in powers of t / end."""
+    end = 1.0
+    while (found := _interpolated(steps, end, degree)) is None:
+        end *= 2 ** (-1 / 16)
+    return found, end
 
 
 def _growth(t: np.ndarray, steps: int) -> np.ndarray:

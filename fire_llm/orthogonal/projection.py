@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fire_llm.errors import UserError
-from fire_llm.orthogonal.accelerated import SHORT, Quintic, positions, project
+from fire_llm.orthogonal.accelerated import SHORT, Quintic, more_steps, positions, project
 from fire_llm.orthogonal.paper_map import CUBIC
 from fire_llm.orthogonal.products import (
     CPU_BATCH_SIDE,
@@ -29,6 +29,7 @@ from fire_llm.orthogonal.products import (
     store,
     symmetric_product,
 )
+from fire_llm.orthogonal.rectangles import WIDE, project_rectangles
 
 # Odd quintics a x + b x^3 + c x^5 whose composition takes every singular value of [1e-4, 1] to 1 within 6e-6: seven
 # minimax quintics and two cubics, found as in Polar Express (arXiv 2505.16932) but with a floor of 1e-4, a cushion of
@@ -128,18 +129,24 @@ def polar(
 def _by_stacks(w: Tensor, out: Tensor, tolerance: float, name: str) -> None:
     """Write the polar factors of a batch on an accelerator, stack by stack; what is not certain is done in float64."""
     if max(w.shape[-2:]) < RECTANGLE * min(w.shape[-2:]):
+        steps = (
+            COMPOSITION[0],
+            *(COMPOSITION[1:2] * more_steps(min(w.shape[-2:]), COMPOSITION[1][0])),
+            *COMPOSITION[1:-1],
+        )
         attempts: tuple[tuple[tuple[Quintic, ...], ...], ...] = tuple(
-            tuple((one,) for one in steps) for steps in (COMPOSITION[:-1], AGAIN)
+            tuple((one,) for one in all_of) for all_of in (steps, AGAIN)
         )
     else:
         again = (AGAIN[:2], AGAIN[2:4], AGAIN[4:])  # all five on one Gram matrix would lose digits
         attempts = ((SHORT,), again, again)
+    solve = project_rectangles if max(w.shape[-2:]) >= WIDE * min(w.shape[-2:]) else project
     batch = w.reshape(-1, *w.shape[-2:]) if w.numel() else w
     for chunk in spans(w):
-        found = project(oriented(batch, chunk).float(), attempts, tolerance, False)
+        found = solve(oriented(batch, chunk).float(), attempts, tolerance, False)
         if found is None:
             _, x, _ = next(chunks(w, torch.float32, name, only=chunk))
-            found = project(x, attempts, tolerance, True)
+            found = solve(x, attempts, tolerance, True)
         assert found is not None
         y, uncertain = found
         if uncertain:
@@ -281,8 +288,7 @@ def _project(x: Tensor, tolerance: float, dtype: torch.dtype | None) -> Tensor:
         tolerance: bound on ||I - X X^T||_F, hence on max |s - 1|.
         dtype: of the composition's first attempt (later ones use float64), or None for eigendecompositions.
     """
-    y = torch.zeros_like(x)
-    todo = x.flatten(1).any(1)
+    y, todo = torch.zeros_like(x), x.flatten(1).any(1)
     attempts: list[tuple[Tensor, Callable[[Tensor], Tensor]]] = [(x, _inverse_root)]
     if dtype is not None:
         precise = partial(_compose, steps=(*COMPOSITION, *POLISH), dtype=torch.float64, normalise=True)
@@ -290,20 +296,33 @@ def _project(x: Tensor, tolerance: float, dtype: torch.dtype | None) -> Tensor:
         attempts = [(x, precise), (y, lift), (y, lift)]
         if dtype == torch.float32:
             attempts.insert(0, (x, partial(_compose, steps=COMPOSITION, dtype=dtype, normalise=True)))
+    if x.device.type != "cpu":  # all at once, zeros too: which they are is fetched with the rest
+        z = attempts.pop(0)[1](x)
+        y.copy_(z)
+        hard, zero = torch.stack([todo & ~_held(z, tolerance), ~todo]).tolist()
+        if any(zero):
+            y.masked_fill_(~todo[:, None, None], 0)
+        if not any(hard):
+            return y
+        todo = torch.tensor(hard, device=x.device)
     for source, solve in attempts:
         if not todo.any():
             return y
         z = solve(source[todo])
         y[todo] = z.double()
-        gram = z @ z.mT
-        gram.diagonal(dim1=-2, dim2=-1).sub_(1)
-        held = torch.linalg.vector_norm(gram, dim=(-2, -1)) <= tolerance  # NaN does not hold
-        todo = todo.masked_scatter(todo, ~held)
+        todo = todo.masked_scatter(todo, ~_held(z, tolerance))
     for i in todo.nonzero().flatten():
         u, sigma, vh = torch.linalg.svd(x[i], full_matrices=False)
         rank_floor = max(x.shape[-2:]) * torch.finfo(x.dtype).eps * sigma[0]
         y[i] = (u * (sigma > rank_floor)) @ vh
     return y
+
+
+def _held(z: Tensor, tolerance: float) -> Tensor:
+    """Tell of which matrices ||I - Z Z^T||_F is within the tolerance; of NaN it is not."""
+    gram = z @ z.mT
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return torch.linalg.vector_norm(gram, dim=(-2, -1)) <= tolerance
 
 
 def _inverse_root(x: Tensor) -> Tensor:
