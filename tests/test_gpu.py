@@ -195,7 +195,10 @@ STACKS = [(48, 768, 768), (12, 3072, 768), (12, 768, 3072)] if CUDA else [(6, 96
 @solving
 @pytest.mark.parametrize("sizes", STACKS, ids=str)
 def test_polar_finds_all_factors_of_a_models_stack(sizes, monkeypatch):
-    """Of 48 squares some are left over by a first attempt; on a GPU none needs float64."""
+    """Of squares one in a hundred needs float64 on a GPU, where its least singular value is under 6e-6 of the largest.
+
+    The least of a Gaussian square is below t / (2 n) of the largest with a probability of t.
+    """
     count, *shape = sizes
     w, again, project = matrices(shape, count), [], projection._project
 
@@ -207,7 +210,8 @@ def test_polar_finds_all_factors_of_a_models_stack(sizes, monkeypatch):
     found = polar(w, 1e-3)
     wanted = polar_factor_there(w)
     assert float(torch.linalg.vector_norm(found - wanted, dim=(-2, -1)).max()) < 1e-3 * min(shape) ** 0.5
-    assert not CUDA or sum(again) == 0, f"{sum(again)} of {count} were done again in float64"
+    rare = 2 if shape[0] == shape[1] else 0
+    assert not CUDA or sum(again) <= rare, f"{sum(again)} of {count} were done again in float64"
 
 
 @solving
@@ -467,7 +471,8 @@ def test_inspect_measures_what_it_measures_on_a_cpu(checkpoint):
     there, here = (inspect_checkpoint(checkpoint, progress=False, device=device) for device in (DEVICE, "cpu"))
     for a, b in zip(there, here, strict=True):
         for column, value in b.items():
-            assert a[column] == (pytest.approx(value, rel=1e-4, abs=1e-9) if isinstance(value, float) else value)
+            near = isinstance(value, float | list)  # numbers, and the quantiles of a spectrum
+            assert a[column] == (pytest.approx(value, rel=1e-4, abs=1e-9) if near else value)
 
 
 @solving

@@ -128,6 +128,7 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> list[str]:
 
 def _machines(folders: Sequence[Path], found: dict[str, Json]) -> list[str]:
     lines = ["## Machine", ""]
+    before = ""
     for data in [_read(folder / "environment.json") for folder in folders] or [{}]:
         machine = data.get("machine", {})
         versions = ", ".join(f"{name} {number}" for name, number in machine.get("versions", {}).items() if number)
@@ -140,7 +141,9 @@ def _machines(folders: Sequence[Path], found: dict[str, Json]) -> list[str]:
         commands = "\n".join(machine.get("commands") or [machine.get("command", "no command was recorded")])
         for option, name in (("output", "DIR"), ("data", "FOLDER"), ("cache", "DIR")):
             commands = re.sub(rf"--{option} \S+", f"--{option} {name}", commands)
-        lines += [f"{told}. {versions}." if versions else f"{told}.", ""]
+        told = f"{told}. {versions}." if versions else f"{told}."
+        lines += ["The same kind of machine and versions:" if told == before else told, ""]
+        before = told
         if "product_teraflops" in data:
             copied, made, side = (data[k] for k in ("copy_terabytes_per_second", "product_teraflops", "product_side"))
             lines += [f"A copy in its memory moves {copied:.2f} TB/s; a bf16 product of two square matrices of side "
