@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from conftest import tiny_gpt2, tiny_llama
 from ranks import run_ranks
 from test_trainer import ACCUMULATION, CONTEXT, MICRO, Samples, arguments, by_hand, losses, train
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from fire_llm import ContinualTrainer, UserError, load_recipe, run_recipe
 from fire_llm.flops import flops_per_token, peak_flops
@@ -441,6 +441,58 @@ def test_a_step_left_out_on_the_device_halts_training_before_anything_is_saved(t
         for a, b in zip(trainer.model.parameters(), whole.model.parameters(), strict=True):
             assert torch.equal(a, b)  # the weights are those of step 5
         assert not [*(tmp_path / name).glob("checkpoint-*")]
+
+
+@pytest.mark.parametrize("action", ["halt", "skip"])
+def test_a_step_left_out_on_the_device_is_told_where_a_callback_ends_training_at_it(action, tmp_path, monkeypatch):
+    """Nothing is logged, measured or saved then, so that nothing asks for it."""
+    monkeypatch.setattr(nonfinite, "_told_on_device", lambda trainer, _: nonfinite.takes_found_inf(trainer.optimizer))
+
+    class Ending(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            control.should_training_stop |= state.global_step == 6
+
+    settings = {"optim": "adamw_torch_fused", "logging_steps": 100, "save_steps": 100, "nonfinite": action}
+    trainer = poisoned(tmp_path, 5 * MICRO * ACCUMULATION + 3, **settings)
+    trainer.add_callback(Ending())
+    if action == "halt":
+        with pytest.raises(FloatingPointError, match=r"loss is not finite at step 6\. "):
+            trainer.train()
+    else:
+        trainer.train()
+        assert trainer.guard.skipped == 1
+    assert trainer.optimizer.optimizer.found_inf is None  # or whoever goes on with it would take no step
+
+
+def test_an_error_leaves_nothing_of_its_step_to_the_next_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(nonfinite, "_told_on_device", lambda trainer, _: nonfinite.takes_found_inf(trainer.optimizer))
+
+    class Failing(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            raise OSError("once")
+
+    settings = {"optim": "adamw_torch_fused", "logging_steps": 100, "save_steps": 100}
+    trainer = poisoned(tmp_path, 3, **settings)
+    trainer.add_callback(failing := Failing())
+    with pytest.raises(OSError, match="once"):
+        trainer.train()
+    trainer.remove_callback(failing)
+    trainer.train_dataset = Poisoned(-1)
+    trainer.train()
+    assert trainer.state.global_step == 12 and not (tmp_path / "nonfinite.json").exists()
+
+
+def test_only_fused_steps_of_torch_are_told_on_the_device():
+    class Own(torch.optim.AdamW):
+        def step(self, closure=None):
+            return None
+
+    weights = [torch.nn.Parameter(torch.ones(2))]
+    fused, plain = (torch.optim.AdamW(weights, fused=way) for way in (True, False))
+    assert nonfinite.takes_found_inf(fused) is fused and nonfinite.takes_found_inf(plain) is None
+    assert nonfinite.takes_found_inf(Own(weights, fused=True)) is None
+    fused.load_state_dict(plain.state_dict())  # of a run whose optimizer was not fused
+    assert nonfinite.takes_found_inf(fused) is None
 
 
 def _one_of_two(rank, world, folder, action):

@@ -38,6 +38,8 @@ class _LeftToDevice:
     bad: Tensor
     """() bool, on the host once `copied`."""
     copied: torch.cuda.Event | None
+    optimizer: Any
+    """That was told."""
 
 
 class FiniteGuard:
@@ -62,7 +64,8 @@ class FiniteGuard:
         self._left: _LeftToDevice | None = None
 
     def resume(self, history: list[dict[str, Any]]) -> None:
-        """Count on from a checkpoint's log."""
+        """Count on from a checkpoint's log; nothing is left of a training that an error ended."""
+        self._losses, self._left = [], None
         self.skipped = next((entry[SKIPPED] for entry in reversed(history) if SKIPPED in entry), 0)
 
     def begin(self) -> None:
@@ -116,7 +119,7 @@ class FiniteGuard:
         copied = torch.cuda.Event() if norm.is_cuda else None
         if copied is not None:
             copied.record()
-        return _LeftToDevice(step, losses, on_host, copied)
+        return _LeftToDevice(step, losses, on_host, copied, optimizer)
 
     def settle(self) -> bool:
         """Hear of the step that was left to the device, if there is one; tell whether its update was made.
@@ -127,6 +130,7 @@ class FiniteGuard:
         left, self._left = self._left, None
         if left is None:
             return True
+        left.optimizer.found_inf = None  # it was about that step alone
         if left.copied is not None:
             left.copied.synchronize()
         if not left.bad:
@@ -181,10 +185,13 @@ def _told_on_device(trainer: Any, norm: Any) -> Any:
 
 
 def takes_found_inf(optimizer: Any) -> Any:
-    """Return torch's optimizer, out of accelerate's, if it is a fused Adam or AdamW: these read `found_inf`."""
+    """Return torch's optimizer, out of accelerate's, if it is a fused Adam or AdamW: these read `found_inf`.
+
+    A class derived from them may have a step of its own, and a loaded state says anew which groups are fused.
+    """
     inner = getattr(optimizer, "optimizer", optimizer)
-    fused = isinstance(inner, torch.optim.Adam | torch.optim.AdamW) and inner.defaults.get("fused")
-    return inner if fused else None
+    reads = type(inner) in (torch.optim.Adam, torch.optim.AdamW) and all(g.get("fused") for g in inner.param_groups)
+    return inner if reads else None
 
 
 def describe(dataset: Any, index: int) -> dict[str, Any]:

@@ -150,7 +150,9 @@ class SavingTrainer(Trainer):
         placed = getattr(model, "hf_quantizer", None) is not None or hasattr(model, "hf_device_map")
         alone = not active() and not self.is_fsdp_enabled
         goes_on = self.state.global_step < self.state.max_steps and not asked()
-        return bool(wanted and own and not placed and alone and goes_on and not self.args.push_to_hub)
+        # transformers writes to config.json the dtype that the parameters have just then: bf16 in the middle of a pass.
+        still = not self.args.bf16_params
+        return bool(wanted and own and not placed and alone and goes_on and still and not self.args.push_to_hub)
 
     def _copied(self) -> tuple[Any, Any] | None:
         """Copy weights and the optimizer's state to the host; None where that cannot be."""

@@ -198,6 +198,7 @@ class ContinualTrainer(Stepping, Optimizing, SavingTrainer):
                 callback.attach(self)
         try:
             trained = super().train(resume_from_checkpoint, *args, **kwargs)
+            self.guard.settle()  # of the last step, where a callback ended training and nothing was logged
             self.settle()
             return trained
         except BaseException:

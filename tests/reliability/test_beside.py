@@ -22,6 +22,7 @@ from fire_llm.manifest import damage
 from fire_llm.staging import checkpoints
 from fire_llm.stopping import Stopped, signals_handled
 from fire_llm.trainer import EvaluationSet, RecyclingCallback, saving, training, writer
+from fire_llm.trainer.rounded import rounded
 from fire_llm.trainer.writer import Writer, on_host
 
 SAVE = ContinualTrainer._save
@@ -273,6 +274,18 @@ def test_what_is_waited_for(way, tmp_path, monkeypatch, begun):
     assert not begun and steps(tmp_path) == [4, 8, 12]
 
 
+def test_a_checkpoint_is_not_written_in_the_middle_of_a_pass_that_reads_parameters_in_bf16(tmp_path, begun):
+    """transformers would write bf16 as the dtype of weights that are fp32."""
+    model = tiny_gpt2()
+    with rounded(model, torch.bfloat16):
+        model.save_pretrained(tmp_path / "amid", state_dict=tiny_gpt2().state_dict())
+    assert json.loads((tmp_path / "amid" / "config.json").read_text())["dtype"] == "bfloat16"
+    trainer_of(tiny_gpt2(), tmp_path / "run", bf16=True, bf16_params=True).train()
+    assert not begun and steps(tmp_path / "run") == [4, 8, 12]
+    for folder, _ in checkpoints(tmp_path / "run"):
+        assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
+
+
 def test_on_an_accelerator_a_callback_that_looks_at_saves_finds_the_folder(tmp_path):
     class Looks(TrainerCallback):
         def on_save(self, args, state, control, **_):
@@ -281,7 +294,9 @@ def test_on_an_accelerator_a_callback_that_looks_at_saves_finds_the_folder(tmp_p
     def beside(callbacks) -> bool:
         trainer = trainer_of(tiny_gpt2(), tmp_path, callbacks, async_save=None)
         trainer.state.max_steps = 12
-        trainer.args = SimpleNamespace(async_save=None, push_to_hub=False, device=torch.device("cuda"))
+        trainer.args = SimpleNamespace(
+            async_save=None, bf16_params=False, push_to_hub=False, device=torch.device("cuda")
+        )
         return trainer._writes_beside()
 
     assert beside([]) and not beside([Looks()])
