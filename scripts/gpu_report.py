@@ -288,7 +288,8 @@ def run_tests(stage: Stage) -> None:
                         stderr=subprocess.STDOUT, start_new_session=True,
                     )  # fmt: skip
                     processes.append(started)
-            code = max(process.wait(max(1.0, stage.left() - 2)) for process in processes)
+            codes = [process.wait(max(1.0, stage.left() - 2)) for process in processes]
+            code = next((code for code in codes if code not in (0, 1)), max(codes))  # a crash is a negative one
         except BaseException:
             code = None
         finally:

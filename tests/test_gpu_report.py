@@ -242,6 +242,24 @@ def test_tests_are_recorded_as_they_end_and_what_is_cut_off_is_named(monkeypatch
     assert next(iter(found["slowest_seconds"])) == "test_good" and found["seconds_of_all"] >= 0.2
 
 
+def test_a_part_of_the_tests_that_crashes_is_no_success(monkeypatch, tmp_path):
+    module = loaded(monkeypatch)
+    file = tmp_path / "test_it.py"
+    file.write_text(
+        "import os, pytest, signal\n"
+        "def test_good(): pass\n"
+        "@pytest.mark.xdist_group('apart')\ndef test_crash(): os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(module, "GROUPS", ("apart",))
+    monkeypatch.setattr(module, "TESTS", [str(file), *module.TESTS[3:]])
+    stage = module.Stage("tests", SimpleNamespace(output=tmp_path, size="full", device="cpu"), 60)
+    stage.run(module.run_tests)
+    found = json.loads((tmp_path / "tests.json").read_text())
+    assert found["counts"] == {"passed": 1} and found["running"] == ["test_crash"]
+    assert found["status"] == "failed" and "exit code -9" in " ".join(found["failures"]["tests"])
+
+
 def test_steps_and_arms_are_cut_to_the_seconds(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     from gpu.evidence import fitted

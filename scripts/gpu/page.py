@@ -295,7 +295,8 @@ def _perplexity(data: Json, targets: Targets) -> list[str]:
     lines += [
         f"{data['tokens']:,} tokens of web text, context {data['context']}, weights as they were drawn; ours in "
         f"batches of {data['batch_size']} windows. The rolling loop does what lm-eval does: whole logits, "
-        "log-softmax, one gather a window, by default one window a batch.",
+        "log-softmax, one gather a window, by default one window a batch. Each batch size of the loop raced with ours "
+        "anew: a ratio is of its own race, the table's rates of ours are of the first.",
         "",
     ]
     table = [[name, f"{row['tokens_per_second']:,.0f}", f"{row['nll']:.6f}"] for name, row in rows.items()]
