@@ -233,6 +233,16 @@ def test_the_polar_factor_of_any_spectrum(shape, key: str, in_float64) -> None:
     assert bool(in_float64) == (key in {"condition 1e4", "condition 1e7", "half at 1e-4", "one dominant"})
 
 
+@pytest.mark.parametrize("shape", [(130, 200), (130, 400)])
+@pytest.mark.parametrize("least", [3e-5, 6e-5])
+def test_one_small_singular_value_among_large_ones_is_not_hidden_by_their_mean(shape, least, in_float64) -> None:
+    """Sums are exact here: on a GPU the distance would be several times what it is on this path."""
+    values = torch.ones(min(shape))
+    values[-1] = least
+    w = with_spectrum(*shape, values).float()
+    assert distance(projected(w[None])[0], polar_factor(w)) < 1e-4 and in_float64
+
+
 def test_gaussian_matrices_need_no_float64(in_float64) -> None:
     for shape in ((20, 160, 160), (3, 100, 300), (3, 300, 100), (1, 500, 500), (4, 5, 5), (2, 1, 3)):
         w = gaussian(*shape).float() * 0.02

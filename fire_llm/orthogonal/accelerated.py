@@ -26,6 +26,7 @@ LOW_PRECISION_SHARE = 0.07  # largest correction, relative to what it corrects, 
 REST_SCALE = 16.0  # keeps the last operand of the paper's map within fp16
 PROBES = 8
 FLOOR, RARE = 1e-4, 0.03  # what `projection.COMPOSITION` takes to 1; share of Gaussian squares that may be below it
+LONE = 3.0  # a lone small singular value may be off by a third of `SPLIT_ROUNDING`, over it, and the mean hides it
 WELL_CONDITIONED = 10.0  # what rounding costs a matrix of condition 1, in units of `SPLIT_ROUNDING`
 
 
@@ -297,7 +298,8 @@ def project(
 
     Certain means: ||I - X X^T||_F is bounded by it, and so is what rounding moved the polar factor by, about
     `SPLIT_ROUNDING` ||x||_F / n times sum 1 / s_i. For that sum stands the trace of what the scaled x was multiplied
-    by, estimated from a few vectors that are multiplied by the same. The residual alone would not show it.
+    by, estimated from a few vectors that are multiplied by the same. The residual alone would not show it. Where steps
+    are composed on one Gram matrix, more digits are lost: there the root mean square of 1 / s_i counts too.
 
     Args:
         x: (B, n, m), float32, of norms within `within`, or zeros.
@@ -320,7 +322,10 @@ def project(
                 z, v = compose(z, v, steps, scale=number == k == 0)
         y, residual, _ = finish(z)
         # ||x||_F is at most sqrt(n), the largest s_i being 1
-        rounding = ((start * v).mean((-2, -1)) + WELL_CONDITIONED) * SPLIT_ROUNDING
+        growth = (start * v).mean((-2, -1))
+        if any(len(steps) > 1 for steps in compositions):
+            growth = torch.maximum(growth, v.square().mean((-2, -1)).sqrt() / LONE)  # NaN stays
+        rounding = (growth + WELL_CONDITIONED) * SPLIT_ROUNDING
         rows = [residual.double(), rounding.double(), *([norm] if number == 0 else [])]  # later z may be a part of all
         residuals, roundings, *found = torch.stack(rows).tolist()
         if found and not sound and not within(found[0]):
