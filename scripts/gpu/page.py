@@ -182,8 +182,9 @@ def _solvers(data: Json, targets: Targets) -> list[str]:
     lines += targets.table()
     stacks = ", ".join(f"{count} of {a} × {b}" for count, a, b in data["matrices"])
     lines += [
-        f"GPT-2's blocks: {stacks}. Milliseconds are medians of 20 runs. The distance is that from the same loop in "
-        "fp64 for `newton_schulz` and the paper's loop, else from the polar factor in fp64.",
+        f"GPT-2's blocks: {stacks}. Milliseconds are medians of 20 runs. The distance is the largest of "
+        "the first matrix of each shape: from the same loop in fp64 for `newton_schulz` and the paper's loop, else "
+        "from the polar factor in fp64.",
         "",
     ]
     table = [
