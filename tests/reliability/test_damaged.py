@@ -169,7 +169,7 @@ def test_older_ones_stay_where_the_new_one_cannot_be_read_back(whole, tmp_path, 
 # ---- the disk
 
 
-@pytest.fixture(params=["waited for", "beside training"])
+@pytest.fixture(params=["waited for", pytest.param("beside training", marks=pytest.mark.slow)])
 def saved(request, monkeypatch) -> None:
     """Save as a CPU does, and as an accelerator does."""
     if request.param == "beside training":

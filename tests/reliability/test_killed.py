@@ -66,7 +66,14 @@ def test_a_killed_run_goes_on_to_the_same_end(whole, tmp_path, world, kind, numb
     kill_and_go_on(whole, tmp_path, world, kind, number, seed=1)
 
 
-@pytest.mark.parametrize(("kind", "number", "seed"), [("saving", KILL, 7), ("saving", KILL, 8), ("step", TERM, 9)])
+@pytest.mark.parametrize(
+    ("kind", "number", "seed"),
+    [
+        ("saving", KILL, 8),
+        pytest.param("saving", KILL, 7, marks=pytest.mark.slow),
+        pytest.param("step", TERM, 9, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_is_killed_while_it_writes_beside_training(whole, tmp_path, kind, number, seed):
     assert whole(1, True)[3] == whole(1)[3]
     kill_and_go_on(whole, tmp_path, 1, kind, number, seed, asynchronous=True)
