@@ -207,6 +207,7 @@ def on_one_rank(folder: Path, *argv: str) -> list[Any]:
     return json.loads((folder / "told.json").read_text())
 
 
+@pytest.mark.slow
 def test_ranks_wait_for_hours_and_leave_once(tmp_path):
     path = recipe(tmp_path)
     short = ["--set=phases.0.steps=1", "--set=phases.1.steps=1", "--set=phases.0.keep=[]"]

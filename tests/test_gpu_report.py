@@ -211,6 +211,7 @@ def test_a_process_that_dies_is_recorded_and_another_goes_on(monkeypatch, tmp_pa
     assert found["kept"] == 1 and found["failures"]["its process ended"] == ["illegal memory access"]
 
 
+@pytest.mark.slow
 def test_tests_are_recorded_as_they_end_and_what_is_cut_off_is_named(monkeypatch, tmp_path):
     module = loaded(monkeypatch)
     file, record = tmp_path / "test_it.py", tmp_path / "record.jsonl"

@@ -93,7 +93,9 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [k if k in ("gpt2", "muon") else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
+)
 def test_the_files_are_those_of_a_save_that_is_waited_for(kind, tmp_path, monkeypatch, begun):
     """Byte for byte, the list with their hashes among them."""
     build, options = KINDS[kind]
