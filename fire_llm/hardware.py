@@ -29,10 +29,15 @@ def cpu_has_bf16() -> bool:
     return "avx512_bf16" in text or "amx_bf16" in text
 
 
+def device_memory(device: torch.device) -> int:
+    """Return the bytes of an accelerator's own memory, -1 where torch does not tell."""
+    return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else -1
+
+
 def accelerator_memory() -> int:
-    """Return the bytes of the accelerator that this process trains on: 0 for none, -1 where torch does not tell."""
+    """Return `device_memory` of the accelerator that this process trains on, 0 for none."""
     if torch.cuda.is_available():
-        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+        return device_memory(torch.device("cuda", torch.cuda.current_device()))
     return -1 if torch.accelerator.is_available() else 0
 
 

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 
 from fire_llm import perplexity
 from fire_llm.context import choose_context
-from fire_llm.evaluation.precision import own_precision
-from fire_llm.evaluation.scoring import evaluating
+from fire_llm.evaluation.precision import evaluating, own_precision
 
 PRECISIONS = ("fp32", "bf16", "bf16 autocast")
 

@@ -18,8 +18,7 @@ from torch.func import functional_call
 from fire_llm.context import choose_context
 from fire_llm.distributed import fsdp_modules
 from fire_llm.errors import UserError
-from fire_llm.evaluation.precision import attention_among, own_precision
-from fire_llm.evaluation.scoring import evaluating
+from fire_llm.evaluation.precision import attention_among, evaluating, own_precision
 from fire_llm.layout import LogicalMatrix, logical_matrices
 from fire_llm.layouts.lookup import Lookup
 

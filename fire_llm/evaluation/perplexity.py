@@ -19,9 +19,9 @@ from torch import Tensor
 from fire_llm.context import choose_context
 from fire_llm.distributed import active, fsdp_modules
 from fire_llm.errors import UserError
-from fire_llm.evaluation.precision import device_of, own_precision, precision_of
+from fire_llm.evaluation.precision import device_of, evaluating, own_precision, precision_of
 from fire_llm.evaluation.scores import DocumentSums, Scores
-from fire_llm.evaluation.scoring import PROBE, Scorer, evaluating
+from fire_llm.evaluation.scoring import PROBE, Scorer
 from fire_llm.evaluation.windows import batches, windows
 from fire_llm.layout import unwrap
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -75,6 +75,35 @@ def own_precision(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation; afterwards each module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def attention_configs(model: nn.Module) -> list[Any]:
+    """Return the configs of a model's modules, once each, that name an implementation of attention."""
+    found = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    return [config for config in found.values() if getattr(config, "_attn_implementation", None) is not None]
+
+
+@contextmanager
+def attention_kept(configs: Sequence[Any]) -> Iterator[None]:
+    """Put the implementations of attention back as they were, whatever is done to them inside."""
+    before = [config._attn_implementation for config in configs]
+    try:
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name
+
+
+@contextmanager
 def attention_among(model: Any, allowed: Collection[str]) -> Iterator[None]:
     """Let a model use another implementation of attention inside the block, where its own is none of those allowed.
 
@@ -84,17 +113,12 @@ def attention_among(model: Any, allowed: Collection[str]) -> Iterator[None]:
         model: A model of transformers; others are left alone.
         allowed: Names as in `attn_implementation`.
     """
-    configs = list({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())
-    before = [getattr(config, "_attn_implementation", None) for config in configs]
-    try:
-        if any(name not in (None, *allowed) for name in before):
+    configs = attention_configs(model)
+    with attention_kept(configs):
+        if any(config._attn_implementation not in allowed for config in configs):
             fused = "sdpa" in allowed and getattr(model, "_supports_sdpa", False)
             model.set_attn_implementation("sdpa" if fused else "eager")
         yield
-    finally:
-        for config, name in zip(configs, before, strict=True):
-            if name is not None:
-                config._attn_implementation = name
 
 
 @contextmanager

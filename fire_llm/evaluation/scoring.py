@@ -18,7 +18,8 @@ from fire_llm.context import longest_context
 from fire_llm.distributed import fsdp_modules
 from fire_llm.errors import UserError
 from fire_llm.evaluation import kernels
-from fire_llm.evaluation.unmasked import needs_no_mask, unmasked, uses_sdpa
+from fire_llm.evaluation.unmasked import needs_no_mask, unmasked
+from fire_llm.hardware import device_memory
 
 IGNORE = -100
 """Label of a position that is read but not scored."""
@@ -110,7 +111,7 @@ class Scorer:
             self.trunk = model.get_submodule(name) if name is not None else None
         self.unmasked = False
         if context and (compiled or sample.device.type != "cpu") and not fsdp_modules(model):
-            self.unmasked = _needs_no_mask(model, context, self.trunk)
+            self.unmasked = needs_no_mask(model, context, self.trunk)
         self.compiled = compiled
         # The same code is compiled once in a process, whatever number of models and wrappers there are.
         self.fast = torch.compile(self.trunk.forward) if compiled and self.trunk is not None else None
@@ -145,19 +146,6 @@ class Scorer:
         return nll
 
 
-_PLAIN: weakref.WeakKeyDictionary[Any, dict[int, bool]] = weakref.WeakKeyDictionary()
-"""Whether each model's attention needs no mask, by the length of the windows."""
-
-
-def _needs_no_mask(model: Any, context: int, trunk: torch.nn.Module | None) -> bool:
-    known = _PLAIN.setdefault(model, {})
-    if not uses_sdpa(model):
-        return False
-    if context not in known:
-        known[context] = needs_no_mask(model, context, trunk)
-    return known[context]
-
-
 def _slice(scored: int, vocabulary: int, device: torch.device) -> int:
     """Return the positions of a slice: 16 MiB of logits in fp32 on a CPU, 1 GiB on a GPU, a 32nd of its memory at most.
 
@@ -167,7 +155,7 @@ def _slice(scored: int, vocabulary: int, device: torch.device) -> int:
         return max(64, 2**22 // vocabulary)
     logits = 2**25
     if device.type == "cuda":
-        logits = min(2**28, torch.cuda.get_device_properties(device).total_memory // 128)
+        logits = min(2**28, device_memory(device) // 128)
     most = max(64, logits // vocabulary)
     return -(-scored // -(-scored // most))
 
@@ -211,18 +199,6 @@ def with_hidden(outputs: Any, hidden: Tensor) -> Any:
     if isinstance(outputs, tuple):
         return hidden, *outputs[1:]
     return type(outputs)(**{**outputs, next(iter(outputs)): hidden})
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Put a model into evaluation; afterwards each module is in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

@@ -12,8 +12,7 @@ import torch
 
 from fire_llm.context import choose_context, longest_context
 from fire_llm.errors import UserError, did_you_mean
-from fire_llm.evaluation.precision import own_precision, precision_of
-from fire_llm.evaluation.scoring import evaluating
+from fire_llm.evaluation.precision import evaluating, own_precision, precision_of
 from fire_llm.measurement import token_text
 from fire_llm.models import find_device, load_model, load_tokenizer
 

@@ -8,6 +8,7 @@ every forward pass, for the same values.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,31 +16,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fire_llm.evaluation.precision import own_precision
+from fire_llm.evaluation.precision import attention_configs, attention_kept, evaluating, own_precision
 
 UNMASKED = "fire_llm_causal"
 """Name under which transformers finds its own SDPA attention, with masks that are always left out."""
 
-_LOOK = "fire_llm_look"
+_LOOKING = "fire_llm_look"
 
 
 def needs_no_mask(model: Any, context: int, part: nn.Module | None = None) -> bool:
     """Tell whether a model attends to plain texts of a length causally and in no other way.
 
     It reads such a text twice: as it is, to see that transformers makes no mask for any of its layers (a window, a
-    chunk or a bias of positions would need one), and without masks, to see that nothing else changed.
+    chunk or a bias of positions would need one), and without masks, to see that nothing else changed. The answer is
+    kept.
 
     Args:
-        model: A causal LM of transformers, in evaluation mode; left as it was found.
+        model: A causal LM of transformers; left as it was found.
         context: Tokens of a text.
         part: Its trunk, where that can be run alone and saves the logits.
 
     Returns:
         False too where its attention is not SDPA, or where it cannot be looked at.
     """
-    if not uses_sdpa(model):
+    configs = attention_configs(model)
+    if not configs or any(config._attn_implementation != "sdpa" for config in configs):
         return False
-    configs = _configs(model)
+    known = _KNOWN.setdefault(model, {})
+    if context not in known:
+        with evaluating(model):
+            known[context] = _look(model, configs, context, part or model)
+    return known[context]
+
+
+def _look(model: Any, configs: Sequence[Any], context: int, part: nn.Module) -> bool:
     _register()
     device = next(model.parameters()).device
     ids = torch.arange(context, device=device)[None] % int(model.config.get_text_config().vocab_size)
@@ -47,44 +57,31 @@ def needs_no_mask(model: Any, context: int, part: nn.Module | None = None) -> bo
     try:
         with own_precision(model), torch.no_grad():
             outputs = []
-            for name in (_LOOK, UNMASKED):
+            for name in (_LOOKING, UNMASKED):
                 with _attention(configs, name):
-                    outputs.append((part or model)(input_ids=ids, use_cache=False)[0])
+                    outputs.append(part(input_ids=ids, use_cache=False)[0])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         return False
     return bool(_seen) and not any(_seen) and torch.equal(*outputs)
 
 
-def uses_sdpa(model: Any) -> bool:
-    """Tell whether all of a model's attention is transformers' SDPA."""
-    configs = _configs(model)
-    return bool(configs) and all(config._attn_implementation == "sdpa" for config in configs)
-
-
 @contextmanager
 def unmasked(model: Any) -> Iterator[None]:
     """Leave out the masks of a model of which `needs_no_mask` is true, inside the block."""
-    with _attention(_configs(model), UNMASKED):
+    with _attention(attention_configs(model), UNMASKED):
         yield
-
-
-def _configs(model: nn.Module) -> list[Any]:
-    """Return the configs of a model's modules, once each, that say how it attends."""
-    found = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    return [config for config in found.values() if getattr(config, "_attn_implementation", None) is not None]
 
 
 @contextmanager
 def _attention(configs: Sequence[Any], name: str) -> Iterator[None]:
-    before = [config._attn_implementation for config in configs]
-    try:
+    with attention_kept(configs):
         for config in configs:
             config._attn_implementation = name
         yield
-    finally:
-        for config, own in zip(configs, before, strict=True):
-            config._attn_implementation = own
 
+
+_KNOWN: weakref.WeakKeyDictionary[Any, dict[int, bool]] = weakref.WeakKeyDictionary()
+"""Whether each model needs no mask, by the length of the texts."""
 
 _seen: list[bool] = []
 """Whether each attention of a text that was looked at had a mask."""
@@ -106,5 +103,5 @@ def _register() -> None:
 
     # An attention that masks are not known of gets none, before anything is looked at.
     AttentionInterface.register(UNMASKED, sdpa_attention_forward)
-    AttentionInterface.register(_LOOK, look)
-    AttentionMaskInterface.register(_LOOK, sdpa_mask)
+    AttentionInterface.register(_LOOKING, look)
+    AttentionMaskInterface.register(_LOOKING, sdpa_mask)

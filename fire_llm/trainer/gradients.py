@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fire_llm.errors import UserError
-from fire_llm.evaluation.scoring import evaluating
+from fire_llm.evaluation.precision import evaluating
 from fire_llm.resets import ResetSpec
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,9 +15,10 @@ from torch.autograd.function import once_differentiable
 
 from fire_llm.distributed import fsdp_modules
 from fire_llm.errors import UserError
-from fire_llm.evaluation.precision import own_precision
-from fire_llm.evaluation.scoring import IGNORE, Scorer, evaluating, forward_replaced, token_nll, with_hidden
+from fire_llm.evaluation.precision import evaluating, own_precision
+from fire_llm.evaluation.scoring import IGNORE, Scorer, forward_replaced, token_nll, with_hidden
 from fire_llm.evaluation.unmasked import needs_no_mask, unmasked
+from fire_llm.hardware import device_memory
 from fire_llm.layout import unwrap
 from fire_llm.trainer.rounded import rounded
 
@@ -72,7 +72,6 @@ class SummedLoss:
         self._looked = False
         self._forward: Callable[..., Any] | None = None
         self._differentiate = _differentiate if compiling is None else self._compiled(_differentiate_at_once)
-        self._without_mask: dict[int, bool] = {}
         self.say: Callable[[str], None] = lambda _: None
         """Where to tell, once, that logits are held whole that would be sliced, and how much they take."""
 
@@ -111,13 +110,8 @@ class SummedLoss:
         Args:
             inputs: What the model reads. Positions of documents, beside the ids, have a mask of their own.
         """
-        if set(inputs) != {"input_ids"}:
-            return False
-        context = inputs["input_ids"].shape[-1]
-        if context not in self._without_mask:
-            with evaluating(self.model):
-                self._without_mask[context] = needs_no_mask(self.model, context, self._trunk)
-        return self._without_mask[context]
+        plain = set(inputs) == {"input_ids"}
+        return plain and needs_no_mask(self.model, inputs["input_ids"].shape[-1], self._trunk)
 
     def sliced(self, model: nn.Module, labels: Tensor) -> bool:
         """Tell whether the logits of a micro-batch are taken in slices."""
@@ -192,13 +186,7 @@ class SummedLoss:
 def logits_at_once(device: torch.device) -> int:
     """Return the logits of a slice; with their gradient, in bf16, a 32nd part of an accelerator's memory."""
     least, most = SLICES
-    return SLICE if device.type == "cpu" else max(least, min(most, total_memory(device) // 128))
-
-
-@cache
-def total_memory(device: torch.device) -> int:
-    """Return the bytes of an accelerator's memory, 0 where torch does not tell."""
-    return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else 0
+    return SLICE if device.type == "cpu" else max(least, min(most, device_memory(device) // 128))
 
 
 def even_rows(total: int, most: int) -> int:

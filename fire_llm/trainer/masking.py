@@ -8,7 +8,7 @@ import torch
 
 from fire_llm.context import longest_context
 from fire_llm.errors import UserError
-from fire_llm.evaluation.scoring import evaluating
+from fire_llm.evaluation.precision import evaluating
 
 PROBE = (11, 1, 20)
 """Tokens of the documents that a model is looked at with: beyond a convolution's reach, and one alone."""
