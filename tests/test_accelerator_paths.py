@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fire_llm import UserError, fire_
 from fire_llm.metrics import curvature, top_hessian_eigenvalue
 from fire_llm.models import config_for, fresh_model
-from fire_llm.orthogonal import accelerated, paper_map, products, projection
+from fire_llm.orthogonal import accelerated, paper_map, products, projection, stack_maps
 from fire_llm.resets import plan, work
 from fire_llm.resets.penalties import parseval
 
@@ -117,7 +117,7 @@ def spectra(n: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("shape", [(400, 400), (300, 900), (900, 300)])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 3e-4), (torch.float16, 4e-5), (torch.float32, 3e-7)])
 def test_the_map_of_a_stack(shape, dtype, bound: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accelerated, "LOW_PRECISION_SHARE", 0.2)  # matrices of this size would be done in fp32
+    monkeypatch.setattr(stack_maps, "LOW_PRECISION_SHARE", 0.2)  # matrices of this size would be done in fp32
     w = gaussian(2, *shape).float() * 0.02
     for x, one in zip(mapped(w, 5, dtype), w, strict=True):
         off = distance(x, scalar_map(one.double(), 5)[1])

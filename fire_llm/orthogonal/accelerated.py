@@ -1,4 +1,4 @@
-"""The maps of stacks on accelerators: products of 16-bit operands, one wait of the host for a stack.
+"""Products of 16-bit operands on accelerators, and the polar factors of stacks with one wait of the host for each.
 
 Shapes: (B = batch, n = short side, m = long side), n <= m. Nothing here takes a decision from a value on the device but
 what `tolist` fetches, once for all matrices of a stack, and each matrix is decided on by its own values.
@@ -7,8 +7,6 @@ what `tolist` fetches, once for all matrices of a stack, and each matrix is deci
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,8 +20,6 @@ SPLIT_SCALE = 256.0  # of entries of order 1, so that fp16 holds their second pa
 SPLIT_ROUNDING = 4e-6  # of a product of split operands; its sums, which tensor cores cut rather than round, included
 SPLIT_DEPTH = 2048  # longest sum within a tensor core, for the same reason; longer ones are put together in fp32
 LARGEST_NORM, LEAST_NORM = 2.0**60, 2.0**-40  # within, no square overflows in fp32, and none that counts underflows
-LOW_PRECISION_SHARE = 0.07  # largest correction, relative to what it corrects, that is computed in low precision
-REST_SCALE = 16.0  # keeps the last operand of the paper's map within fp16
 PROBES = 8
 FLOOR, RARE = 1e-4, 0.03  # what `projection.COMPOSITION` takes to 1; share of Gaussian squares that may be below it
 LONE = 3.0  # a lone small singular value may be off by a third of `SPLIT_ROUNDING`, over it, and the mean hides it
@@ -40,6 +36,11 @@ def split(x: Tensor) -> Operand:
     high, low = (torch.empty_like(x, dtype=torch.float16) for _ in range(2))
     torch.mul(x, SPLIT_SCALE, out=high)
     return high, torch.sub(high, x, alpha=SPLIT_SCALE, out=low)  # in fp32, where both are exact
+
+
+def single(x: Tensor) -> Operand:
+    """Return the first part of `split` alone: fp16 numbers of `SPLIT_SCALE` x to 11 bits."""
+    return (torch.mul(x, SPLIT_SCALE, out=torch.empty_like(x, dtype=torch.float16)),)
 
 
 def transposed(a: Operand) -> Operand:
@@ -77,6 +78,12 @@ def square_of(a: Operand, b: Operand, dtype: torch.dtype = torch.float32, alpha:
     return accumulate(out, a, b, alpha=alpha, beta=0.0)
 
 
+def single_square(x: Tensor) -> Tensor:
+    """Return x x (B, n, n) of single operands, in a new tensor."""
+    one = single(x)
+    return square_of(one, one, alpha=SPLIT_SCALE**-2)
+
+
 def norms(x: Tensor) -> Tensor:
     """Return Frobenius norms (B,) in fp64 of fp32 matrices read once: rows in fp32, which are put together in fp64."""
     return torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=-1).double(), dim=-1)
@@ -91,89 +98,6 @@ def within(found: list[float]) -> bool:
     """Tell whether norms are those of finite matrices whose squares fp32 holds; of zeros that is not known yet."""
     return all(LEAST_NORM < norm < LARGEST_NORM for norm in found)
 
-
-def per_matrix(values: list[float], like: Tensor) -> Tensor:
-    """Return one number a matrix as (B, 1, 1), without waiting for the device."""
-    return torch.tensor(values, dtype=like.dtype)[:, None, None].to(like.device, non_blocking=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The paper's map
-
-
-Polynomial = Callable[[float], "tuple[float, ...] | None"]
-"""Gives, for (sum t^4)^(1/4), the coefficients of what a singular value of square t is multiplied by, in powers of t
-and an odd number of them; None where there is none."""
-
-
-def polynomial_map(
-    x: Tensor, y: Tensor, dtype: torch.dtype | None, polynomial: Polynomial, sound: bool
-) -> tuple[list[int], list[int]] | None:
-    """Write the map of x / ||x||_F, as one polynomial of its Gram matrix, to y; each matrix has its own polynomial.
-
-    With the Gram matrix scaled to a trace of u, G = u t, and S = G^2 / u, Horner's scheme in t^2 takes one product for
-    two degrees. The share of the correction is at most kappa (sum t^3)^(1/2), kappa its slope at 0, and sum t^3 at most
-    (sum t^4)^(2/3), as sum t = 1.
-
-    Args:
-        x: (B, n, m), float32, of norms within `within`, or zeros.
-        y: (B, n, m), float32, where the result goes.
-        dtype: Of the products' operands: float32, bfloat16 or float16; None for split ones.
-        polynomial: See `Polynomial`.
-        sound: Whether x is known to be finite and within range.
-
-    Returns:
-        The matrices that have no polynomial, and those whose correction is too large for the dtype: of both nothing
-        useful was written. None, and nothing written, where x may not be finite or is out of range.
-    """
-    n, m = x.shape[-2:]
-    norm = norms(x)
-    size, u, rest_scale = math.sqrt(n * m), float(n), REST_SCALE  # entries of order 1
-    if dtype is None:  # smaller ones, as `split` takes none above 255
-        size, u, rest_scale = size / 16, u / 16, 8 * REST_SCALE
-    parts = split if dtype is None else partial(operand, dtype=dtype)
-    kept_as = dtype or x.dtype
-    factor = (size / positive(norm)).to(x.dtype)[:, None, None]
-    low = split(x * factor) if dtype is None else (torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype)),)
-    gram = square_of(low, transposed(low), alpha=u / size**2)
-    g = parts(gram)
-    square = square_of(g, g, kept_as, alpha=1 / u)
-    lengths = torch.linalg.vector_norm(square, dim=(-2, -1), dtype=torch.float32).double() / u
-    found, roots = torch.stack([norm, lengths]).tolist()  # roots of sum t^4
-    if not sound and not within(found):
-        return None
-    own = [polynomial(math.sqrt(root)) if math.isfinite(root) else None for root in roots]
-    wide = [i for i, coefficients in enumerate(own) if coefficients is None]
-    heavy = [
-        i
-        for i, (c, root) in enumerate(zip(own, roots, strict=True))
-        if c is not None and kept_as != x.dtype and abs(c[1] / c[0]) * root ** (2 / 3) > LOW_PRECISION_SHARE
-    ]
-    left = {*wide, *heavy}
-    if len(left) == len(x):
-        return wide, heavy
-    kept = [(1.0, 0.0, 0.0) if c is None else c for c in own]
-    levels = max(len(c) for i, c in enumerate(kept) if i not in left) // 2
-    # Horner's scheme on M_k = G + (even / odd) S + (odd of k + 1 / odd of k) S M_(k+1) / u; where a matrix's polynomial
-    # has ended, the ratios are 0.
-    odds = [[c[2 * k + 1] if len(c) > 2 * k + 1 else 0.0 for c in kept] for k in range(levels + 1)]
-    evens = [[c[2 * k + 2] if len(c) > 2 * k + 2 else 0.0 for c in kept] for k in range(levels)]
-    s, rest = (square,) if kept_as == dtype else parts(square), gram
-    for k in reversed(range(levels)):
-        ratio = per_matrix([e / o if o else 0.0 for e, o in zip(evens[k], odds[k], strict=True)], x)
-        higher, rest = rest, torch.addcmul(gram, square, ratio)
-        if k < levels - 1:
-            ratio = per_matrix([h / o if o else 0.0 for h, o in zip(odds[k + 1], odds[k], strict=True)], x)
-            rest.addcmul_(square_of(s, parts(higher), kept_as, alpha=1 / u), ratio)
-    rest *= per_matrix([o / rest_scale for o in odds[0]], x)
-    first = per_matrix([c[0] for c in kept], norm)[:, 0, 0] / positive(norm)
-    torch.mul(x, first.to(x.dtype)[:, None, None], out=y)
-    accumulate(y, parts(rest), low, alpha=rest_scale / (u * size))
-    return wide, heavy
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The polar factor
 
 Quintic = tuple[float, float, float]
 
@@ -264,7 +188,7 @@ def cubic(x: Tensor, v: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
     """
     high, low = split(x)
     gram = square_of((high,), (high.mT,), alpha=SPLIT_SCALE**-2)
-    h = ((gram * SPLIT_SCALE).half(),)  # symmetric as far as the product of a matrix by its transpose is
+    h = single(gram)  # symmetric as far as the product of a matrix by its transpose is
     v = torch.baddbmm(v.expand(len(x), -1, -1), gram, v.expand(len(x), -1, -1), beta=a, alpha=b)
     accumulate(x, h, (high,), alpha=b * SPLIT_SCALE**-2, beta=a)
     return accumulate(x, h, (low,), alpha=-b * SPLIT_SCALE**-2), v
@@ -283,11 +207,10 @@ def finish(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     parts = split(x)
     error = square_of(parts, transposed(parts))
     error.diagonal(dim1=-2, dim2=-1).sub_(1)
-    e = ((error * SPLIT_SCALE).half(),)
-    square = square_of(e, e, alpha=SPLIT_SCALE**-2)
+    square = single_square(error)
     first, second = (torch.linalg.vector_norm(one, dim=(-2, -1)) for one in (error, square))
     correction = square.mul_(0.375).sub_(error, alpha=0.5)
-    y = accumulate(x.clone(), ((correction * SPLIT_SCALE).half(),), parts[:1], alpha=SPLIT_SCALE**-2)
+    y = accumulate(x.clone(), single(correction), parts[:1], alpha=SPLIT_SCALE**-2)
     return y, second**1.5 + first * 2.0**-11 + SPLIT_ROUNDING * math.sqrt(x.shape[-2]), first
 
 

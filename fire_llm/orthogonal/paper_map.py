@@ -14,8 +14,7 @@ from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor
 
 from fire_llm.errors import UserError
-from fire_llm.orthogonal.accelerated import LOW_PRECISION_SHARE, polynomial_map, positions
-from fire_llm.orthogonal.fixed_map import SPREAD, Coefficients, fixed_map, gaussian_root, share
+from fire_llm.orthogonal.accelerated import positions
 from fire_llm.orthogonal.products import (
     CPU_BATCH_SIDE,
     FLOATS,
@@ -32,6 +31,15 @@ from fire_llm.orthogonal.products import (
     step,
     store,
     symmetric_product,
+)
+from fire_llm.orthogonal.stack_maps import (
+    LOW_PRECISION_SHARE,
+    SPREAD,
+    Coefficients,
+    fixed_map,
+    gaussian_root,
+    polynomial_map,
+    share,
 )
 
 CUBIC = (1.5, -0.5)  # x -> 1.5 x - 0.5 x^3

@@ -18,13 +18,14 @@ from fire_llm.orthogonal.accelerated import (
     SPLIT_ROUNDING,
     SPLIT_SCALE,
     WELL_CONDITIONED,
-    Operand,
     Quintic,
     accumulate,
     finish,
     normalised,
     positions,
     project,
+    single,
+    single_square,
     split,
     square_of,
     within,
@@ -74,13 +75,13 @@ def one_factor(z: Tensor) -> tuple[Tensor, Tensor]:
     gram = square_of((high,), (high.mT,), alpha=SPLIT_SCALE**-2)
     fourth = positive(torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True))
     gram /= fourth
-    square = _square(gram)
+    square = single_square(gram)
     top = positive(torch.linalg.vector_norm(square, dim=(-2, -1), keepdim=True).sqrt())
     gram /= top
     factor = (fourth * top).rsqrt()
     d, p = 1.0, torch.zeros(())
     for number, (a, b, c) in enumerate(SHORT):  # as in `compose`: by d I + p, the next by a I + b h
-        square = square.div_(top**2) if number == 0 else _square(gram)
+        square = square.div_(top**2) if number == 0 else single_square(gram)
         h = square.mul_(c / b).add_(gram)
         hs = split(h)
         p = h * b if number == 0 else accumulate(p * a, hs, split(p), alpha=b).add_(h, alpha=d * b)
@@ -92,15 +93,6 @@ def one_factor(z: Tensor) -> tuple[Tensor, Tensor]:
     means = p.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     p.diagonal(dim1=-2, dim2=-1).sub_(means[:, 0])  # the largest of it, which would be rounded most
     means = means + factor * d
-    rounded = _rounded(p)
+    rounded = single(p)
     y = accumulate(z * means, rounded, (high,), alpha=SPLIT_SCALE**-2)
     return accumulate(y, rounded, (low,), alpha=-(SPLIT_SCALE**-2)), means[:, 0, 0]
-
-
-def _rounded(x: Tensor) -> Operand:
-    return (torch.mul(x, SPLIT_SCALE, out=torch.empty_like(x, dtype=torch.float16)),)
-
-
-def _square(gram: Tensor) -> Tensor:
-    g = _rounded(gram)
-    return square_of(g, g, alpha=SPLIT_SCALE**-2)
