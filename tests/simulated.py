@@ -137,7 +137,7 @@ def _frames() -> tuple[str | None, str]:
             short = f"{short}:{frame.f_lineno} {frame.f_code.co_name}"
             cause = short if cause == "?" else cause
             ours = short if inside else None
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return ours, cause
 
 
@@ -222,7 +222,7 @@ class Simulated(Tensor):
             return self.inner.type().replace("torch.", "torch.cuda.")
         return self.to(dtype) if isinstance(dtype, torch.dtype) else NotImplemented
 
-    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+    def __repr__(self, **kwargs: Any) -> str:
         return f"simulated cuda:0 {self.inner!r}"
 
     def __format__(self, spec: str) -> str:
@@ -232,7 +232,7 @@ class Simulated(Tensor):
         if id(self) not in memo:
             new = Simulated(self.inner.detach().clone()).requires_grad_(self.requires_grad)
             if hasattr(self, "_is_param"):
-                new._is_param = True  # type: ignore[attr-defined]
+                new._is_param = True
             memo[id(self)] = new
         return memo[id(self)]
 
@@ -529,7 +529,7 @@ class _Factories(TorchDispatchMode):
 # ---- torch's own functions, patched
 
 
-class _AnyGenerator(type(torch.Generator)):  # type: ignore[misc]
+class _AnyGenerator(type(torch.Generator)):
     def __instancecheck__(cls, it: Any) -> bool:
         return isinstance(it, TorchGenerator) if cls is MadeGenerator else super().__instancecheck__(it)
 
@@ -771,7 +771,11 @@ def attention_calls(graphs: Iterable[torch.fx.GraphModule]) -> list[torch.fx.Nod
     return [node for graph in graphs for node in graph.graph.nodes if node.target is function]
 
 
+def given_masks(graphs: Iterable[torch.fx.GraphModule]) -> list[torch.fx.Node | None]:
+    """List the mask, or None, of each call of scaled_dot_product_attention in graphs."""
+    return [n.args[3] if len(n.args) > 3 else n.kwargs.get("attn_mask") for n in attention_calls(graphs)]
+
+
 def attention_masks(graphs: Iterable[torch.fx.GraphModule]) -> list[torch.fx.Node]:
-    """List those that are given a mask: they leave out the kernels that take none, flash attention's among them."""
-    calls = attention_calls(graphs)
-    return [n for n in calls if (n.args[3] if len(n.args) > 3 else n.kwargs.get("attn_mask")) is not None]
+    """List the masks: they leave out the kernels that take none, flash attention's among them."""
+    return [mask for mask in given_masks(graphs) if mask is not None]

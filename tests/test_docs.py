@@ -262,7 +262,7 @@ def test_commands_in_prose_name_verbs_and_options_that_are_there(page: Path) -> 
             assert found[1] in VERBS, span
             assert set(re.findall(r"(?<![\w-])--[a-z-]+", found[2])) <= FLAGS[found[1]], span
         elif re.match(r"--[a-z-]+( |$|=)", span):
-            assert re.match(r"--[a-z-]+", span)[0] in set().union(*FLAGS.values()), span  # type: ignore[index]
+            assert re.match(r"--[a-z-]+", span)[0] in set().union(*FLAGS.values()), span
 
 
 @pages

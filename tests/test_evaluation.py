@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from conftest import tiny_gpt2, tiny_llama
 from hard_logits import hard_rows, softmax_in_fp64
 from ranks import run_ranks
+from simulated import Graphs, given_masks
 from small_models import SMALL, VOCABULARY, build, stand_ins
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -312,22 +313,16 @@ def test_compiling_changes_speed_alone_and_happens_once(monkeypatch):
 
 
 def test_a_compiled_trunk_has_no_mask_where_it_needs_none_and_one_where_it_does(monkeypatch):
-    masks = []
-
-    def backend(graph, _):
-        for node in graph.graph.nodes:
-            if node.op == "call_function" and "scaled_dot_product_attention" in str(node.target):
-                masks.append(node.kwargs.get("attn_mask", node.args[3] if len(node.args) > 3 else None))
-        return graph.forward
-
+    graphs = Graphs()
     torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     window = MistralConfig(vocab_size=97, num_key_value_heads=2, sliding_window=8, pad_token_id=0, **sizes)
     for model, needed in ((tiny_llama(), False), (MistralForCausalLM(window), True)):
-        masks.clear()
+        graphs.clear()
         wanted = perplexity(model, TOKENS, context=16, batch_size=1).nll
         assert perplexity(model, TOKENS, context=16, batch_size=1, compiled=True).nll == pytest.approx(wanted, rel=1e-7)
+        masks = given_masks(graphs)
         assert masks and all((mask is not None) is needed for mask in masks)
         assert model.config._attn_implementation == "sdpa"
     torch._dynamo.reset()

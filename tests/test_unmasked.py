@@ -7,6 +7,7 @@ import contextlib
 import pytest
 import torch
 from conftest import tiny_gpt2, tiny_llama
+from simulated import Graphs, given_masks
 from transformers import AutoModelForCausalLM, BertConfig, BloomConfig, MistralConfig
 
 from fire_llm.evaluation.unmasked import needs_no_mask, unmasked
@@ -59,20 +60,13 @@ def test_a_mask_is_left_out_where_attention_is_causal_and_nothing_else(build, ex
 def attention_masks(model, monkeypatch, **inputs):
     """Return the mask, or None, that each attention of the compiled trunk is given, in training."""
     monkeypatch.setattr(sliced, "WHOLE", 97)
-    given = []
-
-    def backend(graph, _):
-        for node in graph.graph.nodes:
-            if node.op == "call_function" and "scaled_dot_product_attention" in str(node.target):
-                given.append(node.kwargs.get("attn_mask", node.args[3] if len(node.args) > 3 else None))
-        return graph.forward
-
+    graphs = Graphs()
     torch._dynamo.reset()
     ids = torch.randint(0, 97, (3, CONTEXT + 1))
-    loss = SummedLoss(model, contextlib.nullcontext, compiling={"backend": backend})
+    loss = SummedLoss(model, contextlib.nullcontext, compiling={"backend": graphs})
     loss(model, ids[:, 1:].contiguous(), input_ids=ids[:, :-1].contiguous(), **inputs).backward()
     torch._dynamo.reset()
-    return given
+    return given_masks(graphs)
 
 
 @pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama])

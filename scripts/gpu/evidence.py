@@ -67,7 +67,7 @@ def tokens_of(args: argparse.Namespace, folder: Path) -> tuple[Recipe, Any]:
     return recipe, bench.tokens(max(mixture, key=mixture.__getitem__), "validation")
 
 
-def fitted(data: dict[str, Any], rate: float, seconds: float, context_steps: int | None = None) -> dict[str, Any]:
+def fitted(data: dict[str, Any], rate: float, seconds: float) -> dict[str, Any]:
     """Return a recipe with as many of its steps and arms as fit.
 
     Both phases are shortened by one factor; where that would be less than `LEAST_SHARE`, arms go first, from the end.
@@ -76,7 +76,6 @@ def fitted(data: dict[str, Any], rate: float, seconds: float, context_steps: int
         data: A recipe of two phases with steps, the second with arms.
         rate: Tokens trained on a second.
         seconds: For everything.
-        context_steps: Unused steps are never fewer than this (8).
     """
     data = copy.deepcopy(data)
     first, second = data["phases"]
@@ -92,7 +91,7 @@ def fitted(data: dict[str, Any], rate: float, seconds: float, context_steps: int
         count -= 1
     factor = min(1.0, max(0.02, share(count)))
     for phase in (first, second):
-        phase["steps"] = max(context_steps or 8, int(phase["steps"] * factor))
+        phase["steps"] = max(8, int(phase["steps"] * factor))
     second["arms"] = {name: second["arms"][name] for name in arms[:count]}
     for section, key in (("evaluate", "every_steps"),):
         if data.get(section, {}).get(key):
