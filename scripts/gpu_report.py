@@ -4,7 +4,7 @@
     python scripts/gpu_report.py --output DIR [DIR …] --write-docs docs/gpu-results.md
     python scripts/gpu_report.py --size tiny --device cpu --data FOLDER --output DIR    (a dry run)
 
-Each stage has a limit in seconds and a JSON of its own in DIR, written anew after every measurement. What fails or
+Each stage has a limit in seconds and a JSON of its own in DIR, rewritten after every measurement. What fails or
 takes too long is recorded there, and the next stage goes on; later stages are shortened, or left out, to fit into
 --seconds. FOLDER holds wikitext2-tok/, webtext/ and gpt2-tokenizer/. One process measures all stages but the tests, so
 that compiled code serves again; where it ends before its time, another goes on with the next stage.

@@ -35,7 +35,7 @@ def join(backend: str | None = None) -> None:
 def leaving() -> Iterator[None]:
     """Destroy the process group that was made in the block, once the block has ended well.
 
-    After an error the group stays: other ranks may wait in a collective, and the store tells who has spoken already.
+    After an error the group stays: other ranks may wait in a collective, and the store holds their words.
     """
     before = dist.is_initialized()
     yield

@@ -85,7 +85,7 @@ class DocumentSums:
 
 
 def _to_host(nll: Tensor) -> Callable[[], np.ndarray]:
-    """Begin to copy to the host; what is given back waits for this copy, and for nothing that is begun later."""
+    """Begin to copy to the host; what is given back waits for this copy, and for nothing queued later."""
     if nll.device.type != "cuda":
         return nll.cpu().numpy
     host = torch.empty(nll.shape, dtype=nll.dtype, pin_memory=True)

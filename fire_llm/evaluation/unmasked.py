@@ -1,6 +1,6 @@
 """Causal attention without a mask, wherever transformers itself would make none.
 
-transformers leaves out the mask of a plain causal text, and tells the kernel that it is causal. But it decides so by
+transformers leaves out the mask of a plain causal text, and sets the kernel's `is_causal`. But it decides so by
 the values of the positions, which it cannot read while torch.compile traces: a compiled model gets a dense mask, which
 flash attention does not take (transformers 5.17 to 5.23). Outside of torch.compile an accelerator is waited for at
 every forward pass, for the same values.
@@ -37,7 +37,7 @@ def needs_no_mask(model: Any, context: int, part: nn.Module | None = None) -> bo
         part: Its trunk, where that can be run alone and saves the logits.
 
     Returns:
-        False too where its attention is not SDPA, or where it cannot be looked at.
+        False too where its attention is not SDPA, or where its forward pass fails.
     """
     configs = attention_configs(model)
     if not configs or any(config._attn_implementation != "sdpa" for config in configs):
@@ -84,7 +84,7 @@ _KNOWN: weakref.WeakKeyDictionary[Any, dict[int, bool]] = weakref.WeakKeyDiction
 """Whether each model needs no mask, by the length of the texts."""
 
 _seen: list[bool] = []
-"""Whether each attention of a text that was looked at had a mask."""
+"""Whether each attention of the text that is read in `_look` had a mask."""
 
 
 def _register() -> None:
@@ -101,7 +101,7 @@ def _register() -> None:
         _seen.append(mask is not None or not causal)
         return sdpa_attention_forward(module, query, key, value, mask, **options)
 
-    # An attention that masks are not known of gets none, before anything is looked at.
+    # transformers makes no mask for an attention without a mask function, and does not read the positions first.
     AttentionInterface.register(UNMASKED, sdpa_attention_forward)
     AttentionInterface.register(_LOOKING, look)
     AttentionMaskInterface.register(_LOOKING, sdpa_mask)

@@ -242,7 +242,7 @@ def _at_once(x: Tensor, steps: int, products: torch.dtype) -> Tensor | None:
 
 
 def _coefficients(steps: int, bound: float) -> tuple[float, ...] | None:
-    """Return the polynomial that stands for steps on a spectrum within the bound, in powers of t; None for none."""
+    """Return the polynomial that replaces steps on a spectrum within the bound, in powers of t; None for none."""
     end = _rounded_up(bound * BOUND_MARGIN)
     found = _interpolant(steps, end)
     return found and tuple(c / end**power for power, c in enumerate(found))

@@ -137,7 +137,7 @@ class Plan:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> list[bool]:
-    """Tell of each tensor whether it is finite; each device is waited for once, after all have been looked at."""
+    """Return whether each tensor is finite; each device is waited for once, after the checks of all are queued."""
     return fetch([torch.isfinite(tensor).all() for tensor in tensors])
 
 

@@ -153,7 +153,7 @@ def describe(piece: LogicalMatrix, tensor: Tensor, spectra: Spectra, measures: M
     Args:
         piece: What is reported on.
         tensor: Its values.
-        spectra: Whether singular values are told.
+        spectra: Whether the report holds singular values.
         measures: Gathers the report's numbers, which are in it once they are fetched; default: at once.
     """
     report, later = TensorReport.of(piece), measures or Measures()

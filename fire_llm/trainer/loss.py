@@ -105,7 +105,7 @@ class SummedLoss:
         return nullcontext() if self.params is None else rounded(module, self.params)
 
     def without_mask(self, inputs: dict[str, Tensor]) -> bool:
-        """Tell whether attention is causal and nothing else, so that its kernel takes no mask; looked at once a length.
+        """Tell whether attention is causal and nothing else, so that its kernel takes no mask; checked once a length.
 
         Args:
             inputs: What the model reads. Positions of documents, beside the ids, have a mask of their own.
@@ -192,7 +192,7 @@ def logits_at_once(device: torch.device) -> int:
 def even_rows(total: int, most: int) -> int:
     """Return the rows of a slice, at most `most`: all slices have about as many, where it can be had just as many.
 
-    Example: 3044 rows in slices of at most 2668 are two of 1522. A compiled function would be compiled anew for a rest.
+    Example: 3044 rows in slices of at most 2668 are two of 1522. A rest would be compiled for again.
     """
     number = -(-total // most)
     exact = next((n for n in range(number, 2 * number) if total % n == 0), number)

@@ -39,7 +39,7 @@ class _LeftToDevice:
     """() bool, on the host once `copied`."""
     copied: torch.cuda.Event | None
     optimizer: Any
-    """That was told."""
+    """Whose `found_inf` was set."""
 
 
 class FiniteGuard:
@@ -48,7 +48,7 @@ class FiniteGuard:
     The norm is taken over gradients that all ranks have averaged, or is summed over their shards: every rank sees the
     same one and does the same, with no message of its own.
 
-    On an accelerator the host would wait for it before every update. There a fused optimizer is told on the device to
+    On an accelerator the host would wait for it before every update. There a fused optimizer's `found_inf` makes it
     leave the update out, as gradient scaling does it, and the host hears of it a step later, or before anything is
     logged, measured or saved. Other optimizers are waited for.
 
@@ -178,7 +178,7 @@ class FiniteGuard:
 
 
 def _told_on_device(trainer: Any, norm: Any) -> Any:
-    """Return the optimizer that can be told on an accelerator to leave a step out; None where the host has to wait."""
+    """Return the optimizer that reads `found_inf` on an accelerator; None where the host has to wait."""
     if not getattr(norm, "is_cuda", False) or hasattr(norm, "full_tensor") or trainer.accelerator.scaler is not None:
         return None
     return takes_found_inf(trainer.optimizer)
@@ -187,7 +187,7 @@ def _told_on_device(trainer: Any, norm: Any) -> Any:
 def takes_found_inf(optimizer: Any) -> Any:
     """Return torch's optimizer, out of accelerate's, if it is a fused Adam or AdamW: these read `found_inf`.
 
-    A class derived from them may have a step of its own, and a loaded state says anew which groups are fused.
+    A class derived from them may have a step of its own, and loading a state can change which groups are fused.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     reads = type(inner) in (torch.optim.Adam, torch.optim.AdamW) and all(g.get("fused") for g in inner.param_groups)

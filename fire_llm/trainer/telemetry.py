@@ -24,7 +24,7 @@ class Speedometer:
     Args:
         flops: Floating-point operations a token, None where unknown.
         peak: FLOP/s of all devices together, None where unknown.
-        device: Whose memory is looked at: torch's allocator on CUDA, whose peak begins anew here; elsewhere the
+        device: Whose memory is looked at: torch's allocator on CUDA, whose peak is reset here; elsewhere the
             process's resident memory.
     """
 
@@ -66,7 +66,7 @@ class Speedometer:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes held: of a CUDA device since its peak began anew, else by this process in main memory."""
+    """Return the most bytes held: of a CUDA device since its peak was reset, else by this process in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -90,7 +90,7 @@ class ContinualArguments(OptimizingArguments):
                 "bf16_params cannot be had with checkpointed activations, which are computed again from parameters in "
                 "fp32: leave one of them out"
             )
-        # With torch_compile, transformers turns TF32 on, in the whole process, unless it is told not to.
+        # With torch_compile, transformers turns TF32 on, in the whole process, unless `tf32` is given.
         with settings_kept() if self.tf32 is None else nullcontext():
             super().__post_init__()
 

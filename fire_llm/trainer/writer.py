@@ -28,7 +28,7 @@ class _Copying:
     def __init__(self) -> None:
         self._done: dict[int, Any] = {}
         self._storages: dict[int, Tensor] = {}
-        self._kept: list[Any] = []  # originals: an id tells them apart only while they live
+        self._kept: list[Any] = []  # originals: an id is unique only while its object lives
 
     def copy(self, value: Any) -> Any:
         if isinstance(value, _PLAIN):
@@ -107,7 +107,7 @@ class Writer:
         self._fault: BaseException | None = None
 
     def start(self, work: Callable[[], None]) -> None:
-        """Begin, when what was begun before has ended."""
+        """Start the work, after the work before has ended."""
         self.wait()
 
         def run() -> None:

@@ -23,7 +23,7 @@ Json = dict[str, Any]
 def page(folders: Sequence[Path]) -> str:
     """Return the page, as Markdown, on what folders of JSONs hold; of a stage that several hold, the last that is done.
 
-    Where none is done, the last that was begun is told of.
+    Where none is done, the last one that started is used.
     """
     found = {stage: _chosen(folders, stage) for stage in STAGES}
     targets = Targets()

@@ -49,7 +49,7 @@ def slices(logits: int) -> AbstractContextManager[None]:
 
 @contextmanager
 def kernel(*names: str) -> Iterator[None]:
-    """Let attention choose among these kernels alone, and compile anew: a cached graph holds another's choice."""
+    """Let attention choose among these kernels alone, and compile again: a cached graph holds another's choice."""
     from torch._functorch import config
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
