@@ -6,17 +6,13 @@ Adding a preset is one entry in `PRESETS`.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from fire_llm.context import choose_context, longest_context
-from fire_llm.errors import UserError, did_you_mean
-
-if TYPE_CHECKING:
-    from fire_llm.resets import ResetSpec
+from fire_llm.architectures.context import choose_context, longest_context
+from fire_llm.core.errors import UserError, did_you_mean
 
 _GPT: dict[str, Any] = {
     # nn.GELU, not GPT-2's tanh form, as in the paper's code. Hugging Face draws N(0, 0.02) and residual projections
@@ -147,12 +143,6 @@ def fresh_model(config: Any, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
         return _built(config, dtype=torch.float32)
-
-
-def initial_model(resets: Sequence[ResetSpec], given: Any, config: Any, seed: int) -> Any:
-    """Return the step-0 weights for some resets: those given, else, where one of them wants any, newly drawn ones."""
-    wanted = given is None and any(reset.needs_initial for reset in resets)
-    return fresh_model(config, seed) if wanted else given
 
 
 def model_on_meta(config: Any) -> Any:

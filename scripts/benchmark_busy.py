@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from fire_llm.launch import cores
+from fire_llm.core.launch import cores
 
 SHORT = ("phases.0.steps=60", "phases.1.steps=20", "evaluate.every_steps=20", "save_every_steps=20")
 

@@ -31,9 +31,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from fire_llm.corpora import resolve
-from fire_llm.corpora.spec import Corpus
 from fire_llm.data import Mixture, TokenFile, tokenize_corpus, train_tokenizer
+from fire_llm.data.corpora import resolve
+from fire_llm.data.spec import Corpus
 
 WEIGHTS = {"a": 0.9, "b": 0.1}
 

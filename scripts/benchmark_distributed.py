@@ -22,7 +22,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import fire_llm.resets.work as work
+import fire_llm.resets.execute as work
 from fire_llm import fire_
 
 SMALL = {"n_embd": 256, "n_layer": 4, "n_head": 4, "vocab_size": 4096, "bos_token_id": 0, "eos_token_id": 0}

@@ -40,9 +40,9 @@ import torch
 from rolling_loop import PRECISIONS, in_turns, measure, rolling_loop
 
 from fire_llm import perplexity
-from fire_llm.context import choose_context
-from fire_llm.corpora import resolve
+from fire_llm.architectures.context import choose_context
 from fire_llm.data import train_tokenizer
+from fire_llm.data.corpora import resolve
 from fire_llm.data.encode import Encoder
 from fire_llm.models import PRESETS, config_for, describe, fresh_model, load_model, load_tokenizer
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz as muon_iteration
 
 from fire_llm import newton_schulz, polar
-from fire_llm.orthogonal import exact_products
+from fire_llm.linalg.matmul import exact_products
 
 MODELS: dict[str, tuple[int, tuple[tuple[tuple[int, int], int], ...]]] = {
     # layers, ((out, in), matrices a layer)

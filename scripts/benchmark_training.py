@@ -8,7 +8,7 @@ run: a round is a few steps of each, after a first one that is not counted. `bar
 kernels that ours takes (the same sliced loss, fused AdamW, clipping, compiled where ours is): the ceiling. `stock` is
 Trainer with its own loss, given blocks of the same tokens, with what a careful user sets: fused AdamW, SDPA, the
 precision; compiled where ours is. What it leaves alone is left alone: the heap of the process
-(fire_llm/trainer/heap.py), which ours and bare keep. Seconds are medians; the ratio of a pair is the median of the
+(fire_llm/training/heap.py), which ours and bare keep. Seconds are medians; the ratio of a pair is the median of the
 rounds' ratios. Losses of the first step are compared.
 
 Memory: a narrow Llama takes two steps with each vocabulary, each contestant in a process of its own. On a CPU it is the
@@ -34,14 +34,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fire_llm.flops import flops_per_token, peak_flops
+from fire_llm.core.flops import flops_per_token, peak_flops
+from fire_llm.experiment.stages import resolve_precision
 from fire_llm.models import PRESETS, config_for, describe, fresh_model
-from fire_llm.trainer import ContinualArguments, ContinualTrainer
-from fire_llm.trainer.callbacks import Keeping
-from fire_llm.trainer.heap import keep_freed_memory
-from fire_llm.trainer.loss import SummedLoss
-from fire_llm.trainer.telemetry import peak_memory
-from fire_llm.units import resolve_precision
+from fire_llm.training import ContinualArguments, ContinualTrainer
+from fire_llm.training.callbacks import Keeping
+from fire_llm.training.heap import keep_freed_memory
+from fire_llm.training.loss import SummedLoss
+from fire_llm.training.telemetry import peak_memory
 
 TOOK = "took "
 TARGETS = {"bare": 0.98, "stock": 1.3}

@@ -19,18 +19,20 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 from small_models import CANNOT, SMALL, build  # noqa: E402
 
-from fire_llm.layout import logical_matrices  # noqa: E402
-from fire_llm.layouts import REFUSED, TYPES  # noqa: E402
-from fire_llm.layouts.lookup import Lookup  # noqa: E402
+from fire_llm.architectures.families import REFUSED, TYPES  # noqa: E402
+from fire_llm.architectures.lookup import Lookup  # noqa: E402
+from fire_llm.architectures.matrices import logical_matrices  # noqa: E402
 
 HEAD = """\
 # Layouts
 
 Which matrices each causal language model of transformers {version} holds, and how they lie in its parameters: all
 {count} types of `MODEL_FOR_CAUSAL_LM_MAPPING`, {supported} supported, {refused} refused. Written by
-`python scripts/list_layouts.py`; the table itself is `fire_llm/layouts/`, and [adding](adding.md#a-layout) says how to
-add to it. An older transformers lacks the newest of these types, and they are left out there, as is below 5.18
-`aria_text`, whose experts lay otherwise: `fire_llm.layout.supported_types()` lists those of the installed version.
+`python scripts/list_layouts.py`; the table itself is `fire_llm/architectures/families/`, and
+[adding](adding.md#a-layout) says how to add to it. An older transformers lacks the newest of these types, and they are
+left out there, as is below 5.18
+`aria_text`, whose experts lay otherwise: `fire_llm.architectures.matrices.supported_types()` lists those of the
+installed version.
 
 For every type `fire-llm apply` on a saved checkpoint equals `fire_` on the model in memory, bit for bit
 (`tests/test_checkpoint_types.py`), and every fused rule is proved by the model's own forward pass, without the rule

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from fire_llm import perplexity
-from fire_llm.context import choose_context
+from fire_llm.architectures.context import choose_context
 from fire_llm.evaluation.precision import evaluating, own_precision
 
 PRECISIONS = ("fp32", "bf16", "bf16 autocast")

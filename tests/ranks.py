@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["hypothesis", "pytest", "torch.distributed.fsdp", "transformers", "fire_llm.run"])
+PROCESSES.set_forkserver_preload(
+    ["hypothesis", "pytest", "torch.distributed.fsdp", "transformers", "fire_llm.experiment.train"]
+)
 """Starts processes that find everything heavy imported."""
 
 

@@ -58,7 +58,7 @@ class Wait:
     """item, shape, copy, linalg, synchronize, event or upload."""
     op: str
     ours: str | None
-    """Innermost frame in the package: `fire_llm/resets/work.py:194 _measured`."""
+    """Innermost frame in the package: `fire_llm/resets/execute.py:194 _measured`."""
     cause: str
     """Innermost frame outside torch."""
 

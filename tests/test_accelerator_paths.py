@@ -15,10 +15,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fire_llm import UserError, fire_
-from fire_llm.metrics import curvature, top_hessian_eigenvalue
+from fire_llm.linalg import accelerated, curvature, stack_maps
+from fire_llm.linalg import matmul as products
+from fire_llm.linalg import newton_schulz as paper_map
+from fire_llm.linalg import polar as projection
+from fire_llm.linalg.curvature import top_hessian_eigenvalue
 from fire_llm.models import config_for, fresh_model
-from fire_llm.orthogonal import accelerated, paper_map, products, projection, stack_maps
-from fire_llm.resets import plan, work
+from fire_llm.resets import execute as work
+from fire_llm.resets import plan
 from fire_llm.resets.penalties import parseval
 
 VIEWS = {

@@ -18,10 +18,11 @@ from _pytest.config import parse_warning_filter
 from ranks import PROCESSES
 from tiny_recipe import recipe
 
-from fire_llm import load_recipe, run, run_recipe
+from fire_llm import load_recipe, run_recipe
 from fire_llm.distributed import PATIENCE
-from fire_llm.distributed.meeting import wire_device
-from fire_llm.trainer.telemetry import Speedometer, peak_memory
+from fire_llm.distributed.agree import wire_device
+from fire_llm.experiment import train as run
+from fire_llm.training.telemetry import Speedometer, peak_memory
 
 
 def test_the_peak_of_memory_is_that_of_one_training(monkeypatch):
@@ -101,7 +102,8 @@ def test_warnings_of_accelerators_are_no_errors_where_a_test_needs_one():
 
 def gpus(monkeypatch: pytest.MonkeyPatch, number: int, visible: str | None) -> None:
     """Have torch tell of so many GPUs."""
-    from fire_llm.sweep import resources, running
+    from fire_llm.experiment import resources
+    from fire_llm.experiment import run as running
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: number > 0)
@@ -134,7 +136,7 @@ class Started(Exception):
     ],
 )
 def test_each_worker_has_a_gpu(number, visible, workers, wanted, tmp_path, monkeypatch):
-    from fire_llm.sweep import processes, worker
+    from fire_llm.experiment import processes, worker
 
     def start(self: Any, n: int, log: Path, instructions: Path) -> None:
         self.environments = [*getattr(self, "environments", []), processes.environment(n, len(self.logs), self.cells)]
@@ -157,7 +159,7 @@ def test_each_worker_has_a_gpu(number, visible, workers, wanted, tmp_path, monke
 
 @pytest.mark.parametrize(("number", "workers"), [(1, None), (1, 1), (8, 1)])
 def test_one_worker_of_one_gpu_is_the_command_itself(number, workers, tmp_path, monkeypatch):
-    from fire_llm.sweep import processes, worker
+    from fire_llm.experiment import processes, worker
 
     gpus(monkeypatch, number, None)
     trained = []

@@ -1,68 +1,75 @@
-"""The structure holds: imports point one way only, and rooms stay small."""
+"""The structure holds: packages import one way only, files import in no circle, and the page lists what is there."""
 
 from __future__ import annotations
 
 import ast
 import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fire_llm"
 PAGE = PACKAGE.parent / "docs" / "architecture.md"
-LONGEST = 350
+FILES = {
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+MODULES = [name for name in FILES if name != "fire_llm"]
 
 
 def rows() -> list[tuple[list[str], str]]:
-    """Return the rows of the page's table of rooms: (names as they stand there, what the rooms hold)."""
-    table = PAGE.read_text(encoding="utf-8").partition("| room |")[2].partition("\n\n")[0]
+    """Return the rows of the page's table of packages: (names as they stand there, what the packages hold)."""
+    table = PAGE.read_text(encoding="utf-8").partition("| package |")[2].partition("\n\n")[0]
     cells = [line.split("|")[1:3] for line in table.splitlines()[2:]]
     return [(re.findall(r"`([^`]+)`", names), holds) for names, holds in cells]
 
 
 LISTED = [name for names, _ in rows() for name in names]
-ORDER = [*(name.rstrip("/") for name in LISTED), "__main__"]
+ORDER = [*(name.strip("/").removesuffix(".py") for name in LISTED), "__main__"]
 
 
-def imports(path: Path) -> set[str]:
-    """Return the rooms of the package that a module imports, anywhere in it."""
+def imports(name: str, path: Path) -> set[str]:
+    """Return the files of the package, as modules, that a file imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fire_llm"):
-            parts = (node.module or "").split(".")
-            found |= {parts[1]} if len(parts) > 1 else {a.name for a in node.names}
+            assert node.level == 0, f"{name} imports relatively"
+            module = node.module or ""
+            for alias in node.names:
+                inner = f"{module}.{alias.name}"
+                found.add(inner if inner in FILES else module)
         elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("fire_llm.")}
-    return found & set(ORDER)
+            found |= {alias.name for alias in node.names if alias.name.startswith("fire_llm")}
+    return (found & set(FILES)) - {"fire_llm", name}
 
 
-def room(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def package(name: str) -> str:
+    return name.split(".")[1]
 
 
-MODULES = sorted(p for p in PACKAGE.rglob("*.py") if room(p) != "__init__")
-
-
-def test_the_page_lists_every_room_once_and_no_other():
+def test_the_page_lists_every_package_once_and_no_other():
     assert len(set(ORDER)) == len(ORDER)
-    assert {room(p) for p in MODULES} == set(ORDER)
-    folders = {f"{p.parent.name}/" for p in PACKAGE.glob("*/__init__.py")}
-    assert {name for name in LISTED if name.endswith("/")} == folders
+    assert {package(name) for name in MODULES} == set(ORDER)
+    assert {name for name in LISTED if name.endswith("/")} == {
+        f"{p.parent.name}/" for p in PACKAGE.glob("*/__init__.py")
+    }
 
 
-def test_the_page_names_modules_that_are_there():
+def test_the_page_names_files_that_are_there():
     for names, holds in rows():
         for name in re.findall(r"`([a-z_]+)`", holds) if names[0].endswith("/") else ():
-            assert any((PACKAGE / n / f"{name}.py").exists() for n in names), f"{names[0]} has no module '{name}'"
+            inside = PACKAGE / names[0] / name
+            assert inside.with_suffix(".py").exists() or inside.is_dir(), f"{names[0]} has no file or folder '{name}'"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_point_upward_only(path):
-    own = room(path)
-    below = [other for other in imports(path) if ORDER.index(other) > ORDER.index(own)]
-    assert not below, f"{own} imports {below}, which come after it"
+@pytest.mark.parametrize("name", MODULES)
+def test_packages_import_only_what_stands_before_them(name):
+    own = ORDER.index(package(name))
+    later = sorted(other for other in imports(name, FILES[name]) if ORDER.index(package(other)) > own)
+    assert not later, f"{name} imports {later}, which stand after it in docs/architecture.md"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_rooms_stay_small(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGEST
+def test_files_import_in_no_circle():
+    graph = {name: imports(name, path) for name, path in FILES.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle

@@ -27,7 +27,7 @@ from fire_llm import (
     run_recipe,
 )
 from fire_llm.resets import RESETS, ResetSpec
-from fire_llm.trainer import ContinualTrainer
+from fire_llm.training import ContinualTrainer
 
 
 def attention_and_mlp(model):

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import fire_llm.architectures.lookup
 import fire_llm.checkpoint.rewrite
-import fire_llm.layouts.lookup
 from fire_llm.checkpoint.headers import StoredTensor
 from fire_llm.cli import main
 
@@ -534,7 +534,7 @@ FIT = [
          late=True),
     Case("infinity", f"'{UP}' .*NaN or infinity", becomes(UP, lambda t: t / 0), late=True),
     Case("layout-unknown", r"LlamaForCausalLM: no layout is known for LlamaMLP.up_proj .*register_layout",
-         patch=lambda m: m.delitem(fire_llm.layouts.lookup.TABLE, ("LlamaMLP", "up_proj"))),
+         patch=lambda m: m.delitem(fire_llm.architectures.lookup.TABLE, ("LlamaMLP", "up_proj"))),
     Case("nan-leaves-no-folders-above", f"'{UP}' .*NaN or infinity", becomes(UP, lambda t: t / 0), dst="{tmp}/a/b/dst",
          late=True),
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from fire_llm import fire_, reset_checkpoint
-from fire_llm.layouts import TYPES
+from fire_llm.architectures.families import TYPES
 
 # One of every way to lie on the disk: plain, Conv1D, fused orders, MLA, experts one by one, stacked, renamed, cut.
 FEW = [

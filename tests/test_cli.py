@@ -24,8 +24,8 @@ from fire_llm.models import load_model
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     """Save a tiny GPT-2 with a byte-level tokenizer."""
-    from fire_llm.corpora import CorpusSpec, resolve
     from fire_llm.data import train_tokenizer
+    from fire_llm.data.corpora import CorpusSpec, resolve
 
     folder = tmp_path_factory.mktemp("models")
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n\n" * 200)
@@ -266,12 +266,12 @@ def test_words_the_parser_does_not_know(argv, message, capsys):
 
 
 def test_a_failure_of_the_work_is_exit_1(monkeypatch, capsys):
-    import fire_llm.sweep
+    import fire_llm.experiment
 
     def fail(*_, **__):
         raise FloatingPointError("the training loss is nan at step 3")
 
-    monkeypatch.setattr(fire_llm.sweep, "run_recipe", fail)
+    monkeypatch.setattr(fire_llm.experiment, "run_recipe", fail)
     assert run("run", "demo") == 1
     assert "the work failed: the training loss is nan at step 3" in capsys.readouterr().err
 
@@ -320,7 +320,7 @@ def test_a_run_ends_well_where_libraries_have_no_metadata(tmp_path, monkeypatch)
     """As where `datasets` is not installed, which nothing but corpora of the Hub needs."""
     import importlib.metadata
 
-    from fire_llm import compat
+    from fire_llm.core import compat
 
     def version(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from transformers import Trainer
 
-from fire_llm import ContinualTrainer, UserError, compat, results
-from fire_llm.compat import TRAINER_ATTRIBUTES, TRAINER_HOOKS, check_trainer, missing_hooks
+from fire_llm import ContinualTrainer, UserError
+from fire_llm.core import compat
+from fire_llm.core.compat import TRAINER_ATTRIBUTES, TRAINER_HOOKS, check_trainer, missing_hooks
+from fire_llm.experiment import collect as results
 
 PACKAGE = Path(compat.__file__).parent
 
@@ -61,7 +63,7 @@ def test_a_trainer_without_a_hook_is_refused_though_it_reads_the_name():
 
 
 def test_a_continual_trainer_is_not_made_of_such_a_trainer(monkeypatch):
-    monkeypatch.setattr("fire_llm.trainer.training.Trainer", trainer_that_calls(["compute_loss"]))
+    monkeypatch.setattr("fire_llm.training.training.Trainer", trainer_that_calls(["compute_loss"]))
     with pytest.raises(UserError, match="has or calls no _clip_grad_norm, _get_grad_norm"):
         ContinualTrainer(None, None, None)
 

@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, RobertaC
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fire_llm import perplexity
-from fire_llm.context import choose_context, longest_context
-from fire_llm.errors import UserError
+from fire_llm.architectures.context import choose_context, longest_context
+from fire_llm.core.errors import UserError
 
 POSITIONS = 64
 """What every length in the config of a small model is, whatever its name."""

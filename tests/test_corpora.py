@@ -19,10 +19,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fire_llm.corpora import CORPORA, CorpusSpec, builtin, extract, held_out, resolve
-from fire_llm.corpora.builtin import Builtin
-from fire_llm.corpora.cache import content_hashes
-from fire_llm.errors import UserError
+from fire_llm.core.errors import UserError
+from fire_llm.data import builtin, extract
+from fire_llm.data.builtin import Builtin
+from fire_llm.data.cache import content_hashes
+from fire_llm.data.corpora import CORPORA, CorpusSpec, held_out, resolve
 
 ALL = {"holdout": 0.0}
 
@@ -474,7 +475,7 @@ def test_python_docs() -> None:
 def test_the_extraction_works_in_a_script_without_a_main_guard(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        "from fire_llm.corpora import builtin\n"
+        "from fire_llm.data.corpora import builtin\n"
         "print(len(builtin.documents(builtin.Builtin('docstrings', packages=('tqdm',)))))\n"
     )
     root = str(Path(__file__).parent.parent)

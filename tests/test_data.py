@@ -28,10 +28,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 
-from fire_llm.corpora import Corpus, CorpusSpec, resolve
+from fire_llm.core.errors import UserError
 from fire_llm.data import Mixture, TokenFile, encode, permute, tokenize_corpus, tokens, train_tokenizer
 from fire_llm.data import tokenizer as tokenizer_module
-from fire_llm.errors import UserError
+from fire_llm.data.corpora import Corpus, CorpusSpec, resolve
 
 WORDS = [
     "the",
@@ -287,7 +287,7 @@ def test_a_failure_on_the_way_leaves_nothing(tokenizer: PreTrainedTokenizerFast,
 # A writer in a process of its own: argv are the cache, a log of what was read, and how it ends.
 WRITER = """
 import os, signal, sys, time
-from fire_llm.corpora import Corpus
+from fire_llm.data.corpora import Corpus
 from fire_llm.data import encode, tokenize_corpus
 from transformers import ByT5Tokenizer
 encode.BATCH_BYTES = 4000

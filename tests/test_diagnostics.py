@@ -17,8 +17,8 @@ from test_trainer import STEPS, Samples, arguments, losses, train
 from transformers import AttentionInterface, LlamaModel, Trainer, TrainerCallback
 
 from fire_llm import ContinualTrainer, ResetCallback, UserError, fire_, logical_matrices
-from fire_llm.diagnostics import diagnose
-from fire_llm.trainer import DiagnosticsCallback
+from fire_llm.evaluation.diagnose import diagnose
+from fire_llm.training import DiagnosticsCallback
 
 TOKENS = torch.randint(0, 97, (300,), generator=torch.Generator().manual_seed(7))
 QUICK = {"context": 16, "sequences": 6, "hessian_sequences": 2, "iterations": 3}

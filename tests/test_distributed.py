@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from ranks import Raised, run_ranks
 
 from fire_llm import UserError, apply_reset, fire_
+from fire_llm.architectures.matrices import logical_matrices, register_layout
 from fire_llm.distributed import assign, cost, makespan, rounds, worthwhile
-from fire_llm.layout import logical_matrices, register_layout
 
 LLAMA = {"hidden_size": 20, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 2, "intermediate_size": 14}
 """Sizes that neither 2 nor 3 ranks divide evenly; k and v have two rows, fewer than three ranks."""
@@ -60,8 +60,8 @@ def test_sharing_is_refused_where_it_costs_more_than_it_saves():
 
 def share_always():
     """Share however small the work, in rounds of a few matrices, so that tiny models take every path."""
-    import fire_llm.distributed.exchange as exchange
-    import fire_llm.resets.work as work
+    import fire_llm.distributed.redistribute as exchange
+    import fire_llm.resets.execute as work
 
     work.worthwhile = lambda cost, size, ranks, device: ranks > 1
     exchange.Exchange.__init__.__defaults__ = (6000,)
@@ -336,7 +336,7 @@ def test_a_fault_on_one_rank_is_told_on_all_and_nothing_is_changed(tmp_path):
 
 def raising(rank, world):
     share_always()
-    import fire_llm.resets.work as work
+    import fire_llm.resets.execute as work
 
     if rank == 1:
         work.Work._reset = lambda *_: 1 / 0
@@ -351,7 +351,7 @@ def test_a_reset_that_fails_on_one_rank_fails_on_all(tmp_path):
 
 def dying(rank, world):
     share_always()
-    import fire_llm.resets.work as work
+    import fire_llm.resets.execute as work
 
     if rank == 1:
         work.Work._reset = lambda *_: os._exit(9)
@@ -427,7 +427,7 @@ def test_a_result_that_is_not_finite_is_not_written(monkeypatch):
 
 def test_matrices_of_one_shape_are_taken_together_where_that_is_faster(monkeypatch):
     """An accelerator's path, taken on a CPU: the result must not depend on it."""
-    import fire_llm.resets.work as work
+    import fire_llm.resets.execute as work
 
     one, all_at_once = tiny_llama(), tiny_llama()
     alone = fire_(one, scale="keep-norm")
@@ -444,7 +444,7 @@ def test_matrices_of_one_shape_are_taken_together_where_that_is_faster(monkeypat
 
 def tall(rank, world, iterations, scale):
     """A model whose head is much taller than wide, and split by rows however small it is."""
-    import fire_llm.distributed.sharing as sharing
+    import fire_llm.distributed.balance as sharing
 
     share_always()
     sharing.SPLIT_BYTES = 0

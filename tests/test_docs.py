@@ -18,13 +18,13 @@ import yaml
 from pydantic import BaseModel
 
 from fire_llm import load_recipe, run_recipe
+from fire_llm.architectures.matrices import ROLES
 from fire_llm.cli.parser import VERBS, parser
-from fire_llm.corpora import CORPORA, CorpusSpec
-from fire_llm.layout import ROLES
-from fire_llm.matrix import evaluate_run
-from fire_llm.recipe import Recipe, recipe_schema
-from fire_llm.recipe.faults import arm_faults, contradictions
-from fire_llm.recipe.sections import (
+from fire_llm.data.corpora import CORPORA, CorpusSpec
+from fire_llm.experiment.evaluate_run import evaluate_run
+from fire_llm.experiment.recipe import Recipe, recipe_schema
+from fire_llm.experiment.recipe.faults import arm_faults, contradictions
+from fire_llm.experiment.recipe.sections import (
     BatchSection,
     EvaluateSection,
     ModelSection,

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 from fire_llm import ContinualTrainer, UserError, load_recipe, perplexity, run_recipe
 from fire_llm.data import Mixture, TokenFile
 from fire_llm.data.documents import Boundaries
-from fire_llm.trainer import ContinualArguments
-from fire_llm.trainer.masking import check_document_mask
+from fire_llm.training import ContinualArguments
+from fire_llm.training.masking import check_document_mask
 
 END = 0
 

@@ -41,13 +41,14 @@ from fire_llm import (
     reset_checkpoint,
     run_recipe,
 )
+from fire_llm.checkpoint.inspection import inspect_checkpoint
 from fire_llm.evaluation import exact_nll, kernels
-from fire_llm.inspection import inspect_checkpoint
-from fire_llm.orthogonal import projection, singular_values
-from fire_llm.orthogonal.products import accumulates
-from fire_llm.run import Workbench
-from fire_llm.trainer import ContinualArguments, EvaluationSet, RecyclingCallback
-from fire_llm.trainer import loss as losses_of
+from fire_llm.experiment.train import Workbench
+from fire_llm.linalg import polar as projection
+from fire_llm.linalg.matmul import accumulates
+from fire_llm.linalg.singular_values import singular_values
+from fire_llm.training import ContinualArguments, EvaluationSet, RecyclingCallback
+from fire_llm.training import loss as losses_of
 
 DEVICE = os.environ.get("FIRE_LLM_GPU_TESTS") or ("cuda" if torch.cuda.is_available() else "")
 CUDA = DEVICE == "cuda"

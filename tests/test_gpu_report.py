@@ -112,7 +112,7 @@ def test_of_several_folders_a_page_takes_each_stage_from_the_last_that_finished_
         (folder / "environment.json").write_text(json.dumps({"status": "done", "device": device, "machine": machine}))
         (folder / "tests.json").write_text(json.dumps({"status": "left out: no time was left"}))
         for stage, (status, value, ratio) in stages[folder].items():
-            failures = {"it": [f'  File "{tmp_path}/fire_llm/run.py", line 1']} if folder == second else {}
+            failures = {"it": [f'  File "{tmp_path}/fire_llm/experiment/train.py", line 1']} if folder == second else {}
             data = {"status": status, "date": f"{date}T10:00:00", "seconds": 5.0, "context": 1024, "failures": failures}
             if stage == "training":
                 data |= {"model": "gpt-0.1b", "tokens_per_step": 65536, "micro_batches": 1, "sequences": 64}

@@ -17,8 +17,8 @@ import yaml
 
 from fire_llm import UserError, load_recipe, run_recipe
 from fire_llm.cli import main
-from fire_llm.launch import _verdict, prepare, report_failure
-from fire_llm.recipe.reading import recipes_folder
+from fire_llm.core.launch import _verdict, prepare, report_failure
+from fire_llm.experiment.recipe.reading import recipes_folder
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((recipes_folder() / "accelerate").glob("*.yaml"))
@@ -144,10 +144,10 @@ def test_the_demo_and_a_configuration(asked, tmp_path):
 
 
 def test_one_process_needs_no_launcher(asked, monkeypatch):
-    import fire_llm.sweep
+    import fire_llm.experiment
 
     ran: list = []
-    monkeypatch.setattr(fire_llm.sweep, "run_recipe", lambda *_, **__: ran.append(1) or {})
+    monkeypatch.setattr(fire_llm.experiment, "run_recipe", lambda *_, **__: ran.append(1) or {})
     monkeypatch.setattr("fire_llm.cli._show", lambda *_: None)
     assert main(["run", "demo", "--num-processes", "1"]) == 0
     assert main(["run", "demo", "--accelerate-config", str(recipes_folder() / "accelerate" / "single-gpu.yaml")]) == 0

@@ -22,9 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from fire_llm.compat import left_out
-from fire_llm.errors import UserError
-from fire_llm.layout import (
+from fire_llm.architectures import lookup
+from fire_llm.architectures.families import REFUSED, TABLE, TYPES
+from fire_llm.architectures.matrices import (
     MATRIX_ROLES,
     ROLES,
     Layout,
@@ -37,7 +37,8 @@ from fire_llm.layout import (
     supported_types,
     unwrap,
 )
-from fire_llm.layouts import REFUSED, TABLE, TYPES, lookup
+from fire_llm.core.compat import left_out
+from fire_llm.core.errors import UserError
 
 transformers.logging.set_verbosity_error()
 TABLE_OF_ALL = Path(__file__).resolve().parents[2] / "shared" / "docs" / "layouts.jsonl"
@@ -310,7 +311,7 @@ def test_supported_types_are_causal_language_models() -> None:
 
 
 def test_no_layout_is_listed_twice() -> None:
-    from fire_llm.layouts.grammar import entries, merge
+    from fire_llm.architectures.grammar import entries, merge
 
     with pytest.raises(ValueError, match=r"A\.x is listed twice"):
         merge(entries("mlp", "x y", "A B"), entries("attention", "x", "A"))
@@ -641,7 +642,8 @@ def test_an_unknown_family_is_refused_with_what_to_do() -> None:
     assert "FancyAttention.query_key_value ('layers.0.attn.query_key_value.weight', shape (18, 6)" in message
     assert "Also unknown: FancyAttention.dense, FancyExperts.gate_up_proj, FancyExperts.down_proj." in message
     assert (
-        "fire_llm/layouts/" in message and "register_layout('FancyAttention', 'query_key_value', role=...)" in message
+        "fire_llm/architectures/families/" in message
+        and "register_layout('FancyAttention', 'query_key_value', role=...)" in message
     )
 
 

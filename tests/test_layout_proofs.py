@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from fire_llm.compat import left_out
-from fire_llm.errors import UserError
-from fire_llm.layout import LogicalMatrix, logical_matrices, register_layout
-from fire_llm.layouts import TABLE, lookup
+from fire_llm.architectures import lookup
+from fire_llm.architectures.families import TABLE
+from fire_llm.architectures.matrices import LogicalMatrix, logical_matrices, register_layout
+from fire_llm.core.compat import left_out
+from fire_llm.core.errors import UserError
 
 transformers.logging.set_verbosity_error()
 TOKENS, CHANGED, LATER = 9, 1, 5

@@ -13,10 +13,11 @@ from rich.console import Console
 from test_run import WORDS
 
 from fire_llm import UserError, load_recipe, run_recipe
+from fire_llm.core.atomic import is_run
 from fire_llm.evaluation.scores import Scores
 from fire_llm.evaluation.table import plus_minus, print_scores
-from fire_llm.matrix import Stage, evaluate_run, transfer
-from fire_llm.staging import is_run
+from fire_llm.experiment.evaluate_run import evaluate_run
+from fire_llm.experiment.transfer import Stage, transfer
 
 
 def scores(*nats: float) -> Scores:

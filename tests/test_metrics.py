@@ -14,21 +14,11 @@ from torch.autograd.functional import hessian
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 
-from fire_llm import metrics
-from fire_llm.errors import UserError
-from fire_llm.metrics import (
-    Activity,
-    Features,
-    dfi,
-    dormant_scores,
-    dormant_share,
-    effective_rank,
-    feature_srank,
-    gradient_norm,
-    sfe,
-    srank,
-    top_hessian_eigenvalue,
-)
+from fire_llm import linalg as metrics
+from fire_llm.core.errors import UserError
+from fire_llm.linalg.activations import Activity, Features, dormant_scores, dormant_share, feature_srank
+from fire_llm.linalg.curvature import gradient_norm, top_hessian_eigenvalue
+from fire_llm.linalg.measures import dfi, effective_rank, sfe, srank
 
 
 @pytest.fixture(params=[1 << 20, 7], ids=["one chunk", "many chunks"])

@@ -24,15 +24,16 @@ from ranks import run_ranks
 from test_run import FSDP2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fire_llm import UserError, hardware, load_recipe, perplexity, run_recipe
-from fire_llm.corpora import CorpusSpec, resolve
+from fire_llm import UserError, load_recipe, perplexity, run_recipe
+from fire_llm.core import hardware
 from fire_llm.data import train_tokenizer
+from fire_llm.data.corpora import CorpusSpec, resolve
 from fire_llm.evaluation.checkpoints import score_checkpoints
+from fire_llm.evaluation.measurement import all_described, first_token
 from fire_llm.evaluation.precision import own_precision, precision_of
-from fire_llm.matrix import evaluate_run
-from fire_llm.measurement import all_described, first_token
-from fire_llm.sweep.summary import Summary
-from fire_llm.units import final_checkpoint
+from fire_llm.experiment.evaluate_run import evaluate_run
+from fire_llm.experiment.stages import final_checkpoint
+from fire_llm.experiment.summary import Summary
 
 CONTEXT = 32
 WORDS = ["fire", "resets", "the", "weights", "of", "a", "model", "so", "that", "it", "may", "learn", "again"]

@@ -16,10 +16,10 @@ from torch import nn
 from transformers import TrainerCallback
 
 from fire_llm import ResetCallback, UserError, load_recipe
-from fire_llm.layout import hidden_matrices
-from fire_llm.plan import plan
-from fire_llm.recipe.sections import OptimizerSection
-from fire_llm.trainer import ContinualTrainer, MuonAdamW, multiplier
+from fire_llm.architectures.matrices import hidden_matrices
+from fire_llm.experiment.estimate import plan
+from fire_llm.experiment.recipe.sections import OptimizerSection
+from fire_llm.training import ContinualTrainer, MuonAdamW, multiplier
 
 # ---- schedules
 
@@ -371,7 +371,7 @@ def test_what_a_run_writes_down_is_a_recipe_again(section):
 @pytest.fixture(params=[True, False], ids=["bf16", "emulated"])
 def native(request, monkeypatch):
     """Stand for a CPU that multiplies bf16 natively, and for one that does not."""
-    monkeypatch.setattr("fire_llm.hardware.cpu_has_bf16", lambda: request.param)
+    monkeypatch.setattr("fire_llm.core.hardware.cpu_has_bf16", lambda: request.param)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     return request.param
 

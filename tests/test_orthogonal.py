@@ -17,18 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fire_llm.errors import UserError
-from fire_llm.orthogonal import (
-    exact_products,
-    newton_schulz,
-    newton_schulz_factor,
-    paper_map,
-    polar,
-    products,
-    projection,
-    singular_range,
-    singular_values,
-)
+from fire_llm.core.errors import UserError
+from fire_llm.linalg import matmul as products
+from fire_llm.linalg import newton_schulz as paper_map
+from fire_llm.linalg import polar as projection
+from fire_llm.linalg.matmul import exact_products
+from fire_llm.linalg.newton_schulz import newton_schulz, newton_schulz_factor
+from fire_llm.linalg.polar import polar
+from fire_llm.linalg.singular_values import singular_range, singular_values
 
 SOLVERS = [newton_schulz, polar]
 
@@ -570,7 +566,7 @@ def _settings() -> dict[str, object]:
 SETTINGS = """
 import torch
 from test_orthogonal import _settings
-from fire_llm.orthogonal import exact_products
+from fire_llm.linalg.matmul import exact_products
 
 {set}
 before = _settings()

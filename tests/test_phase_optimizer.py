@@ -14,13 +14,13 @@ from test_run import FSDP2, recipe_data, run_rank, texts, weights  # noqa: F401
 from test_trainer import Samples, arguments
 
 from fire_llm import ContinualTrainer, ResetCallback, UserError, load_recipe, run_recipe
-from fire_llm.layout import hidden_matrices
+from fire_llm.architectures.matrices import hidden_matrices
+from fire_llm.core.atomic import checkpoints
+from fire_llm.experiment.recipe import optimizer_of, recipe_schema
+from fire_llm.experiment.stages import config_of, expand
+from fire_llm.experiment.train import Workbench, _arguments
 from fire_llm.models import load_model
-from fire_llm.recipe import optimizer_of, recipe_schema
-from fire_llm.run import Workbench, _arguments
-from fire_llm.staging import checkpoints
-from fire_llm.trainer import KeptOptimizer
-from fire_llm.units import config_of, expand
+from fire_llm.training import KeptOptimizer
 
 
 def phase_of(optimizer, common=None):

@@ -7,8 +7,8 @@ from test_recipe import GOOD
 from transformers import RobertaConfig
 
 from fire_llm import UserError, load_recipe
-from fire_llm.plan import LOGITS_HELD, plan, print_plan
-from fire_llm.trainer.loss import SLICES
+from fire_llm.experiment.estimate import LOGITS_HELD, plan, print_plan
+from fire_llm.training.loss import SLICES
 
 
 def test_tokens_flops_disk_and_memory(tmp_path):

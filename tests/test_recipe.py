@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from fire_llm import UserError, load_recipe
-from fire_llm.recipe import Recipe, recipe_schema, recipes_folder
-from fire_llm.units import config_of, context_of
+from fire_llm.experiment.recipe import Recipe, recipe_schema, recipes_folder
+from fire_llm.experiment.stages import config_of, context_of
 
 GOOD: dict = {
     "model": {"preset": "gpt-tiny", "context": 64},

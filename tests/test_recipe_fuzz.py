@@ -20,7 +20,7 @@ from test_recipe import GOOD, changed
 
 from fire_llm import UserError, load_recipe
 from fire_llm.cli import main
-from fire_llm.units import expand
+from fire_llm.experiment.stages import expand
 
 LONG: dict = {
     "name": "long",

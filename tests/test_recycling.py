@@ -15,14 +15,14 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from fire_llm import ContinualTrainer, UserError
-from fire_llm.manifest import damage
-from fire_llm.metrics import dormant_scores
-from fire_llm.plan import plan
-from fire_llm.recipe import load_recipe
+from fire_llm.core.manifest import damage
+from fire_llm.experiment.estimate import plan
+from fire_llm.experiment.recipe import load_recipe
+from fire_llm.linalg.activations import dormant_scores
 from fire_llm.resets import RESETS, ContinualBackprop, ReDo, ResetSpec, SelfNormalizedResets
-from fire_llm.trainer import ContinualArguments, EvaluationSet, loss
-from fire_llm.trainer.recycling import RecyclingCallback, hidden_layers
-from fire_llm.trainer.telemetry import MEASURES
+from fire_llm.training import ContinualArguments, EvaluationSet, loss
+from fire_llm.training.recycling import RecyclingCallback, hidden_layers
+from fire_llm.training.telemetry import MEASURES
 
 METHODS = {
     "redo": {"every": 3, "threshold": 0.8},

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from fire_llm.comparison import Comparison
-from fire_llm.errors import UserError
-from fire_llm.plots.base import palette
-from fire_llm.plots.diagnostics import measure_figure
-from fire_llm.plots.matrices import parse_name
-from fire_llm.report import (
+from fire_llm.core.errors import UserError
+from fire_llm.reporting.comparison import Comparison
+from fire_llm.reporting.plots.base import palette
+from fire_llm.reporting.plots.diagnostics import measure_figure
+from fire_llm.reporting.plots.matrices import parse_name
+from fire_llm.reporting.tables import (
     inspect_page,
     load_results,
     markdown_table,
@@ -753,7 +753,7 @@ def test_the_matrix_of_a_run_joins_its_page(tmp_path: Path) -> None:
 
 
 def test_a_matrix_without_bytes_or_seeds_is_drawn_as_far_as_it_goes() -> None:
-    from fire_llm.plots.matrix import corpora_figure, row_name
+    from fire_llm.reporting.plots.transfer import corpora_figure, row_name
 
     rows = evaluation((1,))["rows"]
     assert corpora_figure([{**row, "bits_per_byte": None} for row in rows]) is None

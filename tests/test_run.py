@@ -20,9 +20,9 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 
 from fire_llm import UserError, load_recipe, run_recipe
-from fire_llm.run import only_run
-from fire_llm.staging import checkpoints
-from fire_llm.units import expand, final_checkpoint, phase_steps, select, split_batch
+from fire_llm.core.atomic import checkpoints
+from fire_llm.experiment.stages import expand, final_checkpoint, phase_steps, select, split_batch
+from fire_llm.experiment.train import only_run
 
 WORDS = [
     "fire",
@@ -129,7 +129,7 @@ def test_final_perplexity_is_what_a_plain_loop_measures_on_the_saved_checkpoint(
     import torch.nn.functional as F
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fire_llm.corpora import CorpusSpec, resolve
+    from fire_llm.data.corpora import CorpusSpec, resolve
 
     folder, results = finished
     checkpoint = final_checkpoint(folder / "second" / "fire" / "seed-1")
@@ -377,9 +377,9 @@ def test_a_read_only_folder_is_refused(texts, tmp_path):
 
 
 def test_too_little_room_is_told_before_training(texts, tmp_path, monkeypatch):
-    import fire_llm.run
+    import fire_llm.experiment.train
 
-    monkeypatch.setattr(fire_llm.run, "free_bytes", lambda folder: 1000)
+    monkeypatch.setattr(fire_llm.experiment.train, "free_bytes", lambda folder: 1000)
     with pytest.raises(UserError, match=r"has 1e-06 GB free and the unit's checkpoints take .* GB"):
         run_recipe(load_recipe(recipe_data(texts)), tmp_path / "run", progress=False)
     assert not list((tmp_path / "run").rglob("checkpoint-*"))
@@ -438,8 +438,8 @@ def test_lengths_and_batches_are_arithmetic(texts):
 
 def test_diagnostics_come_with_the_curves_and_survive_a_resumption(texts, tmp_path, monkeypatch):
     """Corpus a is the first phase's, b the heavier of the second's; SFE counts from before the reset."""
-    from fire_llm.report import write_report
-    from fire_llm.trainer.training import ContinualTrainer
+    from fire_llm.reporting.tables import write_report
+    from fire_llm.training.training import ContinualTrainer
 
     data = recipe_data(texts)
     data["evaluate"] |= {"diagnostics_every_steps": 5, "every_steps": 8}

@@ -13,10 +13,10 @@ from conftest import tiny_gpt2
 
 from fire_llm import UserError, load_recipe, run_recipe
 from fire_llm.cli import main
-from fire_llm.errors import redact
-from fire_llm.launch import report_failure
+from fire_llm.core.errors import redact
+from fire_llm.core.launch import report_failure
+from fire_llm.experiment.stages import expand, refuse_links
 from fire_llm.models import config_for, load_model, load_tokenizer
-from fire_llm.units import expand, refuse_links
 
 PACKAGE = Path(__file__).parent.parent / "fire_llm"
 MODULES = sorted(PACKAGE.rglob("*.py"))

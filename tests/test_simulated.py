@@ -32,11 +32,11 @@ from fire_llm import (
     polar,
     reset_checkpoint,
 )
-from fire_llm.inspection import inspect_checkpoint
+from fire_llm.checkpoint.inspection import inspect_checkpoint
 from fire_llm.resets import RESETS
-from fire_llm.trainer import EvaluationSet
-from fire_llm.trainer import loss as sliced
-from fire_llm.trainer.loss import SummedLoss
+from fire_llm.training import EvaluationSet
+from fire_llm.training import loss as sliced
+from fire_llm.training.loss import SummedLoss
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: `pytest -m gpu` tests on that one")
 
@@ -144,7 +144,7 @@ def test_what_stays_on_the_device_is_no_wait(work, log):
 
 def test_a_wait_names_the_line_of_this_package_and_that_of_a_library(log):
     newton_schulz(seeded(8, 8).cuda())
-    assert all(wait.ours.startswith("fire_llm/orthogonal/") for wait in log.waits)
+    assert all(wait.ours.startswith("fire_llm/linalg/") for wait in log.waits)
     log.clear()
     seeded(2).cuda().sum().item()
     assert [wait.ours for wait in log.waits] == [None] and "test_simulated.py" in log.waits[0].cause

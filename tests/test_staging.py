@@ -13,8 +13,8 @@ import torch
 from conftest import tiny_gpt2, tiny_llama
 
 from fire_llm import UserError, fire_, reset_checkpoint
+from fire_llm.core.atomic import staged, write_json, writing
 from fire_llm.models import load_model
-from fire_llm.staging import staged, write_json, writing
 
 
 def test_a_staged_folder_appears_when_the_block_ends(tmp_path):
@@ -35,7 +35,7 @@ def test_an_error_leaves_nothing(tmp_path, error):
 
 def test_a_killed_writer_leaves_no_folder_and_the_next_one_works(tmp_path):
     code = (
-        "import os, sys\nfrom pathlib import Path\nfrom fire_llm.staging import staged\n"
+        "import os, sys\nfrom pathlib import Path\nfrom fire_llm.core.atomic import staged\n"
         "with staged(Path(sys.argv[1])) as folder:\n"
         "    (folder / 'file').write_text('half')\n    os.kill(os.getpid(), 9)\n"
     )

@@ -6,9 +6,9 @@ import pytest
 from test_run import recipe_data, texts  # noqa: F401
 
 from fire_llm import load_recipe, run_recipe
-from fire_llm.comparison import Comparison
-from fire_llm.report import markdown_table, write_report
-from fire_llm.stream import Stream
+from fire_llm.reporting.comparison import Comparison
+from fire_llm.reporting.sequence import Stream
+from fire_llm.reporting.tables import markdown_table, write_report
 
 ARMS = {"base": "keep", "full-reset": "full_reset", "once": "shrink_perturb"}
 LAST = {**ARMS, "once": "keep"}

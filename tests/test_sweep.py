@@ -21,17 +21,18 @@ from tiny_recipe import recipe
 
 from fire_llm import UserError, load_recipe, run_recipe
 from fire_llm.cli import main
-from fire_llm.locks import held
-from fire_llm.plots.base import palette
-from fire_llm.plots.sweep import key_figure
-from fire_llm.recipe import load_cells, words
-from fire_llm.run import only_run
-from fire_llm.staging import checkpoints
-from fire_llm.sweep import run_sweep, worker
-from fire_llm.sweep.jobs import Failures, jobs_of, lock_for, take_over
-from fire_llm.sweep.report import print_cells, show
-from fire_llm.sweep.summary import Summary
-from fire_llm.units import final_checkpoint
+from fire_llm.core.atomic import checkpoints
+from fire_llm.core.locks import held
+from fire_llm.experiment import worker
+from fire_llm.experiment.jobs import Failures, jobs_of, lock_for, take_over
+from fire_llm.experiment.recipe import load_cells, words
+from fire_llm.experiment.run import run_sweep
+from fire_llm.experiment.stages import final_checkpoint
+from fire_llm.experiment.summary import Summary
+from fire_llm.experiment.sweep_report import print_cells, show
+from fire_llm.experiment.train import only_run
+from fire_llm.reporting.plots.base import palette
+from fire_llm.reporting.plots.sweep import key_figure
 
 TWO = ["phases.1.arms={base: keep, fire: {method: fire}}"]
 PATIENCE = 300
@@ -273,7 +274,7 @@ def test_a_lock_is_shared_or_alone_and_free_after_its_holder(tmp_path):
             assert not again and not shared
     with held(path, shared=True) as one, held(path, shared=True) as two, held(path) as alone:
         assert one and two and not alone
-    holder = [sys.executable, "-c", "import sys, time; from pathlib import Path; from fire_llm.locks import held\n"
+    holder = [sys.executable, "-c", "import sys, time; from pathlib import Path; from fire_llm.core.locks import held\n"
               "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)", str(path)]  # fmt: skip
     process = subprocess.Popen(holder, stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"held\n"

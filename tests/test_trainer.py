@@ -15,9 +15,9 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils.import_utils import enable_tf32
 
 from fire_llm import ContinualTrainer, ResetCallback, UserError, fire_, logical_matrices, perplexity
-from fire_llm.staging import checkpoints
-from fire_llm.trainer import ContinualArguments, EvaluationSet, hash_batch
-from fire_llm.trainer.telemetry import MEASURES
+from fire_llm.core.atomic import checkpoints
+from fire_llm.training import ContinualArguments, EvaluationSet, hash_batch
+from fire_llm.training.telemetry import MEASURES
 
 CONTEXT, MICRO, ACCUMULATION, STEPS = 16, 2, 3, 12
 

@@ -20,13 +20,13 @@ from test_trainer import ACCUMULATION, CONTEXT, MICRO, Samples, arguments, by_ha
 from transformers import TrainerCallback, TrainingArguments
 
 from fire_llm import ContinualTrainer, UserError, load_recipe, run_recipe
-from fire_llm.flops import flops_per_token, peak_flops
-from fire_llm.trainer import EvaluationSet, nonfinite
-from fire_llm.trainer import loss as sliced
-from fire_llm.trainer.loss import SummedLoss
-from fire_llm.trainer.nonfinite import contagious
-from fire_llm.trainer.spike import sentence, spike
-from fire_llm.trainer.telemetry import Speedometer
+from fire_llm.core.flops import flops_per_token, peak_flops
+from fire_llm.training import EvaluationSet, nonfinite
+from fire_llm.training import loss as sliced
+from fire_llm.training.loss import SummedLoss
+from fire_llm.training.nonfinite import contagious
+from fire_llm.training.spike import sentence, spike
+from fire_llm.training.telemetry import Speedometer
 
 # transformers calls it so from one of its later versions on.
 NEW = any(field.name == "activation_checkpointing" for field in dataclasses.fields(TrainingArguments))
@@ -608,7 +608,7 @@ def test_the_peak_is_that_of_the_device(name, peak, monkeypatch):
 
 def test_a_speed_is_tokens_over_the_time_between_logs(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("fire_llm.trainer.telemetry.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("fire_llm.training.telemetry.time.perf_counter", lambda: now[0])
     speed = Speedometer(6e6, 1e12, torch.device("cpu"))
     assert speed.read() == {}
     for _ in range(2):

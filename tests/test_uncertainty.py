@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from fire_llm.errors import UserError
+from fire_llm.core.errors import UserError
 from fire_llm.evaluation.scores import Scores
-from fire_llm.evaluation.uncertainty import paired_difference, standard_errors, student_t
+from fire_llm.evaluation.statistics import paired_difference, standard_errors, student_t
 
 
 def texts(documents: int, seed: int = 0, spread: float = 0.4) -> Scores:

@@ -11,8 +11,8 @@ from simulated import Graphs, given_masks
 from transformers import AutoModelForCausalLM, BertConfig, BloomConfig, MistralConfig
 
 from fire_llm.evaluation.unmasked import needs_no_mask, unmasked
-from fire_llm.trainer import loss as sliced
-from fire_llm.trainer.loss import SummedLoss
+from fire_llm.training import loss as sliced
+from fire_llm.training.loss import SummedLoss
 
 CONTEXT = 16
 

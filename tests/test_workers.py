@@ -22,14 +22,15 @@ from transformers import TrainerCallback
 
 from fire_llm import UserError, load_recipe, register_reset, run_recipe
 from fire_llm.cli import main
-from fire_llm.recipe import Cell
+from fire_llm.core.atomic import checkpoints
+from fire_llm.experiment import resources
+from fire_llm.experiment.jobs import Failures, jobs_of
+from fire_llm.experiment.progress import Overview, StepReport
+from fire_llm.experiment.recipe import Cell
+from fire_llm.experiment.resources import environment, flops_of, small, threads, worker_count
+from fire_llm.experiment.run import run_sweep
 from fire_llm.resets import RESETS
-from fire_llm.staging import checkpoints
-from fire_llm.sweep import resources, run_sweep
-from fire_llm.sweep.jobs import Failures, jobs_of
-from fire_llm.sweep.progress import Overview, StepReport
-from fire_llm.sweep.resources import environment, flops_of, small, threads, worker_count
-from fire_llm.trainer import callbacks
+from fire_llm.training import callbacks
 
 ARMS = "phases.1.arms={base: keep, fire: {method: fire}, rescale: rescale}"
 UNITS = ("first", "second/base", "second/fire", "second/rescale")
@@ -120,7 +121,7 @@ def test_libraries_of_a_worker_start_no_threads_of_their_own(path, monkeypatch):
 
 
 def test_a_users_number_of_threads_is_respected_and_told(path, tmp_path, monkeypatch, capsys):
-    from fire_llm.sweep import worker
+    from fire_llm.experiment import worker
 
     seen = []
     real = worker.train
@@ -140,8 +141,8 @@ def test_a_users_number_of_threads_is_respected_and_told(path, tmp_path, monkeyp
 
 def test_no_model_of_an_earlier_unit_is_left_when_one_begins(path, tmp_path, monkeypatch):
     """On a GPU it would hold 16 bytes a parameter; one that failed held them in its traceback too."""
-    from fire_llm.run import Workbench
-    from fire_llm.sweep import worker
+    from fire_llm.experiment import worker
+    from fire_llm.experiment.train import Workbench
 
     made, alive = [], []
     real_train, real_model = worker.train, Workbench.starting_model
@@ -357,7 +358,7 @@ def test_the_overview_counts_steps_of_all_units(path, tmp_path, monkeypatch, cap
     jobs = jobs_of([Cell("", {}, recipe)], tmp_path / "run")
     steps = {job.key: job.unit.phase.steps for job in jobs}
     clock = [100.0]
-    monkeypatch.setattr("fire_llm.sweep.progress.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("fire_llm.experiment.progress.time.monotonic", lambda: clock[0])
     overview = Overview(jobs, steps, tmp_path, shown=True)
     report = StepReport(tmp_path / "0.step")
     report.key = next(job.key for job in jobs if job.unit.arm == "fire")

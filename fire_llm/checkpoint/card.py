@@ -13,10 +13,10 @@ from typing import Any
 
 from fire_llm import __version__
 from fire_llm.checkpoint.stored import Stored
-from fire_llm.compat import installed
-from fire_llm.errors import UserError
+from fire_llm.core.atomic import write_json
+from fire_llm.core.compat import installed
+from fire_llm.core.errors import UserError
 from fire_llm.resets import ResetReport, TensorReport
-from fire_llm.staging import write_json
 
 PROVENANCE = "fire.json"
 _INHERITED = ("license", "license_name", "license_link", "language")

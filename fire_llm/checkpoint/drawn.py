@@ -19,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fire_llm.errors import UserError
-from fire_llm.hardware import free_memory
-from fire_llm.layout import LogicalMatrix, pieces
+from fire_llm.architectures.matrices import LogicalMatrix, pieces
+from fire_llm.core.errors import UserError
+from fire_llm.core.hardware import free_memory
 from fire_llm.models import fresh_model, model_on_meta
 
 HOLLOW = 1 << 20

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fire_llm.errors import UserError
+from fire_llm.core.errors import UserError
 
 WRITABLE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types that a reset can read and write, under the names that safetensors has for them."""

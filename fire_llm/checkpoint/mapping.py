@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fire_llm.checkpoint.headers import WRITABLE, StoredTensor
 from fire_llm.checkpoint.refusals import names
-from fire_llm.errors import UserError
+from fire_llm.core.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fire_llm.checkpoint.headers import WRITABLE, StoredTensor
-from fire_llm.errors import UserError, did_you_mean
-from fire_llm.staging import partial_of
+from fire_llm.core.atomic import partial_of
+from fire_llm.core.errors import UserError, did_you_mean
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 """The file that transformers looks for first, and the one that tells of several."""

@@ -22,21 +22,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fire_llm.architectures.matrices import LogicalMatrix
 from fire_llm.checkpoint.card import PROVENANCE, write_card, write_provenance
 from fire_llm.checkpoint.drawn import step_0
 from fire_llm.checkpoint.refusals import refuse_destination
 from fire_llm.checkpoint.stored import Stored, StoredPieces, finite
+from fire_llm.core.atomic import free_bytes, partial_of, staged, writing
+from fire_llm.core.errors import UserError
 from fire_llm.distributed import Block, meet
-from fire_llm.distributed.meeting import active, is_first
-from fire_llm.distributed.sharing import ROUND_BYTES, assign
-from fire_llm.errors import UserError
-from fire_llm.layout import LogicalMatrix
+from fire_llm.distributed.agree import active, is_first
+from fire_llm.distributed.balance import ROUND_BYTES, assign
 from fire_llm.models import find_device
 from fire_llm.resets import ResetReport, ResetsLike, ResetSpec, parse_resets
+from fire_llm.resets.execute import Work
 from fire_llm.resets.plan import Plan, not_finite
 from fire_llm.resets.spec import refuse_kinds
-from fire_llm.resets.work import Work
-from fire_llm.staging import free_bytes, partial_of, staged, writing
 
 _CHUNK = 1 << 24
 _PATIENCE = 86400.0  # seconds that a rank waits for the others, while one of them copies, say

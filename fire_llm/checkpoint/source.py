@@ -11,7 +11,7 @@ from typing import Any
 
 from fire_llm.checkpoint.headers import StoredTensor, read_header, read_index
 from fire_llm.checkpoint.refusals import INDEX, WEIGHTS, refuse_config, refuse_files, refuse_tensors
-from fire_llm.errors import UserError
+from fire_llm.core.errors import UserError
 
 COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",

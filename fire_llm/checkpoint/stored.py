@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fire_llm.architectures.matrices import LogicalMatrix, pieces
 from fire_llm.checkpoint.headers import WRITABLE
 from fire_llm.checkpoint.mapping import Places, places_of
 from fire_llm.checkpoint.source import Source
-from fire_llm.errors import UserError
-from fire_llm.layout import LogicalMatrix, pieces
+from fire_llm.core.errors import UserError
 from fire_llm.models import model_on_meta
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fire_llm.cli.parser import parser
-from fire_llm.errors import UserError
-from fire_llm.launch import AGAIN, ANEW, Launch, ended, first_rank, launched, prepare, report_failure, start
+from fire_llm.core.errors import UserError
+from fire_llm.core.launch import AGAIN, ANEW, Launch, ended, first_rank, launched, prepare, report_failure, start
 
 if TYPE_CHECKING:
     from fire_llm.resets import ResetReport
@@ -60,18 +60,18 @@ def _leaving() -> AbstractContextManager[None]:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from fire_llm.recipe import load_cells, recipe_schema
+    from fire_llm.experiment.recipe import load_cells, recipe_schema
 
     if arguments.schema:
         print(json.dumps(recipe_schema(), indent=1))
         return
     if arguments.recipe is None:
         raise UserError("check: name a RECIPE, such as demo or a YAML file")
-    from fire_llm.plan import print_plan
+    from fire_llm.experiment.estimate import print_plan
 
     cells = load_cells(arguments.recipe, arguments.set)
     if cells[0].name:
-        from fire_llm.sweep.report import print_cells
+        from fire_llm.experiment.sweep_report import print_cells
 
         print_cells(cells, Path("runs") / cells[0].recipe.name)
     else:
@@ -79,27 +79,27 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int | None:
-    from fire_llm.recipe import load_recipe
+    from fire_llm.experiment.recipe import load_recipe
 
     launch = _launch(arguments)
     recipe = load_recipe(arguments.recipe, arguments.set)
     if recipe.sweep and not launched():
         sys.stderr.write("fire-llm: this runs the recipe as it is written; fire-llm sweep runs its grid\n")
     if launch is not None:
-        from fire_llm.units import check_processes
+        from fire_llm.experiment.stages import check_processes
 
         check_processes(recipe, launch.processes, arguments.arm)
     if arguments.dry_run:
-        from fire_llm.plan import print_plan
+        from fire_llm.experiment.estimate import print_plan
 
         print_plan(recipe, arguments.output, arguments.arm)
         return None
     if launch is not None and not launch.alone:
-        from fire_llm.hardware import resolve_precision
+        from fire_llm.core.hardware import resolve_precision
 
         again = _again(arguments, "num_processes", "accelerate_config")
         return start(launch, again, resolve_precision(recipe.precision))
-    from fire_llm.sweep import run_recipe
+    from fire_llm.experiment.run import run_recipe
 
     folder = Path(arguments.output or Path("runs") / recipe.name)
     workers = arguments.workers if launch is None else 1
@@ -150,7 +150,7 @@ def _demo(arguments: argparse.Namespace) -> int | None:
 
 
 def _show(results: dict[str, Any], page: Path) -> None:
-    from fire_llm.report import page_told, print_table
+    from fire_llm.reporting.tables import page_told, print_table
 
     print_table(results)
     print(page_told(results, page))
@@ -233,13 +233,13 @@ def _print_reset(report: ResetReport, saved: str | None) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from fire_llm.inspection import inspect_checkpoint, print_inspection
-    from fire_llm.staging import check_file, write_json
+    from fire_llm.checkpoint.inspection import inspect_checkpoint, print_inspection
+    from fire_llm.core.atomic import check_file, write_json
 
     check_file("--json", arguments.json)
     check_file("--html", arguments.html)
     if arguments.html:
-        from fire_llm.report import check_page, inspect_page
+        from fire_llm.reporting.tables import check_page, inspect_page
 
         check_page()
     rows = inspect_checkpoint(
@@ -257,7 +257,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> int | None:
-    from fire_llm.staging import check_file, is_run, write_json
+    from fire_llm.core.atomic import check_file, is_run, write_json
 
     check_file("--json", arguments.json)
     of_run = [name for name in arguments.checkpoints if is_run(Path(name))]
@@ -290,7 +290,7 @@ def _evaluate(arguments: argparse.Namespace, progress: bool) -> dict[str, Any]:
 
     look = None
     if arguments.diagnostics:
-        from fire_llm.diagnostics import diagnose
+        from fire_llm.evaluation.diagnose import diagnose
 
         def look(model: Any, text: Any) -> dict[str, Any]:
             return diagnose(model, text.tokens, context=arguments.context).to_dict()
@@ -326,8 +326,8 @@ def _check_run_alone(arguments: argparse.Namespace, run: str) -> None:
 
 def _evaluate_run(arguments: argparse.Namespace, progress: bool) -> dict[str, Any]:
     """Measure a run's checkpoints, and write its page anew."""
-    from fire_llm.matrix import evaluate_run
-    from fire_llm.report import load_results, page_told
+    from fire_llm.experiment.evaluate_run import evaluate_run
+    from fire_llm.reporting.tables import load_results, page_told
 
     folder = Path(arguments.checkpoints[0])
     names = ("data", "context", "stride", "batch_size", "device")
@@ -338,7 +338,7 @@ def _evaluate_run(arguments: argparse.Namespace, progress: bool) -> dict[str, An
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from fire_llm.report import load_results, markdown_table, print_table, write_report
+    from fire_llm.reporting.tables import load_results, markdown_table, print_table, write_report
 
     results = [load_results(Path(run)) for run in arguments.runs]
     for one in results:

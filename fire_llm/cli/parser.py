@@ -7,7 +7,7 @@ import sys
 from typing import NoReturn
 
 from fire_llm import __version__
-from fire_llm.errors import did_you_mean
+from fire_llm.core.errors import did_you_mean
 
 VERBS = ("check", "run", "sweep", "apply", "inspect", "eval", "report", "demo")
 

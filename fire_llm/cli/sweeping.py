@@ -5,29 +5,29 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fire_llm.launch import Launch, first_rank, report_failure, start
+from fire_llm.core.launch import Launch, first_rank, report_failure, start
 
 
 def sweep(arguments: argparse.Namespace, launch: Launch | None, again: list[str]) -> int:
     """Run the cells of a sweep, or print them; `again` is the command line of each of several ranks."""
-    from fire_llm.recipe import load_cells
+    from fire_llm.experiment.recipe import load_cells
 
     cells = load_cells(arguments.recipe, arguments.set, arguments.grid)
     folder = Path(arguments.output or Path("runs") / cells[0].recipe.name)
     if arguments.dry_run:
-        from fire_llm.sweep.report import print_cells
+        from fire_llm.experiment.sweep_report import print_cells
 
         print_cells(cells, folder, arguments.arm)
         return 0
     if launch is not None and not launch.alone:
-        from fire_llm.hardware import resolve_precision
-        from fire_llm.units import check_processes
+        from fire_llm.core.hardware import resolve_precision
+        from fire_llm.experiment.stages import check_processes
 
         for cell in cells:
             check_processes(cell.recipe, launch.processes, arguments.arm)
         return start(launch, again, resolve_precision(cells[0].recipe.precision))
-    from fire_llm.sweep import run_sweep
-    from fire_llm.sweep.report import show
+    from fire_llm.experiment.run import run_sweep
+    from fire_llm.experiment.sweep_report import show
 
     workers = arguments.workers if launch is None else 1
     done = run_sweep(cells, folder, arms=arguments.arm, workers=workers)

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.data.documents import Boundaries
 from fire_llm.data.tokens import TokenFile
-from fire_llm.errors import UserError, did_you_mean
 
 Sampling = Literal["without-replacement", "with-replacement"]
 SAMPLINGS: tuple[str, ...] = get_args(Sampling)

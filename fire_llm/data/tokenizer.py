@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from fire_llm.corpora import Corpus
-from fire_llm.errors import UserError
+from fire_llm.core.errors import UserError
+from fire_llm.data.corpora import Corpus
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

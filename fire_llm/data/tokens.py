@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import filelock
 import numpy as np
 
-from fire_llm.corpora import Corpus
-from fire_llm.corpora.cache import CACHE_VARIABLE, cache_folder
+from fire_llm.core.errors import UserError
+from fire_llm.data.cache import CACHE_VARIABLE, cache_folder
+from fire_llm.data.corpora import Corpus
 from fire_llm.data.encode import Encoder, batches
-from fire_llm.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from fire_llm.distributed.exchange import Exchange
-from fire_llm.distributed.homes import Block, Home, blocks_of, fsdp_modules, home_of, make_current, refuse_engines
+from fire_llm.distributed.agree import MEETING_SECONDS, active, gather_objects, is_first, meet
+from fire_llm.distributed.balance import assign, cost, makespan, rounds, split_cost, splits, worthwhile
 from fire_llm.distributed.joining import PATIENCE, join, leaving, ranks
-from fire_llm.distributed.meeting import MEETING_SECONDS, active, gather_objects, is_first, meet
-from fire_llm.distributed.sharing import assign, cost, makespan, rounds, split_cost, splits, worthwhile
+from fire_llm.distributed.placement import Block, Home, blocks_of, fsdp_modules, home_of, make_current, refuse_engines
+from fire_llm.distributed.redistribute import Exchange
 
 __all__ = [
     "MEETING_SECONDS",

@@ -7,7 +7,7 @@ from pathlib import Path
 from fire_llm.evaluation.perplexity import Perplexity, perplexity, summarize
 from fire_llm.evaluation.scores import Scores
 from fire_llm.evaluation.scoring import exact_nll, token_nll
-from fire_llm.evaluation.uncertainty import paired_difference, standard_errors
+from fire_llm.evaluation.statistics import paired_difference, standard_errors
 from fire_llm.evaluation.windows import windows
 
 __all__ = [

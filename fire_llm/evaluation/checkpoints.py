@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from fire_llm.corpora import CORPORA, Corpus, CorpusSpec, resolve
+from fire_llm.core.errors import UserError
 from fire_llm.data import TokenFile, tokenize_corpus
-from fire_llm.errors import UserError
+from fire_llm.data.corpora import CORPORA, Corpus, CorpusSpec, resolve
+from fire_llm.evaluation.measurement import PREFIXES, first_token, token_text
 from fire_llm.evaluation.perplexity import Perplexity, perplexity
+from fire_llm.evaluation.statistics import BOOTSTRAP, paired_difference, standard_errors
 from fire_llm.evaluation.tasks import run_tasks
-from fire_llm.evaluation.uncertainty import BOOTSTRAP, paired_difference, standard_errors
-from fire_llm.measurement import PREFIXES, first_token, token_text
 from fire_llm.models import check_fits, find_device, load_model, load_tokenizer
 
 SCHEMA_VERSION = 1

@@ -16,14 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fire_llm.context import choose_context
+from fire_llm.architectures.context import choose_context
+from fire_llm.architectures.matrices import unwrap
+from fire_llm.core.errors import UserError
 from fire_llm.distributed import active, fsdp_modules
-from fire_llm.errors import UserError
 from fire_llm.evaluation.precision import device_of, evaluating, own_precision, precision_of
 from fire_llm.evaluation.scores import DocumentSums, Scores
 from fire_llm.evaluation.scoring import PROBE, Scorer
 from fire_llm.evaluation.windows import batches, windows
-from fire_llm.layout import unwrap
 
 WORTH_COMPILING = 8
 """Batches of one shape in a text from which on the trunk is compiled, which takes 20 s or so."""

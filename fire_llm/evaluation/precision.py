@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fire_llm.compat import fsdp2_policy, fsdp2_states, set_fsdp2_policy
+from fire_llm.core.compat import fsdp2_policy, fsdp2_states, set_fsdp2_policy
+from fire_llm.core.errors import UserError
 from fire_llm.distributed import fsdp_modules, make_current
-from fire_llm.errors import UserError
-from fire_llm.orthogonal import exact_products
+from fire_llm.linalg.matmul import exact_products
 
 NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fire_llm.context import longest_context
+from fire_llm.architectures.context import longest_context
+from fire_llm.core.errors import UserError
+from fire_llm.core.hardware import device_memory
 from fire_llm.distributed import fsdp_modules
-from fire_llm.errors import UserError
 from fire_llm.evaluation import kernels
 from fire_llm.evaluation.unmasked import needs_no_mask, unmasked
-from fire_llm.hardware import device_memory
 
 IGNORE = -100
 """Label of a position that is read but not scored."""

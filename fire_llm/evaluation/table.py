@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any
 
-from fire_llm.measurement import all_described, each_once
+from fire_llm.evaluation.measurement import all_described, each_once
 
 if TYPE_CHECKING:
     from rich.console import Console

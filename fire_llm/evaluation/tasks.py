@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from fire_llm.context import choose_context, longest_context
-from fire_llm.errors import UserError, did_you_mean
+from fire_llm.architectures.context import choose_context, longest_context
+from fire_llm.core.errors import UserError, did_you_mean
+from fire_llm.evaluation.measurement import token_text
 from fire_llm.evaluation.precision import evaluating, own_precision, precision_of
-from fire_llm.measurement import token_text
 from fire_llm.models import find_device, load_model, load_tokenizer
 
 KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better", "git_hash")

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from fire_llm.architectures.matrices import unwrap
+from fire_llm.core.errors import UserError
 from fire_llm.distributed import MEETING_SECONDS, meet
-from fire_llm.errors import UserError
-from fire_llm.layout import unwrap
+from fire_llm.resets.execute import Work
 from fire_llm.resets.methods import ComputeDtype, Scale, Solver
 from fire_llm.resets.plan import Plan
 from fire_llm.resets.report import ResetReport, Spectra
 from fire_llm.resets.spec import ResetsLike, parse_resets
-from fire_llm.resets.work import Work
 
 
 @torch.no_grad()

@@ -17,8 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fire_llm.layout import MATRIX_ROLES, ROLES
-from fire_llm.orthogonal import newton_schulz, newton_schulz_factor, polar
+from fire_llm.architectures.matrices import MATRIX_ROLES, ROLES
+from fire_llm.linalg.newton_schulz import newton_schulz, newton_schulz_factor
+from fire_llm.linalg.polar import polar
 
 Kind = Literal["transition", "penalty", "recycling"]
 """How a method acts: once on the weights, on the gradients of every step, or on the hidden units while training."""

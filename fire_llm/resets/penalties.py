@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from fire_llm.orthogonal import exact_products
+from fire_llm.linalg.matmul import exact_products
 from fire_llm.resets.methods import register_training
 
 Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]

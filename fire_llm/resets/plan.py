@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fire_llm.architectures.matrices import ROLES, LogicalMatrix, pieces
+from fire_llm.core.errors import UserError
 from fire_llm.distributed import Block, blocks_of, make_current, refuse_engines
-from fire_llm.errors import UserError
-from fire_llm.layout import ROLES, LogicalMatrix, pieces
 from fire_llm.resets.methods import RESETS, Kind
 from fire_llm.resets.report import Measures, Spectra, TensorReport, describe, fetch
 from fire_llm.resets.spec import FROZEN, ResetSpec, refuse_kinds

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fire_llm.layout import LogicalMatrix
-from fire_llm.metrics import dfi_of_gram, gram
-from fire_llm.orthogonal import singular_range, singular_values
+from fire_llm.architectures.matrices import LogicalMatrix
+from fire_llm.linalg.measures import dfi_of_gram, gram
+from fire_llm.linalg.singular_values import singular_range, singular_values
 from fire_llm.resets.spec import ResetSpec
 
 SIGMA_QUANTILES = 64

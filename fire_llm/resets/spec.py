@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fire_llm.errors import UserError, did_you_mean
-from fire_llm.layout import MATRIX_ROLES, ROLES, LogicalMatrix
+from fire_llm.architectures.matrices import MATRIX_ROLES, ROLES, LogicalMatrix
+from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.resets.methods import RESETS, Kind, ResetMethod
 
 FROZEN = "frozen: requires_grad is off"

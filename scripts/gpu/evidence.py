@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from fire_llm import load_recipe, run_recipe
-from fire_llm.recipe import Recipe
-from fire_llm.recipe.reading import read_data
-from fire_llm.run import Workbench
+from fire_llm.experiment.recipe import Recipe
+from fire_llm.experiment.recipe.reading import read_data
+from fire_llm.experiment.train import Workbench
 
 RECIPE = "gpt-0.1b/quarter-hour"
 ASSUMED_RATE = 250_000

@@ -18,7 +18,7 @@ import benchmark_training as racing
 import torch
 from gpu.kernels import clean
 
-from fire_llm.flops import flops_per_token, peak_flops
+from fire_llm.core.flops import flops_per_token, peak_flops
 from fire_llm.models import config_for, model_on_meta
 
 ATTENTION = ("flash", "cudnn", "efficient", "mem_eff", "fmha", "attention", "attn")

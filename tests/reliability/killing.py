@@ -19,7 +19,7 @@ import pytest
 import torch
 from ranks import PROCESSES
 
-from fire_llm.trainer import ContinualArguments
+from fire_llm.training import ContinualArguments
 
 KINDS = ("step", "saving", "reset", "tokenising")
 WRITES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate"}
@@ -37,7 +37,9 @@ class Instant:
 
 def beside(patch: pytest.MonkeyPatch) -> None:
     """Have runs write checkpoints beside training from here on, as they do on an accelerator."""
-    patch.setattr("fire_llm.run.ContinualArguments", functools.partial(ContinualArguments, async_save=True))
+    patch.setattr(
+        "fire_llm.experiment.train.ContinualArguments", functools.partial(ContinualArguments, async_save=True)
+    )
 
 
 def run(
@@ -124,8 +126,8 @@ def _live(
 def _count_events(output: Path, cache: Path, at: Instant | None) -> Counter:
     """Count what this process does from here on, and send it the signal when it comes to the instant."""
     from fire_llm.data.encode import Encoder
-    from fire_llm.resets.work import Work
-    from fire_llm.trainer import ContinualTrainer
+    from fire_llm.resets.execute import Work
+    from fire_llm.training import ContinualTrainer
 
     counts: Counter = Counter()
 

@@ -18,12 +18,12 @@ from test_trainer import Samples, arguments
 from transformers import TrainerCallback
 
 from fire_llm import ContinualTrainer, UserError
-from fire_llm.manifest import damage
-from fire_llm.staging import checkpoints
-from fire_llm.stopping import Stopped, signals_handled
-from fire_llm.trainer import EvaluationSet, RecyclingCallback, saving, training, writer
-from fire_llm.trainer.rounded import rounded
-from fire_llm.trainer.writer import Writer, on_host
+from fire_llm.core.atomic import checkpoints
+from fire_llm.core.manifest import damage
+from fire_llm.core.signals import Stopped, signals_handled
+from fire_llm.training import EvaluationSet, RecyclingCallback, saving, training, writer
+from fire_llm.training.rounded import rounded
+from fire_llm.training.writer import Writer, on_host
 
 SAVE = ContinualTrainer._save
 

@@ -16,9 +16,9 @@ from killing import beside, outcome
 from tiny_recipe import recipe
 
 from fire_llm import UserError, load_recipe, run_recipe
-from fire_llm.manifest import MANIFEST, damage, newest_intact, write_manifest
-from fire_llm.staging import checkpoints
-from fire_llm.trainer import ContinualTrainer, saving
+from fire_llm.core.atomic import checkpoints
+from fire_llm.core.manifest import MANIFEST, damage, newest_intact, write_manifest
+from fire_llm.training import ContinualTrainer, saving
 
 FIRST, SECOND = Path("first") / "seed-1", Path("second") / "fire" / "seed-1"
 

@@ -10,8 +10,8 @@ import pytest
 from killing import KINDS, draw, outcome, run
 from tiny_recipe import recipe
 
-from fire_llm.manifest import damage
-from fire_llm.staging import checkpoints
+from fire_llm.core.atomic import checkpoints
+from fire_llm.core.manifest import damage
 
 KILL, TERM = signal.SIGKILL, signal.SIGTERM
 

@@ -15,13 +15,13 @@ from tiny_recipe import recipe
 
 from fire_llm import load_recipe, run_recipe
 from fire_llm.cli import main
-from fire_llm.staging import checkpoints
-from fire_llm.stopping import SAME_SECONDS, Stopped, asked, handled, signals_handled, wait_for_step
-from fire_llm.trainer import ContinualTrainer
+from fire_llm.core.atomic import checkpoints
+from fire_llm.core.signals import SAME_SECONDS, Stopped, asked, handled, signals_handled, wait_for_step
+from fire_llm.training import ContinualTrainer
 
 WAITING = r"""
 import os, sys, time
-from fire_llm.stopping import asked, signals_handled, wait_for_step
+from fire_llm.core.signals import asked, signals_handled, wait_for_step
 with signals_handled():
     wait_for_step(True)
     if "fork" in sys.argv and os.fork() == 0:

@@ -1,0 +1,1 @@
+"""Which matrices an architecture has, and how long a text it reads."""

@@ -1,0 +1,200 @@
+"""The one sentence that says how a stored tensor holds its logical (out, in) matrices; sizes only, no torch.
+
+    stored tensor ─ stack ─▶ A × B ─ orientation ─▶ out × in ─ groups × parts, on the out axis ─▶ one matrix a part
+
+FIRE does not care in which order a matrix keeps its rows or columns (permuting them commutes with orthogonalising),
+so a layout only has to tell WHICH rows belong together and which axis is `out`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fire_llm.core.errors import UserError, did_you_mean
+
+ROLES = ("attention", "mlp", "ssm", "embedding", "lm_head", "norm", "bias", "router", "other")
+MATRIX_ROLES = ("attention", "mlp", "ssm", "lm_head")
+ORIENTATIONS = ("out_first", "in_first")
+WHOLE_SUBTREE = "**"
+"""The child that stands for every parameter below a module, e.g. below a vision tower."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Name one logical matrix inside a fused one.
+
+    Args:
+        name: `q`, `k`, `v`, `gate`, `up`, …; empty where the tensor is one matrix.
+        size: Rows on the out axis within one group; None for an equal share of what the sized parts leave.
+    """
+
+    name: str
+    size: int | None = None
+
+
+PartLike = Part | tuple[str, int] | str
+Sizes = int | Callable[[Any], int]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Locate one logical matrix in its stored tensor, all sizes resolved.
+
+    Args:
+        name: Its part, empty where the tensor (or the stack's item) is one matrix.
+        index: Its place on the stack axis, None where there is no stack.
+        stack: Length of the stack axis, None where there is none.
+        in_first: Whether the stored axes are (in, out).
+        groups: Times the parts repeat along the out axis.
+        offset: First row of the part within a group.
+        size: Rows of the part within a group.
+        columns: Length of the in axis.
+    """
+
+    name: str
+    index: int | None
+    stack: int | None
+    in_first: bool
+    groups: int
+    offset: int
+    size: int
+    columns: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Give (out, in) of the logical matrix."""
+        return self.groups * self.size, self.columns
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Say how one child of a block class stores its logical matrices.
+
+    Callables receive the block module, so that layers of one model may differ in size.
+
+    Args:
+        role: One of `ROLES`. A role outside `MATRIX_ROLES` keeps the parameter whole.
+        parts: Parts of one group on the out axis, in order: `Part`, (name, rows) or a name alone for an equal share.
+            Empty: the whole axis is one matrix.
+        orientation: `out_first` (nn.Linear) or `in_first` (Conv1D), after the stack axis.
+        groups: Times the parts repeat along the out axis: heads, or rows where gate and up alternate.
+        stack: Matrices along the first axis (experts), each cut alike; None where the first axis is no stack.
+        leaf: Class that must hold a parameter called `weight`, because a quantised or adapted stand-in
+            stores something else; None accepts any. It does not apply to parameters that the block holds itself.
+
+    Raises:
+        UserError: The role or the orientation is unknown.
+    """
+
+    role: str
+    parts: Sequence[PartLike] | Callable[[Any], Sequence[PartLike]] = ()
+    orientation: str = "out_first"
+    groups: Sizes = 1
+    stack: Sizes | None = None
+    leaf: str | None = "Linear"
+
+    def __post_init__(self) -> None:
+        for what, value, allowed in (("role", self.role, ROLES), ("orientation", self.orientation, ORIENTATIONS)):
+            if value not in allowed:
+                raise UserError(
+                    f"layout {what}: unknown '{value}'.{did_you_mean(value, allowed)} Allowed: {', '.join(allowed)}"
+                )
+
+    @property
+    def matrix(self) -> bool:
+        """Tell whether resets may treat the parameter as matrices."""
+        return self.role in MATRIX_ROLES
+
+    def cuts(self, block: Any, shape: Sequence[int], name: str) -> list[Cut]:
+        """Cut a stored tensor into its logical matrices.
+
+        Args:
+            block: Module that the sizes are read from.
+            shape: Stored shape; the axes after the first (or after the stack axis) count as one.
+            name: Parameter name, for messages.
+
+        Raises:
+            UserError: The sizes do not fill the stored shape exactly.
+        """
+        stack, rest = self._unstack(block, tuple(shape), name)
+        if len(rest) < 2:
+            raise UserError(
+                f"'{name}': shape {tuple(shape)} leaves no matrix once the stack axis ({stack}) is taken off"
+            )
+        first, second = rest[0], math.prod(rest[1:])
+        in_first = self.orientation == "in_first"
+        rows, columns = (second, first) if in_first else (first, second)
+        groups = _resolve(self.groups, block)
+        parts = [_part(p) for p in (_resolve(self.parts, block) or (Part(""),))]
+        sized = sum(p.size for p in parts if p.size is not None)
+        shares = sum(p.size is None for p in parts)
+        share, left = divmod(rows // groups - sized, shares) if shares else (0, rows // groups - sized)
+        if rows % groups or left or (shares and share < 1):
+            says = " + ".join(f"{p.name or 'whole'}: {'equal share' if p.size is None else p.size}" for p in parts)
+            raise UserError(
+                f"'{name}': its layout says {groups} × [{says}] on the out axis, but the stored shape "
+                f"{tuple(shape)} has {rows} rows there. Correct the layout of {type(block).__name__}"
+            )
+        cuts: list[Cut] = []
+        for index in range(stack) if stack is not None else (None,):
+            offset = 0
+            for part in parts:
+                size = share if part.size is None else part.size
+                cuts.append(Cut(part.name, index, stack, in_first, groups, offset, size, columns))
+                offset += size
+        return cuts
+
+    def _unstack(self, block: Any, shape: tuple[int, ...], name: str) -> tuple[int | None, tuple[int, ...]]:
+        """Take the stack axis off: the first axis of a 3-D tensor, or blocks of rows of a 2-D one."""
+        if self.stack is None:
+            return None, shape
+        stack = int(_resolve(self.stack, block))
+        if len(shape) > 2 and shape[0] == stack:
+            return stack, shape[1:]
+        if len(shape) == 2 and stack > 0 and shape[0] % stack == 0:
+            return stack, (shape[0] // stack, shape[1])
+        raise UserError(f"'{name}': its layout says a stack of {stack}, which the stored shape {shape} does not hold")
+
+
+def _resolve(value: Any, block: Any) -> Any:
+    """Read a size from the module instance where the layout says how."""
+    return value(block) if callable(value) else value
+
+
+def _part(part: PartLike) -> Part:
+    """Accept the short forms of a part."""
+    if isinstance(part, Part):
+        return part
+    return Part(part) if isinstance(part, str) else Part(*part)
+
+
+Table = dict[tuple[str, str], Layout]
+
+
+def entries(role: str, children: str, blocks: str, **options: Any) -> Table:
+    """Give every listed child of every listed block class the same layout.
+
+    Args:
+        role: One of `ROLES`.
+        children: Child paths parted by spaces; an index in a path is written `*`.
+        blocks: Class names parted by spaces.
+        **options: Further arguments of `Layout`.
+    """
+    return {(block, child): Layout(role, **options) for block in blocks.split() for child in children.split()}
+
+
+def merge(*tables: Table) -> Table:
+    """Join tables; a key listed twice is an error, because one of the two would be lost unnoticed."""
+    return dict(_once(item for table in tables for item in table.items()))
+
+
+def _once(items: Iterable[tuple[tuple[str, str], Layout]]) -> Iterable[tuple[tuple[str, str], Layout]]:
+    seen: set[tuple[str, str]] = set()
+    for key, layout in items:
+        if key in seen:
+            raise ValueError(f"layout of {key[0]}.{key[1]} is listed twice")
+        seen.add(key)
+        yield key, layout

@@ -1,0 +1,134 @@
+"""Which layout a parameter has: the key (block class, child) that it is known by, the tables, and the refusal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fire_llm.architectures.families import TABLE
+from fire_llm.architectures.grammar import WHOLE_SUBTREE, Layout, Table
+
+REGISTERED: Table = {}
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList)
+_HEAD = Layout("lm_head")
+
+
+@dataclass(frozen=True)
+class Site:
+    """Say where one name of a parameter lives.
+
+    Args:
+        name: Full name in the model.
+        owner: Module that holds it.
+        block: Nearest module that is no container, above the owner of a `weight`, else the owner itself.
+        child: Path from the block to the owner of a `weight`, else to the parameter; indices as `*`.
+        ancestors: Every module around it, the model first, the owner last.
+    """
+
+    name: str
+    owner: nn.Module
+    block: nn.Module
+    child: str
+    ancestors: tuple[nn.Module, ...]
+
+    @property
+    def block_class(self) -> str:
+        """Name the block's class as it was written."""
+        return class_of(self.block).__name__
+
+    @property
+    def is_weight(self) -> bool:
+        """Tell whether a leaf module holds it under the name `weight`, rather than the block itself."""
+        return self.owner is not self.block and self.name.endswith(".weight")
+
+
+@dataclass(frozen=True)
+class Known:
+    """Say what one name of a parameter means: its role, and the layout where it is cut into matrices."""
+
+    role: str
+    site: Site
+    layout: Layout | None = None
+
+
+class Lookup:
+    """Find the sites of a model's parameters and what the tables say of them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        getter = getattr(model, "get_output_embeddings", None)
+        head = getter() if callable(getter) else None
+        self._heads = list(head) if isinstance(head, nn.ModuleList) else [head]
+
+    def site(self, name: str) -> Site:
+        """Find the block and the child path of a parameter."""
+        owner, _, leaf = name.rpartition(".")
+        block, target = (owner.rpartition(".")[0], owner) if leaf == "weight" and owner else (owner, name)
+        while block and class_of(self._modules[block]) in _CONTAINERS:
+            block = block.rpartition(".")[0]
+        child = ".".join("*" if step.isdigit() else step for step in target.removeprefix(f"{block}.").split("."))
+        steps = owner.split(".") if owner else []
+        around = tuple(self._modules[".".join(steps[:n])] for n in range(len(steps) + 1))
+        return Site(name, self._modules[owner], self._modules[block], child, around)
+
+    def classify(self, site: Site, ndim: int) -> Known | None:
+        """Tell what a parameter means, None where it has two or more dimensions and the tables are silent."""
+        for module in site.ancestors:
+            if subtree := _entry(module, WHOLE_SUBTREE):
+                return Known(subtree.role, site)
+        if site.is_weight and any(site.owner is head for head in self._heads):
+            return Known("lm_head", site, _HEAD) if class_of(site.owner) is nn.Linear else None
+        if layout := _entry(site.block, site.child):
+            if not layout.matrix:
+                return Known(layout.role, site)
+            fits = layout.leaf in (None, class_of(site.owner).__name__) or not site.is_weight
+            return Known(layout.role, site, layout) if fits else None
+        if isinstance(site.owner, nn.Embedding):
+            return Known("embedding", site)
+        if ndim > 1:
+            return None
+        # Only a leaf may be told by its name: whole blocks are called RobertaPreLayerNorm… too.
+        if "Norm" in class_of(site.owner).__name__ and not list(site.owner.children()):
+            return Known("norm", site)
+        return Known("bias" if site.name.endswith("bias") else "other", site)
+
+
+def class_of(module: nn.Module) -> type:
+    """Give the class a module was written as: fully_shard and replicate swap in subclasses of their own."""
+    return next(
+        kind
+        for kind in type(module).__mro__
+        if not any(base.__module__.startswith("torch.distributed.") for base in kind.__mro__)
+    )
+
+
+def refusal(kind: str, unknown: list[tuple[Site, tuple[int, ...]]]) -> str:
+    """Word the refusal of weights no layout tells about: the first in full, the others by name, and what to do.
+
+    Args:
+        kind: Class name of the model.
+        unknown: Sites and stored shapes, at least one.
+    """
+    site, shape = unknown[0]
+    block, child, module = site.block_class, site.child, class_of(site.block).__module__
+    pairs = list(dict.fromkeys(f"{s.block_class}.{s.child}" for s, _ in unknown))[1:]
+    also = f" Also unknown: {', '.join(pairs[:5])}{' and more' if len(pairs) > 5 else ''}." if pairs else ""
+    if any(step.startswith(("lora_", "base_layer")) for s, _ in unknown for step in s.name.split(".")):
+        also += " These are adapters: merge them first (`merge_and_unload()`)."
+    elif (block, child) in TABLE:
+        also += f" A layout of that name exists, for transformers' own {block} and a child of class "
+        also += f"{TABLE[block, child].leaf}; this {block} is defined in {module}."
+    return (
+        f"{kind}: no layout is known for {block}.{child} ('{site.name}', shape {shape}, held by "
+        f"{class_of(site.owner).__name__}).{also} Nothing is guessed: add an entry for ('{block}', '{child}') to a "
+        f"file in fire_llm/architectures/families/ (docs/adding.md, 'A layout'), or call "
+        f"fire_llm.register_layout('{block}', '{child}', role=...)"
+    )
+
+
+def _entry(block: nn.Module, child: str) -> Layout | None:
+    """Find a layout by exact class; the built-in table speaks of transformers' own classes only."""
+    kind = class_of(block)
+    key = kind.__name__, child
+    return REGISTERED.get(key) or (TABLE.get(key) if kind.__module__.startswith("transformers.") else None)

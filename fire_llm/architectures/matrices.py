@@ -1,0 +1,296 @@
+"""Which logical (out, in) matrices a model holds, and what role every parameter plays.
+
+A parameter is looked up by (block class, child): the block is the nearest module above the one that owns the weight
+which is no mere container, the child is the path from there with indices written `*`. What is not in the table of
+`fire_llm/architectures/families/` is refused, never guessed. Shapes: out = rows of y = W x, in = its columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fire_llm.architectures.families import TYPES
+from fire_llm.architectures.grammar import MATRIX_ROLES, ROLES, Cut, Layout, Part, PartLike, Sizes
+from fire_llm.architectures.lookup import REGISTERED, Known, Lookup, Site, class_of, refusal
+from fire_llm.core.compat import left_out
+from fire_llm.core.errors import UserError, did_you_mean
+
+__all__ = [
+    "MATRIX_ROLES",
+    "ROLES",
+    "Layout",
+    "LogicalMatrix",
+    "Part",
+    "hidden_matrices",
+    "logical_matrices",
+    "parameter_roles",
+    "pieces",
+    "register_layout",
+    "supported_types",
+    "unwrap",
+]
+
+_WRITABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_BLOCK_ROLES = frozenset({"attention", "mlp", "ssm"})
+
+
+@dataclass(frozen=True, eq=False)
+class LogicalMatrix:
+    """Stand for one piece of a model: a logical (out, in) matrix, or a parameter that is kept whole.
+
+    Args:
+        parameter: Full name in the unwrapped model, as in `named_parameters()`.
+        tensor: The parameter itself, or the rows of it that `within` was given.
+        roles: Roles it plays; a tied embedding and head play two.
+        block: Class name of the block that holds it.
+        cut: Where the matrix lies in the parameter; None where the parameter is kept whole.
+    """
+
+    parameter: str
+    tensor: Tensor
+    roles: frozenset[str]
+    block: str
+    cut: Cut | None = None
+
+    @property
+    def matrix(self) -> bool:
+        """Tell whether this is an (out, in) matrix rather than a parameter kept whole."""
+        return self.cut is not None
+
+    @property
+    def part(self) -> str:
+        """Name the part of a fused parameter (`q`, `k`, `gate`, …), empty where there is one only."""
+        return self.cut.name if self.cut else ""
+
+    @property
+    def role(self) -> str:
+        """Give the one role to file it under: the one of a matrix where it plays several."""
+        return min(self.roles, key=lambda role: (role not in MATRIX_ROLES, role))
+
+    @property
+    def name(self) -> str:
+        """Name it uniquely: `h.0.attn.c_attn.weight[q]`, `experts.gate_up_proj[3.up]`, or the plain parameter name."""
+        index = "" if self.cut is None or self.cut.index is None else str(self.cut.index)
+        inside = ".".join(filter(None, (index, self.part)))
+        return f"{self.parameter}[{inside}]" if inside else self.parameter
+
+    @property
+    def shape(self) -> torch.Size:
+        """Give (out, in), or the stored shape of a parameter kept whole."""
+        return torch.Size(self.cut.shape) if self.cut else self.tensor.shape
+
+    @property
+    def trainable(self) -> bool:
+        """Tell whether gradients reach it."""
+        return self.tensor.requires_grad
+
+    @property
+    def rows(self) -> range:
+        """Give the rows of the parameter, along its first axis, that hold this piece and what is fused with it."""
+        total = self.tensor.shape[0] if self.tensor.ndim else 1
+        if self.cut is None or self.cut.index is None or self.cut.stack is None:
+            return range(total)
+        each = total // self.cut.stack
+        return range(self.cut.index * each, (self.cut.index + 1) * each)
+
+    def within(self, rows: Tensor) -> LogicalMatrix:
+        """Stand for the same piece in a tensor that holds the parameter's `rows`, wherever they came from.
+
+        Args:
+            rows: (len(self.rows), …), the stored axes after the first as in the parameter.
+        """
+        if self.cut is None or self.cut.index is None:
+            return replace(self, tensor=rows)
+        return replace(self, tensor=rows, cut=replace(self.cut, index=0, stack=1))
+
+    @property
+    def view(self) -> Tensor:
+        """Give the (out, in) matrix as a view sharing storage with the parameter, outside autograd.
+
+        Raises:
+            UserError: Its rows are interleaved with another part's, so that no 2-D view exists.
+        """
+        slot = self._slot()
+        if self.cut is None:
+            return slot
+        try:
+            return slot.view(self.shape)
+        except RuntimeError as error:
+            raise UserError(
+                f"'{self.name}' lies interleaved with other parts in '{self.parameter}' ({self.cut.groups} groups of "
+                f"{self.cut.size} rows), so no 2-D view of it exists: use read() and write_()"
+            ) from error
+
+    def read(self) -> Tensor:
+        """Give the (out, in) matrix outside autograd; do not write into it, it may or may not be a copy."""
+        return self._slot().reshape(self.shape)
+
+    def write_(self, new: Tensor) -> None:
+        """Write a matrix of the same shape through to the parameter, casting dtype and device.
+
+        Raises:
+            ValueError: The shape differs.
+        """
+        if new.shape != self.shape:
+            raise ValueError(f"'{self.name}' is {tuple(self.shape)}, got {tuple(new.shape)}")
+        slot = self._slot()
+        slot.copy_(new.detach().reshape(slot.shape))
+
+    def _slot(self) -> Tensor:
+        """Give the stored elements as a strided view, (groups, size, in) for a matrix."""
+        stored, cut = self.tensor.detach(), self.cut
+        if cut is None:
+            return stored
+        if cut.index is not None:
+            # A 2-D tensor stacks blocks of rows: split them off first.
+            stored = (stored if stored.ndim > 2 else stored.unflatten(0, (cut.stack, -1)))[cut.index]
+        if stored.ndim > 2:
+            stored = stored.view(stored.shape[0], -1)
+        rows = stored.t() if cut.in_first else stored
+        return rows.unflatten(0, (cut.groups, -1)).narrow(1, cut.offset, cut.size)
+
+
+def register_layout(
+    block_class: str,
+    child: str,
+    *,
+    role: str,
+    parts: Sequence[PartLike] | Callable[[Any], Sequence[PartLike]] = (),
+    orientation: str = "out_first",
+    groups: Sizes = 1,
+    stack: Sizes | None = None,
+    leaf: str | None = "Linear",
+) -> None:
+    """Add one entry from outside; it goes before the built-in table and applies to any class of that name.
+
+    Args:
+        block_class: Class name of the nearest ancestor of the weight's owner that is no container.
+        child: Path from there to the weight's owner, or to a parameter that is not called `weight`; indices as `*`.
+            `**` keeps everything below the block whole.
+        role: One of `ROLES`.
+        parts: See `Layout`, like the rest. Sizes may be callables that receive the block module.
+        orientation: `out_first` or `in_first`.
+        groups: Repeats of the parts on the out axis.
+        stack: Matrices along the first axis.
+        leaf: Class name of the module holding `weight`.
+
+    Raises:
+        UserError: The role or the orientation is unknown.
+    """
+    REGISTERED[block_class, child] = Layout(role, parts, orientation, groups, stack, leaf)
+
+
+def supported_types() -> list[str]:
+    """List the `model_type`s of the installed transformers whose every weight is known, whatever their options."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - left_out()
+    return [name for name in TYPES if name in known]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Peel what DistributedDataParallel, DataParallel and torch.compile put around a model."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def plain_name(name: str) -> str:
+    """Strip what activation checkpointing and torch.compile put into a parameter's name."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def logical_matrices(model: nn.Module, roles: Iterable[str] = ("attention", "mlp")) -> Iterator[LogicalMatrix]:
+    """Yield the logical (out, in) matrices that play one of the roles, in the order of `named_parameters()`.
+
+    Args:
+        model: Any causal LM whose layout is known, wrapped or not, on any device, `meta` included.
+        roles: Some of `MATRIX_ROLES`; other roles are accepted but hold no matrices of their own.
+
+    Raises:
+        UserError: A role or the model's layout is unknown.
+    """
+    wanted = {roles} if isinstance(roles, str) else set(roles)
+    for role in sorted(wanted - set(ROLES)):
+        raise UserError(f"roles: unknown role '{role}'.{did_you_mean(role, ROLES)} Allowed: {', '.join(ROLES)}")
+    return (piece for piece in pieces(model) if piece.matrix and piece.roles & wanted)
+
+
+def parameter_roles(model: nn.Module, *, strict: bool = True) -> dict[str, frozenset[str]]:
+    """Map every parameter (tied ones once) to the roles it plays; a tied embedding and head play both."""
+    return {piece.parameter: piece.roles for piece in pieces(model, strict=strict)}
+
+
+def hidden_matrices(model: nn.Module) -> list[str]:
+    """Name the parameters that are a matrix inside a block, which Muon is for, a fused one counting as one matrix.
+
+    Embeddings, heads and routers are none, nor are stacks of experts.
+
+    Raises:
+        UserError: The model's layout is unknown.
+    """
+    stored = (p for p in pieces(model) if p.cut is not None and p.cut.index is None and p.tensor.ndim == 2)
+    return list(dict.fromkeys(p.parameter for p in stored if p.roles <= _BLOCK_ROLES))
+
+
+def pieces(model: nn.Module, *, strict: bool = True) -> list[LogicalMatrix]:
+    """Cut every parameter into its pieces: logical matrices, and the other parameters whole.
+
+    Args:
+        model: Model, wrapped or not, on any device, `meta` included.
+        strict: Refuse weights of two or more dimensions that no layout tells about; otherwise keep them whole under
+            the role `other`, which serves a reset that treats all parameters alike.
+
+    Returns:
+        Each parameter exactly once (a tied one under its first name), in the order of `named_parameters()`.
+
+    Raises:
+        UserError: A weight is quantised, unknown (`strict`), or does not fit its layout; or there are no weights.
+    """
+    model = unwrap(model)
+    kind = class_of(model).__name__
+    if getattr(model, "is_quantized", False):
+        raise UserError(f"{kind} is quantised, its weights are codes: load it in float32, float16 or bfloat16")
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    if not names:
+        raise UserError(f"{kind} has no parameters: nothing to cut into matrices")
+    lookup = Lookup(model)
+    result: list[LogicalMatrix] = []
+    unknown: list[tuple[Site, tuple[int, ...]]] = []
+    for parameter, tied in names.items():
+        if parameter.ndim > 1 and parameter.dtype not in _WRITABLE:
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            raise UserError(f"'{tied[0]}' is {dtype}, quantised: load the model in float32, float16 or bfloat16")
+        sites = [lookup.site(name) for name in tied]
+        known = [lookup.classify(site, parameter.ndim) for site in sites]
+        unknown += [(site, tuple(parameter.shape)) for site, k in zip(sites, known, strict=True) if k is None]
+        result += _cut(parameter, [k or Known("other", site) for site, k in zip(sites, known, strict=True)])
+    if strict and unknown:
+        raise UserError(refusal(kind, unknown))
+    if strict and not any(piece.roles & _BLOCK_ROLES for piece in result):
+        raise UserError(
+            f"{kind} holds no attention, MLP or SSM matrix: is it a language model with at least one layer?"
+        )
+    return result
+
+
+def _cut(parameter: nn.Parameter, known: list[Known]) -> Iterator[LogicalMatrix]:
+    """Yield the pieces of one parameter, given what each of its names means."""
+    name, roles = known[0].site.name, frozenset(k.role for k in known)
+    for k in known:
+        if k.layout:
+            for cut in k.layout.cuts(k.site.block, parameter.shape, name):
+                yield LogicalMatrix(name, parameter, roles, k.site.block_class, cut)
+            return
+    yield LogicalMatrix(name, parameter, roles, known[0].site.block_class)

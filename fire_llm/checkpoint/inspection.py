@@ -1,0 +1,110 @@
+"""Measure the logical matrices of a checkpoint, alone or against another; both stay on the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fire_llm.architectures.matrices import LogicalMatrix, logical_matrices
+from fire_llm.checkpoint import Stored
+from fire_llm.core.errors import UserError
+from fire_llm.linalg.measures import dfi, effective_rank, sfe
+from fire_llm.linalg.singular_values import singular_values
+from fire_llm.models import find_device
+from fire_llm.resets import sigma_quantiles
+
+COLUMNS = ("sigma_min", "sigma_median", "sigma_max", "dfi", "effective_rank", "norm")
+
+
+@torch.no_grad()
+def inspect_checkpoint(
+    checkpoint: str | Path,
+    against: str | Path | None = None,
+    roles: Iterable[str] = ("attention", "mlp", "lm_head"),
+    progress: bool = True,
+    device: str = "cpu",
+    native: bool = False,
+) -> list[dict[str, Any]]:
+    """Return one row a logical matrix: shape, singular values, DfI, effective rank and norm.
+
+    Memory holds one matrix (and what is fused with it) of either checkpoint at a time.
+
+    Args:
+        checkpoint: A folder or a Hub id.
+        against: A second checkpoint of the same architecture; adds `sfe` and `cosine`.
+        roles: Which matrices.
+        progress: Show a progress bar.
+        device: Where to compute: `cpu`, `cuda`, `cuda:1`.
+        native: See `reset_checkpoint`.
+
+    Raises:
+        UserError: For an unreadable or unknown checkpoint, one of another architecture, or a matrix that is not finite.
+    """
+    from tqdm.auto import tqdm
+
+    wanted = (roles,) if isinstance(roles, str) else tuple(roles)
+    stored, where = Stored.open(checkpoint, native=native), find_device(device)
+    matrices = list(logical_matrices(stored.model, wanted))
+    if not matrices:
+        raise UserError(f"'{checkpoint}' holds no matrix of the roles {', '.join(wanted)}: choose others with --role")
+    other = Stored.open(against, native=native) if against is not None else None
+    pairs = {m.name: m for m in logical_matrices(other.model, wanted)} if other else {}
+    for matrix in matrices:
+        stored.check_readable(matrix)
+        if other is not None:
+            pair = pairs.get(matrix.name)
+            if pair is None or pair.shape != matrix.shape:
+                raise UserError(
+                    f"'{against}' holds no '{matrix.name}' of shape {tuple(matrix.shape)}: another architecture"
+                )
+            other.check_readable(pair)
+    rows = []
+    for matrix in tqdm(matrices, desc="inspecting", unit="matrix", disable=not progress, leave=False, delay=1):
+        w = _weights(stored, matrix, where)
+        row = {"name": matrix.name, "role": matrix.role, "shape": list(matrix.shape), **_measures(w)}
+        if other is not None:
+            v = _weights(other, pairs[matrix.name], where)
+            norms = torch.linalg.vector_norm(w, dtype=torch.float64) * torch.linalg.vector_norm(v, dtype=torch.float64)
+            row |= {"sfe": sfe(v, w), "cosine": float((w.double() * v.double()).sum() / norms)}
+        rows.append(row)
+    return rows
+
+
+def _weights(stored: Stored, matrix: LogicalMatrix, device: torch.device) -> torch.Tensor:
+    """Read a matrix, and refuse it where it has no singular values."""
+    w = stored.loaded(matrix).read().to(device)
+    if not torch.isfinite(w).all():
+        raise UserError(f"'{matrix.name}' of '{stored.source.name}' holds NaN or infinity: it has no singular values")
+    return w
+
+
+def _measures(w: torch.Tensor) -> dict[str, Any]:
+    sigma = singular_values(w)
+    return {
+        "sigma_min": float(sigma[-1]),
+        "sigma_median": float(sigma.median()),
+        "sigma_max": float(sigma[0]),
+        "dfi": dfi(w),
+        "effective_rank": effective_rank(sigma),
+        "norm": float(torch.linalg.vector_norm(sigma)),
+        "sigma": sigma_quantiles(sigma),
+    }
+
+
+def print_inspection(rows: list[dict[str, Any]]) -> None:
+    """Print the rows as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = [*COLUMNS, *(c for c in ("sfe", "cosine") if c in rows[0])]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("matrix", overflow="fold")
+    for column in ("shape", *columns):
+        table.add_column(column.replace("_", " ").replace("sigma", "σ"), justify="right")
+    for row in rows:
+        shape = "×".join(map(str, row["shape"]))
+        table.add_row(row["name"], shape, *(f"{row[c]:.4g}" for c in columns))
+    Console().print(table)

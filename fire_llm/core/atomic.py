@@ -1,0 +1,150 @@
+"""Folders and files that appear whole or not at all, and which checkpoints of a run are whole."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from fire_llm.core.errors import UserError
+
+STAGING_SUFFIX = ".partial"
+"""Ending of the name under which a folder is written before it is renamed to its own."""
+
+BYTES_A_PARAMETER = 12
+"""Of a checkpoint: weights and AdamW's two moments, in fp32."""
+
+CONTINUAL_STATE = "continual_state.json"
+"""File in a checkpoint that holds what `TrainerState` has no room for."""
+
+
+def sync(folder: Path, *, below: bool = True) -> None:
+    """Flush every file below a folder, and the folders themselves, to the disk; or the folder's list of names alone."""
+    for path in [*(sorted(folder.rglob("*")) if below else ()), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def partial_of(destination: Path) -> Path:
+    """Return the name under which a folder is written before it is renamed to its own."""
+    return destination.with_name(destination.name + STAGING_SUFFIX)
+
+
+@contextmanager
+def staged(destination: Path) -> Iterator[Path]:
+    """Give a temporary folder that becomes `destination` in one rename when the block ends without an error.
+
+    A process killed at any instant leaves either nothing under that name or the whole folder.
+
+    Raises:
+        UserError: Where the destination exists, or the disk is full or read-only.
+    """
+    if destination.exists():
+        raise UserError(f"'{destination}' exists already: name a new folder, or delete that one")
+    partial = partial_of(destination)
+    absent = [p for p in destination.parents if not p.exists()]
+    with writing(destination.parent):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            sync(partial)
+            os.rename(partial, destination)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            for parent in absent:  # the nearest first
+                with suppress(OSError):
+                    parent.rmdir()
+            raise
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn a full disk, missing rights and a file in a folder's place into one clear message.
+
+    Raises:
+        UserError: Naming the folder.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        reasons = {
+            errno.ENOSPC: "the disk is full. Free some space, or choose another folder",
+            errno.EDQUOT: "the disk quota is used up. Free some space, or choose another folder",
+            errno.EROFS: "the file system is read-only. Choose another folder",
+            errno.EACCES: "permission denied. Choose a folder you may write to",
+            errno.EPERM: "permission denied. Choose a folder you may write to",
+            errno.ENOTDIR: "a part of the path is a file. Choose another folder",
+            errno.EEXIST: "a file has that name. Choose another folder",
+        }
+        if error.errno not in reasons:
+            raise
+        raise UserError(f"cannot write below '{folder}': {reasons[error.errno]}") from error
+    except Exception as error:
+        # safetensors and torch report a full disk in words of their own.
+        if "No space left on device" in str(error) or ("writ" in str(error) and free_bytes(folder) < 2**20):
+            raise UserError(f"cannot write below '{folder}': the disk is full. Free some space") from error
+        raise
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the bytes free for a folder that need not exist yet."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def checkpoints(folder: Path) -> list[tuple[Path, int]]:
+    """Return the whole checkpoints in a phase's folder with their steps, oldest first."""
+    found = [(p.parent, step) for p in folder.glob(f"*/{CONTINUAL_STATE}") if (step := step_of(p.parent)) is not None]
+    return sorted(found, key=lambda pair: pair[1])
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """Return the step that a checkpoint's name tells, None where the name is not one's."""
+    number = checkpoint.name.removeprefix("checkpoint-")
+    return int(number) if number.isdigit() else None
+
+
+def is_run(folder: Path) -> bool:
+    """Tell whether a folder is a run's rather than a checkpoint."""
+    return (folder / "recipe.json").is_file()
+
+
+def check_file(option: str, name: str | None) -> None:
+    """Refuse, before any work, a file that could not be written where an option names it.
+
+    Raises:
+        UserError: It is a folder, or lies below a file.
+    """
+    if name is None:
+        return
+    path = Path(name)
+    if path.is_dir():
+        raise UserError(f"{option}: '{path}' is a folder: name a file")
+    blocked = next((p for p in path.parents if os.path.lexists(p) and not p.is_dir()), None)
+    if blocked is not None:
+        raise UserError(f"{option}: '{path}' cannot be written: '{blocked}' is a file. Choose another folder")
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON in one rename, so that a reader never sees half of it; its folder is made where there is none."""
+    partial = path.with_name(path.name + STAGING_SUFFIX)
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(data, file, indent=1, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)

@@ -1,0 +1,146 @@
+"""What this package needs of the libraries beyond their documented interface, and what differs between their versions.
+
+`ContinualTrainer` overrides methods of `Trainer`, some of them private, which come and go from release to release.
+Where one is no longer called, the override is left out and nothing says so. The lists below are held against the
+installed `Trainer` before it is used (docs/dependencies.md says which versions pass).
+
+Each entry that stands for a version names it, so that it can go when the floor in pyproject.toml passes that version.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from types import CodeType
+from typing import Any
+
+from fire_llm.core.errors import UserError
+
+TRAINER_HOOKS = (
+    "_clip_grad_norm",  # from 5.3
+    "_get_grad_norm",  # from 5.3
+    "_get_num_items_in_batch",
+    "_get_output_dir",
+    "_get_train_sampler",
+    "_init_training_state",  # from 5.3
+    "_load_from_checkpoint",
+    "_load_optimizer_and_scheduler",
+    "_load_rng_state",
+    "_maybe_log_save_evaluate",
+    "_save_checkpoint",
+    "_save_optimizer_and_scheduler",
+    "compute_loss",
+    "create_accelerator_and_postprocess",
+    "create_optimizer",
+    "create_scheduler",
+    "evaluate",
+    "floating_point_ops",
+    "get_batch_samples",
+    "get_decay_parameter_names",
+    "get_train_dataloader",
+    "log",
+    "save_model",
+    "training_step",
+)
+"""Methods of `Trainer` that `ContinualTrainer` overrides, and that `Trainer` itself must call."""
+
+TRAINER_ATTRIBUTES = ("_created_lr_scheduler", "_globalstep_last_logged", "_prepare_inputs", "_save", "_tr_loss")
+"""Other private names of `Trainer` that are read, set or called; `_tr_loss` from 5.3."""
+
+OTHER_LAYOUTS = {"aria_text": "5.18"}
+"""Model types whose matrices lie otherwise below a version of transformers; there they are refused, as unknown ones."""
+
+
+def left_out() -> set[str]:
+    """Return the model types that the installed transformers lays out in a way that no layout describes."""
+    import transformers
+
+    own = _numbers(transformers.__version__)
+    return {name for name, first in OTHER_LAYOUTS.items() if own < _numbers(first)}
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Return the first two numbers of a version."""
+    return tuple(int(number) for number in version.split(".")[:2])
+
+
+def installed(distribution: str) -> str | None:
+    """Return the version of a distribution; None where its metadata is missing, as in some vendored installations."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def check_trainer(trainer: type) -> None:
+    """Refuse a `Trainer` that does not call what is overridden: the override would be left out in silence.
+
+    Example: without a call of `_get_grad_norm`, a loss that is not finite would reach the weights.
+
+    Args:
+        trainer: transformers' `Trainer`.
+
+    Raises:
+        UserError: It lacks hooks, or has some that nothing in it calls.
+    """
+    if missing := missing_hooks(trainer):
+        raise UserError(
+            f"ContinualTrainer cannot work with transformers {installed('transformers')}: its Trainer has or calls no "
+            f"{', '.join(missing)}. Install a version that fire-llm is tested with: see docs/dependencies.md"
+        )
+
+
+@functools.cache
+def missing_hooks(trainer: type) -> tuple[str, ...]:
+    """Return which of the hooks and attributes a `Trainer` lacks, or never uses itself."""
+    functions = [inspect.unwrap(member) for kind in trainer.__mro__ for member in vars(kind).values()]
+    used = {name for f in functions if inspect.isfunction(f) for name in _names(f.__code__)}
+    lacked = [name for name in TRAINER_HOOKS if not hasattr(trainer, name) or name not in used]
+    return (*lacked, *(name for name in TRAINER_ATTRIBUTES if name not in used))
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """Yield the names of attributes that a function reads, sets or calls, functions inside it included."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def fsdp2_states(modules: Iterable[Any]) -> list[Any]:
+    """Return what FSDP2 keeps of some of its modules, once each: modules that are gathered together share it."""
+    return list({id(state): state for state in (module._get_fsdp_state() for module in modules)}.values())
+
+
+def fsdp2_policy(state: Any) -> Any:
+    """Return the `MixedPrecisionPolicy` of one of `fsdp2_states`."""
+    return state._mp_policy
+
+
+def set_fsdp2_policy(state: Any, policy: Any, buffers: Sequence[tuple[Any, Any]] = ()) -> list[tuple[Any, Any]]:
+    """Give parameters that FSDP2 has sharded another `MixedPrecisionPolicy`; torch has no public way to.
+
+    Args:
+        state: One of `fsdp2_states`, its parameters in shards (`reshard`).
+        policy: Holds from the next gathering on.
+        buffers: What this returned when the policy was replaced, to be put back with it.
+
+    Returns:
+        The buffers, in the other dtype, that parameters were gathered in. The gradients of a step's micro-batches so
+        far belong to them.
+    """
+    state._mp_policy = policy
+    # A list of groups in torch 2.13; one group or none in 2.11 and below.
+    groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    parameters = [parameter for group in groups if group is not None for parameter in group.fsdp_params]
+    before = [(parameter.all_gather_outputs, vars(parameter).pop("_unsharded_param", None)) for parameter in parameters]
+    for group in filter(None, groups):
+        group.mp_policy = policy
+        group._init_mp_dtypes()
+    for parameter, (outputs, unsharded) in zip(parameters, buffers or [([], None)] * len(parameters), strict=True):
+        parameter.all_gather_outputs = outputs
+        if unsharded is not None:
+            parameter._unsharded_param = unsharded
+    return before

@@ -1,0 +1,333 @@
+"""Start the processes of a run with accelerate, and say once what ended them.
+
+fire-llm run --num-processes N ─▶ start ─▶ accelerate launch -m fire_llm run … ─▶ N ranks
+                exit code, one message ◀── ChildFailedError ◀── error files ◀──────┘
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fire_llm.core.errors import ENGINES, UserError, did_you_mean, redact
+from fire_llm.core.signals import Stopped
+
+AGAIN = "what was saved stays, and the same command goes on from the newest checkpoint"
+"""What to do after a run was ended."""
+
+ANEW = "nothing was written: run the same command again"
+"""What to do after a verb was ended that makes its result at the very end."""
+
+_OURS = "FIRE_LLM_LAUNCHER"
+"""Set in processes that `start` made, to a folder: they leave it to the launcher to speak, and say there what to."""
+
+_PATIENCE = "600"
+"""Seconds that ranks have to save after a signal, before torch's launcher kills them."""
+
+_KINDS = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_HPU", "FSDP")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Hold how many processes to start, and accelerate's settings for them."""
+
+    processes: int
+    """On all machines together."""
+    settings: Mapping[str, Any]
+    """The content of a configuration file of accelerate."""
+
+    @property
+    def machines(self) -> int:
+        """Give the number of machines."""
+        return int(self.settings.get("num_machines") or 1)
+
+    @property
+    def alone(self) -> bool:
+        """Tell whether this process can do the work itself."""
+        return self.processes == 1 and self.settings["distributed_type"] != "FSDP"
+
+
+# ---- before: what was asked for
+
+
+def launched() -> bool:
+    """Tell whether a launcher made this process."""
+    return any(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+
+
+def first_rank() -> bool:
+    """Tell whether this process is the first of those that a launcher made, or alone."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def prepare(processes: int | None, config: str | None, *, use_cpu: bool = False) -> Launch:
+    """Read and check what `--num-processes` and `--accelerate-config` ask for; start nothing.
+
+    Args:
+        processes: On all machines together; None for what the configuration says.
+        config: A file of accelerate's settings.
+        use_cpu: Leave accelerators alone where there is no configuration.
+
+    Raises:
+        UserError: For a number of processes or a configuration that cannot work.
+    """
+    if launched():
+        raise UserError(
+            "--num-processes and --accelerate-config start processes, and this one was started by a launcher already "
+            "(RANK or WORLD_SIZE is set): give them to that launcher, or leave out one of the two"
+        )
+    if processes is not None and processes < 1:
+        raise UserError(f"--num-processes {processes}: at least 1 is needed")
+    settings: dict[str, Any] = _read(Path(config)) if config else {"distributed_type": "MULTI_GPU", "use_cpu": use_cpu}
+    if processes is None:
+        processes = settings.get("num_processes", -1 if settings["distributed_type"] != "NO" else 1)
+        if not isinstance(processes, int) or processes < 1:
+            raise UserError(f"'{config}' names no number of processes: give --num-processes N")
+    launch = Launch(processes, settings)
+    if processes % launch.machines:
+        raise UserError(
+            f"{processes} processes do not divide among the {launch.machines} machines of '{config}': "
+            f"give --num-processes a multiple of {launch.machines}"
+        )
+    _check_mesh(launch, config)
+    _check_devices(launch)
+    return launch
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a configuration file of accelerate and refuse what cannot be trained under."""
+    import yaml
+
+    if not path.is_file():
+        raise UserError(
+            f"--accelerate-config: there is no file '{path}'. Ready ones lie in recipes/accelerate/; "
+            "`accelerate config` writes others"
+        )
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"'{path}'{line} is not YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(data, dict) or "distributed_type" not in data:
+        raise UserError(f"'{path}' is no accelerate configuration: it must hold distributed_type: {', '.join(_KINDS)}")
+    kind = str(data["distributed_type"]).upper()
+    fsdp = data.get("fsdp_config") or {}
+    if kind == "FSDP" and int(fsdp.get("fsdp_version", 1)) != 2:
+        kind = "FSDP1"
+    if data.get("deepspeed_config"):
+        kind = "DEEPSPEED"
+    if kind in ENGINES:
+        raise UserError(f"'{path}': {ENGINES[kind]}")
+    if kind not in _KINDS:
+        raise UserError(
+            f"'{path}': distributed_type {data['distributed_type']} is not supported.{did_you_mean(kind, _KINDS)} "
+            f"It must be one of {', '.join(_KINDS)}"
+        )
+    _check_keys(path)
+    return {**data, "distributed_type": kind}
+
+
+def _check_keys(path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    try:
+        load_config_from_file(str(path))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"'{path}' is refused by accelerate: {error}") from error
+
+
+def _check_mesh(launch: Launch, config: str | None) -> None:
+    """Refuse a mesh that is not replicas × shards, or that another number of processes would fill."""
+    mesh = dict(launch.settings.get("parallelism_config") or {})
+    sizes = {key.removeprefix("parallelism_config_"): value for key, value in mesh.items() if key.endswith("_size")}
+    others = [key for key, value in sizes.items() if value != 1 and key not in ("dp_replicate_size", "dp_shard_size")]
+    if others:
+        raise UserError(
+            f"'{config}': {others[0]} {sizes[others[0]]} is not supported: a mesh is dp_replicate_size × dp_shard_size"
+        )
+    total = int(sizes.get("dp_replicate_size", 1)) * int(sizes.get("dp_shard_size", 1))
+    if sizes and total != launch.processes:
+        raise UserError(
+            f"'{config}': dp_replicate_size × dp_shard_size is {total}, and there are {launch.processes} processes: "
+            "make them equal"
+        )
+
+
+def _check_devices(launch: Launch) -> None:
+    import torch
+
+    if launch.settings.get("use_cpu") or not torch.accelerator.is_available():
+        return
+    here, present = launch.processes // launch.machines, torch.accelerator.device_count()
+    if here > present:
+        raise UserError(
+            f"--num-processes {launch.processes}: this machine has {present} accelerator(s), and each process takes "
+            f"one. Use at most {present * launch.machines}, or a configuration with use_cpu: true"
+        )
+
+
+# ---- the processes
+
+
+def start(launch: Launch, argv: list[str], precision: str, again: str = AGAIN) -> int:
+    """Run `python -m fire_llm` with these arguments on every rank, and return the exit code to end with.
+
+    Args:
+        launch: From `prepare`.
+        argv: Verb and arguments, without those that start processes.
+        precision: Of the recipe: fp32, bf16 or fp16; it decides, whatever accelerate's settings say.
+        again: What the user can do after the processes were ended.
+    """
+    from tempfile import TemporaryDirectory
+
+    import yaml
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    settings = {
+        **launch.settings,
+        # accelerate has no launcher for MULTI_CPU but MPI's; this one starts processes on any device.
+        "distributed_type": "FSDP" if launch.settings["distributed_type"] == "FSDP" else "MULTI_GPU",
+        "num_processes": launch.processes,
+        "mixed_precision": {"fp32": "no"}.get(precision, precision),
+    }
+    if launch.machines == 1:
+        settings["main_process_port"] = 0
+    with TemporaryDirectory(prefix="fire-llm-") as folder, _surroundings(launch, folder):
+        file = Path(folder) / "accelerate.yaml"
+        file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        threads = ["--num_cpu_threads_per_process", os.environ["OMP_NUM_THREADS"]]
+        arguments = launch_command_parser().parse_args(
+            ["--config_file", str(file), *threads, "--module", "fire_llm", *argv]
+        )
+        if launch.machines == 1:
+            # The ranks meet at a port that the launcher itself holds, so that no other launch can take it.
+            arguments.standalone, arguments.local_addr = True, "127.0.0.1"
+        try:
+            launch_command(arguments)
+        except ChildFailedError as error:
+            code, message = _verdict(error.failures, again)
+        except SignalException as error:
+            last_words = Path(folder) / "0"
+            said = last_words.read_text(encoding="utf-8") if last_words.exists() else None
+            code, message = ended(Stopped(error.sigval), again)
+            message = said or message
+        else:
+            return 0
+    # A rank that was killed leaves its progress bar without an end of line.
+    sys.stderr.write(("" if code in (2, 130, 143) else "\n") + f"fire-llm: {message}\n")
+    return code
+
+
+@contextmanager
+def _surroundings(launch: Launch, folder: str) -> Iterator[None]:
+    """Set what the ranks inherit, and keep the launcher's own libraries from speaking."""
+    import logging
+
+    before, level = dict(os.environ), logging.root.manager.disable
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() * launch.machines // launch.processes)))
+    os.environ[_OURS] = folder
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _PATIENCE)
+    if launch.settings.get("use_cpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(level)
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# ---- after: what ended them
+
+
+def ended(interruption: KeyboardInterrupt, again: str = AGAIN) -> tuple[int, str]:
+    """Return exit code and message for what a signal ended: what was saved, or what to do."""
+    number = interruption.number if isinstance(interruption, Stopped) else signal.SIGINT
+    by = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+    said = interruption.said if isinstance(interruption, Stopped) else None
+    return 128 + number, f"{by}; {said or again}"
+
+
+def report_failure(code: int, message: str) -> None:
+    """Say why this process ends: on the terminal where it is alone, to the launcher where there is one.
+
+    Of ranks that another launcher started, the first that has something to say says it.
+    """
+    message = redact(message)
+    _leave_for_launcher(code, message)
+    folder = Path(os.environ.get(_OURS, ""))
+    if code > 128 and launched() and _OURS in os.environ and folder.is_dir():
+        # torch's launcher reads no error files where a signal ended the launcher itself.
+        (folder / os.environ["LOCAL_RANK"]).write_text(message, encoding="utf-8")
+    if not (launched() and os.environ.get(_OURS)) and _first_to_speak():
+        sys.stderr.write(f"fire-llm: {message}\n")
+
+
+def _leave_for_launcher(code: int, message: str) -> None:
+    """Write the error file that torch's launcher gives every rank; it reads the message and the time."""
+    name = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not launched() or not name:
+        return
+    path = Path(name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({"message": message, "timestamp": int(time.time()), "code": code}))
+        os.replace(partial, path)
+    except OSError:
+        pass  # the exit code still tells
+
+
+def _first_to_speak() -> bool:
+    if not launched():
+        return True
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_available() or not dist.is_initialized():
+        return os.environ.get("LOCAL_RANK", "0") == "0"  # before the ranks meet, all of a machine find the same
+    try:
+        return bool(dist.distributed_c10d._get_default_store().add("fire_llm/told", 1) == 1)
+    except RuntimeError:  # the store went with its process
+        return first_rank()
+
+
+def _verdict(failures: Mapping[int, Any], again: str = AGAIN) -> tuple[int, str]:
+    """Return exit code and message for what the ranks ended with; causes come before what followed from them."""
+    by_time = sorted(failures.items(), key=lambda item: (item[1].timestamp, item[0]))
+    said = [(rank, f) for rank, f in by_time if "code" in f.error_file_data]
+    for _, failure in said:
+        if failure.error_file_data["code"] == 2:
+            return 2, str(failure.message)
+    # The launcher ends the others with SIGTERM once one has failed.
+    killed = [(rank, f) for rank, f in by_time if f.exitcode < 0 and -f.exitcode not in (signal.SIGTERM, signal.SIGINT)]
+    if killed:
+        rank, failure = killed[0]
+        hint = ": most often the machine ran out of memory" if -failure.exitcode == signal.SIGKILL else ""
+        return 1, f"rank {rank} (process {failure.pid}) was killed by {failure.signal_name()}{hint}; {again}"
+    for rank, failure in said:
+        if failure.error_file_data["code"] == 1:
+            return 1, f"{failure.message} (rank {rank} of {len(failures)} that ended); {again}"
+    for _, failure in said:
+        if failure.error_file_data["code"] > 128:
+            return int(failure.error_file_data["code"]), str(failure.message)
+    if any(f.exitcode in (130, -signal.SIGINT) for _, f in by_time):
+        return ended(KeyboardInterrupt(), again)
+    rank, failure = next(((r, f) for r, f in by_time if f.exitcode > 0), by_time[0])
+    how = f"exit code {failure.exitcode}" if failure.exitcode > 0 else failure.signal_name()
+    return 1, f"rank {rank} (process {failure.pid}) ended with {how}; {again}"

@@ -1,0 +1,97 @@
+"""Say what a corpus is: named documents in two splits, and the settings a recipe may give for one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Literal, get_args
+
+import pydantic
+
+from fire_llm.core.errors import UserError, did_you_mean
+
+Split = Literal["train", "validation"]
+SPLITS: tuple[str, ...] = get_args(Split)
+DocumentKind = Literal["line", "blank-line", "file", "heading"]
+Files = str | list[str]
+
+
+class CorpusSpec(pydantic.BaseModel, extra="forbid"):
+    """Settings of one corpus in a recipe: `corpora: {name: {...}}`. All are optional for a known name."""
+
+    files: Files | None = pydantic.Field(
+        default=None,
+        description="Local files: a path or glob, or a list of them, relative to data_root. "
+        ".txt, .jsonl, .json (each also .gz or .zst) or .parquet.",
+    )
+    validation: Files | None = pydantic.Field(
+        default=None,
+        description="Local files that hold the validation text; all of 'files' is then training text.",
+    )
+    text: str | None = pydantic.Field(
+        default=None,
+        min_length=1,
+        description="Column that holds the text in .jsonl, .json, .parquet and Hub data ('text').",
+    )
+    document: DocumentKind | None = pydantic.Field(
+        default=None,
+        description="What a document is in .txt files: 'blank-line' (default) ends one at every empty line, 'line' "
+        "makes every line one, 'file' the whole file, 'heading' starts one at every WikiText title line ' = Title = '.",
+    )
+    holdout: float | None = pydantic.Field(
+        default=None,
+        ge=0.0,
+        lt=1.0,
+        description="Fraction of the documents held out for validation, chosen by a hash of their text. Default 0.05; "
+        "0.01 for Hub data without a validation split of its own; 0.0005 for openwebtext.",
+    )
+    dataset: str | None = pydantic.Field(default=None, description="Hub data set, 'user/dataset'.")
+    config: str | None = pydantic.Field(default=None, description="Configuration (subset) of the Hub data set.")
+    revision: str | None = pydantic.Field(
+        default=None, description="Commit, tag or branch of the Hub data set; pin a commit to repeat a run exactly."
+    )
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Hold a named source of documents in two splits.
+
+    Attributes:
+        name: the name in the recipe.
+        fingerprint: text that changes whenever the documents would; of local files, by what they hold.
+        read: opens a split anew and yields its documents. Called by `documents`.
+        approximate_bytes: about how many bytes of text there are, for progress bars; None where that is not known.
+    """
+
+    name: str
+    fingerprint: str
+    read: Callable[[str], Iterable[str]] = field(repr=False, compare=False)
+    approximate_bytes: int | None = field(default=None, repr=False, compare=False)
+
+    def documents(self, split: str) -> Iterator[str]:
+        """Yield the documents of a split, always in the same order; those of white space alone are left out.
+
+        Args:
+            split: "train" or "validation". No document is in both.
+
+        Raises:
+            UserError: for an unknown split, and for whatever is wrong with the files or the data set.
+        """
+        if split not in SPLITS:
+            raise UserError(f"unknown split '{split}'; allowed: {', '.join(SPLITS)}.{did_you_mean(split, SPLITS)}")
+        return (text for text in self.read(split) if text and not text.isspace())
+
+
+def held_out(text: str, holdout: float) -> bool:
+    """Tell whether a document belongs to validation: its text's 64-bit hash, as a fraction, is below `holdout`.
+
+    The choice hangs on the text alone: neither order, nor files, nor the other documents change it, and a document
+    that occurs twice lands on one side.
+    """
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64 < holdout
+
+
+def split_by_hash(read: Callable[[], Iterable[str]], holdout: float) -> Callable[[str], Iterator[str]]:
+    """Return a reader of splits over a reader of all documents."""
+    return lambda split: (text for text in read() if held_out(text, holdout) == (split == "validation"))

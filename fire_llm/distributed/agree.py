@@ -1,0 +1,116 @@
+"""Bring the ranks together before anything is changed: all are there, with one model, one request and no fault."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from datetime import timedelta
+from hashlib import blake2b
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fire_llm.core.errors import UserError
+
+MEETING_SECONDS = 300.0
+"""How long a rank waits for the others before it says who is missing."""
+
+_GRACE = 10.0  # the first rank speaks for all; the others give it this much longer to do so
+_meetings: Counter[str] = Counter()
+
+
+def active() -> bool:
+    """Tell whether this process is one of several that can talk to each other."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_first() -> bool:
+    """Tell whether this process is the first rank, or alone."""
+    return not active() or dist.get_rank() == 0
+
+
+def meet(group: Any, request: str, fault: str | None, seconds: float = MEETING_SECONDS) -> None:
+    """Return when every rank of the group is here, with the same request and without a fault.
+
+    Collectives are not used: a rank that never comes would leave them hanging. The store that the ranks found each
+    other by serves any backend and names who is missing.
+
+    Args:
+        group: Process group, None for all ranks.
+        request: What this rank is about to do, in any form; must be the same on all.
+        fault: What this rank found wrong, None for nothing.
+        seconds: How long to wait for the others.
+
+    Raises:
+        UserError: The same on every rank: the fault that one of them found, who differs, or who did not come.
+    """
+    if not active():
+        if fault is not None:
+            raise UserError(fault)
+        return
+    ranks, me = dist.get_process_group_ranks(group), dist.get_rank()
+    team = blake2b(str(ranks).encode(), digest_size=8).hexdigest()
+    key = f"fire_llm/{team}/{_meetings[team]}"
+    _meetings[team] += 1
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"{key}/{me}", json.dumps([blake2b(request.encode(), digest_size=16).hexdigest(), fault]))
+    said = f"{key}/verdict"
+    if me == ranks[0]:
+        store.set(said, _verdict(store, key, ranks, seconds) or "-")
+    else:
+        try:
+            store.wait([said], timedelta(seconds=seconds + _GRACE))
+        except (RuntimeError, dist.DistStoreError):
+            raise UserError(_missing([ranks[0]], len(ranks), seconds)) from None
+    verdict = store.get(said).decode()
+    if verdict != "-":
+        raise UserError(verdict)
+
+
+def _verdict(store: Any, key: str, ranks: list[int], seconds: float) -> str | None:
+    """Wait for every rank's word and say what is wrong, None for nothing."""
+    try:
+        store.wait([f"{key}/{rank}" for rank in ranks], timedelta(seconds=seconds))
+    except (RuntimeError, dist.DistStoreError):
+        return _missing([rank for rank in ranks if not store.check([f"{key}/{rank}"])], len(ranks), seconds)
+    words = {rank: json.loads(store.get(f"{key}/{rank}")) for rank in ranks}
+    faults = {rank: fault for rank, (_, fault) in words.items() if fault is not None}
+    if faults:
+        rank, fault = next(iter(faults.items()))
+        return fault if len(faults) == len(ranks) else f"on rank {rank}: {fault}"
+    different = [rank for rank in ranks if words[rank][0] != words[ranks[0]][0]]
+    if different:
+        return (
+            f"rank {different[0]} holds another model than rank {ranks[0]}, or was asked for another reset: "
+            "give every rank the same; where ranks hold different layers, give `process_group` the ranks that share one"
+        )
+    return None
+
+
+def _missing(missing: list[int], total: int, seconds: float) -> str:
+    return (
+        f"rank {', '.join(map(str, missing))} did not come to the reset within {seconds:g} s: every one of the "
+        f"{total} ranks must call it, and at about the same time (`timeout` sets for how long the others wait)"
+    )
+
+
+def gather_objects(group: Any, mine: Any) -> list[Any]:
+    """Return every rank's object, in the order of ranks."""
+    if not active():
+        return [mine]
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    return everyone
+
+
+def wire_device(group: Any, device: torch.device) -> torch.device:
+    """Return the device whose tensors the group can send: `device` where it can, else the CPU, else the accelerator.
+
+    gloo names every device as its own, and sends tensors of CPUs alone in some of its collectives (`all_to_all`).
+    """
+    entries = [entry.partition(":") for entry in str(dist.get_backend_config(group)).split(",")]
+    able = {kind for kind, _, backend in entries if kind == "cpu" or backend != "gloo"}
+    if device.type in able:
+        return device
+    return torch.device("cpu") if "cpu" in able else torch.device(able.pop(), torch.accelerator.current_device_index())

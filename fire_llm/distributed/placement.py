@@ -1,0 +1,175 @@
+"""Where parameters live: whole on one rank, on replicas, in shards of rows (FSDP2), or in replicas of shards (HSDP)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fire_llm.core.errors import ENGINES, UserError
+from fire_llm.distributed.agree import active
+from fire_llm.distributed.balance import cost
+
+
+@dataclass(frozen=True)
+class Home:
+    """Hold the ranks that share a parameter: R replicas of S shards along the first axis, cut as `torch.chunk` does."""
+
+    replicas: Any = field(default=None, compare=False)
+    """Process group of the ranks that hold what this one holds; None where there is no other."""
+    shards: Any = field(default=None, compare=False)
+    """Process group of the ranks that hold the other shards; None where this one holds whole parameters."""
+    members: tuple[tuple[int, ...], ...] = ()
+    """The global ranks of both, which tell one home from another."""
+
+    @classmethod
+    def of(cls, replicas: Any = None, shards: Any = None) -> Home:
+        """Make the home of two process groups, either of which may be None."""
+        groups = (replicas, shards)
+        return cls(replicas, shards, tuple(tuple(dist.get_process_group_ranks(g)) if g else () for g in groups))
+
+    @property
+    def n_replicas(self) -> int:
+        """Give R."""
+        return len(self.members[0]) if self.replicas is not None else 1
+
+    @property
+    def n_shards(self) -> int:
+        """Give S."""
+        return len(self.members[1]) if self.shards is not None else 1
+
+    @property
+    def replica(self) -> int:
+        """Give this rank's place among the replicas."""
+        return dist.get_group_rank(self.replicas, dist.get_rank()) if self.replicas is not None else 0
+
+    @property
+    def shard(self) -> int:
+        """Give this rank's place among the shards."""
+        return dist.get_group_rank(self.shards, dist.get_rank()) if self.shards is not None else 0
+
+    def rows(self, shard: int, total: int) -> range:
+        """Give the rows of a parameter of `total` rows that a shard holds; none where the rows have run out."""
+        size = -(-total // self.n_shards)
+        return range(min(shard * size, total), min((shard + 1) * size, total))
+
+
+class Rows(Protocol):
+    """What lies in a run of a parameter's rows."""
+
+    @property
+    def tensor(self) -> Tensor:
+        """Return the parameter, of any placement."""
+
+    @property
+    def rows(self) -> range:
+        """Return the rows of the parameter that it lies in, along the first axis."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return its own shape."""
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Hold a run of a parameter's rows that contains whole logical matrices: the least that is worked on at a time."""
+
+    tensor: Tensor
+    """The parameter, of any placement."""
+    rows: range
+    """Along its first axis."""
+    members: tuple[int, ...]
+    """The pieces in it, as indices of the list that the blocks were made from."""
+    cost: int
+    """See `sharing.cost`; zero where nothing is expensive."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Give the stored shape."""
+        return (len(self.rows), *self.tensor.shape[1:]) if self.tensor.ndim else ()
+
+    @property
+    def row_bytes(self) -> int:
+        """Give the bytes of one row."""
+        return self.tensor.element_size() * self.tensor.shape[1:].numel()
+
+    @property
+    def n_bytes(self) -> int:
+        """Give the bytes of the whole block."""
+        return len(self.rows) * self.row_bytes
+
+
+def home_of(tensor: Any, group: Any = None) -> Home | None:
+    """Return where a parameter lives; None where its placement has no plan of its own (tensor parallelism, say).
+
+    Args:
+        tensor: Parameter, a plain tensor or a DTensor.
+        group: Ranks that hold the same plain tensors, None for all.
+    """
+    placements = getattr(tensor, "placements", None)
+    if placements is None:
+        return Home.of(replicas=group or dist.group.WORLD) if active() and dist.get_world_size(group) > 1 else Home()
+    mesh = tensor.device_mesh
+    found: dict[str, Any] = {}
+    for dim, placement in enumerate(placements):
+        if mesh.size(dim) == 1:
+            continue
+        # By name: a strided shard, which FSDP2 over tensor parallelism makes, holds rows in another order.
+        plain_rows = type(placement).__name__ == "Shard" and placement.dim == 0
+        kind = "replicas" if placement.is_replicate() else "shards" if plain_rows else None
+        if kind is None or kind in found:
+            return None
+        found[kind] = mesh.get_group(dim)
+    return Home.of(**found)
+
+
+def blocks_of(pieces: Sequence[Rows], expensive: Sequence[bool]) -> list[Block]:
+    """Group pieces by the rows of the parameter that they lie in, in the order of the pieces.
+
+    Args:
+        pieces: Of one home or several.
+        expensive: Whether the work on each piece is worth counting.
+    """
+    found: dict[tuple[int, range], list[int]] = {}
+    for index, piece in enumerate(pieces):
+        found.setdefault((id(piece.tensor), piece.rows), []).append(index)
+    return [
+        Block(pieces[m[0]].tensor, rows, tuple(m), sum(cost(pieces[i].shape) for i in m if expensive[i]))
+        for (_, rows), m in found.items()
+    ]
+
+
+def make_current(model: nn.Module) -> None:
+    """Put FSDP2's sharded parameters back in their place: writes into gathered ones, left by a forward, are lost."""
+    for module in fsdp_modules(model):
+        module.reshard()
+
+
+def fsdp_modules(model: nn.Module) -> list[Any]:
+    """Return the modules that FSDP2 shards; nobody shards without having imported it."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None or not hasattr(fsdp, "FSDPModule"):
+        return []
+    return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+
+
+def refuse_engines(model: nn.Module, optimizer: Any = None) -> None:
+    """Refuse what keeps weights where a reset cannot reach them.
+
+    Raises:
+        UserError: For FSDP1 and DeepSpeed, with what to use.
+    """
+    classes = {kind for module in model.modules() for kind in type(module).__mro__}
+    fsdp1 = any(c.__name__ == "FullyShardedDataParallel" and c.__module__.startswith("torch.") for c in classes)
+    if fsdp1 or any(type(p).__name__ == "FlatParameter" for p in model.parameters()):
+        raise UserError(ENGINES["FSDP1"])
+    while optimizer is not None:
+        classes |= set(type(optimizer).__mro__)
+        optimizer = getattr(optimizer, "optimizer", None)
+    deepspeed = any("deepspeed" in c.__module__.split(".") or c.__name__.startswith("DeepSpeed") for c in classes)
+    if deepspeed or any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in model.parameters()):
+        raise UserError(ENGINES["DEEPSPEED"])

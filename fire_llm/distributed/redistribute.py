@@ -1,0 +1,230 @@
+"""Bring the blocks of one home to their owners, a bounded round at a time, and what became of them back.
+
+    shards ─ all_to_all ─▶ owner ─ compute ─▶ owner ─ all_to_all ─▶ shards ─ all_gather ─▶ replicas
+
+Shapes: everything travels as bytes, each segment on a boundary of 16, so that dtypes mix and no bit changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fire_llm.distributed.agree import wire_device
+from fire_llm.distributed.balance import ROUND_BYTES, assign, rounds
+from fire_llm.distributed.placement import Block, Home
+
+_ALIGN = 16
+_Segment = tuple[Block, range]
+# torch 2.13 renamed it; the old name warns there.
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+@dataclass
+class _Transfer:
+    """Hold a collective under way and where its segments go when it has arrived."""
+
+    work: Any
+    buffer: Tensor
+    sent: Tensor
+    segments: list[_Segment]
+
+
+class Exchange:
+    """Iterate over rounds; each gives [(block, tensor)] for the blocks that this rank owns in it, to be written into.
+
+    A tensor has the block's shape and dtype. Where this rank holds the whole parameter it is the parameter's own
+    memory, else a copy. What stands in it when the next round is asked for goes back to every rank that holds it.
+    While a round is computed, the next is fetched and the one before returned. Every rank of the home must iterate to
+    the end.
+
+    Args:
+        home: Where the blocks live.
+        blocks: The same on every rank, in the same order.
+        limit: Bytes that an owner takes on in a round.
+    """
+
+    def __init__(self, home: Home, blocks: Sequence[Block], limit: int = ROUND_BYTES) -> None:
+        self.home, self.blocks = home, blocks
+        ranks = home.n_replicas * home.n_shards
+        # The dearest first, so that the rounds of all owners weigh alike.
+        order = sorted(range(len(blocks)), key=lambda i: (-blocks[i].cost, -blocks[i].n_bytes, i))
+        owners = assign([blocks[i].cost or blocks[i].n_bytes for i in order], ranks)
+        parted = rounds([blocks[i].n_bytes for i in order], owners, ranks, limit)
+        self.rounds = [[(blocks[order[job]], owners[job]) for job in jobs] for jobs in parted]
+        self.replica, self.shard = home.replica, home.shard
+
+    @property
+    def mine(self) -> list[Block]:
+        """Give every block that this rank owns."""
+        return [block for this in self.rounds for block in self._owned(this, self.replica, self.shard)]
+
+    def __iter__(self) -> Iterator[list[tuple[Block, Tensor]]]:
+        arriving = self._fetch(self.rounds[0]) if self.rounds else None
+        leaving: Callable[[], None] | None = None
+        for number, this in enumerate(self.rounds):
+            ahead = self._fetch(self.rounds[number + 1]) if number + 1 < len(self.rounds) else None
+            mine = self._assemble(this, arriving)
+            yield mine
+            if leaving is not None:
+                leaving()
+            leaving = self._give_back(this, mine)
+            arriving = ahead
+        if leaving is not None:
+            leaving()
+
+    # ---- which segments go where
+
+    def _owned(self, this: list[tuple[Block, int]], replica: int, shard: int) -> list[Block]:
+        return [block for block, owner in this if owner == replica * self.home.n_shards + shard]
+
+    def _held(self, block: Block, shard: int) -> range:
+        """Return the rows of a block that a shard holds."""
+        held = self.home.rows(shard, block.tensor.shape[0] if block.tensor.ndim else 1)
+        first = max(held.start, block.rows.start)
+        return range(first, max(first, min(held.stop, block.rows.stop)))
+
+    def _outward(self, this: list[tuple[Block, int]]) -> list[list[_Segment]]:
+        """Return what this rank holds of each owner's blocks."""
+        return [
+            [(block, self._held(block, self.shard)) for block in self._owned(this, self.replica, owner)]
+            for owner in range(self.home.n_shards)
+        ]
+
+    def _inward(self, this: list[tuple[Block, int]]) -> list[list[_Segment]]:
+        """Return what each shard holds of this rank's blocks."""
+        mine = self._owned(this, self.replica, self.shard)
+        return [[(block, self._held(block, shard)) for block in mine] for shard in range(self.home.n_shards)]
+
+    def _slab(self, block: Block, rows: range) -> Tensor:
+        """Return rows of a block in this rank's own memory."""
+        tensor = block.tensor.detach()
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        if not local.ndim:
+            return local
+        first = self.home.rows(self.shard, tensor.shape[0]).start
+        return local[rows.start - first : rows.stop - first]
+
+    # ---- shards to owners and back
+
+    def _fetch(self, this: list[tuple[Block, int]]) -> _Transfer | None:
+        if self.home.shards is None:
+            return None
+        send, receive = self._outward(this), self._inward(this)
+        return self._all_to_all(send, receive, self._slab)
+
+    def _assemble(self, this: list[tuple[Block, int]], arriving: _Transfer | None) -> list[tuple[Block, Tensor]]:
+        mine = self._owned(this, self.replica, self.shard)
+        if arriving is None:
+            return [(block, self._slab(block, block.rows)) for block in mine]
+        whole = {id(b): torch.empty(b.shape, dtype=b.tensor.dtype, device=b.tensor.device) for b in mine}
+        arriving.work.wait()
+        _unpack(arriving.segments, arriving.buffer, lambda block, rows: _part(whole[id(block)], block, rows))
+        return [(block, whole[id(block)]) for block in mine]
+
+    def _give_back(self, this: list[tuple[Block, int]], mine: list[tuple[Block, Tensor]]) -> Callable[[], None]:
+        """Send results on their way; the returned function waits for them and puts them in place."""
+        if self.home.shards is None:
+            gathering = self._gather(this)
+            return lambda: self._spread(gathering)
+        whole = {id(block): tensor for block, tensor in mine}
+        back = self._all_to_all(
+            self._inward(this), self._outward(this), lambda block, rows: _part(whole[id(block)], block, rows)
+        )
+
+        def finish() -> None:
+            back.work.wait()
+            _unpack(back.segments, back.buffer, self._slab)
+            self._spread(self._gather(this))
+
+        return finish
+
+    def _all_to_all(
+        self, send: list[list[_Segment]], receive: list[list[_Segment]], source: Callable[[Block, range], Tensor]
+    ) -> _Transfer:
+        device = wire_device(self.home.shards, _device([*send, *receive], self.blocks))
+        segments = [s for shard in receive for s in shard]
+        sent = _pack([s for shard in send for s in shard], source, device)
+        buffer = torch.empty(sum(map(_size, receive)), dtype=torch.uint8, device=device)
+        work = dist.all_to_all_single(
+            buffer, sent, [*map(_size, receive)], [*map(_size, send)], group=self.home.shards, async_op=True
+        )
+        return _Transfer(work, buffer, sent, segments)
+
+    # ---- replicas
+
+    def _gather(self, this: list[tuple[Block, int]]) -> tuple[_Transfer, list[list[_Segment]]] | None:
+        """Start giving every replica what the others computed, each replica's part padded to the largest."""
+        if self.home.replicas is None:
+            return None
+        parts = [
+            [
+                (block, self._held(block, self.shard))
+                for shard in range(self.home.n_shards)
+                for block in self._owned(this, replica, shard)
+            ]
+            for replica in range(self.home.n_replicas)
+        ]
+        largest = max(map(_size, parts))
+        device = wire_device(self.home.replicas, _device(parts, self.blocks))
+        sent = _pack(parts[self.replica], self._slab, device, largest)
+        buffer = torch.empty(largest * self.home.n_replicas, dtype=torch.uint8, device=device)
+        work = _all_gather(buffer, sent, group=self.home.replicas, async_op=True)
+        return _Transfer(work, buffer, sent, []), parts
+
+    def _spread(self, gathering: tuple[_Transfer, list[list[_Segment]]] | None) -> None:
+        if gathering is None:
+            return
+        transfer, parts = gathering
+        transfer.work.wait()
+        for replica, (segments, part) in enumerate(zip(parts, transfer.buffer.chunk(len(parts)), strict=True)):
+            if replica != self.replica:
+                _unpack(segments, part, self._slab)
+
+
+def _device(parts: list[list[_Segment]], blocks: Sequence[Block]) -> torch.device:
+    """Return the device of what is sent, of any block where nothing is."""
+    return next((block.tensor.device for part in parts for block, _ in part), blocks[0].tensor.device)
+
+
+def _room(segment: _Segment) -> int:
+    block, rows = segment
+    return -(-len(rows) * block.row_bytes // _ALIGN) * _ALIGN
+
+
+def _size(segments: list[_Segment]) -> int:
+    return sum(map(_room, segments))
+
+
+def _part(whole: Tensor, block: Block, rows: range) -> Tensor:
+    return whole[rows.start - block.rows.start : rows.stop - block.rows.start] if whole.ndim else whole
+
+
+def _spot(buffer: Tensor, start: int, like: Tensor) -> Tensor:
+    """Return the place of a segment in a buffer of bytes, as a tensor like it."""
+    return buffer[start : start + like.numel() * like.element_size()].view(like.dtype).view(like.shape)
+
+
+def _pack(
+    segments: list[_Segment], source: Callable[[Block, range], Tensor], device: torch.device, size: int = 0
+) -> Tensor:
+    buffer = torch.zeros(max(size, _size(segments)), dtype=torch.uint8, device=device)
+    at = 0
+    for segment in segments:
+        tensor = source(*segment)
+        _spot(buffer, at, tensor).copy_(tensor)
+        at += _room(segment)
+    return buffer
+
+
+def _unpack(segments: list[_Segment], buffer: Tensor, target: Callable[[Block, range], Tensor]) -> None:
+    at = 0
+    for segment in segments:
+        tensor = target(*segment)
+        tensor.copy_(_spot(buffer, at, tensor))
+        at += _room(segment)

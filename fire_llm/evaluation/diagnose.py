@@ -1,0 +1,247 @@
+"""Measure a model on a text; what is measured, and how it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fire_llm.architectures.matrices import LogicalMatrix, logical_matrices, plain_name, unwrap
+from fire_llm.core.errors import UserError
+from fire_llm.distributed import refuse_engines
+from fire_llm.evaluation.network import Network, down_projections, sample, undisturbed
+from fire_llm.linalg.activations import Activity, Features, dormant_share
+from fire_llm.linalg.curvature import gradient_norm, top_hessian_eigenvalue
+from fire_llm.linalg.measures import dfi, sfe, srank
+
+MEASURES = (
+    "srank", "srank_share", "dormant_share", "hessian_eigenvalue", "hessian_residual", "gradient_norm", "dfi_mean",
+    "dfi_median", "sfe",
+)  # fmt: skip
+"""The numbers among the fields of `Diagnostics`."""
+LOG_PREFIX = "diag_"
+"""What their names begin with in a log."""
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """Hold what was measured and how; None stands for what was not, with the reason in `not_measured`."""
+
+    srank: int | None
+    """srank_delta of the last hidden states, which the head reads."""
+    srank_share: float | None
+    """That over their width."""
+    dormant_share: float | None
+    """Share of the MLPs' units whose score is at most tau."""
+    hessian_eigenvalue: float | None
+    """Eigenvalue of the Hessian of the mean NLL (nats per token) with the largest magnitude, with its sign."""
+    hessian_residual: float | None
+    """||H x - eigenvalue x||: some eigenvalue lies within it."""
+    gradient_norm: float | None
+    """Of the mean NLL of the same tokens, over all trainable parameters."""
+    dfi_mean: float
+    """Over the logical matrices of the roles, like the next two."""
+    dfi_median: float
+    sfe: float | None
+    """Total, against the reference."""
+    dormant: dict[str, float]
+    """Dormant share of every MLP measured, under the name of its down projection."""
+    not_measured: dict[str, str]
+    """Why, by field; `dormant` may miss a part of the MLPs."""
+    tokens: int
+    """Tokens read for the features and the units."""
+    hessian_tokens: int
+    """Tokens predicted for the Hessian and the gradient."""
+    context: int
+    delta: float
+    tau: float
+    roles: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+    def measures(self) -> dict[str, float]:
+        """Return the numbers that were measured, those of single MLPs left out: what a log takes."""
+        found = {name: getattr(self, name) for name in MEASURES}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def diagnose(
+    model: nn.Module,
+    tokens: Any,
+    *,
+    context: int | None = None,
+    sequences: int = 16,
+    batch_size: int = 4,
+    reference: nn.Module | Mapping[str, Tensor] | None = None,
+    roles: Iterable[str] = ("attention", "mlp"),
+    delta: float = 0.01,
+    tau: float = 0.025,
+    hessian: bool = True,
+    hessian_sequences: int = 4,
+    iterations: int = 20,
+    tolerance: float = 1e-2,
+    seed: int = 0,
+) -> Diagnostics:
+    """Measure a causal LM on a text, and leave it as found: mode, gradients, attention, random numbers.
+
+    All in fp32 (fp64 for fp64 weights), however the model is stored or trained: the rounding of bf16 alone fills a
+    feature matrix to nearly its full rank. Shards are the exception: they are run as they are, and without the Hessian
+    and the gradient. On several ranks every rank must call this, with the same tokens; each does all of the work.
+
+    Args:
+        model: From transformers, wrapped or not, of a known layout.
+        tokens: (N,) token ids: a tensor, an array, a memory map or a list.
+        context: Tokens a sequence; the model's longest by default, at most 1024 and what the text holds.
+        sequences: Sequences read for features and units, evenly spaced, fewer where the text is short. No srank
+            exceeds sequences x context: read several times as many tokens as the model is wide.
+        batch_size: Sequences a forward pass; it changes memory and speed, not what is measured.
+        reference: What SFE is taken from: a model, or tensors by the names of the parameters.
+        roles: Roles of the matrices whose DfI and SFE are taken, as in `logical_matrices`.
+        delta: See `metrics.srank`.
+        tau: See `metrics.dormant_share`.
+        hessian: Whether to measure the Hessian, by far the dearest part.
+        hessian_sequences: How many of the sequences serve the Hessian and the gradient.
+        iterations, tolerance, seed: See `metrics.top_hessian_eigenvalue`.
+
+    Raises:
+        UserError: For a setting out of range, too few tokens or such as the model does not know, an unknown layout, no
+            causal head, a reference of another architecture, an operation without a second derivative, FSDP1 or
+            DeepSpeed; and, by name, for what is not finite.
+    """
+    _check(sequences=sequences, batch_size=batch_size, hessian_sequences=hessian_sequences, iterations=iterations)
+    if not 0 <= delta < 1 or tau < 0:
+        raise UserError(f"delta {delta} must lie in [0, 1) and tau {tau} must not be negative")
+    refuse_engines(model)
+    model, roles = unwrap(model), (roles,) if isinstance(roles, str) else tuple(roles)
+    matrices = list(logical_matrices(model, roles))
+    if not matrices:
+        raise UserError(f"the model holds no matrix of the roles {', '.join(roles)}: choose other roles")
+    ids = sample(model, tokens, context, sequences).to(next(model.parameters()).device)
+    few = ids[:: -(-len(ids) // hessian_sequences)]
+    skipped = {} if hessian else {"hessian_eigenvalue": "not asked for"}
+    top, gradient = None, None
+    with undisturbed(model):
+        network = Network(model)
+        features, activities = _read(network, ids[:, :-1], batch_size, skipped)
+        if network.trained:
+            loss = partial(network.losses, few)
+            gradient = gradient_norm(loss, network.trained)
+            if hessian:
+                top = top_hessian_eigenvalue(loss, network.trained, iterations, tolerance, seed)
+        else:
+            reason = "the weights lie in shards" if network.sharded else "no parameter requires gradients"
+            skipped |= {"gradient_norm": reason} | ({"hessian_eigenvalue": reason} if hessian else {})
+    deviations, moved = _distances(matrices, reference)
+    if moved is None:
+        skipped["sfe"] = "no reference was given"
+    rank = srank(features.singular_values(), delta) if features.rows else None
+    scores = {name: activity.scores() for name, activity in activities.items()}
+    return Diagnostics(
+        srank=rank,
+        srank_share=None if rank is None else rank / features.width,
+        dormant_share=dormant_share(torch.cat([*scores.values()]), tau) if scores else None,
+        hessian_eigenvalue=top.value if top else None,
+        hessian_residual=top.residual if top else None,
+        gradient_norm=gradient,
+        dfi_mean=fmean(deviations),
+        dfi_median=median(deviations),
+        sfe=moved,
+        dormant={name: dormant_share(units, tau) for name, units in scores.items()},
+        not_measured=skipped,
+        tokens=ids[:, 1:].numel(),
+        hessian_tokens=few[:, 1:].numel() if gradient is not None else 0,
+        context=ids.shape[1] - 1,
+        delta=delta,
+        tau=tau,
+        roles=roles,
+    )
+
+
+def _check(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise UserError(f"{name}: {value} is not a number of {name.rpartition('_')[2]}; give 1 or more")
+
+
+@torch.no_grad()
+def _read(
+    network: Network, ids: Tensor, batch_size: int, skipped: dict[str, str]
+) -> tuple[Features, dict[str, Activity]]:
+    """Read the sequences once; gather what the head and every down projection read."""
+    features = Features()
+    found, missing = down_projections(network.model)
+    activities = {name: Activity() for name in found}
+    model: Any = network.model
+    head = model.get_output_embeddings()
+    hooks = [_listen(module, activities[name].add) for name, module in found.items()]
+    if head is not None:
+        hooks.append(_listen(head, features.add))
+    try:
+        for batch in ids.split(batch_size):
+            network.logits(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not features.rows:
+        skipped["srank"] = "the model has no one module as its head, or does not call it"
+    if silent := [name for name, activity in activities.items() if not activity.rows]:
+        missing["no token reached it"] = silent
+    if missing:
+        skipped["dormant"] = "; ".join(f"{_some(names)}: {reason}" for reason, names in missing.items())
+    return features, {name: activity for name, activity in activities.items() if activity.rows}
+
+
+def _listen(module: nn.Module, take: Any) -> Any:
+    """Hand a module's input on, before the module reads it."""
+    return module.register_forward_pre_hook(lambda _, inputs: take(inputs[0]))
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _distances(
+    matrices: Sequence[LogicalMatrix], reference: nn.Module | Mapping[str, Tensor] | None
+) -> tuple[list[float], float | None]:
+    """Return the DfI of every matrix, and their total SFE; shards are gathered, one parameter at a time."""
+    if isinstance(reference, nn.Module):
+        reference = dict(unwrap(reference).named_parameters(remove_duplicate=False))
+    if reference is not None:
+        reference = {plain_name(name): tensor for name, tensor in reference.items()}
+    deviations, total = [], 0.0
+    parameter, whole, other = None, torch.empty(0), torch.empty(0)
+    for matrix in matrices:
+        if matrix.parameter != parameter:
+            parameter, whole = matrix.parameter, _whole(matrix.tensor)
+            if reference is not None:
+                other = _whole(_counterpart(reference, plain_name(parameter), whole))
+        rows = slice(matrix.rows.start, matrix.rows.stop)
+        here = matrix.within(whole[rows]).read()
+        deviation = dfi(here)
+        if deviation != deviation or deviation == float("inf"):
+            raise UserError(f"'{matrix.name}' holds NaN or infinity: it has no DfI. Go back to an earlier checkpoint")
+        deviations.append(deviation)
+        total += sfe(here, matrix.within(other[rows]).read()) if reference is not None else 0.0
+    return deviations, None if reference is None else total
+
+
+def _counterpart(reference: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
+    found = reference.get(name)
+    if found is None or found.shape != like.shape:
+        shape = "no tensor" if found is None else f"the shape {tuple(found.shape)}"
+        raise UserError(
+            f"reference: '{name}' has {shape} there and {tuple(like.shape)} here: give a model of one architecture"
+        )
+    return found
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    gather: Any = getattr(tensor.detach(), "full_tensor", None)
+    return gather() if gather is not None else tensor.detach()

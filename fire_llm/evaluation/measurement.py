@@ -1,0 +1,90 @@
+"""How a perplexity is measured, decided once: which token is read first, in which precision, and how a table says so.
+
+A run's own evaluations, `fire-llm eval RUN_DIR` and `fire-llm eval CHECKPOINT` follow it, so that one checkpoint has
+one perplexity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fire_llm.core.errors import UserError
+
+PREFIXES = ("auto", "bos", "eos", "none")
+"""What may be read before a text."""
+
+PRECISIONS = ("fp32", "training")
+"""What a run may measure in: fp32, or the precision that it trains in."""
+
+
+def first_token(tokenizer: Any, wanted: str = "auto", name: str | None = None) -> int | None:
+    """Return the token that is read before a text, so that the text's first token is scored too.
+
+    Args:
+        tokenizer: Of transformers.
+        wanted: One of `PREFIXES`. `auto` is the beginning-of-text token where the tokenizer has one and the end-of-text
+            token otherwise, which is what lm-eval reads.
+        name: Of the checkpoint, for the message.
+
+    Returns:
+        A token id, or None for `none`.
+
+    Raises:
+        UserError: The tokenizer has no such token.
+    """
+    if wanted == "none":
+        return None
+    kinds = ("bos", "eos") if wanted == "auto" else (wanted,)
+    found = [token for kind in kinds if (token := getattr(tokenizer, f"{kind}_token_id")) is not None]
+    if not found:
+        of = f" of '{name}'" if name else ""
+        others = ", ".join(prefix for prefix in PREFIXES if prefix != wanted)
+        raise UserError(f"--prefix {wanted}: the tokenizer{of} has no such token. Give another: {others}")
+    return int(found[0])
+
+
+def token_text(tokenizer: Any, token: int | None) -> str | None:
+    """Return a token as its tokenizer writes it: `<|endoftext|>` for 50256."""
+    return None if token is None else str(tokenizer.convert_ids_to_tokens(token))
+
+
+def described(row: Mapping[str, Any]) -> str:
+    """Return how a perplexity was measured, to stand below its table.
+
+    Args:
+        row: `precision`, `context`, `stride`, `prefix` and `per_document` as `Perplexity` has them; `prefix_text` where
+            the token's text is known.
+
+    Returns:
+        For example `in fp32, context 128, stride 128, windows run across documents, after <|endoftext|>`.
+    """
+    if row["prefix"] is None:
+        first = "the first token not scored"
+    else:
+        first = f"after {row.get('prefix_text') or 'token ' + str(row['prefix'])}"
+    documents = "each document by itself" if row["per_document"] else "windows run across documents"
+    # Likelihoods that something else measured have no precision that is known.
+    precision = f"in {row['precision']}, " if row.get("precision") else ""
+    return f"{precision}context {row['context']}, stride {row['stride']}, {documents}, {first}"
+
+
+def all_described(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return each way in which some rows were measured once; where there are several, with the checkpoints before it.
+
+    Args:
+        rows: As in `described`, with `checkpoint`.
+    """
+    return each_once((row["checkpoint"], described(row)) for row in rows)
+
+
+def each_once(said: Iterable[tuple[str, str]]) -> list[str]:
+    """Return what is said of some names once, as it is where it is said of all, with the names before it otherwise.
+
+    Args:
+        said: (name, what is said of it).
+    """
+    names: dict[str, dict[str, None]] = {}
+    for name, what in said:
+        names.setdefault(what, {})[name] = None
+    return [what if len(names) == 1 else f"{', '.join(of)}: {what}" for what, of in names.items()]

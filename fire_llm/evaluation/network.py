@@ -1,0 +1,170 @@
+"""Run a model to measure it, and leave it as found; find the modules whose inputs are measured.
+
+Shapes: B = sequences a pass, T = tokens a sequence, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fire_llm.architectures.context import choose_context
+from fire_llm.architectures.lookup import Lookup
+from fire_llm.architectures.matrices import LogicalMatrix, logical_matrices
+from fire_llm.core.errors import UserError
+from fire_llm.distributed import fsdp_modules
+from fire_llm.evaluation.precision import attention_among, evaluating, own_precision
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LOSS_TOKENS = 2048
+"""Tokens of one pass for the Hessian: a double backward keeps several times the activations of a training step."""
+
+
+class Network:
+    """Run an unwrapped causal LM in fp32 (fp64 for fp64 weights), whatever it is stored or trained in.
+
+    The model's parameters are stood in for by tensors of the same memory, or by fp32 copies where they are coarser, so
+    that no gradient, hook or flag of theirs is touched. Shards are read where they are, in the precision they have.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.sharded = bool(fsdp_modules(model)) or any(hasattr(p, "placements") for p in model.parameters())
+        named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self._tensors = {} if self.sharded else {name: _fine(tensor) for name, tensor in named.items()}
+        self.trained = [tensor for tensor in self._tensors.values() if tensor.requires_grad]
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Return (B, T, V) for (B, T) token ids.
+
+        Raises:
+            UserError: The model is no causal LM.
+        """
+        inputs = {"input_ids": ids, "use_cache": False}
+        out = self.model(**inputs) if self.sharded else functional_call(self.model, self._tensors, (), inputs)
+        found = getattr(out, "logits", None)
+        if found is None or found.shape[:2] != ids.shape:
+            raise UserError(
+                f"{type(self.model).__name__} gives no logits a token: load it as a causal LM, with its head"
+            )
+        return found
+
+    def losses(self, sequences: Tensor) -> Iterator[Tensor]:
+        """Yield parts that sum to the mean NLL of the sequences, in nats per token.
+
+        Args:
+            sequences: (n, T + 1) tokens, the first of each only read.
+        """
+        for ids in sequences.split(max(1, LOSS_TOKENS // (sequences.shape[1] - 1))):
+            nll = F.cross_entropy(self.logits(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+            yield nll / sequences[:, 1:].numel()
+
+
+def _fine(tensor: Tensor) -> Tensor:
+    coarse = tensor.is_floating_point() and tensor.element_size() < 4
+    fine = tensor.detach().float() if coarse else tensor.detach()
+    return fine.requires_grad_(tensor.requires_grad)
+
+
+@contextmanager
+def undisturbed(model: PreTrainedModel) -> Iterator[None]:
+    """Put a model into evaluation, in full precision and with plain attention; then put everything back.
+
+    Fused attention has no second derivative.
+    """
+    sharded = bool(fsdp_modules(model))
+    device = next(model.parameters()).device
+    indices = [device.index] if device.type == "cuda" else []
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(indices))
+        if not sharded:
+            stack.enter_context(own_precision(model))
+        stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
+        stack.enter_context(evaluating(model))
+        stack.enter_context(attention_among(model, ("eager", "sdpa")))
+        yield
+
+
+def sample(model: nn.Module, tokens: Any, context: int | None, sequences: int) -> Tensor:
+    """Cut sequences of one length out of a text, disjoint but for one token and evenly spaced.
+
+    Args:
+        model: Tells the vocabulary and the longest context.
+        tokens: (N,) ids.
+        context: Tokens read in each; by default the model's longest, at most 1024 and N - 1.
+        sequences: At most how many.
+
+    Returns:
+        (n, context + 1) int64.
+
+    Raises:
+        UserError: For fewer than context + 1 tokens, a bad context, or an id outside the vocabulary.
+    """
+    stream = np.asarray(tokens).reshape(-1)
+    config: Any = model.config
+    text = config.get_text_config()
+    length = choose_context(config, context)
+    if context is None:
+        length = max(1, min(length, len(stream) - 1))
+    if len(stream) <= length:
+        raise UserError(
+            f"diagnostics read {length} tokens and predict the one after; the text has {len(stream)}: "
+            "give more text or a shorter context"
+        )
+    count = (len(stream) - 1) // length
+    chosen = min(sequences, count)
+    starts = [i * count // chosen * length for i in range(chosen)]
+    ids = torch.from_numpy(np.stack([stream[start : start + length + 1] for start in starts]).astype(np.int64))
+    if int(ids.min()) < 0 or int(ids.max()) >= text.vocab_size:
+        raise UserError(
+            f"tokens {int(ids.min())} to {int(ids.max())} do not fit the model's vocabulary of {text.vocab_size}: "
+            "another tokenizer's tokens?"
+        )
+    return ids
+
+
+def down_projections(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
+    """Find the modules that read an MLP's hidden units, by the layout: (width, inner) beside an (inner, ...) matrix.
+
+    Args:
+        model: Unwrapped causal LM of a known layout.
+
+    Returns:
+        Modules by the name of their parameter, and for the MLPs where none was found: their parameters by reason.
+    """
+    config: Any = model.config
+    width = config.get_text_config().hidden_size
+    lookup = Lookup(model)
+    blocks: dict[int, list[LogicalMatrix]] = {}
+    for matrix in logical_matrices(model, ["mlp"]):
+        blocks.setdefault(id(lookup.site(matrix.parameter).block), []).append(matrix)
+    found: dict[str, nn.Module] = {}
+    missing: dict[str, list[str]] = {}
+    for matrices in blocks.values():
+        down = {m.parameter: m for m in matrices if _is_down(m, matrices, width)}
+        stacked = any(m.cut is not None and m.cut.index is not None for m in matrices)
+        if stacked or len(down) != 1:
+            reason = (
+                "experts stacked in one parameter, whose units no module reads"
+                if stacked
+                else f"no single matrix of {matrices[0].block} leads from the inner width back to {width}"
+            )
+            missing.setdefault(reason, []).append(matrices[-1].parameter)
+        else:
+            name = next(iter(down))
+            found[name] = lookup.site(name).owner
+    return found, missing
+
+
+def _is_down(matrix: LogicalMatrix, block: list[LogicalMatrix], width: int) -> bool:
+    out, inner = matrix.shape
+    return out == width != inner and any(other.shape[0] == inner for other in block)

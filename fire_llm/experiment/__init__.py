@@ -1,0 +1,1 @@
+"""A recipe becomes stages, stages are trained, and their checkpoints become results."""

@@ -1,0 +1,243 @@
+"""Say what running a recipe would take, before anything runs: tokens, steps, FLOPs, disk, memory, hours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fire_llm.architectures.matrices import hidden_matrices, logical_matrices
+from fire_llm.core import hardware
+from fire_llm.core.atomic import BYTES_A_PARAMETER, checkpoints
+from fire_llm.core.errors import UserError
+from fire_llm.core.flops import PEAK_FLOPS, flops_per_token
+from fire_llm.core.hardware import resolve_precision
+from fire_llm.experiment.recipe import OptimizerSection, PhaseSection, Recipe, optimizer_of
+from fire_llm.experiment.stages import (
+    Unit,
+    config_of,
+    context_of,
+    corpus_of,
+    expand,
+    final_checkpoint,
+    kept_a_token,
+    phase_steps,
+    select,
+    split_batch,
+)
+from fire_llm.models import describe, model_on_meta
+
+TRAINING_BYTES = BYTES_A_PARAMETER + 4
+"""Of a parameter while training: the gradient beside what a checkpoint holds, in fp32."""
+
+BYTES_A_TOKEN = 4.2
+"""UTF-8 bytes of English text that a byte-level BPE puts into a token, about; for phases counted in epochs."""
+
+MACHINES = (("H100", 1), ("A100", 8), ("H100", 8))
+"""Devices of 80 GB, and how many: what hours and memory are told for."""
+
+MACHINE_BYTES = 80 * 10**9
+
+MFU = 0.3
+"""Share of a device's peak that training is taken to reach.
+
+Source: nanoGPT trains GPT-2 124M for 600,000 steps of 491,520 tokens in about 4 days on eight A100s, which is 0.29.
+"""
+
+LOGITS_HELD = 2**29
+"""Of a forward pass, on 80 GB; the loss takes slices of so many (`trainer.loss`), but in fp16."""
+
+
+def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] = ()) -> dict[str, Any]:
+    """Return the plan as data: the units with steps, tokens and FLOPs, and the totals.
+
+    Steps counted in epochs are estimated from the bytes of the corpora; None where those are not known.
+
+    Raises:
+        UserError: What an arm is to do to the model it cannot, as far as the config tells; or the tokens of a step are
+            no whole number of the model's sequences.
+    """
+    folder = Path(output or Path("runs") / recipe.name)
+    config = config_of(recipe)
+    split_batch(recipe, context_of(recipe, config), 1, memory=0)  # what one process cannot divide, none can
+    model = model_on_meta(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    # Where a token's operations are not counted exactly (experts, state spaces), 6 a parameter is not too few.
+    flops_a_token = flops_per_token(model, context_of(recipe, config)) or 6 * parameters
+    units = select(expand(recipe), arms)
+    if recycling := [r for unit in units for r in unit.resets if r.kind == "recycling"]:
+        from fire_llm.training.recycling import hidden_layers  # the trainer takes seconds to import
+
+        for spec in recycling:
+            hidden_layers(model, spec)
+    rows: list[dict[str, Any]] = []
+    for unit in units:
+        steps = _steps(recipe, unit)
+        tokens = steps * recipe.batch.tokens_per_step if steps is not None else None
+        rows.append(
+            {
+                "unit": unit.folder,
+                "reset": "; ".join(r.label() for r in unit.resets) or "-",
+                "steps": steps,
+                "estimated": unit.phase.epochs is not None,
+                "tokens": tokens,
+                "flops": tokens * flops_a_token if tokens is not None else None,
+                "state": state_of(folder / unit.folder),
+            }
+        )
+    kept = sum(1 + len(u.phase.keep) for u in units)
+    return {
+        "model": describe(model),
+        "precision": resolve_precision(recipe.precision),
+        "optimizer": _optimizer(recipe.optimizer, model),
+        "schedule": _schedule(recipe.optimizer),
+        "own": [own for phase in recipe.phases if (own := _own(recipe, phase, model))],
+        "units": rows,
+        "machines": _machines(recipe, config, parameters, sum(row["flops"] or 0 for row in rows)),
+        "disk_bytes": kept * parameters * BYTES_A_PARAMETER,
+        "memory_bytes": parameters * TRAINING_BYTES,
+    }
+
+
+def _machines(recipe: Recipe, config: Any, parameters: int, flops: float) -> list[dict[str, Any]]:
+    """Return hours and memory on known devices; of those that the batch divides into, and for 16 bits alone."""
+    text, context = config.get_text_config(), context_of(recipe, config)
+    kept = kept_a_token(text)
+    if recipe.precision == "fp32" or kept is None:
+        return []
+    machines = []
+    for device, count in MACHINES:
+        try:
+            sequences, _ = split_batch(recipe, context, count, memory=MACHINE_BYTES)
+        except UserError:
+            continue
+        tokens = sequences * context
+        # Replicas hold the gradients once more, in the buckets that they exchange; autocast holds weights in 16 bits.
+        weights = parameters * (TRAINING_BYTES + 2 + (4 if count > 1 else 0))
+        logits = tokens * text.vocab_size
+        held = logits if recipe.precision == "fp16" else min(logits, LOGITS_HELD)
+        machines.append(
+            {
+                "name": f"{count}×{device}",
+                "hours": flops / (count * PEAK_FLOPS[device] * MFU) / 3600,
+                "memory_bytes": weights + tokens * kept + 8 * held,  # the logits in fp32, and their gradients
+            }
+        )
+    return machines
+
+
+def _own(recipe: Recipe, phase: PhaseSection, model: Any) -> str:
+    """Say what of a phase's optimizer is its own; nothing where nothing is."""
+    section = optimizer_of(recipe, phase)
+    parts = []
+    if section != recipe.optimizer:
+        parts += [_optimizer(section, model), _schedule(section)]
+    if phase.optimizer_state == "kept":
+        parts.append("begins with the optimizer's state of what it starts from")
+    return f"phase {phase.name}: {'; '.join(parts)}" if parts else ""
+
+
+def _optimizer(section: OptimizerSection, model: Any) -> str:
+    """Say which optimizer trains what.
+
+    Raises:
+        UserError: Muon is asked for, and the layout of the model is unknown.
+    """
+    if section.name != "muon":
+        return section.name
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    hidden = hidden_matrices(model)
+    own = sum(sizes[name] for name in hidden)
+    stacks = {p.parameter for p in logical_matrices(model) if p.cut is not None and p.cut.index is not None}
+    among = f", {len(stacks)} stacks of experts among them" if stacks else ""
+    rest = sum(sizes.values()) - own
+    emulated = not torch.accelerator.is_available() and not hardware.cpu_has_bf16()
+    slow = "; Muon multiplies in bf16, which this CPU emulates: its steps will be slow" if emulated else ""
+    return f"muon for {len(hidden)} matrices ({own:,} parameters), adamw for the rest ({rest:,}{among}){slow}"
+
+
+def _schedule(section: OptimizerSection) -> str:
+    """Say how the learning rate goes in a phase."""
+    parts = [f"up to {section.lr:g} in {section.warmup:.0%} of the steps (at most {section.max_warmup_steps})"]
+    if section.schedule == "cosine":
+        parts.append(f"a cosine down to {section.min_lr:g}")
+    elif section.schedule == "infinite":
+        parts.append(f"{section.cooldown:.0%} a cosine down to {section.constant_lr:g}")
+    if section.schedule != "cosine":
+        parts.append("constant")
+    if section.schedule in ("wsd", "infinite"):
+        parts.append(f"the last {section.decay:.0%} {section.shape} to {section.min_lr:g}")
+    return f"{section.schedule}: {', '.join(parts)}"
+
+
+def _steps(recipe: Recipe, unit: Unit) -> int | None:
+    if unit.phase.epochs is None:
+        return phase_steps(unit.phase, recipe.batch.tokens_per_step, 0)
+    sizes = [corpus_of(recipe, name).approximate_bytes for name in unit.phase.data]
+    if any(size is None for size in sizes):
+        return None
+    limit = unit.phase.max_corpus_tokens or math.inf
+    total = int(sum(min((size or 0) / BYTES_A_TOKEN, limit) for size in sizes))
+    return phase_steps(unit.phase, recipe.batch.tokens_per_step, total)
+
+
+def state_of(folder: Path) -> str:
+    """Say how far a unit is."""
+    if final_checkpoint(folder) is not None:
+        return "finished"
+    whole = checkpoints(folder)
+    return f"resumes at step {whole[-1][1]}" if whole else "to do"
+
+
+def print_plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] = ()) -> None:
+    """Print the plan as a table with totals."""
+    from rich.console import Console
+    from rich.table import Table
+
+    planned = plan(recipe, output, arms)
+    console = Console()
+    table = Table(box=None, pad_edge=False)
+    for column in ("unit", "reset"):
+        table.add_column(column, overflow="fold")
+    for column in ("steps", "tokens", "FLOPs"):
+        table.add_column(column, justify="right")
+    table.add_column("state")
+    for row in planned["units"]:
+        steps = "by corpus size" if row["steps"] is None else f"{'≈ ' if row['estimated'] else ''}{row['steps']:,}"
+        tokens = "" if row["tokens"] is None else f"{row['tokens']:,}"
+        table.add_row(
+            row["unit"], row["reset"], steps, tokens, f"{row['flops']:.2g}" if row["flops"] else "", row["state"]
+        )
+    console.print(f"recipe {recipe.name}: no fault found")
+    console.print(f"model: {planned['model']}; precision {planned['precision']}; seeds {recipe.seed}")
+    console.print(f"optimizer: {planned['optimizer']}")
+    console.print(f"schedule {planned['schedule']}")
+    for own in planned["own"]:
+        console.print(own)
+    console.print(table)
+    console.print(
+        f"{totals(planned['units'])}; "
+        f"disk ≈ {planned['disk_bytes'] / 1e9:.2g} GB of checkpoints; "
+        f"memory ≈ {planned['memory_bytes'] / 1e9:.2g} GB a process, without activations"
+    )
+    told = [
+        f"{machine['name']} ≈ {_duration(machine['hours'])}, {machine['memory_bytes'] / 1e9:.2g} GB a GPU"
+        for machine in planned["machines"]
+        if machine["hours"] * 60 >= 1
+    ]
+    if told:
+        console.print(f"at {MFU:.0%} of the 16-bit peak, evaluation left out: {'; '.join(told)}")
+
+
+def totals(rows: Sequence[dict[str, Any]]) -> str:
+    """Say what some rows of a plan take together."""
+    tokens, flops = (sum(row[what] or 0 for row in rows) for what in ("tokens", "flops"))
+    unknown = "" if all(row["steps"] is not None for row in rows) else " and the phases counted in epochs"
+    return f"in all: {tokens:,} tokens, {flops:.2g} FLOPs{unknown}"
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:,.0f} h" if hours >= 2 else f"{hours * 60:.0f} min"

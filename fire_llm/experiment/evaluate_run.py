@@ -1,0 +1,252 @@
+"""Find the checkpoints of a run by its recipe, and score each on the run's corpora."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fire_llm.core.atomic import is_run, step_of, write_json
+from fire_llm.core.errors import UserError, did_you_mean
+from fire_llm.data.corpora import CORPORA
+from fire_llm.distributed import is_first
+from fire_llm.evaluation.checkpoints import Text
+from fire_llm.evaluation.measurement import first_token, token_text
+from fire_llm.evaluation.perplexity import Perplexity, perplexity
+from fire_llm.evaluation.scores import Scores
+from fire_llm.evaluation.statistics import BOOTSTRAP, standard_errors
+from fire_llm.experiment.recipe import Recipe, load_recipe
+from fire_llm.experiment.stages import Unit, expand, final_checkpoint, labelled_checkpoint
+from fire_llm.experiment.train import Workbench
+from fire_llm.experiment.transfer import Stage, transfer
+from fire_llm.models import find_device, fresh_model, load_model
+
+SCHEMA_VERSION = 1
+LEVEL = 0.95
+"""Of the intervals."""
+
+Json = dict[str, Any]
+
+
+@dataclass
+class Row:
+    """Hold a checkpoint of the matrix and how to load it."""
+
+    checkpoint: str
+    """Folder relative to the run's; `init/seed-1` for step-0 weights, the name given for a run that began with some."""
+    phase: str | None
+    arm: str | None
+    seed: int | None
+    step: int
+    labels: list[str]
+    """init, start, final, best, or a number of steps."""
+    load: Callable[[], Any] = field(repr=False)
+
+    def names(self) -> Json:
+        """Return what tells the row from others, as plain data."""
+        return {key: value for key, value in vars(self).items() if key != "load"}
+
+
+def evaluate_run(
+    run_dir: str | Path,
+    data: Sequence[str] | None = None,
+    context: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+    *,
+    device: str = "cpu",
+    progress: bool = True,
+) -> Json:
+    """Score the checkpoints of a run on its held-out texts, and write and return the matrix.
+
+    Each checkpoint is loaded once, in fp32. Under torch.distributed ranks share the work.
+
+    Args:
+        run_dir: Folder of a run; what in it is not finished is left out and named.
+        data: Corpora of the recipe or known ones; by default all that the recipe trains or measures on.
+        context: Tokens a window; by default the run's, and the numbers are then those of its results.json.
+        stride, batch_size: As in `perplexity`.
+        device: `cpu`, `cuda` or `cuda:N`.
+        progress: Show progress bars.
+
+    Returns:
+        The content of RUN_DIR/evaluation.json (docs/results-schema.md).
+
+    Raises:
+        UserError: For a folder that is no run or has nothing finished, an unknown corpus, or text that has changed.
+    """
+    folder = Path(run_dir)
+    recipe, units = _recipe_and_units(folder)
+    finished = [u for u in units if final_checkpoint(folder / u.folder)]
+    if not finished:
+        raise UserError(f"'{folder}' has no finished phase to evaluate: finish it with `fire-llm run`")
+    names = _names(recipe, data)
+    _refuse_changed_text(folder, finished, names)
+    bench, where = Workbench(recipe, folder, progress), find_device(device)
+    texts, left_out = _texts(bench, names, required=names if data else recipe.evaluated())
+    found, stages = rows_and_stages(recipe, folder, finished, bench)
+    first = first_token(bench.tokenizer)
+    matrix: dict[str, dict[str, Scores]] = {}
+    rows: list[Json] = []
+    for row in found:
+        model = row.load().to(where)
+        for name, text in texts.items():
+            measured: Perplexity = perplexity(
+                model,
+                text.tokens,
+                context=bench.context if context is None else context,
+                stride=stride,
+                batch_size=batch_size,
+                prefix=first,
+                n_bytes=text.n_bytes,
+                n_words=text.n_words,
+                documents=text.documents,
+                progress=f"{row.checkpoint} on {name}" if bench.progress else None,
+                share=True,
+            )
+            matrix.setdefault(row.checkpoint, {})[name] = measured.scores
+            errors = standard_errors(measured.scores)
+            named = {"data": name, "split": "validation", "prefix_text": token_text(bench.tokenizer, first)}
+            rows.append({**row.names(), **named, **measured.to_dict(), "se": errors})
+        del model  # before the next is loaded
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "name": recipe.name,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "settings": {
+            "max_tokens": recipe.evaluate.max_tokens,
+            "device": str(where),
+            "words": "pieces between runs of white space",
+            "bootstrap": BOOTSTRAP,
+            "level": LEVEL,
+        },
+        "left_out": left_out,
+        "unfinished": [u.folder for u in units if u not in finished],
+        "rows": rows,
+        **transfer(matrix, stages, LEVEL),
+    }
+    if is_first():
+        write_json(folder / "evaluation.json", result)
+    return result
+
+
+def _recipe_and_units(folder: Path) -> tuple[Recipe, list[Unit]]:
+    """Read the recipe that a run's folder was made with.
+
+    Raises:
+        UserError: It has none, or a damaged one; for text that is not there, with a hint where its path is relative.
+    """
+    path = folder / "recipe.json"
+    if not is_run(folder):
+        raise UserError(f"'{folder}' is no run: it has no recipe.json. Give the folder that `fire-llm run` made")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"'{path}' is damaged ({error}): run the recipe again, which writes it anew") from error
+    try:
+        recipe = load_recipe(data)
+        return recipe, expand(recipe)
+    except UserError as error:
+        if Path(data.get("data_root", ".")).is_absolute():
+            raise
+        hint = "the run's data_root counts from the current folder: go to where it was started"
+        raise UserError(f"{error}\n({hint})") from error
+
+
+def _names(recipe: Recipe, data: Sequence[str] | None) -> list[str]:
+    """Return the corpora to measure on.
+
+    Raises:
+        UserError: For one that is neither the recipe's nor a known one.
+    """
+    own = list(dict.fromkeys([*recipe.corpus_names(), *recipe.corpora]))
+    for name in data or ():
+        if name not in own and name not in CORPORA:
+            raise UserError(
+                f"--data: the run has no corpus '{name}'.{did_you_mean(name, [*own, *CORPORA])} It has: "
+                f"{', '.join(own)}. Known ones: {', '.join(CORPORA)}. For a file, name checkpoints instead of the run"
+            )
+    return list(dict.fromkeys(data)) if data else recipe.corpus_names()
+
+
+def _refuse_changed_text(folder: Path, finished: Sequence[Unit], names: Sequence[str]) -> None:
+    """Refuse text that is not what the run was trained with: what is held out now may have been trained on.
+
+    Raises:
+        UserError: Naming the corpus.
+    """
+    for unit in finished:
+        before = json.loads((folder / unit.folder / "unit.json").read_text(encoding="utf-8"))["corpora"]
+        for name, now in unit.spec["corpora"].items():
+            if name in names and before.get(name, now) != now:
+                raise UserError(
+                    f"corpus '{name}' has changed since '{folder / unit.folder}' was trained, so that its held-out "
+                    "text may be text that was trained on: put it back, or name other corpora with --data"
+                )
+
+
+def _texts(bench: Workbench, names: Sequence[str], required: Sequence[str]) -> tuple[dict[str, Text], dict[str, str]]:
+    """Return the held-out text of each corpus, and why others have none.
+
+    Raises:
+        UserError: One that is required has none, or none has.
+    """
+    texts: dict[str, Text] = {}
+    left_out: dict[str, str] = {}
+    for name in names:
+        try:
+            held_out = bench.tokens(name, "validation").first(bench.recipe.evaluate.max_tokens)
+        except UserError as error:
+            if name in required:
+                raise
+            left_out[name] = str(error)
+        else:
+            texts[name] = Text.of(held_out, per_document=False)
+    return texts, left_out
+
+
+def rows_and_stages(
+    recipe: Recipe, folder: Path, finished: Sequence[Unit], bench: Workbench
+) -> tuple[list[Row], list[Stage]]:
+    """Return the checkpoints of a run, what it began with first, and the stages between them.
+
+    Args:
+        finished: Units whose last checkpoint is there, parents before children.
+        bench: Gives the config of step-0 weights.
+    """
+    rows: dict[str, Row] = {}
+    stages: dict[str, Stage] = {}
+    for seed in recipe.seed:
+        given = recipe.model.checkpoint
+        name = given or f"init/seed-{seed}"
+        load = partial(load_model, given, torch.float32) if given else partial(_fresh, bench, seed)
+        rows[name] = Row(name, None, None, None if given else seed, 0, ["start" if given else "init"], load)
+    for unit in finished:
+        own: dict[int, tuple[Path, list[str]]] = {}
+        for label in [*map(str, unit.phase.keep), "final"]:
+            with suppress(UserError):  # a checkpoint that the recipe was told to keep after the phase had ended
+                path = labelled_checkpoint(folder / unit.folder, label)
+                own.setdefault(step_of(path) or 0, (path, []))[1].append(label)
+        for step, (path, labels) in sorted(own.items()):
+            key = str(path.relative_to(folder))
+            load = partial(load_model, path, torch.float32)
+            rows[key] = Row(key, unit.phase.name, unit.arm, unit.seed, step, labels, load)
+        last = str(own[max(own)][0].relative_to(folder))
+        start = recipe.model.checkpoint or f"init/seed-{unit.seed}"
+        if unit.parent is not None:
+            start = str(labelled_checkpoint(folder / unit.parent.folder, unit.start).relative_to(folder))
+        parent = stages[unit.parent.folder] if unit.parent else None
+        names = (unit.phase.name, unit.arm, unit.seed, tuple(unit.phase.data))
+        stages[unit.folder] = Stage(*names, start, last, parent)
+    return [*rows.values()], [*stages.values()]
+
+
+def _fresh(bench: Workbench, seed: int) -> Any:
+    return fresh_model(bench.config, seed)

@@ -1,0 +1,133 @@
+"""Start workers in processes of their own, watch them, and end them."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fire_llm.core.atomic import write_json, writing
+from fire_llm.core.signals import Stopped
+from fire_llm.experiment.jobs import Failures
+from fire_llm.experiment.progress import Overview
+from fire_llm.experiment.recipe import Cell
+from fire_llm.experiment.resources import environment
+from fire_llm.experiment.worker import POLL_SECONDS, QUIET
+
+_PACKAGES = str(Path(__file__).parents[2])
+"""Where fire_llm lies: a program may have found it by a path of its own."""
+
+_PROGRAM = (
+    "import sys; sys.path.append(sys.argv.pop(1)); "
+    "from fire_llm.experiment.worker import main; raise SystemExit(main(*sys.argv[1:]))"
+)
+
+
+class Workers:
+    """Hold the processes that train the units of one command.
+
+    Args:
+        number: Of processes.
+        cells: Whose units they train.
+        arms: Only these, where there are any.
+        output: The command's folder.
+        failures: Where they tell what failed.
+        options: Of `worker.work`; with `progress`, what they say is passed on.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        cells: Sequence[Cell],
+        arms: Sequence[str],
+        output: Path,
+        failures: Failures,
+        options: Mapping[str, Any],
+    ) -> None:
+        self.cells, self.output, self.failures, self.options = cells, output, failures, options
+        self.instructions = {
+            "output": str(output),
+            "failures": str(failures.folder),
+            "arms": list(arms),
+            "cells": [
+                {"name": c.name, "settings": c.settings, "recipe": c.recipe.model_dump(mode="json")} for c in cells
+            ],
+            "options": dict(options),
+        }
+        self.logs = [output / ".workers" / f"{socket.gethostname()}-{n + 1}.log" for n in range(number)]
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._read: list[int] = []
+
+    def train(self, overview: Overview) -> list[str]:
+        """Start all, wait until they have ended, and return what ended those that did not end by themselves.
+
+        Args:
+            overview: Shown meanwhile.
+
+        Raises:
+            Stopped: A signal came; it was passed on, and every worker has ended.
+        """
+        file = self.failures.folder.with_suffix(".todo")
+        try:
+            self.failures.folder.mkdir(parents=True, exist_ok=True)
+            write_json(file, self.instructions)
+            for n, log in enumerate(self.logs):
+                self._start(n, log, file)
+            while any(process.poll() is None for process in self.processes):
+                self._show(overview)
+                if self.options["alone"] and self.failures.any():
+                    self._end(signal.SIGTERM)
+                    return []
+                time.sleep(POLL_SECONDS)
+            self._show(overview)
+        except KeyboardInterrupt as stopped:
+            number = stopped.number if isinstance(stopped, Stopped) else int(signal.SIGINT)
+            self._end(number)
+            raise Stopped(number, "the workers saved the steps they were in; the same command goes on") from None
+        finally:
+            overview.close()
+            for process in self.processes:
+                assert process.stdin is not None
+                process.stdin.close()  # which ends a worker that is left, should this process fail
+            file.unlink(missing_ok=True)
+        return [_verdict(p.returncode, n, self.logs[n]) for n, p in enumerate(self.processes) if p.returncode]
+
+    def _start(self, n: int, log: Path, instructions: Path) -> None:
+        command = [sys.executable, "-c", _PROGRAM, _PACKAGES, str(instructions), str(n), str(log)]
+        with writing(self.output), log.open("a", encoding="utf-8") as file:
+            self._read.append(file.tell())
+            inherited = environment(n, len(self.logs), self.cells)
+            self.processes.append(
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, stderr=file, env=inherited)
+            )
+
+    def _end(self, number: int) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(number)
+        for process in self.processes:
+            process.wait()
+
+    def _show(self, overview: Overview) -> None:
+        for n, log in enumerate(self.logs) if self.options["progress"] else ():
+            with log.open("rb") as file:
+                file.seek(self._read[n])
+                whole, _, _ = file.read().rpartition(b"\n")
+            if whole:
+                self._read[n] += len(whole) + 1
+                for line in whole.decode(errors="replace").split("\n"):
+                    if not line.startswith(QUIET):
+                        overview.say(line)
+        overview.refresh()
+
+
+def _verdict(code: int, n: int, log: Path) -> str:
+    """Say what ended a worker."""
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    hint = ", most often because the machine ran out of memory" if code == -signal.SIGKILL else ""
+    return f"worker {n + 1} {how}{hint}; see '{log}'"

@@ -1,0 +1,22 @@
+"""The typed recipe: YAML in, every fault at once out."""
+
+from __future__ import annotations
+
+from fire_llm.experiment.recipe.grid import Cell, load_cells, words
+from fire_llm.experiment.recipe.optimizing import optimizer_of
+from fire_llm.experiment.recipe.reading import load_recipe, recipes_folder
+from fire_llm.experiment.recipe.sections import ModelSection, OptimizerSection, PhaseSection, Recipe, recipe_schema
+
+__all__ = [
+    "Cell",
+    "ModelSection",
+    "OptimizerSection",
+    "PhaseSection",
+    "Recipe",
+    "load_cells",
+    "load_recipe",
+    "optimizer_of",
+    "recipe_schema",
+    "recipes_folder",
+    "words",
+]

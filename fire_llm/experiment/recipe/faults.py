@@ -1,0 +1,219 @@
+"""Say what is wrong with a recipe: the path, the value, what is allowed and the next step."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from fire_llm.architectures.context import DEFAULT
+from fire_llm.core.errors import UserError, did_you_mean
+from fire_llm.data.corpora import CorpusSpec, resolve
+from fire_llm.experiment.recipe.optimizing import optimizer_faults, optimizer_of
+from fire_llm.experiment.recipe.sections import (
+    BatchSection,
+    EvaluateSection,
+    ModelSection,
+    OptimizerSection,
+    PhaseSection,
+    Recipe,
+    TokenizerSection,
+    as_list,
+)
+from fire_llm.models import PRESETS
+from fire_llm.resets import RESETS, ResetSpec
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
+_NAMING = "use at most 64 letters, digits, '.', '_', '+' and '-', a letter or digit first"
+_TAKEN = re.compile(r"tokenizer|.*\.(json|html|lock|partial)", re.IGNORECASE)
+"""Names in a run's folder that are not phases'."""
+
+
+def path_of(loc: Iterable[Any]) -> str:
+    """Write a location as `phases[1].arms.fire`."""
+    text = ""
+    for part in loc:
+        if part in ("int", "str"):  # branches of a union, which users never wrote
+            continue
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text or "recipe"
+
+
+def explain(error: Any) -> str:
+    """Say one pydantic error in words that name the value, what is allowed and the next step."""
+    kind, value, loc = error["type"], error["input"], error["loc"]
+    if kind == "extra_forbidden":
+        fields = _fields_at(loc[:-1])
+        return f"unknown key.{did_you_mean(str(loc[-1]), fields)} Known: {', '.join(fields)}"
+    if kind == "missing":
+        return "missing; it has no default"
+    if kind in ("float_type", "int_type") and isinstance(value, str):
+        wanted = "a number" if kind == "float_type" else "a whole number"
+        if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+            mantissa, _, exponent = value.lower().partition("e")
+            full = mantissa if "." in mantissa else mantissa + ".0"
+            sign = exponent if exponent[0] in "+-" else "+" + exponent
+            return f"'{value}' is text to YAML, and {wanted} is wanted. Write {full}e{sign}"
+        return f"'{value}' is text; {wanted} is wanted"
+    if kind == "literal_error":
+        allowed = [a.strip("' ") for a in re.split(r", | or ", error["ctx"]["expected"])]
+        return f"{value!r} is not allowed.{did_you_mean(str(value), allowed)} Allowed: {', '.join(allowed)}"
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return f"{json.dumps(value, default=str)[:80]} is not allowed: it should be {message}"
+
+
+def _fields_at(loc: Iterable[Any]) -> list[str]:
+    """Return the keys allowed at a location of the recipe."""
+    sections: dict[str, type[BaseModel]] = {
+        "model": ModelSection, "tokenizer": TokenizerSection, "optimizer": OptimizerSection, "batch": BatchSection,
+        "phases": PhaseSection, "evaluate": EvaluateSection, "corpora": CorpusSpec,
+    }  # fmt: skip
+    # A phase's optimizer is the innermost section of its place.
+    first = next((part for part in [*loc][::-1] if part in sections), None)
+    return list(sections.get(str(first), Recipe).model_fields)
+
+
+def arm_faults(data: Mapping[str, Any]) -> list[str]:
+    """Check every reset of every arm, whatever else is wrong with the recipe."""
+    faults = []
+    phases = data.get("phases")
+    for i, phase in enumerate(phases if isinstance(phases, list) else []):
+        arms = phase.get("arms") if isinstance(phase, Mapping) else None
+        for name, arm in arms.items() if isinstance(arms, Mapping) else ():
+            if arm == []:
+                faults.append(f"phases[{i}].arms.{name}: an empty list resets nothing; write keep")
+            for j, reset in enumerate(as_list(arm)):
+                where = f"phases[{i}].arms.{name}" + (f"[{j}]" if isinstance(arm, list) else "")
+                if not isinstance(reset, str | Mapping):
+                    faults.append(
+                        f"{where}: {reset!r} is no reset; write {{method: NAME}}, NAME one of {', '.join(RESETS)}"
+                    )
+                    continue
+                faults += [f"{where}.{key}: {message}" for key, message in ResetSpec.check(reset)[0]]
+    return faults
+
+
+def contradictions(recipe: Recipe) -> Iterable[str]:
+    """Yield what is wrong between keys that are each right by themselves."""
+    if not _NAME.fullmatch(recipe.name):
+        yield f"name: '{recipe.name}' names the folder runs/NAME; {_NAMING}"
+    if (recipe.model.preset is None) == (recipe.model.checkpoint is None):
+        yield "model: give one of preset and checkpoint"
+    elif recipe.model.preset is not None and recipe.model.preset not in PRESETS:
+        near = did_you_mean(recipe.model.preset, PRESETS)
+        yield f"model.preset: unknown preset '{recipe.model.preset}'.{near} Known: {', '.join(PRESETS)}"
+    if recipe.model.checkpoint is not None and recipe.model.config:
+        yield "model.config: a checkpoint has a config of its own; remove this key, or take a preset"
+    tokenizer = recipe.tokenizer
+    if tokenizer is None and recipe.model.preset is not None:
+        yield "tokenizer: a preset brings none; give a Hub id or folder, or {train: VOCABULARY_SIZE}"
+    if tokenizer is not None and (tokenizer.path is None) == (tokenizer.train is None):
+        yield "tokenizer: give one of path and train"
+    if len(set(recipe.seed)) < len(recipe.seed):
+        yield f"seed: {recipe.seed} names a seed twice"
+    common = [*optimizer_faults(recipe.optimizer)]
+    yield from common
+    context = _context(recipe)
+    if context and recipe.batch.tokens_per_step % context:
+        nearest = max(1, round(recipe.batch.tokens_per_step / context)) * context
+        yield (
+            f"batch.tokens_per_step: {recipe.batch.tokens_per_step} is not a multiple of the context, {context}. "
+            f"The nearest is {nearest}"
+        )
+    earlier: dict[str, list[str]] = {}
+    for n, phase in enumerate(recipe.phases):
+        own = [fault for fault in optimizer_faults(optimizer_of(recipe, phase)) if fault not in common]
+        yield from (f"phases[{n}].{fault}" for fault in [*own, *_phase_contradictions(recipe, phase, earlier)])
+        earlier[phase.name] = [str(k) for k in ["final", *phase.keep]]
+        for arm in phase.arms or {}:
+            earlier[f"{phase.name}/{arm}"] = earlier[phase.name]
+    places = {name: "tokenizer.corpora" for name in (tokenizer.corpora if tokenizer else [])}
+    places |= {name: "evaluate.data" for name in recipe.evaluate.data}
+    places |= {name: f"phases[{n}].data" for n, phase in enumerate(recipe.phases) for name in phase.data}
+    for name, place in places.items():
+        try:
+            resolve(name, recipe.corpora.get(name), Path(recipe.data_root))
+        except UserError as error:
+            yield f"{place}: {error}"
+        except OSError as error:
+            yield f"{place}: '{name}' cannot be looked at: {error.strerror or error}"
+
+
+def _context(recipe: Recipe) -> int | None:
+    """Return the tokens a sequence, None where a checkpoint's config has to be read for it."""
+    settings = {**PRESETS.get(recipe.model.preset or "", {}), **recipe.model.config}
+    longest = settings.get("max_position_embeddings", settings.get("n_positions"))
+    own = min(longest, DEFAULT) if isinstance(longest, int) and longest > 0 else None
+    return recipe.model.context or own
+
+
+def _phase_contradictions(recipe: Recipe, phase: PhaseSection, earlier: dict[str, list[str]]) -> Iterable[str]:
+    if not _NAME.fullmatch(phase.name):
+        yield f"name: '{phase.name}' names a folder; {_NAMING}"
+    elif _TAKEN.fullmatch(phase.name):
+        yield f"name: '{phase.name}' is a name that the run's folder has for something else; choose another"
+    # Some file systems do not tell capital letters from small ones.
+    if any(phase.name.lower() == name.lower() for name in earlier):
+        yield f"name: '{phase.name}' is the name of an earlier phase"
+    arms = [arm.lower() for arm in phase.arms or {}]
+    for twice in sorted({arm for arm in arms if arms.count(arm) > 1}):
+        yield f"arms: two arms are called '{twice}' but for capital letters, which some file systems do not tell apart"
+    lengths = [k for k in ("epochs", "steps", "tokens") if getattr(phase, k) is not None]
+    if len(lengths) != 1:
+        yield f"{' and '.join(lengths) or 'steps'}: give exactly one of epochs, steps and tokens"
+    for corpus, weight in phase.data.items():
+        if not 0 <= weight < float("inf"):
+            yield f"data.{corpus}: the weight {weight} should be a number of 0 or more"
+    if not any(phase.data.values()):
+        yield "data: the weights are all zero"
+    for k in phase.keep:
+        if k != "best" and not (isinstance(k, int) and k > 0):
+            yield f"keep: {k!r} is not allowed; 'best' or a number of steps"
+        elif isinstance(k, int) and phase.steps is not None and k > phase.steps:
+            yield f"keep: step {k} lies beyond the phase's {phase.steps} steps"
+    if "best" in phase.keep and not set(phase.data) & set(recipe.evaluated()):
+        yield f"keep: 'best' is told by the phase's own corpora, and evaluate.data has none of {', '.join(phase.data)}"
+    for arm in phase.arms or {}:
+        if not _NAME.fullmatch(arm):
+            yield f"arms.{arm}: the name is that of a folder; {_NAMING}"
+    if phase.start_from is not None and not any(phase.start_from.values()):
+        yield "start_from: it names no checkpoint; leave it out to start from the previous phase's final one"
+    for source, labels in (phase.start_from or {}).items():
+        if len(set(map(str, labels))) < len(labels):
+            yield f"start_from.{source}: {labels} names a checkpoint twice"
+        if source not in earlier:
+            yield f"start_from: there is no earlier phase '{source}'.{did_you_mean(source, earlier)}"
+            continue
+        for label in labels:
+            if str(label) not in earlier[source]:
+                allowed = ", ".join(earlier[source])
+                yield f"start_from.{source}: '{label}' is not kept; kept: {allowed}. Add it to that phase's keep"
+    armed = [p for p in recipe.phases if p.arms and p.name in earlier]
+    previous = next((name for name in reversed(earlier) if "/" not in name), None)
+    if phase.optimizer_state == "kept":
+        yield from _kept_contradictions(recipe, phase, [previous] if phase.start_from is None else phase.start_from)
+    if phase.start_from is None and armed and armed[-1].name == previous:
+        missing = [a for a in (phase.arms or {"": None}) if a not in (armed[-1].arms or {})]
+        if missing:
+            example = f"{armed[-1].name}/{next(iter(armed[-1].arms or {}))}"
+            yield f"start_from: the previous phase has arms; say which to go on from, such as {{{example}: final}}"
+
+
+def _kept_contradictions(recipe: Recipe, phase: PhaseSection, sources: Iterable[str | None]) -> Iterable[str]:
+    """Yield why a phase cannot go on with the optimizer's state of what it starts from."""
+    by_name = {other.name: other for other in recipe.phases}
+    own = optimizer_of(recipe, phase).name
+    for source in sources:
+        if source is None:
+            yield "optimizer_state: 'kept' wants a checkpoint of an earlier phase, and this is the first. Remove it"
+            continue
+        parent = by_name.get(source.partition("/")[0])
+        if parent is not None and (name := optimizer_of(recipe, parent).name) != own:
+            yield (
+                f"optimizer_state: 'kept' wants one optimizer in both phases; '{source}' is trained with {name}, this "
+                f"phase with {own}. Write cleared, or give both the same optimizer.name"
+            )

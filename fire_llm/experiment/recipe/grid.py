@@ -1,0 +1,154 @@
+"""The cells of a sweep: a recipe once for every point of a grid."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from fire_llm.core.errors import UserError
+from fire_llm.experiment.recipe.reading import assignment, checked, read_data, refuse, set_key
+from fire_llm.experiment.recipe.sections import Recipe
+
+MOST_CELLS = 500
+"""Of a sweep: a few short lists multiply."""
+
+LONGEST_NAME = 100
+"""Characters of a cell's name."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of a grid: the recipe with the swept keys set."""
+
+    name: str
+    """Of its folder in the sweep's; empty where there is no grid, and the sweep's folder is the run's."""
+    settings: dict[str, Any] = field(hash=False)
+    """The swept keys, and their values here."""
+    recipe: Recipe = field(hash=False)
+    """As `load_recipe` would give it, without `sweep`."""
+
+    def folder(self, output: Path) -> Path:
+        """Return the folder of the cell's run."""
+        return output / self.name if self.name else output
+
+
+def load_cells(
+    source: str | Path | Mapping[str, Any], overrides: Iterable[str] = (), grid: Iterable[str] = ()
+) -> list[Cell]:
+    """Read a recipe and the grid that it and `--grid` span, every cell checked.
+
+    Args:
+        source: As for `load_recipe`.
+        overrides: `KEY=VALUE`, for every cell.
+        grid: `KEY=[VALUES]`, added to the recipe's `sweep`, or in the place of the same key there.
+
+    Returns:
+        The cells, the last key's values changing fastest; one, without a name, where there is no grid.
+
+    Raises:
+        UserError: With every fault found, those of some cells alone with the cells' names.
+    """
+    data = read_data(source, overrides)
+    swept = data.pop("sweep", None) or {}
+    if not isinstance(swept, dict):
+        raise UserError(f"sweep: {json.dumps(swept)[:80]} is no grid; write {{optimizer.lr: [1.0e-3, 3.0e-4]}}")
+    swept = {**swept, **dict(assignment("--grid", text) for text in grid)}
+    refuse(source, grid_faults(swept))
+    points = [dict(zip(swept, values, strict=True)) for values in itertools.product(*swept.values())]
+    cells: list[Cell] = []
+    faults: dict[str, list[str]] = {}
+    for name, point in zip(_names(points), points, strict=True):
+        own = json.loads(json.dumps(data))
+        recipe = None
+        try:
+            for key, value in point.items():
+                set_key(own, "sweep", key, value)
+            recipe, found = checked(own)
+        except UserError as error:
+            found = [str(error)]
+        for fault in found:
+            faults.setdefault(fault, []).append(name)
+        if recipe is not None:
+            cells.append(Cell(name, point, recipe))
+    refuse(source, [_told(fault, names, len(points)) for fault, names in faults.items()])
+    return cells
+
+
+def grid_faults(swept: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with a grid before any of its cells is looked at."""
+    faults = []
+    for key, values in swept.items():
+        if not isinstance(values, list) or not values:
+            faults.append(f"sweep.{key}: {json.dumps(values)[:80]} is not allowed; give a list of values")
+        elif len({json.dumps(value, sort_keys=True) for value in values}) < len(values):
+            faults.append(f"sweep.{key}: {json.dumps(values)[:80]} names a value twice")
+        if not key or key.partition(".")[0] in ("sweep", "name"):
+            faults.append(f"sweep.{key}: '{key}' cannot be swept over; name a key that a run's results depend on")
+    count = 1
+    for values in swept.values():
+        count *= len(values) if isinstance(values, list) else 1
+    if count > MOST_CELLS:
+        faults.append(f"sweep: {count:,} cells, the product of the lists' lengths; at most {MOST_CELLS} are allowed")
+    return faults
+
+
+def _told(fault: str, names: list[str], of: int) -> str:
+    """Say in which cells a fault is, unless it is in all of them."""
+    if len(names) == of:
+        return fault
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"in {' and '.join(names[:3])}{more}: {fault}"
+
+
+def _names(points: list[dict[str, Any]]) -> list[str]:
+    """Name the points by the last parts of their keys and their values: `lr=0.001,seed=2`."""
+    short = _short_keys(list(points[0]))
+    names: list[str] = []
+    taken: set[str] = set()
+    for point in points:
+        name = ",".join(f"{short[key]}={_written(value)}" for key, value in point.items())
+        # Some file systems do not tell capital letters from small ones.
+        if len(name) > LONGEST_NAME or name.lower() in taken:
+            digest = blake2b(json.dumps(point, sort_keys=True).encode(), digest_size=4).hexdigest()
+            name = f"{name[: LONGEST_NAME - 9]},{digest}"
+        taken.add(name.lower())
+        names.append(name)
+    return names
+
+
+def _short_keys(keys: list[str]) -> dict[str, str]:
+    """Shorten each key to as many of its last parts as tell it from the others."""
+    parts = {key: [p for p in re.split(r"[.\[\]]", key) if p] for key in keys}
+    short = {}
+    for key, own in parts.items():
+        tails = range(1, len(own) + 1)
+        told = (n for n in tails if all(key == other or own[-n:] != p[-n:] for other, p in parts.items()))
+        short[key] = _safe(".".join(own[-next(told, len(own)) :]))
+    return short
+
+
+def words(value: Any) -> str:
+    """Write a swept value for people: `cleared`, `0.001`, `web-text 0.9, wikitext-2 0.1`."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_part(part)}" for key, part in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(_part, value)) or "none"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _part(value: Any) -> str:
+    return f"({words(value)})" if isinstance(value, Mapping | list) else words(value)
+
+
+def _written(value: Any) -> str:
+    return _safe(words(value).replace(", ", ",")) or "none"
+
+
+def _safe(text: str) -> str:
+    return re.sub(r"-*[^A-Za-z0-9._+,@-]+-*", "-", text).rstrip("-.,")

@@ -1,0 +1,161 @@
+"""Threads of a unit and processes of a command: by the recipe and the hardware, never by how busy the machine is.
+
+What depended on the load would change results: on another number of threads, sums are rounded in another order.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from fire_llm.architectures.lookup import REGISTERED
+from fire_llm.core.errors import UserError
+from fire_llm.core.flops import flops_per_token
+from fire_llm.core.launch import cores
+from fire_llm.experiment.jobs import Job
+from fire_llm.experiment.recipe import Cell, Recipe
+from fire_llm.experiment.stages import config_of, context_of, split_batch
+from fire_llm.models import model_on_meta
+from fire_llm.resets import RESETS
+
+SMALL_PASS_FLOPS = 1e11
+"""Of a micro-batch, forward and backward: up to these, a unit trains on one CPU thread (docs/scaling.md)."""
+
+WORTH_PROCESSES_FLOPS = 1e12
+"""Of all units that are left: below these, processes take longer to start than they save."""
+
+THREADS = "OMP_NUM_THREADS"
+"""The user's own choice of threads, which is respected."""
+
+_LIBRARIES = (THREADS, "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+"""torch, NumPy and tokenizers start a thread a core each, unless these say otherwise."""
+
+_flops: dict[str, tuple[float, float]] = {}
+
+
+def flops_of(recipe: Recipe) -> tuple[float, float]:
+    """Return the floating-point operations (of a token, of a micro-batch on a CPU), forward and backward.
+
+    Raises:
+        UserError: The tokens of a step do not divide into sequences.
+    """
+    # Cells of a sweep mostly share these, and building a model takes a tenth of a second.
+    key = recipe.model_dump_json(include={"model", "tokenizer", "batch"})
+    if key not in _flops:
+        config = config_of(recipe)
+        model, context = model_on_meta(config), context_of(recipe, config)
+        a_token = flops_per_token(model, context) or 6.0 * sum(p.numel() for p in model.parameters())
+        sequences, _ = split_batch(recipe, context, 1, memory=0)
+        _flops[key] = a_token, a_token * sequences * context
+    return _flops[key]
+
+
+def small(recipe: Recipe) -> bool:
+    """Return whether a recipe's units train on one thread: on a CPU, with `SMALL_PASS_FLOPS` a micro-batch at most.
+
+    The threads of a process wait for each other after every operation. In a small model that is thousands of times a
+    second: a second thread gains little on an idle machine, and where another process takes its core, all wait.
+    """
+    return not torch.accelerator.is_available() and flops_of(recipe)[1] <= SMALL_PASS_FLOPS
+
+
+@contextmanager
+def threads(number: int | None) -> Iterator[None]:
+    """Compute with so many threads while the block runs; None leaves them as they are."""
+    if number is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def worker_count(workers: int | None, jobs: Sequence[Job]) -> int:
+    """Return how many processes train the unfinished jobs: no more than there are units that can be trained at once.
+
+    Args:
+        workers: What was asked for. By default one a GPU; on a CPU one a core where all models are small and there is
+            enough work, else one.
+        jobs: What is to be trained.
+
+    Raises:
+        UserError: Processes were asked for, and this one has registered what they would not know.
+    """
+    undone = [job for job in jobs if not job.done()]
+    parents = {job.parent.key for job in undone if job.parent is not None}
+    at_once = len({job.key for job in undone} - parents)
+    if own := registered_here():
+        if (workers or 1) > 1:
+            raise UserError(
+                f"--workers {workers}: this process has registered {', '.join(own)}, which other processes do not "
+                "know. Train with one worker, or add them to fire_llm itself (docs/adding.md)"
+            )
+        return 1
+    if workers is None:
+        workers = torch.cuda.device_count() or _one_a_core(undone)
+    return max(1, min(workers, at_once))
+
+
+def _one_a_core(undone: Sequence[Job]) -> int:
+    """Return a worker a core, or one: for models that are not small, and where there is little to do."""
+    if torch.accelerator.is_available() or not all(small(job.cell.recipe) for job in undone):
+        return 1
+    if sum(job_flops(job) for job in {job.key: job for job in undone}.values()) < WORTH_PROCESSES_FLOPS:
+        return 1
+    return max(1, _allowed_cores() // (threads_asked_for() or 1))
+
+
+def job_flops(job: Job) -> float:
+    """Return the floating-point operations of a job, infinite where its length depends on its corpora."""
+    phase, recipe = job.unit.phase, job.cell.recipe
+    tokens = phase.tokens or (phase.steps or math.inf) * recipe.batch.tokens_per_step
+    return tokens * flops_of(recipe)[0]
+
+
+def _allowed_cores() -> int:
+    """Count the cores, where a container may use less time than all of them have as many as that."""
+    try:
+        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
+            quota, period = file.read().split()
+        return min(cores(), max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or "max"
+        return cores()
+
+
+def threads_asked_for() -> int | None:
+    """Return the number of threads that the user has set in the environment, None where there is none."""
+    value = os.environ.get(THREADS, "").partition(",")[0].strip()  # one number a level of nesting
+    return int(value) if value.isdigit() and int(value) > 0 else None
+
+
+def environment(n: int, workers: int, cells: Iterable[Cell]) -> dict[str, str]:
+    """Return what the n-th of several workers inherits: its GPU, and as many threads of each library as are its own."""
+    inherited = dict(os.environ)
+    if (present := torch.cuda.device_count()) > 0:
+        named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+        devices = [name for name in named if name] or [str(i) for i in range(present)]
+        # CUDA counts the names up to the first that is none of its devices.
+        inherited["CUDA_VISIBLE_DEVICES"] = devices[:present][n % min(present, len(devices))]
+        # Each would start as many compilers as there are cores.
+        inherited.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, cores() // workers)))
+    own = threads_asked_for()
+    if own is None:
+        own = 1 if all(small(cell.recipe) for cell in cells) else max(1, cores() // workers)
+    for name in _LIBRARIES:
+        inherited.setdefault(name, str(own))
+    # What tokenizers do beside training is little, and their pool of threads does not survive a fork.
+    inherited.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return inherited
+
+
+def registered_here() -> list[str]:
+    """Return the resets and layouts that a program registered in this process, by name."""
+    resets = [name for name, m in RESETS.items() if not getattr(m.function, "__module__", "").startswith("fire_llm.")]
+    return [*resets, *(f"{block}.{child}" for block, child in REGISTERED)]

@@ -1,0 +1,127 @@
+"""Tell what a sweep found: its table, its page, and, before it runs, what it would do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from fire_llm.core.atomic import checkpoints
+from fire_llm.experiment.estimate import plan, state_of, totals
+from fire_llm.experiment.jobs import Job, jobs_of, of_arms
+from fire_llm.experiment.recipe import Cell, words
+from fire_llm.experiment.run import Sweep
+from fire_llm.experiment.summary import Summary
+from fire_llm.reporting.html import RETENTION, block, numbered
+from fire_llm.reporting.plots.arms import retention_figure
+from fire_llm.reporting.plots.base import Style, palette
+from fire_llm.reporting.plots.sweep import key_figure
+from fire_llm.reporting.tables import corpus_table, page_fault, page_told, print_table, write_page
+
+Json = dict[str, Any]
+
+
+def show(sweep: Sweep, output: Path) -> None:
+    """Print the table, write every cell's page and, where there is a grid, the sweep's; say where it is."""
+    for cell, results in zip(sweep.cells, sweep.results, strict=True):
+        told = page_told(results, cell.folder(output) / "report.html")
+    if sweep.cells[0].name:
+        summary = Summary(sweep.cells, sweep.results)
+        print_summary(summary)
+        if page_fault() is None:
+            told = f"report: {write_summary(summary, output)}"
+    else:
+        print_table(sweep.results[0])
+    print(told)
+
+
+def print_summary(summary: Summary) -> None:
+    """Print a table a corpus, a row for each arm of each cell, of the two columns that 80 characters have room for."""
+    from rich.console import Console
+
+    console = Console()
+    for content in summary.tables():
+        console.print(corpus_table(content, {"cell": 16, "arm": 10}, ("NLL", "vs base")))
+    said = " ".join(filter(None, [*summary.reading(), summary.legend()]))
+    console.print(said, markup=False, highlight=False)
+
+
+def write_summary(summary: Summary, output: Path) -> Path:
+    """Write the page of a sweep: its arms in one table a corpus, plots over the grid, links to the cells' own pages."""
+    keeps = [entry.arm for entry in summary.entries if entry.of.always(entry.arm, "keep")]
+    looks = palette(summary.arms, keeps)
+    cells = [
+        {
+            "name": cell.name,
+            "link": f"{quote(cell.name)}/report.html",
+            "settings": ", ".join(f"{key} = {words(value)}" for key, value in cell.settings.items()),
+            "reading": comparison.reading()[0],
+        }
+        for cell, comparison in zip(summary.cells, summary.comparisons, strict=True)
+    ]
+    return write_page(
+        "sweep.html.j2",
+        output / "report.html",
+        title=summary.cells[0].recipe.name,
+        cells=cells,
+        reading=summary.reading(),
+        tables=summary.tables(),
+        legend=summary.legend(),
+        chips=list(looks.items()),
+        blocks=numbered([*_by_key(summary, looks), _trade_off(summary, looks)], "s"),
+    )
+
+
+def _by_key(summary: Summary, looks: dict[str, Style]) -> list[Json]:
+    """Return a block for each swept key: the final loss on each corpus against its values."""
+    blocks = []
+    for key in summary.swept():
+        others = " One line for each setting of the other keys." if len(summary.swept()) > 1 else ""
+        figures = [(corpus, key_figure(summary.lines(key, corpus), key, looks)) for corpus in summary.corpora]
+        text = "Final loss on held-out text: means over the seeds, bands their range." + others
+        blocks.append(block(f"Against {key}", text, figures))
+    return blocks
+
+
+def _trade_off(summary: Summary, looks: dict[str, Style]) -> Json:
+    """Return the block about plasticity and retention, over all cells."""
+    points = {}
+    arm_of = {}
+    for entry in summary.entries:
+        label = f"{entry.arm} · {entry.where(summary.cells)}"
+        points[label], arm_of[label] = entry.of.retention(entry.arm), entry.arm
+    first = summary.comparisons[0]
+    figure = retention_figure(points, {label: looks[arm] for label, arm in arm_of.items()}, str(first.new))
+    for trace in figure["data"] if figure else ():
+        trace["legendgroup"] = arm_of[trace["legendgroup"]]  # the page's buttons switch arms
+    text = RETENTION.format(first.first) + " A marker for each arm of each cell; small ones are seeds."
+    return block("Plasticity and retention", text, [("", figure)])
+
+
+def print_cells(cells: Sequence[Cell], output: Path, arms: Sequence[str] = ()) -> None:
+    """Print the cells and what is to do in each: the units' states."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    jobs = of_arms(jobs_of(cells, output), arms)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("cell", "unit", "state"):
+        table.add_column(column, overflow="fold")
+    seen: dict[str, Job] = {}
+    for job in jobs:
+        table.add_row(escape(job.cell.name or "–"), escape(job.unit.folder), escape(_state(job, seen)))
+        seen.setdefault(job.key, job)
+    Console().print(table)
+    plans = {cell.name: plan(cell.recipe, cell.folder(output), arms) for cell in cells}
+    rows = {(name, row["unit"]): row for name, planned in plans.items() for row in planned["units"]}
+    once = [rows[job.cell.name, job.unit.folder] for job in seen.values()]
+    print(f"{len(cells)} cells of {len(jobs)} units, {len(once)} of them different: each is trained once")
+    print(totals(once))
+
+
+def _state(job: Job, seen: dict[str, Job]) -> str:
+    elsewhere = job.key in seen and not checkpoints(job.folder)
+    return f"as in {seen[job.key].cell.name}" if elsewhere else state_of(job.folder)

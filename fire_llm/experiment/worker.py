@@ -1,0 +1,159 @@
+"""A worker: take a unit that nobody has, train it, take the next; wait where what is left depends on others.
+
+There is no scheduler. A unit's lock is held by who trains it and is free again when that process ends, however it ends,
+so workers of other commands, and of other machines on the same file system, share the work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fire_llm.core.atomic import writing
+from fire_llm.core.errors import UserError, redact
+from fire_llm.core.locks import held
+from fire_llm.core.signals import Stopped, signals_handled
+from fire_llm.experiment.jobs import Failures, Job, jobs_of, lock_for, of_arms, take_over
+from fire_llm.experiment.progress import StepReport
+from fire_llm.experiment.recipe import Cell, load_recipe
+from fire_llm.experiment.resources import small, threads
+from fire_llm.experiment.train import Workbench, only_run, train
+from fire_llm.training.heap import keep_freed_memory, release_memory
+
+POLL_SECONDS = 1.0
+"""Between two looks at what others have finished."""
+
+QUIET = "| "
+"""Begins a line of a log that is for the log alone."""
+
+
+def work(
+    jobs: Sequence[Job],
+    output: Path,
+    failures: Failures,
+    *,
+    progress: bool,
+    one_thread: bool = True,
+    alone: bool = False,
+    log: str | None = None,
+    report: StepReport | None = None,
+    most: int | None = None,
+) -> None:
+    """Train what can be trained until every job is finished, or hangs on one that failed.
+
+    Args:
+        jobs: Of `jobs_of`.
+        output: The command's folder, with the locks.
+        failures: What the workers of this command failed at, which none of them tries again.
+        progress: Say what there is to say, with bars where there is no `report`.
+        one_thread: Train small models on one thread.
+        alone: This is a run: its folder is held by the command, and the first failure ends it.
+        log: Where this worker's errors are written in full; None in the command's own process, which raises those of a
+            run.
+        report: Where to tell another process how far this one is.
+        most: Return as soon as more units than these can be trained at once.
+    """
+    worker = _Worker(output, failures, progress, one_thread, alone, log, report)
+    keep_freed_memory()
+    while left := [job for job in jobs if not job.done() and not failures.has(job)]:
+        if alone and failures.any():
+            return
+        if most is not None and _more_at_once(left, most):
+            return
+        # Back to the first after each: what it was waiting for may be there now.
+        if not any(job.ready() and worker.take(job) for job in left):
+            time.sleep(POLL_SECONDS)
+
+
+def _more_at_once(left: Sequence[Job], most: int) -> bool:
+    ready: set[str] = set()
+    for job in left:
+        if job.key not in ready and job.ready():
+            ready.add(job.key)
+        if len(ready) > most:
+            return True
+    return False
+
+
+@dataclass
+class _Worker:
+    output: Path
+    failures: Failures
+    progress: bool
+    one_thread: bool
+    alone: bool
+    log: str | None
+    report: StepReport | None
+    benches: dict[str, Workbench] = field(default_factory=dict)
+
+    def take(self, job: Job) -> bool:
+        """Train a job or take it over, unless somebody else is at it; return whether it was this worker's."""
+        with held(lock_for(self.output, job)) as had:
+            if not had:
+                return False
+            if job.done() or self.failures.has(job) or not job.ready():
+                return True  # things changed between the look and the lock
+            try:
+                with writing(job.run), nullcontext() if self.alone else only_run(job.run, shared=True):
+                    if source := job.source():
+                        take_over(job, source)
+                    else:
+                        self._train(job)
+            except Exception as error:  # whatever it is, the other units do not depend on it
+                if self.alone and self.log is None:
+                    raise
+                if self.log is not None:
+                    sys.stderr.writelines(f"{QUIET}{line}\n" for line in redact(traceback.format_exc()).splitlines())
+                self.failures.add(job, error, self.log)
+            finally:
+                release_memory()
+        return True
+
+    def _train(self, job: Job) -> None:
+        if job.cell.name not in self.benches:
+            self.benches.clear()  # one cell's tokens in memory are enough
+            if self.progress and job.cell.name:
+                print(f"{job.cell.name}:", file=sys.stderr)
+            self.benches[job.cell.name] = Workbench(job.cell.recipe, job.run, self.progress)
+        bench = self.benches[job.cell.name]
+        if self.report is not None:
+            self.report.key = job.key
+            bench.callbacks = [self.report]
+        with threads(1 if self.one_thread and small(job.cell.recipe) else None):
+            train(job.unit, bench)
+
+
+def main(instructions: str, n: str, log: str) -> int:
+    """Work in a process of its own, at what a file says, for as long as the standard input stays open."""
+    given = json.loads(Path(instructions).read_text(encoding="utf-8"))
+    threading.Thread(target=_watch_starter, daemon=True).start()
+    output, failures = Path(given["output"]), Failures(Path(given["failures"]))
+    cells = [Cell(cell["name"], cell["settings"], load_recipe(cell["recipe"])) for cell in given["cells"]]
+    print(f"{QUIET}{time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()}", file=sys.stderr, flush=True)
+    report = StepReport(failures.folder / f"{n}.step")
+    try:
+        with signals_handled():
+            jobs = of_arms(jobs_of(cells, output), given["arms"])
+            work(jobs, output, failures, **given["options"], log=log, report=report)
+    except KeyboardInterrupt as stopped:
+        return stopped.code if isinstance(stopped, Stopped) else 130
+    except UserError as error:
+        print(f"fire-llm: {redact(str(error))}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _watch_starter() -> None:
+    """End this worker, its step saved, when the process that started it is gone."""
+    while os.read(0, 1):  # nothing is ever written: the system closes the pipe with the process
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,207 @@
+"""Plots of arms: losses, steps saved, plasticity against retention, norms; and the curve of a phase without arms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from fire_llm.reporting.plots.base import COLOURS, NEUTRAL, Json, Style, band, escaped, figure, log_axis, short
+
+Curve = Sequence[Mapping[str, Any]]
+
+
+def series(curve: Curve, corpus: str | None = None) -> list[tuple[float, float]]:
+    """Return (tokens, NLL) of the evaluations on a corpus, or (tokens, training loss) where `corpus` is None."""
+    pairs = []
+    for entry in curve:
+        loss = entry.get("train_loss") if corpus is None else ((entry.get("eval") or {}).get(corpus) or {}).get("nll")
+        tokens = entry.get("tokens", entry.get("step"))
+        if loss is not None and tokens is not None:
+            pairs.append((tokens, loss))
+    return pairs
+
+
+def thin(points: list[tuple[float, float]], most: int = 250) -> list[tuple[float, float]]:
+    """Average neighbouring points until at most `most` remain."""
+    group = math.ceil(len(points) / most) or 1
+    chunks = [points[i : i + group] for i in range(0, len(points), group)]
+    return [(fmean(t for t, _ in chunk), fmean(v for _, v in chunk)) for chunk in chunks]
+
+
+def loss_figure(
+    arms: Mapping[str, Json], corpus: str | None, styles: Mapping[str, Style], height: int = 380
+) -> Json | None:
+    """Draw loss against tokens, a line an arm, seeds as a min-max band; None where nothing was measured.
+
+    The axis opens on what follows the first third of training: a full reset starts at the logarithm of the
+    vocabulary and would flatten everything else.
+    """
+    from plotly import graph_objects as go
+
+    bands, lines, settled, lowest = [], [], [], []
+    for arm, entry in arms.items():
+        points = thin(series(entry.get("curve") or [], corpus))
+        if not points:
+            continue
+        style, label = styles[arm], escaped(arm)
+        per_seed: dict[float, list[float]] = {}
+        for run in entry.get("runs") or []:
+            for tokens, loss in thin(series(run.get("curve") or [], corpus)):
+                per_seed.setdefault(tokens, []).append(loss)
+        spread = [(t, min(v), max(v)) for t, v in sorted(per_seed.items()) if len(v) > 1]
+        if spread:
+            tokens_at, low, high = zip(*spread, strict=True)
+            bands.append(band(tokens_at, low, high, arm, style))
+        what = "training loss %{y:.4f}" if corpus is None else "NLL %{y:.4f} · perplexity %{customdata:.2f}"
+        lines.append(
+            go.Scatter(
+                x=[t for t, _ in points],
+                y=[round(v, 5) for _, v in points],
+                customdata=[] if corpus is None else [round(math.exp(min(v, 700.0)), 4) for _, v in points],
+                name=label,
+                legendgroup=arm,
+                mode="lines" if corpus is None else "lines+markers",
+                line={"color": style.colour, "dash": style.dash, "width": 1.5 if corpus is None else 2},
+                marker={"symbol": style.symbol, "size": 7},
+                hovertemplate=f"<b>{label}</b><br>{what}<br>%{{x:.4s}} tokens<extra></extra>",
+            )
+        )
+        after = [v for t, v in points if t >= points[-1][0] / 3]
+        settled.append(max(after))
+        lowest.append(min(v for _, v in points))
+    if not lines:
+        return None
+    pad = 0.05 * (max(settled) - min(lowest)) or 0.1
+    return figure(
+        bands + lines,
+        height=height,
+        xaxis={"title": {"text": "tokens seen in this phase"}, "tickformat": "~s", "rangemode": "tozero"},
+        yaxis={"title": {"text": "nats per token"}, "range": [min(lowest) - pad, max(settled) + pad]},
+    )
+
+
+def phase_figure(runs: Sequence[Json]) -> Json | None:
+    """Draw a phase without arms: its training loss in grey and, a colour a corpus, its evaluations; one line a seed."""
+    from plotly import graph_objects as go
+
+    corpora = list(dict.fromkeys(c for run in runs for e in run.get("curve") or [] for c in e.get("eval") or {}))
+    colours = {None: NEUTRAL, **{c: COLOURS[i % len(COLOURS)] for i, c in enumerate(corpora)}}
+    traces = []
+    for number, run in enumerate(runs):
+        for corpus, colour in colours.items():
+            points = thin(series(run.get("curve") or [], corpus))
+            label = "training loss" if corpus is None else escaped(corpus)
+            line = {"color": colour, "width": 1.2 if corpus is None else 2}
+            hover = f"<b>{label}</b>, seed {run.get('seed')}<br>%{{y:.4f}} at %{{x:.4s}} tokens<extra></extra>"
+            mode = "lines" if corpus is None else "lines+markers"
+            look = {"mode": mode, "line": line, "showlegend": number == 0, "hovertemplate": hover, "name": label}
+            if points:
+                traces.append(go.Scatter(x=[t for t, _ in points], y=[round(v, 5) for _, v in points], **look))
+    if not traces:
+        return None
+    return figure(
+        traces,
+        showlegend=True,
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        xaxis={"title": {"text": "tokens seen in this phase"}, "tickformat": "~s"},
+        yaxis={"title": {"text": "nats per token"}},
+    )
+
+
+def steps_figure(saved: Mapping[str, tuple[float | None, Sequence[float]]], styles: Mapping[str, Style]) -> Json | None:
+    """Draw the fraction of steps each arm saves: a bar from the mean curve, a dot a seed, words if it never arrives."""
+    from plotly import graph_objects as go
+
+    if not saved:
+        return None
+    traces: list[Any] = []
+    for row, (arm, (value, seeds)) in enumerate(saved.items()):
+        label = "not reached" if value is None else f"{value:.0%}"
+        look = {"legendgroup": arm, "hovertemplate": f"<b>{escaped(arm)}</b>: {label}<extra></extra>"}
+        traces.append(
+            go.Bar(x=[value or 0], y=[row], orientation="h", width=0.62, marker={"color": styles[arm].colour}, **look)
+        )
+        several = list(seeds) if len(seeds) > 1 else []
+        dots = {"color": "#fff", "size": 7, "line": {"width": 1.5, "color": "#333"}}
+        hover = {"legendgroup": arm, "hovertemplate": "one seed: %{x:.1%}<extra></extra>"}
+        traces.append(go.Scatter(x=short(several), y=[row] * len(several), mode="markers", marker=dots, **hover))
+        end = max(0.0, value or 0.0, *several) + 0.015
+        words = {"mode": "text", "textposition": "middle right", "cliponaxis": False, "hoverinfo": "skip"}
+        traces.append(go.Scatter(x=[end], y=[row], text=[label], legendgroup=arm, **words))
+    values = [v for value, seeds in saved.values() for v in (value or 0, *seeds)]
+    ticks = {"tickvals": list(range(len(saved))), "ticktext": [escaped(a, 20) for a in saved]}
+    reach = [min(0.0, *values) * 1.25, max(0.05, *values) * 1.25]
+    return figure(
+        traces,
+        height=70 + 34 * len(saved),
+        barmode="overlay",
+        xaxis={"tickformat": ".0%", "range": reach, "title": {"text": "fewer steps"}},
+        yaxis={**ticks, "range": [len(saved) - 0.4, -0.6], "showgrid": False},
+    )
+
+
+def retention_figure(
+    points: Mapping[str, Sequence[tuple[float, float]]], styles: Mapping[str, Style], new: str
+) -> Json | None:
+    """Draw plasticity against retention, (NLL on the new corpus, forgetting): an arm's mean large, its seeds small."""
+    from plotly import graph_objects as go
+
+    traces = []
+    for arm, pairs in points.items():
+        if not pairs:
+            continue
+        style, label = styles[arm], escaped(arm)
+        hover = f"<b>{label}</b>%{{text}}<br>{escaped(new)} %{{x:.4f}}<br>forgetting %{{y:+.4f}}<extra></extra>"
+        mean = (fmean(x for x, _ in pairs), fmean(y for _, y in pairs))
+        rows = [*(pairs if len(pairs) > 1 else ()), mean]
+        small = len(rows) - 1
+        marker = {
+            "color": style.colour,
+            "symbol": style.symbol,
+            "size": [6] * small + [14],
+            "opacity": [0.7] * small + [0.85],
+        }
+        text = [", one seed"] * small + [""]
+        look = {"mode": "markers", "marker": marker, "text": text, "legendgroup": arm, "hovertemplate": hover}
+        traces.append(go.Scatter(x=[x for x, _ in rows], y=[y for _, y in rows], **look))
+    if not traces:
+        return None
+    return figure(
+        traces,
+        height=400,
+        xaxis={"title": {"text": f"NLL on {escaped(new)} (left is more plastic)"}, "showgrid": True},
+        yaxis={"title": {"text": "forgetting (low retains more)"}, "tickformat": "+.2f"},
+    )
+
+
+def norms_figure(tables: Mapping[str, Mapping[str, Json]], styles: Mapping[str, Style]) -> Json | None:
+    """Draw each matrix's Frobenius norm after the reset against the one before, with the line where nothing changes."""
+    from plotly import graph_objects as go
+
+    traces, ends = [], []
+    for arm, table in tables.items():
+        pairs = [
+            (r["norm_before"], r["norm_after"], n)
+            for n, r in table.items()
+            if r.get("norm_before") and r.get("norm_after")
+        ]
+        pairs = [pair for pair in pairs if table[pair[2]]["touched"]]
+        if not pairs:
+            continue
+        ends += [v for before, after, _ in pairs for v in (before, after)]
+        hover = f"<b>{escaped(arm)}</b><br>%{{text}}<br>%{{x:.4g}} → %{{y:.4g}}<extra></extra>"
+        marker = {"color": styles[arm].colour, "symbol": styles[arm].symbol, "size": 8, "opacity": 0.8}
+        look = {"mode": "markers", "marker": marker, "hovertemplate": hover, "legendgroup": arm}
+        text = [escaped(n, 60) for _, _, n in pairs]
+        traces.append(go.Scatter(x=short(b for b, _, _ in pairs), y=short(a for _, a, _ in pairs), text=text, **look))
+    if not ends:
+        return None
+    line = [min(ends) * 0.85, max(ends) * 1.18]
+    same = go.Scatter(
+        x=line, y=line, mode="lines", line={"color": NEUTRAL, "width": 1, "dash": "dot"}, hoverinfo="skip"
+    )
+    log = log_axis(line[0], line[1], steps=(1, 2, 5))
+    x, y = {"title": {"text": "norm before"}, **log}, {"title": {"text": "norm after"}, **log}
+    return figure([same, *traces], height=400, xaxis=x, yaxis=y)

@@ -1,0 +1,271 @@
+"""Plots of weight matrices: heat maps of layer x part and singular-value spectra."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from statistics import fmean, median
+from typing import Any
+
+from fire_llm.reporting.plots.base import BAR, NEUTRAL, Json, Style, escaped, figure, log_axis, number, short
+
+MATRIX_ROLES = ("attention", "mlp", "ssm", "lm_head")
+LEAVES = {"out": "o", "c_fc": "fc"}  # after "_proj" is dropped
+
+
+def parse_name(name: str, role: str = "") -> tuple[int | None, str]:
+    """Split a matrix's name into its layer and the part of a layer it is.
+
+    The layer is the first whole-number component of the dotted path (None outside the blocks); later numbers, such as
+    an expert's, are dropped, so that all experts of a layer share a part.
+
+    >>> parse_name("transformer.h.3.attn.c_attn.weight[q]")
+    (3, 'q')
+    """
+    path, _, bracket = name.partition("[")
+    parts = [p for p in path.split(".") if p != "weight"]
+    layer = next((i for i, p in enumerate(parts) if p.isdigit()), None)
+    inside = [p for p in re.split(r"[\s,.:\[\]]+", bracket) if p and not p.isdigit()]
+    inner = [p for p in parts[(layer + 1) if layer is not None else 0 :] if not p.isdigit()]
+    leaf = ".".join(inside) or (inner[-1] if inner else name)
+    if leaf == "c_proj":
+        leaf = "o" if role == "attention" or any("attn" in p for p in inner) else "proj"
+    leaf = leaf.removesuffix("_proj")
+    expert = any("expert" in p for p in inner) and "shared" not in "".join(inner)
+    return (int(parts[layer]) if layer is not None else None), ("expert " if expert else "") + LEAVES.get(leaf, leaf)
+
+
+MATRIX_KEYS = ("sfe", "dfi_before", "dfi_after", "norm_before", "norm_after", "sigma_before", "sigma_after")
+
+
+def matrices(report: Mapping[str, Any]) -> dict[str, Json]:
+    """Return the weight matrices of a reset report by name, with all their keys.
+
+    Those left alone carry their own values as "after", an SFE of 0, and no spectrum after.
+    """
+    found: dict[str, Json] = {}
+    for kind in ("touched", "untouched"):
+        for row in report.get(kind) or []:
+            full = {**dict.fromkeys(MATRIX_KEYS), **row, "touched": kind == "touched"}
+            if kind == "untouched":
+                full |= {"sfe": 0.0, "dfi_after": full["dfi_before"], "sigma_after": None}
+                full["norm_after"] = full["norm_before"]
+            if len(row.get("shape") or ()) == 2 and (row.get("role") in MATRIX_ROLES or full["dfi_before"] is not None):
+                found[row["name"]] = full
+    return found
+
+
+DECADES = 1.5
+"""Reach of a logarithmic colour scale on either side of the median, in powers of ten."""
+
+Value = Callable[[Json], float | None]
+Tables = Mapping[str, Mapping[str, Json]]
+Grid = list[list[tuple[int | None, str]]]
+
+
+def heat_figure(tables: Tables, value: Value, *, log: bool, unit: str, same_scale: Sequence[Value] = ()) -> Json | None:
+    """Draw layer x part as a heat map with one variant for each table ({label: {matrix name: row}}).
+
+    Matrices outside the layers (a head) stand below as rows of their own. One colour scale holds for all variants, and
+    for the figures of the `same_scale` values. Matrices that share a cell (the experts of a layer) are averaged; a cell
+    without a positive value on a log scale is blank.
+    """
+    from plotly import graph_objects as go
+
+    found: dict[tuple[str, int | None, str], list[tuple[str, float | None]]] = {}
+    for label, table in tables.items():
+        for name, row in table.items():
+            found.setdefault((label, *parse_name(name, row.get("role") or "")), []).append((name, value(row)))
+    layers = sorted({layer for _, layer, _ in found if layer is not None})
+    parts = list(dict.fromkeys(part for _, layer, part in found if layer is not None)) or [""]
+    outside = list(dict.fromkeys(part for _, layer, part in found if layer is None))
+
+    def shown(number: float | None) -> bool:
+        return number is not None and (number > 0 or not log)
+
+    averages = {k: fmean(n) for k, v in found.items() if (n := [x for _, x in v if x is not None and shown(x)])}
+    if not averages:
+        return None
+    scale = math.log10 if log else float
+    others = [x for other in same_scale for t in tables.values() for row in t.values() if (x := other(row)) is not None]
+    ends = [scale(x) for x in [*averages.values(), *others] if shown(x)]
+    low, high = min(ends), max(ends) + 1e-9
+    if log:  # a polar factor's DfI of 1e-12 or a head's of 1e9 would leave one colour for all the rest
+        middle = median(ends)
+        low, high = max(low, middle - DECADES), min(high, middle + DECADES)
+
+    def patch(label: str, grid: Grid) -> Json:
+        keys = [[(label, *cell) for cell in line] for line in grid]
+        return {
+            "z": [short(scale(averages[k]) if k in averages else None for k in line) for line in keys],
+            "text": [[number(averages[k]) if k in averages else "" for k in line] for line in keys],
+            "customdata": [[_tip(found.get(k, []), averages.get(k), unit) for k in line] for line in keys],
+        }
+
+    # The rows below have one cell as wide as the map: edges, not centres, are given for them.
+    width, below = len(parts), [len(layers) - 0.5 + 0.2 + i for i in range(len(outside) + 1)]
+    few = len(layers) <= 16 and width <= 8
+    look = {"coloraxis": "coloraxis", "xgap": 2, "ygap": 2, "hovertemplate": "%{customdata}<extra></extra>"}
+    look |= {"texttemplate": "%{text}" if few else None, "textfont": {"size": 12}, "z": []}
+    traces = [go.Heatmap(x=list(range(width)), y=list(range(len(layers))), **look)] if layers else []
+    traces += [go.Heatmap(x=[-0.5, width - 0.5], y=below, **look)] if outside else []
+    grids: list[Grid] = [[[(layer, part) for part in parts] for layer in layers]] if layers else []
+    grids += [[[(None, part)] for part in outside]] if outside else []
+    variants = [{"label": label, "group": "", "data": [patch(label, grid) for grid in grids]} for label in tables]
+    height = max(14, min(30, 560 // (len(layers) + len(outside))))
+    named = layers[:: max(1, round(16 / height))]  # every layer, or every other one where rows are thin
+    bar = _bar(low, high, log)
+    axis: Json = {"showgrid": False, "showline": False, "ticks": ""}
+    ticks = [*(layers.index(n) for n in named), *((x + y) / 2 for x, y in pairwise(below))]
+    words = [*map(str, named), *(escaped(p, 14) for p in outside)]
+    return figure(
+        traces,
+        variants,
+        height=100 + height * (len(layers) + len(outside)),
+        coloraxis={"cmin": low, "cmax": high, "colorscale": "Cividis", "colorbar": bar},
+        xaxis={**axis, "side": "top", "tickvals": list(range(width)), "ticktext": [escaped(p, 14) for p in parts]},
+        yaxis={
+            **axis,
+            "range": [(below[-1] if outside else len(layers) - 0.5), -0.5],
+            "tickvals": ticks,
+            "ticktext": words,
+        },
+    )
+
+
+def _bar(low: float, high: float, log: bool) -> Json:
+    """Return a flat colour bar for below the map, its ticks numbers even where colours are logarithms."""
+    bar: Json = dict(BAR)
+    if log:
+        ticks = [*range(math.ceil(low), math.floor(high) + 1, max(1, math.ceil((high - low) / 5)))]
+        values = [float(t) for t in ticks] if len(ticks) > 1 else [low, (low + high) / 2, high]
+        bar |= {"tickvals": values, "ticktext": [number(10**t) for t in values]}
+    return bar
+
+
+def _tip(found: Sequence[tuple[str, float | None]], average: float | None, unit: str) -> str:
+    """Say which matrices a cell stands for and its number in full."""
+    if not found:
+        return "no such matrix"
+    name = escaped(found[0][0], 60) if len(found) == 1 else f"mean of {len(found)}, {escaped(found[0][0], 50)} …"
+    return f"{name}<br>" + ("unchanged or not measured" if average is None else f"{unit} {average:.5g}")
+
+
+def spectra_figure(tables: Mapping[str, Mapping[str, Json]], styles: Mapping[str, Style]) -> Json | None:
+    """Draw a matrix's singular values, every arm's after its reset over the grey ones before; one variant a matrix."""
+    from plotly import graph_objects as go
+
+    names = list(dict.fromkeys(n for table in tables.values() for n, row in table.items() if row.get("sigma_before")))
+    names.sort(key=lambda name: parse_name(name)[0] is None)  # open on a layer's matrix, not on the embedding
+    befores = {
+        n: list(
+            dict.fromkeys(
+                tuple(short(t[n]["sigma_before"])) for t in tables.values() if t.get(n, {}).get("sigma_before")
+            )
+        )
+        for n in names
+    }
+    most = max((len(b) for b in befores.values()), default=0)
+    arms = [arm for arm, table in tables.items() if any(row.get("sigma_after") for row in table.values())]
+    if not names:
+        return None
+    grey = {"color": NEUTRAL, "width": 3, "dash": "dot"}
+    traces = [
+        go.Scatter(mode="lines", line=grey, hovertemplate="<b>before</b><br>σ %{y:.4g}<extra></extra>")
+        for _ in range(most)
+    ]
+    for arm in arms:
+        hover = f"<b>{escaped(arm)}</b><br>σ %{{y:.4g}}<extra></extra>"
+        line = {"color": styles[arm].colour, "width": 2, "dash": styles[arm].dash}
+        traces.append(go.Scatter(mode="lines", legendgroup=arm, line=line, hovertemplate=hover))
+    variants: list[Json] = []
+    for name in names:
+        ys: list[Sequence[float | None]] = [befores[name][i] if i < len(befores[name]) else () for i in range(most)]
+        ys += [short(tables[arm].get(name, {}).get("sigma_after") or ()) for arm in arms]
+        variants.append(
+            {"label": name, "group": _group(name), "data": [{"y": list(y), "x": ranks(len(y))} for y in ys]}
+        )
+    return figure(traces, variants, height=400, **_spectrum_axes(p["y"] for v in variants for p in v["data"]))
+
+
+def _spectrum_axes(spectra: Iterable[Iterable[float | None]]) -> Json:
+    """Return the axes of spectra: rank from 0 to 1, singular values logarithmic."""
+    positive = [s for spectrum in spectra for s in spectrum if s] or [1.0]
+    title = {"title": {"text": "singular value"}}
+    rank = {"title": {"text": "rank, from the largest"}, "tickformat": ".0%", "range": [0, 1]}
+    return {"xaxis": rank, "yaxis": {**title, **log_axis(min(positive), max(positive))}}
+
+
+def ranks(count: int) -> list[float]:
+    """Return where `count` descending quantiles lie between the largest (0) and the smallest (1)."""
+    return [round(i / max(count - 1, 1), 4) for i in range(count)]
+
+
+def _group(name: str) -> str:
+    """Name the heading a matrix is listed under."""
+    layer, _ = parse_name(name)
+    return "outside the layers" if layer is None else f"layer {layer}"
+
+
+METRICS = {
+    "dfi": "DfI",
+    "sfe": "SFE",
+    "cosine": "cosine with the other checkpoint",
+    "norm": "Frobenius norm",
+    "sigma_max": "largest singular value",
+    "sigma_median": "median singular value",
+    "sigma_min": "smallest singular value",
+    "effective_rank": "effective rank",
+}
+
+
+def _get(key: str, row: Json) -> float | None:
+    """Return a row's number, None where it has none."""
+    return row.get(key)
+
+
+def metric_figure(rows: Sequence[Json]) -> Json | None:
+    """Draw one heat map with a variant for each metric the rows carry; colours are logarithmic over a span of 20."""
+    chosen: Json | None = None
+    for key, label in METRICS.items():
+        numbers = [r[key] for r in rows if r.get(key) is not None]
+        log = bool(numbers) and min(numbers) > 0 and max(numbers) > 20 * min(numbers)
+        found = heat_figure({label: {r["name"]: r for r in rows}}, partial(_get, key), log=log, unit=label)
+        if found:
+            variant = {**found["variants"][0], "layout": {"coloraxis": found["layout"]["coloraxis"]}}
+            chosen = chosen or {**found, "variants": []}
+            chosen["variants"].append(variant)
+    return chosen
+
+
+def layer_spectra_figure(rows: Sequence[Json]) -> Json | None:
+    """Draw the spectra of one part over all layers, from dark (first layer) to light (last); one variant a part."""
+    from plotly import colors
+    from plotly import graph_objects as go
+
+    parts: dict[str, list[Json]] = {}
+    for row in rows:
+        if row.get("sigma"):
+            parts.setdefault(parse_name(row["name"], row.get("role") or "")[1], []).append(row)
+    if not parts:
+        return None
+    most = max(len(found) for found in parts.values())
+    # Cividis' lightest third disappears on white, its darkest on black: the middle serves both.
+    shades = colors.sample_colorscale("Plasma", [0.12 + 0.66 * i / max(most - 1, 1) for i in range(most)])
+    traces = [
+        go.Scatter(mode="lines", line={"color": c, "width": 2}, hovertemplate="%{text}<br>σ %{y:.4g}<extra></extra>")
+        for c in shades
+    ]
+    variants: list[Json] = []
+    for part, found in parts.items():
+        patches: list[Json] = [{"x": [], "y": [], "text": ""}] * most
+        for place, row in enumerate(found):
+            sigma = short(row["sigma"])
+            # Spread over all shades: of q there is one a layer where of experts there are many.
+            shade = place * (most - 1) // max(len(found) - 1, 1)
+            patches[shade] = {"x": ranks(len(sigma)), "y": sigma, "text": escaped(row["name"], 60)}
+        variants.append({"label": part, "group": "", "data": patches})
+    return figure(traces, variants, height=420, **_spectrum_axes(p["y"] for v in variants for p in v["data"]))

@@ -1,0 +1,112 @@
+"""What the arms of a stream, several phases with arms, learned in each phase, and what they kept of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from statistics import fmean, stdev
+from typing import Any
+
+from fire_llm.reporting.comparison import Comparison, evaluations, paired, spread
+
+Json = dict[str, Any]
+Scores = dict[str, dict[Any, float]]
+"""By phase, nats per token by seed."""
+
+LEARNED = "learned: NLL on a phase's corpus when the phase ended"
+AGAINST_BASE = "learned, against the base"
+FORGOTTEN = "forgotten: NLL at the end less that when the corpus's phase ended"
+
+
+class Stream:
+    """Follow the arms of a results.json back through the phases that led to them."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        """Take the comparison of the last phase's arms."""
+        self.of = comparison
+        phases = (comparison.results.get("recipe") or {}).get("phases") or []
+        self._corpus = {p["name"]: max(p["data"], key=p["data"].__getitem__) for p in phases if p.get("data")}
+        self._learned = {arm: self._scores(arm) for arm in comparison.arms}
+
+    @cached_property
+    def phases(self) -> dict[str, str]:
+        """Return the corpus of each phase that led to the arms, the first one without arms too; empty if one has some.
+
+        The corpus of a phase is the heaviest of its mixture.
+        """
+        if not any(arm for _, arm, _ in self.of.earlier):
+            return {}
+        led = {phase for scores in self._learned.values() for phase in scores}
+        return {phase: corpus for phase, corpus in self._corpus.items() if phase in led}
+
+    @property
+    def armed(self) -> list[str]:
+        """Return the phases that have arms."""
+        bare = {phase for phase, arm, _ in self.of.earlier if not arm}
+        return [phase for phase in self.phases if phase not in bare]
+
+    def learned(self, arm: str) -> Scores:
+        """Return the NLL on each phase's own corpus at the checkpoint from which this arm's next phase began."""
+        return self._learned[arm]
+
+    def _scores(self, arm: str) -> Scores:
+        scores: Scores = {}
+        for run in self.of.runs(arm):
+            step = None
+            for current in (run, *self.of.ancestors(run)):
+                phase = str(current.get("phase"))
+                measured = evaluations(current.get("curve") or [], self._corpus.get(phase, ""))
+                at = dict(measured).get(step if step is not None else measured[-1][0]) if measured else None
+                if at is not None:
+                    scores.setdefault(phase, {})[run.get("seed")] = at
+                step = (current.get("start") or {}).get("step")
+        return scores
+
+    def against_base(self, arm: str) -> dict[str, list[float]]:
+        """Return, by phase with arms, what the arm learned less what its base did, seed by seed."""
+        base = self.of.reference(arm, "keep")
+        if base is None:
+            return {}
+        mine, theirs = self.learned(arm), self.learned(base)
+        return {p: [mine[p][s] - theirs[p][s] for s in mine.get(p, {}) if s in theirs.get(p, {})] for p in self.armed}
+
+    def forgotten(self, arm: str) -> dict[str, list[float]]:
+        """Return, by phase but the last, the final NLL on its corpus less that which was learned, seed by seed."""
+        learned, lost = self.learned(arm), {}
+        for phase in [*self.phases][:-1]:
+            final = self.of.by_seed(arm, self.phases[phase])
+            lost[phase] = [final[seed] - nll for seed, nll in learned.get(phase, {}).items() if seed in final]
+        return lost
+
+    def tables(self) -> list[Json]:
+        """Return the stream's tables, in the form of `Comparison.tables`; none where only one phase has arms."""
+        if not self.phases:
+            return []
+
+        def less(arm: str) -> dict[str, list[float]]:
+            return {} if self.of.reference(arm, "keep") == arm else self.against_base(arm)
+
+        return [
+            self._table(LEARNED, self.armed, lambda arm, phase: _spread(self.learned(arm).get(phase, {}))),
+            self._table(AGAINST_BASE, self.armed, lambda arm, phase: paired(less(arm).get(phase, []))),
+            self._table(FORGOTTEN, [*self.phases][:-1], lambda arm, phase: paired(self.forgotten(arm).get(phase, []))),
+        ]
+
+    def name(self, phase: str) -> str:
+        """Call a phase by its corpus, where no other has the same."""
+        corpora = list(self.phases.values())
+        return self.phases[phase] if len(set(corpora)) == len(corpora) else phase
+
+    def _table(self, title: str, phases: list[str], cell: Callable[[str, str], str]) -> Json:
+        rows = [{"arm": arm, "best": False, "cells": [cell(arm, phase) for phase in phases]} for arm in self.of.arms]
+        return {"corpus": title, "columns": [self.name(phase) for phase in phases], "rows": rows}
+
+
+def every_table(comparison: Comparison) -> list[Json]:
+    """Return the tables of a comparison, and of the stream where it ends one."""
+    return [*comparison.tables(), *Stream(comparison).tables()]
+
+
+def _spread(by_seed: Mapping[Any, float]) -> str:
+    values = list(by_seed.values())
+    return spread(fmean(values) if values else None, stdev(values) if len(values) > 1 else None)

@@ -1,0 +1,223 @@
+"""What a reset does to each piece of a model, done home by home."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fire_llm.architectures.matrices import LogicalMatrix
+from fire_llm.core.errors import UserError
+from fire_llm.distributed import Block, Exchange, Home, gather_objects, home_of, worthwhile
+from fire_llm.linalg.measures import squared_error
+from fire_llm.resets.methods import RESETS
+from fire_llm.resets.plan import Plan, all_finite
+from fire_llm.resets.report import Measures, ResetReport, Spectra, TensorReport, describe
+from fire_llm.resets.rowwise import by_rows, reset_by_rows
+
+
+@dataclass
+class Work:
+    """Do what a plan says, home by home, and keep the report of every piece that this rank worked on."""
+
+    plan: Plan
+    spectra: Spectra
+    reports: dict[int, TensorReport] = field(default_factory=dict)
+    failed: set[str] = field(default_factory=set)
+    """Pieces whose result is not finite."""
+    error: Exception | None = None
+    """What stopped this rank; it goes on exchanging, because the others wait for it."""
+    measuring: float = 0.0
+    """Seconds spent on measures rather than on the reset."""
+    gathered_whole: int = 0
+    """Parameters whose placement has no plan of its own."""
+    bar: Any = None
+
+    def run(self, process_group: Any, progress: bool) -> int:
+        """Reset everything; return among how many ranks the work was shared at most."""
+        plan, blocks = self.plan, self.plan.blocks
+        by_home: dict[Home | None, list[Block]] = defaultdict(list)
+        for block in blocks:
+            by_home[home_of(block.tensor, process_group)].append(block)
+        odd = by_home.pop(None, [])
+        total_cost = sum(b.cost for b in blocks)
+        exchanges, apart = [], []
+        for home, own in by_home.items():
+            assert home is not None
+            split = [b for b in own if by_rows(b, plan.pieces[b.members[0]], plan.todo[b.members[0]], home, total_cost)]
+            apart += [(b.members[0], home) for b in split]
+            exchanges.append(Exchange(_worth_it(home, own), [b for b in own if b not in split]))
+        if progress:
+            from tqdm.auto import tqdm
+
+            total = sum(len(b.members) for b in [*(b for e in exchanges for b in e.mine), *odd]) + len(apart)
+            self.bar = tqdm(total=total, desc="reset", unit="tensor", leave=False)
+        for exchange in exchanges:
+            for mine in exchange:
+                self.transform(mine)
+        for index, home in apart:
+            report = reset_by_rows(plan.pieces[index], plan.todo[index][0], home, self.spectra)
+            if report is None:
+                self.failed.add(plan.pieces[index].name)
+            self._done(index, report or TensorReport.of(plan.pieces[index]))
+        self._gather_whole(odd)
+        if self.bar is not None:
+            self.bar.close()
+        return max((e.home.n_replicas * e.home.n_shards for e in exchanges), default=1)
+
+    def join(self, process_group: Any) -> None:
+        """Collect the reports and errors of all ranks, so that each has every one."""
+        told = (isinstance(self.error, UserError), str(self.error)) if self.error else None
+        for rank, (reports, failed, wrong) in enumerate(
+            gather_objects(process_group, (self.reports, self.failed, told))
+        ):
+            self.reports |= {i: report for i, report in reports.items() if i not in self.reports}
+            self.failed |= failed
+            if wrong and self.error is None:
+                self.error = (UserError if wrong[0] else RuntimeError)(f"on rank {rank} of the reset: {wrong[1]}")
+
+    def report(self, seconds: float, shared: int) -> ResetReport:
+        """Report on every piece, once the work is done and joined.
+
+        Raises:
+            UserError: What stopped a rank was the user's to mend.
+            RuntimeError: A result is not finite, or a reset failed.
+        """
+        if self.error is not None:
+            raise self.error
+        if self.failed:
+            raise RuntimeError(
+                f"the reset of {', '.join(sorted(self.failed))} came out NaN or infinite and was not written; "
+                "try compute_dtype float32"
+            )
+        plan = self.plan
+        measures = Measures()
+        rows = [self.reports.get(i) or plan.untouched(i, self.spectra, measures) for i in range(len(plan.pieces))]
+        measures.fetch()
+        touched, untouched = [r for r in rows if r.reason is None], [r for r in rows if r.reason is not None]
+        return ResetReport(plan.specs, touched, untouched, seconds, 0, shared, self.gathered_whole)
+
+    def _gather_whole(self, blocks: list[Block]) -> None:
+        """Reset parameters of placements without a plan of their own, each whole on every rank, one at a time."""
+        by_parameter: dict[int, list[Block]] = defaultdict(list)
+        for block in blocks:
+            by_parameter[id(block.tensor)].append(block)
+        for of_one in by_parameter.values():
+            tensor: Any = of_one[0].tensor.detach()
+            whole = tensor.full_tensor()
+            self.transform([(b, whole[b.rows.start : b.rows.stop]) for b in of_one])
+            _put_back(tensor, whole)
+        self.gathered_whole = len(by_parameter)
+        if by_parameter:
+            warnings.warn(
+                f"{len(by_parameter)} parameters are placed neither whole nor in shards of rows (tensor parallelism?): "
+                "each was gathered whole on every rank, one at a time. FSDP2 or replicas share the work",
+                stacklevel=4,
+            )
+
+    def transform(self, mine: Sequence[tuple[Block, Tensor]]) -> None:
+        """Reset the pieces of some blocks, each block in the tensor that stands for it; after an error, none."""
+        if self.error is None:
+            try:
+                for group in self._groups(mine):
+                    self._reset(group)
+            except Exception as error:
+                self.error = error
+
+    def _groups(self, mine: Sequence[tuple[Block, Tensor]]) -> Iterable[list[tuple[int, LogicalMatrix]]]:
+        """Return the pieces to reset, grouped where that is faster; report on what is only fused with them."""
+        groups: dict[Any, list[tuple[int, LogicalMatrix]]] = defaultdict(list)
+        for block, tensor in mine:
+            for index in block.members:
+                piece, todo = self.plan.pieces[index].within(tensor), self.plan.todo[index]
+                if not todo:
+                    with self._measured():
+                        self.reports[index] = describe(self.plan.pieces[index], piece.read(), self.spectra)
+                    self.reports[index].reason = self.plan.reason(index)
+                    continue
+                batched = together(tensor) and all(RESETS[s.method].batched for s in todo)
+                key = (piece.shape, tensor.dtype, *map(id, todo)) if batched else index
+                groups[key].append((index, piece))
+        return groups.values()
+
+    def _reset(self, group: list[tuple[int, LogicalMatrix]]) -> None:
+        """Reset pieces of one shape, dtype and list of resets together."""
+        stacked = len(group) > 1
+        before = torch.stack([p.read() for _, p in group]) if stacked else group[0][1].read()
+        x = before.to(torch.promote_types(before.dtype, torch.float32))  # rounded once, when it is written
+        for spec in self.plan.todo[group[0][0]]:
+            arguments = []
+            for read in self.plan.readings(spec):
+                beside = [read(index).to(x) for index, _ in group]
+                arguments.append(torch.stack(beside) if stacked else beside[0])
+            x = RESETS[spec.method].function(x, *arguments, **spec.options)
+        rows = list(zip(group, before if stacked else (before,), x.unbind() if stacked else (x,), strict=True))
+        sound = all_finite(new for *_, new in rows)
+        self.failed |= {self.plan.pieces[i].name for ((i, _), *_), good in zip(rows, sound, strict=True) if not good}
+        done = [
+            (i, piece, old, new.to(old.dtype)) for ((i, piece), old, new), good in zip(rows, sound, strict=True) if good
+        ]
+        with self._measured():  # before anything is written, because `old` may be a view of what is written to
+            self._report([(i, old, after) for i, _, old, after in done])
+        for _, piece, _, after in done:
+            piece.write_(after)
+
+    def _report(self, done: list[tuple[int, Tensor, Tensor]]) -> None:
+        """Report on pieces before and after, and wait once for all that is measured but spectra."""
+        measures = Measures()
+        pairs = []
+        for index, before, after in done:
+            own = self.plan.pieces[index]
+            report, later = (describe(own, of, self.spectra, measures) for of in (before, after))
+            measures.add(partial(setattr, report, "sfe"), squared_error(before, after))
+            pairs.append((index, report, later))
+        measures.fetch()
+        for index, report, later in pairs:
+            report.dfi_after, report.norm_after = later.dfi_after, later.norm_after
+            report.sigma_after = later.sigma_after
+            self._done(index, report)
+
+    def _done(self, index: int, report: TensorReport) -> None:
+        self.reports[index] = report
+        if self.bar is not None:
+            self.bar.update()
+
+    @contextmanager
+    def _measured(self) -> Iterator[None]:
+        """Count the time of what is inside as measuring."""
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        began = time.perf_counter()
+        yield
+        self.measuring += time.perf_counter() - began
+
+
+def together(tensor: Tensor) -> bool:
+    """Tell whether matrices of one shape are best taken together: a loop is faster on a CPU."""
+    return tensor.device.type != "cpu"
+
+
+def _worth_it(home: Home, blocks: list[Block]) -> Home:
+    """Return the home that shares the work: replicas do it each for itself where that takes less time."""
+    costs, n_bytes = sum(b.cost for b in blocks), sum(b.n_bytes for b in blocks)
+    device = blocks[0].tensor.device.type
+    if home.shards is None and not worthwhile(costs, n_bytes, home.n_replicas, device):
+        return Home()
+    return home
+
+
+def _put_back(tensor: Any, whole: Tensor) -> None:
+    """Write a whole parameter into the local part of a DTensor, without asking the other ranks."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = tensor.device_mesh
+    replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    tensor.to_local().copy_(replicated.redistribute(mesh, tensor.placements).to_local())

@@ -1,0 +1,28 @@
+"""Train one phase: transformers' `Trainer` with exact losses, arithmetic data order and checkpoints that are whole."""
+
+from __future__ import annotations
+
+from fire_llm.training.callbacks import KeptOptimizer, ResetCallback
+from fire_llm.training.diagnosing import DiagnosticsCallback
+from fire_llm.training.optimizers import MuonAdamW
+from fire_llm.training.penalties import PenaltyCallback
+from fire_llm.training.recycling import RecyclingCallback
+from fire_llm.training.schedules import multiplier
+from fire_llm.training.spike import SpikeCallback
+from fire_llm.training.stepping import hash_batch
+from fire_llm.training.training import ContinualArguments, ContinualTrainer, EvaluationSet
+
+__all__ = [
+    "ContinualArguments",
+    "ContinualTrainer",
+    "DiagnosticsCallback",
+    "EvaluationSet",
+    "KeptOptimizer",
+    "MuonAdamW",
+    "PenaltyCallback",
+    "RecyclingCallback",
+    "ResetCallback",
+    "SpikeCallback",
+    "hash_batch",
+    "multiplier",
+]

@@ -1,0 +1,48 @@
+"""The gradient of the loss over the batches to come, for resets that look at it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fire_llm.core.errors import UserError
+from fire_llm.evaluation.precision import evaluating
+from fire_llm.resets import ResetSpec
+
+
+def gather_gradient(trainer: Any, specs: list[ResetSpec]) -> None:
+    """Leave G in the parameters' `.grad`: from zero, G ← (1−α)·G + α·g at each of the next steps' whole batches.
+
+    The model stays where it is, in evaluation mode, so that dropout draws nothing; batches are taken by their number,
+    so that the order of the data, its hash and all generators are as if this had not been. Ranks average, and hold the
+    same. A step's batch costs what it does in training, without the update.
+
+    Args:
+        trainer: A `ContinualTrainer` that has begun to train.
+        specs: Resets, some of which read the gradient; `batches` and `alpha` are options of theirs, 1
+            and 1.0 where they have none: the next step's gradient alone.
+
+    Raises:
+        UserError: Two of them want different `batches` or `alpha`, or the model is sharded (FSDP2).
+    """
+    wanted = {(s.options.get("batches", 1), s.options.get("alpha", 1.0)) for s in specs if s.needs_gradient}
+    if len(wanted) > 1:
+        raise UserError(f"resets of one arm share a gradient: give them the same batches and alpha, not {wanted}")
+    if trainer.is_fsdp_enabled:
+        raise UserError("a reset that reads gradients needs them whole, and FSDP2 shards them: train replicas")
+    [(batches, alpha)] = wanted
+    args, model = trainer.args, trainer.model
+    model.zero_grad()
+    micro, accumulation = args.train_batch_size, args.gradient_accumulation_steps
+    with evaluating(model):
+        for step in range(trainer.state.global_step, trainer.state.global_step + batches):
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(1 - alpha)
+            for number in range(step * accumulation, (step + 1) * accumulation):
+                first = (number * args.world_size + args.process_index) * micro
+                samples = [trainer.train_dataset[i] for i in range(first, first + micro)]
+                inputs = trainer._prepare_inputs(trainer.data_collator(samples))
+                with trainer.compute_loss_context_manager():
+                    tokens = accumulation * inputs["labels"].numel()
+                    loss = trainer.compute_loss(trainer.model_wrapped, inputs, num_items_in_batch=tokens)
+                trainer.accelerator.backward(alpha * loss)

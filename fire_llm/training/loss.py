@@ -1,0 +1,281 @@
+"""The training loss without a micro-batch's logits: the head and what follows it take a slice of the positions at once.
+
+Shapes: B = sequences a micro-batch, T = tokens a sequence, S = B·T positions, D = width, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fire_llm.architectures.matrices import unwrap
+from fire_llm.core.errors import UserError
+from fire_llm.core.hardware import device_memory
+from fire_llm.distributed import fsdp_modules
+from fire_llm.evaluation.precision import evaluating, own_precision
+from fire_llm.evaluation.scoring import IGNORE, Scorer, forward_replaced, token_nll, with_hidden
+from fire_llm.evaluation.unmasked import needs_no_mask, unmasked
+from fire_llm.training.rounded import rounded
+
+SLICE = 2**25
+"""Logits held at once on a CPU: 128 MiB of them in fp32."""
+
+SLICES = 2**26, 2**29
+"""Least and most logits held at once on an accelerator. A slice and its gradient take 1 and 2 GB in bf16 at most."""
+
+WHOLE = 2**27
+"""Logits that are held whole: 512 MiB in fp32. On one CPU thread, slices took 1.3 times the step of whole logits (1024
+tokens, V = 50,304, width 192): they save memory there, not time."""
+
+CACHED = 2**20
+"""Logits whose softmax is taken at once on a CPU: they stay in its cache from one pass over them to the next."""
+
+Head = Callable[[Tensor], Tensor]
+
+
+class SummedLoss:
+    """Sum the negative log-likelihood of a micro-batch's tokens, its logits held a slice at a time.
+
+    The model's own forward does everything, as in `evaluation.scoring`: its trunk runs once, and the model is run on
+    slices of what the trunk gave, so that what a class does after its head is done as it does it. The gradient of a
+    slice is taken as soon as its logits are there, and is kept in place of them: nothing is computed twice.
+
+    The logits of a micro-batch are held whole, as transformers does, where they are few; under FSDP2, whose shards are
+    gathered in a forward pass of the whole model alone; in fp16, whose gradients have to be scaled before they are
+    taken; and for a model in which no trunk is found that gives the same logits in slices.
+
+    Args:
+        model: A causal LM from transformers.
+        autocast: Gives the context that its forward pass runs in.
+        fp16: Whether that context computes in fp16.
+        params: A dtype that the model reads its parameters in (`rounded`); None: autocast does as it does.
+        compiling: Arguments of torch.compile, for the trunk and the softmax; None: they are not compiled.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        *,
+        fp16: bool = False,
+        params: torch.dtype | None = None,
+        compiling: dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.autocast, self.fp16, self.compiling = unwrap(model), autocast, fp16, compiling
+        self.params = params
+        self._trunk: nn.Module | None = None
+        self._looked = False
+        self._forward: Callable[..., Any] | None = None
+        self._differentiate = _differentiate if compiling is None else self._compiled(_differentiate_at_once)
+        self.say: Callable[[str], None] = lambda _: None
+        """Where to tell, once, that logits are held whole that would be sliced, and how much they take."""
+
+    def __call__(self, model: nn.Module, labels: Tensor, **inputs: Tensor) -> Tensor:
+        """Return Σ nll, (), fp32.
+
+        Args:
+            model: The model as it was wrapped for training.
+            labels: (B, T) tokens that follow each position; `IGNORE` where none is scored.
+            **inputs: What the model reads: `input_ids` (B, T) and what goes with them.
+        """
+        sliced = self.sliced(model, labels)
+        with ExitStack() as stack:
+            if self.without_mask(inputs):
+                stack.enter_context(unmasked(self.model))
+            if not sliced:
+                if self.params is not None:
+                    stack.enter_context(forward_replaced(self.model, self._rounded_forward))
+                return token_nll(model(**inputs, use_cache=False).logits, labels).sum()
+            # The wrapped model is called, not this one: DistributedDataParallel gets ready for backward in there.
+            stack.enter_context(forward_replaced(self.model, lambda **given: self._sum(labels.flatten(), given)))
+            # torch.compile's wrapper is left aside: it would compile this function, of which two parts gain by it.
+            return getattr(model, "_orig_mod", model)(**inputs)
+
+    def _rounded_forward(self, **inputs: Any) -> Any:
+        with self._as_read(self.model):
+            # The class's forward: accelerate's own, on the instance, would turn autocast on.
+            return type(self.model).forward(self.model, **inputs)
+
+    def _as_read(self, module: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext() if self.params is None else rounded(module, self.params)
+
+    def without_mask(self, inputs: dict[str, Tensor]) -> bool:
+        """Tell whether attention is causal and nothing else, so that its kernel takes no mask; checked once a length.
+
+        Args:
+            inputs: What the model reads. Positions of documents, beside the ids, have a mask of their own.
+        """
+        plain = set(inputs) == {"input_ids"}
+        return plain and needs_no_mask(self.model, inputs["input_ids"].shape[-1], self._trunk)
+
+    def sliced(self, model: nn.Module, labels: Tensor) -> bool:
+        """Tell whether the logits of a micro-batch are taken in slices."""
+        if (
+            labels.numel() * self._vocabulary() <= WHOLE
+            or self.fp16
+            or isinstance(model, nn.DataParallel)
+            or fsdp_modules(self.model)
+        ):
+            return False
+        if not self._looked:
+            self._look(labels)
+        return self._trunk is not None
+
+    def _look(self, labels: Tensor) -> None:
+        """Find the trunk once, with the model as evaluation has it, and leave the model as it was."""
+        try:
+            # In fp32, in which a head on a slice of the positions gives the same logits to rounding; bf16 would not do.
+            with own_precision(self.model), evaluating(self.model), torch.no_grad():
+                self._trunk = Scorer(self.model, labels.flatten().clamp(min=0)).trunk
+        except UserError:
+            self._trunk = None  # evaluation says why; training goes on as it would in any other trainer
+        self._looked = True
+        if self._trunk is not None:
+            self._forward = self._compiled(self._trunk.forward)
+            return
+        gigabytes = 4 * labels.numel() * self._vocabulary() / 1e9
+        self.say(
+            f"no part of {type(self.model).__name__} gives the same logits in slices, so that a micro-batch's are held "
+            f"whole: {gigabytes:.2g} GB, and as much for their gradients. Smaller micro-batches hold less"
+        )
+
+    def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return function if self.compiling is None else torch.compile(function, **self.compiling)
+
+    def _vocabulary(self) -> int:
+        config: Any = self.model.config
+        return int(config.get_text_config().vocab_size)
+
+    def _sum(self, targets: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        assert self._trunk is not None and self._forward is not None
+        trunk, forward = self._trunk, self._forward
+        outputs: Any = None
+        part: Tensor
+
+        def replay(*args: Any, **kwargs: Any) -> Any:
+            nonlocal outputs, part
+            if outputs is None:
+                with self._as_read(trunk):
+                    outputs = forward(*args, **kwargs)
+                part = outputs[0].detach()[0, :1].requires_grad_()
+            return with_hidden(outputs, part[None])
+
+        def head(hidden: Tensor) -> Tensor:
+            nonlocal part
+            part = hidden
+            return self._logits(inputs)
+
+        with forward_replaced(trunk, replay), self.autocast():
+            # One position shows which parameters stand behind the trunk, a tied embedding among them.
+            parameters = [leaf for leaf in _leaves(self._logits(inputs)) if leaf is not part]
+            hidden = outputs[0].flatten(0, 1)
+            rows = even_rows(len(hidden), max(1, logits_at_once(hidden.device) // self._vocabulary()))
+            return _Sliced.apply(head, self._differentiate, targets, rows, hidden, *parameters)
+
+    def _logits(self, inputs: dict[str, Tensor]) -> Tensor:
+        # The class's forward: accelerate's own, on the instance, would make fp32 of the logits. A row taken by its
+        # index would have a gradient of zeros, as large as the logits, that the row's own is copied into.
+        return type(self.model).forward(self.model, **inputs, use_cache=False).logits.squeeze(0)
+
+
+def logits_at_once(device: torch.device) -> int:
+    """Return the logits of a slice; with their gradient, in bf16, a 32nd part of an accelerator's memory."""
+    least, most = SLICES
+    return SLICE if device.type == "cpu" else max(least, min(most, device_memory(device) // 128))
+
+
+def even_rows(total: int, most: int) -> int:
+    """Return the rows of a slice, at most `most`: all slices have about as many, where it can be had just as many.
+
+    Example: 3044 rows in slices of at most 2668 are two of 1522. A rest would be compiled for again.
+    """
+    number = -(-total // most)
+    exact = next((n for n in range(number, 2 * number) if total % n == 0), number)
+    return -(-total // exact)
+
+
+class _Sliced(torch.autograd.Function):
+    """Sum the NLL over slices of the trunk's output, with the gradient of each taken while its logits are there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, head: Head, differentiate: Any, targets: Tensor, rows: int, hidden: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        total = torch.zeros((), device=hidden.device)
+        to_hidden = torch.empty_like(hidden)
+        to_parameters: list[Tensor] = []
+        for x, y, out in zip(hidden.split(rows), targets.split(rows), to_hidden.split(rows), strict=True):
+            with torch.enable_grad():
+                part = x.detach().requires_grad_()
+                logits = head(part)
+            gradient = torch.empty_like(logits)
+            some = max(1, CACHED // logits.shape[-1]) if logits.device.type == "cpu" else rows
+            for block, labels, to in zip(logits.detach().split(some), y.split(some), gradient.split(some), strict=True):
+                total += differentiate(block, labels, to)
+            found, *more = torch.autograd.grad(logits, [part, *parameters], gradient)
+            out.copy_(found)
+            to_parameters = [a.add_(b) for a, b in zip(to_parameters, more, strict=True)] if to_parameters else more
+        ctx.gradients = [to_hidden, *to_parameters]
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = [gradient.mul_(above[0]) for gradient in ctx.gradients]
+        del ctx.gradients  # they are as large as the head
+        return None, None, None, None, *gradients
+
+
+def _differentiate(logits: Tensor, targets: Tensor, gradient: Tensor) -> Tensor:
+    """Return Σ nll of some positions and write its gradient, softmax less one-hot, which the forward pass knows.
+
+    Args:
+        logits: (R, V), any float dtype; the softmax is taken in fp32 (fp64 for fp64).
+        targets: (R,) tokens; `IGNORE` where none is scored.
+        gradient: (R, V) written over.
+    """
+    ignored = (targets == IGNORE)[:, None]
+    at = targets.clamp(min=0)[:, None]
+    log_p = torch.log_softmax(logits, -1, dtype=_wide(logits))
+    nll = -log_p.gather(-1, at).masked_fill(ignored, 0.0).sum()
+    p = log_p.exp_().scatter_add_(-1, at, log_p.new_full((), -1.0).expand(at.shape))
+    gradient.copy_(p.masked_fill_(ignored, 0.0))
+    return nll
+
+
+def _differentiate_at_once(logits: Tensor, targets: Tensor, gradient: Tensor) -> Tensor:
+    """Do the same as `_differentiate`, in a form of which torch.compile writes nothing but `gradient`.
+
+    A scatter would be a kernel of its own, and what it writes to a tensor in fp32.
+    """
+    ignored = (targets == IGNORE)[:, None]
+    at = targets.clamp(min=0)[:, None]
+    log_p = torch.log_softmax(logits, -1, dtype=_wide(logits))
+    nll = -log_p.gather(-1, at).masked_fill(ignored, 0.0).sum()
+    one_hot = torch.arange(logits.shape[-1], device=logits.device) == at
+    gradient.copy_((log_p.exp() - one_hot.to(log_p.dtype)).masked_fill(ignored, 0.0))
+    return nll
+
+
+def _wide(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _leaves(result: Tensor) -> list[Tensor]:
+    """Return the tensors that a result's gradient would arrive at."""
+    found: dict[int, Tensor] = {}
+    nodes, seen = [result.grad_fn], set()
+    while nodes:
+        node: Any = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable
+        nodes += [parent for parent, _ in node.next_functions]
+    return list(found.values())

@@ -1,0 +1,53 @@
+"""Find out, on a few tokens, whether a model keeps documents apart that are packed into one block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fire_llm.architectures.context import longest_context
+from fire_llm.core.errors import UserError
+from fire_llm.evaluation.precision import evaluating
+
+PROBE = (11, 1, 20)
+"""Tokens of the documents that a model is looked at with: beyond a convolution's reach, and one alone."""
+
+
+def check_document_mask(model: Any) -> None:
+    """Refuse a model in which a document, told by positions that start again, reads the one before it.
+
+    transformers masks attention by such positions; states and convolutions that run on, and positions that are not
+    taken from `position_ids`, do not follow them.
+
+    Args:
+        model: A causal LM in fp32, not yet wrapped by an engine; left as it was found.
+
+    Raises:
+        UserError: Its logits differ from those of the documents read alone, or it takes no positions.
+    """
+    name, device, text = type(model).__name__, next(model.parameters()).device, model.config.get_text_config()
+    longest = longest_context(model.config) or max(PROBE)
+    documents = [torch.arange(min(n, longest), device=device) for n in PROBE]
+    ids = [(places * 7 + 3 * len(places))[None] % int(text.vocab_size) for places in documents]
+    try:
+        with evaluating(model), torch.no_grad():
+            alone = torch.cat([model(input_ids=one, use_cache=False).logits for one in ids], dim=1)
+            packed = model(
+                input_ids=torch.cat(ids, dim=1), position_ids=torch.cat(documents)[None], use_cache=False
+            ).logits
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"batch.document_mask: {name} takes no positions of documents ({error}). {_INSTEAD}") from error
+    # Rounding differs between one long product and three short ones; a document that is seen moves a logit by its size.
+    # In fp64 too some classes take their softmax in fp32.
+    near = 256 * torch.finfo(torch.float32).eps * float(alone.abs().max())
+    if not bool(((packed - alone).abs() <= near).all()):
+        raise UserError(
+            f"batch.document_mask: {name} reads across documents, whatever their positions say (a state or a "
+            f"convolution runs on, or it counts positions by itself). {_INSTEAD}"
+        )
+
+
+_INSTEAD = (
+    "Set it to false, or choose a model whose attention transformers masks by position_ids, such as GPT-2 or Llama"
+)

@@ -1,0 +1,211 @@
+"""What is not finite does not reach the weights: every rank stops before the optimizer step, or leaves the step out."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fire_llm.core.atomic import checkpoints, write_json
+
+NONFINITE_FILE = "nonfinite.json"
+"""What a step was trained on whose loss or gradient was not finite, in the unit's folder."""
+
+SKIPPED = "skipped_steps"
+"""Key of a trainer's log: steps left out so far."""
+
+
+def contagious(loss: Tensor) -> Tensor:
+    """Return a loss as it is, whose gradients are not finite where it is not.
+
+    A loss may be infinite and its gradient finite (a token that the model rules out). With this, the norm of the
+    gradients tells of both, and averaging gradients tells every rank.
+    """
+    return loss * (1 + 0 * loss.detach())
+
+
+@dataclass
+class _LeftToDevice:
+    """A step whose norm the host has not seen yet; where it is not finite, the device has left the update out."""
+
+    step: int
+    losses: list[Tensor]
+    bad: Tensor
+    """() bool, on the host once `copied`."""
+    copied: torch.cuda.Event | None
+    optimizer: Any
+    """Whose `found_inf` was set."""
+
+
+class FiniteGuard:
+    """Look at each step's gradient norm before the optimizer does.
+
+    The norm is taken over gradients that all ranks have averaged, or is summed over their shards: every rank sees the
+    same one and does the same, with no message of its own.
+
+    On an accelerator the host would wait for it before every update. There a fused optimizer's `found_inf` makes it
+    leave the update out, as gradient scaling does it, and the host hears of it a step later, or before anything is
+    logged, measured or saved. Other optimizers are waited for.
+
+    Args:
+        trainer: A `ContinualTrainer`; its `args.nonfinite` says what to do: halt or skip.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.skipped = 0
+        self._losses: list[Tensor] = []
+        self._before: Tensor | None = None
+        self._left: _LeftToDevice | None = None
+
+    def resume(self, history: list[dict[str, Any]]) -> None:
+        """Count on from a checkpoint's log; nothing is left of a training that an error ended."""
+        self._losses, self._left = [], None
+        self.skipped = next((entry[SKIPPED] for entry in reversed(history) if SKIPPED in entry), 0)
+
+    def begin(self) -> None:
+        """Note, before a step's first micro-batch, the sum of losses that a skipped step must not change."""
+        if not self._losses:
+            self._before = self.trainer._tr_loss.clone()
+
+    def saw(self, loss: Tensor) -> None:
+        """Note a micro-batch's loss."""
+        self._losses.append(loss)
+
+    def passes(self, model: nn.Module, norm: Any) -> bool:
+        """Tell whether a step may be taken; where it may not and is to be skipped, take its gradients away.
+
+        Args:
+            model: Whose gradients they are.
+            norm: Their norm before clipping, over all ranks.
+
+        Raises:
+            FloatingPointError: It is not finite and `nonfinite` is halt.
+        """
+        losses, self._losses = self._losses, []
+        trainer = self.trainer
+        step = trainer.state.global_step + 1
+        if (optimizer := _told_on_device(trainer, norm)) is not None:
+            self.settle()
+            self._left = self._leave_to_device(optimizer, norm, step, losses)
+            return True
+        if math.isfinite(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)):
+            return True
+        scaler = trainer.accelerator.scaler
+        if scaler is not None and scaler.get_scale() >= 1:
+            return True  # fp16 overflows now and then: the scaler leaves the step out and lowers its scale
+        if trainer.args.nonfinite == "halt":
+            self._halt(step, [float(loss) for loss in losses])
+        for parameter in model.parameters():
+            parameter.grad = None  # an optimizer passes over what has none
+        trainer._tr_loss.copy_(self._before)
+        self._skip(step)
+        return False
+
+    def _leave_to_device(self, optimizer: Any, norm: Tensor, step: int, losses: list[Tensor]) -> _LeftToDevice:
+        """Let the device leave out this step's update, and its loss from the sum, where the norm is not finite."""
+        bad = ~torch.isfinite(norm)
+        optimizer.grad_scale, optimizer.found_inf = None, bad.float()
+        assert self._before is not None
+        summed = self.trainer._tr_loss
+        summed.copy_(torch.where(bad, self._before, summed))
+        on_host = torch.empty((), dtype=torch.bool, pin_memory=norm.is_cuda)
+        on_host.copy_(bad, non_blocking=True)
+        copied = torch.cuda.Event() if norm.is_cuda else None
+        if copied is not None:
+            copied.record()
+        return _LeftToDevice(step, losses, on_host, copied, optimizer)
+
+    def settle(self) -> bool:
+        """Hear of the step that was left to the device, if there is one; tell whether its update was made.
+
+        Raises:
+            FloatingPointError: It was not finite, and `nonfinite` is halt. The weights are those from before it.
+        """
+        left, self._left = self._left, None
+        if left is None:
+            return True
+        left.optimizer.found_inf = None  # it was about that step alone
+        if left.copied is not None:
+            left.copied.synchronize()
+        if not left.bad:
+            return True
+        if self.trainer.args.nonfinite == "halt":
+            self._halt(left.step, [float(loss) for loss in left.losses])
+        self._skip(left.step)
+        return False
+
+    def _skip(self, step: int) -> None:
+        # The logged loss is a mean over the steps since the last log: this one is not among them.
+        self.trainer._globalstep_last_logged += 1
+        self.skipped += 1
+        self.say(f"step {step} skipped, its loss or gradient is not finite ({self.skipped} so far)")
+
+    def _halt(self, step: int, losses: list[float]) -> None:
+        from accelerate.utils import gather_object
+
+        trainer, args = self.trainer, self.trainer.args
+        micro, world = args.train_batch_size, args.world_size
+        first = (step - 1) * len(losses) * world * micro
+        batches = []
+        for number, loss in enumerate(losses):
+            begin = first + (number * world + args.process_index) * micro
+            samples = [describe(trainer.train_dataset, i) for i in range(begin, begin + micro)]
+            finite = math.isfinite(loss)
+            batches.append({"loss": loss if finite else None, "finite": finite, "samples": samples})
+        found = gather_object([{"rank": args.process_index, "batches": batches}])
+        culprit = "gradient" if all(b["finite"] for rank in found for b in rank["batches"]) else "loss"
+        file = Path(args.output_dir) / NONFINITE_FILE
+        if trainer.is_world_process_zero():
+            write_json(file, {"step": step, "not_finite": culprit, "ranks": found})
+        trainer.settle(say=True)
+        newest = checkpoints(Path(args.output_dir))[-1:]
+        left = f"the newest checkpoint is '{newest[0][0]}'" if newest else "no checkpoint was written yet"
+        raise FloatingPointError(
+            f"the training {culprit} is not finite at step {step}. The step was not taken; {left}. '{file}' lists the "
+            "samples. Lower the learning rate, or leave such steps out with nonfinite: skip"
+        )
+
+    def say(self, words: str) -> None:
+        """Write a line about this training to stderr, on the first rank."""
+        if self.trainer.is_world_process_zero():
+            sys.stderr.write(f"{self.trainer.args.title or 'training'}: {words}\n")
+
+
+def _told_on_device(trainer: Any, norm: Any) -> Any:
+    """Return the optimizer that reads `found_inf` on an accelerator; None where the host has to wait."""
+    if not getattr(norm, "is_cuda", False) or hasattr(norm, "full_tensor") or trainer.accelerator.scaler is not None:
+        return None
+    return takes_found_inf(trainer.optimizer)
+
+
+def takes_found_inf(optimizer: Any) -> Any:
+    """Return torch's optimizer, out of accelerate's, if it is a fused Adam or AdamW: these read `found_inf`.
+
+    A class derived from them may have a step of its own, and loading a state can change which groups are fused.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    reads = type(inner) in (torch.optim.Adam, torch.optim.AdamW) and all(g.get("fused") for g in inner.param_groups)
+    return inner if reads else None
+
+
+def describe(dataset: Any, index: int) -> dict[str, Any]:
+    """Say which sample it was: its index, and where a `Mixture` took it from.
+
+    Returns:
+        `index`; of a mixture also `corpus`, `tokens` [first, end) and `documents` [first, last] of that corpus.
+    """
+    sample: dict[str, Any] = {"index": index}
+    if hasattr(dataset, "locate"):
+        corpus, _, block = dataset.locate(index)
+        begin = block * dataset.context
+        end = begin + dataset.context + 1
+        ends = dataset.sources[corpus].ends[:, 0]
+        first, last = (int(d) for d in ends.searchsorted([begin, end - 1], side="right"))
+        sample |= {"corpus": corpus, "tokens": [begin, end], "documents": [first, last]}
+    return sample

@@ -1,0 +1,200 @@
+"""Optimizers and schedules by name: Muon for matrices with AdamW for the rest, and rates as functions of the step."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from fire_llm.architectures.matrices import hidden_matrices, unwrap
+from fire_llm.core.errors import UserError
+from fire_llm.distributed import Block, Exchange, Home, cost, home_of
+from fire_llm.training.schedules import multiplier
+
+
+@dataclass
+class OptimizingArguments(TrainingArguments):
+    """Add Muon and the schedules that transformers does not have to `TrainingArguments`."""
+
+    muon: bool = field(default=False, metadata={"help": "Train attention's and MLPs' matrices with Muon."})
+    muon_lr: float | None = field(default=None, metadata={"help": "Peak learning rate of Muon; the other by default."})
+    muon_momentum: float = field(default=0.95, metadata={"help": "Share of Muon's momentum that a step keeps."})
+    schedule: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "Arguments of `multiplier` but for steps and warmup; then no lr_scheduler_type."},
+    )
+
+
+class Optimizing(Trainer):
+    """Make the optimizer and the schedule that `OptimizingArguments` name."""
+
+    args: OptimizingArguments
+    optimizer: Any
+    lr_scheduler: Any
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make the optimizer, Muon where it is asked for.
+
+        Raises:
+            UserError: Transformers cannot make it, for want of a library, say; or Muon has nothing to train.
+        """
+        if self.args.muon and self.optimizer is None:
+            self.optimizer = muon_adamw(model or self.model, self.args)
+        try:
+            return super().create_optimizer(model)
+        except (ImportError, ValueError) as error:
+            name = OptimizerNames(self.args.optim).value
+            raise UserError(f"the optimizer '{name}' cannot be made: {error}") from error
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Make the schedule, ours where one is given."""
+        if self.args.schedule is not None and self.lr_scheduler is None:
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            rate = partial(multiplier, steps=num_training_steps, warmup=warmup, **self.args.schedule)
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, rate)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Decay tensors of two dimensions and more, as the paper does."""
+        return [name for name, p in model.named_parameters() if p.ndim >= 2]
+
+
+def muon_adamw(model: nn.Module, args: OptimizingArguments) -> MuonAdamW:
+    """Make the optimizer of a model's trainable parameters: Muon for its hidden matrices, AdamW for the rest.
+
+    Raises:
+        UserError: The layout of the model is unknown, or none of its matrices is trained.
+    """
+    hidden = hidden_matrices(model)
+    trained = {name: p for name, p in unwrap(model).named_parameters() if p.requires_grad}
+    matrices = [p for name, p in trained.items() if name in hidden]
+    if not matrices:
+        raise UserError(
+            "Muon trains two-dimensional matrices of attention and MLPs, and none of the model's is trainable: "
+            "take another optimizer"
+        )
+    rest = [p for name, p in trained.items() if name not in hidden]
+    return MuonAdamW(
+        matrices,
+        [
+            {"params": [p for p in rest if p.ndim >= 2], "weight_decay": args.weight_decay},
+            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=args.learning_rate,
+        muon_lr=args.muon_lr,
+        momentum=args.muon_momentum,
+        weight_decay=args.weight_decay,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        fused=args.optim == "adamw_torch_fused",
+    )
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Step `torch.optim.Muon` on matrices and `torch.optim.AdamW` on the rest, as one optimizer.
+
+    Groups and state are those of the two, matrices first, so that schedules, checkpoints and resets need not know.
+    Muon's updates are scaled to the RMS of AdamW's, so that one learning rate and one weight decay serve both.
+
+    Where FSDP2 holds a matrix in shards, one rank at a time has it whole: ranks share the matrices by their cost, and
+    what each computes goes back to the shards. The gradients then end up holding the updates.
+
+    Args:
+        matrices: Two-dimensional parameters.
+        others: Groups of the other parameters, for AdamW.
+        lr: Peak learning rate.
+        muon_lr: That of the matrices, where it is another.
+        momentum: Share of Muon's momentum that a step keeps.
+        weight_decay: Of the matrices.
+        betas, eps, fused: AdamW's.
+
+    Source: Jordan et al., Muon, 2024; the scaling, Liu et al., arXiv 2502.16982.
+    """
+
+    def __init__(
+        self,
+        matrices: Iterable[Tensor],
+        others: Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        muon_lr: float | None = None,
+        momentum: float = 0.95,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        fused: bool = False,
+    ) -> None:
+        self._muon = torch.optim.Muon(
+            matrices,
+            lr=lr if muon_lr is None else muon_lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        self._adamw = torch.optim.AdamW([*others], lr=lr, betas=betas, eps=eps, fused=fused)
+        super().__init__([*self._muon.param_groups, *self._adamw.param_groups], {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        # Loading a state, and sharding the model, put other groups and another state in place of the first ones.
+        for inner in (self._muon, self._adamw):
+            inner.param_groups = [g for g in self.param_groups if ("momentum" in g) == (inner is self._muon)]
+            inner.state = self.state
+        sharded = any(hasattr(p, "placements") for group in self._muon.param_groups for p in group["params"])
+        if sharded:
+            self._step_shards()
+        else:
+            self._muon.step()
+        self._adamw.step()
+        return loss
+
+    def _step_shards(self) -> None:
+        """Do what `torch.optim.Muon` does, each matrix whole on one rank."""
+        by_home: dict[Home, list[Block]] = defaultdict(list)
+        settings: dict[int, dict[str, Any]] = {}
+        stepped = [(p, group) for group in self._muon.param_groups for p in group["params"] if p.grad is not None]
+        for p, group in stepped:
+            home = home_of(p.grad)
+            if home is None:
+                raise UserError(
+                    f"Muon cannot train a matrix of shape {tuple(p.shape)} that is placed neither whole nor in shards "
+                    "of rows (tensor parallelism?): take adamw, or FSDP2 alone"
+                )
+            state = self.state[p]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(p.grad)
+            state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+            p.grad.lerp_(state["momentum_buffer"], group["momentum"])  # Nesterov's
+            settings[id(p.grad)] = group
+            by_home[home].append(Block(p.grad, range(p.shape[0]), (), cost(p.shape)))
+        for home, blocks in by_home.items():
+            for mine in Exchange(home, blocks):
+                for block, whole in mine:
+                    whole.copy_(_update(whole, settings[id(block.tensor)]))
+        for p, group in stepped:
+            p.mul_(1 - group["lr"] * group["weight_decay"]).add_(p.grad)
+
+
+def _update(direction: Tensor, group: dict[str, Any]) -> Tensor:
+    """Return what `torch.optim.Muon` adds to a matrix, learning rate included: what it makes of zeros.
+
+    Args:
+        direction: (out, in), the momentum already in it.
+        group: The matrix's parameter group.
+    """
+    zeros = nn.Parameter(torch.zeros_like(direction))
+    zeros.grad = direction
+    alike = {key: group[key] for key in ("lr", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
+    torch.optim.Muon([zeros], momentum=0.0, nesterov=False, weight_decay=0.0, **alike).step()
+    return zeros.detach()

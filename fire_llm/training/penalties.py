@@ -1,0 +1,118 @@
+"""Penalties of an arm: added to the gradients of every step before these are clipped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import groupby
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from fire_llm.architectures.matrices import LogicalMatrix
+from fire_llm.core.errors import UserError
+from fire_llm.resets import RESETS, ResetsLike, ResetSpec, parse_resets
+from fire_llm.resets.plan import Plan
+from fire_llm.resets.spec import refuse_kinds
+from fire_llm.training.callbacks import initial_model
+
+
+class PenaltyCallback(TrainerCallback):
+    """Train with `l2_init`, `parseval` or the like in the loss, in a `ContinualTrainer`.
+
+    The gradient of a penalty is added once a step to that of the accumulated batch: it is clipped with it, and goes
+    through the optimizer, as if the penalty were part of the loss. The loss that is logged stays the language model's.
+    Nothing is kept from step to step, so that resumption needs nothing; replicas add the same.
+
+    Args:
+        penalties: A method's name, a spec, or a list of specs.
+        initial: A model with the run's step-0 weights; where it is wanted and not given, drawn from the model's
+            config and `seed`. A copy of what is penalised stays on the model's device.
+        seed: Seed of those weights; the trainer's own by default.
+
+    Raises:
+        UserError: At once, for an unknown method or option, or one that is no penalty; when training begins, where
+            FSDP2 shards what has to be whole; at the first step, in another `Trainer`.
+    """
+
+    def __init__(self, penalties: ResetsLike, *, initial: Any = None, seed: int | None = None) -> None:
+        self.penalties = parse_resets(penalties)
+        refuse_kinds(self.penalties, "penalty")
+        self.initial, self.seed = initial, seed
+        self._terms: list[tuple[LogicalMatrix, Callable[[Tensor], Tensor]]] = []
+        self._added = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Find what is penalised, and the weights it is drawn to."""
+        seed = args.seed if self.seed is None else self.seed
+        initial = initial_model(self.penalties, self.initial, model.config, seed)
+        plan = Plan.of(model, self.penalties, initial, "penalty")
+        starts = {piece.parameter: piece.tensor for piece in plan.start.values()}
+        self._terms = []
+        for spec in self.penalties:
+            for piece in _given(plan, spec):
+                beside = [_placed(starts[piece.parameter], piece)] if spec.needs_initial else []
+                self._terms.append((piece, partial(_gradient, spec.method, beside, spec.options)))
+
+    @torch.no_grad()
+    def add(self, scale: float) -> None:
+        """Add the penalties' gradients to those of a step.
+
+        Args:
+            scale: What the gradients are multiplied by at this point: fp16's loss scale, or 1.
+        """
+        self._added = True
+        for piece, gradient in self._terms:
+            if piece.tensor.grad is None:
+                piece.tensor.grad = torch.zeros_like(piece.tensor)
+            held, slope = (replace(piece, tensor=_local(t)) for t in (piece.tensor, piece.tensor.grad))
+            slope.write_(slope.read().add(gradient(held.read()), alpha=scale))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Refuse to train without what was asked for."""
+        if not self._added:
+            raise UserError("PenaltyCallback acts before gradients are clipped: use fire_llm's ContinualTrainer")
+        self._added = False
+
+
+def _gradient(method: str, beside: list[Tensor], options: dict[str, Any], w: Tensor) -> Tensor:
+    return RESETS[method].function(w, *beside, **options)
+
+
+def _given(plan: Plan, spec: ResetSpec) -> list[LogicalMatrix]:
+    """List the pieces that a penalty is given; of a parameter in shards, the parameter, if any part of it will do.
+
+    Raises:
+        UserError: A matrix has to be whole and is not.
+    """
+    given: list[LogicalMatrix] = []
+    for parameter, pieces in groupby(plan.pieces, attrgetter("parameter")):
+        own = [(piece, spec.why_not(piece) is None) for piece in pieces]
+        chosen = [piece for piece, wanted in own if wanted]
+        if chosen and hasattr(chosen[0].tensor, "to_local"):
+            if not RESETS[spec.method].elementwise or len(chosen) < len(own):
+                raise UserError(
+                    f"'{spec.method}' needs the matrices of '{parameter}' whole, and FSDP2 shards them: train replicas"
+                )
+            chosen = [replace(chosen[0], cut=None)]
+        given += chosen
+    return given
+
+
+def _local(tensor: Any) -> Tensor:
+    """Return what this rank holds of a tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _placed(whole: Tensor, piece: LogicalMatrix) -> Tensor:
+    """Return the part of a whole parameter that a piece stands for, where and as the piece is."""
+    own: Any = piece.tensor
+    if not hasattr(own, "to_local"):
+        return replace(piece, tensor=whole).read().to(own, copy=True)  # `initial` may be the model itself
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole.detach().to(own.device, own.dtype), own.device_mesh, own.placements).to_local()

@@ -1,0 +1,309 @@
+"""Hidden units that begin anew while a `Trainer` trains: found in the model, judged by a method, drawn, counted, kept.
+
+Shapes: width of the residual stream, units of a hidden layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from fire_llm.architectures.lookup import Lookup
+from fire_llm.architectures.matrices import LogicalMatrix, logical_matrices, unwrap
+from fire_llm.core.errors import UserError
+from fire_llm.distributed import active, fsdp_modules
+from fire_llm.evaluation.network import down_projections
+from fire_llm.models import fresh_model
+from fire_llm.resets import RESETS, ResetSpec
+from fire_llm.resets.recycling import Recycler
+from fire_llm.resets.spec import refuse_kinds
+
+RECYCLED = "recycled"
+"""Key of a trainer's log: hidden units begun anew so far, over all layers."""
+
+
+@dataclass(frozen=True)
+class HiddenLayer:
+    """Say where the units of one MLP live: unit j is row j of each incoming piece and column j of the outgoing one."""
+
+    name: str
+    """Of the outgoing parameter."""
+    reader: nn.Module
+    """Module whose input is the units' activations."""
+    incoming: tuple[LogicalMatrix, ...]
+    """(units, width) matrices, and their biases as (units, 1)."""
+    outgoing: LogicalMatrix
+    """(width, units)."""
+
+    @property
+    def units(self) -> int:
+        """Count the units."""
+        return self.outgoing.shape[1]
+
+
+def hidden_layers(model: nn.Module, spec: ResetSpec) -> list[HiddenLayer]:
+    """Find the hidden layers of a model's MLPs that a method is to act on, by the model's layout.
+
+    Args:
+        model: Unwrapped causal LM, on any device, `meta` included.
+        spec: Its roles and exclude, and what is frozen, tell which layers are left alone.
+
+    Raises:
+        UserError: There is none, or units of an MLP lie elsewhere than in rows and columns of matrices (experts).
+    """
+    found, missing = down_projections(model)
+    lookup, parameters = Lookup(model), dict(model.named_parameters())
+    blocks: dict[int, list[LogicalMatrix]] = {}
+    for matrix in logical_matrices(model, ["mlp"]):
+        blocks.setdefault(id(lookup.site(matrix.parameter).block), []).append(matrix)
+    reasons = {name: reason for reason, names in missing.items() for name in names}
+    layers, unreached = [], {}
+    for matrices in blocks.values():
+        if any(spec.why_not(matrix) for matrix in matrices):
+            continue
+        outgoing = next((m for m in matrices if m.parameter in found), None)
+        incoming = [m for m in matrices if m is not outgoing]
+        if outgoing is None or any(m.shape != outgoing.shape[::-1] for m in incoming):
+            last = matrices[-1].parameter
+            unreached[last] = reasons.get(last, f"{matrices[-1].block} has matrices of several shapes")
+            continue
+        biases = [b for m in incoming if (b := _bias(m, parameters)) is not None]
+        name = outgoing.parameter
+        layers.append(HiddenLayer(name, found[name], (*incoming, *biases), outgoing))
+    if unreached or not layers:
+        name, reason = next(iter(unreached.items()), ("every MLP", "excluded or frozen, in part at least"))
+        raise UserError(
+            f"'{spec.method}' recycles hidden units of dense MLPs, each a row of one or two matrices and a column of "
+            f"another (GPT-2, Llama and the like). It cannot reach {name}: {reason}. Leave such parts out with "
+            "exclude, or take another method"
+        )
+    return layers
+
+
+def _bias(matrix: LogicalMatrix, parameters: Mapping[str, nn.Parameter]) -> LogicalMatrix | None:
+    """Stand for the bias beside a matrix as a (units, 1) piece, cut as its rows are; None where none is trained."""
+    name = f"{matrix.parameter.removesuffix('.weight')}.bias"
+    bias = parameters.get(name)
+    if bias is None or matrix.cut is None or not bias.requires_grad:
+        return None
+    return replace(matrix, parameter=name, tensor=bias, cut=replace(matrix.cut, in_first=False, columns=1))
+
+
+def _within(piece: LogicalMatrix, tensor: Tensor) -> LogicalMatrix:
+    """Stand for a piece in its parameter, or in a tensor of the same shape, such as a moment of an optimizer."""
+    return replace(piece, tensor=tensor.detach()[:, None] if tensor.ndim == 1 else tensor)
+
+
+def _put(piece: LogicalMatrix, tensor: Tensor, axis: int, units: Tensor, values: Tensor | None) -> None:
+    """Write rows (axis 0) or columns (axis 1) of a piece; zeros where there are no values."""
+    where = _within(piece, tensor)
+    whole = where.read().clone()
+    if values is None:
+        whole.index_fill_(axis, units, 0)
+    else:
+        whole.index_copy_(axis, units, values.to(whole))
+    where.write_(whole)
+
+
+class RecyclingCallback(TrainerCallback):
+    """Train with `redo`, `continual_backprop` or `snr`.
+
+    Works in any `Trainer`; a `ContinualTrainer` also keeps its state in checkpoints, so that a run that was cut off
+    ends as if it had not been. Replicas decide alike, over the tokens of all of them. Of a unit, exactly its rows, its
+    column and the optimizer's moments of these change, at the end of a step: what is then measured or saved has it.
+
+    Args:
+        spec: A method's name, or a spec.
+        seed: With the step and the layer it decides what is drawn; no other generator is touched.
+
+    Raises:
+        UserError: At once, for an unknown method or option, or one of another kind; when training begins, for a model
+            whose units are out of reach (experts, FSDP2's shards), or a checkpoint without this method's state.
+    """
+
+    def __init__(self, spec: str | Mapping[str, Any] | ResetSpec, *, seed: int) -> None:
+        self.spec = ResetSpec.parse(spec)
+        refuse_kinds([self.spec], "recycling")
+        self.seed = seed
+        self.recycled = 0
+        self.layers: list[HiddenLayer] = []
+        self.recyclers: list[Recycler] = []
+        self._listening = False
+        self._hooks: list[Any] = []
+        self._scales: dict[str, float] = {}
+        self._saved: dict[str, Tensor] = {}
+        self._checked = False
+
+    # ---- state that a checkpoint keeps
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what lasts from step to step, by name."""
+        found = {"recycled": torch.tensor(self.recycled)}
+        for layer, recycler in zip(self.layers, self.recyclers, strict=True):
+            found |= {f"{layer.name}.{key}": getattr(recycler, key) for key in recycler.kept}
+        return found
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `tensors` returned when a checkpoint was written; training then goes on from there."""
+        self._saved = tensors
+
+    def _go_on(self) -> None:
+        saved, own = self._saved, self.tensors()
+        if {key: t.shape for key, t in saved.items()} != {key: t.shape for key, t in own.items()}:
+            raise UserError(
+                f"the checkpoint holds no state of '{self.spec.method}' for this model: go on from one of a run with "
+                "the same arm, or begin anew"
+            )
+        self.recycled = int(saved["recycled"])
+        for layer, recycler in zip(self.layers, self.recyclers, strict=True):
+            for key in recycler.kept:
+                getattr(recycler, key).copy_(saved[f"{layer.name}.{key}"])
+
+    # ---- events
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Find the units, the scales at which they are drawn, and what was kept; begin to listen."""
+        self.on_train_end(args, state, control)
+        if fsdp_modules(model) or any(hasattr(p, "placements") for p in model.parameters()) or args.n_gpu > 1:
+            raise UserError(
+                f"'{self.spec.method}' needs whole weights, which FSDP2 shards and DataParallel copies: train "
+                "replicas, one process a device"
+            )
+        model = unwrap(model)
+        self.layers = hidden_layers(model, self.spec)
+        make = RESETS[self.spec.method].function
+        self.recyclers = [make(e.units, e.outgoing.tensor.device, **self.spec.options) for e in self.layers]
+        self.recycled, self._checked = 0, False
+        self._scales = _scales(fresh_model(model.config, self.seed), self.layers)
+        if state.global_step:
+            self._go_on()
+        if args.torch_compile:
+            _guard_hooks()
+        for layer, recycler in zip(self.layers, self.recyclers, strict=True):
+            self._hooks.append(layer.reader.register_forward_pre_hook(self._listener(recycler)))
+
+    def _listener(self, recycler: Recycler) -> Any:
+        def listen(module: nn.Module, inputs: Any) -> None:
+            if self._listening and module.training:  # not while something is measured
+                recycler.observe(inputs[0])
+
+        return listen
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Listen to the step's micro-batches where the method wants them."""
+        self._listening = self.recyclers[0].wants(state.global_step + 1)
+
+    @torch.no_grad()
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        """Judge the units by the step's tokens, and begin anew those that are stale."""
+        if not self._checked:  # at the first step that has moments, not at the first unit, hours later
+            self._checked = any([*_moments(optimizer, p)] for e in self.layers for p in (*e.incoming, e.outgoing))
+        if not self._listening:
+            return
+        sums = torch.cat([r.sums for r in self.recyclers])
+        if active():
+            dist.all_reduce(sums)
+        masks = []
+        for layer, recycler, whole in zip(self.layers, self.recyclers, self._split(sums), strict=True):
+            recycler.sums.copy_(whole)
+            masks.append(torch.cat([whole[-1:] == 0, recycler.stale(layer.outgoing.read().abs().sum(0))]))
+        # The one time a step that the host waits.
+        for number, mask in enumerate(self._split(torch.cat(masks).cpu())):
+            if mask[0]:
+                name = self.layers[number].name
+                raise UserError(f"'{self.spec.method}': no token passed the module of '{name}': exclude that MLP")
+            units = mask[1:].nonzero().flatten()
+            if len(units):
+                self._renew(number, units, state.global_step, optimizer)
+
+    def _split(self, joined: Tensor) -> Sequence[Tensor]:
+        return joined.split([layer.units + 1 for layer in self.layers])
+
+    def _renew(self, number: int, units: Tensor, step: int, optimizer: Any) -> None:
+        """Begin units of a layer anew.
+
+        Args:
+            number: Of the layer.
+            units: (n,) int64 on the CPU.
+            step: Optimizer steps so far.
+            optimizer: Whose moments are cleared.
+        """
+        layer = self.layers[number]
+        self.recycled += len(units)
+        here = units.to(layer.outgoing.tensor.device)
+        for piece in layer.incoming:
+            drawn = torch.randn(
+                len(units), piece.shape[1], generator=_generator(self.seed, step, self.spec.method, piece.name)
+            )
+            _put(piece, piece.tensor, 0, here, drawn * self._scales[piece.name])
+            _clear(optimizer, piece, 0, here)
+        _put(layer.outgoing, layer.outgoing.tensor, 1, here, None)
+        _clear(optimizer, layer.outgoing, 1, here)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        """Count the units beside each training loss; several methods count together."""
+        if "loss" in logs:
+            for entry in (logs, state.log_history[-1]):
+                entry[RECYCLED] = entry.get(RECYCLED, 0) + self.recycled
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Listen no longer."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+def _guard_hooks() -> None:
+    """Have torch.compile look at a module's hooks before it takes a graph; by default one made without them is taken.
+
+    Such a graph was left by an earlier training of the same class in this process, and would leave the hooks out.
+    """
+    import torch._dynamo.config as dynamo
+
+    if dynamo.skip_nnmodule_hook_guards:
+        dynamo.skip_nnmodule_hook_guards = False
+        torch._dynamo.reset()  # graphs made until now never look
+
+
+def _scales(fresh: nn.Module, layers: list[HiddenLayer]) -> dict[str, float]:
+    """Return the root mean square that newly drawn weights have, by piece: transformers draws them about zero."""
+    weights = dict(fresh.named_parameters())
+    pieces = [piece for layer in layers for piece in layer.incoming]
+    return {p.name: float(_within(p, weights[p.parameter]).read().square().mean().sqrt()) for p in pieces}
+
+
+def _generator(*what: Any) -> torch.Generator:
+    """Return a generator of its own for each step and piece."""
+    digest = blake2b(repr(what).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+def _clear(optimizer: Any, piece: LogicalMatrix, axis: int, units: Tensor) -> None:
+    """Zero the optimizer's moments of rows or columns; its count of steps is one for a whole tensor, and stays."""
+    for moment in _moments(optimizer, piece):
+        _put(piece, moment, axis, units, None)
+
+
+def _moments(optimizer: Any, piece: LogicalMatrix) -> Iterator[Tensor]:
+    """Yield what an optimizer keeps of a piece's parameter, a number a weight.
+
+    Raises:
+        UserError: It keeps something else (Adafactor, 8-bit moments).
+    """
+    parameter = piece.tensor
+    for key, kept in optimizer.state.get(parameter, {}).items():
+        if not isinstance(kept, Tensor) or kept.numel() == 1:
+            continue
+        if kept.shape != parameter.shape or not kept.is_floating_point():
+            raise UserError(
+                f"the optimizer's '{key}' of '{piece.parameter}' is not one number a weight, so that a unit's part of "
+                "it cannot be cleared: take adamw or muon"
+            )
+        yield kept

@@ -1,0 +1,175 @@
+"""FSDP2 under a `Trainer`: which engines are refused, shards on CPUs, checkpoints that are the same as everyone's.
+
+A checkpoint holds whole tensors under the model's own names and the optimizer's own numbers, whatever the number of
+processes and whether they were replicas or shards, so that any of these goes on from any other.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import DistributedType, PartialState
+from torch import Tensor, nn
+
+from fire_llm.architectures.matrices import plain_name
+from fire_llm.core.errors import ENGINES, UserError
+from fire_llm.distributed import is_first, make_current
+from fire_llm.models import load_model
+
+OPTIMIZER = "optimizer.pt"
+"""Name that `Trainer` gives the optimizer's state of one process or of replicas; shards are written under it too."""
+
+_MESH = "ACCELERATE_USE_PARALLELISM_CONFIG"
+
+
+def refuse_engines(args: Any) -> None:
+    """Refuse what a `Trainer` would train under but cannot be reset, before anything is wrapped.
+
+    Args:
+        args: `TrainingArguments`.
+
+    Raises:
+        UserError: For FSDP1, DeepSpeed and Megatron-LM, with what to use.
+    """
+    if getattr(args, "deepspeed", None) or _flag("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError(ENGINES["DEEPSPEED"])
+    if _flag("ACCELERATE_USE_MEGATRON_LM"):
+        raise UserError(ENGINES["MEGATRON_LM"])
+    given = getattr(args, "fsdp_plugin_args", None)
+    if given is not None or _flag("ACCELERATE_USE_FSDP"):
+        version = (given or {}).get("fsdp_version") or os.environ.get("FSDP_VERSION", "1")
+        if int(version) != 2:
+            raise UserError(ENGINES["FSDP1"])
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+
+
+@contextmanager
+def sharding(trainer: Any) -> Iterator[None]:
+    """Let accelerate's FSDP2 work on CPUs too, and reduce gradients in fp32 whatever the precision of the forward pass.
+
+    accelerate 1.15 turns FSDP and meshes on for accelerators alone; what it then does needs none.
+
+    Args:
+        trainer: A `Trainer` that makes its accelerator inside this block.
+    """
+    from accelerate.utils import FullyShardedDataParallelPlugin, ParallelismConfig
+
+    on_cpu = trainer.args.device.type == "cpu" and _flag("ACCELERATE_USE_FSDP")
+    mesh = os.environ.pop(_MESH, None) if on_cpu else None
+    try:
+        yield
+    finally:
+        if mesh is not None:
+            os.environ[_MESH] = mesh
+    state = trainer.accelerator.state
+    if on_cpu:
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        if state.mixed_precision != "no":
+            state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
+        state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        if mesh is not None and _flag(_MESH):
+            state.parallelism_config = ParallelismConfig()
+            state.device_mesh = state.parallelism_config.get_device_mesh("cpu")
+    # Of accelerate's own use of torch's meshes; users can do nothing about it.
+    warnings.filterwarnings("ignore", message="Slicing a flattened dim", category=UserWarning)
+    plugin: Any = getattr(state, "fsdp_plugin", None)
+    trainer.is_fsdp_enabled = plugin is not None
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if policy is not None:
+        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32)
+
+
+# ---- shards to whole tensors and back
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Gather every tensor of a sharded model in the main process's memory, one at a time; collective.
+
+    Returns:
+        The state dict on rank 0, an empty one elsewhere.
+    """
+    first, tensors = is_first(), _tensors(model)
+    names = [plain_name(name) for name in model.state_dict()]
+    gathered = {id(tensors[name]): tensors[name] for name in names}  # tied weights once, and one tensor still
+    whole = {key: _whole(tensor, first) for key, tensor in gathered.items()}
+    return {name: whole[id(tensors[name])] for name in names} if first else {}
+
+
+def whole_optimizer(optimizer: Any) -> dict[str, Any]:
+    """Gather an optimizer's state in the main process's memory, as `state_dict` gives it unsharded; collective."""
+    first, state = is_first(), optimizer.state_dict()
+    moments = {
+        number: {key: _whole(value, first) if isinstance(value, Tensor) else value for key, value in one.items()}
+        for number, one in state["state"].items()
+    }
+    return {"state": moments, "param_groups": state["param_groups"]}
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Give a sharded model the weights of a checkpoint folder; collective.
+
+    Raises:
+        UserError: Where the folder cannot be read.
+    """
+    found = _tensors(load_model(folder, torch.float32))
+    own, saved = _tensors(model), [plain_name(name) for name in model.state_dict()]
+    with torch.no_grad():
+        for name in {id(own[name]): name for name in saved}.values():  # tied weights once
+            own[name].copy_(_like(own[name], found[name]))
+
+
+def load_optimizer(optimizer: Any, folder: Path, *, settings: bool = True) -> None:
+    """Give an optimizer the state in a checkpoint folder, each rank its own rows of what is sharded.
+
+    Args:
+        optimizer: Of the same kind, for the same parameters.
+        folder: The checkpoint.
+        settings: Whether to take over rates, decays and the like too.
+    """
+    state = torch.load(folder / OPTIMIZER, map_location="cpu", mmap=True, weights_only=True)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, one in state["state"].items():
+        parameter = parameters[number]
+        for key, value in one.items():
+            if isinstance(value, Tensor):  # nothing stays mapped: the folder may be deleted while training goes on
+                sharded = hasattr(parameter, "placements") and value.shape == parameter.shape
+                one[key] = _like(parameter, value) if sharded else value.clone()
+    if not settings:
+        state["param_groups"] = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict(state)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters, under each of their names, and buffers; those of FSDP2 in shards."""
+    make_current(model)
+    named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    return {plain_name(name): tensor for name, tensor in named.items()}
+
+
+def _whole(tensor: Tensor, keep: bool) -> Tensor:
+    whole = tensor.detach()
+    if hasattr(whole, "full_tensor"):
+        whole = whole.full_tensor()
+    return whole.cpu() if keep else torch.empty(0)
+
+
+def _like(parameter: Tensor, whole: Tensor) -> Tensor:
+    """Return a whole tensor placed as a parameter is, from the first rank's copy."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    whole = whole.to(parameter.device, parameter.dtype)
+    return (
+        distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+        if isinstance(parameter, DTensor)
+        else whole
+    )
