@@ -41,7 +41,7 @@ from fire_llm.training import ContinualArguments, ContinualTrainer
 from fire_llm.training.callbacks import Keeping
 from fire_llm.training.heap import keep_freed_memory
 from fire_llm.training.loss import SummedLoss
-from fire_llm.training.telemetry import peak_memory
+from fire_llm.training.throughput import peak_memory
 
 TOOK = "took "
 TARGETS = {"bare": 0.98, "stock": 1.3}

@@ -22,7 +22,7 @@ from fire_llm import load_recipe, run_recipe
 from fire_llm.distributed import PATIENCE
 from fire_llm.distributed.agree import wire_device
 from fire_llm.experiment import train as run
-from fire_llm.training.telemetry import Speedometer, peak_memory
+from fire_llm.training.throughput import Throughput, peak_memory
 
 
 def test_the_peak_of_memory_is_that_of_one_training(monkeypatch):
@@ -32,7 +32,7 @@ def test_the_peak_of_memory_is_that_of_one_training(monkeypatch):
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak.update({device: 0}))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", peak.__getitem__)
     for most in (900, 400):
-        speed = Speedometer(None, None, cuda)
+        speed = Throughput(None, None, cuda)
         peak[cuda] = max(peak[cuda], most)
         assert peak_memory(cuda) == most
         speed.stop()  # what `Trainer` logs later is of the same training
@@ -139,7 +139,7 @@ def test_each_worker_has_a_gpu(number, visible, workers, wanted, tmp_path, monke
     from fire_llm.experiment import processes, worker
 
     def start(self: Any, n: int, log: Path, instructions: Path) -> None:
-        self.environments = [*getattr(self, "environments", []), processes.environment(n, len(self.logs), self.cells)]
+        self.environments = [*getattr(self, "environments", []), processes.environment(n, len(self.logs), self.trials)]
         if n + 1 == len(self.logs):
             raise Started(self.environments)
 
@@ -165,8 +165,8 @@ def test_one_worker_of_one_gpu_is_the_command_itself(number, workers, tmp_path, 
     trained = []
     monkeypatch.setattr(processes.Workers, "_start", lambda *_: pytest.fail("a worker was started"))
 
-    def train(unit: Any, bench: Any) -> None:
-        trained.append(unit.folder)
+    def train(stage: Any, bench: Any) -> None:
+        trained.append(stage.folder)
         raise Started
 
     monkeypatch.setattr(worker, "train", train)

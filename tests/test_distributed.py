@@ -14,7 +14,7 @@ from ranks import Raised, run_ranks
 
 from fire_llm import UserError, apply_reset, fire_
 from fire_llm.architectures.matrices import logical_matrices, register_layout
-from fire_llm.distributed import assign, cost, makespan, rounds, worthwhile
+from fire_llm.distributed import assign, buckets, cost, makespan, worthwhile
 
 LLAMA = {"hidden_size": 20, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 2, "intermediate_size": 14}
 """Sizes that neither 2 nor 3 ranks divide evenly; k and v have two rows, fewer than three ranks."""
@@ -34,13 +34,13 @@ def test_the_longest_jobs_first_stay_within_grahams_bound(costs, ranks):
 def test_a_plan_by_hand():
     assert [cost((2, 3)), cost((3, 2)), cost((4, 4)), cost((7,))] == [12, 12, 64, 7]
     assert assign([3, 3, 2, 2, 2], 2) == [0, 1, 0, 1, 0]
-    assert rounds([4, 4, 4, 9, 1], [0, 0, 1, 0, 0], 2, limit=8) == [[0, 1, 2], [3], [4]]
+    assert buckets([4, 4, 4, 9, 1], [0, 0, 1, 0, 0], 2, limit=8) == [[0, 1, 2], [3], [4]]
 
 
 @given(st.lists(st.tuples(st.integers(1, 100), st.integers(0, 4)), max_size=60), st.integers(1, 200))
 def test_rounds_hold_every_job_once_in_order_and_within_the_limit(jobs, limit):
     sizes, owners = [s for s, _ in jobs], [o for _, o in jobs]
-    parted = rounds(sizes, owners, 5, limit)
+    parted = buckets(sizes, owners, 5, limit)
     assert sorted(job for jobs in parted for job in jobs) == list(range(len(sizes)))
     for owner in range(5):
         own = [[job for job in jobs if owners[job] == owner] for jobs in parted]
@@ -64,7 +64,7 @@ def share_always():
     import fire_llm.resets.execute as work
 
     work.worthwhile = lambda cost, size, ranks, device: ranks > 1
-    exchange.Exchange.__init__.__defaults__ = (6000,)
+    exchange.Redistribution.__init__.__defaults__ = (6000,)
 
 
 def mixed(kind):
@@ -339,7 +339,7 @@ def raising(rank, world):
     import fire_llm.resets.execute as work
 
     if rank == 1:
-        work.Work._reset = lambda *_: 1 / 0
+        work.ResetExecutor._reset = lambda *_: 1 / 0
     fire_(tiny_gpt2(), timeout=5)
 
 
@@ -354,7 +354,7 @@ def dying(rank, world):
     import fire_llm.resets.execute as work
 
     if rank == 1:
-        work.Work._reset = lambda *_: os._exit(9)
+        work.ResetExecutor._reset = lambda *_: os._exit(9)
     fire_(tiny_gpt2(), timeout=5)
 
 
@@ -433,8 +433,10 @@ def test_matrices_of_one_shape_are_taken_together_where_that_is_faster(monkeypat
     alone = fire_(one, scale="keep-norm")
     monkeypatch.setattr(work, "together", lambda tensor: True)
     sizes = []
-    reset = work.Work._reset
-    monkeypatch.setattr(work.Work, "_reset", lambda self, group: (sizes.append(len(group)), reset(self, group)))
+    reset = work.ResetExecutor._reset
+    monkeypatch.setattr(
+        work.ResetExecutor, "_reset", lambda self, group: (sizes.append(len(group)), reset(self, group))
+    )
     report = fire_(all_at_once, scale="keep-norm")
     assert sorted(sizes) == [2, 4, 4, 4]
     assert [t.name for t in report.touched] == [t.name for t in alone.touched]

@@ -75,7 +75,7 @@ KINDS = {"string": "text", "integer": "integer", "number": "number", "array": "l
 def rows(table: str) -> list[list[str]]:
     """Return the cells of a Markdown table below its head."""
     lines = [line for line in table.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    return [[trial.strip() for trial in line.strip("|").split("|")] for line in lines[2:]]
 
 
 def part(after: str, before: str) -> str:

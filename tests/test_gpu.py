@@ -43,7 +43,7 @@ from fire_llm import (
 )
 from fire_llm.checkpoint.inspection import inspect_checkpoint
 from fire_llm.evaluation import exact_nll, kernels
-from fire_llm.experiment.train import Workbench
+from fire_llm.experiment.train import RunContext
 from fire_llm.linalg import polar as projection
 from fire_llm.linalg.matmul import accumulates
 from fire_llm.linalg.singular_values import singular_values
@@ -651,19 +651,19 @@ def compiled_run(tmp_path_factory):
     data["batch"] = {"tokens_per_step": 2 * MICRO * CONTEXT, "sequences_per_device": MICRO}
     data |= {"compile": CUDA, "save_every_steps": 4}
     data["evaluate"]["every_steps"] = 4
-    alive, start = [], Workbench.starting_model
+    alive, start = [], RunContext.starting_model
 
     def models():
         return sum(type(thing) is GPT2LMHeadModel for thing in gc.get_objects())
 
-    def starting_model(bench, unit):
+    def starting_model(bench, stage):
         alive.append(models())
-        return start(bench, unit)
+        return start(bench, stage)
 
     gc.collect()
     before = models()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Workbench, "starting_model", starting_model)
+        patch.setattr(RunContext, "starting_model", starting_model)
         sliced(patch, SLICE)
         results = run_recipe(load_recipe(data), folder / "out", workers=1, progress=False)
     return results, [count - before for count in alive]

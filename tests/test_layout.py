@@ -28,11 +28,11 @@ from fire_llm.architectures.matrices import (
     MATRIX_ROLES,
     ROLES,
     Layout,
-    LogicalMatrix,
+    ParameterSlice,
     Part,
     logical_matrices,
     parameter_roles,
-    pieces,
+    parameter_slices,
     register_layout,
     supported_types,
     unwrap,
@@ -239,7 +239,7 @@ def expected(name: str) -> Counter[tuple[Any, ...]] | None:
 def check_cover(name: str, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     """Check that nothing is refused, every parameter is cut without rest, and roles are told apart."""
     model = build(name, monkeypatch)
-    cut = pieces(model)
+    cut = parameter_slices(model)
     assert Counter(p.parameter for p in cut).keys() == dict(model.named_parameters()).keys()
     assert len({p.name for p in cut}) == len(cut)
     assert sum(math.prod(p.shape) for p in cut) == sum(p.numel() for p in model.parameters())
@@ -301,7 +301,7 @@ def test_every_causal_language_model_is_supported_or_refused_for_a_reason(monkey
     assert all(REFUSED.values())
     for name in refused:
         with pytest.raises(UserError, match="register_layout"):
-            pieces(build(name, monkeypatch))
+            parameter_slices(build(name, monkeypatch))
 
 
 def test_supported_types_are_causal_language_models() -> None:
@@ -454,10 +454,10 @@ def test_write_through_is_seen_by_autograd_as_a_change() -> None:
         loss.backward()
 
 
-def matrix_of(parameter: torch.Tensor, layout: Layout, block: Any = None) -> list[LogicalMatrix]:
+def matrix_of(parameter: torch.Tensor, layout: Layout, block: Any = None) -> list[ParameterSlice]:
     p = nn.Parameter(parameter)
-    cuts = layout.cuts(block, p.shape, "w")
-    return [LogicalMatrix("w", p, frozenset({layout.role}), "Block", cut) for cut in cuts]
+    specs = layout.specs(block, p.shape, "w")
+    return [ParameterSlice("w", p, frozenset({layout.role}), "Block", cut) for cut in specs]
 
 
 def test_interleaved_heads_are_gathered_row_by_row() -> None:
@@ -489,8 +489,8 @@ def test_experts_alternate_gate_and_up_on_the_last_axis() -> None:
     found = matrix_of(w, layout, {"experts": experts})
     assert [m.name for m in found] == ["w[0.gate]", "w[0.up]", "w[1.gate]", "w[1.up]"]
     for m in found:
-        assert m.cut is not None and m.cut.index is not None
-        want = w[m.cut.index][:, (0 if m.part == "gate" else 1) :: 2].T
+        assert m.spec is not None and m.spec.index is not None
+        want = w[m.spec.index][:, (0 if m.part == "gate" else 1) :: 2].T
         assert m.shape == (rows, columns) and torch.equal(m.read(), want)
         # One row a group: a strided 2-D view does exist.
         assert m.view.data_ptr() == m.read().data_ptr() or torch.equal(m.view, want)
@@ -553,7 +553,7 @@ def test_parts_tile_the_tensor(stack: int | None, groups: int, sizes: list[int],
 )
 def test_a_layout_that_does_not_fit_is_refused(layout: Layout, shape: tuple[int, ...], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        layout.cuts(None, shape, "w")
+        layout.specs(None, shape, "w")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -637,7 +637,7 @@ def test_a_registered_family_is_cut_as_its_forward_pass_says() -> None:
 
 def test_an_unknown_family_is_refused_with_what_to_do() -> None:
     with pytest.raises(UserError) as refusal:
-        pieces(FancyModel())
+        parameter_slices(FancyModel())
     message = str(refusal.value)
     assert "FancyAttention.query_key_value ('layers.0.attn.query_key_value.weight', shape (18, 6)" in message
     assert "Also unknown: FancyAttention.dense, FancyExperts.gate_up_proj, FancyExperts.down_proj." in message
@@ -648,7 +648,7 @@ def test_an_unknown_family_is_refused_with_what_to_do() -> None:
 
 
 def test_unknown_weights_become_other_when_not_strict() -> None:
-    cut = {p.name: p for p in pieces(FancyModel(), strict=False)}
+    cut = {p.name: p for p in parameter_slices(FancyModel(), strict=False)}
     assert cut["layers.0.moe.gate_up_proj"].roles == {"other"} and not cut["layers.0.moe.gate_up_proj"].matrix
     assert cut["embed.weight"].roles == {"embedding"} and cut["norm.weight"].roles == {"norm"}
     assert len(cut) == len(list(FancyModel().parameters()))
@@ -721,7 +721,7 @@ def test_what_only_resembles_a_known_weight_is_refused(change: Callable[[Any], N
     model = llama_with(change)
     with pytest.raises(UserError, match=says):
         list(logical_matrices(model))
-    assert pieces(model, strict=False)
+    assert parameter_slices(model, strict=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
@@ -731,21 +731,21 @@ def test_quantised_weights_are_refused(dtype: torch.dtype) -> None:
     model.model.layers[0].mlp.up_proj.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
     for strict in (True, False):
         with pytest.raises(UserError, match=r"layers\.0\.mlp\.up_proj\.weight' is (u?int8|float8_e4m3fn), quantised"):
-            pieces(model, strict=strict)
+            parameter_slices(model, strict=strict)
 
 
 def test_a_model_marked_quantised_is_refused() -> None:
     model = tiny_llama()
     model.is_quantized = True
     with pytest.raises(UserError, match="LlamaForCausalLM is quantised"):
-        pieces(model)
+        parameter_slices(model)
 
 
 def test_a_model_without_blocks_is_refused() -> None:
     with pytest.raises(UserError, match="Identity has no parameters"):
-        pieces(nn.Identity())
+        parameter_slices(nn.Identity())
     with pytest.raises(UserError, match="Sequential holds no attention, MLP or SSM matrix"):
-        pieces(nn.Sequential(nn.Embedding(4, 2), nn.LayerNorm(2)))
+        parameter_slices(nn.Sequential(nn.Embedding(4, 2), nn.LayerNorm(2)))
 
 
 def test_unknown_roles_are_refused_at_once() -> None:
@@ -795,7 +795,7 @@ def test_names_that_lie_do_not_make_norms(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_towers_and_patchers_are_left_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, prefix in (("gemma3", "model.vision_tower."), ("blt", "model.patcher.")):
-        beside = [p for p in pieces(build(name, monkeypatch)) if p.parameter.startswith(prefix)]
+        beside = [p for p in parameter_slices(build(name, monkeypatch)) if p.parameter.startswith(prefix)]
         assert beside and all(p.roles == {"other"} and not p.matrix for p in beside)
 
 

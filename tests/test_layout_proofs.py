@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from fire_llm.architectures import lookup
 from fire_llm.architectures.families import TABLE
-from fire_llm.architectures.matrices import LogicalMatrix, logical_matrices, register_layout
+from fire_llm.architectures.matrices import ParameterSlice, logical_matrices, register_layout
 from fire_llm.core.compat import left_out
 from fire_llm.core.errors import UserError
 
@@ -74,23 +74,23 @@ class Case:
         matrices: Its logical matrices.
     """
 
-    def __init__(self, name: str, block: nn.Module, matrices: list[LogicalMatrix]) -> None:
+    def __init__(self, name: str, block: nn.Module, matrices: list[ParameterSlice]) -> None:
         self.name, self.block, self.kind = name, block, type(block).__name__
         self.matrices = matrices
         self.call: tuple[inspect.BoundArguments, nn.Module] | None = None
         self.inputs: dict[str, Tensor] = {}
-        self.parts: dict[str, list[LogicalMatrix]] = {}
+        self.parts: dict[str, list[ParameterSlice]] = {}
         for m in matrices:
             self.parts.setdefault(m.part or LABELS.get(self.child(m), ""), []).append(m)
 
-    def child(self, matrix: LogicalMatrix) -> str:
+    def child(self, matrix: ParameterSlice) -> str:
         """Name the child as the layout table does, for children without indices."""
         return matrix.parameter.removeprefix(f"{self.name}.").removesuffix(".weight")
 
     @property
     def fused(self) -> set[Key]:
         """List the children that hold several parts, or a stack."""
-        return {(self.kind, self.child(m)) for m in self.matrices if m.cut.index is not None or m.part}
+        return {(self.kind, self.child(m)) for m in self.matrices if m.spec.index is not None or m.part}
 
     def has(self, *labels: str) -> bool:
         """Tell whether every label is there."""
@@ -107,7 +107,7 @@ class Case:
         return out.detach().clone().movedim(axis, 0).flatten(1)
 
     @contextlib.contextmanager
-    def changed(self, labels: str, change: Callable[[LogicalMatrix], Tensor]) -> Iterator[None]:
+    def changed(self, labels: str, change: Callable[[ParameterSlice], Tensor]) -> Iterator[None]:
         """Replace every matrix of the labels that are there, and put them back."""
         found = [m for label in labels.split() for m in self.parts.get(label, [])]
         old = [m.read().clone() for m in found]
@@ -132,7 +132,7 @@ class Case:
         """Change what matrices say about one token, and about no other."""
         draw = torch.Generator().manual_seed(2)
 
-        def change(m: LogicalMatrix) -> Tensor:
+        def change(m: ParameterSlice) -> Tensor:
             dual = torch.linalg.pinv(self.inputs[m.parameter].double())[:, CHANGED].float()
             return m.read() + torch.outer(10 * torch.randn(m.shape[0], generator=draw), dual)
 
@@ -141,7 +141,7 @@ class Case:
     def constant(self, labels: str, value: float) -> Any:
         """Let matrices map every token to the same number."""
 
-        def change(m: LogicalMatrix) -> Tensor:
+        def change(m: ParameterSlice) -> Tensor:
             column = value * torch.linalg.pinv(self.inputs[m.parameter].double()).sum(1).float()
             return column.expand(m.shape)
 
@@ -156,7 +156,7 @@ class Case:
 def cases(model: nn.Module, **inputs: Any) -> list[Case]:
     """Take the blocks out of a model, one of each kind, and record one call of each in the model's forward pass."""
     modules = dict(model.named_modules())
-    blocks: dict[str, list[LogicalMatrix]] = {}
+    blocks: dict[str, list[ParameterSlice]] = {}
     for m in logical_matrices(model, ("attention", "mlp", "ssm")):
         owner = m.parameter.rpartition(".")[0]
         name = owner
@@ -339,7 +339,7 @@ def mamba(case: Case) -> Iterator[str]:
 
 
 def stack_of(case: Case, label: str) -> dict[int, Tensor]:
-    return {m.cut.index: m.read() for m in case.parts.get(label, [])}
+    return {m.spec.index: m.read() for m in case.parts.get(label, [])}
 
 
 def activation(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
@@ -419,7 +419,7 @@ def jetmoe_attention(case: Case) -> Iterator[str]:
     order, tokens, weights, sizes = topology
     experts_of = [e for e, n in enumerate(sizes) for _ in range(n)]
     q, o = (
-        {m.cut.index: m.read() for m in case.matrices if case.child(m) == c} for c in ("input_linear", "output_linear")
+        {m.spec.index: m.read() for m in case.matrices if case.child(m) == c} for c in ("input_linear", "output_linear")
     )
     flat = queries[0].flatten(0, 1)
     want, out = torch.zeros_like(flat), torch.zeros_like(x[0])
@@ -460,7 +460,7 @@ def xlnet_output(case: Case) -> Iterator[str]:
     """Show that a change of one row of the output matrix changes one feature of the output."""
     before = case.run()
 
-    def change(m: LogicalMatrix) -> Tensor:
+    def change(m: ParameterSlice) -> Tensor:
         return torch.cat([m.read()[:1] + 1, m.read()[1:]])
 
     with case.changed("o", change):
@@ -516,7 +516,7 @@ def proofs(case: Case) -> list[Callable[[Case], Iterator[str]]]:
     if case.kind in SPECIAL:
         return [SPECIAL[case.kind]]
     chosen: list[Callable[[Case], Iterator[str]]] = []
-    stacked = any(m.cut.index is not None for m in case.matrices)
+    stacked = any(m.spec.index is not None for m in case.matrices)
     if case.has("v") and (case.has("k") or case.has("k_nope")) and case.kind not in NO_ATTENTION:
         chosen.append(attention)
     if case.has("o", "r"):

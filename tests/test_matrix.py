@@ -17,7 +17,7 @@ from fire_llm.core.atomic import is_run
 from fire_llm.evaluation.scores import Scores
 from fire_llm.evaluation.table import plus_minus, print_scores
 from fire_llm.experiment.evaluate_run import evaluate_run
-from fire_llm.experiment.transfer import Stage, transfer
+from fire_llm.experiment.transfer import PhaseRun, transfer
 
 
 def scores(*nats: float) -> Scores:
@@ -28,7 +28,7 @@ def scores(*nats: float) -> Scores:
 # ---- arithmetic, by hand
 
 
-def hand_made() -> tuple[dict[str, dict[str, Scores]], list[Stage]]:
+def hand_made() -> tuple[dict[str, dict[str, Scores]], list[PhaseRun]]:
     """Train on a, then b in two arms, then one of these on c with a replayed."""
     matrix = {
         "init": {"a": scores(80, 80), "b": scores(90, 90), "c": scores(70, 74)},
@@ -37,10 +37,10 @@ def hand_made() -> tuple[dict[str, dict[str, Scores]], list[Stage]]:
         "fire": {"a": scores(24, 36), "b": scores(28, 30), "c": scores(62, 66)},
         "last": {"a": scores(22, 22), "b": scores(38, 54), "c": scores(20, 20)},
     }
-    one = Stage("first", None, 1, ("a",), "init", "one", None)
-    base = Stage("second", "base", 1, ("b",), "one", "base", one)
-    fire = Stage("second", "fire", 1, ("b",), "one", "fire", one)
-    last = Stage("third", "fire", 1, ("c", "a"), "fire", "last", fire)
+    one = PhaseRun("first", None, 1, ("a",), "init", "one", None)
+    base = PhaseRun("second", "base", 1, ("b",), "one", "base", one)
+    fire = PhaseRun("second", "fire", 1, ("b",), "one", "fire", one)
+    last = PhaseRun("third", "fire", 1, ("c", "a"), "fire", "last", fire)
     return matrix, [one, base, fire, last]
 
 
@@ -76,8 +76,8 @@ def test_transfer_names_phases_arms_and_replay_and_gives_intervals():
 
 def test_a_corpus_trained_on_twice_is_forgotten_since_the_last_time():
     matrix, (one, base, *_) = hand_made()
-    again = Stage("third", None, 1, ("a",), "base", "fire", base)
-    after = Stage("fourth", None, 1, ("c",), "fire", "last", again)
+    again = PhaseRun("third", None, 1, ("a",), "base", "fire", base)
+    after = PhaseRun("fourth", None, 1, ("c",), "fire", "last", again)
     found = transfer(matrix, [one, base, again, after])["forgetting"]
     assert [(e["data"], e["before"]) for e in found if e["after"] == "last"] == [("a", "fire"), ("b", "base")]
 
@@ -136,7 +136,7 @@ def run(tmp_path_factory) -> tuple[Path, dict, dict]:
     return folder, results, evaluate_run(folder, progress=False)
 
 
-def cells(evaluation: dict) -> dict[tuple[str, str], dict]:
+def trials(evaluation: dict) -> dict[tuple[str, str], dict]:
     return {(row["checkpoint"], row["data"]): row for row in evaluation["rows"]}
 
 
@@ -160,7 +160,7 @@ def test_every_kept_checkpoint_meets_every_held_out_corpus(run):
 def test_its_numbers_are_those_of_the_runs_results(run):
     """In training each phase measured its own model, with the trainer's code; here it is loaded from the disk."""
     _, results, evaluation = run
-    found = cells(evaluation)
+    found = trials(evaluation)
     for first in results["phases"]:
         for entry in first["curve"]:
             key = f"first/seed-{first['seed']}/checkpoint-{entry['step']}" if entry["step"] else None
@@ -222,7 +222,7 @@ def test_a_run_that_began_with_a_checkpoint_has_it_as_its_first_row(run, tmp_pat
         (given, ["start"], None),
         ("only/seed-1/checkpoint-1", ["final"], 1),
     ]
-    assert cells(more)[given, "a"]["nll"] == cells(run[2])["first/seed-1/checkpoint-8", "a"]["nll"]
+    assert trials(more)[given, "a"]["nll"] == trials(run[2])["first/seed-1/checkpoint-8", "a"]["nll"]
 
 
 def test_what_is_no_finished_run_is_refused(run, tmp_path):
@@ -280,7 +280,7 @@ def test_numbers_are_written_with_the_digits_that_matter():
 def test_a_runs_table_can_be_read_at_100_columns(run):
     text = printed(run[2])
     assert all(len(line.rstrip()) <= 100 for line in text.splitlines())
-    row = cells(run[2])["second/fire/seed-2/checkpoint-4", "a"]
+    row = trials(run[2])["second/fire/seed-2/checkpoint-4", "a"]
     for key, least in (("nll", 4), ("perplexity", 2), ("bits_per_byte", 4), ("word_perplexity", 2)):
         assert plus_minus(row[key], row["se"][key], least) in text
     measured = "in fp32, context 32, stride 32, windows run across documents, after <|endoftext|>"

@@ -15,25 +15,25 @@ def test_tokens_flops_disk_and_memory(tmp_path):
     planned = plan(load_recipe(GOOD), tmp_path)
     # gpt-tiny with a vocabulary of 512 and 64 positions: 512·128 + 64·128 + 4·(12·128² + 13·128) + 2·128 parameters.
     parameters = 65_536 + 8_192 + 4 * (196_608 + 1_664) + 256
-    assert [row["unit"] for row in planned["units"]] == ["one/seed-1", "two/base/seed-1", "two/fire/seed-1"]
-    for row in planned["units"]:
+    assert [row["stage"] for row in planned["stages"]] == ["one/seed-1", "two/base/seed-1", "two/fire/seed-1"]
+    for row in planned["stages"]:
         assert row["steps"] == 10 and row["tokens"] == 10_240 and row["state"] == "to do"
         # The table of positions is looked up, not multiplied.
         assert row["flops"] == 10_240 * (6 * (parameters - 8_192) + 12 * 4 * 128 * 64)
     # Three final checkpoints and the two that phase one keeps, each with AdamW's two moments.
     assert planned["disk_bytes"] == 5 * parameters * 12
     assert planned["memory_bytes"] == parameters * 16
-    assert planned["units"][2]["reset"] == "fire, iterations 5, roles attention mlp"
+    assert planned["stages"][2]["reset"] == "fire, iterations 5, roles attention mlp"
 
 
 def test_epochs_count_what_the_corpora_hold(tmp_path):
     (tmp_path / "a.txt").write_text("x" * 42_000)
     phase = {"name": "one", "data": {"a": 1.0}, "epochs": 2.0}
     data = {**GOOD, "data_root": str(tmp_path), "corpora": {"a": {"files": "a.txt"}}, "phases": [phase]}
-    steps = plan(load_recipe(data), tmp_path)["units"][0]["steps"]
+    steps = plan(load_recipe(data), tmp_path)["stages"][0]["steps"]
     assert steps == pytest.approx(2 * 42_000 / 4.2 / 1024, abs=2)
     phase["max_corpus_tokens"] = 2048
-    assert plan(load_recipe(data), tmp_path)["units"][0]["steps"] == 4
+    assert plan(load_recipe(data), tmp_path)["stages"][0]["steps"] == 4
 
 
 def test_a_batch_that_a_checkpoints_context_does_not_divide_is_refused(tmp_path):
@@ -43,7 +43,7 @@ def test_a_batch_that_a_checkpoints_context_does_not_divide_is_refused(tmp_path)
     data = {**GOOD, "model": {"checkpoint": str(tmp_path)}, "batch": {"tokens_per_step": 132}}
     with pytest.raises(UserError, match="132 does not divide into sequences of 64 tokens on 1 process"):
         plan(load_recipe(data), tmp_path)
-    assert plan(load_recipe({**data, "batch": {"tokens_per_step": 128}}), tmp_path)["units"][0]["tokens"] == 1280
+    assert plan(load_recipe({**data, "batch": {"tokens_per_step": 128}}), tmp_path)["stages"][0]["tokens"] == 1280
 
 
 def paper(*overrides):
@@ -52,7 +52,7 @@ def paper(*overrides):
 
 def test_the_papers_tokens_hours_and_memory_by_hand():
     planned = paper()
-    tokens = [row["tokens"] for row in planned["units"]]
+    tokens = [row["tokens"] for row in planned["stages"]]
     # 97,000 steps of 491,520 tokens are 4.77e10; 18,600 are 9.14e9. Three seeds, five arms, three warm starts.
     assert tokens == 3 * [47_677_440_000] + 45 * [9_142_272_000] and sum(tokens) == 554_434_560_000
     # 50,304·768 + 12·(12·768² + 13·768) + 2·768 weights are multiplied, and 1024·768 positions looked up.

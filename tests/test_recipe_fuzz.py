@@ -375,10 +375,10 @@ def test_units_neither_multiply_without_end_nor_share_a_folder():
     many = [{"name": "p0", **one}, *later]
     with pytest.raises(UserError, match="phases: more than 2,000 units"):
         expand(load_recipe({**GOOD, "phases": many}))
-    twins = [
+    duplicates = [
         {"name": "x", "arms": {"y": "keep"}, **one},
         {"name": "x-y", "start_from": {"x/y": 1}, **one},
         {"name": "z", "start_from": {"x/y": "final", "x-y": "final"}, **one},
     ]
     with pytest.raises(UserError, match="phases: two units would share the folder 'z/x-y-final/seed-1'"):
-        expand(load_recipe({**GOOD, "phases": twins}))
+        expand(load_recipe({**GOOD, "phases": duplicates}))

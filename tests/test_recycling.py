@@ -22,7 +22,7 @@ from fire_llm.linalg.activations import dormant_scores
 from fire_llm.resets import RESETS, ContinualBackprop, ReDo, ResetSpec, SelfNormalizedResets
 from fire_llm.training import ContinualArguments, EvaluationSet, loss
 from fire_llm.training.recycling import RecyclingCallback, hidden_layers
-from fire_llm.training.telemetry import MEASURES
+from fire_llm.training.throughput import MEASURES
 
 METHODS = {
     "redo": {"every": 3, "threshold": 0.8},
@@ -61,7 +61,7 @@ def test_redo_takes_the_units_whose_share_of_the_mean_is_at_most_the_threshold()
     recycler = ReDo(4, every=5, threshold=0.025)
     recycler.observe(torch.tensor([[1.0, -0.5, 0.1, 2.475], [-1.0, 0.5, 0.0, -2.475]]))
     recycler.observe(torch.tensor([[[1.0, 0.5, 0.0, 2.475], [1.0, -0.5, 0.0, 2.475]]]))
-    assert recycler.stale(torch.ones(4)).tolist() == [False, False, True, False]
+    assert recycler.pop_stale(torch.ones(4)).tolist() == [False, False, True, False]
     assert [step for step in range(1, 16) if recycler.wants(step)] == [5, 10, 15]
 
 
@@ -70,9 +70,9 @@ def test_redo_scores_as_the_diagnostics_do_and_forgets_the_last_time():
         h = torch.randn(50, 40, generator=torch.Generator().manual_seed(seed)) * torch.linspace(0, 1, 40)
         recycler = ReDo(40, threshold=0.3)
         recycler.observe(torch.ones(9, 40))
-        recycler.stale(torch.ones(40))
+        recycler.pop_stale(torch.ones(40))
         recycler.observe(h)
-        assert torch.equal(recycler.stale(torch.ones(40)), dormant_scores(h) <= 0.3)
+        assert torch.equal(recycler.pop_stale(torch.ones(40)), dormant_scores(h) <= 0.3)
 
 
 def test_continual_backprop_replaces_what_its_pseudo_code_does():
@@ -96,7 +96,7 @@ def test_continual_backprop_replaces_what_its_pseudo_code_does():
         due -= len(expected)
         for unit in expected:
             utility[unit], age[unit] = 0.0, 0
-        assert recycler.stale(outgoing).nonzero().flatten().tolist() == expected
+        assert recycler.pop_stale(outgoing).nonzero().flatten().tolist() == expected
         assert recycler.utility.tolist() == pytest.approx(utility, rel=1e-5)
         replaced += [(step, unit) for unit in expected]
     assert len(replaced) > 2 and len({unit for _, unit in replaced}) > 1
@@ -106,11 +106,11 @@ def test_continual_backprop_replaces_what_its_pseudo_code_does():
 def test_continual_backprop_replaces_no_more_than_are_mature_and_outlives_a_step_that_overflowed():
     recycler = ContinualBackprop(3, rate=1.0, maturity=0)
     recycler.observe(torch.ones(2, 3))
-    assert recycler.stale(torch.ones(3)).all() and float(recycler.due) == 0
+    assert recycler.pop_stale(torch.ones(3)).all() and float(recycler.due) == 0
     recycler = ContinualBackprop(3, rate=0.0, decay=0.5)
     for h in (1.0, math.inf, 1.0):
         recycler.observe(torch.full((2, 3), h))
-        recycler.stale(torch.ones(3))
+        recycler.pop_stale(torch.ones(3))
     assert recycler.utility.tolist() == [0.75] * 3  # of two steps
 
 
@@ -130,7 +130,7 @@ def test_snr_resets_what_has_been_silent_for_longer_than_its_own_past_explains()
         h[0, 0, 2] = 1e-6
         for micro in h:
             recycler.observe(micro)
-        for unit in recycler.stale(torch.ones(4)).nonzero().flatten().tolist():
+        for unit in recycler.pop_stale(torch.ones(4)).nonzero().flatten().tolist():
             reset[unit].append(step)
     assert reset == {0: [8, 11, 14], 1: [13], 2: [], 3: [3, 6, 9, 12, 15]}
 

@@ -415,10 +415,10 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(finished, texts, tmp_p
 
 
 def test_the_arms_to_run_are_chosen_with_their_parents(texts):
-    units = expand(load_recipe(recipe_data(texts)))
-    assert [u.folder for u in select(units, ["fire"])] == ["first/seed-1", "second/fire/seed-1"]
+    stages = expand(load_recipe(recipe_data(texts)))
+    assert [u.folder for u in select(stages, ["fire"])] == ["first/seed-1", "second/fire/seed-1"]
     with pytest.raises(UserError, match=r"no arm 'fier'. Did you mean 'fire'\? Arms: base, full-reset, fire"):
-        select(units, ["fier"])
+        select(stages, ["fier"])
 
 
 def test_lengths_and_batches_are_arithmetic(texts):

@@ -24,12 +24,12 @@ from fire_llm.cli import main
 from fire_llm.core.atomic import checkpoints
 from fire_llm.core.locks import held
 from fire_llm.experiment import worker
-from fire_llm.experiment.jobs import Failures, jobs_of, lock_for, take_over
-from fire_llm.experiment.recipe import load_cells, words
+from fire_llm.experiment.jobs import Failures, jobs_of, link_duplicate, lock_for
+from fire_llm.experiment.recipe import load_trials, words
 from fire_llm.experiment.run import run_sweep
 from fire_llm.experiment.stages import final_checkpoint
 from fire_llm.experiment.summary import Summary
-from fire_llm.experiment.sweep_report import print_cells, show
+from fire_llm.experiment.sweep_report import print_trials, show
 from fire_llm.experiment.train import only_run
 from fire_llm.reporting.plots.base import palette
 from fire_llm.reporting.plots.sweep import key_figure
@@ -53,8 +53,8 @@ def whole(path, tmp_path_factory):
     folder, trained = tmp_path_factory.mktemp("sweep") / "s", []
     with pytest.MonkeyPatch.context() as patch:
         real = worker.train
-        patch.setattr(worker, "train", lambda unit, bench: (trained.append(unit.folder), real(unit, bench)))
-        sweep = run_sweep(load_cells(path, TWO, GRID), folder, workers=1, progress=False)
+        patch.setattr(worker, "train", lambda stage, bench: (trained.append(stage.folder), real(stage, bench)))
+        sweep = run_sweep(load_trials(path, TWO, GRID), folder, workers=1, progress=False)
     return folder, sweep, trained
 
 
@@ -74,38 +74,38 @@ def equal(a: Path, b: Path) -> bool:
 
 def test_cells_are_the_product_of_the_lists(path):
     grid = ["optimizer.lr=[1.0e-3,3.0e-4]", "phases.0.steps=[3,4]", "phases.1.steps=[5]"]
-    cells = load_cells(path, ["log_every_steps=2"], grid)
+    trials = load_trials(path, ["log_every_steps=2"], grid)
     expected = list(itertools.product([1.0e-3, 3.0e-4], [3, 4], [5]))
-    assert [(c.recipe.optimizer.lr, *(p.steps for p in c.recipe.phases)) for c in cells] == expected
-    assert [c.name for c in cells] == [f"lr={lr},0.steps={a},1.steps={b}" for lr, a, b in expected]
-    assert {c.recipe.log_every_steps for c in cells} == {2}
-    assert cells[0].settings == {"optimizer.lr": 1.0e-3, "phases.0.steps": 3, "phases.1.steps": 5}
+    assert [(c.recipe.optimizer.lr, *(p.steps for p in c.recipe.phases)) for c in trials] == expected
+    assert [c.name for c in trials] == [f"lr={lr},0.steps={a},1.steps={b}" for lr, a, b in expected]
+    assert {c.recipe.log_every_steps for c in trials} == {2}
+    assert trials[0].settings == {"optimizer.lr": 1.0e-3, "phases.0.steps": 3, "phases.1.steps": 5}
 
 
 def test_the_recipe_has_a_grid_and_the_command_line_adds_to_it(path):
     overrides = ["sweep={optimizer.lr: [1.0e-3], seed: [1, 2]}"]
-    cells = load_cells(path, overrides, ["seed=[3]", "batch.tokens_per_step=[64,128]"])
-    assert [c.name for c in cells] == ["lr=0.001,seed=3,tokens_per_step=64", "lr=0.001,seed=3,tokens_per_step=128"]
-    assert all(not c.recipe.sweep for c in cells)
+    trials = load_trials(path, overrides, ["seed=[3]", "batch.tokens_per_step=[64,128]"])
+    assert [c.name for c in trials] == ["lr=0.001,seed=3,tokens_per_step=64", "lr=0.001,seed=3,tokens_per_step=128"]
+    assert all(not c.recipe.sweep for c in trials)
     assert load_recipe(path, overrides).sweep == {"optimizer.lr": [1.0e-3], "seed": [1, 2]}
 
 
 def test_without_a_grid_there_is_one_cell_in_the_runs_own_folder(path):
-    (cell,) = load_cells(path)
-    assert cell.name == "" and cell.folder(Path("runs/x")) == Path("runs/x") and cell.recipe == load_recipe(path)
+    (trial,) = load_trials(path)
+    assert trial.name == "" and trial.folder(Path("runs/x")) == Path("runs/x") and trial.recipe == load_recipe(path)
 
 
 def test_names_are_safe_short_and_differ_but_for_capitals(path):
     values = json.dumps(["x" * 120, "x" * 121, "../..", "C:\\a b", "{a: [b]}", ""])
-    names = [c.name for c in load_cells(path, [], [f"description={values}"])]
+    names = [c.name for c in load_trials(path, [], [f"description={values}"])]
     assert len({n.lower() for n in names}) == 6
     for name in names:
         assert len(name) <= 100 and not set(name) & set('/\\ "{}[]:*?<>|') and not name.startswith((".", "-"))
     mixed = [
-        c.name for c in load_cells(path, [], ["phases.0.data=[{a: 1.0},{a: 0.9, b: 0.1}]", "phases.0.keep=[[4],[]]"])
+        c.name for c in load_trials(path, [], ["phases.0.data=[{a: 1.0},{a: 0.9, b: 0.1}]", "phases.0.keep=[[4],[]]"])
     ]
     assert mixed[1::2] == ["data=a-1.0,keep=none", "data=a-0.9,b-0.1,keep=none"]
-    signs = [c.name for c in load_cells(path, [], ["description=['-2', '2', 'A', 'a']"])]
+    signs = [c.name for c in load_trials(path, [], ["description=['-2', '2', 'A', 'a']"])]
     assert signs[:3] == ["description=-2", "description=2", "description=A"] and signs[3].startswith("description=a,")
 
 
@@ -126,7 +126,7 @@ def test_names_are_safe_short_and_differ_but_for_capitals(path):
 )
 def test_faults_of_a_grid_are_told_before_anything_runs(path, grid, told):
     with pytest.raises(UserError, match=told):
-        load_cells(path, [], grid)
+        load_trials(path, [], grid)
 
 
 # ---- what is trained, and what is taken over
@@ -135,9 +135,9 @@ def test_faults_of_a_grid_are_told_before_anything_runs(path, grid, told):
 def test_equal_units_are_trained_once_and_linked(whole, path):
     folder, sweep, trained = whole
     assert sorted(trained) == ["first/seed-1", "second/base/seed-1", "second/fire/seed-1", "second/fire/seed-1"]
-    assert [c.name for c in sweep.cells] == ["iterations=1", "iterations=5"] and sweep.code == 0
-    for unit in ("first/seed-1", "second/base/seed-1"):
-        one, two = (final_checkpoint(folder / name / unit) for name in ("iterations=1", "iterations=5"))
+    assert [c.name for c in sweep.trials] == ["iterations=1", "iterations=5"] and sweep.code == 0
+    for stage in ("first/seed-1", "second/base/seed-1"):
+        one, two = (final_checkpoint(folder / name / stage) for name in ("iterations=1", "iterations=5"))
         assert os.path.samefile(one / "model.safetensors", two / "model.safetensors")
     assert not equal(folder / "iterations=1/second/fire/seed-1", folder / "iterations=5/second/fire/seed-1")
 
@@ -145,8 +145,8 @@ def test_equal_units_are_trained_once_and_linked(whole, path):
 def test_a_cell_is_what_run_makes_of_its_recipe(whole, path, tmp_path):
     folder, sweep, _ = whole
     results = run_recipe(load_recipe(path, [*TWO, "phases.1.arms.fire.iterations=5"]), tmp_path / "r", progress=False)
-    for unit in ("first/seed-1", "second/base/seed-1", "second/fire/seed-1"):
-        assert equal(folder / "iterations=5" / unit, tmp_path / "r" / unit)
+    for stage in ("first/seed-1", "second/base/seed-1", "second/fire/seed-1"):
+        assert equal(folder / "iterations=5" / stage, tmp_path / "r" / stage)
     own = json.loads((folder / "iterations=5" / "results.json").read_text())
     assert own == json.loads(json.dumps(sweep.results[1]))
     assert own["arms"]["fire"]["final"] == results["arms"]["fire"]["final"]
@@ -159,10 +159,10 @@ def test_a_sweep_again_trains_nothing_and_a_larger_grid_only_what_is_new(whole, 
     folder, _, _ = whole
     trained = []
     real = worker.train
-    monkeypatch.setattr(worker, "train", lambda unit, bench: (trained.append(unit.folder), real(unit, bench)))
-    run_sweep(load_cells(path, TWO, GRID), folder, workers=1, progress=False)
+    monkeypatch.setattr(worker, "train", lambda stage, bench: (trained.append(stage.folder), real(stage, bench)))
+    run_sweep(load_trials(path, TWO, GRID), folder, workers=1, progress=False)
     assert trained == []
-    run_sweep(load_cells(path, TWO, ["phases.1.arms.fire.iterations=[3,5,1]"]), folder, workers=1, progress=False)
+    run_sweep(load_trials(path, TWO, ["phases.1.arms.fire.iterations=[3,5,1]"]), folder, workers=1, progress=False)
     assert trained == ["second/fire/seed-1"]
 
 
@@ -170,7 +170,7 @@ def test_of_some_arms_only_what_they_start_from_is_trained_too(path, tmp_path, c
     argv = ["sweep", str(path), "--set", TWO[0], "--grid", GRID[0], "--output", str(tmp_path), "--workers=1"]
     assert main([*argv, "--arm=base", "--dry-run"]) == 0 and "2 cells of 4 units, 2 of them" in capsys.readouterr().out
     assert main([*argv, "--arm=base"]) == 0
-    there = {job.unit.folder for job in jobs_of(load_cells(path, TWO, GRID), tmp_path) if job.done()}
+    there = {job.stage.folder for job in jobs_of(load_trials(path, TWO, GRID), tmp_path) if job.done()}
     assert there == {"first/seed-1", "second/base/seed-1"}
     assert "base" in capsys.readouterr().out
     assert main([*argv, "--arm=fir"]) == 2
@@ -178,32 +178,32 @@ def test_of_some_arms_only_what_they_start_from_is_trained_too(path, tmp_path, c
 
 
 def test_what_is_kept_makes_units_differ(path, tmp_path):
-    jobs = jobs_of(load_cells(path, TWO, ["phases.0.keep=[[4],[]]"]), tmp_path)
-    assert [len(job.twins) for job in jobs if job.unit.folder == "first/seed-1"] == [0, 0]
+    jobs = jobs_of(load_trials(path, TWO, ["phases.0.keep=[[4],[]]"]), tmp_path)
+    assert [len(job.duplicates) for job in jobs if job.stage.folder == "first/seed-1"] == [0, 0]
     # The arms start from the final checkpoint, which both have.
-    assert [len(job.twins) for job in jobs if job.unit.arm == "fire"] == [1, 1]
+    assert [len(job.duplicates) for job in jobs if job.stage.arm == "fire"] == [1, 1]
 
 
 def test_links_become_copies_where_there_are_none(whole, path, tmp_path, monkeypatch):
     folder, _, _ = whole
-    source, target = jobs_of(load_cells(path, TWO, GRID), folder)[0], jobs_of(load_cells(path), tmp_path)[0]
+    source, target = jobs_of(load_trials(path, TWO, GRID), folder)[0], jobs_of(load_trials(path), tmp_path)[0]
 
     def no_links(*_):
         raise OSError("no links here")
 
     monkeypatch.setattr(os, "link", no_links)
-    take_over(target, source)
+    link_duplicate(target, source)
     assert equal(target.folder, source.folder)
     assert not os.path.samefile(target.folder / "unit.json", source.folder / "unit.json")
 
 
 def test_a_begun_unit_is_finished_where_it_was_begun(whole, path, tmp_path):
-    cells = load_cells(path, TWO, GRID)
+    trials = load_trials(path, TWO, GRID)
     (
         first,
         *_,
-    ) = (job for job in jobs_of(cells, tmp_path) if job.unit.folder == "first/seed-1")
-    begun = first.twins[0]
+    ) = (job for job in jobs_of(trials, tmp_path) if job.stage.folder == "first/seed-1")
+    begun = first.duplicates[0]
     begun.folder.mkdir(parents=True)
     assert first.ready() and begun.ready()  # an empty folder is no beginning
     (begun.folder / "checkpoint-4").mkdir()
@@ -218,10 +218,10 @@ def test_a_begun_unit_is_finished_where_it_was_begun(whole, path, tmp_path):
 def test_what_fails_does_not_stop_what_does_not_hang_on_it(path, tmp_path, monkeypatch, capsys):
     real = worker.train
 
-    def fail(unit, bench):
-        if unit.phase.name == "first" and bench.folder.name == "tokens_per_step=64":
+    def fail(stage, bench):
+        if stage.phase.name == "first" and bench.folder.name == "tokens_per_step=64":
             raise RuntimeError("the loss is not finite, hf_" + "x" * 34)
-        real(unit, bench)
+        real(stage, bench)
 
     monkeypatch.setattr(worker, "train", fail)
     argv = ["sweep", str(path), "--grid", "batch.tokens_per_step=[64,128]", "--output", str(tmp_path), "--workers=1"]
@@ -288,7 +288,7 @@ def test_a_lock_is_shared_or_alone_and_free_after_its_holder(tmp_path):
 
 def test_a_run_and_a_sweep_keep_apart_and_sweeps_do_not(path, tmp_path):
     with only_run(tmp_path), pytest.raises(UserError, match="another run is writing into"):
-        run_sweep(load_cells(path), tmp_path, workers=1, progress=False)
+        run_sweep(load_trials(path), tmp_path, workers=1, progress=False)
     with only_run(tmp_path, shared=True):
         with pytest.raises(UserError, match="another run is writing into"):
             run_recipe(load_recipe(path), tmp_path, progress=False)
@@ -299,22 +299,22 @@ def test_a_run_and_a_sweep_keep_apart_and_sweeps_do_not(path, tmp_path):
 def test_a_unit_that_another_worker_has_is_waited_for(whole, path, tmp_path, monkeypatch):
     """What the other one finishes meanwhile is not trained again."""
     folder, _, _ = whole
-    cells = load_cells(path, TWO)
-    done, jobs = jobs_of(load_cells(path, TWO, GRID), folder), jobs_of(cells, tmp_path)
-    by_unit = {job.unit.folder: job for job in done if job.cell.name == "iterations=5"}
+    trials = load_trials(path, TWO)
+    done, jobs = jobs_of(load_trials(path, TWO, GRID), folder), jobs_of(trials, tmp_path)
+    by_unit = {job.stage.folder: job for job in done if job.trial.name == "iterations=5"}
     trained, others = [], contextlib.ExitStack()
     assert others.enter_context(held(lock_for(tmp_path, jobs[0])))
 
     def sleep(_):
-        take_over(jobs[0], by_unit["first/seed-1"])
+        link_duplicate(jobs[0], by_unit["first/seed-1"])
         others.close()
 
     monkeypatch.setattr(worker.time, "sleep", sleep)
-    own = {job.unit.folder: job for job in jobs}
+    own = {job.stage.folder: job for job in jobs}
 
-    def train(unit, _):
-        trained.append(unit.folder)
-        take_over(own[unit.folder], by_unit[unit.folder])
+    def train(stage, _):
+        trained.append(stage.folder)
+        link_duplicate(own[stage.folder], by_unit[stage.folder])
 
     monkeypatch.setattr(worker, "train", train)
     worker.work(jobs, tmp_path, Failures(tmp_path / ".workers" / "x"), progress=False)
@@ -348,8 +348,8 @@ def _sweep_here(path: Path, output: Path, cache: str) -> None:
     os.environ["FIRE_LLM_CACHE"] = cache
     trained = []
     real = worker.train
-    worker.train = lambda unit, bench: (trained.append(f"{bench.folder.name}/{unit.folder}"), real(unit, bench))
-    run_sweep(load_cells(path, TWO, GRID), output, workers=1, progress=False)
+    worker.train = lambda stage, bench: (trained.append(f"{bench.folder.name}/{stage.folder}"), real(stage, bench))
+    run_sweep(load_trials(path, TWO, GRID), output, workers=1, progress=False)
     (output / f"trained-{os.getpid()}.json").write_text(json.dumps(trained))
 
 
@@ -364,11 +364,11 @@ def test_two_sweeps_at_once_share_the_work_and_end_with_the_weights_of_one(whole
     assert [process.exitcode for process in processes] == [0, 0]
     trained = [json.loads(file.read_text()) for file in tmp_path.glob("trained-*.json")]
     # Nothing was trained twice: the first phase and the base are those of either cell.
-    assert sorted(unit.partition("/")[2] for own in trained for unit in own) == [
+    assert sorted(stage.partition("/")[2] for own in trained for stage in own) == [
         "first/seed-1", "second/base/seed-1", "second/fire/seed-1", "second/fire/seed-1",
     ]  # fmt: skip
-    for cell, unit in itertools.product(("iterations=1", "iterations=5"), ("first", "second/base", "second/fire")):
-        assert equal(whole[0] / cell / unit / "seed-1", tmp_path / cell / unit / "seed-1")
+    for trial, stage in itertools.product(("iterations=1", "iterations=5"), ("first", "second/base", "second/fire")):
+        assert equal(whole[0] / trial / stage / "seed-1", tmp_path / trial / stage / "seed-1")
 
 
 @pytest.mark.slow
@@ -381,8 +381,8 @@ def test_two_workers_end_with_the_weights_of_one(whole, path, tmp_path, sweep_pr
     process = sweep_process(*argv)
     _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, said
-    for cell, unit in itertools.product(("iterations=1", "iterations=5"), ("first", "second/base", "second/fire")):
-        assert equal(folder / cell / unit / "seed-1", tmp_path / cell / unit / "seed-1")
+    for trial, stage in itertools.product(("iterations=1", "iterations=5"), ("first", "second/base", "second/fire")):
+        assert equal(folder / trial / stage / "seed-1", tmp_path / trial / stage / "seed-1")
     # One bar over all units, and a line for each that is done.
     assert "6/6" in said and "iterations=5: second / fire, seed 1: " in said
     logs = [log.read_text() for log in (tmp_path / ".workers").iterdir()]
@@ -422,8 +422,8 @@ def test_a_sweep_that_is_ended_goes_on_to_the_same_weights(path, tmp_path, numbe
     process = sweep_process(recipe, tmp_path / "s", "--workers=2")
     assert process.communicate(timeout=PATIENCE) and process.returncode == 0
     run_recipe(load_recipe(recipe), tmp_path / "whole", progress=False)
-    for unit in ("first/seed-1", "second/fire/seed-1", "first/seed-2", "second/fire/seed-2"):
-        assert equal(tmp_path / "s" / unit, tmp_path / "whole" / unit)
+    for stage in ("first/seed-1", "second/fire/seed-1", "first/seed-2", "second/fire/seed-2"):
+        assert equal(tmp_path / "s" / stage, tmp_path / "whole" / stage)
 
 
 @pytest.mark.slow
@@ -437,8 +437,8 @@ def test_a_worker_that_is_killed_leaves_its_unit_to_another(path, tmp_path, swee
     _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, said
     run_recipe(load_recipe(recipe), tmp_path / "whole", progress=False)
-    for unit in ("second/fire/seed-1", "second/fire/seed-2"):
-        assert equal(tmp_path / "s" / unit, tmp_path / "whole" / unit)
+    for stage in ("second/fire/seed-1", "second/fire/seed-2"):
+        assert equal(tmp_path / "s" / stage, tmp_path / "whole" / stage)
 
 
 @pytest.mark.slow
@@ -463,14 +463,14 @@ def test_the_page_and_the_table_hold_every_arm_once(whole, capsys, tmp_path):
     assert page.count('href="iterations%3D5/report.html"') == 1 and (folder / "iterations=5" / "report.html").is_file()
     out = capsys.readouterr().out
     assert f"report: {folder / 'report.html'}" in out.replace("\n", "")
-    rows = Summary(sweep.cells, sweep.results).tables()[0]["rows"]
+    rows = Summary(sweep.trials, sweep.results).tables()[0]["rows"]
     # The base does not depend on the option that is swept.
-    assert [(r["arm"], r["cell"]) for r in rows] == [
+    assert [(r["arm"], r["trial"]) for r in rows] == [
         ("base", "all"), ("fire", "iterations=1"), ("fire", "iterations=5"),
     ]  # fmt: skip
-    nll = {cell: r["arms"]["fire"]["final"]["b"]["nll"] for cell, r in zip((1, 5), sweep.results, strict=True)}
+    nll = {trial: r["arms"]["fire"]["final"]["b"]["nll"] for trial, r in zip((1, 5), sweep.results, strict=True)}
     assert [r["cells"][1] for r in rows[1:]] == [f"{nll[1]:.4f}", f"{nll[5]:.4f}"]
-    lines = Summary(sweep.cells, sweep.results).lines("phases.1.arms.fire.iterations", "b")
+    lines = Summary(sweep.trials, sweep.results).lines("phases.1.arms.fire.iterations", "b")
     assert lines["fire", ""] == [(1, [nll[1]]), (5, [nll[5]])]
 
 
@@ -487,16 +487,16 @@ def test_values_of_many_parts_are_told_in_words_and_drawn_a_line_each():
 
 def test_a_sweep_without_arms_compares_its_last_phase(path, tmp_path):
     more = ["phases.1.arms=null"]
-    sweep = run_sweep(load_cells(path, more, ["optimizer.lr=[1.0e-3,1.0e-2]"]), tmp_path, workers=1, progress=False)
-    rows = Summary(sweep.cells, sweep.results).tables()[0]["rows"]
-    assert [(r["arm"], r["cell"]) for r in rows] == [("second", "lr=0.001"), ("second", "lr=0.01")]
+    sweep = run_sweep(load_trials(path, more, ["optimizer.lr=[1.0e-3,1.0e-2]"]), tmp_path, workers=1, progress=False)
+    rows = Summary(sweep.trials, sweep.results).tables()[0]["rows"]
+    assert [(r["arm"], r["trial"]) for r in rows] == [("second", "lr=0.001"), ("second", "lr=0.01")]
     finals = [r["phases"][-1]["final"]["b"]["nll"] for r in sweep.results]
     assert [r["best"] for r in rows] == [value == min(finals) for value in finals]
 
 
 def test_a_dry_run_says_what_is_there_and_writes_nothing(whole, path, tmp_path, capsys):
     folder, _, _ = whole
-    print_cells(load_cells(path, TWO, GRID), folder)
+    print_trials(load_trials(path, TWO, GRID), folder)
     assert capsys.readouterr().out.count("finished") >= 6
     assert main(["sweep", str(path), "--grid", GRID[0], "--dry-run", "--output", str(tmp_path / "s")]) == 0
     out = capsys.readouterr().out

@@ -17,7 +17,7 @@ from transformers.utils.import_utils import enable_tf32
 from fire_llm import ContinualTrainer, ResetCallback, UserError, fire_, logical_matrices, perplexity
 from fire_llm.core.atomic import checkpoints
 from fire_llm.training import ContinualArguments, EvaluationSet, hash_batch
-from fire_llm.training.telemetry import MEASURES
+from fire_llm.training.throughput import MEASURES
 
 CONTEXT, MICRO, ACCUMULATION, STEPS = 16, 2, 3, 12
 

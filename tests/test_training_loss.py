@@ -24,9 +24,9 @@ from fire_llm.core.flops import flops_per_token, peak_flops
 from fire_llm.training import EvaluationSet, nonfinite
 from fire_llm.training import loss as sliced
 from fire_llm.training.loss import SummedLoss
-from fire_llm.training.nonfinite import contagious
-from fire_llm.training.spike import sentence, spike
-from fire_llm.training.telemetry import Speedometer
+from fire_llm.training.loss_jump import sentence, spike
+from fire_llm.training.nonfinite import propagate_nonfinite
+from fire_llm.training.throughput import Throughput
 
 # transformers calls it so from one of its later versions on.
 NEW = any(field.name == "activation_checkpointing" for field in dataclasses.fields(TrainingArguments))
@@ -289,13 +289,13 @@ def test_a_trajectory_in_slices_is_that_of_whole_logits(settings, tmp_path, monk
     assert parts._summed_loss._trunk is parts.model.model
 
 
-def meet():
+def agree():
     """Say where the ranks met: accelerate asks, though they have met."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 
 def _replicas(rank, world, folder):
-    meet()
+    agree()
     sliced.SLICE = sliced.WHOLE = 97 * 7
     trainer = train(
         tiny_gpt2(), folder / "ddp", gradient_accumulation_steps=ACCUMULATION, per_device_train_batch_size=1
@@ -338,10 +338,10 @@ def ruling_out(**settings):
 
 def test_an_infinite_loss_makes_gradients_that_are_not_finite():
     weight = torch.tensor(2.0, requires_grad=True)
-    contagious(weight * 3).backward()
+    propagate_nonfinite(weight * 3).backward()
     assert float(weight.grad) == 3.0
     weight.grad = None
-    contagious(weight * 3 + torch.inf).backward()
+    propagate_nonfinite(weight * 3 + torch.inf).backward()
     assert math.isnan(float(weight.grad))
 
 
@@ -496,7 +496,7 @@ def test_only_fused_steps_of_torch_are_told_on_the_device():
 
 
 def _one_of_two(rank, world, folder, action):
-    meet()
+    agree()
     trainer = poisoned(folder / action, 2 * 2 * MICRO + 3, nonfinite=action, gradient_accumulation_steps=1, max_steps=4)
     try:
         trainer.train()
@@ -608,8 +608,8 @@ def test_the_peak_is_that_of_the_device(name, peak, monkeypatch):
 
 def test_a_speed_is_tokens_over_the_time_between_logs(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("fire_llm.training.telemetry.time.perf_counter", lambda: now[0])
-    speed = Speedometer(6e6, 1e12, torch.device("cpu"))
+    monkeypatch.setattr("fire_llm.training.throughput.time.perf_counter", lambda: now[0])
+    speed = Throughput(6e6, 1e12, torch.device("cpu"))
     assert speed.read() == {}
     for _ in range(2):
         with speed.waiting():

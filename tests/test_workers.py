@@ -26,7 +26,7 @@ from fire_llm.core.atomic import checkpoints
 from fire_llm.experiment import resources
 from fire_llm.experiment.jobs import Failures, jobs_of
 from fire_llm.experiment.progress import Overview, StepReport
-from fire_llm.experiment.recipe import Cell
+from fire_llm.experiment.recipe import Trial
 from fire_llm.experiment.resources import environment, flops_of, small, threads, worker_count
 from fire_llm.experiment.run import run_sweep
 from fire_llm.resets import RESETS
@@ -56,9 +56,9 @@ def without_threads() -> dict[str, str]:
 def hashes(output: Path, seed: int = 1) -> dict[str, str]:
     """Return the hash of each unit's final weights."""
     found = {}
-    for unit in UNITS:
-        newest = checkpoints(output / unit / f"seed-{seed}")[-1][0]
-        found[unit] = hashlib.sha256((newest / "model.safetensors").read_bytes()).hexdigest()
+    for stage in UNITS:
+        newest = checkpoints(output / stage / f"seed-{seed}")[-1][0]
+        found[stage] = hashlib.sha256((newest / "model.safetensors").read_bytes()).hexdigest()
     return found
 
 
@@ -87,7 +87,7 @@ def test_threads_are_put_back():
 
 
 def jobs_for(path: Path, folder: Path, *sets: str):
-    return jobs_of([Cell("", {}, load_recipe(path, [ARMS, *sets]))], folder)
+    return jobs_of([Trial("", {}, load_recipe(path, [ARMS, *sets]))], folder)
 
 
 def test_workers_are_as_many_as_units_that_can_run_at_once(path, tmp_path, monkeypatch):
@@ -107,17 +107,17 @@ def test_workers_are_as_many_as_units_that_can_run_at_once(path, tmp_path, monke
 
 
 def test_libraries_of_a_worker_start_no_threads_of_their_own(path, monkeypatch):
-    cells = [Cell("", {}, load_recipe(path))]
+    trials = [Trial("", {}, load_recipe(path))]
     names = ["OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"]
     for name in names:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(resources, "cores", lambda: 8)
-    assert [environment(0, 2, cells)[name] for name in names] == ["1"] * 4
+    assert [environment(0, 2, trials)[name] for name in names] == ["1"] * 4
     monkeypatch.setattr(resources, "SMALL_PASS_FLOPS", 0)
-    assert [environment(0, 2, cells)[name] for name in names] == ["4"] * 4
+    assert [environment(0, 2, trials)[name] for name in names] == ["4"] * 4
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("RAYON_NUM_THREADS", "7")
-    assert [environment(0, 2, cells)[name] for name in names] == ["3", "3", "3", "7"]
+    assert [environment(0, 2, trials)[name] for name in names] == ["3", "3", "3", "7"]
 
 
 def test_a_users_number_of_threads_is_respected_and_told(path, tmp_path, monkeypatch, capsys):
@@ -125,7 +125,9 @@ def test_a_users_number_of_threads_is_respected_and_told(path, tmp_path, monkeyp
 
     seen = []
     real = worker.train
-    monkeypatch.setattr(worker, "train", lambda unit, bench: (seen.append(torch.get_num_threads()), real(unit, bench)))
+    monkeypatch.setattr(
+        worker, "train", lambda stage, bench: (seen.append(torch.get_num_threads()), real(stage, bench))
+    )
     short = ["phases.0.steps=1", "phases.1.steps=1", "evaluate.max_tokens=200"]
     torch.set_num_threads(2)
     try:
@@ -142,28 +144,28 @@ def test_a_users_number_of_threads_is_respected_and_told(path, tmp_path, monkeyp
 def test_no_model_of_an_earlier_unit_is_left_when_one_begins(path, tmp_path, monkeypatch):
     """On a GPU it would hold 16 bytes a parameter; one that failed held them in its traceback too."""
     from fire_llm.experiment import worker
-    from fire_llm.experiment.train import Workbench
+    from fire_llm.experiment.train import RunContext
 
     made, alive = [], []
-    real_train, real_model = worker.train, Workbench.starting_model
+    real_train, real_model = worker.train, RunContext.starting_model
 
     class Failing(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
             raise RuntimeError("in the middle of a step")
 
-    def train(unit, bench):
+    def train(stage, bench):
         alive.append(sum(model() is not None for model in made))
-        bench.callbacks = [Failing()] if unit.arm == "base" else []
-        real_train(unit, bench)
+        bench.callbacks = [Failing()] if stage.arm == "base" else []
+        real_train(stage, bench)
 
-    def starting_model(bench, unit):
-        model = real_model(bench, unit)
+    def starting_model(bench, stage):
+        model = real_model(bench, stage)
         made.append(weakref.ref(model))
         return model
 
     monkeypatch.setattr(worker, "train", train)
-    monkeypatch.setattr(Workbench, "starting_model", starting_model)
-    sweep = run_sweep([Cell("", {}, load_recipe(path, [ARMS]))], tmp_path, workers=1, progress=False)
+    monkeypatch.setattr(RunContext, "starting_model", starting_model)
+    sweep = run_sweep([Trial("", {}, load_recipe(path, [ARMS]))], tmp_path, workers=1, progress=False)
     assert [failure["message"] for failure in sweep.failures] == ["in the middle of a step"]
     assert len(made) == 4 and alive == [0] * 4
 
@@ -327,10 +329,10 @@ def test_a_signal_saves_in_every_worker_and_the_same_command_goes_on(running, tm
     assert process.returncode == 0, said
     assert all(f"first: goes on from step {step}\n" in said for step in steps)
     run_recipe(load_recipe(tmp_path / "slow.yaml"), tmp_path / "whole", workers=1, progress=False)
-    for unit in ("first", "second/fire"):
+    for stage in ("first", "second/fire"):
         for seed in (1, 2):
             weights = [
-                (checkpoints(folder / unit / f"seed-{seed}")[-1][0] / "model.safetensors").read_bytes()
+                (checkpoints(folder / stage / f"seed-{seed}")[-1][0] / "model.safetensors").read_bytes()
                 for folder in (output, tmp_path / "whole")
             ]
             assert weights[0] == weights[1]
@@ -355,13 +357,13 @@ def test_the_overview_counts_steps_of_all_units(path, tmp_path, monkeypatch, cap
     recipe = load_recipe(path, [ARMS])
     run_recipe(recipe, tmp_path / "run", arms=["base"], progress=False)
     capsys.readouterr()
-    jobs = jobs_of([Cell("", {}, recipe)], tmp_path / "run")
-    steps = {job.key: job.unit.phase.steps for job in jobs}
+    jobs = jobs_of([Trial("", {}, recipe)], tmp_path / "run")
+    steps = {job.key: job.stage.phase.steps for job in jobs}
     clock = [100.0]
     monkeypatch.setattr("fire_llm.experiment.progress.time.monotonic", lambda: clock[0])
     overview = Overview(jobs, steps, tmp_path, shown=True)
     report = StepReport(tmp_path / "0.step")
-    report.key = next(job.key for job in jobs if job.unit.arm == "fire")
+    report.key = next(job.key for job in jobs if job.stage.arm == "fire")
     state = type("State", (), {"global_step": 6})()
     report.on_step_end(None, state, None)
     state.global_step = 7

@@ -40,7 +40,7 @@ Sizes = int | Callable[[Any], int]
 
 
 @dataclass(frozen=True)
-class Cut:
+class SliceSpec:
     """Locate one logical matrix in its stored tensor, all sizes resolved.
 
     Args:
@@ -108,7 +108,7 @@ class Layout:
         """Tell whether resets may treat the parameter as matrices."""
         return self.role in MATRIX_ROLES
 
-    def cuts(self, block: Any, shape: Sequence[int], name: str) -> list[Cut]:
+    def specs(self, block: Any, shape: Sequence[int], name: str) -> list[SliceSpec]:
         """Cut a stored tensor into its logical matrices.
 
         Args:
@@ -138,14 +138,14 @@ class Layout:
                 f"'{name}': its layout says {groups} × [{says}] on the out axis, but the stored shape "
                 f"{tuple(shape)} has {rows} rows there. Correct the layout of {type(block).__name__}"
             )
-        cuts: list[Cut] = []
+        specs: list[SliceSpec] = []
         for index in range(stack) if stack is not None else (None,):
             offset = 0
             for part in parts:
                 size = share if part.size is None else part.size
-                cuts.append(Cut(part.name, index, stack, in_first, groups, offset, size, columns))
+                specs.append(SliceSpec(part.name, index, stack, in_first, groups, offset, size, columns))
                 offset += size
-        return cuts
+        return specs
 
     def _unstack(self, block: Any, shape: tuple[int, ...], name: str) -> tuple[int | None, tuple[int, ...]]:
         """Take the stack axis off: the first axis of a 3-D tensor, or blocks of rows of a 2-D one."""

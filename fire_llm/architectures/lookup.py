@@ -15,7 +15,7 @@ _HEAD = Layout("lm_head")
 
 
 @dataclass(frozen=True)
-class Site:
+class Location:
     """Say where one name of a parameter lives.
 
     Args:
@@ -44,16 +44,16 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Known:
+class Match:
     """Say what one name of a parameter means: its role, and the layout where it is cut into matrices."""
 
     role: str
-    site: Site
+    location: Location
     layout: Layout | None = None
 
 
 class Lookup:
-    """Find the sites of a model's parameters and what the tables say of them."""
+    """Find the locations of a model's parameters and what the tables say of them."""
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = dict(model.named_modules(remove_duplicate=False))
@@ -61,7 +61,7 @@ class Lookup:
         head = getter() if callable(getter) else None
         self._heads = list(head) if isinstance(head, nn.ModuleList) else [head]
 
-    def site(self, name: str) -> Site:
+    def location(self, name: str) -> Location:
         """Find the block and the child path of a parameter."""
         owner, _, leaf = name.rpartition(".")
         block, target = (owner.rpartition(".")[0], owner) if leaf == "weight" and owner else (owner, name)
@@ -70,28 +70,28 @@ class Lookup:
         child = ".".join("*" if step.isdigit() else step for step in target.removeprefix(f"{block}.").split("."))
         steps = owner.split(".") if owner else []
         around = tuple(self._modules[".".join(steps[:n])] for n in range(len(steps) + 1))
-        return Site(name, self._modules[owner], self._modules[block], child, around)
+        return Location(name, self._modules[owner], self._modules[block], child, around)
 
-    def classify(self, site: Site, ndim: int) -> Known | None:
+    def classify(self, location: Location, ndim: int) -> Match | None:
         """Tell what a parameter means, None where it has two or more dimensions and the tables are silent."""
-        for module in site.ancestors:
+        for module in location.ancestors:
             if subtree := _entry(module, WHOLE_SUBTREE):
-                return Known(subtree.role, site)
-        if site.is_weight and any(site.owner is head for head in self._heads):
-            return Known("lm_head", site, _HEAD) if class_of(site.owner) is nn.Linear else None
-        if layout := _entry(site.block, site.child):
+                return Match(subtree.role, location)
+        if location.is_weight and any(location.owner is head for head in self._heads):
+            return Match("lm_head", location, _HEAD) if class_of(location.owner) is nn.Linear else None
+        if layout := _entry(location.block, location.child):
             if not layout.matrix:
-                return Known(layout.role, site)
-            fits = layout.leaf in (None, class_of(site.owner).__name__) or not site.is_weight
-            return Known(layout.role, site, layout) if fits else None
-        if isinstance(site.owner, nn.Embedding):
-            return Known("embedding", site)
+                return Match(layout.role, location)
+            fits = layout.leaf in (None, class_of(location.owner).__name__) or not location.is_weight
+            return Match(layout.role, location, layout) if fits else None
+        if isinstance(location.owner, nn.Embedding):
+            return Match("embedding", location)
         if ndim > 1:
             return None
         # Only a leaf may be told by its name: whole blocks are called RobertaPreLayerNorm… too.
-        if "Norm" in class_of(site.owner).__name__ and not list(site.owner.children()):
-            return Known("norm", site)
-        return Known("bias" if site.name.endswith("bias") else "other", site)
+        if "Norm" in class_of(location.owner).__name__ and not list(location.owner.children()):
+            return Match("norm", location)
+        return Match("bias" if location.name.endswith("bias") else "other", location)
 
 
 def class_of(module: nn.Module) -> type:
@@ -103,15 +103,15 @@ def class_of(module: nn.Module) -> type:
     )
 
 
-def refusal(kind: str, unknown: list[tuple[Site, tuple[int, ...]]]) -> str:
+def refusal(kind: str, unknown: list[tuple[Location, tuple[int, ...]]]) -> str:
     """Word the refusal of weights no layout tells about: the first in full, the others by name, and what to do.
 
     Args:
         kind: Class name of the model.
         unknown: Sites and stored shapes, at least one.
     """
-    site, shape = unknown[0]
-    block, child, module = site.block_class, site.child, class_of(site.block).__module__
+    location, shape = unknown[0]
+    block, child, module = location.block_class, location.child, class_of(location.block).__module__
     pairs = list(dict.fromkeys(f"{s.block_class}.{s.child}" for s, _ in unknown))[1:]
     also = f" Also unknown: {', '.join(pairs[:5])}{' and more' if len(pairs) > 5 else ''}." if pairs else ""
     if any(step.startswith(("lora_", "base_layer")) for s, _ in unknown for step in s.name.split(".")):
@@ -120,8 +120,8 @@ def refusal(kind: str, unknown: list[tuple[Site, tuple[int, ...]]]) -> str:
         also += f" A layout of that name exists, for transformers' own {block} and a child of class "
         also += f"{TABLE[block, child].leaf}; this {block} is defined in {module}."
     return (
-        f"{kind}: no layout is known for {block}.{child} ('{site.name}', shape {shape}, held by "
-        f"{class_of(site.owner).__name__}).{also} Nothing is guessed: add an entry for ('{block}', '{child}') to a "
+        f"{kind}: no layout is known for {block}.{child} ('{location.name}', shape {shape}, held by "
+        f"{class_of(location.owner).__name__}).{also} Nothing is guessed: add an entry for ('{block}', '{child}') to a "
         f"file in fire_llm/architectures/families/ (docs/adding.md, 'A layout'), or call "
         f"fire_llm.register_layout('{block}', '{child}', role=...)"
     )

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fire_llm.architectures.families import TYPES
-from fire_llm.architectures.grammar import MATRIX_ROLES, ROLES, Cut, Layout, Part, PartLike, Sizes
-from fire_llm.architectures.lookup import REGISTERED, Known, Lookup, Site, class_of, refusal
+from fire_llm.architectures.grammar import MATRIX_ROLES, ROLES, Layout, Part, PartLike, Sizes, SliceSpec
+from fire_llm.architectures.lookup import REGISTERED, Location, Lookup, Match, class_of, refusal
 from fire_llm.core.compat import left_out
 from fire_llm.core.errors import UserError, did_you_mean
 
@@ -24,12 +24,12 @@ __all__ = [
     "MATRIX_ROLES",
     "ROLES",
     "Layout",
-    "LogicalMatrix",
+    "ParameterSlice",
     "Part",
     "hidden_matrices",
     "logical_matrices",
     "parameter_roles",
-    "pieces",
+    "parameter_slices",
     "register_layout",
     "supported_types",
     "unwrap",
@@ -40,8 +40,8 @@ _BLOCK_ROLES = frozenset({"attention", "mlp", "ssm"})
 
 
 @dataclass(frozen=True, eq=False)
-class LogicalMatrix:
-    """Stand for one piece of a model: a logical (out, in) matrix, or a parameter that is kept whole.
+class ParameterSlice:
+    """Stand for one slice of a model: a logical (out, in) matrix, or a parameter that is kept whole.
 
     Args:
         parameter: Full name in the unwrapped model, as in `named_parameters()`.
@@ -55,17 +55,17 @@ class LogicalMatrix:
     tensor: Tensor
     roles: frozenset[str]
     block: str
-    cut: Cut | None = None
+    spec: SliceSpec | None = None
 
     @property
     def matrix(self) -> bool:
         """Tell whether this is an (out, in) matrix rather than a parameter kept whole."""
-        return self.cut is not None
+        return self.spec is not None
 
     @property
     def part(self) -> str:
         """Name the part of a fused parameter (`q`, `k`, `gate`, …), empty where there is one only."""
-        return self.cut.name if self.cut else ""
+        return self.spec.name if self.spec else ""
 
     @property
     def role(self) -> str:
@@ -75,14 +75,14 @@ class LogicalMatrix:
     @property
     def name(self) -> str:
         """Name it uniquely: `h.0.attn.c_attn.weight[q]`, `experts.gate_up_proj[3.up]`, or the plain parameter name."""
-        index = "" if self.cut is None or self.cut.index is None else str(self.cut.index)
+        index = "" if self.spec is None or self.spec.index is None else str(self.spec.index)
         inside = ".".join(filter(None, (index, self.part)))
         return f"{self.parameter}[{inside}]" if inside else self.parameter
 
     @property
     def shape(self) -> torch.Size:
         """Give (out, in), or the stored shape of a parameter kept whole."""
-        return torch.Size(self.cut.shape) if self.cut else self.tensor.shape
+        return torch.Size(self.spec.shape) if self.spec else self.tensor.shape
 
     @property
     def trainable(self) -> bool:
@@ -91,22 +91,22 @@ class LogicalMatrix:
 
     @property
     def rows(self) -> range:
-        """Give the rows of the parameter, along its first axis, that hold this piece and what is fused with it."""
+        """Give the rows of the parameter, along its first axis, that hold this slice and what is fused with it."""
         total = self.tensor.shape[0] if self.tensor.ndim else 1
-        if self.cut is None or self.cut.index is None or self.cut.stack is None:
+        if self.spec is None or self.spec.index is None or self.spec.stack is None:
             return range(total)
-        each = total // self.cut.stack
-        return range(self.cut.index * each, (self.cut.index + 1) * each)
+        each = total // self.spec.stack
+        return range(self.spec.index * each, (self.spec.index + 1) * each)
 
-    def within(self, rows: Tensor) -> LogicalMatrix:
-        """Stand for the same piece in a tensor that holds the parameter's `rows`, wherever they came from.
+    def within(self, rows: Tensor) -> ParameterSlice:
+        """Stand for the same slice in a tensor that holds the parameter's `rows`, wherever they came from.
 
         Args:
             rows: (len(self.rows), …), the stored axes after the first as in the parameter.
         """
-        if self.cut is None or self.cut.index is None:
+        if self.spec is None or self.spec.index is None:
             return replace(self, tensor=rows)
-        return replace(self, tensor=rows, cut=replace(self.cut, index=0, stack=1))
+        return replace(self, tensor=rows, spec=replace(self.spec, index=0, stack=1))
 
     @property
     def view(self) -> Tensor:
@@ -116,14 +116,14 @@ class LogicalMatrix:
             UserError: Its rows are interleaved with another part's, so that no 2-D view exists.
         """
         slot = self._slot()
-        if self.cut is None:
+        if self.spec is None:
             return slot
         try:
             return slot.view(self.shape)
         except RuntimeError as error:
             raise UserError(
-                f"'{self.name}' lies interleaved with other parts in '{self.parameter}' ({self.cut.groups} groups of "
-                f"{self.cut.size} rows), so no 2-D view of it exists: use read() and write_()"
+                f"'{self.name}' lies interleaved with other parts in '{self.parameter}' ({self.spec.groups} groups of "
+                f"{self.spec.size} rows), so no 2-D view of it exists: use read() and write_()"
             ) from error
 
     def read(self) -> Tensor:
@@ -143,16 +143,16 @@ class LogicalMatrix:
 
     def _slot(self) -> Tensor:
         """Give the stored elements as a strided view, (groups, size, in) for a matrix."""
-        stored, cut = self.tensor.detach(), self.cut
-        if cut is None:
+        stored, spec = self.tensor.detach(), self.spec
+        if spec is None:
             return stored
-        if cut.index is not None:
+        if spec.index is not None:
             # A 2-D tensor stacks blocks of rows: split them off first.
-            stored = (stored if stored.ndim > 2 else stored.unflatten(0, (cut.stack, -1)))[cut.index]
+            stored = (stored if stored.ndim > 2 else stored.unflatten(0, (spec.stack, -1)))[spec.index]
         if stored.ndim > 2:
             stored = stored.view(stored.shape[0], -1)
-        rows = stored.t() if cut.in_first else stored
-        return rows.unflatten(0, (cut.groups, -1)).narrow(1, cut.offset, cut.size)
+        rows = stored.t() if spec.in_first else stored
+        return rows.unflatten(0, (spec.groups, -1)).narrow(1, spec.offset, spec.size)
 
 
 def register_layout(
@@ -209,7 +209,7 @@ def plain_name(name: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
-def logical_matrices(model: nn.Module, roles: Iterable[str] = ("attention", "mlp")) -> Iterator[LogicalMatrix]:
+def logical_matrices(model: nn.Module, roles: Iterable[str] = ("attention", "mlp")) -> Iterator[ParameterSlice]:
     """Yield the logical (out, in) matrices that play one of the roles, in the order of `named_parameters()`.
 
     Args:
@@ -222,12 +222,12 @@ def logical_matrices(model: nn.Module, roles: Iterable[str] = ("attention", "mlp
     wanted = {roles} if isinstance(roles, str) else set(roles)
     for role in sorted(wanted - set(ROLES)):
         raise UserError(f"roles: unknown role '{role}'.{did_you_mean(role, ROLES)} Allowed: {', '.join(ROLES)}")
-    return (piece for piece in pieces(model) if piece.matrix and piece.roles & wanted)
+    return (slice_ for slice_ in parameter_slices(model) if slice_.matrix and slice_.roles & wanted)
 
 
 def parameter_roles(model: nn.Module, *, strict: bool = True) -> dict[str, frozenset[str]]:
     """Map every parameter (tied ones once) to the roles it plays; a tied embedding and head play both."""
-    return {piece.parameter: piece.roles for piece in pieces(model, strict=strict)}
+    return {slice_.parameter: slice_.roles for slice_ in parameter_slices(model, strict=strict)}
 
 
 def hidden_matrices(model: nn.Module) -> list[str]:
@@ -238,12 +238,12 @@ def hidden_matrices(model: nn.Module) -> list[str]:
     Raises:
         UserError: The model's layout is unknown.
     """
-    stored = (p for p in pieces(model) if p.cut is not None and p.cut.index is None and p.tensor.ndim == 2)
+    stored = (p for p in parameter_slices(model) if p.spec is not None and p.spec.index is None and p.tensor.ndim == 2)
     return list(dict.fromkeys(p.parameter for p in stored if p.roles <= _BLOCK_ROLES))
 
 
-def pieces(model: nn.Module, *, strict: bool = True) -> list[LogicalMatrix]:
-    """Cut every parameter into its pieces: logical matrices, and the other parameters whole.
+def parameter_slices(model: nn.Module, *, strict: bool = True) -> list[ParameterSlice]:
+    """Cut every parameter into its slices: logical matrices, and the other parameters whole.
 
     Args:
         model: Model, wrapped or not, on any device, `meta` included.
@@ -266,31 +266,33 @@ def pieces(model: nn.Module, *, strict: bool = True) -> list[LogicalMatrix]:
     if not names:
         raise UserError(f"{kind} has no parameters: nothing to cut into matrices")
     lookup = Lookup(model)
-    result: list[LogicalMatrix] = []
-    unknown: list[tuple[Site, tuple[int, ...]]] = []
+    result: list[ParameterSlice] = []
+    unknown: list[tuple[Location, tuple[int, ...]]] = []
     for parameter, tied in names.items():
         if parameter.ndim > 1 and parameter.dtype not in _WRITABLE:
             dtype = str(parameter.dtype).removeprefix("torch.")
             raise UserError(f"'{tied[0]}' is {dtype}, quantised: load the model in float32, float16 or bfloat16")
-        sites = [lookup.site(name) for name in tied]
-        known = [lookup.classify(site, parameter.ndim) for site in sites]
-        unknown += [(site, tuple(parameter.shape)) for site, k in zip(sites, known, strict=True) if k is None]
-        result += _cut(parameter, [k or Known("other", site) for site, k in zip(sites, known, strict=True)])
+        locations = [lookup.location(name) for name in tied]
+        known = [lookup.classify(location, parameter.ndim) for location in locations]
+        unknown += [
+            (location, tuple(parameter.shape)) for location, k in zip(locations, known, strict=True) if k is None
+        ]
+        result += _cut(parameter, [k or Match("other", location) for location, k in zip(locations, known, strict=True)])
     if strict and unknown:
         raise UserError(refusal(kind, unknown))
-    if strict and not any(piece.roles & _BLOCK_ROLES for piece in result):
+    if strict and not any(slice_.roles & _BLOCK_ROLES for slice_ in result):
         raise UserError(
             f"{kind} holds no attention, MLP or SSM matrix: is it a language model with at least one layer?"
         )
     return result
 
 
-def _cut(parameter: nn.Parameter, known: list[Known]) -> Iterator[LogicalMatrix]:
-    """Yield the pieces of one parameter, given what each of its names means."""
-    name, roles = known[0].site.name, frozenset(k.role for k in known)
+def _cut(parameter: nn.Parameter, known: list[Match]) -> Iterator[ParameterSlice]:
+    """Yield the slices of one parameter, given what each of its names means."""
+    name, roles = known[0].location.name, frozenset(k.role for k in known)
     for k in known:
         if k.layout:
-            for cut in k.layout.cuts(k.site.block, parameter.shape, name):
-                yield LogicalMatrix(name, parameter, roles, k.site.block_class, cut)
+            for cut in k.layout.specs(k.location.block, parameter.shape, name):
+                yield ParameterSlice(name, parameter, roles, k.location.block_class, cut)
             return
-    yield LogicalMatrix(name, parameter, roles, known[0].site.block_class)
+    yield ParameterSlice(name, parameter, roles, known[0].location.block_class)

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fire_llm.architectures.matrices import LogicalMatrix, pieces
+from fire_llm.architectures.matrices import ParameterSlice, parameter_slices
 from fire_llm.core.errors import UserError
 from fire_llm.core.hardware import free_memory
 from fire_llm.models import fresh_model, model_on_meta
@@ -101,8 +101,8 @@ class _Pretending(TorchFunctionMode):
         return result
 
 
-class Drawn(Mapping[str, LogicalMatrix]):
-    """The pieces of a freshly drawn model by name, each parameter drawn when it is asked for.
+class Drawn(Mapping[str, ParameterSlice]):
+    """The slices of a freshly drawn model by name, each parameter drawn when it is asked for.
 
     Args:
         config: A transformers config; it is not modified.
@@ -126,22 +126,22 @@ class Drawn(Mapping[str, LogicalMatrix]):
         self._last: tuple[int, Tensor | None] = (0, None)
 
     @cached_property
-    def _all(self) -> dict[str, LogicalMatrix]:
-        return {piece.name: piece for piece in pieces(self.model, strict=False)}
+    def _all(self) -> dict[str, ParameterSlice]:
+        return {slice_.name: slice_ for slice_ in parameter_slices(self.model, strict=False)}
 
-    def __getitem__(self, name: str) -> LogicalMatrix:
-        """Return a piece with its weights in memory."""
-        piece = self._all[name]
-        if not piece.tensor.is_meta:
-            return piece
-        return piece.within(self.parameter(piece.tensor)[piece.rows.start : piece.rows.stop])
+    def __getitem__(self, name: str) -> ParameterSlice:
+        """Return a slice with its weights in memory."""
+        slice_ = self._all[name]
+        if not slice_.tensor.is_meta:
+            return slice_
+        return slice_.within(self.parameter(slice_.tensor)[slice_.rows.start : slice_.rows.stop])
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names."""
         return iter(self._all)
 
     def __len__(self) -> int:
-        """Count the pieces."""
+        """Count the slices."""
         return len(self._all)
 
     @torch.no_grad()
@@ -164,8 +164,8 @@ class Drawn(Mapping[str, LogicalMatrix]):
         return stored.as_strided(hollow.shape, hollow.stride(), hollow.storage_offset())
 
 
-def step_0(config: Any, seed: int, progress: bool = False) -> tuple[Any, Mapping[str, LogicalMatrix]]:
-    """Draw step-0 weights: the model, hollow or whole, and its pieces by name.
+def step_0(config: Any, seed: int, progress: bool = False) -> tuple[Any, Mapping[str, ParameterSlice]]:
+    """Draw step-0 weights: the model, hollow or whole, and its slices by name.
 
     Args:
         config: A transformers config; it is not modified.
@@ -194,4 +194,4 @@ def step_0(config: Any, seed: int, progress: bool = False) -> tuple[Any, Mapping
                 "folder as --init"
             ) from None
     model = fresh_model(copy.deepcopy(config), seed)
-    return model, {piece.name: piece for piece in pieces(model, strict=False)}
+    return model, {slice_.name: slice_ for slice_ in parameter_slices(model, strict=False)}

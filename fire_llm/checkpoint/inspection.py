@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fire_llm.architectures.matrices import LogicalMatrix, logical_matrices
+from fire_llm.architectures.matrices import ParameterSlice, logical_matrices
 from fire_llm.checkpoint import Stored
 from fire_llm.core.errors import UserError
 from fire_llm.linalg.measures import dfi, effective_rank, sfe
@@ -73,7 +73,7 @@ def inspect_checkpoint(
     return rows
 
 
-def _weights(stored: Stored, matrix: LogicalMatrix, device: torch.device) -> torch.Tensor:
+def _weights(stored: Stored, matrix: ParameterSlice, device: torch.device) -> torch.Tensor:
     """Read a matrix, and refuse it where it has no singular values."""
     w = stored.loaded(matrix).read().to(device)
     if not torch.isfinite(w).all():

@@ -99,7 +99,7 @@ class Places:
             rows: Which rows; those of a parameter without axes are range(1).
             shape: Of the whole parameter.
         """
-        found = [(place, meet) for place in self.of[name] if (meet := place.meets(rows))]
+        found = [(place, overlap) for place in self.of[name] if (overlap := place.meets(rows))]
         if len(found) == 1 and found[0][0].inner is None and found[0][1] == rows:
             return found[0][0].read(rows)
         kinds = {WRITABLE[place.tensor.dtype] for place, _ in found}
@@ -107,15 +107,15 @@ class Places:
         for other in kinds:
             dtype = torch.promote_types(dtype, other)
         block = torch.empty((len(rows), *shape[1:]), dtype=dtype)
-        for place, meet in found:
-            place.slot(block, rows.start, meet).copy_(place.read(meet))
+        for place, overlap in found:
+            place.slot(block, rows.start, overlap).copy_(place.read(overlap))
         return block
 
     def write(self, name: str, rows: range, block: Tensor, files: Mapping[str, int]) -> None:
         """Write rows of a parameter to copies of the files, which are named by file name and open for writing."""
         for place in [*self.of[name], *self.copies.get(name, [])]:
-            if meet := place.meets(rows):
-                place.write(meet, place.slot(block, rows.start, meet), files[place.tensor.file.name])
+            if overlap := place.meets(rows):
+                place.write(overlap, place.slot(block, rows.start, overlap), files[place.tensor.file.name])
 
 
 def places_of(model: nn.Module, tensors: Mapping[str, StoredTensor]) -> Places:

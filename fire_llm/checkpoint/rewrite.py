@@ -22,19 +22,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fire_llm.architectures.matrices import LogicalMatrix
+from fire_llm.architectures.matrices import ParameterSlice
 from fire_llm.checkpoint.card import PROVENANCE, write_card, write_provenance
 from fire_llm.checkpoint.drawn import step_0
 from fire_llm.checkpoint.refusals import refuse_destination
-from fire_llm.checkpoint.stored import Stored, StoredPieces, finite
+from fire_llm.checkpoint.stored import Stored, StoredSlices, finite
 from fire_llm.core.atomic import free_bytes, partial_of, staged, writing
 from fire_llm.core.errors import UserError
-from fire_llm.distributed import Block, meet
+from fire_llm.distributed import Block, agree
 from fire_llm.distributed.agree import active, is_first
 from fire_llm.distributed.balance import ROUND_BYTES, assign
 from fire_llm.models import find_device
 from fire_llm.resets import ResetReport, ResetsLike, ResetSpec, parse_resets
-from fire_llm.resets.execute import Work
+from fire_llm.resets.execute import ResetExecutor
 from fire_llm.resets.plan import Plan, not_finite
 from fire_llm.resets.spec import refuse_kinds
 
@@ -94,8 +94,8 @@ def reset_checkpoint(
         job = _Rewrite.prepare(src, Path(dst), specs, init, seed, revision, native, where, progress, dry_run)
     except UserError as error:
         fault = str(error)
-    meet(None, job.plan.request() if job else "", fault, _PATIENCE)
-    assert job is not None  # meet raises where there is a fault
+    agree(None, job.plan.request() if job else "", fault, _PATIENCE)
+    assert job is not None  # agree raises where there is a fault
     return job.describe() if dry_run else job.run()
 
 
@@ -132,26 +132,26 @@ class _Rewrite:
         refuse_destination(dst, stored.source.folder, stored.source.n_bytes, free_bytes(dst.parent))
         start = Stored.open(init, native=native) if init is not None else None
         initial: Any = start.model if start is not None else None
-        pieces: Mapping[str, LogicalMatrix] | None = StoredPieces(start) if start is not None else None
+        slices: Mapping[str, ParameterSlice] | None = StoredSlices(start) if start is not None else None
         if seed is not None and dry_run:
             initial = stored.model  # the same names and shapes, and nothing is drawn
         elif seed is not None:
-            initial, pieces = step_0(stored.source.config, seed, progress)
+            initial, slices = step_0(stored.source.config, seed, progress)
         plan = Plan.of(stored.model, specs, initial)
         if not plan.wanted:
             raise UserError(_nothing(plan, str(src)))
-        for piece in plan.wanted:
-            stored.check_readable(piece)
+        for slice_ in plan.wanted:
+            stored.check_readable(slice_)
         if start is not None:
-            for piece in plan.wanted:
-                start.check_readable(plan.start[piece.name])
-        if pieces is not None:
-            plan.start = pieces
+            for slice_ in plan.wanted:
+                start.check_readable(plan.start[slice_.name])
+        if slices is not None:
+            plan.start = slices
         return cls(stored, dst, plan, device, progress, {"init": str(init) if init is not None else None, "seed": seed})
 
     def describe(self) -> ResetReport:
-        """Return the report of what would be done: which pieces are touched, which are not and why."""
-        return self._report(Work(self.plan, False), 0.0, 1)
+        """Return the report of what would be done: which slices are touched, which are not and why."""
+        return self._report(ResetExecutor(self.plan, False), 0.0, 1)
 
     def run(self) -> ResetReport:
         """Copy, reset, hash and describe; rank 0 makes the folder, all share the resets."""
@@ -186,9 +186,9 @@ class _Rewrite:
 
     # ---- resetting
 
-    def _reset(self, folder: Path) -> tuple[Work, float, int]:
+    def _reset(self, folder: Path) -> tuple[ResetExecutor, float, int]:
         """Reset this rank's blocks; return the work, its seconds and the number of ranks."""
-        work = Work(self.plan, "range")
+        work = ResetExecutor(self.plan, "range")
         blocks = self.plan.blocks
         ranks, rank = (dist.get_world_size(), dist.get_rank()) if active() else (1, 0)
         owners = assign([max(1, b.cost) for b in blocks], ranks)
@@ -221,19 +221,19 @@ class _Rewrite:
             yield batch
 
     def _read(self, block: Block) -> Tensor:
-        """Read a block's rows and refuse them where a piece to be reset is not finite."""
+        """Read a block's rows and refuse them where a slice to be reset is not finite."""
         rows = self.stored.rows(self._piece(block)).to(self.device)
         for index in block.members:
-            if self.plan.todo[index] and not finite(self.plan.pieces[index].within(rows)):
-                raise UserError(not_finite(self.plan.pieces[index].name))
+            if self.plan.actions[index] and not finite(self.plan.slices[index].within(rows)):
+                raise UserError(not_finite(self.plan.slices[index].name))
         return rows
 
     def _piece(self, block: Block) -> Any:
-        return self.plan.pieces[block.members[0]]
+        return self.plan.slices[block.members[0]]
 
     # ---- describing
 
-    def _report(self, work: Work, seconds: float, shared: int) -> ResetReport:
+    def _report(self, work: ResetExecutor, seconds: float, shared: int) -> ResetReport:
         report = work.report(seconds, shared)
         report.kept_unread, report.not_copied = self.stored.places.ignored, self.stored.source.left_behind
         return report
@@ -254,8 +254,8 @@ class _Rewrite:
 
 def _nothing(plan: Plan, name: str) -> str:
     """Word the refusal of a reset that would change nothing."""
-    matrices = sorted({p.role for p in plan.pieces if p.matrix})
-    why = sorted({plan.reason(i) for i, p in enumerate(plan.pieces) if p.matrix})
+    matrices = sorted({p.role for p in plan.slices if p.matrix})
+    why = sorted({plan.reason(i) for i, p in enumerate(plan.slices) if p.matrix})
     return (
         f"nothing to reset in '{name}', whose matrices have the roles {', '.join(matrices)} ({'; '.join(why[:3])}). "
         "Add a role with --role, or take back an --exclude"
@@ -312,7 +312,7 @@ def _together(step: str, work: Callable[[], Any]) -> Any:
         result = work()
     except UserError as error:
         fault = str(error)
-    meet(None, step, fault, _PATIENCE)
+    agree(None, step, fault, _PATIENCE)
     return result
 
 

@@ -1,4 +1,4 @@
-"""A model whose weights stay on the disk: the pieces that its config tells of, and the rows they are made of."""
+"""A model whose weights stay on the disk: the slices that its config tells of, and the rows they are made of."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fire_llm.architectures.matrices import LogicalMatrix, pieces
+from fire_llm.architectures.matrices import ParameterSlice, parameter_slices
 from fire_llm.checkpoint.headers import WRITABLE
 from fire_llm.checkpoint.mapping import Places, places_of
 from fire_llm.checkpoint.source import Source
@@ -44,20 +44,20 @@ class Stored:
         model = model_on_meta(source.config)
         return cls(source, model, places_of(model, source.tensors))
 
-    def check_readable(self, piece: LogicalMatrix) -> None:
-        """Refuse a piece that is converted in a way not followed here, or whose numbers are no floating-point ones.
+    def check_readable(self, slice_: ParameterSlice) -> None:
+        """Refuse a slice that is converted in a way not followed here, or whose numbers are no floating-point ones.
 
         Raises:
             UserError: Naming the stored tensor.
         """
-        if step := self.places.unmapped.get(piece.parameter):
+        if step := self.places.unmapped.get(slice_.parameter):
             raise UserError(
-                f"'{piece.parameter}' is stored in another form ({step} when transformers loads it), which is not "
+                f"'{slice_.parameter}' is stored in another form ({step} when transformers loads it), which is not "
                 "followed here: load the model, call fire_(model), save it; or leave the tensor out with --exclude"
             )
-        if piece.parameter not in self.places.of:
-            raise UserError(f"'{self.source.name}' does not store '{piece.parameter}': leave it out with --exclude")
-        for place in self.places.of[piece.parameter]:
+        if slice_.parameter not in self.places.of:
+            raise UserError(f"'{self.source.name}' does not store '{slice_.parameter}': leave it out with --exclude")
+        for place in self.places.of[slice_.parameter]:
             if place.tensor.dtype not in WRITABLE:
                 stored = f"'{place.tensor.name}' in '{place.tensor.file.name}' is {place.tensor.dtype}"
                 raise UserError(
@@ -65,35 +65,35 @@ class Stored:
                     "from"
                 )
 
-    def rows(self, piece: LogicalMatrix) -> Tensor:
-        """Read the rows of a parameter that hold a piece and what is fused with it, in the parameter's own order."""
-        return self.places.read(piece.parameter, piece.rows, piece.tensor.shape)
+    def rows(self, slice_: ParameterSlice) -> Tensor:
+        """Read the rows of a parameter that hold a slice and what is fused with it, in the parameter's own order."""
+        return self.places.read(slice_.parameter, slice_.rows, slice_.tensor.shape)
 
-    def loaded(self, piece: LogicalMatrix) -> LogicalMatrix:
-        """Return a piece with its weights in memory; pieces of the same rows are read from the disk once."""
-        key = f"{piece.parameter}{piece.rows}"
+    def loaded(self, slice_: ParameterSlice) -> ParameterSlice:
+        """Return a slice with its weights in memory; slices of the same rows are read from the disk once."""
+        key = f"{slice_.parameter}{slice_.rows}"
         if key not in self._last:
             self._last.clear()
-            self._last[key] = self.rows(piece)
-        return piece.within(self._last[key])
+            self._last[key] = self.rows(slice_)
+        return slice_.within(self._last[key])
 
-    def write(self, piece: LogicalMatrix, rows: Tensor, files: Mapping[str, int]) -> None:
+    def write(self, slice_: ParameterSlice, rows: Tensor, files: Mapping[str, int]) -> None:
         """Write what `rows` would read to copies of the files, given by name and open for writing."""
-        self.places.write(piece.parameter, piece.rows, rows, files)
+        self.places.write(slice_.parameter, slice_.rows, rows, files)
 
 
-class StoredPieces(Mapping[str, LogicalMatrix]):
-    """The pieces of a checkpoint by name, each read when it is asked for."""
+class StoredSlices(Mapping[str, ParameterSlice]):
+    """The slices of a checkpoint by name, each read when it is asked for."""
 
     def __init__(self, stored: Stored) -> None:
         self.stored = stored
 
     @cached_property
-    def _all(self) -> dict[str, LogicalMatrix]:
-        return {piece.name: piece for piece in pieces(self.stored.model, strict=False)}
+    def _all(self) -> dict[str, ParameterSlice]:
+        return {slice_.name: slice_ for slice_ in parameter_slices(self.stored.model, strict=False)}
 
-    def __getitem__(self, name: str) -> LogicalMatrix:
-        """Return a piece with its weights in memory."""
+    def __getitem__(self, name: str) -> ParameterSlice:
+        """Return a slice with its weights in memory."""
         return self.stored.loaded(self._all[name])
 
     def __iter__(self) -> Iterator[str]:
@@ -101,10 +101,10 @@ class StoredPieces(Mapping[str, LogicalMatrix]):
         return iter(self._all)
 
     def __len__(self) -> int:
-        """Count the pieces."""
+        """Count the slices."""
         return len(self._all)
 
 
-def finite(piece: LogicalMatrix) -> bool:
-    """Tell whether a piece in memory holds neither NaN nor infinity."""
-    return bool(torch.isfinite(piece.read()).all())
+def finite(slice_: ParameterSlice) -> bool:
+    """Tell whether a slice in memory holds neither NaN nor infinity."""
+    return bool(torch.isfinite(slice_.read()).all())

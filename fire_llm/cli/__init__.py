@@ -60,7 +60,7 @@ def _leaving() -> AbstractContextManager[None]:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    from fire_llm.experiment.recipe import load_cells, recipe_schema
+    from fire_llm.experiment.recipe import load_trials, recipe_schema
 
     if arguments.schema:
         print(json.dumps(recipe_schema(), indent=1))
@@ -69,13 +69,13 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("check: name a RECIPE, such as demo or a YAML file")
     from fire_llm.experiment.estimate import print_plan
 
-    cells = load_cells(arguments.recipe, arguments.set)
-    if cells[0].name:
-        from fire_llm.experiment.sweep_report import print_cells
+    trials = load_trials(arguments.recipe, arguments.set)
+    if trials[0].name:
+        from fire_llm.experiment.sweep_report import print_trials
 
-        print_cells(cells, Path("runs") / cells[0].recipe.name)
+        print_trials(trials, Path("runs") / trials[0].recipe.name)
     else:
-        print_plan(cells[0].recipe)
+        print_plan(trials[0].recipe)
 
 
 def _run(arguments: argparse.Namespace) -> int | None:
@@ -115,7 +115,7 @@ def _launch(arguments: argparse.Namespace) -> Launch | None:
         return None
     if arguments.workers is not None:
         raise UserError(
-            "--workers trains several units at once, --num-processes one on several processes: give one of the two"
+            "--workers trains several stages at once, --num-processes one on several processes: give one of the two"
         )
     return prepare(arguments.num_processes, arguments.accelerate_config)
 

@@ -44,13 +44,13 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--dry-run", action="store_true", help="print the plan, run nothing")
     _launch_arguments(run)
 
-    sweep = verb("sweep", "run a recipe for every point of a grid, with workers that share the units out")
+    sweep = verb("sweep", "run a recipe for every point of a grid, with workers that share the stages out")
     _recipe_arguments(sweep)
     sweep.add_argument(
         "--grid", action="append", default=[], metavar="KEY=[…]", help="sweep a key over these values (repeatable)"
     )
     sweep.add_argument("--output", metavar="DIR", help="the sweep's folder (runs/NAME)")
-    sweep.add_argument("--dry-run", action="store_true", help="print the cells and their units, run nothing")
+    sweep.add_argument("--dry-run", action="store_true", help="print the trials and their stages, run nothing")
     _launch_arguments(sweep)
     for training in (run, sweep):
         training.add_argument("--arm", action="append", default=[], metavar="NAME", help="only this arm (repeatable)")
@@ -148,9 +148,9 @@ def _launch_arguments(verb: argparse.ArgumentParser) -> None:
         "--workers",
         type=int,
         metavar="N",
-        help="processes that train units side by side (one a GPU; on a CPU one a core where the model is small)",
+        help="processes that train stages side by side (one a GPU; on a CPU one a core where the model is small)",
     )
     verb.add_argument(
-        "--num-processes", type=int, metavar="N", help="processes that train each unit together (one, here)"
+        "--num-processes", type=int, metavar="N", help="processes that train each stage together (one, here)"
     )
     verb.add_argument("--accelerate-config", metavar="FILE", help="accelerate's settings: FSDP2, several machines")

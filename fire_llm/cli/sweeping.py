@@ -9,28 +9,28 @@ from fire_llm.core.launch import Launch, first_rank, report_failure, start
 
 
 def sweep(arguments: argparse.Namespace, launch: Launch | None, again: list[str]) -> int:
-    """Run the cells of a sweep, or print them; `again` is the command line of each of several ranks."""
-    from fire_llm.experiment.recipe import load_cells
+    """Run the trials of a sweep, or print them; `again` is the command line of each of several ranks."""
+    from fire_llm.experiment.recipe import load_trials
 
-    cells = load_cells(arguments.recipe, arguments.set, arguments.grid)
-    folder = Path(arguments.output or Path("runs") / cells[0].recipe.name)
+    trials = load_trials(arguments.recipe, arguments.set, arguments.grid)
+    folder = Path(arguments.output or Path("runs") / trials[0].recipe.name)
     if arguments.dry_run:
-        from fire_llm.experiment.sweep_report import print_cells
+        from fire_llm.experiment.sweep_report import print_trials
 
-        print_cells(cells, folder, arguments.arm)
+        print_trials(trials, folder, arguments.arm)
         return 0
     if launch is not None and not launch.alone:
         from fire_llm.core.hardware import resolve_precision
         from fire_llm.experiment.stages import check_processes
 
-        for cell in cells:
-            check_processes(cell.recipe, launch.processes, arguments.arm)
-        return start(launch, again, resolve_precision(cells[0].recipe.precision))
+        for trial in trials:
+            check_processes(trial.recipe, launch.processes, arguments.arm)
+        return start(launch, again, resolve_precision(trials[0].recipe.precision))
     from fire_llm.experiment.run import run_sweep
     from fire_llm.experiment.sweep_report import show
 
     workers = arguments.workers if launch is None else 1
-    done = run_sweep(cells, folder, arms=arguments.arm, workers=workers)
+    done = run_sweep(trials, folder, arms=arguments.arm, workers=workers)
     if first_rank():
         show(done, folder)
     if done.failures:

@@ -88,7 +88,7 @@ def asked() -> int:
     return _asked.number or 0
 
 
-def wait_for_step(near: bool) -> None:
+def set_step_near(near: bool) -> None:
     """Say whether a step's end is near, where `asked` is looked at; elsewhere a signal ends the work at once."""
     if not handled() or threading.current_thread() is not threading.main_thread():
         return

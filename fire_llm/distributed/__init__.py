@@ -1,35 +1,43 @@
-"""Who computes what when a model lives on many ranks, and how the results get home."""
+"""Who computes what when a model lives on many ranks, and how the results get back."""
 
 from __future__ import annotations
 
-from fire_llm.distributed.agree import MEETING_SECONDS, active, gather_objects, is_first, meet
-from fire_llm.distributed.balance import assign, cost, makespan, rounds, split_cost, splits, worthwhile
+from fire_llm.distributed.agree import AGREE_SECONDS, active, agree, gather_objects, is_first
+from fire_llm.distributed.balance import assign, buckets, cost, makespan, split_cost, splits, worthwhile
 from fire_llm.distributed.joining import PATIENCE, join, leaving, ranks
-from fire_llm.distributed.placement import Block, Home, blocks_of, fsdp_modules, home_of, make_current, refuse_engines
-from fire_llm.distributed.redistribute import Exchange
+from fire_llm.distributed.placement import (
+    Block,
+    Placement,
+    blocks_of,
+    fsdp_modules,
+    make_current,
+    placement_of,
+    refuse_engines,
+)
+from fire_llm.distributed.redistribute import Redistribution
 
 __all__ = [
-    "MEETING_SECONDS",
+    "AGREE_SECONDS",
     "PATIENCE",
     "Block",
-    "Exchange",
-    "Home",
+    "Placement",
+    "Redistribution",
     "active",
+    "agree",
     "assign",
     "blocks_of",
+    "buckets",
     "cost",
     "fsdp_modules",
     "gather_objects",
-    "home_of",
     "is_first",
     "join",
     "leaving",
     "make_current",
     "makespan",
-    "meet",
+    "placement_of",
     "ranks",
     "refuse_engines",
-    "rounds",
     "split_cost",
     "splits",
     "worthwhile",

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from fire_llm.core.errors import UserError
 
-MEETING_SECONDS = 300.0
+AGREE_SECONDS = 300.0
 """How long a rank waits for the others before it says who is missing."""
 
 _GRACE = 10.0  # the first rank speaks for all; the others give it this much longer to do so
@@ -30,7 +30,7 @@ def is_first() -> bool:
     return not active() or dist.get_rank() == 0
 
 
-def meet(group: Any, request: str, fault: str | None, seconds: float = MEETING_SECONDS) -> None:
+def agree(group: Any, request: str, fault: str | None, seconds: float = AGREE_SECONDS) -> None:
     """Return when every rank of the group is here, with the same request and without a fault.
 
     Collectives are not used: a rank that never comes would leave them hanging. The store that the ranks found each

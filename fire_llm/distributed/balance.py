@@ -58,7 +58,7 @@ def makespan(costs: Sequence[int], owners: Sequence[int], ranks: int) -> int:
     return max(loads)
 
 
-def rounds(sizes: Sequence[int], owners: Sequence[int], ranks: int, limit: int = ROUND_BYTES) -> list[list[int]]:
+def buckets(sizes: Sequence[int], owners: Sequence[int], ranks: int, limit: int = ROUND_BYTES) -> list[list[int]]:
     """Part the jobs into rounds, in each of which every owner takes the next of its jobs that fit `limit` together.
 
     Args:

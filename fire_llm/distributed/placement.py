@@ -16,7 +16,7 @@ from fire_llm.distributed.balance import cost
 
 
 @dataclass(frozen=True)
-class Home:
+class Placement:
     """Hold the ranks that share a parameter: R replicas of S shards along the first axis, cut as `torch.chunk` does."""
 
     replicas: Any = field(default=None, compare=False)
@@ -24,11 +24,11 @@ class Home:
     shards: Any = field(default=None, compare=False)
     """Process group of the ranks that hold the other shards; None where this one holds whole parameters."""
     members: tuple[tuple[int, ...], ...] = ()
-    """The global ranks of both, which tell one home from another."""
+    """The global ranks of both, which tell one placement from another."""
 
     @classmethod
-    def of(cls, replicas: Any = None, shards: Any = None) -> Home:
-        """Make the home of two process groups, either of which may be None."""
+    def of(cls, replicas: Any = None, shards: Any = None) -> Placement:
+        """Make the placement of two process groups, either of which may be None."""
         groups = (replicas, shards)
         return cls(replicas, shards, tuple(tuple(dist.get_process_group_ranks(g)) if g else () for g in groups))
 
@@ -83,7 +83,7 @@ class Block:
     rows: range
     """Along its first axis."""
     members: tuple[int, ...]
-    """The pieces in it, as indices of the list that the blocks were made from."""
+    """The slices in it, as indices of the list that the blocks were made from."""
     cost: int
     """See `sharing.cost`; zero where nothing is expensive."""
 
@@ -103,7 +103,7 @@ class Block:
         return len(self.rows) * self.row_bytes
 
 
-def home_of(tensor: Any, group: Any = None) -> Home | None:
+def placement_of(tensor: Any, group: Any = None) -> Placement | None:
     """Return where a parameter lives; None where its placement has no plan of its own (tensor parallelism, say).
 
     Args:
@@ -112,7 +112,11 @@ def home_of(tensor: Any, group: Any = None) -> Home | None:
     """
     placements = getattr(tensor, "placements", None)
     if placements is None:
-        return Home.of(replicas=group or dist.group.WORLD) if active() and dist.get_world_size(group) > 1 else Home()
+        return (
+            Placement.of(replicas=group or dist.group.WORLD)
+            if active() and dist.get_world_size(group) > 1
+            else Placement()
+        )
     mesh = tensor.device_mesh
     found: dict[str, Any] = {}
     for dim, placement in enumerate(placements):
@@ -124,21 +128,21 @@ def home_of(tensor: Any, group: Any = None) -> Home | None:
         if kind is None or kind in found:
             return None
         found[kind] = mesh.get_group(dim)
-    return Home.of(**found)
+    return Placement.of(**found)
 
 
-def blocks_of(pieces: Sequence[Rows], expensive: Sequence[bool]) -> list[Block]:
-    """Group pieces by the rows of the parameter that they lie in, in the order of the pieces.
+def blocks_of(slices: Sequence[Rows], expensive: Sequence[bool]) -> list[Block]:
+    """Group slices by the rows of the parameter that they lie in, in the order of the slices.
 
     Args:
-        pieces: Of one home or several.
-        expensive: Whether the work on each piece is worth counting.
+        slices: Of one placement or several.
+        expensive: Whether the work on each slice is worth counting.
     """
     found: dict[tuple[int, range], list[int]] = {}
-    for index, piece in enumerate(pieces):
-        found.setdefault((id(piece.tensor), piece.rows), []).append(index)
+    for index, slice_ in enumerate(slices):
+        found.setdefault((id(slice_.tensor), slice_.rows), []).append(index)
     return [
-        Block(pieces[m[0]].tensor, rows, tuple(m), sum(cost(pieces[i].shape) for i in m if expensive[i]))
+        Block(slices[m[0]].tensor, rows, tuple(m), sum(cost(slices[i].shape) for i in m if expensive[i]))
         for (_, rows), m in found.items()
     ]
 

@@ -1,4 +1,4 @@
-"""Bring the blocks of one home to their owners, a bounded round at a time, and what became of them back.
+"""Bring the blocks of one placement to their owners, a bounded round at a time, and what became of them back.
 
     shards ─ all_to_all ─▶ owner ─ compute ─▶ owner ─ all_to_all ─▶ shards ─ all_gather ─▶ replicas
 
@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fire_llm.distributed.agree import wire_device
-from fire_llm.distributed.balance import ROUND_BYTES, assign, rounds
-from fire_llm.distributed.placement import Block, Home
+from fire_llm.distributed.balance import ROUND_BYTES, assign, buckets
+from fire_llm.distributed.placement import Block, Placement
 
 _ALIGN = 16
 _Segment = tuple[Block, range]
@@ -35,40 +35,40 @@ class _Transfer:
     segments: list[_Segment]
 
 
-class Exchange:
+class Redistribution:
     """Iterate over rounds; each gives [(block, tensor)] for the blocks that this rank owns in it, to be written into.
 
     A tensor has the block's shape and dtype. Where this rank holds the whole parameter it is the parameter's own
     memory, else a copy. What stands in it when the next round is asked for goes back to every rank that holds it.
-    While a round is computed, the next is fetched and the one before returned. Every rank of the home must iterate to
-    the end.
+    While a round is computed, the next is fetched and the one before returned. Every rank of the placement must iterate
+    to the end.
 
     Args:
-        home: Where the blocks live.
+        placement: Where the blocks live.
         blocks: The same on every rank, in the same order.
         limit: Bytes that an owner takes on in a round.
     """
 
-    def __init__(self, home: Home, blocks: Sequence[Block], limit: int = ROUND_BYTES) -> None:
-        self.home, self.blocks = home, blocks
-        ranks = home.n_replicas * home.n_shards
+    def __init__(self, placement: Placement, blocks: Sequence[Block], limit: int = ROUND_BYTES) -> None:
+        self.placement, self.blocks = placement, blocks
+        ranks = placement.n_replicas * placement.n_shards
         # The dearest first, so that the rounds of all owners weigh alike.
         order = sorted(range(len(blocks)), key=lambda i: (-blocks[i].cost, -blocks[i].n_bytes, i))
         owners = assign([blocks[i].cost or blocks[i].n_bytes for i in order], ranks)
-        parted = rounds([blocks[i].n_bytes for i in order], owners, ranks, limit)
-        self.rounds = [[(blocks[order[job]], owners[job]) for job in jobs] for jobs in parted]
-        self.replica, self.shard = home.replica, home.shard
+        parted = buckets([blocks[i].n_bytes for i in order], owners, ranks, limit)
+        self.buckets = [[(blocks[order[job]], owners[job]) for job in jobs] for jobs in parted]
+        self.replica, self.shard = placement.replica, placement.shard
 
     @property
     def mine(self) -> list[Block]:
         """Give every block that this rank owns."""
-        return [block for this in self.rounds for block in self._owned(this, self.replica, self.shard)]
+        return [block for this in self.buckets for block in self._owned(this, self.replica, self.shard)]
 
     def __iter__(self) -> Iterator[list[tuple[Block, Tensor]]]:
-        arriving = self._fetch(self.rounds[0]) if self.rounds else None
+        arriving = self._fetch(self.buckets[0]) if self.buckets else None
         leaving: Callable[[], None] | None = None
-        for number, this in enumerate(self.rounds):
-            ahead = self._fetch(self.rounds[number + 1]) if number + 1 < len(self.rounds) else None
+        for number, this in enumerate(self.buckets):
+            ahead = self._fetch(self.buckets[number + 1]) if number + 1 < len(self.buckets) else None
             mine = self._assemble(this, arriving)
             yield mine
             if leaving is not None:
@@ -81,11 +81,11 @@ class Exchange:
     # ---- which segments go where
 
     def _owned(self, this: list[tuple[Block, int]], replica: int, shard: int) -> list[Block]:
-        return [block for block, owner in this if owner == replica * self.home.n_shards + shard]
+        return [block for block, owner in this if owner == replica * self.placement.n_shards + shard]
 
     def _held(self, block: Block, shard: int) -> range:
         """Return the rows of a block that a shard holds."""
-        held = self.home.rows(shard, block.tensor.shape[0] if block.tensor.ndim else 1)
+        held = self.placement.rows(shard, block.tensor.shape[0] if block.tensor.ndim else 1)
         first = max(held.start, block.rows.start)
         return range(first, max(first, min(held.stop, block.rows.stop)))
 
@@ -93,13 +93,13 @@ class Exchange:
         """Return what this rank holds of each owner's blocks."""
         return [
             [(block, self._held(block, self.shard)) for block in self._owned(this, self.replica, owner)]
-            for owner in range(self.home.n_shards)
+            for owner in range(self.placement.n_shards)
         ]
 
     def _inward(self, this: list[tuple[Block, int]]) -> list[list[_Segment]]:
         """Return what each shard holds of this rank's blocks."""
         mine = self._owned(this, self.replica, self.shard)
-        return [[(block, self._held(block, shard)) for block in mine] for shard in range(self.home.n_shards)]
+        return [[(block, self._held(block, shard)) for block in mine] for shard in range(self.placement.n_shards)]
 
     def _slab(self, block: Block, rows: range) -> Tensor:
         """Return rows of a block in this rank's own memory."""
@@ -107,13 +107,13 @@ class Exchange:
         local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         if not local.ndim:
             return local
-        first = self.home.rows(self.shard, tensor.shape[0]).start
+        first = self.placement.rows(self.shard, tensor.shape[0]).start
         return local[rows.start - first : rows.stop - first]
 
     # ---- shards to owners and back
 
     def _fetch(self, this: list[tuple[Block, int]]) -> _Transfer | None:
-        if self.home.shards is None:
+        if self.placement.shards is None:
             return None
         send, receive = self._outward(this), self._inward(this)
         return self._all_to_all(send, receive, self._slab)
@@ -129,7 +129,7 @@ class Exchange:
 
     def _give_back(self, this: list[tuple[Block, int]], mine: list[tuple[Block, Tensor]]) -> Callable[[], None]:
         """Send results on their way; the returned function waits for them and puts them in place."""
-        if self.home.shards is None:
+        if self.placement.shards is None:
             gathering = self._gather(this)
             return lambda: self._spread(gathering)
         whole = {id(block): tensor for block, tensor in mine}
@@ -147,12 +147,12 @@ class Exchange:
     def _all_to_all(
         self, send: list[list[_Segment]], receive: list[list[_Segment]], source: Callable[[Block, range], Tensor]
     ) -> _Transfer:
-        device = wire_device(self.home.shards, _device([*send, *receive], self.blocks))
+        device = wire_device(self.placement.shards, _device([*send, *receive], self.blocks))
         segments = [s for shard in receive for s in shard]
         sent = _pack([s for shard in send for s in shard], source, device)
         buffer = torch.empty(sum(map(_size, receive)), dtype=torch.uint8, device=device)
         work = dist.all_to_all_single(
-            buffer, sent, [*map(_size, receive)], [*map(_size, send)], group=self.home.shards, async_op=True
+            buffer, sent, [*map(_size, receive)], [*map(_size, send)], group=self.placement.shards, async_op=True
         )
         return _Transfer(work, buffer, sent, segments)
 
@@ -160,21 +160,21 @@ class Exchange:
 
     def _gather(self, this: list[tuple[Block, int]]) -> tuple[_Transfer, list[list[_Segment]]] | None:
         """Start giving every replica what the others computed, each replica's part padded to the largest."""
-        if self.home.replicas is None:
+        if self.placement.replicas is None:
             return None
         parts = [
             [
                 (block, self._held(block, self.shard))
-                for shard in range(self.home.n_shards)
+                for shard in range(self.placement.n_shards)
                 for block in self._owned(this, replica, shard)
             ]
-            for replica in range(self.home.n_replicas)
+            for replica in range(self.placement.n_replicas)
         ]
         largest = max(map(_size, parts))
-        device = wire_device(self.home.replicas, _device(parts, self.blocks))
+        device = wire_device(self.placement.replicas, _device(parts, self.blocks))
         sent = _pack(parts[self.replica], self._slab, device, largest)
-        buffer = torch.empty(largest * self.home.n_replicas, dtype=torch.uint8, device=device)
-        work = _all_gather(buffer, sent, group=self.home.replicas, async_op=True)
+        buffer = torch.empty(largest * self.placement.n_replicas, dtype=torch.uint8, device=device)
+        work = _all_gather(buffer, sent, group=self.placement.replicas, async_op=True)
         return _Transfer(work, buffer, sent, []), parts
 
     def _spread(self, gathering: tuple[_Transfer, list[list[_Segment]]] | None) -> None:

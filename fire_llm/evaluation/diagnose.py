@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fire_llm.architectures.matrices import LogicalMatrix, logical_matrices, plain_name, unwrap
+from fire_llm.architectures.matrices import ParameterSlice, logical_matrices, plain_name, unwrap
 from fire_llm.core.errors import UserError
 from fire_llm.distributed import refuse_engines
 from fire_llm.evaluation.network import Network, down_projections, sample, undisturbed
@@ -208,7 +208,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _distances(
-    matrices: Sequence[LogicalMatrix], reference: nn.Module | Mapping[str, Tensor] | None
+    matrices: Sequence[ParameterSlice], reference: nn.Module | Mapping[str, Tensor] | None
 ) -> tuple[list[float], float | None]:
     """Return the DfI of every matrix, and their total SFE; shards are gathered, one parameter at a time."""
     if isinstance(reference, nn.Module):

@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from fire_llm.architectures.context import choose_context
 from fire_llm.architectures.lookup import Lookup
-from fire_llm.architectures.matrices import LogicalMatrix, logical_matrices
+from fire_llm.architectures.matrices import ParameterSlice, logical_matrices
 from fire_llm.core.errors import UserError
 from fire_llm.distributed import fsdp_modules
 from fire_llm.evaluation.precision import attention_among, evaluating, own_precision
@@ -144,14 +144,14 @@ def down_projections(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, 
     config: Any = model.config
     width = config.get_text_config().hidden_size
     lookup = Lookup(model)
-    blocks: dict[int, list[LogicalMatrix]] = {}
+    blocks: dict[int, list[ParameterSlice]] = {}
     for matrix in logical_matrices(model, ["mlp"]):
-        blocks.setdefault(id(lookup.site(matrix.parameter).block), []).append(matrix)
+        blocks.setdefault(id(lookup.location(matrix.parameter).block), []).append(matrix)
     found: dict[str, nn.Module] = {}
     missing: dict[str, list[str]] = {}
     for matrices in blocks.values():
         down = {m.parameter: m for m in matrices if _is_down(m, matrices, width)}
-        stacked = any(m.cut is not None and m.cut.index is not None for m in matrices)
+        stacked = any(m.spec is not None and m.spec.index is not None for m in matrices)
         if stacked or len(down) != 1:
             reason = (
                 "experts stacked in one parameter, whose units no module reads"
@@ -161,10 +161,10 @@ def down_projections(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, 
             missing.setdefault(reason, []).append(matrices[-1].parameter)
         else:
             name = next(iter(down))
-            found[name] = lookup.site(name).owner
+            found[name] = lookup.location(name).owner
     return found, missing
 
 
-def _is_down(matrix: LogicalMatrix, block: list[LogicalMatrix], width: int) -> bool:
+def _is_down(matrix: ParameterSlice, block: list[ParameterSlice], width: int) -> bool:
     out, inner = matrix.shape
     return out == width != inner and any(other.shape[0] == inner for other in block)

@@ -22,25 +22,25 @@ from fire_llm.core.hardware import resolve_precision
 from fire_llm.evaluation.diagnose import LOG_PREFIX
 from fire_llm.evaluation.measurement import first_token, token_text
 from fire_llm.experiment.recipe import Recipe
-from fire_llm.experiment.stages import Unit, final_checkpoint, labelled_checkpoint
+from fire_llm.experiment.stages import Stage, final_checkpoint, labelled_checkpoint
 from fire_llm.models import describe, model_on_meta
+from fire_llm.training.loss_jump import loss_jump
 from fire_llm.training.nonfinite import SKIPPED
 from fire_llm.training.recycling import RECYCLED
-from fire_llm.training.spike import spike
-from fire_llm.training.telemetry import MEASURES
+from fire_llm.training.throughput import MEASURES
 
 SCHEMA_VERSION = 1
 
 
-def collect(recipe: Recipe, units: list[Unit], folder: Path, bench: Any) -> dict[str, Any]:
-    """Read the results of every finished unit off its checkpoints (schema: docs/results-schema.md)."""
-    finished = [u for u in units if final_checkpoint(folder / u.folder)]
+def collect(recipe: Recipe, stages: list[Stage], folder: Path, bench: Any) -> dict[str, Any]:
+    """Read the results of every finished stage off its checkpoints (schema: docs/results-schema.md)."""
+    finished = [u for u in stages if final_checkpoint(folder / u.folder)]
     armed = [phase for phase in recipe.phases if phase.arms]
     last = armed[-1] if armed else None
     compared = [u for u in finished if last is not None and u.phase.name == last.name]
-    arms: dict[str, list[Unit]] = {}
-    for unit in compared:
-        arms.setdefault(unit.arm or "", []).append(unit)
+    arms: dict[str, list[Stage]] = {}
+    for stage in compared:
+        arms.setdefault(stage.arm or "", []).append(stage)
     model = model_on_meta(bench.config)
     heaviest = {p.name: max(p.data, key=p.data.__getitem__) for p in recipe.phases}
     return {
@@ -63,11 +63,11 @@ def collect(recipe: Recipe, units: list[Unit], folder: Path, bench: Any) -> dict
             for name in recipe.corpus_names()
         },
         "measured": _measured(recipe, bench),
-        "phases": [_unit_results(recipe, u, folder, bench) for u in finished if u not in compared],
+        "phases": [_stage_results(recipe, u, folder, bench) for u in finished if u not in compared],
         "arms_phase": last.name if last else None,
         "first_corpus": heaviest[recipe.phases[0].name],
         "new_corpus": heaviest[(last or recipe.phases[-1]).name],
-        "arms": {name: _arm_results(recipe, units, folder, bench) for name, units in arms.items()},
+        "arms": {name: _arm_results(recipe, stages, folder, bench) for name, stages in arms.items()},
     }
 
 
@@ -88,18 +88,18 @@ def _trained(recipe: Recipe) -> set[str]:
     return {name for phase in recipe.phases for name in phase.data}
 
 
-def _unit_results(recipe: Recipe, unit: Unit, folder: Path, bench: Any) -> dict[str, Any]:
-    path = folder / unit.folder
+def _stage_results(recipe: Recipe, stage: Stage, folder: Path, bench: Any) -> dict[str, Any]:
+    path = folder / stage.folder
     final = final_checkpoint(path)
     assert final is not None
     state = json.loads((final / "trainer_state.json").read_text(encoding="utf-8"))
     own = json.loads((final / CONTINUAL_STATE).read_text(encoding="utf-8"))
-    per_step = unit.spec["batch"]["tokens_per_step"]
+    per_step = stage.spec["batch"]["tokens_per_step"]
     curve = _curve(state["log_history"], per_step)
     result = {
-        "phase": unit.phase.name,
-        "arm": unit.arm,
-        "seed": unit.seed,
+        "phase": stage.phase.name,
+        "arm": stage.arm,
+        "seed": stage.seed,
         "start": None,
         "steps": state["global_step"],
         "tokens_per_step": per_step,
@@ -107,7 +107,7 @@ def _unit_results(recipe: Recipe, unit: Unit, folder: Path, bench: Any) -> dict[
         "batches_hash": f"{own['batches_hash'] & (2**64 - 1):016x}",
         "checkpoint": str(final.relative_to(folder)),
         "curve": curve,
-        "diagnosed_on": recipe.diagnosed(unit.phase) if recipe.evaluate.diagnostics_every_steps else None,
+        "diagnosed_on": recipe.diagnosed(stage.phase) if recipe.evaluate.diagnostics_every_steps else None,
         "final": next(entry["eval"] for entry in reversed(curve) if entry["eval"]),
         "speed": [
             {"step": log["step"], **{measure: log.get(measure) for measure in MEASURES}}
@@ -117,13 +117,13 @@ def _unit_results(recipe: Recipe, unit: Unit, folder: Path, bench: Any) -> dict[
         "skipped_steps": max((log.get(SKIPPED, 0) for log in state["log_history"]), default=0),
         "recycled": max((log.get(RECYCLED, 0) for log in state["log_history"]), default=0),
     }
-    if unit.parent is not None:
-        origin = labelled_checkpoint(folder / unit.parent.folder, unit.start)
+    if stage.parent is not None:
+        origin = labelled_checkpoint(folder / stage.parent.folder, stage.start)
         step = step_of(origin)
-        parent = {"phase": unit.parent.phase.name, "arm": unit.parent.arm}
-        result["start"] = {**parent, "checkpoint": unit.start, "step": step}
-        if unit.arm:
-            result["spike"] = _spike(measured_nll(origin), curve, bench.config.get_text_config().vocab_size)
+        parent = {"phase": stage.parent.phase.name, "arm": stage.parent.arm}
+        result["start"] = {**parent, "checkpoint": stage.start, "step": step}
+        if stage.arm:
+            result["spike"] = _loss_jump(measured_nll(origin), curve, bench.config.get_text_config().vocab_size)
     if (path / "reset.json").exists():
         result["reset"] = json.loads((path / "reset.json").read_text(encoding="utf-8"))
     return result
@@ -136,7 +136,7 @@ def measured_nll(checkpoint: Path) -> dict[str, float]:
     return {corpus: measures["nll"] for entry in entries for corpus, measures in entry["eval"].items()}
 
 
-def _spike(before: dict[str, float], curve: list[dict[str, Any]], vocabulary: int) -> dict[str, Any]:
+def _loss_jump(before: dict[str, float], curve: list[dict[str, Any]], vocabulary: int) -> dict[str, Any]:
     """Return, by corpus, what the reset did to the loss, and the first evaluated step at which that was made good."""
     evaluated = [entry for entry in curve if entry["eval"]]
     found = {}
@@ -144,7 +144,7 @@ def _spike(before: dict[str, float], curve: list[dict[str, Any]], vocabulary: in
         after = next((e["eval"][corpus]["nll"] for e in evaluated if e["step"] == 0 and corpus in e["eval"]), None)
         if after is not None:
             regained = (e["step"] for e in evaluated if corpus in e["eval"] and e["eval"][corpus]["nll"] <= nll)
-            found[corpus] = {**spike(nll, after, vocabulary), "regained_at_step": next(regained, None)}
+            found[corpus] = {**loss_jump(nll, after, vocabulary), "regained_at_step": next(regained, None)}
     return found
 
 
@@ -176,11 +176,11 @@ def _split_key(key: str) -> tuple[str, str]:
     return key, ""
 
 
-def _arm_results(recipe: Recipe, units: list[Unit], folder: Path, bench: Any) -> dict[str, Any]:
-    runs = [_unit_results(recipe, unit, folder, bench) for unit in units]
+def _arm_results(recipe: Recipe, stages: list[Stage], folder: Path, bench: Any) -> dict[str, Any]:
+    runs = [_stage_results(recipe, stage, folder, bench) for stage in stages]
     finals = {c: [run["final"][c] for run in runs] for c in runs[0]["final"]}
     return {
-        "label": "; ".join(r.label() for r in units[0].resets),
+        "label": "; ".join(r.label() for r in stages[0].resets),
         "final": {c: mean_scores(values) for c, values in finals.items()},
         "curve": _mean_curve([run["curve"] for run in runs]),
         "runs": runs,

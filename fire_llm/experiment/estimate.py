@@ -17,7 +17,7 @@ from fire_llm.core.flops import PEAK_FLOPS, flops_per_token
 from fire_llm.core.hardware import resolve_precision
 from fire_llm.experiment.recipe import OptimizerSection, PhaseSection, Recipe, optimizer_of
 from fire_llm.experiment.stages import (
-    Unit,
+    Stage,
     config_of,
     context_of,
     corpus_of,
@@ -52,7 +52,7 @@ LOGITS_HELD = 2**29
 
 
 def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] = ()) -> dict[str, Any]:
-    """Return the plan as data: the units with steps, tokens and FLOPs, and the totals.
+    """Return the plan as data: the stages with steps, tokens and FLOPs, and the totals.
 
     Steps counted in epochs are estimated from the bytes of the corpora; None where those are not known.
 
@@ -67,35 +67,35 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
     parameters = sum(p.numel() for p in model.parameters())
     # Where a token's operations are not counted exactly (experts, state spaces), 6 a parameter is not too few.
     flops_a_token = flops_per_token(model, context_of(recipe, config)) or 6 * parameters
-    units = select(expand(recipe), arms)
-    if recycling := [r for unit in units for r in unit.resets if r.kind == "recycling"]:
+    stages = select(expand(recipe), arms)
+    if recycling := [r for stage in stages for r in stage.resets if r.kind == "recycling"]:
         from fire_llm.training.recycling import hidden_layers  # the trainer takes seconds to import
 
         for spec in recycling:
             hidden_layers(model, spec)
     rows: list[dict[str, Any]] = []
-    for unit in units:
-        steps = _steps(recipe, unit)
+    for stage in stages:
+        steps = _steps(recipe, stage)
         tokens = steps * recipe.batch.tokens_per_step if steps is not None else None
         rows.append(
             {
-                "unit": unit.folder,
-                "reset": "; ".join(r.label() for r in unit.resets) or "-",
+                "stage": stage.folder,
+                "reset": "; ".join(r.label() for r in stage.resets) or "-",
                 "steps": steps,
-                "estimated": unit.phase.epochs is not None,
+                "estimated": stage.phase.epochs is not None,
                 "tokens": tokens,
                 "flops": tokens * flops_a_token if tokens is not None else None,
-                "state": state_of(folder / unit.folder),
+                "state": state_of(folder / stage.folder),
             }
         )
-    kept = sum(1 + len(u.phase.keep) for u in units)
+    kept = sum(1 + len(u.phase.keep) for u in stages)
     return {
         "model": describe(model),
         "precision": resolve_precision(recipe.precision),
         "optimizer": _optimizer(recipe.optimizer, model),
         "schedule": _schedule(recipe.optimizer),
         "own": [own for phase in recipe.phases if (own := _own(recipe, phase, model))],
-        "units": rows,
+        "stages": rows,
         "machines": _machines(recipe, config, parameters, sum(row["flops"] or 0 for row in rows)),
         "disk_bytes": kept * parameters * BYTES_A_PARAMETER,
         "memory_bytes": parameters * TRAINING_BYTES,
@@ -151,7 +151,7 @@ def _optimizer(section: OptimizerSection, model: Any) -> str:
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     hidden = hidden_matrices(model)
     own = sum(sizes[name] for name in hidden)
-    stacks = {p.parameter for p in logical_matrices(model) if p.cut is not None and p.cut.index is not None}
+    stacks = {p.parameter for p in logical_matrices(model) if p.spec is not None and p.spec.index is not None}
     among = f", {len(stacks)} stacks of experts among them" if stacks else ""
     rest = sum(sizes.values()) - own
     emulated = not torch.accelerator.is_available() and not hardware.cpu_has_bf16()
@@ -173,19 +173,19 @@ def _schedule(section: OptimizerSection) -> str:
     return f"{section.schedule}: {', '.join(parts)}"
 
 
-def _steps(recipe: Recipe, unit: Unit) -> int | None:
-    if unit.phase.epochs is None:
-        return phase_steps(unit.phase, recipe.batch.tokens_per_step, 0)
-    sizes = [corpus_of(recipe, name).approximate_bytes for name in unit.phase.data]
+def _steps(recipe: Recipe, stage: Stage) -> int | None:
+    if stage.phase.epochs is None:
+        return phase_steps(stage.phase, recipe.batch.tokens_per_step, 0)
+    sizes = [corpus_of(recipe, name).approximate_bytes for name in stage.phase.data]
     if any(size is None for size in sizes):
         return None
-    limit = unit.phase.max_corpus_tokens or math.inf
+    limit = stage.phase.max_corpus_tokens or math.inf
     total = int(sum(min((size or 0) / BYTES_A_TOKEN, limit) for size in sizes))
-    return phase_steps(unit.phase, recipe.batch.tokens_per_step, total)
+    return phase_steps(stage.phase, recipe.batch.tokens_per_step, total)
 
 
 def state_of(folder: Path) -> str:
-    """Say how far a unit is."""
+    """Say how far a stage is."""
     if final_checkpoint(folder) is not None:
         return "finished"
     whole = checkpoints(folder)
@@ -200,16 +200,16 @@ def print_plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[
     planned = plan(recipe, output, arms)
     console = Console()
     table = Table(box=None, pad_edge=False)
-    for column in ("unit", "reset"):
+    for column in ("stage", "reset"):
         table.add_column(column, overflow="fold")
     for column in ("steps", "tokens", "FLOPs"):
         table.add_column(column, justify="right")
     table.add_column("state")
-    for row in planned["units"]:
+    for row in planned["stages"]:
         steps = "by corpus size" if row["steps"] is None else f"{'≈ ' if row['estimated'] else ''}{row['steps']:,}"
         tokens = "" if row["tokens"] is None else f"{row['tokens']:,}"
         table.add_row(
-            row["unit"], row["reset"], steps, tokens, f"{row['flops']:.2g}" if row["flops"] else "", row["state"]
+            row["stage"], row["reset"], steps, tokens, f"{row['flops']:.2g}" if row["flops"] else "", row["state"]
         )
     console.print(f"recipe {recipe.name}: no fault found")
     console.print(f"model: {planned['model']}; precision {planned['precision']}; seeds {recipe.seed}")
@@ -219,7 +219,7 @@ def print_plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[
         console.print(own)
     console.print(table)
     console.print(
-        f"{totals(planned['units'])}; "
+        f"{totals(planned['stages'])}; "
         f"disk ≈ {planned['disk_bytes'] / 1e9:.2g} GB of checkpoints; "
         f"memory ≈ {planned['memory_bytes'] / 1e9:.2g} GB a process, without activations"
     )

@@ -23,9 +23,9 @@ from fire_llm.evaluation.perplexity import Perplexity, perplexity
 from fire_llm.evaluation.scores import Scores
 from fire_llm.evaluation.statistics import BOOTSTRAP, standard_errors
 from fire_llm.experiment.recipe import Recipe, load_recipe
-from fire_llm.experiment.stages import Unit, expand, final_checkpoint, labelled_checkpoint
-from fire_llm.experiment.train import Workbench
-from fire_llm.experiment.transfer import Stage, transfer
+from fire_llm.experiment.stages import Stage, expand, final_checkpoint, labelled_checkpoint
+from fire_llm.experiment.train import RunContext
+from fire_llm.experiment.transfer import PhaseRun, transfer
 from fire_llm.models import find_device, fresh_model, load_model
 
 SCHEMA_VERSION = 1
@@ -83,15 +83,15 @@ def evaluate_run(
         UserError: For a folder that is no run or has nothing finished, an unknown corpus, or text that has changed.
     """
     folder = Path(run_dir)
-    recipe, units = _recipe_and_units(folder)
-    finished = [u for u in units if final_checkpoint(folder / u.folder)]
+    recipe, stages = _recipe_and_stages(folder)
+    finished = [u for u in stages if final_checkpoint(folder / u.folder)]
     if not finished:
         raise UserError(f"'{folder}' has no finished phase to evaluate: finish it with `fire-llm run`")
     names = _names(recipe, data)
     _refuse_changed_text(folder, finished, names)
-    bench, where = Workbench(recipe, folder, progress), find_device(device)
+    bench, where = RunContext(recipe, folder, progress), find_device(device)
     texts, left_out = _texts(bench, names, required=names if data else recipe.evaluated())
-    found, stages = rows_and_stages(recipe, folder, finished, bench)
+    found, passed = rows_and_phase_runs(recipe, folder, finished, bench)
     first = first_token(bench.tokenizer)
     matrix: dict[str, dict[str, Scores]] = {}
     rows: list[Json] = []
@@ -128,16 +128,16 @@ def evaluate_run(
             "level": LEVEL,
         },
         "left_out": left_out,
-        "unfinished": [u.folder for u in units if u not in finished],
+        "unfinished": [u.folder for u in stages if u not in finished],
         "rows": rows,
-        **transfer(matrix, stages, LEVEL),
+        **transfer(matrix, passed, LEVEL),
     }
     if is_first():
         write_json(folder / "evaluation.json", result)
     return result
 
 
-def _recipe_and_units(folder: Path) -> tuple[Recipe, list[Unit]]:
+def _recipe_and_stages(folder: Path) -> tuple[Recipe, list[Stage]]:
     """Read the recipe that a run's folder was made with.
 
     Raises:
@@ -176,23 +176,23 @@ def _names(recipe: Recipe, data: Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys(data)) if data else recipe.corpus_names()
 
 
-def _refuse_changed_text(folder: Path, finished: Sequence[Unit], names: Sequence[str]) -> None:
+def _refuse_changed_text(folder: Path, finished: Sequence[Stage], names: Sequence[str]) -> None:
     """Refuse text that is not what the run was trained with: what is held out now may have been trained on.
 
     Raises:
         UserError: Naming the corpus.
     """
-    for unit in finished:
-        before = json.loads((folder / unit.folder / "unit.json").read_text(encoding="utf-8"))["corpora"]
-        for name, now in unit.spec["corpora"].items():
+    for stage in finished:
+        before = json.loads((folder / stage.folder / "unit.json").read_text(encoding="utf-8"))["corpora"]
+        for name, now in stage.spec["corpora"].items():
             if name in names and before.get(name, now) != now:
                 raise UserError(
-                    f"corpus '{name}' has changed since '{folder / unit.folder}' was trained, so that its held-out "
+                    f"corpus '{name}' has changed since '{folder / stage.folder}' was trained, so that its held-out "
                     "text may be text that was trained on: put it back, or name other corpora with --data"
                 )
 
 
-def _texts(bench: Workbench, names: Sequence[str], required: Sequence[str]) -> tuple[dict[str, Text], dict[str, str]]:
+def _texts(bench: RunContext, names: Sequence[str], required: Sequence[str]) -> tuple[dict[str, Text], dict[str, str]]:
     """Return the held-out text of each corpus, and why others have none.
 
     Raises:
@@ -212,9 +212,9 @@ def _texts(bench: Workbench, names: Sequence[str], required: Sequence[str]) -> t
     return texts, left_out
 
 
-def rows_and_stages(
-    recipe: Recipe, folder: Path, finished: Sequence[Unit], bench: Workbench
-) -> tuple[list[Row], list[Stage]]:
+def rows_and_phase_runs(
+    recipe: Recipe, folder: Path, finished: Sequence[Stage], bench: RunContext
+) -> tuple[list[Row], list[PhaseRun]]:
     """Return the checkpoints of a run, what it began with first, and the stages between them.
 
     Args:
@@ -222,31 +222,31 @@ def rows_and_stages(
         bench: Gives the config of step-0 weights.
     """
     rows: dict[str, Row] = {}
-    stages: dict[str, Stage] = {}
+    passed: dict[str, PhaseRun] = {}
     for seed in recipe.seed:
         given = recipe.model.checkpoint
         name = given or f"init/seed-{seed}"
         load = partial(load_model, given, torch.float32) if given else partial(_fresh, bench, seed)
         rows[name] = Row(name, None, None, None if given else seed, 0, ["start" if given else "init"], load)
-    for unit in finished:
+    for stage in finished:
         own: dict[int, tuple[Path, list[str]]] = {}
-        for label in [*map(str, unit.phase.keep), "final"]:
+        for label in [*map(str, stage.phase.keep), "final"]:
             with suppress(UserError):  # a checkpoint that the recipe was told to keep after the phase had ended
-                path = labelled_checkpoint(folder / unit.folder, label)
+                path = labelled_checkpoint(folder / stage.folder, label)
                 own.setdefault(step_of(path) or 0, (path, []))[1].append(label)
         for step, (path, labels) in sorted(own.items()):
             key = str(path.relative_to(folder))
             load = partial(load_model, path, torch.float32)
-            rows[key] = Row(key, unit.phase.name, unit.arm, unit.seed, step, labels, load)
+            rows[key] = Row(key, stage.phase.name, stage.arm, stage.seed, step, labels, load)
         last = str(own[max(own)][0].relative_to(folder))
-        start = recipe.model.checkpoint or f"init/seed-{unit.seed}"
-        if unit.parent is not None:
-            start = str(labelled_checkpoint(folder / unit.parent.folder, unit.start).relative_to(folder))
-        parent = stages[unit.parent.folder] if unit.parent else None
-        names = (unit.phase.name, unit.arm, unit.seed, tuple(unit.phase.data))
-        stages[unit.folder] = Stage(*names, start, last, parent)
-    return [*rows.values()], [*stages.values()]
+        start = recipe.model.checkpoint or f"init/seed-{stage.seed}"
+        if stage.parent is not None:
+            start = str(labelled_checkpoint(folder / stage.parent.folder, stage.start).relative_to(folder))
+        parent = passed[stage.parent.folder] if stage.parent else None
+        names = (stage.phase.name, stage.arm, stage.seed, tuple(stage.phase.data))
+        passed[stage.folder] = PhaseRun(*names, start, last, parent)
+    return [*rows.values()], [*passed.values()]
 
 
-def _fresh(bench: Workbench, seed: int) -> Any:
+def _fresh(bench: RunContext, seed: int) -> Any:
     return fresh_model(bench.config, seed)

@@ -15,7 +15,7 @@ from fire_llm.core.atomic import write_json, writing
 from fire_llm.core.signals import Stopped
 from fire_llm.experiment.jobs import Failures
 from fire_llm.experiment.progress import Overview
-from fire_llm.experiment.recipe import Cell
+from fire_llm.experiment.recipe import Trial
 from fire_llm.experiment.resources import environment
 from fire_llm.experiment.worker import POLL_SECONDS, QUIET
 
@@ -29,11 +29,11 @@ _PROGRAM = (
 
 
 class Workers:
-    """Hold the processes that train the units of one command.
+    """Hold the processes that train the stages of one command.
 
     Args:
         number: Of processes.
-        cells: Whose units they train.
+        trials: Whose stages they train.
         arms: Only these, where there are any.
         output: The command's folder.
         failures: Where they tell what failed.
@@ -43,19 +43,19 @@ class Workers:
     def __init__(
         self,
         number: int,
-        cells: Sequence[Cell],
+        trials: Sequence[Trial],
         arms: Sequence[str],
         output: Path,
         failures: Failures,
         options: Mapping[str, Any],
     ) -> None:
-        self.cells, self.output, self.failures, self.options = cells, output, failures, options
+        self.trials, self.output, self.failures, self.options = trials, output, failures, options
         self.instructions = {
             "output": str(output),
             "failures": str(failures.folder),
             "arms": list(arms),
             "cells": [
-                {"name": c.name, "settings": c.settings, "recipe": c.recipe.model_dump(mode="json")} for c in cells
+                {"name": c.name, "settings": c.settings, "recipe": c.recipe.model_dump(mode="json")} for c in trials
             ],
             "options": dict(options),
         }
@@ -101,7 +101,7 @@ class Workers:
         command = [sys.executable, "-c", _PROGRAM, _PACKAGES, str(instructions), str(n), str(log)]
         with writing(self.output), log.open("a", encoding="utf-8") as file:
             self._read.append(file.tell())
-            inherited = environment(n, len(self.logs), self.cells)
+            inherited = environment(n, len(self.logs), self.trials)
             self.processes.append(
                 subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, stderr=file, env=inherited)
             )

@@ -1,4 +1,4 @@
-"""Show how far all units of a command are, whichever process trains them."""
+"""Show how far all stages of a command are, whichever process trains them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RATE_SECONDS = 60.0
 
 
 class StepReport(TrainerCallback):
-    """Write which unit this process trains and how far it is into a small file, which `Overview` reads.
+    """Write which stage this process trains and how far it is into a small file, which `Overview` reads.
 
     Args:
         path: The file, rewritten at most once in `REPORT_SECONDS`.
@@ -50,7 +50,7 @@ class StepReport(TrainerCallback):
 
 
 class Overview:
-    """Show one bar over the steps of all units, and a line when one ends; without a terminal, a line now and then.
+    """Show one bar over the steps of all stages, and a line when one ends; without a terminal, a line now and then.
 
     Args:
         jobs: What is to be trained, finished ones included.
@@ -63,9 +63,9 @@ class Overview:
         from tqdm.auto import tqdm
 
         self.reports, self.shown, self.steps = reports, shown, steps
-        self.units = len(jobs)
+        self.stages = len(jobs)
         self.left = [job for job in jobs if not job.done()]
-        self.tokens_per_step = {job.key: job.cell.recipe.batch.tokens_per_step for job in jobs}
+        self.tokens_per_step = {job.key: job.trial.recipe.batch.tokens_per_step for job in jobs}
         self.at = {job.key: steps[job.key] if job.done() else _newest_step(job) for job in jobs}
         self.seen: deque[tuple[float, int]] = deque([(time.monotonic(), self._tokens())])
         self.line_at = time.monotonic() + LINE_SECONDS
@@ -73,7 +73,7 @@ class Overview:
             total=sum(steps.values()),
             initial=sum(self.at.values()),
             unit="step",
-            desc=self._units(),
+            desc=self._stages(),
             delay=BAR_DELAY,
             mininterval=0.5,
             miniters=0,
@@ -84,8 +84,8 @@ class Overview:
     def _tokens(self) -> int:
         return sum(step * self.tokens_per_step[key] for key, step in self.at.items())
 
-    def _units(self) -> str:
-        return f"{self.units - len(self.left)}/{self.units} units"
+    def _stages(self) -> str:
+        return f"{self.stages - len(self.left)}/{self.stages} stages"
 
     def refresh(self) -> None:
         """Read the reports, and show what has changed."""
@@ -97,15 +97,15 @@ class Overview:
             if (final := final_checkpoint(job.folder)) is not None:
                 self.left.remove(job)
                 self.at[job.key] = self.steps[job.key]
-                self.say(f"{job.title}: {_ended(final)} ({self._units()})")
+                self.say(f"{job.title}: {_ended(final)} ({self._stages()})")
         rate = self._rate()
-        self.bar.set_description(self._units(), refresh=False)
+        self.bar.set_description(self._stages(), refresh=False)
         self.bar.set_postfix_str(rate, refresh=False)
         self.bar.update(sum(self.at.values()) - self.bar.n)
         if self.shown and not interactive() and time.monotonic() >= self.line_at:
             self.line_at = time.monotonic() + LINE_SECONDS
             done = f"{sum(self.at.values()):,} of {sum(self.steps.values()):,} steps"
-            self.say(", ".join(filter(None, [self._units(), done, rate])))
+            self.say(", ".join(filter(None, [self._stages(), done, rate])))
 
     def _rate(self) -> str:
         """Say the speed of the last `RATE_SECONDS`, and how long the rest takes at it."""
@@ -136,7 +136,7 @@ def _newest_step(job: Job) -> int:
 
 
 def _ended(final: Path) -> str:
-    """Say how long a unit took and what it ended at."""
+    """Say how long a stage took and what it ended at."""
     seconds = json.loads((final / CONTINUAL_STATE).read_text(encoding="utf-8"))["seconds"]
     nll = [f"{corpus} {value:.3f}" for corpus, value in measured_nll(final).items()]
     return f"{seconds:.1f} s, NLL {', '.join(nll)}" if nll else f"{seconds:.1f} s"

@@ -1,4 +1,4 @@
-"""Threads of a unit and processes of a command: by the recipe and the hardware, never by how busy the machine is.
+"""Threads of a stage and processes of a command: by the recipe and the hardware, never by how busy the machine is.
 
 What depended on the load would change results: on another number of threads, sums are rounded in another order.
 """
@@ -17,16 +17,16 @@ from fire_llm.core.errors import UserError
 from fire_llm.core.flops import flops_per_token
 from fire_llm.core.launch import cores
 from fire_llm.experiment.jobs import Job
-from fire_llm.experiment.recipe import Cell, Recipe
+from fire_llm.experiment.recipe import Recipe, Trial
 from fire_llm.experiment.stages import config_of, context_of, split_batch
 from fire_llm.models import model_on_meta
 from fire_llm.resets import RESETS
 
 SMALL_PASS_FLOPS = 1e11
-"""Of a micro-batch, forward and backward: up to these, a unit trains on one CPU thread (docs/scaling.md)."""
+"""Of a micro-batch, forward and backward: up to these, a stage trains on one CPU thread (docs/scaling.md)."""
 
 WORTH_PROCESSES_FLOPS = 1e12
-"""Of all units that are left: below these, processes take longer to start than they save."""
+"""Of all stages that are left: below these, processes take longer to start than they save."""
 
 THREADS = "OMP_NUM_THREADS"
 """The user's own choice of threads, which is respected."""
@@ -55,7 +55,7 @@ def flops_of(recipe: Recipe) -> tuple[float, float]:
 
 
 def small(recipe: Recipe) -> bool:
-    """Return whether a recipe's units train on one thread: on a CPU, with `SMALL_PASS_FLOPS` a micro-batch at most.
+    """Return whether a recipe's stages train on one thread: on a CPU, with `SMALL_PASS_FLOPS` a micro-batch at most.
 
     The threads of a process wait for each other after every operation. In a small model that is thousands of times a
     second: a second thread gains little on an idle machine, and where another process takes its core, all wait.
@@ -78,7 +78,7 @@ def threads(number: int | None) -> Iterator[None]:
 
 
 def worker_count(workers: int | None, jobs: Sequence[Job]) -> int:
-    """Return how many processes train the unfinished jobs: no more than there are units that can be trained at once.
+    """Return how many processes train the unfinished jobs: no more than there are stages that can be trained at once.
 
     Args:
         workers: What was asked for. By default one a GPU; on a CPU one a core where all models are small and there is
@@ -105,7 +105,7 @@ def worker_count(workers: int | None, jobs: Sequence[Job]) -> int:
 
 def _one_a_core(undone: Sequence[Job]) -> int:
     """Return a worker a core, or one: for models that are not small, and where there is little to do."""
-    if torch.accelerator.is_available() or not all(small(job.cell.recipe) for job in undone):
+    if torch.accelerator.is_available() or not all(small(job.trial.recipe) for job in undone):
         return 1
     if sum(job_flops(job) for job in {job.key: job for job in undone}.values()) < WORTH_PROCESSES_FLOPS:
         return 1
@@ -114,7 +114,7 @@ def _one_a_core(undone: Sequence[Job]) -> int:
 
 def job_flops(job: Job) -> float:
     """Return the floating-point operations of a job, infinite where its length depends on its corpora."""
-    phase, recipe = job.unit.phase, job.cell.recipe
+    phase, recipe = job.stage.phase, job.trial.recipe
     tokens = phase.tokens or (phase.steps or math.inf) * recipe.batch.tokens_per_step
     return tokens * flops_of(recipe)[0]
 
@@ -135,7 +135,7 @@ def threads_asked_for() -> int | None:
     return int(value) if value.isdigit() and int(value) > 0 else None
 
 
-def environment(n: int, workers: int, cells: Iterable[Cell]) -> dict[str, str]:
+def environment(n: int, workers: int, trials: Iterable[Trial]) -> dict[str, str]:
     """Return what the n-th of several workers inherits: its GPU, and as many threads of each library as are its own."""
     inherited = dict(os.environ)
     if (present := torch.cuda.device_count()) > 0:
@@ -147,7 +147,7 @@ def environment(n: int, workers: int, cells: Iterable[Cell]) -> dict[str, str]:
         inherited.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, cores() // workers)))
     own = threads_asked_for()
     if own is None:
-        own = 1 if all(small(cell.recipe) for cell in cells) else max(1, cores() // workers)
+        own = 1 if all(small(trial.recipe) for trial in trials) else max(1, cores() // workers)
     for name in _LIBRARIES:
         inherited.setdefault(name, str(own))
     # What tokenizers do beside training is little, and their pool of threads does not survive a fork.

@@ -1,4 +1,4 @@
-"""The units of a run: one phase, for one arm, one warm start and one seed, in a folder of its own.
+"""The stages of a run: one phase, for one arm, one warm start and one seed, in a folder of its own.
 
     OUTPUT/
       recipe.json
@@ -7,7 +7,7 @@
       PHASE/ARM/seed-1/checkpoint-300/        an arm; ARM@START where there are several warm starts
       results.json, report.html
 
-A unit is finished when its last checkpoint is there.
+A stage is finished when its last checkpoint is there.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ LONGEST_NAME = 255
 """Characters of a folder's name; file systems take no more."""
 
 _ABSENT = object()
-"""Marks a key that a unit's folder, or the recipe, does not have."""
+"""Marks a key that a stage's folder, or the recipe, does not have."""
 
 
 @dataclass(frozen=True)
-class Unit:
+class Stage:
     """One phase, for one arm, one warm start and one seed."""
 
     phase: PhaseSection
     arm: str | None
     resets: tuple[ResetSpec, ...]
     seed: int
-    parent: Unit | None
+    parent: Stage | None
     start: str
     """Which of the parent's checkpoints: final, best or a number of steps."""
     folder: str
@@ -58,18 +58,18 @@ class Unit:
 
     @property
     def title(self) -> str:
-        """Name the unit for people: `owt-wiki / fire`."""
+        """Name the stage for people: `owt-wiki / fire`."""
         return self.folder.replace("/", " / ").removesuffix(f" / seed-{self.seed}")
 
 
-def expand(recipe: Recipe) -> list[Unit]:
-    """Return the units of a recipe, parents before children."""
+def expand(recipe: Recipe) -> list[Stage]:
+    """Return the stages of a recipe, parents before children."""
     common = recipe.model_dump(mode="json", include={"model", "tokenizer", "batch", "evaluate", "log_every_steps"})
     common["precision"] = resolve_precision(recipe.precision)  # "auto" may mean another thing on another machine
     lexicon = tokenizer_corpora(recipe)
     fingerprints = {name: corpus_of(recipe, name).fingerprint for name in [*recipe.corpus_names(), *lexicon]}
-    units: list[Unit] = []
-    by_source: dict[tuple[str, int], list[Unit]] = {}
+    stages: list[Stage] = []
+    by_source: dict[tuple[str, int], list[Stage]] = {}
     previous: PhaseSection | None = None
     for phase in recipe.phases:
         shared = {
@@ -80,13 +80,13 @@ def expand(recipe: Recipe) -> list[Unit]:
         }
         arms: list[tuple[str | None, list[ResetSpec]]] = [*recipe.arms(phase).items()] or [(None, [])]
         for (arm, resets), seed in itertools.product(arms, recipe.seed):
-            starts: list[tuple[Unit | None, str]] = []
+            starts: list[tuple[Stage | None, str]] = []
             for source, labels in _sources(phase, previous, arm).items():
                 parents = by_source[(source, seed)] if source else [None]
                 starts += [(parent, str(label)) for parent in parents for label in labels]
-            if len(units) + len(starts) > MOST_UNITS:
+            if len(stages) + len(starts) > MOST_UNITS:
                 raise UserError(
-                    f"phases: more than {MOST_UNITS:,} units (phases × arms × warm starts × seeds); take some away"
+                    f"phases: more than {MOST_UNITS:,} stages (phases × arms × warm starts × seeds); take some away"
                 )
             for parent, start in starts:
                 name = "@".join(filter(None, [arm, _start_name(starts, parent, start)])) or None
@@ -97,35 +97,37 @@ def expand(recipe: Recipe) -> list[Unit]:
                     "start": {"from": _digest(parent.spec), "checkpoint": start} if parent else None,
                 }
                 folder = "/".join(filter(None, [phase.name, name, f"seed-{seed}"]))
-                unit = Unit(
+                stage = Stage(
                     phase, arm and name, tuple(resets), seed, parent, start, folder, json.loads(json.dumps(spec))
                 )
-                units.append(unit)
-                by_source.setdefault((f"{phase.name}/{arm}" if arm else phase.name, seed), []).append(unit)
+                stages.append(stage)
+                by_source.setdefault((f"{phase.name}/{arm}" if arm else phase.name, seed), []).append(stage)
         previous = phase
-    _refuse_folders(units)
-    return units
+    _refuse_folders(stages)
+    return stages
 
 
-def _refuse_folders(units: list[Unit]) -> None:
+def _refuse_folders(stages: list[Stage]) -> None:
     """Refuse folders that a file system would not take, or take for one another."""
-    by_name: dict[str, Unit] = {}
-    for unit in units:
-        if unit.folder.lower() in by_name:
-            raise UserError(f"phases: two units would share the folder '{unit.folder}'; rename a phase or an arm")
-        by_name[unit.folder.lower()] = unit
-        if len(max(unit.folder.split("/"), key=len)) > LONGEST_NAME:
-            raise UserError(f"phases: the folder '{unit.folder}' has too long a name; shorten names of phases and arms")
+    by_name: dict[str, Stage] = {}
+    for stage in stages:
+        if stage.folder.lower() in by_name:
+            raise UserError(f"phases: two stages would share the folder '{stage.folder}'; rename a phase or an arm")
+        by_name[stage.folder.lower()] = stage
+        if len(max(stage.folder.split("/"), key=len)) > LONGEST_NAME:
+            raise UserError(
+                f"phases: the folder '{stage.folder}' has too long a name; shorten names of phases and arms"
+            )
 
 
-def refuse_links(folder: Path, units: Iterable[Unit]) -> None:
+def refuse_links(folder: Path, stages: Iterable[Stage]) -> None:
     """Refuse a run's folder in which something leads out of it: what is written there, or deleted, lies elsewhere.
 
     Raises:
         UserError: Naming the place and where it leads.
     """
     root = folder.resolve()
-    for place in [folder / "tokenizer", *(folder / unit.folder for unit in units)]:
+    for place in [folder / "tokenizer", *(folder / stage.folder for stage in stages)]:
         if not place.resolve().is_relative_to(root):
             raise UserError(
                 f"'{place}' leads out of the run's folder, to '{place.resolve()}': remove the link. A whole run may "
@@ -133,24 +135,24 @@ def refuse_links(folder: Path, units: Iterable[Unit]) -> None:
             )
 
 
-def refuse_other_recipe(folder: Path, units: list[Unit]) -> None:
-    """Compare each unit with what its folder was begun with.
+def refuse_other_recipe(folder: Path, stages: list[Stage]) -> None:
+    """Compare each stage with what its folder was begun with.
 
     Raises:
-        UserError: Naming the first unit that differs and every key that changed.
+        UserError: Naming the first stage that differs and every key that changed.
     """
-    for unit in units:
-        path = folder / unit.folder / "unit.json"
+    for stage in stages:
+        path = folder / stage.folder / "unit.json"
         if not path.exists():
             continue
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise UserError(f"'{path}' is damaged: delete '{path.parent}' to train that unit again") from error
-        changed = list(_differences(before, unit.spec))
+            raise UserError(f"'{path}' is damaged: delete '{path.parent}' to train that stage again") from error
+        changed = list(_differences(before, stage.spec))
         if changed:
             raise UserError(
-                f"'{folder / unit.folder}' was begun with another recipe:\n  " + "\n  ".join(changed) + "\n"
+                f"'{folder / stage.folder}' was begun with another recipe:\n  " + "\n  ".join(changed) + "\n"
                 "Choose another --output, put the recipe back, or delete that folder to train it again"
             )
 
@@ -165,8 +167,8 @@ def _differences(before: Any, after: Any, at: str = "") -> Iterator[str]:
         yield f"{at}: {then} then, {now} now"
 
 
-def _start_name(starts: list[tuple[Unit | None, str]], parent: Unit | None, start: str) -> str:
-    """Name a warm start among several: its checkpoint's label, behind its unit's name where units differ too."""
+def _start_name(starts: list[tuple[Stage | None, str]], parent: Stage | None, start: str) -> str:
+    """Name a warm start among several: its checkpoint's label, behind its stage's name where stages differ too."""
     if len(starts) == 1 or parent is None:
         return ""
     several = len({other.folder for other, _ in starts if other}) > 1
@@ -199,30 +201,30 @@ def corpus_of(recipe: Recipe, name: str) -> Corpus:
     return resolve(name, recipe.corpora.get(name), Path(recipe.data_root))
 
 
-def select(units: list[Unit], arms: Iterable[str]) -> list[Unit]:
-    """Return the units of the named arms and those that they start from.
+def select(stages: list[Stage], arms: Iterable[str]) -> list[Stage]:
+    """Return the stages of the named arms and those that they start from.
 
     Raises:
         UserError: For an arm that the recipe has not.
     """
     wanted = list(arms)
-    known = list(dict.fromkeys(u.arm.partition("@")[0] for u in units if u.arm))
+    known = list(dict.fromkeys(u.arm.partition("@")[0] for u in stages if u.arm))
     for arm in wanted:
         if arm not in known:
             raise UserError(f"--arm: the recipe has no arm '{arm}'.{did_you_mean(arm, known)} Arms: {', '.join(known)}")
     if not wanted:
-        return units
+        return stages
     chosen: set[str] = set()
-    for unit in reversed(units):
-        if unit.folder in chosen or (unit.arm and unit.arm.partition("@")[0] in wanted):
-            chosen.add(unit.folder)
-            if unit.parent:
-                chosen.add(unit.parent.folder)
-    return [u for u in units if u.folder in chosen]
+    for stage in reversed(stages):
+        if stage.folder in chosen or (stage.arm and stage.arm.partition("@")[0] in wanted):
+            chosen.add(stage.folder)
+            if stage.parent:
+                chosen.add(stage.parent.folder)
+    return [u for u in stages if u.folder in chosen]
 
 
 def final_checkpoint(folder: Path) -> Path | None:
-    """Return the last checkpoint of a unit if it is finished."""
+    """Return the last checkpoint of a stage if it is finished."""
     whole = checkpoints(folder)
     if not whole:
         return None
@@ -232,7 +234,7 @@ def final_checkpoint(folder: Path) -> Path | None:
 
 
 def labelled_checkpoint(folder: Path, label: str) -> Path:
-    """Return a finished unit's checkpoint by its label: final, best or a number of steps."""
+    """Return a finished stage's checkpoint by its label: final, best or a number of steps."""
     final = final_checkpoint(folder)
     if final is None:
         raise UserError(f"'{folder}' is not finished: run its phase first")

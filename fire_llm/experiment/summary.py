@@ -1,4 +1,4 @@
-"""Set the arms of all cells beside each other."""
+"""Set the arms of all trials beside each other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from fire_llm.experiment.collect import mean_scores
-from fire_llm.experiment.recipe import Cell, words
+from fire_llm.experiment.recipe import Trial, words
 from fire_llm.reporting.comparison import Comparison
 
 Json = dict[str, Any]
@@ -18,47 +18,47 @@ DASH = "–"
 
 @dataclass(frozen=True)
 class Entry:
-    """An arm, with the cells that have it: several where their units were the same ones."""
+    """An arm, with the trials that have it: several where their stages were the same ones."""
 
     arm: str
-    cells: list[Cell]
+    trials: list[Trial]
     of: Comparison
-    """The first cell's."""
+    """The first trial's."""
 
-    def where(self, every_cell: Sequence[Cell]) -> str:
-        """Name the cells: by the settings that they share, where all cells with these are meant."""
-        first = self.cells[0]
-        if len(self.cells) == 1:
+    def where(self, every_trial: Sequence[Trial]) -> str:
+        """Name the trials: by the settings that they share, where all trials with these are meant."""
+        first = self.trials[0]
+        if len(self.trials) == 1:
             return first.name
-        shared = {k: v for k, v in first.settings.items() if all(cell.settings[k] == v for cell in self.cells)}
-        meant = [cell for cell in every_cell if all(cell.settings[k] == v for k, v in shared.items())]
-        if len(meant) > len(self.cells):
-            return f"{first.name} and {len(self.cells) - 1} more"
+        shared = {k: v for k, v in first.settings.items() if all(trial.settings[k] == v for trial in self.trials)}
+        meant = [trial for trial in every_trial if all(trial.settings[k] == v for k, v in shared.items())]
+        if len(meant) > len(self.trials):
+            return f"{first.name} and {len(self.trials) - 1} more"
         return ", ".join(f"{key.rpartition('.')[2]}={words(value)}" for key, value in shared.items()) or "all"
 
 
 class Summary:
     """Answer what the sweep's table and its page ask."""
 
-    def __init__(self, cells: Sequence[Cell], results: Sequence[Json]) -> None:
-        """Take the cells, and of each what its results.json holds."""
-        self.cells = list(cells)
+    def __init__(self, trials: Sequence[Trial], results: Sequence[Json]) -> None:
+        """Take the trials, and of each what its results.json holds."""
+        self.trials = list(trials)
         self.comparisons = [Comparison(with_arms(one)) for one in results]
 
     @cached_property
     def entries(self) -> list[Entry]:
-        """Return the arms of every cell; what is the same in several cells stands once."""
+        """Return the arms of every trial; what is the same in several trials stands once."""
         found: dict[str, Entry] = {}
-        for cell, comparison in zip(self.cells, self.comparisons, strict=True):
+        for trial, comparison in zip(self.trials, self.comparisons, strict=True):
             for arm in comparison.arms:
                 same = json.dumps([arm, comparison.runs(arm)], sort_keys=True)
-                found.setdefault(same, Entry(arm, [], comparison)).cells.append(cell)
+                found.setdefault(same, Entry(arm, [], comparison)).trials.append(trial)
         arms = list(dict.fromkeys(entry.arm for entry in found.values()))
         return sorted(found.values(), key=lambda entry: arms.index(entry.arm))
 
     @cached_property
     def corpora(self) -> list[str]:
-        """Return the corpora measured on, those of the first cell first."""
+        """Return the corpora measured on, those of the first trial first."""
         return list(dict.fromkeys(corpus for comparison in self.comparisons for corpus in comparison.corpora))
 
     @cached_property
@@ -67,7 +67,7 @@ class Summary:
         return list(dict.fromkeys(entry.arm for entry in self.entries))
 
     def tables(self) -> list[Json]:
-        """Return a table a corpus: {corpus, columns, rows: [{cell, arm, best, cells}]}, cells as text."""
+        """Return a table a corpus: {corpus, columns, rows: [{arm, trial, best, cells}]}, cells as text."""
         tables = []
         for corpus in self.corpora:
             parts = {id(c): next((t for t in c.tables() if t["corpus"] == corpus), None) for c in self.comparisons}
@@ -82,7 +82,7 @@ class Summary:
                 texts = dict(zip(part["columns"], own, strict=True))
                 rows.append(
                     {
-                        "cell": entry.where(self.cells),
+                        "trial": entry.where(self.trials),
                         "arm": entry.arm,
                         "best": entry is lowest,
                         "cells": [texts.get(column, DASH) for column in columns],
@@ -95,13 +95,13 @@ class Summary:
         return tables
 
     def reading(self) -> list[str]:
-        """Say which arm of which cell ends lowest on each corpus."""
+        """Say which arm of which trial ends lowest on each corpus."""
         said = []
         for corpus in self.corpora:
             if entry := self._lowest(corpus):
                 nll = entry.of.nll(entry.arm, corpus)
-                said.append(f"Lowest on {corpus}: {entry.arm} ({entry.where(self.cells)}), {nll:.4f} nats per token.")
-        return said or ["No arm of any cell has a finite loss."]
+                said.append(f"Lowest on {corpus}: {entry.arm} ({entry.where(self.trials)}), {nll:.4f} nats per token.")
+        return said or ["No arm of any trial has a finite loss."]
 
     def _lowest(self, corpus: str) -> Entry | None:
         """Return the arm that ends lowest on a corpus, among those that lack no seed."""
@@ -110,22 +110,22 @@ class Summary:
         return whole[min(scored)[1]] if scored else None
 
     def legend(self) -> str:
-        """Return how the cells' numbers were measured, once each way, and what ± means where there are seeds."""
+        """Return how the trials' numbers were measured, once each way, and what ± means where there are seeds."""
         return " ".join(dict.fromkeys(filter(None, (comparison.legend() for comparison in self.comparisons))))
 
     def swept(self) -> list[str]:
         """Return the keys with two values or more."""
-        keys = self.cells[0].settings
-        return [key for key in keys if len({json.dumps(cell.settings[key]) for cell in self.cells}) > 1]
+        keys = self.trials[0].settings
+        return [key for key in keys if len({json.dumps(trial.settings[key]) for trial in self.trials}) > 1]
 
     def lines(self, key: str, corpus: str) -> dict[tuple[str, str], list[tuple[Any, list[float]]]]:
         """Return (arm, other settings) → (the key's value, as a number or in words; NLL of each seed) on a corpus."""
         lines: dict[tuple[str, str], list[tuple[Any, list[float]]]] = {}
-        for cell, comparison in zip(self.cells, self.comparisons, strict=True):
-            others = [f"{k}={words(v)}" for k, v in cell.settings.items() if k != key and k in self.swept()]
+        for trial, comparison in zip(self.trials, self.comparisons, strict=True):
+            others = [f"{k}={words(v)}" for k, v in trial.settings.items() if k != key and k in self.swept()]
             for arm in comparison.arms:
                 if seeds := list(comparison.by_seed(arm, corpus).values()):
-                    value = cell.settings[key]
+                    value = trial.settings[key]
                     value = value if isinstance(value, int | float) else words(value)
                     lines.setdefault((arm, ", ".join(others)), []).append((value, seeds))
         return lines

@@ -10,7 +10,7 @@ from urllib.parse import quote
 from fire_llm.core.atomic import checkpoints
 from fire_llm.experiment.estimate import plan, state_of, totals
 from fire_llm.experiment.jobs import Job, jobs_of, of_arms
-from fire_llm.experiment.recipe import Cell, words
+from fire_llm.experiment.recipe import Trial, words
 from fire_llm.experiment.run import Sweep
 from fire_llm.experiment.summary import Summary
 from fire_llm.reporting.html import RETENTION, block, numbered
@@ -23,11 +23,11 @@ Json = dict[str, Any]
 
 
 def show(sweep: Sweep, output: Path) -> None:
-    """Print the table, write every cell's page and, where there is a grid, the sweep's; say where it is."""
-    for cell, results in zip(sweep.cells, sweep.results, strict=True):
-        told = page_told(results, cell.folder(output) / "report.html")
-    if sweep.cells[0].name:
-        summary = Summary(sweep.cells, sweep.results)
+    """Print the table, write every trial's page and, where there is a grid, the sweep's; say where it is."""
+    for trial, results in zip(sweep.trials, sweep.results, strict=True):
+        told = page_told(results, trial.folder(output) / "report.html")
+    if sweep.trials[0].name:
+        summary = Summary(sweep.trials, sweep.results)
         print_summary(summary)
         if page_fault() is None:
             told = f"report: {write_summary(summary, output)}"
@@ -37,34 +37,34 @@ def show(sweep: Sweep, output: Path) -> None:
 
 
 def print_summary(summary: Summary) -> None:
-    """Print a table a corpus, a row for each arm of each cell, of the two columns that 80 characters have room for."""
+    """Print a table a corpus, a row for each arm of each trial, of the two columns that 80 characters have room for."""
     from rich.console import Console
 
     console = Console()
     for content in summary.tables():
-        console.print(corpus_table(content, {"cell": 16, "arm": 10}, ("NLL", "vs base")))
+        console.print(corpus_table(content, {"trial": 16, "arm": 10}, ("NLL", "vs base")))
     said = " ".join(filter(None, [*summary.reading(), summary.legend()]))
     console.print(said, markup=False, highlight=False)
 
 
 def write_summary(summary: Summary, output: Path) -> Path:
-    """Write the page of a sweep: its arms in one table a corpus, plots over the grid, links to the cells' own pages."""
+    """Write the page of a sweep: one table a corpus, plots over the grid, links to the trials' own pages."""
     keeps = [entry.arm for entry in summary.entries if entry.of.always(entry.arm, "keep")]
     looks = palette(summary.arms, keeps)
-    cells = [
+    trials = [
         {
-            "name": cell.name,
-            "link": f"{quote(cell.name)}/report.html",
-            "settings": ", ".join(f"{key} = {words(value)}" for key, value in cell.settings.items()),
+            "name": trial.name,
+            "link": f"{quote(trial.name)}/report.html",
+            "settings": ", ".join(f"{key} = {words(value)}" for key, value in trial.settings.items()),
             "reading": comparison.reading()[0],
         }
-        for cell, comparison in zip(summary.cells, summary.comparisons, strict=True)
+        for trial, comparison in zip(summary.trials, summary.comparisons, strict=True)
     ]
     return write_page(
         "sweep.html.j2",
         output / "report.html",
-        title=summary.cells[0].recipe.name,
-        cells=cells,
+        title=summary.trials[0].recipe.name,
+        trials=trials,
         reading=summary.reading(),
         tables=summary.tables(),
         legend=summary.legend(),
@@ -85,43 +85,43 @@ def _by_key(summary: Summary, looks: dict[str, Style]) -> list[Json]:
 
 
 def _trade_off(summary: Summary, looks: dict[str, Style]) -> Json:
-    """Return the block about plasticity and retention, over all cells."""
+    """Return the block about plasticity and retention, over all trials."""
     points = {}
     arm_of = {}
     for entry in summary.entries:
-        label = f"{entry.arm} · {entry.where(summary.cells)}"
+        label = f"{entry.arm} · {entry.where(summary.trials)}"
         points[label], arm_of[label] = entry.of.retention(entry.arm), entry.arm
     first = summary.comparisons[0]
     figure = retention_figure(points, {label: looks[arm] for label, arm in arm_of.items()}, str(first.new))
     for trace in figure["data"] if figure else ():
         trace["legendgroup"] = arm_of[trace["legendgroup"]]  # the page's buttons switch arms
-    text = RETENTION.format(first.first) + " A marker for each arm of each cell; small ones are seeds."
+    text = RETENTION.format(first.first) + " A marker for each arm of each trial; small ones are seeds."
     return block("Plasticity and retention", text, [("", figure)])
 
 
-def print_cells(cells: Sequence[Cell], output: Path, arms: Sequence[str] = ()) -> None:
-    """Print the cells and what is to do in each: the units' states."""
+def print_trials(trials: Sequence[Trial], output: Path, arms: Sequence[str] = ()) -> None:
+    """Print the trials and what is to do in each: the stages' states."""
     from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    jobs = of_arms(jobs_of(cells, output), arms)
+    jobs = of_arms(jobs_of(trials, output), arms)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("cell", "unit", "state"):
+    for column in ("trial", "stage", "state"):
         table.add_column(column, overflow="fold")
     seen: dict[str, Job] = {}
     for job in jobs:
-        table.add_row(escape(job.cell.name or "–"), escape(job.unit.folder), escape(_state(job, seen)))
+        table.add_row(escape(job.trial.name or "–"), escape(job.stage.folder), escape(_state(job, seen)))
         seen.setdefault(job.key, job)
     Console().print(table)
-    plans = {cell.name: plan(cell.recipe, cell.folder(output), arms) for cell in cells}
-    rows = {(name, row["unit"]): row for name, planned in plans.items() for row in planned["units"]}
-    once = [rows[job.cell.name, job.unit.folder] for job in seen.values()]
-    print(f"{len(cells)} cells of {len(jobs)} units, {len(once)} of them different: each is trained once")
+    plans = {trial.name: plan(trial.recipe, trial.folder(output), arms) for trial in trials}
+    rows = {(name, row["stage"]): row for name, planned in plans.items() for row in planned["stages"]}
+    once = [rows[job.trial.name, job.stage.folder] for job in seen.values()]
+    print(f"{len(trials)} trials of {len(jobs)} stages, {len(once)} of them different: each is trained once")
     print(totals(once))
 
 
 def _state(job: Job, seen: dict[str, Job]) -> str:
     elsewhere = job.key in seen and not checkpoints(job.folder)
-    return f"as in {seen[job.key].cell.name}" if elsewhere else state_of(job.folder)
+    return f"as in {seen[job.key].trial.name}" if elsewhere else state_of(job.folder)

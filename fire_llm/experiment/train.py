@@ -1,6 +1,6 @@
-"""Train one unit: its data, the model it starts from, the reset, the phase.
+"""Train one stage: its data, the model it starts from, the reset, the phase.
 
-A unit that was cut off resumes from its newest checkpoint. Which units are trained, and where: `sweep/`.
+A stage that was cut off resumes from its newest checkpoint. Which stages are trained, and where: `sweep/`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fire_llm.evaluation.measurement import first_token
 from fire_llm.experiment.collect import measured_nll
 from fire_llm.experiment.recipe import Recipe, optimizer_of
 from fire_llm.experiment.stages import (
-    Unit,
+    Stage,
     context_of,
     corpus_of,
     final_checkpoint,
@@ -42,10 +42,10 @@ from fire_llm.training import (
     DiagnosticsCallback,
     EvaluationSet,
     KeptOptimizer,
+    LossJumpCallback,
     PenaltyCallback,
     RecyclingCallback,
     ResetCallback,
-    SpikeCallback,
 )
 from fire_llm.training.callbacks import initial_model
 from fire_llm.training.masking import check_document_mask
@@ -71,13 +71,13 @@ def only_run(folder: Path, *, shared: bool = False) -> Iterator[None]:
         yield
 
 
-class Workbench:
-    """Hold what the units of a run share, each made when first wanted: tokenizer, token files, model config."""
+class RunContext:
+    """Hold what the stages of a run share, each made when first wanted: tokenizer, token files, model config."""
 
     def __init__(self, recipe: Recipe, folder: Path, progress: bool) -> None:
         self.recipe, self.folder, self.progress = recipe, folder, progress and ranks().is_main_process
         self.callbacks: list[Any] = []
-        """Added to every unit's; where there are any, the process that started this one shows the bars."""
+        """Added to every stage's; where there are any, the process that started this one shows the bars."""
         self._files: dict[tuple[str, str], TokenFile] = {}
         self._tokenizer: Any = None
         self._config: Any = None
@@ -133,16 +133,16 @@ class Workbench:
             )
         return self._files[key]
 
-    def mixture(self, unit: Unit) -> Mixture:
-        """Return the data of a unit; arms of one phase and seed get the same."""
-        sources = {c: self.tokens(c, "train").first(unit.phase.max_corpus_tokens) for c in unit.phase.data}
+    def mixture(self, stage: Stage) -> Mixture:
+        """Return the data of a stage; arms of one phase and seed get the same."""
+        sources = {c: self.tokens(c, "train").first(stage.phase.max_corpus_tokens) for c in stage.phase.data}
         return Mixture(
             sources,
-            unit.phase.data,
+            stage.phase.data,
             context=self.context,
-            seed=unit.seed,
-            phase=unit.phase.name,
-            sampling=unit.phase.sampling,
+            seed=stage.seed,
+            phase=stage.phase.name,
+            sampling=stage.phase.sampling,
             document_positions=self.recipe.batch.document_mask,
         )
 
@@ -154,50 +154,50 @@ class Workbench:
             sets[name] = EvaluationSet(np.asarray(held_out.tokens), held_out.n_bytes, first_token(self.tokenizer))
         return sets
 
-    def starting_model(self, unit: Unit) -> Any:
-        """Return the weights that a unit starts from, in fp32."""
-        if unit.parent is not None:
-            parent = labelled_checkpoint(self.folder / unit.parent.folder, unit.start)
+    def starting_model(self, stage: Stage) -> Any:
+        """Return the weights that a stage starts from, in fp32."""
+        if stage.parent is not None:
+            parent = labelled_checkpoint(self.folder / stage.parent.folder, stage.start)
             return load_model(verified(parent), torch.float32)
         if self.recipe.model.checkpoint is not None:
             return load_model(self.recipe.model.checkpoint, torch.float32)
-        return fresh_model(self.config, unit.seed)
+        return fresh_model(self.config, stage.seed)
 
 
-def train(unit: Unit, bench: Workbench) -> None:
-    """Train one unit to its end, from its newest checkpoint where it has one."""
-    recipe, folder = bench.recipe, bench.folder / unit.folder
-    resume = resumption(folder, unit.title)
-    mixture = bench.mixture(unit)
-    steps = phase_steps(unit.phase, recipe.batch.tokens_per_step, mixture.epoch_tokens)
-    beyond = [k for k in unit.phase.keep if isinstance(k, int) and k > steps]
+def train(stage: Stage, bench: RunContext) -> None:
+    """Train one stage to its end, from its newest checkpoint where it has one."""
+    recipe, folder = bench.recipe, bench.folder / stage.folder
+    resume = resumption(folder, stage.title)
+    mixture = bench.mixture(stage)
+    steps = phase_steps(stage.phase, recipe.batch.tokens_per_step, mixture.epoch_tokens)
+    beyond = [k for k in stage.phase.keep if isinstance(k, int) and k > steps]
     if beyond:
-        raise UserError(f"phase '{unit.phase.name}': keep {beyond[0]} lies beyond its {steps} steps")
-    model = bench.starting_model(unit)
+        raise UserError(f"phase '{stage.phase.name}': keep {beyond[0]} lies beyond its {steps} steps")
+    model = bench.starting_model(stage)
     if recipe.batch.document_mask:
         check_document_mask(model)
     # One checkpoint more than are kept while the newest is written.
-    needed = BYTES_A_PARAMETER * model.num_parameters() * (1 + recipe.keep_last + len(unit.phase.keep))
+    needed = BYTES_A_PARAMETER * model.num_parameters() * (1 + recipe.keep_last + len(stage.phase.keep))
     if (free := free_bytes(folder)) < needed:
         raise UserError(
-            f"'{folder}' has {free / 1e9:.2g} GB free and the unit's checkpoints take {needed / 1e9:.2g} GB: "
+            f"'{folder}' has {free / 1e9:.2g} GB free and the stage's checkpoints take {needed / 1e9:.2g} GB: "
             "free some space, keep fewer checkpoints, or choose another --output"
         )
     if ranks().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "unit.json", unit.spec)
+        write_json(folder / "unit.json", stage.spec)
     callbacks = [*bench.callbacks]
-    if unit.parent is not None and unit.phase.optimizer_state == "kept":
-        callbacks.append(KeptOptimizer(labelled_checkpoint(bench.folder / unit.parent.folder, unit.start)))
-    if unit.arm:
-        callbacks += _resetting(unit, bench)
-        if unit.parent is not None and unit.resets:
-            before = measured_nll(labelled_checkpoint(bench.folder / unit.parent.folder, unit.start))
-            callbacks.append(SpikeCallback(before, bench.config.get_text_config().vocab_size))
+    if stage.parent is not None and stage.phase.optimizer_state == "kept":
+        callbacks.append(KeptOptimizer(labelled_checkpoint(bench.folder / stage.parent.folder, stage.start)))
+    if stage.arm:
+        callbacks += _resetting(stage, bench)
+        if stage.parent is not None and stage.resets:
+            before = measured_nll(labelled_checkpoint(bench.folder / stage.parent.folder, stage.start))
+            callbacks.append(LossJumpCallback(before, bench.config.get_text_config().vocab_size))
     sets = bench.evaluation_sets()
     trainer = ContinualTrainer(
         model,
-        _arguments(unit, bench, folder, steps),
+        _arguments(stage, bench, folder, steps),
         mixture,
         sets,
         callbacks,
@@ -206,47 +206,47 @@ def train(unit: Unit, bench: Workbench) -> None:
     if every := recipe.evaluate.diagnostics_every_steps:
         # Kept as they are now: before the reset, and before a resumption puts the newest checkpoint in their place.
         reference = {m.parameter: m.tensor.detach().to("cpu", copy=True) for m in logical_matrices(model)}
-        text = sets[recipe.diagnosed(unit.phase)].tokens
+        text = sets[recipe.diagnosed(stage.phase)].tokens
         sizes = {"context": bench.context, "batch_size": recipe.evaluate.sequences_per_device}
         DiagnosticsCallback(text, every, reference=reference, **sizes).attach(trainer)
     trainer.train(resume_from_checkpoint=resume)
     if final_checkpoint(folder) is None:
-        raise RuntimeError(f"{unit.title}: training ended before its last step")
+        raise RuntimeError(f"{stage.title}: training ended before its last step")
 
 
-def _resetting(unit: Unit, bench: Workbench) -> list[Any]:
+def _resetting(stage: Stage, bench: RunContext) -> list[Any]:
     """Return the callbacks of an arm: what is reset once, and what acts during the phase."""
-    initial = initial_model(unit.resets, None, bench.config, unit.seed)
-    once = [r for r in unit.resets if r.kind == "transition"]
-    penalties = [r for r in unit.resets if r.kind == "penalty"]
-    recycling = [r for r in unit.resets if r.kind == "recycling"]
+    initial = initial_model(stage.resets, None, bench.config, stage.seed)
+    once = [r for r in stage.resets if r.kind == "transition"]
+    penalties = [r for r in stage.resets if r.kind == "penalty"]
+    recycling = [r for r in stage.resets if r.kind == "recycling"]
     callbacks: list[Any] = [
         ResetCallback(
             once or "keep",
             initial=initial,
-            report_file=bench.folder / unit.folder / "reset.json",
+            report_file=bench.folder / stage.folder / "reset.json",
             spectra=bench.config.get_text_config().hidden_size <= SPECTRA_WIDTH,
             training=[*penalties, *recycling],
         )
     ]
     if penalties:
         callbacks.append(PenaltyCallback(penalties, initial=initial))
-    return callbacks + [RecyclingCallback(spec, seed=unit.seed) for spec in recycling]
+    return callbacks + [RecyclingCallback(spec, seed=stage.seed) for spec in recycling]
 
 
-def _arguments(unit: Unit, bench: Workbench, folder: Path, steps: int) -> ContinualArguments:
+def _arguments(stage: Stage, bench: RunContext, folder: Path, steps: int) -> ContinualArguments:
     recipe = bench.recipe
     sequences, accumulation = split_batch(recipe, bench.context, ranks().num_processes)
     precision = resolve_precision(recipe.precision)
     every = recipe.evaluate.every_steps or max(1, steps // 10)
     arguments = ContinualArguments(
         output_dir=str(folder),
-        title=unit.title if bench.progress else None,
+        title=stage.title if bench.progress else None,
         max_steps=steps,
         per_device_train_batch_size=sequences,
         per_device_eval_batch_size=recipe.evaluate.sequences_per_device,
         gradient_accumulation_steps=accumulation,
-        **optimizer_of(recipe, unit.phase).arguments(steps),
+        **optimizer_of(recipe, stage.phase).arguments(steps),
         bf16=precision.startswith("bf16"),
         bf16_params=precision == "bf16-params",
         fp16=precision == "fp16",
@@ -264,11 +264,11 @@ def _arguments(unit: Unit, bench: Workbench, folder: Path, steps: int) -> Contin
         keep_last=recipe.keep_last,
         eval_context=bench.context,
         eval_precision=recipe.evaluate.precision,
-        best_corpora=dict(unit.phase.data),
-        keep_best="best" in unit.phase.keep,
-        keep_steps=[k for k in unit.phase.keep if isinstance(k, int)],
-        seed=unit.seed,
-        data_seed=unit.seed,
+        best_corpora=dict(stage.phase.data),
+        keep_best="best" in stage.phase.keep,
+        keep_steps=[k for k in stage.phase.keep if isinstance(k, int)],
+        seed=stage.seed,
+        data_seed=stage.seed,
         ddp_find_unused_parameters=False,
         log_level_replica="error",
         report_to="none",
@@ -280,6 +280,6 @@ def _arguments(unit: Unit, bench: Workbench, folder: Path, steps: int) -> Contin
 
 
 def finished(folder: Path) -> bool:
-    """Tell whether a unit's last checkpoint is there, all of its files with the sizes they should have."""
+    """Tell whether a stage's last checkpoint is there, all of its files with the sizes they should have."""
     final = final_checkpoint(folder)
     return final is not None and damage(final, contents=False) is None

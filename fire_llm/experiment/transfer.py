@@ -17,7 +17,7 @@ Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Stage:
+class PhaseRun:
     """One phase as one arm and seed went through it: from a checkpoint, on some corpora, to a checkpoint."""
 
     phase: str
@@ -29,10 +29,10 @@ class Stage:
     """Checkpoint that it started from, before any reset; of the first phase, what the run began with."""
     end: str
     """Its last checkpoint."""
-    parent: Stage | None
+    parent: PhaseRun | None
 
     @property
-    def before(self) -> Iterator[tuple[Stage, str]]:
+    def before(self) -> Iterator[tuple[PhaseRun, str]]:
         """Yield the stages that led here, the nearest first, each with the checkpoint that was taken from it."""
         stage = self
         while stage.parent is not None:
@@ -45,7 +45,7 @@ class Stage:
         return next((s.start for s, _ in reversed([*self.before])), self.start)
 
 
-def transfer(matrix: Mapping[str, Mapping[str, Scores]], stages: Sequence[Stage], level: float = 0.95) -> Json:
+def transfer(matrix: Mapping[str, Mapping[str, Scores]], stages: Sequence[PhaseRun], level: float = 0.95) -> Json:
     """Return what each stage forgot of earlier corpora, and what earlier stages did for those it began to train on.
 
     Args:
@@ -63,7 +63,7 @@ def transfer(matrix: Mapping[str, Mapping[str, Scores]], stages: Sequence[Stage]
     forgetting: list[Json] = []
     forward: dict[tuple[str, str], Json] = {}
 
-    def entry(stage: Stage, corpus: str, after: str, before: str) -> Json:
+    def entry(stage: PhaseRun, corpus: str, after: str, before: str) -> Json:
         found = paired_difference(matrix[after][corpus], matrix[before][corpus], unit="byte", level=level)
         names = {"data": corpus, "phase": stage.phase, "arm": stage.arm, "seed": stage.seed}
         return {**names, "after": after, "before": before, **found.to_dict()}

@@ -1,7 +1,7 @@
-"""A worker: take a unit that nobody has, train it, take the next; wait where what is left depends on others.
+"""A worker: take a stage that nobody has, train it, take the next; wait where what is left depends on others.
 
-There is no scheduler. A unit's lock is held by who trains it and is free again when that process ends, however it ends,
-so workers of other commands, and of other machines on the same file system, share the work.
+There is no scheduler. A stage's lock is held by who trains it and is free again when that process ends, however it
+ends, so workers of other commands, and of other machines on the same file system, share the work.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from fire_llm.core.atomic import writing
 from fire_llm.core.errors import UserError, redact
 from fire_llm.core.locks import held
 from fire_llm.core.signals import Stopped, signals_handled
-from fire_llm.experiment.jobs import Failures, Job, jobs_of, lock_for, of_arms, take_over
+from fire_llm.experiment.jobs import Failures, Job, jobs_of, link_duplicate, lock_for, of_arms
 from fire_llm.experiment.progress import StepReport
-from fire_llm.experiment.recipe import Cell, load_recipe
+from fire_llm.experiment.recipe import Trial, load_recipe
 from fire_llm.experiment.resources import small, threads
-from fire_llm.experiment.train import Workbench, only_run, train
+from fire_llm.experiment.train import RunContext, only_run, train
 from fire_llm.training.heap import keep_freed_memory, release_memory
 
 POLL_SECONDS = 1.0
@@ -60,7 +60,7 @@ def work(
         log: Where this worker's errors are written in full; None in the command's own process, which raises those of a
             run.
         report: Where to tell another process how far this one is.
-        most: Return as soon as more units than these can be trained at once.
+        most: Return as soon as more stages than these can be trained at once.
     """
     worker = _Worker(output, failures, progress, one_thread, alone, log, report)
     keep_freed_memory()
@@ -93,7 +93,7 @@ class _Worker:
     alone: bool
     log: str | None
     report: StepReport | None
-    benches: dict[str, Workbench] = field(default_factory=dict)
+    benches: dict[str, RunContext] = field(default_factory=dict)
 
     def take(self, job: Job) -> bool:
         """Train a job or take it over, unless somebody else is at it; return whether it was this worker's."""
@@ -105,10 +105,10 @@ class _Worker:
             try:
                 with writing(job.run), nullcontext() if self.alone else only_run(job.run, shared=True):
                     if source := job.source():
-                        take_over(job, source)
+                        link_duplicate(job, source)
                     else:
                         self._train(job)
-            except Exception as error:  # whatever it is, the other units do not depend on it
+            except Exception as error:  # whatever it is, the other stages do not depend on it
                 if self.alone and self.log is None:
                     raise
                 if self.log is not None:
@@ -119,17 +119,17 @@ class _Worker:
         return True
 
     def _train(self, job: Job) -> None:
-        if job.cell.name not in self.benches:
-            self.benches.clear()  # one cell's tokens in memory are enough
-            if self.progress and job.cell.name:
-                print(f"{job.cell.name}:", file=sys.stderr)
-            self.benches[job.cell.name] = Workbench(job.cell.recipe, job.run, self.progress)
-        bench = self.benches[job.cell.name]
+        if job.trial.name not in self.benches:
+            self.benches.clear()  # one trial's tokens in memory are enough
+            if self.progress and job.trial.name:
+                print(f"{job.trial.name}:", file=sys.stderr)
+            self.benches[job.trial.name] = RunContext(job.trial.recipe, job.run, self.progress)
+        bench = self.benches[job.trial.name]
         if self.report is not None:
             self.report.key = job.key
             bench.callbacks = [self.report]
-        with threads(1 if self.one_thread and small(job.cell.recipe) else None):
-            train(job.unit, bench)
+        with threads(1 if self.one_thread and small(job.trial.recipe) else None):
+            train(job.stage, bench)
 
 
 def main(instructions: str, n: str, log: str) -> int:
@@ -137,12 +137,12 @@ def main(instructions: str, n: str, log: str) -> int:
     given = json.loads(Path(instructions).read_text(encoding="utf-8"))
     threading.Thread(target=_watch_starter, daemon=True).start()
     output, failures = Path(given["output"]), Failures(Path(given["failures"]))
-    cells = [Cell(cell["name"], cell["settings"], load_recipe(cell["recipe"])) for cell in given["cells"]]
+    trials = [Trial(trial["name"], trial["settings"], load_recipe(trial["recipe"])) for trial in given["cells"]]
     print(f"{QUIET}{time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()}", file=sys.stderr, flush=True)
     report = StepReport(failures.folder / f"{n}.step")
     try:
         with signals_handled():
-            jobs = of_arms(jobs_of(cells, output), given["arms"])
+            jobs = of_arms(jobs_of(trials, output), given["arms"])
             work(jobs, output, failures, **given["options"], log=log, report=report)
     except KeyboardInterrupt as stopped:
         return stopped.code if isinstance(stopped, Stopped) else 130

@@ -11,8 +11,8 @@ from torch import nn
 
 from fire_llm.architectures.matrices import unwrap
 from fire_llm.core.errors import UserError
-from fire_llm.distributed import MEETING_SECONDS, meet
-from fire_llm.resets.execute import Work
+from fire_llm.distributed import AGREE_SECONDS, agree
+from fire_llm.resets.execute import ResetExecutor
 from fire_llm.resets.methods import ComputeDtype, Scale, Solver
 from fire_llm.resets.plan import Plan
 from fire_llm.resets.report import ResetReport, Spectra
@@ -29,7 +29,7 @@ def apply_reset(
     spectra: Spectra = False,
     progress: bool = False,
     process_group: Any = None,
-    timeout: float = MEETING_SECONDS,
+    timeout: float = AGREE_SECONDS,
 ) -> ResetReport:
     """Apply one reset, or several in order, to a model in place.
 
@@ -63,9 +63,9 @@ def apply_reset(
         plan = Plan.make(model, parse_resets(resets), initial, optimizer)
     except UserError as error:
         fault = str(error)
-    meet(process_group, plan.request() if plan else "", fault, timeout)
+    agree(process_group, plan.request() if plan else "", fault, timeout)
     assert plan is not None  # meet raises where there is a fault
-    work = Work(plan, spectra)
+    work = ResetExecutor(plan, spectra)
     began = time.perf_counter()
     shared = work.run(process_group, progress)
     seconds = time.perf_counter() - began - work.measuring
@@ -96,7 +96,7 @@ def fire_(
     exclude: Iterable[str] = (),
     optimizer: Any = None,
     process_group: Any = None,
-    timeout: float = MEETING_SECONDS,
+    timeout: float = AGREE_SECONDS,
 ) -> ResetReport:
     """Apply FIRE to a causal LM in place: each attention and MLP matrix becomes (nearly) its polar factor.
 

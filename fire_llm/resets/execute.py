@@ -1,4 +1,4 @@
-"""What a reset does to each piece of a model, done home by home."""
+"""What a reset does to each slice of a model, done placement by placement."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fire_llm.architectures.matrices import LogicalMatrix
+from fire_llm.architectures.matrices import ParameterSlice
 from fire_llm.core.errors import UserError
-from fire_llm.distributed import Block, Exchange, Home, gather_objects, home_of, worthwhile
+from fire_llm.distributed import Block, Placement, Redistribution, gather_objects, placement_of, worthwhile
 from fire_llm.linalg.measures import squared_error
 from fire_llm.resets.methods import RESETS
 from fire_llm.resets.plan import Plan, all_finite
@@ -25,8 +25,8 @@ from fire_llm.resets.rowwise import by_rows, reset_by_rows
 
 
 @dataclass
-class Work:
-    """Do what a plan says, home by home, and keep the report of every piece that this rank worked on."""
+class ResetExecutor:
+    """Do what a plan says, placement by placement, and keep the report of every slice that this rank worked on."""
 
     plan: Plan
     spectra: Spectra
@@ -44,17 +44,21 @@ class Work:
     def run(self, process_group: Any, progress: bool) -> int:
         """Reset everything; return among how many ranks the work was shared at most."""
         plan, blocks = self.plan, self.plan.blocks
-        by_home: dict[Home | None, list[Block]] = defaultdict(list)
+        by_home: dict[Placement | None, list[Block]] = defaultdict(list)
         for block in blocks:
-            by_home[home_of(block.tensor, process_group)].append(block)
+            by_home[placement_of(block.tensor, process_group)].append(block)
         odd = by_home.pop(None, [])
         total_cost = sum(b.cost for b in blocks)
         exchanges, apart = [], []
-        for home, own in by_home.items():
-            assert home is not None
-            split = [b for b in own if by_rows(b, plan.pieces[b.members[0]], plan.todo[b.members[0]], home, total_cost)]
-            apart += [(b.members[0], home) for b in split]
-            exchanges.append(Exchange(_worth_it(home, own), [b for b in own if b not in split]))
+        for placement, own in by_home.items():
+            assert placement is not None
+            split = [
+                b
+                for b in own
+                if by_rows(b, plan.slices[b.members[0]], plan.actions[b.members[0]], placement, total_cost)
+            ]
+            apart += [(b.members[0], placement) for b in split]
+            exchanges.append(Redistribution(_worth_it(placement, own), [b for b in own if b not in split]))
         if progress:
             from tqdm.auto import tqdm
 
@@ -63,15 +67,15 @@ class Work:
         for exchange in exchanges:
             for mine in exchange:
                 self.transform(mine)
-        for index, home in apart:
-            report = reset_by_rows(plan.pieces[index], plan.todo[index][0], home, self.spectra)
+        for index, placement in apart:
+            report = reset_by_rows(plan.slices[index], plan.actions[index][0], placement, self.spectra)
             if report is None:
-                self.failed.add(plan.pieces[index].name)
-            self._done(index, report or TensorReport.of(plan.pieces[index]))
+                self.failed.add(plan.slices[index].name)
+            self._done(index, report or TensorReport.of(plan.slices[index]))
         self._gather_whole(odd)
         if self.bar is not None:
             self.bar.close()
-        return max((e.home.n_replicas * e.home.n_shards for e in exchanges), default=1)
+        return max((e.placement.n_replicas * e.placement.n_shards for e in exchanges), default=1)
 
     def join(self, process_group: Any) -> None:
         """Collect the reports and errors of all ranks, so that each has every one."""
@@ -85,7 +89,7 @@ class Work:
                 self.error = (UserError if wrong[0] else RuntimeError)(f"on rank {rank} of the reset: {wrong[1]}")
 
     def report(self, seconds: float, shared: int) -> ResetReport:
-        """Report on every piece, once the work is done and joined.
+        """Report on every slice, once the work is done and joined.
 
         Raises:
             UserError: What stopped a rank was the user's to mend.
@@ -100,7 +104,7 @@ class Work:
             )
         plan = self.plan
         measures = Measures()
-        rows = [self.reports.get(i) or plan.untouched(i, self.spectra, measures) for i in range(len(plan.pieces))]
+        rows = [self.reports.get(i) or plan.untouched(i, self.spectra, measures) for i in range(len(plan.slices))]
         measures.fetch()
         touched, untouched = [r for r in rows if r.reason is None], [r for r in rows if r.reason is not None]
         return ResetReport(plan.specs, touched, untouched, seconds, 0, shared, self.gathered_whole)
@@ -124,7 +128,7 @@ class Work:
             )
 
     def transform(self, mine: Sequence[tuple[Block, Tensor]]) -> None:
-        """Reset the pieces of some blocks, each block in the tensor that stands for it; after an error, none."""
+        """Reset the slices of some blocks, each block in the tensor that stands for it; after an error, none."""
         if self.error is None:
             try:
                 for group in self._groups(mine):
@@ -132,50 +136,52 @@ class Work:
             except Exception as error:
                 self.error = error
 
-    def _groups(self, mine: Sequence[tuple[Block, Tensor]]) -> Iterable[list[tuple[int, LogicalMatrix]]]:
-        """Return the pieces to reset, grouped where that is faster; report on what is only fused with them."""
-        groups: dict[Any, list[tuple[int, LogicalMatrix]]] = defaultdict(list)
+    def _groups(self, mine: Sequence[tuple[Block, Tensor]]) -> Iterable[list[tuple[int, ParameterSlice]]]:
+        """Return the slices to reset, grouped where that is faster; report on what is only fused with them."""
+        groups: dict[Any, list[tuple[int, ParameterSlice]]] = defaultdict(list)
         for block, tensor in mine:
             for index in block.members:
-                piece, todo = self.plan.pieces[index].within(tensor), self.plan.todo[index]
-                if not todo:
+                slice_, actions = self.plan.slices[index].within(tensor), self.plan.actions[index]
+                if not actions:
                     with self._measured():
-                        self.reports[index] = describe(self.plan.pieces[index], piece.read(), self.spectra)
+                        self.reports[index] = describe(self.plan.slices[index], slice_.read(), self.spectra)
                     self.reports[index].reason = self.plan.reason(index)
                     continue
-                batched = together(tensor) and all(RESETS[s.method].batched for s in todo)
-                key = (piece.shape, tensor.dtype, *map(id, todo)) if batched else index
-                groups[key].append((index, piece))
+                batched = together(tensor) and all(RESETS[s.method].batched for s in actions)
+                key = (slice_.shape, tensor.dtype, *map(id, actions)) if batched else index
+                groups[key].append((index, slice_))
         return groups.values()
 
-    def _reset(self, group: list[tuple[int, LogicalMatrix]]) -> None:
-        """Reset pieces of one shape, dtype and list of resets together."""
+    def _reset(self, group: list[tuple[int, ParameterSlice]]) -> None:
+        """Reset slices of one shape, dtype and list of resets together."""
         stacked = len(group) > 1
         before = torch.stack([p.read() for _, p in group]) if stacked else group[0][1].read()
         x = before.to(torch.promote_types(before.dtype, torch.float32))  # rounded once, when it is written
-        for spec in self.plan.todo[group[0][0]]:
+        for spec in self.plan.actions[group[0][0]]:
             arguments = []
-            for read in self.plan.readings(spec):
+            for read in self.plan.inputs(spec):
                 beside = [read(index).to(x) for index, _ in group]
                 arguments.append(torch.stack(beside) if stacked else beside[0])
             x = RESETS[spec.method].function(x, *arguments, **spec.options)
         rows = list(zip(group, before if stacked else (before,), x.unbind() if stacked else (x,), strict=True))
         sound = all_finite(new for *_, new in rows)
-        self.failed |= {self.plan.pieces[i].name for ((i, _), *_), good in zip(rows, sound, strict=True) if not good}
+        self.failed |= {self.plan.slices[i].name for ((i, _), *_), good in zip(rows, sound, strict=True) if not good}
         done = [
-            (i, piece, old, new.to(old.dtype)) for ((i, piece), old, new), good in zip(rows, sound, strict=True) if good
+            (i, slice_, old, new.to(old.dtype))
+            for ((i, slice_), old, new), good in zip(rows, sound, strict=True)
+            if good
         ]
         with self._measured():  # before anything is written, because `old` may be a view of what is written to
             self._report([(i, old, after) for i, _, old, after in done])
-        for _, piece, _, after in done:
-            piece.write_(after)
+        for _, slice_, _, after in done:
+            slice_.write_(after)
 
     def _report(self, done: list[tuple[int, Tensor, Tensor]]) -> None:
-        """Report on pieces before and after, and wait once for all that is measured but spectra."""
+        """Report on slices before and after, and wait once for all that is measured but spectra."""
         measures = Measures()
         pairs = []
         for index, before, after in done:
-            own = self.plan.pieces[index]
+            own = self.plan.slices[index]
             report, later = (describe(own, of, self.spectra, measures) for of in (before, after))
             measures.add(partial(setattr, report, "sfe"), squared_error(before, after))
             pairs.append((index, report, later))
@@ -205,13 +211,13 @@ def together(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu"
 
 
-def _worth_it(home: Home, blocks: list[Block]) -> Home:
-    """Return the home that shares the work: replicas do it each for itself where that takes less time."""
+def _worth_it(placement: Placement, blocks: list[Block]) -> Placement:
+    """Return the placement that shares the work: replicas do it each for itself where that takes less time."""
     costs, n_bytes = sum(b.cost for b in blocks), sum(b.n_bytes for b in blocks)
     device = blocks[0].tensor.device.type
-    if home.shards is None and not worthwhile(costs, n_bytes, home.n_replicas, device):
-        return Home()
-    return home
+    if placement.shards is None and not worthwhile(costs, n_bytes, placement.n_replicas, device):
+        return Placement()
+    return placement
 
 
 def _put_back(tensor: Any, whole: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What a reset is to do to each piece of a model, checked before anything is done."""
+"""What a reset is to do to each slice of a model, checked before anything is done."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fire_llm.architectures.matrices import ROLES, LogicalMatrix, pieces
+from fire_llm.architectures.matrices import ROLES, ParameterSlice, parameter_slices
 from fire_llm.core.errors import UserError
 from fire_llm.distributed import Block, blocks_of, make_current, refuse_engines
 from fire_llm.resets.methods import RESETS, Kind
@@ -19,18 +19,18 @@ from fire_llm.resets.spec import FROZEN, ResetSpec, refuse_kinds
 
 @dataclass
 class Plan:
-    """Hold what is to be done to each piece of a model, everything checked."""
+    """Hold what is to be done to each slice of a model, everything checked."""
 
     specs: list[ResetSpec]
-    pieces: list[LogicalMatrix]
-    todo: list[list[ResetSpec]]
-    """Of each piece, in order."""
-    start: Mapping[str, LogicalMatrix] = field(default_factory=dict)
-    """Step-0 pieces by name; empty where no reset wants them."""
+    slices: list[ParameterSlice]
+    actions: list[list[ResetSpec]]
+    """Of each slice, in order."""
+    start: Mapping[str, ParameterSlice] = field(default_factory=dict)
+    """Step-0 slices by name; empty where no reset wants them."""
 
     @classmethod
     def of(cls, model: nn.Module, specs: list[ResetSpec], initial: nn.Module | None, kind: Kind = "transition") -> Plan:
-        """Decide what is done to each piece; names and shapes alone are looked at, so that `meta` will do.
+        """Decide what is done to each slice; names and shapes alone are looked at, so that `meta` will do.
 
         Raises:
             UserError: There is nothing to do, a method is of another kind, the step-0 weights are missing or of another
@@ -38,7 +38,7 @@ class Plan:
         """
         refuse_kinds(specs, kind)
         by_role = any(set(s.roles) != set(ROLES) for s in specs)
-        cut = pieces(model, strict=by_role)
+        cut = parameter_slices(model, strict=by_role)
         plan = cls(specs, cut, [[s for s in specs if s.why_not(p) is None] for p in cut])
         wanting = [s.method for s in specs if s.needs_initial]
         if wanting and initial is None:
@@ -46,7 +46,7 @@ class Plan:
                 f"'{wanting[0]}' needs the run's step-0 weights: give `initial` (on the command line, --init or --seed)"
             )
         if wanting and initial is not None:
-            plan.start = {p.name: p for p in pieces(initial, strict=by_role)}
+            plan.start = {p.name: p for p in parameter_slices(initial, strict=by_role)}
         plan._check_names()
         return plan
 
@@ -60,80 +60,82 @@ class Plan:
         return plan
 
     @property
-    def wanted(self) -> list[LogicalMatrix]:
-        """List the pieces that something is done to."""
-        return [p for p, todo in zip(self.pieces, self.todo, strict=True) if todo]
+    def wanted(self) -> list[ParameterSlice]:
+        """List the slices that something is done to."""
+        return [p for p, actions in zip(self.slices, self.actions, strict=True) if actions]
 
     @property
     def blocks(self) -> list[Block]:
         """List the runs of rows that are worked on, in the order of the parameters."""
-        costly = [any(RESETS[s.method].matrices_only for s in todo) for todo in self.todo]
-        return [b for b in blocks_of(self.pieces, costly) if any(self.todo[i] for i in b.members)]
+        costly = [any(RESETS[s.method].matrices_only for s in actions) for actions in self.actions]
+        return [b for b in blocks_of(self.slices, costly) if any(self.actions[i] for i in b.members)]
 
     def _check_names(self) -> None:
         """Refuse a plan that would touch nothing but frozen parameters, or whose step-0 weights do not match."""
-        if not self.wanted and any(s.why_not(p) == FROZEN for p in self.pieces for s in self.specs):
+        if not self.wanted and any(s.why_not(p) == FROZEN for p in self.slices for s in self.specs):
             raise UserError("every parameter that the reset would touch is frozen: call requires_grad_(True) first")
-        for piece in self.wanted if self.start else ():
-            before = self.start.get(piece.name)
-            if before is None or before.shape != piece.shape:
+        for slice_ in self.wanted if self.start else ():
+            before = self.start.get(slice_.name)
+            if before is None or before.shape != slice_.shape:
                 raise UserError(
-                    f"the step-0 weights hold no '{piece.name}' of shape {tuple(piece.shape)}: another architecture"
+                    f"the step-0 weights hold no '{slice_.name}' of shape {tuple(slice_.shape)}: another architecture"
                 )
             if is_sharded(before.tensor):
-                raise UserError(f"the step-0 weights of '{piece.name}' are sharded: give them whole on every rank")
-        for spec, piece in self._read_by_gradient():
-            if is_sharded(piece.tensor):
+                raise UserError(f"the step-0 weights of '{slice_.name}' are sharded: give them whole on every rank")
+        for spec, slice_ in self._read_by_gradient():
+            if is_sharded(slice_.tensor):
                 raise UserError(f"'{spec.method}' reads gradients, and FSDP2 holds them in shards: train replicas")
-            if piece.tensor.grad is None:
+            if slice_.tensor.grad is None:
                 raise UserError(
-                    f"'{spec.method}' needs the gradient of the loss, and '{piece.name}' has none: make it an arm of a "
-                    "recipe, give it to ResetCallback in a ContinualTrainer, or call backward() before apply_reset"
+                    f"'{spec.method}' needs the gradient of the loss, and '{slice_.name}' has none: make it an arm of "
+                    "a recipe, give it to ResetCallback in a ContinualTrainer, or call backward() before apply_reset"
                 )
 
-    def _read_by_gradient(self) -> Iterator[tuple[ResetSpec, LogicalMatrix]]:
-        """Yield the pieces whose gradient a reset reads."""
-        for piece, todo in zip(self.pieces, self.todo, strict=True):
-            yield from ((spec, piece) for spec in todo if spec.needs_gradient)
+    def _read_by_gradient(self) -> Iterator[tuple[ResetSpec, ParameterSlice]]:
+        """Yield the slices whose gradient a reset reads."""
+        for slice_, actions in zip(self.slices, self.actions, strict=True):
+            yield from ((spec, slice_) for spec in actions if spec.needs_gradient)
 
-    def readings(self, spec: ResetSpec) -> list[Callable[[int], Tensor]]:
-        """Return what gives, of each piece, the tensors that a method takes beside the piece's own."""
+    def inputs(self, spec: ResetSpec) -> list[Callable[[int], Tensor]]:
+        """Return what gives, of each slice, the tensors that a method takes beside the slice's own."""
         given: list[tuple[bool, Callable[[int], Tensor]]] = [
-            (spec.needs_initial, lambda index: self.start[self.pieces[index].name].read()),
-            (spec.needs_gradient, lambda index: with_gradient(self.pieces[index]).read()),
+            (spec.needs_initial, lambda index: self.start[self.slices[index].name].read()),
+            (spec.needs_gradient, lambda index: with_gradient(self.slices[index]).read()),
         ]
         return [read for wanted, read in given if wanted]
 
     def _check_values(self) -> None:
         """Refuse weights that are not there or not finite."""
-        for piece in self.wanted:
-            if piece.tensor.is_meta:
-                raise UserError(f"'{piece.name}' is on the meta device: load the weights before a reset")
-        for piece, finite in zip(self.wanted, all_finite(held(piece) for piece in self.wanted), strict=True):
+        for slice_ in self.wanted:
+            if slice_.tensor.is_meta:
+                raise UserError(f"'{slice_.name}' is on the meta device: load the weights before a reset")
+        for slice_, finite in zip(self.wanted, all_finite(held(slice_) for slice_ in self.wanted), strict=True):
             if not finite:
-                raise UserError(not_finite(piece.name))
+                raise UserError(not_finite(slice_.name))
         read = list(self._read_by_gradient())
-        gradients = all_finite(with_gradient(piece).read() for _, piece in read)
-        for (spec, piece), finite in zip(read, gradients, strict=True):
+        gradients = all_finite(with_gradient(slice_).read() for _, slice_ in read)
+        for (spec, slice_), finite in zip(read, gradients, strict=True):
             if not finite:
-                raise UserError(f"'{spec.method}': the gradient of '{piece.name}' is NaN or infinite; try fp32 or bf16")
+                raise UserError(
+                    f"'{spec.method}': the gradient of '{slice_.name}' is NaN or infinite; try fp32 or bf16"
+                )
 
     def request(self) -> str:
         """Say what this rank is about to do, in a form that ranks can compare."""
-        rows = zip(self.pieces, self.todo, strict=True)
-        return repr((self.specs, [(p.name, tuple(p.shape), str(p.tensor.dtype), len(todo)) for p, todo in rows]))
+        rows = zip(self.slices, self.actions, strict=True)
+        return repr((self.specs, [(p.name, tuple(p.shape), str(p.tensor.dtype), len(actions)) for p, actions in rows]))
 
     def untouched(self, index: int, spectra: Spectra = False, measures: Measures | None = None) -> TensorReport:
-        """Report on a piece that nothing came near; what lies in shards or on the disk is not measured."""
-        piece = self.pieces[index]
-        apart = piece.tensor.is_meta or is_sharded(piece.tensor)
-        report = TensorReport.of(piece) if apart else describe(piece, held(piece), spectra, measures)
-        report.reason = self.reason(index) if not self.todo[index] else None
+        """Report on a slice that nothing came near; what lies in shards or on the disk is not measured."""
+        slice_ = self.slices[index]
+        apart = slice_.tensor.is_meta or is_sharded(slice_.tensor)
+        report = TensorReport.of(slice_) if apart else describe(slice_, held(slice_), spectra, measures)
+        report.reason = self.reason(index) if not self.actions[index] else None
         return report
 
     def reason(self, index: int) -> str:
-        """Say why a piece is left alone."""
-        return "; ".join(dict.fromkeys(str(s.why_not(self.pieces[index])) for s in self.specs))
+        """Say why a slice is left alone."""
+        return "; ".join(dict.fromkeys(str(s.why_not(self.slices[index])) for s in self.specs))
 
 
 def all_finite(tensors: Iterable[Tensor]) -> list[bool]:
@@ -141,11 +143,11 @@ def all_finite(tensors: Iterable[Tensor]) -> list[bool]:
     return fetch([torch.isfinite(tensor).all() for tensor in tensors])
 
 
-def with_gradient(piece: LogicalMatrix) -> LogicalMatrix:
-    """Stand for the same piece of the parameter's gradient."""
-    gradient = piece.tensor.grad
+def with_gradient(slice_: ParameterSlice) -> ParameterSlice:
+    """Stand for the same slice of the parameter's gradient."""
+    gradient = slice_.tensor.grad
     assert gradient is not None
-    return replace(piece, tensor=gradient)
+    return replace(slice_, tensor=gradient)
 
 
 def not_finite(name: str) -> str:
@@ -161,9 +163,9 @@ def is_sharded(tensor: Any) -> bool:
     )
 
 
-def held(piece: LogicalMatrix) -> Tensor:
-    """Return a piece, or, where it lies in shards, what this rank holds of the parameter around it."""
-    tensor: Any = piece.tensor.detach()
+def held(slice_: ParameterSlice) -> Tensor:
+    """Return a slice, or, where it lies in shards, what this rank holds of the parameter around it."""
+    tensor: Any = slice_.tensor.detach()
     if not hasattr(tensor, "to_local"):
-        return piece.read()
-    return tensor.to_local() if is_sharded(tensor) else replace(piece, tensor=tensor.to_local()).read()
+        return slice_.read()
+    return tensor.to_local() if is_sharded(tensor) else replace(slice_, tensor=tensor.to_local()).read()

@@ -57,7 +57,7 @@ class Recycler:
         self.sums[:-1] += self.measure(rows)
         self.sums[-1] += rows.shape[0]
 
-    def stale(self, outgoing: Tensor) -> Tensor:
+    def pop_stale(self, outgoing: Tensor) -> Tensor:
         """End a step: return which units begin anew, forget their past, and begin the next step's sums.
 
         Args:

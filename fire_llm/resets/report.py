@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fire_llm.architectures.matrices import LogicalMatrix
+from fire_llm.architectures.matrices import ParameterSlice
 from fire_llm.linalg.measures import dfi_of_gram, gram
 from fire_llm.linalg.singular_values import singular_range, singular_values
 from fire_llm.resets.spec import ResetSpec
@@ -42,9 +42,9 @@ class TensorReport:
     sigma_after: list[float] | None = None
 
     @classmethod
-    def of(cls, piece: LogicalMatrix) -> TensorReport:
-        """Name a piece, measure nothing."""
-        return cls(piece.name, piece.parameter, piece.part, piece.role, list(piece.shape))
+    def of(cls, slice_: ParameterSlice) -> TensorReport:
+        """Name a slice, measure nothing."""
+        return cls(slice_.name, slice_.parameter, slice_.part, slice_.role, list(slice_.shape))
 
     def _normed(self, norm: float) -> None:
         self.norm_before = self.norm_after = norm
@@ -129,7 +129,7 @@ def fetch(scalars: Sequence[Tensor]) -> list[Any]:
 
 
 class Measures:
-    """Gather numbers on a device and fetch them together: one wait for as many pieces as are measured."""
+    """Gather numbers on a device and fetch them together: one wait for as many slices as are measured."""
 
     def __init__(self) -> None:
         self._numbers: list[Tensor] = []
@@ -147,17 +147,19 @@ class Measures:
             use(*islice(known, count))
 
 
-def describe(piece: LogicalMatrix, tensor: Tensor, spectra: Spectra, measures: Measures | None = None) -> TensorReport:
-    """Measure a piece as it is now; before and after are the same until something touches it.
+def describe(
+    slice_: ParameterSlice, tensor: Tensor, spectra: Spectra, measures: Measures | None = None
+) -> TensorReport:
+    """Measure a slice as it is now; before and after are the same until something touches it.
 
     Args:
-        piece: What is reported on.
+        slice: What is reported on.
         tensor: Its values.
         spectra: Whether the report holds singular values.
         measures: Gathers the report's numbers, which are in it once they are fetched; default: at once.
     """
-    report, later = TensorReport.of(piece), measures or Measures()
-    if not piece.matrix:
+    report, later = TensorReport.of(slice_), measures or Measures()
+    if not slice_.matrix:
         later.add(report._normed, torch.linalg.vector_norm(tensor, dtype=torch.float64))
     else:
         g = gram(tensor if tensor.shape[0] >= tensor.shape[1] else tensor.mT, quick=True)

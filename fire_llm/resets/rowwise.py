@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fire_llm.architectures.matrices import LogicalMatrix
-from fire_llm.distributed import Block, Home, splits
+from fire_llm.architectures.matrices import ParameterSlice
+from fire_llm.distributed import Block, Placement, splits
 from fire_llm.distributed.agree import wire_device
 from fire_llm.linalg.matmul import exact_products
 from fire_llm.linalg.measures import CHUNK_ELEMENTS, gram
@@ -19,17 +19,21 @@ from fire_llm.resets.report import Spectra, TensorReport, sigma_quantiles
 from fire_llm.resets.spec import ResetSpec
 
 
-def by_rows(block: Block, piece: LogicalMatrix, todo: list[ResetSpec], home: Home, total_cost: int) -> bool:
+def by_rows(
+    block: Block, slice_: ParameterSlice, actions: list[ResetSpec], placement: Placement, total_cost: int
+) -> bool:
     """Tell whether a block is reset where its rows are: one tall matrix, in shards, for FIRE's own map alone."""
-    if home.shards is None or len(block.members) != 1 or len(todo) != 1:
+    if placement.shards is None or len(block.members) != 1 or len(actions) != 1:
         return False
-    whole = piece.cut is not None and not piece.cut.in_first and piece.shape == piece.tensor.shape
-    known = todo[0].method == "fire" and todo[0].options["solver"] == "newton-schulz"
-    ranks = home.n_shards * home.n_replicas
-    return whole and known and splits(piece.shape, piece.tensor.element_size(), total_cost, ranks)
+    whole = slice_.spec is not None and not slice_.spec.in_first and slice_.shape == slice_.tensor.shape
+    known = actions[0].method == "fire" and actions[0].options["solver"] == "newton-schulz"
+    ranks = placement.n_shards * placement.n_replicas
+    return whole and known and splits(slice_.shape, slice_.tensor.element_size(), total_cost, ranks)
 
 
-def reset_by_rows(piece: LogicalMatrix, spec: ResetSpec, home: Home, spectra: Spectra) -> TensorReport | None:
+def reset_by_rows(
+    slice_: ParameterSlice, spec: ResetSpec, placement: Placement, spectra: Spectra
+) -> TensorReport | None:
     """Reset one matrix: sum the ranks' Gram matrices, map the sum, multiply this rank's rows by the result.
 
     Every measure of the report follows from the Gram matrix and the map, so that no row is looked at again.
@@ -37,12 +41,12 @@ def reset_by_rows(piece: LogicalMatrix, spec: ResetSpec, home: Home, spectra: Sp
     Returns:
         The report; None where the result is not finite, and nothing was written.
     """
-    tensor: Any = piece.tensor.detach()
+    tensor: Any = slice_.tensor.detach()
     rows: Tensor = tensor.to_local()
-    g = gram(rows).to(wire_device(home.shards, rows.device))
-    dist.all_reduce(g, group=home.shards)
+    g = gram(rows).to(wire_device(placement.shards, rows.device))
+    dist.all_reduce(g, group=placement.shards)
     g = g.to(rows.device)
-    p = fire_by_gram(g, piece.shape[0], **spec.options)
+    p = fire_by_gram(g, slice_.shape[0], **spec.options)
     if not torch.isfinite(p).all():
         return None
     wide = torch.promote_types(rows.dtype, torch.float32)
@@ -50,7 +54,7 @@ def reset_by_rows(piece: LogicalMatrix, spec: ResetSpec, home: Home, spectra: Sp
         for chunk in rows.split(max(1, 16 * CHUNK_ELEMENTS // max(1, rows.shape[1]))):
             chunk.copy_(chunk.to(wide) @ p.to(wide))
     after, moved = p.mT @ g @ p, p - torch.eye(len(p), dtype=p.dtype, device=p.device)
-    report = TensorReport.of(piece)
+    report = TensorReport.of(slice_)
     report.sfe = float((moved.mT @ g @ moved).trace())
     for when, of in (("before", g), ("after", after)):
         setattr(report, f"norm_{when}", float(of.trace().clamp_min(0).sqrt()))

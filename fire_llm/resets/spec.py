@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fire_llm.architectures.matrices import MATRIX_ROLES, ROLES, LogicalMatrix
+from fire_llm.architectures.matrices import MATRIX_ROLES, ROLES, ParameterSlice
 from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.resets.methods import RESETS, Kind, ResetMethod
 
@@ -85,16 +85,16 @@ class ResetSpec:
             faults.append(("roles", f"'{name}' acts on matrices ({allowed}); {', '.join(wrong)} are not. Remove them"))
         return faults, None if faults else cls(name, options, roles, exclude)
 
-    def why_not(self, piece: LogicalMatrix) -> str | None:
-        """Return why this reset leaves a piece alone, or None where it acts."""
+    def why_not(self, slice_: ParameterSlice) -> str | None:
+        """Return why this reset leaves a slice alone, or None where it acts."""
         if self.method == "keep":
             return "the reset is keep"
-        if not piece.roles & set(self.roles):
-            return f"role {'/'.join(sorted(piece.roles))} is not among {', '.join(self.roles)}"
-        pattern = next((e for e in self.exclude if re.search(e, piece.name)), None)
+        if not slice_.roles & set(self.roles):
+            return f"role {'/'.join(sorted(slice_.roles))} is not among {', '.join(self.roles)}"
+        pattern = next((e for e in self.exclude if re.search(e, slice_.name)), None)
         if pattern is not None:
             return f"excluded by '{pattern}'"
-        return None if piece.trainable else FROZEN
+        return None if slice_.trainable else FROZEN
 
     def label(self) -> str:
         """Say the reset in one line: `fire, iterations 5, roles attention mlp`."""

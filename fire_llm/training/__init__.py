@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from fire_llm.training.callbacks import KeptOptimizer, ResetCallback
 from fire_llm.training.diagnosing import DiagnosticsCallback
+from fire_llm.training.loss_jump import LossJumpCallback
 from fire_llm.training.optimizers import MuonAdamW
 from fire_llm.training.penalties import PenaltyCallback
 from fire_llm.training.recycling import RecyclingCallback
 from fire_llm.training.schedules import multiplier
-from fire_llm.training.spike import SpikeCallback
 from fire_llm.training.stepping import hash_batch
 from fire_llm.training.training import ContinualArguments, ContinualTrainer, EvaluationSet
 
@@ -18,11 +18,11 @@ __all__ = [
     "DiagnosticsCallback",
     "EvaluationSet",
     "KeptOptimizer",
+    "LossJumpCallback",
     "MuonAdamW",
     "PenaltyCallback",
     "RecyclingCallback",
     "ResetCallback",
-    "SpikeCallback",
     "hash_batch",
     "multiplier",
 ]

@@ -20,7 +20,7 @@ SKIPPED = "skipped_steps"
 """Key of a trainer's log: steps left out so far."""
 
 
-def contagious(loss: Tensor) -> Tensor:
+def propagate_nonfinite(loss: Tensor) -> Tensor:
     """Return a loss as it is, whose gradients are not finite where it is not.
 
     A loss may be infinite and its gradient finite (a token that the model rules out). With this, the norm of the
@@ -73,7 +73,7 @@ class FiniteGuard:
         if not self._losses:
             self._before = self.trainer._tr_loss.clone()
 
-    def saw(self, loss: Tensor) -> None:
+    def check_finite(self, loss: Tensor) -> None:
         """Note a micro-batch's loss."""
         self._losses.append(loss)
 

@@ -16,7 +16,7 @@ from transformers.training_args import OptimizerNames
 
 from fire_llm.architectures.matrices import hidden_matrices, unwrap
 from fire_llm.core.errors import UserError
-from fire_llm.distributed import Block, Exchange, Home, cost, home_of
+from fire_llm.distributed import Block, Placement, Redistribution, cost, placement_of
 from fire_llm.training.schedules import multiplier
 
 
@@ -161,12 +161,12 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _step_shards(self) -> None:
         """Do what `torch.optim.Muon` does, each matrix whole on one rank."""
-        by_home: dict[Home, list[Block]] = defaultdict(list)
+        by_home: dict[Placement, list[Block]] = defaultdict(list)
         settings: dict[int, dict[str, Any]] = {}
         stepped = [(p, group) for group in self._muon.param_groups for p in group["params"] if p.grad is not None]
         for p, group in stepped:
-            home = home_of(p.grad)
-            if home is None:
+            placement = placement_of(p.grad)
+            if placement is None:
                 raise UserError(
                     f"Muon cannot train a matrix of shape {tuple(p.shape)} that is placed neither whole nor in shards "
                     "of rows (tensor parallelism?): take adamw, or FSDP2 alone"
@@ -177,9 +177,9 @@ class MuonAdamW(torch.optim.Optimizer):
             state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
             p.grad.lerp_(state["momentum_buffer"], group["momentum"])  # Nesterov's
             settings[id(p.grad)] = group
-            by_home[home].append(Block(p.grad, range(p.shape[0]), (), cost(p.shape)))
-        for home, blocks in by_home.items():
-            for mine in Exchange(home, blocks):
+            by_home[placement].append(Block(p.grad, range(p.shape[0]), (), cost(p.shape)))
+        for placement, blocks in by_home.items():
+            for mine in Redistribution(placement, blocks):
                 for block, whole in mine:
                     whole.copy_(_update(whole, settings[id(block.tensor)]))
         for p, group in stepped:

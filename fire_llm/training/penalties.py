@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from fire_llm.architectures.matrices import LogicalMatrix
+from fire_llm.architectures.matrices import ParameterSlice
 from fire_llm.core.errors import UserError
 from fire_llm.resets import RESETS, ResetsLike, ResetSpec, parse_resets
 from fire_llm.resets.plan import Plan
@@ -43,7 +43,7 @@ class PenaltyCallback(TrainerCallback):
         self.penalties = parse_resets(penalties)
         refuse_kinds(self.penalties, "penalty")
         self.initial, self.seed = initial, seed
-        self._terms: list[tuple[LogicalMatrix, Callable[[Tensor], Tensor]]] = []
+        self._terms: list[tuple[ParameterSlice, Callable[[Tensor], Tensor]]] = []
         self._added = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
@@ -51,12 +51,12 @@ class PenaltyCallback(TrainerCallback):
         seed = args.seed if self.seed is None else self.seed
         initial = initial_model(self.penalties, self.initial, model.config, seed)
         plan = Plan.of(model, self.penalties, initial, "penalty")
-        starts = {piece.parameter: piece.tensor for piece in plan.start.values()}
+        starts = {slice_.parameter: slice_.tensor for slice_ in plan.start.values()}
         self._terms = []
         for spec in self.penalties:
-            for piece in _given(plan, spec):
-                beside = [_placed(starts[piece.parameter], piece)] if spec.needs_initial else []
-                self._terms.append((piece, partial(_gradient, spec.method, beside, spec.options)))
+            for slice_ in _given(plan, spec):
+                beside = [_placed(starts[slice_.parameter], slice_)] if spec.needs_initial else []
+                self._terms.append((slice_, partial(_gradient, spec.method, beside, spec.options)))
 
     @torch.no_grad()
     def add(self, scale: float) -> None:
@@ -66,10 +66,10 @@ class PenaltyCallback(TrainerCallback):
             scale: What the gradients are multiplied by at this point: fp16's loss scale, or 1.
         """
         self._added = True
-        for piece, gradient in self._terms:
-            if piece.tensor.grad is None:
-                piece.tensor.grad = torch.zeros_like(piece.tensor)
-            held, slope = (replace(piece, tensor=_local(t)) for t in (piece.tensor, piece.tensor.grad))
+        for slice_, gradient in self._terms:
+            if slice_.tensor.grad is None:
+                slice_.tensor.grad = torch.zeros_like(slice_.tensor)
+            held, slope = (replace(slice_, tensor=_local(t)) for t in (slice_.tensor, slice_.tensor.grad))
             slope.write_(slope.read().add(gradient(held.read()), alpha=scale))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -83,22 +83,22 @@ def _gradient(method: str, beside: list[Tensor], options: dict[str, Any], w: Ten
     return RESETS[method].function(w, *beside, **options)
 
 
-def _given(plan: Plan, spec: ResetSpec) -> list[LogicalMatrix]:
-    """List the pieces that a penalty is given; of a parameter in shards, the parameter, if any part of it will do.
+def _given(plan: Plan, spec: ResetSpec) -> list[ParameterSlice]:
+    """List the slices that a penalty is given; of a parameter in shards, the parameter, if any part of it will do.
 
     Raises:
         UserError: A matrix has to be whole and is not.
     """
-    given: list[LogicalMatrix] = []
-    for parameter, pieces in groupby(plan.pieces, attrgetter("parameter")):
-        own = [(piece, spec.why_not(piece) is None) for piece in pieces]
-        chosen = [piece for piece, wanted in own if wanted]
+    given: list[ParameterSlice] = []
+    for parameter, slices in groupby(plan.slices, attrgetter("parameter")):
+        own = [(slice_, spec.why_not(slice_) is None) for slice_ in slices]
+        chosen = [slice_ for slice_, wanted in own if wanted]
         if chosen and hasattr(chosen[0].tensor, "to_local"):
             if not RESETS[spec.method].elementwise or len(chosen) < len(own):
                 raise UserError(
                     f"'{spec.method}' needs the matrices of '{parameter}' whole, and FSDP2 shards them: train replicas"
                 )
-            chosen = [replace(chosen[0], cut=None)]
+            chosen = [replace(chosen[0], spec=None)]
         given += chosen
     return given
 
@@ -108,11 +108,11 @@ def _local(tensor: Any) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def _placed(whole: Tensor, piece: LogicalMatrix) -> Tensor:
-    """Return the part of a whole parameter that a piece stands for, where and as the piece is."""
-    own: Any = piece.tensor
+def _placed(whole: Tensor, slice_: ParameterSlice) -> Tensor:
+    """Return the part of a whole parameter that a slice stands for, where and as the slice is."""
+    own: Any = slice_.tensor
     if not hasattr(own, "to_local"):
-        return replace(piece, tensor=whole).read().to(own, copy=True)  # `initial` may be the model itself
+        return replace(slice_, tensor=whole).read().to(own, copy=True)  # `initial` may be the model itself
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(whole.detach().to(own.device, own.dtype), own.device_mesh, own.placements).to_local()

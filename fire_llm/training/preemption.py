@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from fire_llm.core.signals import Stopped, asked, handled, wait_for_step
+from fire_llm.core.signals import Stopped, asked, handled, set_step_near
 from fire_llm.distributed import PATIENCE, active
 
 
@@ -30,7 +30,7 @@ class Stopping(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Begin to wait for steps: before the first one, the reset and its evaluation, there is nothing to save."""
         self._number, self._answer = 0, None
-        wait_for_step(True)
+        set_step_near(True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Agree, and ask for a checkpoint without the log that would split an interval."""

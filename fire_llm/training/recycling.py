@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from fire_llm.architectures.lookup import Lookup
-from fire_llm.architectures.matrices import LogicalMatrix, logical_matrices, unwrap
+from fire_llm.architectures.matrices import ParameterSlice, logical_matrices, unwrap
 from fire_llm.core.errors import UserError
 from fire_llm.distributed import active, fsdp_modules
 from fire_llm.evaluation.network import down_projections
@@ -31,15 +31,15 @@ RECYCLED = "recycled"
 
 @dataclass(frozen=True)
 class HiddenLayer:
-    """Say where the units of one MLP live: unit j is row j of each incoming piece and column j of the outgoing one."""
+    """Say where the units of one MLP live: unit j is row j of each incoming slice and column j of the outgoing one."""
 
     name: str
     """Of the outgoing parameter."""
     reader: nn.Module
     """Module whose input is the units' activations."""
-    incoming: tuple[LogicalMatrix, ...]
+    incoming: tuple[ParameterSlice, ...]
     """(units, width) matrices, and their biases as (units, 1)."""
-    outgoing: LogicalMatrix
+    outgoing: ParameterSlice
     """(width, units)."""
 
     @property
@@ -60,9 +60,9 @@ def hidden_layers(model: nn.Module, spec: ResetSpec) -> list[HiddenLayer]:
     """
     found, missing = down_projections(model)
     lookup, parameters = Lookup(model), dict(model.named_parameters())
-    blocks: dict[int, list[LogicalMatrix]] = {}
+    blocks: dict[int, list[ParameterSlice]] = {}
     for matrix in logical_matrices(model, ["mlp"]):
-        blocks.setdefault(id(lookup.site(matrix.parameter).block), []).append(matrix)
+        blocks.setdefault(id(lookup.location(matrix.parameter).block), []).append(matrix)
     reasons = {name: reason for reason, names in missing.items() for name in names}
     layers, unreached = [], {}
     for matrices in blocks.values():
@@ -87,23 +87,23 @@ def hidden_layers(model: nn.Module, spec: ResetSpec) -> list[HiddenLayer]:
     return layers
 
 
-def _bias(matrix: LogicalMatrix, parameters: Mapping[str, nn.Parameter]) -> LogicalMatrix | None:
-    """Stand for the bias beside a matrix as a (units, 1) piece, cut as its rows are; None where none is trained."""
+def _bias(matrix: ParameterSlice, parameters: Mapping[str, nn.Parameter]) -> ParameterSlice | None:
+    """Stand for the bias beside a matrix as a (units, 1) slice, cut as its rows are; None where none is trained."""
     name = f"{matrix.parameter.removesuffix('.weight')}.bias"
     bias = parameters.get(name)
-    if bias is None or matrix.cut is None or not bias.requires_grad:
+    if bias is None or matrix.spec is None or not bias.requires_grad:
         return None
-    return replace(matrix, parameter=name, tensor=bias, cut=replace(matrix.cut, in_first=False, columns=1))
+    return replace(matrix, parameter=name, tensor=bias, spec=replace(matrix.spec, in_first=False, columns=1))
 
 
-def _within(piece: LogicalMatrix, tensor: Tensor) -> LogicalMatrix:
-    """Stand for a piece in its parameter, or in a tensor of the same shape, such as a moment of an optimizer."""
-    return replace(piece, tensor=tensor.detach()[:, None] if tensor.ndim == 1 else tensor)
+def _within(slice_: ParameterSlice, tensor: Tensor) -> ParameterSlice:
+    """Stand for a slice in its parameter, or in a tensor of the same shape, such as a moment of an optimizer."""
+    return replace(slice_, tensor=tensor.detach()[:, None] if tensor.ndim == 1 else tensor)
 
 
-def _put(piece: LogicalMatrix, tensor: Tensor, axis: int, units: Tensor, values: Tensor | None) -> None:
-    """Write rows (axis 0) or columns (axis 1) of a piece; zeros where there are no values."""
-    where = _within(piece, tensor)
+def _put(slice_: ParameterSlice, tensor: Tensor, axis: int, units: Tensor, values: Tensor | None) -> None:
+    """Write rows (axis 0) or columns (axis 1) of a slice; zeros where there are no values."""
+    where = _within(slice_, tensor)
     whole = where.read().clone()
     if values is None:
         whole.index_fill_(axis, units, 0)
@@ -213,7 +213,7 @@ class RecyclingCallback(TrainerCallback):
         masks = []
         for layer, recycler, whole in zip(self.layers, self.recyclers, self._split(sums), strict=True):
             recycler.sums.copy_(whole)
-            masks.append(torch.cat([whole[-1:] == 0, recycler.stale(layer.outgoing.read().abs().sum(0))]))
+            masks.append(torch.cat([whole[-1:] == 0, recycler.pop_stale(layer.outgoing.read().abs().sum(0))]))
         # The one time a step that the host waits.
         for number, mask in enumerate(self._split(torch.cat(masks).cpu())):
             if mask[0]:
@@ -238,12 +238,12 @@ class RecyclingCallback(TrainerCallback):
         layer = self.layers[number]
         self.recycled += len(units)
         here = units.to(layer.outgoing.tensor.device)
-        for piece in layer.incoming:
+        for slice_ in layer.incoming:
             drawn = torch.randn(
-                len(units), piece.shape[1], generator=_generator(self.seed, step, self.spec.method, piece.name)
+                len(units), slice_.shape[1], generator=_generator(self.seed, step, self.spec.method, slice_.name)
             )
-            _put(piece, piece.tensor, 0, here, drawn * self._scales[piece.name])
-            _clear(optimizer, piece, 0, here)
+            _put(slice_, slice_.tensor, 0, here, drawn * self._scales[slice_.name])
+            _clear(optimizer, slice_, 0, here)
         _put(layer.outgoing, layer.outgoing.tensor, 1, here, None)
         _clear(optimizer, layer.outgoing, 1, here)
 
@@ -273,37 +273,37 @@ def _guard_hooks() -> None:
 
 
 def _scales(fresh: nn.Module, layers: list[HiddenLayer]) -> dict[str, float]:
-    """Return the root mean square that newly drawn weights have, by piece: transformers draws them about zero."""
+    """Return the root mean square that newly drawn weights have, by slice: transformers draws them about zero."""
     weights = dict(fresh.named_parameters())
-    pieces = [piece for layer in layers for piece in layer.incoming]
-    return {p.name: float(_within(p, weights[p.parameter]).read().square().mean().sqrt()) for p in pieces}
+    slices = [slice_ for layer in layers for slice_ in layer.incoming]
+    return {p.name: float(_within(p, weights[p.parameter]).read().square().mean().sqrt()) for p in slices}
 
 
 def _generator(*what: Any) -> torch.Generator:
-    """Return a generator of its own for each step and piece."""
+    """Return a generator of its own for each step and slice."""
     digest = blake2b(repr(what).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
-def _clear(optimizer: Any, piece: LogicalMatrix, axis: int, units: Tensor) -> None:
+def _clear(optimizer: Any, slice_: ParameterSlice, axis: int, units: Tensor) -> None:
     """Zero the optimizer's moments of rows or columns; its count of steps is one for a whole tensor, and stays."""
-    for moment in _moments(optimizer, piece):
-        _put(piece, moment, axis, units, None)
+    for moment in _moments(optimizer, slice_):
+        _put(slice_, moment, axis, units, None)
 
 
-def _moments(optimizer: Any, piece: LogicalMatrix) -> Iterator[Tensor]:
-    """Yield what an optimizer keeps of a piece's parameter, a number a weight.
+def _moments(optimizer: Any, slice_: ParameterSlice) -> Iterator[Tensor]:
+    """Yield what an optimizer keeps of a slice's parameter, a number a weight.
 
     Raises:
         UserError: It keeps something else (Adafactor, 8-bit moments).
     """
-    parameter = piece.tensor
+    parameter = slice_.tensor
     for key, kept in optimizer.state.get(parameter, {}).items():
         if not isinstance(kept, Tensor) or kept.numel() == 1:
             continue
         if kept.shape != parameter.shape or not kept.is_floating_point():
             raise UserError(
-                f"the optimizer's '{key}' of '{piece.parameter}' is not one number a weight, so that a unit's part of "
+                f"the optimizer's '{key}' of '{slice_.parameter}' is not one number a weight, so that a unit's part of "
                 "it cannot be cleared: take adamw or muon"
             )
         yield kept

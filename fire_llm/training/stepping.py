@@ -15,9 +15,9 @@ from transformers import Trainer
 from fire_llm.core.flops import flops_per_token, peak_flops
 from fire_llm.evaluation import token_nll
 from fire_llm.training.loss import SummedLoss
-from fire_llm.training.nonfinite import SKIPPED, FiniteGuard, contagious
+from fire_llm.training.nonfinite import SKIPPED, FiniteGuard, propagate_nonfinite
 from fire_llm.training.penalties import PenaltyCallback
-from fire_llm.training.telemetry import Speedometer
+from fire_llm.training.throughput import Throughput
 
 
 class Stepping(Trainer):
@@ -49,11 +49,11 @@ class Stepping(Trainer):
         return int(self.model.num_parameters(exclude_embeddings=True))
 
     @cached_property
-    def _speed(self) -> Speedometer:
+    def _speed(self) -> Throughput:
         args, context = self.args, len(self.train_dataset[0]["input_ids"])
         peak = peak_flops(args.device, half=args.bf16 or args.fp16)
         every = None if peak is None else peak * args.world_size
-        return Speedometer(flops_per_token(self.model, context), every, args.device)
+        return Throughput(flops_per_token(self.model, context), every, args.device)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Tensor]], Any]:
         """Fetch a step's micro-batches, with an eye on the clock, and count their tokens into the hash."""
@@ -73,7 +73,7 @@ class Stepping(Trainer):
         """Run one micro-batch forward and backward."""
         self.guard.begin()
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self.guard.saw(loss)
+        self.guard.check_finite(loss)
         return loss
 
     def compute_loss(
@@ -87,7 +87,7 @@ class Stepping(Trainer):
         labels = inputs["labels"]
         outputs = model(**read, use_cache=False) if return_outputs else None  # under autocast, whatever `bf16_params`
         nll = self._summed_loss(model, labels, **read) if outputs is None else token_nll(outputs.logits, labels).sum()
-        loss = contagious(nll / (labels.numel() if num_items_in_batch is None else num_items_in_batch))
+        loss = propagate_nonfinite(nll / (labels.numel() if num_items_in_batch is None else num_items_in_batch))
         return loss if outputs is None else (loss, outputs)
 
     def _clip_grad_norm(self, model: Any) -> Any:

@@ -25,7 +25,7 @@ from transformers import (
 
 from fire_llm.core.compat import check_trainer
 from fire_llm.core.errors import UserError
-from fire_llm.core.signals import wait_for_step
+from fire_llm.core.signals import set_step_near
 from fire_llm.evaluation import perplexity
 from fire_llm.evaluation.measurement import PRECISIONS
 from fire_llm.linalg.matmul import settings_kept
@@ -205,7 +205,7 @@ class ContinualTrainer(Stepping, Optimizing, SavingTrainer):
             self.settle(say=True)
             raise
         finally:
-            wait_for_step(False)
+            set_step_near(False)
             self._progress.close()
 
     def _say_resumed(self, state: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from fire_llm import load_recipe, run_recipe
 from fire_llm.experiment.recipe import Recipe
 from fire_llm.experiment.recipe.reading import read_data
-from fire_llm.experiment.train import Workbench
+from fire_llm.experiment.train import RunContext
 
 RECIPE = "gpt-0.1b/quarter-hour"
 ASSUMED_RATE = 250_000
@@ -59,7 +59,7 @@ def recipe_of(args: argparse.Namespace) -> dict[str, Any]:
 def tokens_of(args: argparse.Namespace, folder: Path) -> tuple[Recipe, Any]:
     """Return the recipe of the evidence and the validation tokens of its second phase's heaviest corpus."""
     recipe = load_recipe(recipe_of(args))
-    bench = Workbench(recipe, folder, progress=False)
+    bench = RunContext(recipe, folder, progress=False)
     for name in recipe.corpus_names():
         bench.tokens(name, "train")
         bench.tokens(name, "validation")
@@ -136,11 +136,11 @@ def evidence(stage: Any) -> None:
             if stage.found["finished"]:
                 took = max(took, time.monotonic() - began)
             else:
-                unit = results["arms"][name]["runs"][0]
-                took = unit["seconds"] + OVERHEAD
+                stage = results["arms"][name]["runs"][0]
+                took = stage["seconds"] + OVERHEAD
             stage.file("results.json", results)
             summary = {arm: _summary(results, arm) for arm in results["arms"]}
-            phases = [{k: unit[k] for k in ("phase", "steps", "seconds", "final")} for unit in results["phases"]]
+            phases = [{k: stage[k] for k in ("phase", "steps", "seconds", "final")} for stage in results["phases"]]
             stage.note(finished=[*summary], results=summary, first_phase=phases, measured=results.get("measured"))
             gc.collect()
     for name, arm in stage.found.get("results", {}).items():

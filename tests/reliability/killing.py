@@ -126,7 +126,7 @@ def _live(
 def _count_events(output: Path, cache: Path, at: Instant | None) -> Counter:
     """Count what this process does from here on, and send it the signal when it comes to the instant."""
     from fire_llm.data.encode import Encoder
-    from fire_llm.resets.execute import Work
+    from fire_llm.resets.execute import ResetExecutor
     from fire_llm.training import ContinualTrainer
 
     counts: Counter = Counter()
@@ -148,7 +148,7 @@ def _count_events(output: Path, cache: Path, at: Instant | None) -> Counter:
     sys.addaudithook(audit)
     for owner, name, kind in (
         (ContinualTrainer, "training_step", "step"),
-        (Work, "_reset", "reset"),
+        (ResetExecutor, "_reset", "reset"),
         (Encoder, "__call__", "tokenising"),
     ):
         _before(owner, name, lambda kind=kind: happened(kind))
@@ -170,12 +170,12 @@ def _before(owner: Any, name: str, tell: Any) -> None:
 def outcome(output: Path) -> dict[str, Any]:
     """Return what must be the same whatever happened on the way: weights by their hashes, curves, batches."""
     results = json.loads((output / "results.json").read_text())
-    units = [*results["phases"], *(one for arm in results["arms"].values() for one in arm["runs"])]
+    stages = [*results["phases"], *(one for arm in results["arms"].values() for one in arm["runs"])]
     found = {}
-    for unit in units:
-        timeless = {k: v for k, v in unit.items() if k not in ("seconds", "reset", "speed")}
-        weights = (output / unit["checkpoint"] / "model.safetensors").read_bytes()
-        found[unit["checkpoint"]] = {**timeless, "weights": sha256(weights).hexdigest()}
+    for stage in stages:
+        timeless = {k: v for k, v in stage.items() if k not in ("seconds", "reset", "speed")}
+        weights = (output / stage["checkpoint"] / "model.safetensors").read_bytes()
+        found[stage["checkpoint"]] = {**timeless, "weights": sha256(weights).hexdigest()}
     return found
 
 

@@ -16,7 +16,7 @@ from tiny_recipe import recipe
 from fire_llm import load_recipe, run_recipe
 from fire_llm.cli import main
 from fire_llm.core.atomic import checkpoints
-from fire_llm.core.signals import SAME_SECONDS, Stopped, asked, handled, signals_handled, wait_for_step
+from fire_llm.core.signals import SAME_SECONDS, Stopped, asked, handled, set_step_near, signals_handled
 from fire_llm.training import ContinualTrainer
 
 WAITING = r"""
@@ -109,10 +109,10 @@ def test_a_rank_takes_signals_only_near_a_step(monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     with signals_handled():
         assert signal.getsignal(signal.SIGTERM) == before
-        wait_for_step(True)
+        set_step_near(True)
         os.kill(os.getpid(), signal.SIGTERM)
         assert asked() == signal.SIGTERM
-        wait_for_step(False)
+        set_step_near(False)
         assert signal.getsignal(signal.SIGTERM) == before
 
 

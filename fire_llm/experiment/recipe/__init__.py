@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from fire_llm.experiment.recipe.grid import Cell, load_cells, words
+from fire_llm.experiment.recipe.grid import Trial, load_trials, words
 from fire_llm.experiment.recipe.optimizing import optimizer_of
 from fire_llm.experiment.recipe.reading import load_recipe, recipes_folder
 from fire_llm.experiment.recipe.sections import ModelSection, OptimizerSection, PhaseSection, Recipe, recipe_schema
 
 __all__ = [
-    "Cell",
     "ModelSection",
     "OptimizerSection",
     "PhaseSection",
     "Recipe",
-    "load_cells",
+    "Trial",
     "load_recipe",
+    "load_trials",
     "optimizer_of",
     "recipe_schema",
     "recipes_folder",

@@ -1,4 +1,4 @@
-"""The cells of a sweep: a recipe once for every point of a grid."""
+"""The trials of a sweep: a recipe once for every point of a grid."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ MOST_CELLS = 500
 """Of a sweep: a few short lists multiply."""
 
 LONGEST_NAME = 100
-"""Characters of a cell's name."""
+"""Characters of a trial's name."""
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     """One point of a grid: the recipe with the swept keys set."""
 
     name: str
@@ -34,25 +34,25 @@ class Cell:
     """As `load_recipe` would give it, without `sweep`."""
 
     def folder(self, output: Path) -> Path:
-        """Return the folder of the cell's run."""
+        """Return the folder of the trial's run."""
         return output / self.name if self.name else output
 
 
-def load_cells(
+def load_trials(
     source: str | Path | Mapping[str, Any], overrides: Iterable[str] = (), grid: Iterable[str] = ()
-) -> list[Cell]:
-    """Read a recipe and the grid that it and `--grid` span, every cell checked.
+) -> list[Trial]:
+    """Read a recipe and the grid that it and `--grid` span, every trial checked.
 
     Args:
         source: As for `load_recipe`.
-        overrides: `KEY=VALUE`, for every cell.
+        overrides: `KEY=VALUE`, for every trial.
         grid: `KEY=[VALUES]`, added to the recipe's `sweep`, or in the place of the same key there.
 
     Returns:
-        The cells, the last key's values changing fastest; one, without a name, where there is no grid.
+        The trials, the last key's values changing fastest; one, without a name, where there is no grid.
 
     Raises:
-        UserError: With every fault found, those of some cells alone with the cells' names.
+        UserError: With every fault found, those of some trials alone with the trials' names.
     """
     data = read_data(source, overrides)
     swept = data.pop("sweep", None) or {}
@@ -61,7 +61,7 @@ def load_cells(
     swept = {**swept, **dict(assignment("--grid", text) for text in grid)}
     refuse(source, grid_faults(swept))
     points = [dict(zip(swept, values, strict=True)) for values in itertools.product(*swept.values())]
-    cells: list[Cell] = []
+    trials: list[Trial] = []
     faults: dict[str, list[str]] = {}
     for name, point in zip(_names(points), points, strict=True):
         own = json.loads(json.dumps(data))
@@ -75,13 +75,13 @@ def load_cells(
         for fault in found:
             faults.setdefault(fault, []).append(name)
         if recipe is not None:
-            cells.append(Cell(name, point, recipe))
+            trials.append(Trial(name, point, recipe))
     refuse(source, [_told(fault, names, len(points)) for fault, names in faults.items()])
-    return cells
+    return trials
 
 
 def grid_faults(swept: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with a grid before any of its cells is looked at."""
+    """Return what is wrong with a grid before any of its trials is looked at."""
     faults = []
     for key, values in swept.items():
         if not isinstance(values, list) or not values:
@@ -94,12 +94,12 @@ def grid_faults(swept: Mapping[str, Any]) -> list[str]:
     for values in swept.values():
         count *= len(values) if isinstance(values, list) else 1
     if count > MOST_CELLS:
-        faults.append(f"sweep: {count:,} cells, the product of the lists' lengths; at most {MOST_CELLS} are allowed")
+        faults.append(f"sweep: {count:,} trials, the product of the lists' lengths; at most {MOST_CELLS} are allowed")
     return faults
 
 
 def _told(fault: str, names: list[str], of: int) -> str:
-    """Say in which cells a fault is, unless it is in all of them."""
+    """Say in which trials a fault is, unless it is in all of them."""
     if len(names) == of:
         return fault
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 
-def spike(before: float, after: float, vocabulary: int) -> dict[str, float | None]:
+def loss_jump(before: float, after: float, vocabulary: int) -> dict[str, float | None]:
     """Compare the losses right before and right after a reset, on the same held-out text.
 
     What was learned is worth ln V − before: a model that knows nothing gives every token the same probability, and
@@ -46,7 +46,7 @@ def sentence(corpus: str, found: Mapping[str, Any]) -> str:
     return told + (beyond if found["undone"] > 1.05 else f" ({found['uniform']:.3f})")
 
 
-class SpikeCallback(TrainerCallback):
+class LossJumpCallback(TrainerCallback):
     """Say, at the evaluation before the first step, how far the reset threw the loss back.
 
     Args:

@@ -18,7 +18,7 @@ MEASURES = ("tokens_per_second", "mfu", "peak_memory_bytes", "data_wait_share")
 """What is logged beside each training loss, where it is known."""
 
 
-class Speedometer:
+class Throughput:
     """Measure the steps between two logs, evaluations and checkpoints left out.
 
     Args:
