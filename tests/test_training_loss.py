@@ -24,7 +24,7 @@ from fire_llm.core.flops import flops_per_token, peak_flops
 from fire_llm.training import EvaluationSet, nonfinite
 from fire_llm.training import loss as sliced
 from fire_llm.training.loss import SummedLoss
-from fire_llm.training.loss_jump import sentence, spike
+from fire_llm.training.loss_jump import loss_jump, sentence
 from fire_llm.training.nonfinite import propagate_nonfinite
 from fire_llm.training.throughput import Throughput
 
@@ -522,12 +522,12 @@ def test_all_ranks_do_the_same_where_one_sees_it(action, tmp_path):
 
 
 def test_a_spike_is_told_against_a_uniform_guess():
-    found = spike(before=3.0, after=math.log(97) - 0.25 * (math.log(97) - 3.0), vocabulary=97)
+    found = loss_jump(before=3.0, after=math.log(97) - 0.25 * (math.log(97) - 3.0), vocabulary=97)
     assert found["undone"] == pytest.approx(0.75) and found["uniform"] == pytest.approx(4.574711)
     assert sentence("c", found).endswith("it undid 75% of what sets the checkpoint apart from a uniform guess (4.575)")
-    assert "worse than knowing nothing" in sentence("c", spike(3.0, 6.0, 97))
-    assert spike(5.0, 5.0, 97)["undone"] is None
-    assert "no better than a uniform guess, 4.575" in sentence("c", spike(5.0, 5.0, 97))
+    assert "worse than knowing nothing" in sentence("c", loss_jump(3.0, 6.0, 97))
+    assert loss_jump(5.0, 5.0, 97)["undone"] is None
+    assert "no better than a uniform guess, 4.575" in sentence("c", loss_jump(5.0, 5.0, 97))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -37,7 +37,7 @@ def loss_jump(before: float, after: float, vocabulary: int) -> dict[str, float |
 
 
 def sentence(corpus: str, found: Mapping[str, Any]) -> str:
-    """Say a spike in one sentence."""
+    """Return one sentence about a jump of the loss."""
     told = f"NLL on {corpus} {found['after']:.3f} after the reset, {found['before']:.3f} before"
     if found["undone"] is None:
         return f"{told}, which was no better than a uniform guess, {found['uniform']:.3f}"
@@ -64,4 +64,4 @@ class LossJumpCallback(TrainerCallback):
         for corpus, before in self.before.items():
             after = metrics.get(f"eval_{corpus}_nll", math.nan)
             if math.isfinite(after):
-                sys.stderr.write(f"{args.title}: {sentence(corpus, spike(before, after, self.vocabulary))}\n")
+                sys.stderr.write(f"{args.title}: {sentence(corpus, loss_jump(before, after, self.vocabulary))}\n")
