@@ -13,7 +13,8 @@ FLOOR  := $(VENV)-floor
 TORCH        := $(shell grep '^torch==' constraints.txt)
 LOWEST_TORCH := $(shell sed -n 's/^ *"torch>=\(.*\)",$$/torch==\1/p' pyproject.toml)
 # What of the suite fits into ten minutes, installing included.
-FLOOR_TESTS := $(addprefix tests/test_,$(addsuffix .py,imports compat models layout checkpoint evaluation trainer))
+FLOOR_TESTS := $(addprefix tests/,$(addsuffix .py,test_imports core/test_compat test_models architectures/test_layout \
+	checkpoint/test_rewrite evaluation/test_perplexity training/test_trainer))
 
 .PHONY: help demo test test-all test-lowest test-floor lint format schema clean
 

@@ -48,8 +48,8 @@ ENVIRONMENT = {
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
 }
 LIBRARIES = ("torch", "triton", "transformers", "accelerate", "numpy", "pydantic", "datasets", "tokenizers")
-TESTS = ["tests/test_gpu.py", "-m", "gpu", "-o", "addopts=", "-W", "default", "-p", "no:cacheprovider", "-q"]
-TESTS += ["--tb=short", "--show-capture=no", "-p", "gpu.recording"]
+TESTS = ["tests/accelerators/test_gpu.py", "-m", "gpu", "-o", "addopts=", "-W", "default", "-p", "no:cacheprovider"]
+TESTS += ["-q", "--tb=short", "--show-capture=no", "-p", "gpu.recording"]
 GROUPS = ("compiled in fp32", "compiled in bf16", "cuSOLVER")
 """Of tests that share what takes seconds to begin; each has a process of its own, and so has the rest."""
 GRACE = 12

@@ -17,7 +17,7 @@ import transformers
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
-from small_models import CANNOT, SMALL, build  # noqa: E402
+from support.small_models import CANNOT, SMALL, build  # noqa: E402
 
 from fire_llm.architectures.families import REFUSED, TYPES  # noqa: E402
 from fire_llm.architectures.lookup import Lookup  # noqa: E402
@@ -35,8 +35,8 @@ left out there, as is below 5.18
 installed version.
 
 For every type `fire-llm apply` on a saved checkpoint equals `fire_` on the model in memory, bit for bit
-(`tests/test_checkpoint_types.py`), and every fused rule is proved by the model's own forward pass, without the rule
-(`tests/test_layout_proofs.py`).
+(`tests/checkpoint/test_types.py`), and every fused rule is proved by the model's own forward pass, without the rule
+(`tests/architectures/test_layout_proofs.py`).
 
 - **plain**: every attention and MLP matrix is a parameter of its own, (out, in).
 - `Block.child → a, b`: one parameter holds several matrices, in this order; `4 × (a, b)`: the pattern repeats, a head

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_gpt2
+from support.models import tiny_gpt2
 
 from fire_llm import perplexity
 

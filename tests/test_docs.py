@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_recipe
 import yaml
 from pydantic import BaseModel
+from support import tiny_recipe
 
 from fire_llm import load_recipe, run_recipe
 from fire_llm.architectures.matrices import ROLES

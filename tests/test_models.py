@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from conftest import tiny_gpt2, tiny_llama
+from support.models import tiny_gpt2, tiny_llama
 from transformers import XLNetConfig
 
 from fire_llm import UserError

@@ -9,7 +9,7 @@ import pickle
 from pathlib import Path
 
 import pytest
-from conftest import tiny_gpt2
+from support.models import tiny_gpt2
 
 from fire_llm import UserError, load_recipe, run_recipe
 from fire_llm.cli import main

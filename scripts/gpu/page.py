@@ -158,7 +158,8 @@ def _tests(data: Json, targets: Targets) -> list[str]:
         return [*lines, "Unmeasured."]
     counted = ", ".join(f"{count} {word}" for word, count in data["counts"].items()) or "none ended"
     cut = data["exit_code"] is None
-    lines.append(f"`tests/test_gpu.py`: {counted}{'; the rest was cut off at the limit of the stage' if cut else ''}.")
+    rest = "; the rest was cut off at the limit of the stage" if cut else ""
+    lines.append(f"`tests/accelerators/test_gpu.py`: {counted}{rest}.")
     running = ", ".join(f"`{name}`" for name in data.get("running", []))
     lines += [f"Running then: {running}."] if cut and running else []
     for name, said in data["failed"].items():

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_gpt2, tiny_llama
-from test_trainer import Samples, arguments
+from support.models import tiny_gpt2, tiny_llama
+from support.training import Samples, arguments
 from transformers import TrainerCallback
 
 from fire_llm import ContinualTrainer, UserError

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from killing import beside, outcome
-from tiny_recipe import recipe
+from support.killing import beside, outcome
+from support.tiny_recipe import recipe
 
 from fire_llm import UserError, load_recipe, run_recipe
 from fire_llm.core.atomic import checkpoints

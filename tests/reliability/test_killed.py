@@ -7,8 +7,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from killing import KINDS, draw, outcome, run
-from tiny_recipe import recipe
+from support.killing import KINDS, draw, outcome, run
+from support.tiny_recipe import recipe
 
 from fire_llm.core.atomic import checkpoints
 from fire_llm.core.manifest import damage

@@ -10,8 +10,8 @@ import time
 
 import psutil
 import pytest
-from killing import outcome
-from tiny_recipe import recipe
+from support.killing import outcome
+from support.tiny_recipe import recipe
 
 from fire_llm import load_recipe, run_recipe
 from fire_llm.cli import main

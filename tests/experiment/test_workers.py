@@ -1,0 +1,398 @@
+"""Units side by side: threads and processes by the recipe, the same weights whatever they are, one message."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from support.tiny_recipe import recipe
+from transformers import TrainerCallback
+
+from fire_llm import UserError, load_recipe, register_reset, run_recipe
+from fire_llm.cli import main
+from fire_llm.core.atomic import checkpoints
+from fire_llm.experiment import resources
+from fire_llm.experiment.jobs import Failures, jobs_of
+from fire_llm.experiment.progress import Overview, StepReport
+from fire_llm.experiment.recipe import Trial
+from fire_llm.experiment.resources import environment, flops_of, small, threads, worker_count
+from fire_llm.experiment.run import run_sweep
+from fire_llm.resets import RESETS
+from fire_llm.training import callbacks
+
+ARMS = "phases.1.arms={base: keep, fire: {method: fire}, rescale: rescale}"
+UNITS = ("first", "second/base", "second/fire", "second/rescale")
+SCRIPT = """
+import sys
+from fire_llm import load_recipe, run_recipe
+results = run_recipe(load_recipe(sys.argv[1], [sys.argv[3]]), sys.argv[2], workers=int(sys.argv[4]))
+"""
+"""As in a notebook: nothing keeps a process that imports it from running it."""
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    """Write a recipe of a second."""
+    return recipe(tmp_path_factory.mktemp("texts"))
+
+
+def without_threads() -> dict[str, str]:
+    """Return the environment of a user who has set no number of threads."""
+    return {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+
+
+def hashes(output: Path, seed: int = 1) -> dict[str, str]:
+    """Return the hash of each unit's final weights."""
+    found = {}
+    for stage in UNITS:
+        newest = checkpoints(output / stage / f"seed-{seed}")[-1][0]
+        found[stage] = hashlib.sha256((newest / "model.safetensors").read_bytes()).hexdigest()
+    return found
+
+
+# ---- the rule
+
+
+def test_threads_follow_the_work_of_a_micro_batch(path):
+    """Flops by hand: 6 a weight that is multiplied and 12·layers·width·context a token; 8 sequences of 16 a step."""
+    tiny = load_recipe(path, ["batch={tokens_per_step: 128}"])
+    block = 4 * 16 * 16 + 4 * 16 + 8 * 16 * 16 + 5 * 16 + 4 * 16  # attention, MLP, their biases, two norms
+    a_token = 6 * (280 * 16 + block + 2 * 16) + 12 * 16 * 16
+    assert flops_of(tiny) == (a_token, 128 * a_token) and small(tiny)
+    assert small(load_recipe("demo"))
+    large = ["model={preset: gpt-0.1b}", "tokenizer={train: 50257}", "batch={tokens_per_step: 4096}"]
+    assert not small(load_recipe(path, large))
+
+
+def test_threads_are_put_back():
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), threads(1):
+        assert torch.get_num_threads() == 1
+        raise KeyError
+    assert torch.get_num_threads() == before
+    with threads(None):
+        assert torch.get_num_threads() == before
+
+
+def jobs_for(path: Path, folder: Path, *sets: str):
+    return jobs_of([Trial("", {}, load_recipe(path, [ARMS, *sets]))], folder)
+
+
+def test_workers_are_as_many_as_units_that_can_run_at_once(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(resources, "_allowed_cores", lambda: 8)
+    monkeypatch.setattr(resources, "threads_asked_for", lambda: None)
+    jobs = jobs_for(path, tmp_path)
+    assert worker_count(None, jobs) == 1  # so little work is done before another process has begun
+    monkeypatch.setattr(resources, "WORTH_PROCESSES_FLOPS", 0)
+    assert worker_count(None, jobs) == 3 == worker_count(9, jobs) and worker_count(2, jobs) == 2
+    assert worker_count(None, jobs_for(path, tmp_path, "seed=[1,2]")) == 6
+    assert worker_count(None, jobs_for(path, tmp_path, "seed=[1,2]", "phases.1.arms=null")) == 2
+    assert worker_count(4, jobs_for(path, tmp_path, "phases.1.arms=null")) == 1  # a chain: one after another
+    monkeypatch.setattr(resources, "threads_asked_for", lambda: 4)
+    assert worker_count(None, jobs) == 2
+    monkeypatch.setattr(resources, "SMALL_PASS_FLOPS", 0)
+    assert worker_count(None, jobs) == 1  # one with all cores
+
+
+def test_libraries_of_a_worker_start_no_threads_of_their_own(path, monkeypatch):
+    trials = [Trial("", {}, load_recipe(path))]
+    names = ["OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"]
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(resources, "cores", lambda: 8)
+    assert [environment(0, 2, trials)[name] for name in names] == ["1"] * 4
+    monkeypatch.setattr(resources, "SMALL_PASS_FLOPS", 0)
+    assert [environment(0, 2, trials)[name] for name in names] == ["4"] * 4
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("RAYON_NUM_THREADS", "7")
+    assert [environment(0, 2, trials)[name] for name in names] == ["3", "3", "3", "7"]
+
+
+def test_a_users_number_of_threads_is_respected_and_told(path, tmp_path, monkeypatch, capsys):
+    from fire_llm.experiment import worker
+
+    seen = []
+    real = worker.train
+    monkeypatch.setattr(
+        worker, "train", lambda stage, bench: (seen.append(torch.get_num_threads()), real(stage, bench))
+    )
+    short = ["phases.0.steps=1", "phases.1.steps=1", "evaluate.max_tokens=200"]
+    torch.set_num_threads(2)
+    try:
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        run_recipe(load_recipe(path, short), tmp_path / "two")
+        assert seen == [2, 2] and "2 threads, as OMP_NUM_THREADS says" in capsys.readouterr().err
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        run_recipe(load_recipe(path, short), tmp_path / "one")
+        assert seen[2:] == [1, 1] and torch.get_num_threads() == 2 and "OMP_" not in capsys.readouterr().err
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_no_model_of_an_earlier_unit_is_left_when_one_begins(path, tmp_path, monkeypatch):
+    """On a GPU it would hold 16 bytes a parameter; one that failed held them in its traceback too."""
+    from fire_llm.experiment import worker
+    from fire_llm.experiment.train import RunContext
+
+    made, alive = [], []
+    real_train, real_model = worker.train, RunContext.starting_model
+
+    class Failing(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            raise RuntimeError("in the middle of a step")
+
+    def train(stage, bench):
+        alive.append(sum(model() is not None for model in made))
+        bench.callbacks = [Failing()] if stage.arm == "base" else []
+        real_train(stage, bench)
+
+    def starting_model(bench, stage):
+        model = real_model(bench, stage)
+        made.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(worker, "train", train)
+    monkeypatch.setattr(RunContext, "starting_model", starting_model)
+    sweep = run_sweep([Trial("", {}, load_recipe(path, [ARMS]))], tmp_path, workers=1, progress=False)
+    assert [failure["message"] for failure in sweep.failures] == ["in the middle of a step"]
+    assert len(made) == 4 and alive == [0] * 4
+
+
+def test_what_other_processes_would_not_know_is_trained_here(path, tmp_path):
+    register_reset("halve")(lambda w: w / 2)
+    try:
+        with_own = load_recipe(path, ["phases.1.arms={base: keep, own: halve}"])
+        with pytest.raises(UserError, match=r"--workers 2: this process has registered halve, which other processes"):
+            run_recipe(with_own, tmp_path, workers=2, progress=False)
+        assert set(run_recipe(with_own, tmp_path, progress=False)["arms"]) == {"base", "own"}
+    finally:
+        del RESETS["halve"]
+
+
+def test_two_arms_that_are_the_same_are_trained_once_and_not_waited_for(path, tmp_path):
+    arms = ["phases.1.arms={a: keep, b: keep}"]
+    run_recipe(load_recipe(path, arms), tmp_path, arms=["a"], progress=False)
+    cut = tmp_path / "second" / "a" / "seed-1"
+    for checkpoint, step in checkpoints(cut):
+        if step == 8:
+            checkpoint.rename(tmp_path / "away")
+    (cut / "checkpoint-4").mkdir()
+    for name in ("continual_state.json", "trainer_state.json"):
+        (cut / "checkpoint-4" / name).write_bytes((tmp_path / "away" / name).read_bytes())
+    # a is begun and not asked for: b does not wait until somebody finishes it.
+    results = run_recipe(load_recipe(path, arms), tmp_path, arms=["b"], progress=False)
+    assert results["arms"]["b"]["runs"][0]["steps"] == 8
+
+
+# ---- processes
+
+
+@pytest.fixture(scope="module")
+def one(path, tmp_path_factory) -> Path:
+    """Run three arms in one process, one after another."""
+    output = tmp_path_factory.mktemp("one") / "run"
+    run_recipe(load_recipe(path, [ARMS]), output, workers=1, progress=False)
+    assert not (output / ".workers").exists()
+    return output
+
+
+@pytest.mark.parametrize("busy", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_workers_end_with_the_weights_of_one(busy, path, one, tmp_path):
+    """In a script without `if __name__ == "__main__"`, which has set no number of threads."""
+    output, others = tmp_path / "two", (os.cpu_count() or 1) if busy else 0
+    burners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(others)]
+    try:
+        command = [sys.executable, "-c", SCRIPT, str(path), str(output), ARMS, "2"]
+        done = subprocess.run(command, env=without_threads(), capture_output=True, text=True, timeout=280)
+    finally:
+        for burner in burners:
+            burner.kill()
+            burner.wait()
+    assert done.returncode == 0, done.stderr
+    assert hashes(output) == hashes(one)
+    first, second = (json.loads((folder / "results.json").read_text()) for folder in (one, output))
+    for arm, results in first["arms"].items():
+        assert results["final"] == second["arms"][arm]["final"]
+        assert [e["train_loss"] for e in results["curve"]] == [e["train_loss"] for e in second["arms"][arm]["curve"]]
+    # The first phase is trained here; then a line a unit, and what the workers say of their resets.
+    assert "2 worker(s)" in done.stderr and "4/4 units" in done.stderr
+    assert "second / rescale, seed 1: " in done.stderr and "second / fire: NLL on a " in done.stderr
+    assert "Traceback" not in done.stderr and "| 20" not in done.stderr
+    left = sorted(p.name.rpartition("-")[2] for p in (output / ".workers").iterdir())
+    assert left == ["1.log", "2.log"]
+
+
+MISTAKE = ["phases.1.steps=null", "phases.1.tokens=640", "phases.1.keep=[300]"]
+DIVERGES = ["phases.1.optimizer={lr: 1.0e+30, min_lr: 1.0e+30, warmup: 0.0}", "optimizer.clip=1.0e+30"]
+
+
+@pytest.mark.parametrize(
+    ("sets", "code", "told"),
+    [
+        (MISTAKE, 2, "fire-llm: phase 'second': keep 300 lies beyond its 5 steps\n"),
+        (DIVERGES, 1, "nonfinite.json' lists the samples. Lower the learning rate"),
+    ],
+)
+def test_what_fails_in_a_worker_is_told_once_as_if_it_had_failed_here(sets, code, told, path, tmp_path, capsys):
+    argv = ["run", str(path), "--output", str(tmp_path / "run"), "--workers=2"]
+    assert main([*argv, *(f"--set={s}" for s in [ARMS, *sets])]) == code
+    said = capsys.readouterr().err
+    assert told in said and said.count("fire-llm: ") == 1 and "Traceback" not in said
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_failures_come_back_as_what_they_were(path, tmp_path):
+    job = jobs_for(path, tmp_path)[0]
+    for n, (error, kind, message) in enumerate(
+        [
+            (FloatingPointError("the loss is nan"), FloatingPointError, "the loss is nan"),
+            (UserError("free some space"), UserError, "free some space"),
+            (RuntimeError("no"), RuntimeError, "first, seed 1: no (see 'l')"),
+            (KeyError("x"), RuntimeError, "first, seed 1: KeyError: 'x' (see 'l')"),
+        ]
+    ):
+        failures = Failures(tmp_path / str(n))
+        assert not failures.any()
+        failures.add(job, error, "l")
+        found = failures.error()
+        assert failures.any() and type(found) is kind and str(found) == message
+
+
+@pytest.fixture
+def running(path, tmp_path):
+    """Start `fire-llm run` of two seeds, each with a long first phase, on two workers; leave nothing behind."""
+    data = yaml.safe_load(path.read_text())
+    data["phases"][0]["steps"], data["save_every_steps"], data["seed"] = 400, 40, [1, 2]
+    data["evaluate"]["every_steps"] = 200
+    (tmp_path / "slow.yaml").write_text(yaml.safe_dump(data))
+    started = []
+
+    def start() -> subprocess.Popen:
+        command = [sys.executable, "-m", "fire_llm", "run", str(tmp_path / "slow.yaml"), "--workers=2"]
+        started.append(
+            subprocess.Popen(
+                [*command, "--output", str(tmp_path / "run")],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+        )
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def begun(output: Path, process: subprocess.Popen) -> list[psutil.Process]:
+    """Wait until both seeds have a checkpoint, and return the workers."""
+    deadline = time.monotonic() + 250
+    while not all(checkpoints(output / "first" / f"seed-{seed}") for seed in (1, 2)):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.02)
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2
+    return workers
+
+
+def step_of(output: Path, seed: int) -> int:
+    return checkpoints(output / "first" / f"seed-{seed}")[-1][1]
+
+
+def test_a_signal_saves_in_every_worker_and_the_same_command_goes_on(running, tmp_path, path):
+    output, process = tmp_path / "run", running()
+    workers = begun(output, process)
+    with pytest.raises(UserError, match="another run is writing into"):
+        run_recipe(load_recipe(tmp_path / "slow.yaml"), output, progress=False)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches all of them
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130 and said.count("fire-llm: ") == 1, said
+    assert said.endswith("fire-llm: interrupted; the workers saved the steps they were in; the same command goes on\n")
+    assert not psutil.wait_procs(workers, timeout=1)[1]
+    steps = [step_of(output, seed) for seed in (1, 2)]
+    process = running()
+    _, said = process.communicate(timeout=280)
+    assert process.returncode == 0, said
+    assert all(f"first: goes on from step {step}\n" in said for step in steps)
+    run_recipe(load_recipe(tmp_path / "slow.yaml"), tmp_path / "whole", workers=1, progress=False)
+    for stage in ("first", "second/fire"):
+        for seed in (1, 2):
+            weights = [
+                (checkpoints(folder / stage / f"seed-{seed}")[-1][0] / "model.safetensors").read_bytes()
+                for folder in (output, tmp_path / "whole")
+            ]
+            assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_the_command_that_started_them(number, running, tmp_path):
+    output, process = tmp_path / "run", running()
+    workers = begun(output, process)
+    process.send_signal(number)  # to the command alone, as a scheduler or the system does
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == (143 if number == signal.SIGTERM else -9), said
+    assert not psutil.wait_procs(workers, timeout=120)[1]
+
+
+# ---- progress
+
+
+def test_the_overview_counts_steps_of_all_units(path, tmp_path, monkeypatch, capsys):
+    """Three arms of 8 steps after a first phase of 10; one worker is at step 6 of an arm after two seconds."""
+    recipe = load_recipe(path, [ARMS])
+    run_recipe(recipe, tmp_path / "run", arms=["base"], progress=False)
+    capsys.readouterr()
+    jobs = jobs_of([Trial("", {}, recipe)], tmp_path / "run")
+    steps = {job.key: job.stage.phase.steps for job in jobs}
+    clock = [100.0]
+    monkeypatch.setattr("fire_llm.experiment.progress.time.monotonic", lambda: clock[0])
+    overview = Overview(jobs, steps, tmp_path, shown=True)
+    report = StepReport(tmp_path / "0.step")
+    report.key = next(job.key for job in jobs if job.stage.arm == "fire")
+    state = type("State", (), {"global_step": 6})()
+    report.on_step_end(None, state, None)
+    state.global_step = 7
+    report.on_step_end(None, state, None)  # too soon after the first
+    clock[0] += 2
+    overview.refresh()
+    assert capsys.readouterr().err == ""  # a line now and then
+    clock[0] += callbacks.LINE_SECONDS
+    overview.refresh()
+    # 24 of 34 steps; 6 of 128 tokens in 32 s; 10 steps are left, which take 53 s.
+    assert capsys.readouterr().err == "2/4 units, 24 of 34 steps, 24 tokens/s, 53 s left\n"
+    run_recipe(recipe, tmp_path / "run", arms=["fire"], progress=False)
+    capsys.readouterr()
+    overview.refresh()
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"second / fire, seed 1: 0\.0 s, NLL a \d\.\d{3}, b \d\.\d{3} \(3/4 units\)\n", said)
+    overview.close()
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(45.4, "45 s"), (150, "2 min"), (9000, "2.5 h")])
+def test_durations_in_words(seconds, words):
+    assert callbacks.duration(seconds) == words
+
+
+def test_without_a_terminal_a_phase_is_told_now_and_then(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(callbacks, "LINE_SECONDS", 0.0)
+    run_recipe(load_recipe(path), tmp_path / "run")
+    said = capsys.readouterr().err
+    assert re.search(r"^first: step 4 of 10, \d+ s left; ppl a [\d.]+, ppl b [\d.]+, loss 5\.\d+, tok/s", said, re.M), (
+        said
+    )
+    assert "\r" not in said

@@ -1,0 +1,575 @@
+"""Check newton_schulz, polar and singular_values against fp64 SVDs of LAPACK (through scipy) and exact algebra."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import threading
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.matrices import decaying, distance, gaussian, scalar_map, svd, with_spectrum
+from torch import Tensor
+
+from fire_llm.core.errors import UserError
+from fire_llm.linalg import matmul as products
+from fire_llm.linalg import newton_schulz as paper_map
+from fire_llm.linalg import polar as projection
+from fire_llm.linalg.matmul import exact_products
+from fire_llm.linalg.newton_schulz import newton_schulz, newton_schulz_factor
+from fire_llm.linalg.polar import polar
+from fire_llm.linalg.singular_values import singular_range, singular_values
+
+SOLVERS = [newton_schulz, polar]
+
+
+def sorted_sigma(x: Tensor) -> Tensor:
+    return torch.from_numpy(np.sort(svd(x)[1]))
+
+
+def deviation(x: Tensor) -> float:
+    """Return max |s - 1|."""
+    return (sorted_sigma(x) - 1).abs().max().item()
+
+
+MATRICES = {
+    "square": gaussian(200, 200),
+    "tall": gaussian(256, 64),
+    "wide": gaussian(160, 480),
+    "nearly square": gaussian(150, 180),
+    "condition 1e4": decaying(160, 200),
+    "condition 1e4, wide": decaying(64, 256),
+    "1/i, wide": with_spectrum(100, 300, 1 / torch.arange(1, 101)),
+    "rank 1, wide": gaussian(60, 1) @ gaussian(1, 400, seed=1),
+    "one row": gaussian(1, 7),
+}
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 2, 5, 7])
+@pytest.mark.parametrize("key", MATRICES)
+def test_newton_schulz_is_the_scalar_map(key: str, iterations: int) -> None:
+    w = MATRICES[key].float()
+    sigma, target = scalar_map(w, iterations)
+    for compute_dtype, sigma_bound, bound in [
+        (None, 1e-5, 5e-6),
+        (torch.float64, 1e-7, 1e-7),
+        (torch.bfloat16, 5e-4, 5e-4),
+        (torch.float16, 5e-4, 2e-4),
+    ]:
+        x = newton_schulz(w, iterations, compute_dtype=compute_dtype)
+        assert (sorted_sigma(x) - sigma.sort().values).abs().max() < sigma_bound
+        assert distance(x, target) < bound
+    assert distance(newton_schulz(w.double(), iterations), target) < 1e-13 * 4**iterations
+
+
+def test_newton_schulz_converges_to_the_polar_factor() -> None:
+    w = gaussian(64, 192)
+    assert distance(newton_schulz(w, 40), torch.from_numpy(scipy.linalg.polar(w.numpy())[0])) < 1e-10
+
+
+def test_a_frobenius_norm_in_fp32_would_show() -> None:
+    """Many equal entries on which an fp32 sum of squares drifts: the norm is accumulated in float64."""
+    w = torch.full((50304, 64), 0.1)
+    assert newton_schulz(w, 0).double().norm().item() == pytest.approx(1, abs=2e-7)
+
+
+def test_composition_takes_its_range_to_one() -> None:
+    def through(steps: tuple[tuple[float, float, float], ...], s: Tensor) -> Tensor:
+        for a, b, c in steps:
+            s = a * s + b * s**3 + c * s**5
+        return s
+
+    s = torch.logspace(-4, 0, 100_001, dtype=torch.float64).clamp_max(1)
+    assert (through(projection.COMPOSITION, s) - 1).abs().max() < 6e-6
+    assert (through((*projection.COMPOSITION, *projection.POLISH), s) - 1).abs().max() < 1e-12
+    again = torch.linspace(0.0132, 1.94, 100_001, dtype=torch.float64)
+    assert (through(projection.LIFT, again) - 1).abs().max() < 1e-12
+    assert through(projection.LIFT, torch.tensor(1e-6)) > 210e-6
+
+
+@cache
+def large(key: str, shape: tuple[int, int]) -> tuple[Tensor, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Return a float32 matrix of GPT-2's size and its fp64 SVD."""
+    if shape[0] > shape[1]:
+        w, (u, sigma, vh) = large(key, (shape[1], shape[0]))
+        return w.mT.contiguous(), (vh.T, sigma, u.T)
+    w = (gaussian(*shape) if key == "gaussian" else decaying(*shape)).float()
+    return w, svd(w)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected", "compute_dtype"),
+    [
+        ((768, 768), (0.0, 0.22, 0.505), None),
+        ((768, 768), (0.0, 0.22, 0.505), torch.bfloat16),
+        ((3072, 768), (0.138, 0.26, 0.392), None),
+    ],
+)
+def test_newton_schulz_at_gpt2_size(
+    shape: tuple[int, int], expected: tuple[float, float, float], compute_dtype: torch.dtype | None
+) -> None:
+    """Five steps on Gaussians: min, median and max of the table in docs/newton-schulz.md."""
+    w, decomposition = large("gaussian", shape)
+    sigma, target = scalar_map(w, 5, decomposition)
+    x = newton_schulz(w, compute_dtype=compute_dtype)
+    found = singular_values(x).flip(0)
+    assert (found - sigma.sort().values).abs().max() < (1e-6 if compute_dtype is None else 1e-4)
+    assert distance(x, target) < (5e-7 if compute_dtype is None else 2e-4)
+    for value, wanted in zip((found[0], found.median(), found[-1]), expected, strict=True):
+        assert value.item() == pytest.approx(wanted, abs=5e-3)
+
+
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-5])
+@pytest.mark.parametrize("shape", [(768, 768), (768, 3072), (3072, 768)])
+@pytest.mark.parametrize("key", ["gaussian", "condition 1e4"])
+def test_polar_holds_its_tolerance_at_gpt2_size(key: str, shape: tuple[int, int], tolerance: float) -> None:
+    w, (u, _, vh) = large(key, shape)
+    q = torch.from_numpy(u @ vh)
+    results = [polar(w, tolerance)]
+    if shape == (768, 768):
+        results.append(polar(w, tolerance, compute_dtype=torch.float32 if tolerance == 1e-3 else torch.float64))
+    for x in results:
+        assert distance(x, q) < tolerance
+        gram = x.double() @ x.double().mT if shape[0] <= shape[1] else x.double().mT @ x.double()
+        assert (torch.linalg.eigvalsh(gram).sqrt() - 1).abs().max() < tolerance
+
+
+HARD = {
+    "gaussian": gaussian(160, 160),
+    "gaussian, wide": gaussian(100, 300),
+    "condition 1e4": decaying(160, 160),
+    "at the floor": with_spectrum(160, 160, torch.cat([torch.ones(80), torch.full((80,), 2.2e-4)])),
+    "one under the floor": with_spectrum(160, 160, torch.cat([torch.ones(159), torch.tensor([1e-5])])),
+    "one far under": with_spectrum(160, 160, torch.cat([torch.ones(159), torch.tensor([1e-6])])),
+    "half far under": with_spectrum(160, 200, torch.cat([torch.ones(80), torch.full((80,), 1e-6)])),
+    "out of reach": with_spectrum(160, 160, torch.cat([torch.ones(159), torch.tensor([1e-10])])),
+}
+
+
+@pytest.mark.parametrize("key", HARD)
+def test_polar_against_svd(key: str) -> None:
+    w = HARD[key]
+    u, _, vh = svd(w)
+    q = torch.from_numpy(u @ vh)
+    for tolerance, compute_dtype in [
+        (1e-3, None),
+        (1e-5, None),
+        (1e-3, torch.float32),
+        (1e-3, torch.float64),
+        (1e-5, torch.float64),
+    ]:
+        x = polar(w, tolerance, compute_dtype=compute_dtype)
+        assert distance(x, q) < tolerance
+        assert deviation(x) < tolerance
+
+
+@pytest.mark.parametrize("compute_dtype", [None, torch.float32, torch.float64])
+def test_polar_keeps_the_svd_for_the_last_resort(
+    compute_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("SVD called")
+
+    monkeypatch.setattr(torch.linalg, "svd", refuse)
+    for key, w in HARD.items():
+        if key != "out of reach" and not (compute_dtype is None and key == "half far under"):
+            polar(w, compute_dtype=compute_dtype)
+    polar(torch.stack([HARD["condition 1e4"], torch.zeros(160, 160)]), compute_dtype=compute_dtype)
+    with pytest.raises(AssertionError, match="SVD called"):
+        polar(HARD["out of reach"], compute_dtype=compute_dtype)
+
+
+def test_float32_composition_starts_in_float64() -> None:
+    """Half the singular values at the floor, where fp32 from the first step on would be off by 2e-4."""
+    u, _, vh = svd(HARD["at the floor"])
+    assert 1e-6 < distance(polar(HARD["at the floor"], compute_dtype=torch.float32), torch.from_numpy(u @ vh)) < 3e-5
+
+
+def test_polar_reaches_float64() -> None:
+    w = gaussian(96, 150)
+    q = torch.from_numpy(scipy.linalg.polar(w.numpy())[0])
+    for compute_dtype in (None, torch.float64):
+        assert distance(polar(w, 1e-12, compute_dtype=compute_dtype), q) < 1e-12
+    assert deviation(polar(w, 1e-15)) < 1e-13  # unreachable: the SVD's answer
+
+
+@pytest.mark.parametrize("compute_dtype", [None, torch.float32, torch.float64])
+def test_polar_leaves_null_directions_zero(compute_dtype: torch.dtype | None) -> None:
+    duplicated = gaussian(140, 200)
+    duplicated[7], duplicated[9] = duplicated[3], 0.0
+    for w, rank in [(duplicated, 138), (gaussian(30, 4) @ gaussian(4, 20, seed=1), 4)]:
+        u, _, vh = svd(w)
+        x = polar(w, compute_dtype=compute_dtype)
+        assert distance(x, torch.from_numpy(u[:, :rank] @ vh[:rank])) < 1e-9
+    assert (polar(duplicated)[9].abs() < 1e-9).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_polar_of_low_precision_is_exact_up_to_rounding(dtype: torch.dtype) -> None:
+    w = gaussian(150, 260).to(dtype)
+    u, _, vh = svd(w)
+    for compute_dtype in (None, torch.float32):
+        x = polar(w, compute_dtype=compute_dtype)
+        assert x.dtype == dtype
+        assert distance(x, torch.from_numpy(u @ vh)) < torch.finfo(dtype).eps / 2 + 1e-5
+
+
+SHAPES = st.tuples(st.integers(1, 12), st.integers(1, 12))
+
+
+@settings(max_examples=25, deadline=None)
+@given(SHAPES, st.integers(0, 2**31), st.integers(-100, 100), st.sampled_from([torch.float32, torch.float64]))
+def test_scale_and_transposition(shape: tuple[int, int], seed: int, exponent: int, dtype: torch.dtype) -> None:
+    """Neither function feels a power of two (1e-30 to 1e30), and both commute with transposition."""
+    w = gaussian(*shape, seed=seed).to(dtype)
+    for solve in SOLVERS:
+        x = solve(w)
+        assert torch.equal(solve(w * 2.0**exponent), x)
+        assert torch.equal(solve(-w), -x)
+        assert torch.allclose(solve(w.mT), x.mT, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(SHAPES, st.integers(0, 2**31), st.sampled_from([None, torch.float64]))
+def test_polar_is_scipys(shape: tuple[int, int], seed: int, compute_dtype: torch.dtype | None) -> None:
+    w = gaussian(*shape, seed=seed)
+    x = polar(w, 1e-6, compute_dtype=compute_dtype)
+    assert distance(x, torch.from_numpy(scipy.linalg.polar(w.numpy())[0])) < 1e-6
+    # x is the projection if and only if it is orthonormal and x^T w is symmetric positive semidefinite (the short side)
+    h = x @ w.mT if shape[0] <= shape[1] else x.mT @ w
+    assert torch.allclose(h, h.mT, atol=1e-5 * w.norm().item())
+    assert torch.linalg.eigvalsh((h + h.mT) / 2).min() > -1e-5 * w.norm()
+
+
+@pytest.mark.parametrize("solve", SOLVERS)
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e30, 1e38])
+def test_extreme_scales_in_fp32(solve, scale: float) -> None:
+    w = gaussian(20, 30).clamp(-3, 3).float()
+    assert torch.allclose(solve(w * scale), solve(w), atol=1e-5)
+
+
+@pytest.mark.parametrize("solve", [*SOLVERS, singular_values])
+def test_extreme_scales_in_fp64(solve) -> None:
+    for scale in (2.0**-1000, 2.0**1000):
+        x = solve(gaussian(20, 30) * scale)
+        assert torch.equal(x, solve(gaussian(20, 30)) * (scale if solve is singular_values else 1))
+        assert torch.allclose(
+            newton_schulz(gaussian(20, 30) * scale, compute_dtype=torch.float32),
+            newton_schulz(gaussian(20, 30)),
+            atol=1e-6,
+        )
+
+
+@pytest.mark.parametrize("options", [{}, {"compute_dtype": torch.float32}, {"compute_dtype": torch.float64}])
+@pytest.mark.parametrize("solve", SOLVERS)
+@pytest.mark.parametrize("shape", [(2, 3, 20, 30), (5, 30, 20), (3, 140, 150)])
+def test_a_batch_is_its_matrices(solve, shape: tuple[int, ...], options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "CHUNK_ELEMENTS", 2 * 20 * 30)
+    w = gaussian(*shape).float()
+    flat = w.view(-1, *shape[-2:])
+    flat[1] = 0
+    flat[2] = decaying(*shape[-2:], condition=1e6)  # needs another attempt than its neighbours
+    x = solve(w, **options).view_as(flat)
+    for one, alone in zip(x, flat, strict=True):
+        assert torch.allclose(one, solve(alone, **options), atol=1e-6)
+    assert not x[1].any()
+
+
+def test_low_precision_batch_mixes_steps() -> None:
+    """A matrix that bf16 would not carry (rank 1) does not take its neighbours, or their precision, with it."""
+    w = torch.stack([gaussian(60, 80), gaussian(60, 1) @ gaussian(1, 80, seed=1), torch.zeros(60, 80)]).float()
+    x = newton_schulz(w, compute_dtype=torch.bfloat16)
+    assert distance(x[0], newton_schulz(w[0].double())) > 1e-5
+    assert distance(x[1], newton_schulz(w[1].double())) < 5e-6
+    assert not x[2].any()
+
+
+@pytest.mark.parametrize("solve", [*SOLVERS, singular_values])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_non_finite_matrices_are_refused_by_name(solve, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "CHUNK_ELEMENTS", 2 * 8 * 9)
+    w = gaussian(2, 3, 8, 9).float()
+    w[1, 2, 4, 5] = value
+    w[1, 1] = 0
+    named = {} if solve is singular_values else {"name": "h.0.attn.c_attn.weight[q]"}
+    with pytest.raises(UserError, match=r"\[1, 2\]: holds NaN or infinity") as caught:
+        solve(w, **named)
+    assert str(caught.value).startswith(named.get("name", "matrix"))
+    with pytest.raises(UserError, match=r"^(matrix|h\.0\.attn\.c_attn\.weight\[q\]): holds NaN"):
+        solve(w[1, 2], **named)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: newton_schulz(torch.ones(3)), r"matrix: shape \(3,\) is not a matrix"),
+        (lambda: polar(torch.ones(()), name="b"), r"b: shape \(\) is not a matrix"),
+        (lambda: singular_values(torch.ones(3)), "is not a matrix"),
+        (lambda: newton_schulz(torch.ones(3, 3, dtype=torch.long)), "dtype torch.int64 cannot be orthogonalised"),
+        (lambda: polar(torch.ones(3, 3, dtype=torch.complex64)), "dtype torch.complex64"),
+        (lambda: newton_schulz(torch.ones(3, 3), -1), "iterations: -1 is not a number of steps"),
+        (lambda: newton_schulz(torch.ones(3, 3), 2.5), "iterations: 2.5"),
+        (lambda: newton_schulz(torch.ones(3, 3), True), "iterations: True"),
+        (lambda: newton_schulz(torch.ones(3, 3), compute_dtype=torch.int8), "compute_dtype: torch.int8 is not one of"),
+        (lambda: polar(torch.ones(3, 3), 0.0), r"tolerance: 0.0 is outside \(0, 0.1\]"),
+        (lambda: polar(torch.ones(3, 3), 0.11), "tolerance: 0.11"),
+        (lambda: polar(torch.ones(3, 3), float("nan")), "tolerance: nan"),
+        (lambda: polar(torch.ones(3, 3), "1e-3"), "tolerance: '1e-3'"),
+        (lambda: polar(torch.ones(3, 3), compute_dtype=torch.bfloat16), "torch.bfloat16 is not one of torch.float32"),
+        (lambda: polar(torch.ones(3, 3), 1e-5, compute_dtype=torch.float32), "float32 holds a tolerance of 0.001"),
+    ],
+)
+def test_bad_input_is_refused(call, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("solve", SOLVERS)
+def test_result_is_new_contiguous_and_detached(solve) -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        for w in (gaussian(40, 20).to(dtype), gaussian(20, 40).to(dtype).mT, gaussian(40, 40).to(dtype)[::2, ::2]):
+            parameter = torch.nn.Parameter(w.clone())
+            x = solve(parameter)
+            assert (x.dtype, x.shape, x.is_contiguous(), x.requires_grad) == (dtype, w.shape, True, False)
+            assert torch.equal(parameter, w)
+    for shape in ((0, 3), (3, 0), (0, 4, 5), (2, 0, 3)):
+        assert solve(torch.zeros(shape)).shape == shape
+    assert not solve(torch.zeros(3, 4, 5)).any()
+
+
+@pytest.mark.filterwarnings("ignore:Please use the new API settings")  # torch 2.9 says so of the old ones asked here
+@pytest.mark.parametrize("solve", SOLVERS)
+def test_ambient_precision_is_neither_felt_nor_changed(solve, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = gaussian(140, 200).float()
+    expected = solve(w)
+    before = torch.get_float32_matmul_precision()
+    seen = []
+    chunks = products.chunks
+    for module in (paper_map, projection):
+        monkeypatch.setattr(
+            module,
+            "chunks",
+            lambda *a, **k: (seen.append(torch.backends.cuda.matmul.fp32_precision), chunks(*a, **k))[1],
+        )
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(solve(w), expected)
+            assert torch.is_autocast_enabled("cpu")
+        with pytest.raises(UserError):
+            solve(w / 0)
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == ["ieee", "ieee"]
+
+
+def test_singular_values() -> None:
+    for w in (*MATRICES.values(), decaying(100, 130, 1e7), gaussian(40, 40).bfloat16(), torch.zeros(5, 7)):
+        expected = svd(w)[1]
+        found = singular_values(w)
+        assert found.dtype == torch.float64
+        # relative, down to 1e-12 of the largest: under it LAPACK itself only says "zero"
+        np.testing.assert_allclose(found.numpy(), expected, rtol=1e-7, atol=1e-12 * expected[0])
+    batch = gaussian(2, 3, 15, 9)
+    found = singular_values(batch)
+    assert found.shape == (2, 3, 9)
+    assert torch.allclose(found, torch.linalg.svdvals(batch), rtol=1e-10)
+    assert singular_values(torch.zeros(2, 0, 3)).shape == (2, 0)
+
+
+@pytest.mark.parametrize("shape", [(3, 130, 140), (4, 40, 56), (3, 300, 129)])
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
+def test_a_matrix_comes_out_the_same_bit_for_bit_whatever_is_beside_it(shape, compute_dtype) -> None:
+    """Ranks share a stack out; on a CPU nobody must be able to tell."""
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    w[1] *= torch.logspace(0, -3, shape[-1])  # another spectrum, which takes another path
+    together = newton_schulz(w, compute_dtype=compute_dtype)
+    assert all(torch.equal(x, newton_schulz(m, compute_dtype=compute_dtype)) for x, m in zip(together, w, strict=True))
+
+
+@pytest.mark.parametrize("end", [1e-3, 0.0133, 0.05, 0.2, 1.0])
+@pytest.mark.parametrize("steps", [2, 3, 5])
+def test_the_polynomial_stands_for_the_steps_on_its_interval(steps: int, end: float) -> None:
+    coefficients = paper_map._interpolant(steps, end)
+    assert coefficients is not None or (steps, end) in {(5, 0.2), (5, 1.0)}
+    if coefficients is not None:
+        assert len(coefficients) % 2 and len(coefficients) <= 13
+        t = np.linspace(1e-9, end, 777)
+        sigma = np.sqrt(t)
+        for _ in range(steps):
+            sigma = 1.5 * sigma - 0.5 * sigma**3
+        found = np.polynomial.polynomial.polyval(t / end, coefficients)
+        assert np.abs(found * np.sqrt(t) / sigma - 1).max() < 3e-7
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 5, 9])
+def test_the_factor_of_the_gram_matrix_is_the_map(iterations: int) -> None:
+    w = torch.randn(90, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    factor = newton_schulz_factor(w.T @ w, iterations)
+    assert torch.allclose(w @ factor, scalar_map(w, iterations)[1], rtol=0, atol=1e-12)
+    assert not newton_schulz_factor(torch.zeros(3, 3), iterations).isnan().any()
+
+
+def rational(function, s):
+    scale, terms = function
+    return s * scale * (1 + sum(weight / (s**2 + shift) for weight, shift in terms))
+
+
+def test_the_rational_functions_do_what_is_said_of_them() -> None:
+    once = rational(projection.FIRST, np.geomspace(1e-4, 1, 9999))
+    assert once.min() > 0.1165 and once.max() < 1 + 1e-12
+    assert np.abs(rational(projection.SECOND, np.geomspace(0.1, 1, 9999)) - 1).max() < 5e-3
+    assert np.abs(rational(projection.SECOND, np.geomspace(1, 1.3, 99)) - 1).max() < 0.1  # an underestimated norm
+
+
+HALVES = [torch.cat([torch.ones(100), torch.full((100,), floor)]) for floor in (0.1, 4e-3, 4e-4, 1.1e-4, 1e-6)]
+SPECTRA = {  # of 200: spectrum, and whether Newton's iteration in fp32 must be sure of it (None: either)
+    "gaussian": (torch.linspace(1, 1 / 200, 200), True),
+    "gaussian, one far under": (torch.cat([torch.linspace(1, 0.01, 199), torch.tensor([1e-5])]), True),
+    "power law": (torch.logspace(0, -4, 200), True),
+    "1/i": (1 / torch.arange(1, 201), True),
+    "one dominant": (torch.cat([torch.ones(1), torch.full((199,), 1e-3)]), True),
+    "nearly degenerate": (torch.linspace(1, 1 + 1e-6, 200), True),
+    "steep": (torch.logspace(0, -6, 200), False),
+    "rank one": (torch.ones(1), False),
+    "half at 0.1": (HALVES[0], True),
+    "half at 4e-3": (HALVES[1], None),
+    "half at 4e-4": (HALVES[2], None),
+    "half at 1e-4": (HALVES[3], None),
+    "half at 1e-6": (HALVES[4], False),
+}
+
+
+@pytest.mark.parametrize("key", SPECTRA)
+def test_newtons_iteration_is_right_or_says_that_it_may_not_be(key: str) -> None:
+    sigma, certain = SPECTRA[key]
+    w = with_spectrum(200, 200, sigma).float()
+    u, _, vh = svd(w)
+    found = projection._newton(w[None], 1e-3)
+    if certain is not None:
+        assert (found is not None) == certain
+    if found is not None:
+        assert distance(found[0], torch.from_numpy(u @ vh)) < 1e-3
+        assert deviation(found[0]) < 1e-5
+
+
+def test_newtons_iteration_refuses_what_has_no_inverse() -> None:
+    singular = gaussian(150, 150)
+    singular[7] = singular[3]
+    for w in (singular, torch.zeros(150, 150), gaussian(150, 1) * torch.logspace(0, -40, 150, dtype=torch.float64)):
+        assert projection._newton(w.float()[None], 1e-3) is None
+
+
+@pytest.mark.parametrize("n", [7, 193, 400, 769])
+def test_products_by_blocks(n: int) -> None:
+    for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-13)):
+        x = gaussian(1, n, 2 * n).to(dtype) / n**0.5
+        gram = products.symmetric_product(x, x.mT)
+        assert torch.allclose(gram, x @ x.mT, rtol=0, atol=bound)
+        assert torch.allclose(products.inverse(gram) @ gram, torch.eye(n, dtype=dtype), rtol=0, atol=10 * bound)
+    gram.diagonal(dim1=-2, dim2=-1)[:, -1] = -1.0
+    assert products.inverse(gram).isnan().any()  # not positive definite
+
+
+@pytest.mark.parametrize(("condition", "certain"), [(1e1, True), (1e3, True), (5e3, True), (1e6, False)])
+@pytest.mark.parametrize("shape", [(160, 160), (150, 400), (400, 150)])
+def test_the_quick_projection_is_right_or_says_that_it_may_not_be(shape, condition: float, certain: bool) -> None:
+    n = min(shape)
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(k, n, generator=generator).double()).Q for k in shape)
+    w = ((u * torch.logspace(0, -np.log10(condition), n)) @ v.T).float()
+    x = w if shape[0] <= shape[1] else w.T
+    found = projection._quick(x[None], 1e-3)
+    assert (found is not None) == certain
+    q = u @ v.T
+    assert distance(polar(w), q) < 1e-3
+    if found is not None:
+        assert distance(found[0] if shape[0] <= shape[1] else found[0].T, q) < 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The largest and the smallest singular value
+
+
+@pytest.mark.parametrize("shape", [(300, 300), (900, 300), (300, 900), (40, 70)])
+@pytest.mark.parametrize("spread", [1.0, 1e3, 1e5])
+def test_the_range_is_that_of_the_svd(shape: tuple[int, int], spread: float) -> None:
+    n = min(shape)
+    w = with_spectrum(*shape, 7 * torch.logspace(0, -math.log10(spread), n, dtype=torch.float64))
+    gram = w.mT @ w if shape[0] >= shape[1] else w @ w.mT
+    assert singular_range(gram) == pytest.approx((7, 7 / spread), rel=2e-3)
+
+
+@pytest.mark.parametrize("side", [30, 300])
+def test_the_range_of_what_has_no_smallest_value(side: int) -> None:
+    low_rank = gaussian(side, 5) @ gaussian(5, side)
+    largest, smallest = singular_range(low_rank @ low_rank.mT)
+    assert largest == pytest.approx(float(torch.linalg.matrix_norm(low_rank, 2)), rel=1e-3)
+    assert smallest < 1e-5 * largest
+    assert singular_range(torch.zeros(side, side, dtype=torch.float64)) == (0, 0)
+    assert singular_range(torch.eye(side, dtype=torch.float64)) == pytest.approx((1, 1))
+
+
+SETTINGS = """
+import torch
+from support.matrices import product_settings
+from fire_llm.linalg.matmul import exact_products
+
+{set}
+before = product_settings()
+with exact_products(torch.device("cpu")):
+    inside = product_settings()
+assert inside["older"] == ("highest", False), inside
+assert set(inside["matmul"].values()) == {{"ieee"}} and inside["conv"]["mkldnn"] == "ieee", inside
+assert product_settings() == before, (product_settings(), before)
+torch.backends.fp32_precision = "ieee"
+assert not {follows} or set(product_settings()["matmul"].values()) == {{"ieee"}}, product_settings()
+"""
+
+
+@pytest.mark.parametrize(
+    ("set_by", "follows"),
+    [
+        ("pass", True),
+        ("torch.set_float32_matmul_precision('medium')", False),
+        ("torch.backends.fp32_precision = 'tf32'", True),
+        ("torch.backends.mkldnn.fp32_precision = 'bf16'", False),
+        ("torch.backends.cuda.matmul.allow_tf32 = True", False),
+    ],
+)
+def test_no_setting_is_felt_or_left_changed(set_by, follows):
+    """In a process of its own: what was never set cannot be had again."""
+    code = SETTINGS.format(set=set_by, follows=follows)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_threads_that_overlap_leave_settings_as_they_were():
+    before = torch.get_float32_matmul_precision()
+    inside, outside, seen = threading.Event(), threading.Event(), []
+
+    def first() -> None:
+        with exact_products(torch.device("cpu")):
+            inside.wait(30)
+        outside.set()
+
+    try:
+        torch.set_float32_matmul_precision("medium")
+        thread = threading.Thread(target=first)
+        thread.start()
+        with exact_products(torch.device("cpu")):
+            inside.set()
+            assert outside.wait(30)
+            seen.append(torch.get_float32_matmul_precision())
+        thread.join()
+        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)

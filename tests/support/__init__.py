@@ -1,0 +1,1 @@
+"""What several tests share: tiny models, recipes and texts, processes, a simulated accelerator."""
