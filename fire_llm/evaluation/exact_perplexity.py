@@ -76,8 +76,11 @@ class ExactPerplexity(evaluate.Metric):
         super().add_batch(predictions=predictions, references=references, **kwargs)
 
     def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
-        """Add one document, with or without a reference."""
-        super().add(prediction=prediction, reference=[] if reference is None else [reference], **kwargs)
+        """Add one document, with or without a reference.
+
+        It is a batch of one: datasets before 5 keep single rows back until the end, behind batches that came later.
+        """
+        self.add_batch(predictions=[prediction], references=None if reference is None else [reference], **kwargs)
 
     def _compute(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 import tracemalloc
 
 import numpy as np
@@ -93,14 +92,12 @@ def test_the_same_seed_gives_the_same_errors():
     assert np.std(few) > 5 * np.std(many)  # the draws' own error falls with √resamples: tenfold
 
 
-def test_a_million_documents_take_little_time_and_memory():
+def test_a_million_documents_take_little_memory():
     scores = texts(1_000_000)
-    start = time.perf_counter()
-    standard_errors(scores)
-    assert time.perf_counter() - start < 5  # 0.3 s where nothing else runs; all at once would take 8 GB
     tracemalloc.start()
+    standard_errors(scores)
     paired_difference(scores, scores)
-    assert tracemalloc.get_traced_memory()[1] < 300e6
+    assert tracemalloc.get_traced_memory()[1] < 300e6  # all draws at once would take 8 GB
     tracemalloc.stop()
 
 

@@ -6,10 +6,11 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -628,19 +629,23 @@ def test_a_speed_is_tokens_over_the_time_between_logs(monkeypatch):
 
 
 def test_evaluations_and_checkpoints_do_not_slow_the_measured_speed(tmp_path, monkeypatch):
-    slow = ContinualTrainer.evaluate
+    measure, seconds = ContinualTrainer.evaluate, itertools.count()
+    paused = []
 
     def evaluate(self, *args, **kwargs):
-        time.sleep(0.5)
-        return slow(self, *args, **kwargs)
+        paused.append(1000.0)
+        return measure(self, *args, **kwargs)
 
+    # A clock that moves a second each time it is read, and a thousand in an evaluation.
+    clock = SimpleNamespace(perf_counter=lambda: next(seconds) + sum(paused))
+    monkeypatch.setattr("fire_llm.training.throughput.time", clock)
     monkeypatch.setattr(ContinualTrainer, "evaluate", evaluate)
     sets = {"c": EvaluationSet(torch.arange(97), 300, 0)}
     settings = {"eval_strategy": "steps", "eval_steps": 2, "eval_context": 16, "max_steps": 6, "eval_on_start": True}
     trainer = train(tiny_gpt2(), tmp_path, sets=sets, logging_steps=2, **settings)
     speeds = [e["tokens_per_second"] for e in trainer.state.log_history if "loss" in e]
     tokens = 2 * MICRO * ACCUMULATION * CONTEXT
-    assert len(speeds) == 3 and min(speeds) > tokens / 0.5
+    assert len(paused) == 4 and len(speeds) == 3 and min(speeds) > tokens / 1000
 
 
 def test_wrong_settings_are_named(tmp_path):
