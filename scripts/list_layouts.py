@@ -65,12 +65,12 @@ def row(name: str) -> str:
     cells: dict[str, dict[str, str]] = defaultdict(dict)
     for variant in (n for n in SMALL if n.partition("+")[0] == name):
         model = build(variant)
-        sites = Lookup(model)
+        lookup = Lookup(model)
         by_parameter: dict[str, list[Any]] = defaultdict(list)
         kinds = {}
         for matrix in logical_matrices(model, ("attention", "mlp", "ssm")):
-            by_parameter[matrix.parameter].append(matrix.cut)
-            kinds[matrix.parameter] = (f"{matrix.block}.{sites.site(matrix.parameter).child}", matrix.role)
+            by_parameter[matrix.parameter].append(matrix.spec)
+            kinds[matrix.parameter] = (f"{matrix.block}.{lookup.location(matrix.parameter).child}", matrix.role)
         for parameter, cuts in by_parameter.items():
             key, role = kinds[parameter]
             if text := describe(cuts):
