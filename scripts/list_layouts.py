@@ -26,23 +26,22 @@ from fire_llm.architectures.matrices import logical_matrices  # noqa: E402
 HEAD = """\
 # Layouts
 
-Which matrices each causal language model of transformers {version} holds, and how they lie in its parameters: all
-{count} types of `MODEL_FOR_CAUSAL_LM_MAPPING`, {supported} supported, {refused} refused. Written by
-`python scripts/list_layouts.py`; the table itself is `fire_llm/architectures/families/`, and
-[adding](adding.md#a-layout) says how to add to it. An older transformers lacks the newest of these types, and they are
-left out there, as is below 5.18
-`aria_text`, whose experts lay otherwise: `fire_llm.architectures.matrices.supported_types()` lists those of the
-installed version.
+This page lists the matrices of each causal language model of transformers {version}, and how they lie in its
+parameters: all {count} types of `MODEL_FOR_CAUSAL_LM_MAPPING`, {supported} supported, {refused} refused.
+`python scripts/list_layouts.py` writes it from the tables in `fire_llm/architectures/families/`. The glossary explains
+what a [layout](glossary.md#layout) is, and [adding](adding.md#a-layout) how to add one. An older transformers lacks the
+newest of these types, and they are left out there. So is `aria_text` below 5.18, whose experts are stored otherwise.
+`fire_llm.architectures.matrices.supported_types()` returns the types of the installed version.
 
-For every type `fire-llm apply` on a saved checkpoint equals `fire_` on the model in memory, bit for bit
-(`tests/checkpoint/test_types.py`), and every fused rule is proved by the model's own forward pass, without the rule
-(`tests/architectures/test_layout_proofs.py`).
+For every type, `fire-llm apply` on a saved checkpoint equals `fire_` on the model in memory, bit for bit
+(`tests/checkpoint/test_types.py`). Every rule for a fused parameter is proved by the model's own forward pass, without
+using the rule (`tests/architectures/test_layout_proofs.py`).
 
 - **plain**: every attention and MLP matrix is a parameter of its own, (out, in).
-- `Block.child → a, b`: one parameter holds several matrices, in this order; `4 × (a, b)`: the pattern repeats, a head
+- `Block.child → a, b`: one parameter holds several matrices, in this order. `4 × (a, b)`: the pattern repeats, a head
   or a group at a time (numbers are those of the small test models).
-- `stack 4`: that many matrices along the first axis, experts for the most part; `(in, out)`: the other way round.
-- *ssm*: state-space and linear-attention projections, left alone unless `--role ssm` is given.
+- `stack 4`: that many matrices along the first axis, mostly experts. `(in, out)`: stored the other way round.
+- *ssm*: projections of state spaces and linear attention, left alone unless you give `--role ssm`.
 
 | type | class | support | what is not plain | *ssm* |
 |---|---|---|---|---|
@@ -66,12 +65,12 @@ def row(name: str) -> str:
     cells: dict[str, dict[str, str]] = defaultdict(dict)
     for variant in (n for n in SMALL if n.partition("+")[0] == name):
         model = build(variant)
-        sites = Lookup(model)
+        lookup = Lookup(model)
         by_parameter: dict[str, list[Any]] = defaultdict(list)
         kinds = {}
         for matrix in logical_matrices(model, ("attention", "mlp", "ssm")):
-            by_parameter[matrix.parameter].append(matrix.cut)
-            kinds[matrix.parameter] = (f"{matrix.block}.{sites.site(matrix.parameter).child}", matrix.role)
+            by_parameter[matrix.parameter].append(matrix.spec)
+            kinds[matrix.parameter] = (f"{matrix.block}.{lookup.location(matrix.parameter).child}", matrix.role)
         for parameter, cuts in by_parameter.items():
             key, role = kinds[parameter]
             if text := describe(cuts):

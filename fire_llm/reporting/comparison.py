@@ -322,7 +322,7 @@ class Comparison:
             said.append(f"Next is {second}: the difference, seed by seed, is {paired(gap)} ({wins}).")
         else:
             said.append(f"Next is {second}, {abs(gap[0]):.3f} away.")
-            said.append("One seed: no spread is known, small margins may be chance.")
+            said.append("One seed: no spread is known, so small margins may be chance.")
         return said
 
 

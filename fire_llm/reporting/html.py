@@ -20,24 +20,24 @@ from fire_llm.reporting.sequence import Stream, every_table
 
 Json = dict[str, Any]
 
-LOSS = "The axis opens on what follows the first third of training; double-click shows everything."
+LOSS = "The axis first shows what follows the first third of training; double-click to see everything."
 BAND = "The line is the mean over the seeds, the band their range. "
-STEPS = "Against full reset: how much sooner an arm first reaches the loss on {} with which full reset ends."
-RETENTION = "Forgetting is the final NLL on {} less that of the checkpoint the arm started from."
+STEPS = "How much sooner an arm first reaches the loss on {} with which full reset ends."
+RETENTION = "Forgetting is the final NLL on {} less that of the checkpoint the arm started from. Positive: lost."
 STREAM = (
-    "Left: NLL on a phase's own corpus when the phase ended, less the base's: where the base loses plasticity phase by "
-    "phase and an arm does not, its line falls. Right: the final NLL on each corpus less that one."
+    "Left: NLL on a phase's own corpus when the phase ended, less the base's. If the base loses plasticity phase by "
+    "phase and an arm does not, the arm's line falls. Right: the final NLL on each corpus, less that NLL."
 )
-HEAT = "Colours are logarithmic, the same for all arms and both DfI maps; blank cells: left alone or not measured."
+HEAT = "Colours are logarithmic, the same for all arms and both DfI maps. Blank: left alone or not measured."
 SPECTRA = "Dotted grey: before the reset. Arms that leave the matrix alone are not drawn."
 DIAGNOSED = "Measured on held-out text of {}."
 MATRIX = (
-    "Bits per byte of held-out text; colours are what a cell lacks to the best of its column, the brightest for the "
-    "worst trained checkpoint and all beyond. Measured by fire-llm eval: "
+    "Bits per byte of held-out text. Colours show how far a value is above the best of its column; the brightest is "
+    "the worst trained checkpoint and everything beyond. Measured by fire-llm eval: "
 )
 TRANSFER = {
-    "forgetting": "Forgetting: NLL after a phase less that when the corpus was last trained on; positive is lost",
-    "forward_transfer": "Forward transfer: NLL of a corpus before its phase less that at the start; negative helps",
+    "forgetting": "Forgetting: NLL after a phase, less that when the corpus was last trained on; positive is lost",
+    "forward_transfer": "Forward transfer: NLL of a corpus before its phase, less that at the start; negative helps",
 }
 NORMS = "Frobenius norm of every matrix a reset touched; on the dotted line nothing changes."
 PAIRS = (("Steps saved", "Plasticity and retention"), ("Singular values", "Norms"))
