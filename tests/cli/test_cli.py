@@ -59,7 +59,9 @@ def test_the_flags_are_frozen():
     }
     assert flags == {
         "check": ["--schema", "--set"],
-        "run": ["--accelerate-config", "--arm", "--dry-run", "--num-processes", "--output", "--set", "--workers"],
+        "run": [
+            "--accelerate-config", "--arm", "--dry-run", "--grid", "--num-processes", "--output", "--set", "--workers",
+        ],
         "apply": [
             "--device", "--dry-run", "--exclude", "--init", "--iterations", "--method", "--native", "--num-processes",
             "--push-to-hub", "--revision", "--role", "--scale", "--seed", "--shrink", "--solver", "--tolerance",
@@ -266,12 +268,10 @@ def test_words_the_parser_does_not_know(argv, message, capsys):
 
 
 def test_a_failure_of_the_work_is_exit_1(monkeypatch, capsys):
-    import fire_llm.experiment
-
     def fail(*_, **__):
         raise FloatingPointError("the training loss is nan at step 3")
 
-    monkeypatch.setattr(fire_llm.experiment, "run_recipe", fail)
+    monkeypatch.setattr("fire_llm.experiment.run.run_recipe", fail)
     assert run("run", "demo") == 1
     assert "the work failed: the training loss is nan at step 3" in capsys.readouterr().err
 
