@@ -245,18 +245,24 @@ def load_tokenizer(name: str | Path) -> Any:
 
 
 def find_device(name: str) -> torch.device:
-    """Return the device of a name such as `cpu`, `cuda` or `cuda:1`; each rank takes its own where none is numbered.
+    """Return the device of a name; each rank takes its own where none is numbered.
+
+    Args:
+        name: `cpu`, `cuda`, `cuda:1`; `auto` is the accelerator where there is one that has float64, in which measures
+            are taken (`mps` has none), else the CPU.
 
     Raises:
         UserError: There is no such device here.
     """
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "auto":
+        name = here.type if here is not None and here.type != "mps" else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"device: '{name}' is none; give cpu, cuda or cuda:N") from error
+        raise UserError(f"device: '{name}' is none; give auto, cpu, cuda or cuda:N") from error
     if device.type == "cpu":
         return device
-    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if here is None or here.type != device.type:
         raise UserError(f"device: '{name}' is not on this machine, which has {here.type if here else 'cpu'} alone")
     count = torch.accelerator.device_count()

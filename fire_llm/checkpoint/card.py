@@ -53,6 +53,8 @@ model = AutoModelForCausalLM.from_pretrained("{folder}")  # then train: Trainer,
 ```
 {command}
 ```
+
+Computed on `{device}`. Kinds of devices round differently: bytes are equal on the same kind only.
 """
 
 
@@ -62,6 +64,7 @@ def write_provenance(
     report: ResetReport,
     hashes: Mapping[str, Mapping[str, str]],
     origin: Mapping[str, Any],
+    device: str,
 ) -> None:
     """Write fire.json: what was done to which checkpoint, with what, and what came out (docs/checkpoints.md)."""
     source = stored.source
@@ -77,13 +80,14 @@ def write_provenance(
             "class": type(stored.model).__name__,
         },
         "initial": dict(origin),
+        "device": device,
         "shards": {name: dict(values) for name, values in hashes.items()},
         **report.to_dict(),
     }
     write_json(path, data)
 
 
-def write_card(path: Path, stored: Stored, report: ResetReport, origin: Mapping[str, Any]) -> None:
+def write_card(path: Path, stored: Stored, report: ResetReport, origin: Mapping[str, Any], device: str) -> None:
     """Write the model card, with what the Hub reads (base_model, license, tags) at its head."""
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -110,7 +114,8 @@ def write_card(path: Path, stored: Stored, report: ResetReport, origin: Mapping[
         roles=", ".join(sorted({t.role for t in report.untouched})) or "none",
         ignored=ignored if report.kept_unread else "",
         folder="this repository or folder",
-        command=_command(report, base or Path(source.name).name, origin),
+        command=_command(report, base or Path(source.name).name, origin, device),
+        device=device,
     )
     path.write_text(str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")), encoding="utf-8")
 
@@ -193,13 +198,13 @@ def _median(values: Iterable[float | None]) -> str:
     return f"{median(known):.4g}" if known else "–"
 
 
-def _command(report: ResetReport, name: str, origin: Mapping[str, Any]) -> str:
+def _command(report: ResetReport, name: str, origin: Mapping[str, Any], device: str) -> str:
     """Return the command line that repeats the reset, or the call where there were several."""
     if len(report.resets) != 1:
-        return f"fire_llm.reset_checkpoint({name!r}, 'DST', {[asdict(s) for s in report.resets]})"
+        return f"fire_llm.reset_checkpoint({name!r}, 'DST', {[asdict(s) for s in report.resets]}, device={device!r})"
     spec = report.resets[0]
     flags = [f"--method {spec.method}"]
     flags += [f"--{key.replace('_', '-')} {value}" for key, value in spec.options.items() if value is not None]
     flags += [f"--exclude '{pattern}'" for pattern in spec.exclude]
-    flags += [f"--{key} {value}" for key, value in origin.items() if value is not None]
+    flags += [f"--{key} {value}" for key, value in {**origin, "device": device}.items() if value is not None]
     return f"fire-llm apply {name} DST {' '.join(flags)}"

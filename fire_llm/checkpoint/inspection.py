@@ -37,7 +37,7 @@ def inspect_checkpoint(
         against: A second checkpoint of the same architecture; adds `sfe` and `cosine`.
         roles: Which matrices.
         progress: Show a progress bar.
-        device: Where to compute: `cpu`, `cuda`, `cuda:1`.
+        device: Where to compute: `cpu`, `cuda`, `cuda:1`, or `auto`, as in `find_device`.
         native: See `reset_checkpoint`.
 
     Raises:

@@ -71,7 +71,8 @@ def reset_checkpoint(
             architectures draw some weights from others: a whole model at once, in fp32).
         revision: Branch, tag or commit, where `src` is a Hub id.
         native: Take transformers' own class where a checkpoint brings code (auto_map); that code is never run.
-        device: Where the resets are computed: `cpu`, `cuda`, `cuda:1`.
+        device: Where the resets are computed: `cpu`, `cuda`, `cuda:1`, or `auto`, as in `find_device`. The weights of
+            two devices are equal to rounding.
         progress: Show progress bars.
         dry_run: Only say what would be done; no weight is read, nothing is written.
         options: Options of `method` where it is a name.
@@ -248,8 +249,9 @@ class _Rewrite:
                 hashes[name] = {"source": hasher.of(source.folder / name), "result": hasher.of(folder / name)}
                 bar(2 * (folder / name).stat().st_size)
         with writing(folder):
-            write_provenance(folder / PROVENANCE, self.stored, report, hashes, self.origin)
-            write_card(folder / "README.md", self.stored, report, self.origin)
+            device = self.device.type
+            write_provenance(folder / PROVENANCE, self.stored, report, hashes, self.origin, device)
+            write_card(folder / "README.md", self.stored, report, self.origin, device)
 
 
 def _nothing(plan: Plan, name: str) -> str:

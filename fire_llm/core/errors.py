@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable
 
-_FSDP2 = "fsdp_version: 2 (as in recipes/accelerate/fsdp2.yaml)"
+_FSDP2 = "fsdp_version: 2 (as --accelerate-config fsdp2 has it)"
 ENGINES = {
     "FSDP1": f"FSDP1 flattens parameters, so that matrices cannot be told apart in them: set {_FSDP2}",
     "DEEPSPEED": (

@@ -1,4 +1,4 @@
-"""Start the processes of a run with accelerate, and say once what ended them.
+"""Start the processes of a run with accelerate, and report once what ended them.
 
 fire-llm run --num-processes N ─▶ start ─▶ accelerate launch -m fire_llm run … ─▶ N ranks
                 exit code, one message ◀── ChildFailedError ◀── error files ◀──────┘
@@ -20,14 +20,14 @@ from typing import Any
 from fire_llm.core.errors import ENGINES, UserError, did_you_mean, redact
 from fire_llm.core.signals import Stopped
 
-AGAIN = "what was saved stays, and the same command goes on from the newest checkpoint"
+RESUME = "what was saved stays, and the same command goes on from the newest checkpoint"
 """What to do after a run was ended."""
 
-ANEW = "nothing was written: run the same command again"
+REPEAT = "nothing was written: run the same command again"
 """What to do after a verb was ended that makes its result at the very end."""
 
 _OURS = "FIRE_LLM_LAUNCHER"
-"""Set in processes that `start` made, to a folder: they leave it to the launcher to speak, and say there what to."""
+"""Set in processes that `start` made, to a folder: they write their message there, and the launcher prints it."""
 
 _PATIENCE = "600"
 """Seconds that ranks have to save after a signal, before torch's launcher kills them."""
@@ -37,7 +37,7 @@ _KINDS = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU",
 
 @dataclass(frozen=True)
 class Launch:
-    """Hold how many processes to start, and accelerate's settings for them."""
+    """How many processes to start, and accelerate's settings for them."""
 
     processes: int
     """On all machines together."""
@@ -46,12 +46,12 @@ class Launch:
 
     @property
     def machines(self) -> int:
-        """Give the number of machines."""
+        """Return the number of machines."""
         return int(self.settings.get("num_machines") or 1)
 
     @property
     def alone(self) -> bool:
-        """Tell whether this process can do the work itself."""
+        """Return whether this process can do the work itself."""
         return self.processes == 1 and self.settings["distributed_type"] != "FSDP"
 
 
@@ -59,22 +59,25 @@ class Launch:
 
 
 def launched() -> bool:
-    """Tell whether a launcher made this process."""
+    """Return whether a launcher made this process."""
     return any(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
 
 
 def first_rank() -> bool:
-    """Tell whether this process is the first of those that a launcher made, or alone."""
+    """Return whether this process is the first of those that a launcher made, or alone."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def prepare(processes: int | None, config: str | None, *, use_cpu: bool = False) -> Launch:
+def prepare(
+    processes: int | None, config: str | None, *, use_cpu: bool = False, cpu_option: str = "--accelerate-config cpu"
+) -> Launch:
     """Read and check what `--num-processes` and `--accelerate-config` ask for; start nothing.
 
     Args:
         processes: On all machines together; None for what the configuration says.
         config: A file of accelerate's settings.
         use_cpu: Leave accelerators alone where there is no configuration.
+        cpu_option: What the user can give to leave them alone, for the message about too many processes.
 
     Raises:
         UserError: For a number of processes or a configuration that cannot work.
@@ -98,7 +101,7 @@ def prepare(processes: int | None, config: str | None, *, use_cpu: bool = False)
             f"give --num-processes a multiple of {launch.machines}"
         )
     _check_mesh(launch, config)
-    _check_devices(launch)
+    _check_devices(launch, cpu_option)
     return launch
 
 
@@ -106,11 +109,6 @@ def _read(path: Path) -> dict[str, Any]:
     """Read a configuration file of accelerate and refuse what cannot be trained under."""
     import yaml
 
-    if not path.is_file():
-        raise UserError(
-            f"--accelerate-config: there is no file '{path}'. Ready ones lie in recipes/accelerate/; "
-            "`accelerate config` writes others"
-        )
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -162,7 +160,8 @@ def _check_mesh(launch: Launch, config: str | None) -> None:
         )
 
 
-def _check_devices(launch: Launch) -> None:
+def _check_devices(launch: Launch, cpu_option: str) -> None:
+    """Refuse more processes than there are accelerators, unless they are to compute on the CPU."""
     import torch
 
     if launch.settings.get("use_cpu") or not torch.accelerator.is_available():
@@ -171,21 +170,21 @@ def _check_devices(launch: Launch) -> None:
     if here > present:
         raise UserError(
             f"--num-processes {launch.processes}: this machine has {present} accelerator(s), and each process takes "
-            f"one. Use at most {present * launch.machines}, or a configuration with use_cpu: true"
+            f"one. Use at most {present * launch.machines}, or compute on the CPU: {cpu_option}"
         )
 
 
 # ---- the processes
 
 
-def start(launch: Launch, argv: list[str], precision: str, again: str = AGAIN) -> int:
+def start(launch: Launch, argv: list[str], precision: str, next_step: str = RESUME) -> int:
     """Run `python -m fire_llm` with these arguments on every rank, and return the exit code to end with.
 
     Args:
         launch: From `prepare`.
         argv: Verb and arguments, without those that start processes.
         precision: Of the recipe: fp32, bf16 or fp16; it decides, whatever accelerate's settings say.
-        again: What the user can do after the processes were ended.
+        next_step: What the user can do after the processes were ended.
     """
     from tempfile import TemporaryDirectory
 
@@ -211,17 +210,17 @@ def start(launch: Launch, argv: list[str], precision: str, again: str = AGAIN) -
             ["--config_file", str(file), *threads, "--module", "fire_llm", *argv]
         )
         if launch.machines == 1:
-            # The ranks meet at a port that the launcher itself holds, so that no other launch can take it.
+            # The ranks connect at a port that the launcher itself holds, so that no other launch can take it.
             arguments.standalone, arguments.local_addr = True, "127.0.0.1"
         try:
             launch_command(arguments)
         except ChildFailedError as error:
-            code, message = _verdict(error.failures, again)
+            code, message = _verdict(error.failures, next_step)
         except SignalException as error:
-            last_words = Path(folder) / "0"
-            said = last_words.read_text(encoding="utf-8") if last_words.exists() else None
-            code, message = ended(Stopped(error.sigval), again)
-            message = said or message
+            code, message = ended(Stopped(error.sigval), next_step)
+            reported = Path(folder) / "0"  # by the first rank, in `report_failure`
+            if reported.exists():
+                message = reported.read_text(encoding="utf-8")
         else:
             return 0
     # A rank that was killed leaves its progress bar without an end of line.
@@ -231,7 +230,7 @@ def start(launch: Launch, argv: list[str], precision: str, again: str = AGAIN) -
 
 @contextmanager
 def _surroundings(launch: Launch, folder: str) -> Iterator[None]:
-    """Set what the ranks inherit, and keep the launcher's own libraries from speaking."""
+    """Set what the ranks inherit, and keep the launcher's own libraries from logging."""
     import logging
 
     before, level = dict(os.environ), logging.root.manager.disable
@@ -257,18 +256,18 @@ def cores() -> int:
 # ---- after: what ended them
 
 
-def ended(interruption: KeyboardInterrupt, again: str = AGAIN) -> tuple[int, str]:
-    """Return exit code and message for what a signal ended: what was saved, or what to do."""
+def ended(interruption: KeyboardInterrupt, next_step: str = RESUME) -> tuple[int, str]:
+    """Return exit code and message for what a signal ended: what was saved, or what to do next."""
     number = interruption.number if isinstance(interruption, Stopped) else signal.SIGINT
     by = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
     said = interruption.said if isinstance(interruption, Stopped) else None
-    return 128 + number, f"{by}; {said or again}"
+    return 128 + number, f"{by}; {said or next_step}"
 
 
 def report_failure(code: int, message: str) -> None:
-    """Say why this process ends: on the terminal where it is alone, to the launcher where there is one.
+    """Report why this process ends: on the terminal where it is alone, to the launcher where there is one.
 
-    Of ranks that another launcher started, the first that has something to say says it.
+    Of ranks that another launcher started, the first to fail prints its message.
     """
     message = redact(message)
     _leave_for_launcher(code, message)
@@ -276,7 +275,7 @@ def report_failure(code: int, message: str) -> None:
     if code > 128 and launched() and _OURS in os.environ and folder.is_dir():
         # torch's launcher reads no error files where a signal ended the launcher itself.
         (folder / os.environ["LOCAL_RANK"]).write_text(message, encoding="utf-8")
-    if not (launched() and os.environ.get(_OURS)) and _first_to_speak():
+    if not (launched() and os.environ.get(_OURS)) and _first_to_report():
         sys.stderr.write(f"fire-llm: {message}\n")
 
 
@@ -292,22 +291,22 @@ def _leave_for_launcher(code: int, message: str) -> None:
         partial.write_text(json.dumps({"message": message, "timestamp": int(time.time()), "code": code}))
         os.replace(partial, path)
     except OSError:
-        pass  # the exit code still tells
+        pass  # the exit code is left
 
 
-def _first_to_speak() -> bool:
+def _first_to_report() -> bool:
     if not launched():
         return True
     dist = sys.modules.get("torch.distributed")
     if dist is None or not dist.is_available() or not dist.is_initialized():
-        return os.environ.get("LOCAL_RANK", "0") == "0"  # before the ranks meet, all of a machine find the same
+        return os.environ.get("LOCAL_RANK", "0") == "0"  # before the ranks connect, all of a machine find the same
     try:
-        return bool(dist.distributed_c10d._get_default_store().add("fire_llm/told", 1) == 1)
+        return bool(dist.distributed_c10d._get_default_store().add("fire_llm/reported", 1) == 1)
     except RuntimeError:  # the store went with its process
         return first_rank()
 
 
-def _verdict(failures: Mapping[int, Any], again: str = AGAIN) -> tuple[int, str]:
+def _verdict(failures: Mapping[int, Any], next_step: str = RESUME) -> tuple[int, str]:
     """Return exit code and message for what the ranks ended with; causes come before what followed from them."""
     by_time = sorted(failures.items(), key=lambda item: (item[1].timestamp, item[0]))
     said = [(rank, f) for rank, f in by_time if "code" in f.error_file_data]
@@ -319,15 +318,15 @@ def _verdict(failures: Mapping[int, Any], again: str = AGAIN) -> tuple[int, str]
     if killed:
         rank, failure = killed[0]
         hint = ": most often the machine ran out of memory" if -failure.exitcode == signal.SIGKILL else ""
-        return 1, f"rank {rank} (process {failure.pid}) was killed by {failure.signal_name()}{hint}; {again}"
+        return 1, f"rank {rank} (process {failure.pid}) was killed by {failure.signal_name()}{hint}; {next_step}"
     for rank, failure in said:
         if failure.error_file_data["code"] == 1:
-            return 1, f"{failure.message} (rank {rank} of {len(failures)} that ended); {again}"
+            return 1, f"{failure.message} (rank {rank} of {len(failures)} that ended); {next_step}"
     for _, failure in said:
         if failure.error_file_data["code"] > 128:
             return int(failure.error_file_data["code"]), str(failure.message)
     if any(f.exitcode in (130, -signal.SIGINT) for _, f in by_time):
-        return ended(KeyboardInterrupt(), again)
+        return ended(KeyboardInterrupt(), next_step)
     rank, failure = next(((r, f) for r, f in by_time if f.exitcode > 0), by_time[0])
     how = f"exit code {failure.exitcode}" if failure.exitcode > 0 else failure.signal_name()
-    return 1, f"rank {rank} (process {failure.pid}) ended with {how}; {again}"
+    return 1, f"rank {rank} (process {failure.pid}) ended with {how}; {next_step}"

@@ -81,7 +81,7 @@ def score_checkpoints(
         context, stride, batch_size, per_document, compiled: As in `perplexity`.
         prefix: Token read first: `bos`, `eos`, `none`, or `auto`, as in `first_token`.
         dtype: Of the weights and their products; `stored` keeps the checkpoint's.
-        device: `cpu`, `cuda` or `cuda:N`.
+        device: `cpu`, `cuda`, `cuda:N`, or `auto`, as in `find_device`.
         tasks, limit, num_fewshot: Also tasks of lm-eval, as in `run_tasks`, which get `context` too.
         look: Also measures something else of a model on a text, such as its plasticity.
         progress: Show progress bars.

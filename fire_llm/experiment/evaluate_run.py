@@ -73,7 +73,7 @@ def evaluate_run(
         data: Corpora of the recipe or known ones; by default all that the recipe trains or measures on.
         context: Tokens a window; by default the run's, and the numbers are then those of its results.json.
         stride, batch_size: As in `perplexity`.
-        device: `cpu`, `cuda` or `cuda:N`.
+        device: `cpu`, `cuda`, `cuda:N`, or `auto`, as in `find_device`.
         progress: Show progress bars.
 
     Returns:

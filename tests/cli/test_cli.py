@@ -6,8 +6,10 @@ import json
 import math
 import os
 import resource
+import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,11 @@ from support.models import tiny_gpt2
 from support.tiny_recipe import recipe
 
 from fire_llm import UserError, fire_, perplexity
-from fire_llm.cli import main, parser
+from fire_llm.cli import main
+from fire_llm.cli.parser import VERBS, parser
+from fire_llm.cli.run import _as_list
+from fire_llm.experiment.recipe import load_trials
+from fire_llm.experiment.stages import expand, select
 from fire_llm.models import load_model
 
 
@@ -40,12 +46,14 @@ def run(*argv: object) -> int:
     return main([str(a) for a in argv])
 
 
-def test_help_takes_less_than_half_a_second_of_cpu():
-    subprocess.run([sys.executable, "-m", "fire_llm", "--help"], check=True, capture_output=True)  # write the bytecode
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_takes_less_than_half_a_second_of_cpu(verb):
+    command = [sys.executable, "-m", "fire_llm", *verb.split(), "--help"]
+    subprocess.run(command, check=True, capture_output=True)  # write the bytecode
     best = math.inf
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "fire_llm", "--help"], check=True, capture_output=True)
+        subprocess.run(command, check=True, capture_output=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert best < 0.5
@@ -59,7 +67,9 @@ def test_the_flags_are_frozen():
     }
     assert flags == {
         "check": ["--schema", "--set"],
-        "run": ["--accelerate-config", "--arm", "--dry-run", "--num-processes", "--output", "--set", "--workers"],
+        "run": [
+            "--accelerate-config", "--arm", "--dry-run", "--grid", "--num-processes", "--output", "--set", "--workers",
+        ],
         "apply": [
             "--device", "--dry-run", "--exclude", "--init", "--iterations", "--method", "--native", "--num-processes",
             "--push-to-hub", "--revision", "--role", "--scale", "--seed", "--shrink", "--solver", "--tolerance",
@@ -76,6 +86,23 @@ def test_the_flags_are_frozen():
             "--accelerate-config", "--arm", "--dry-run", "--grid", "--num-processes", "--output", "--set", "--workers",
         ],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_example_is_one_that_the_parser_takes_and_help_ends_with_them(verb, capsys):
+    examples = import_module(f"fire_llm.cli.{verb}").EXAMPLES
+    assert 2 <= len(examples) <= 4
+    for line in examples:
+        program, *words = shlex.split(line)
+        arguments = parser(words).parse_args(words)
+        assert program == "fire-llm" and arguments.verb == verb
+        if getattr(arguments, "recipe", "recipe.yaml") not in (None, "recipe.yaml"):  # a built-in one
+            grid = [_as_list(text) for text in getattr(arguments, "grid", [])]
+            for trial in load_trials(arguments.recipe, arguments.set, grid):
+                select(expand(trial.recipe), getattr(arguments, "arm", []))
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    assert capsys.readouterr().out.endswith("\n".join(["examples:", *(f"  {line}" for line in examples)]) + "\n")
 
 
 def test_check_prints_the_plan(capsys):
@@ -266,12 +293,10 @@ def test_words_the_parser_does_not_know(argv, message, capsys):
 
 
 def test_a_failure_of_the_work_is_exit_1(monkeypatch, capsys):
-    import fire_llm.experiment
-
     def fail(*_, **__):
         raise FloatingPointError("the training loss is nan at step 3")
 
-    monkeypatch.setattr(fire_llm.experiment, "run_recipe", fail)
+    monkeypatch.setattr("fire_llm.experiment.run.run_recipe", fail)
     assert run("run", "demo") == 1
     assert "the work failed: the training loss is nan at step 3" in capsys.readouterr().err
 
@@ -284,11 +309,47 @@ def test_public_names_are_there_and_importing_costs_nothing():
     with pytest.raises(AttributeError, match="no attribute 'fier_'"):
         fire_llm.fier_  # noqa: B018
     code = (
-        "import sys, fire_llm, fire_llm.cli; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+        "import sys, fire_llm, fire_llm.cli; fire_llm.cli.parser(); "
+        "print([m for m in ('torch', 'transformers', 'numpy', 'pydantic', 'yaml') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ})
     assert done.stdout.strip() == "[]"
     assert issubclass(UserError, ValueError)
+
+
+# ---- run with a grid
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("seed=1,2", "seed=[1,2]"),
+        ("seed=[1,2]", "seed=[1,2]"),
+        ("seed=1", "seed=1"),  # no list, which is refused later
+        ("model.config={n_layer: 1, n_head: 1}", "model.config={n_layer: 1, n_head: 1}"),
+        ("seed", "seed"),
+    ],
+)
+def test_values_of_a_grid_may_be_written_without_brackets(given, wanted):
+    assert _as_list(given) == wanted
+
+
+def test_run_with_a_grid_is_a_sweep(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fire_llm.experiment.sweep_report.show", lambda *_: None)
+    path, folder = recipe(tmp_path), tmp_path / "grid"
+    short = ["--set=phases.0.steps=1", "--set=phases.1.steps=1", "--set=phases.0.keep=[]", "--output", folder]
+    values = "phases.1.arms.fire.iterations="
+    printed = []
+    for verb, grid in (("run", "1,5"), ("sweep", "[1,5]")):
+        assert run(verb, path, *short, "--grid", values + grid, "--dry-run") == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and "as in iterations=1" in printed[0] and not folder.exists()
+    assert run("run", path, *short, "--grid", values + "1,5", "--workers=1") == 0
+    assert {"iterations=1", "iterations=5", "sweep.json"} <= {p.name for p in folder.iterdir()}
+    weights = {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
+    monkeypatch.setattr("fire_llm.experiment.worker.train", lambda *_: pytest.fail("trained again"))
+    assert run("sweep", path, *short, "--grid", values + "[1,5]", "--workers=1") == 0
+    assert weights == {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
 
 
 # ---- without a library

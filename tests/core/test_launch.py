@@ -53,6 +53,16 @@ MISTAKES = [
     (["--num-processes", "2", "--arm", "fier"], "", "Did you mean 'fire'?"),
     (["--num-processes", "2", "--set", "phases.0.stepss=3"], "", "Did you mean 'steps'?"),
     (["--accelerate-config", "{t}/none.yaml"], "", "there is no file"),
+    (
+        ["--accelerate-config", "fsdp"],
+        "",
+        "comes with the package. Did you mean 'fsdp2'? Names: cpu, fsdp2, hsdp, multi-g",
+    ),
+    (
+        ["--accelerate-config", "recipes/accelerate/ddp.yaml"],
+        "",
+        "Names: cpu, fsdp2, hsdp, multi-gpu, multi-node, one-",
+    ),
     (["--accelerate-config", "{c}"], "a: b: c", "line 1 is not YAML"),
     (["--accelerate-config", "{c}"], "[1]", "is no accelerate configuration"),
     (["--accelerate-config", "{c}"], "num_processes: 2", "is no accelerate configuration"),
@@ -144,14 +154,13 @@ def test_the_demo_and_a_configuration(asked, tmp_path):
 
 
 def test_one_process_needs_no_launcher(asked, monkeypatch):
-    import fire_llm.experiment
-
     ran: list = []
-    monkeypatch.setattr(fire_llm.experiment, "run_recipe", lambda *_, **__: ran.append(1) or {})
-    monkeypatch.setattr("fire_llm.cli._show", lambda *_: None)
+    monkeypatch.setattr("fire_llm.experiment.run.run_recipe", lambda *_, **__: ran.append(1) or {})
+    monkeypatch.setattr("fire_llm.cli.run.show_results", lambda *_: None)
     assert main(["run", "demo", "--num-processes", "1"]) == 0
-    assert main(["run", "demo", "--accelerate-config", str(recipes_folder() / "accelerate" / "single-gpu.yaml")]) == 0
-    assert ran == [1, 1] and not asked
+    assert main(["run", "demo", "--accelerate-config", str(recipes_folder() / "accelerate" / "one-gpu.yaml")]) == 0
+    assert main(["run", "demo", "--accelerate-config", "one-gpu"]) == 0
+    assert ran == [1, 1, 1] and not asked
 
 
 def test_a_dry_run_checks_and_starts_nothing(asked, capsys):
@@ -166,7 +175,10 @@ def test_the_configurations_that_come_with_the_package_are_accelerates(path, mon
     from accelerate.utils.launch import prepare_multi_gpu_env
 
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)
-    assert path.read_text().startswith("# ") and str(path.relative_to(ROOT)) in path.read_text()
+    usage = (
+        str(path.relative_to(ROOT)) if path.stem in ("one-gpu", "multi-node") else f"--accelerate-config {path.stem}"
+    )
+    assert path.read_text().startswith("# ") and usage in path.read_text()
     ours = prepare(None, str(path))
     arguments = launch_command_parser().parse_args(["--config_file", str(path), "x.py"])
     theirs, _, _ = _validate_launch_command(arguments)
@@ -182,7 +194,7 @@ def test_the_configurations_that_come_with_the_package_are_accelerates(path, mon
 
 
 def test_every_way_to_launch_has_a_configuration():
-    assert [p.stem for p in CONFIGS] == ["cpu", "ddp", "fsdp2", "hsdp", "multi-node", "single-gpu"]
+    assert [p.stem for p in CONFIGS] == ["cpu", "fsdp2", "hsdp", "multi-gpu", "multi-node", "one-gpu"]
 
 
 # ---- what is said afterwards

@@ -152,7 +152,7 @@ def test_what_a_signal_waits_for(name, call, said, saved, tmp_path, monkeypatch)
 
 def test_the_command_line_ends_with_143_says_where_and_goes_on(tmp_path, monkeypatch, capsys):
     """Step 2 is in the middle of a logged interval of three, whose mean loss must come out all the same."""
-    monkeypatch.setattr("fire_llm.cli._show", lambda *_: None)
+    monkeypatch.setattr("fire_llm.cli.run.show_results", lambda *_: None)
     command = ["run", str(recipe(tmp_path)), "--output", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
         signal_before(patch, "training_step", 6)  # 4 a step

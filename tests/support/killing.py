@@ -110,9 +110,9 @@ def _live(
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    import fire_llm.cli
+    import fire_llm.cli.run
 
-    fire_llm.cli._show = lambda *_: None  # the page takes longer than the run
+    fire_llm.cli.run.show_results = lambda *_: None  # the page takes longer than the run
     if asynchronous:
         beside(pytest.MonkeyPatch())
     counts = _count_events(output, cache, at if at is not None and at.rank == rank else None)

@@ -1,0 +1,115 @@
+"""`fire-llm apply`: apply a reset to a checkpoint and save the result as a new one."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fire_llm.cli.launching import command_line, device_launch
+from fire_llm.cli.parser import add_device, add_native
+from fire_llm.core.launch import REPEAT, first_rank, launched, start
+
+if TYPE_CHECKING:
+    from fire_llm.resets import ResetReport
+
+EXAMPLES = (
+    "fire-llm apply openai-community/gpt2 gpt2-fire --dry-run",
+    "fire-llm apply trained trained-fire --iterations 10 --role lm_head",
+    "fire-llm apply trained trained-shrunk --method shrink_perturb --shrink 0.5 --init step-0",
+)
+
+
+def add_options(verb: ArgumentParser) -> None:
+    """Add the verb's arguments and options."""
+    verb.add_argument("src", metavar="SRC", help="checkpoint folder or Hub id; never written to")
+    verb.add_argument("dst", metavar="DST", help="folder to make")
+    verb.add_argument("--method", default="fire", metavar="NAME", help="the reset (fire)")
+    verb.add_argument("--iterations", type=int, metavar="N", help="Newton–Schulz steps (5)")
+    verb.add_argument("--solver", metavar="NAME", help="newton-schulz (default) or polar, the true projection")
+    verb.add_argument("--tolerance", type=float, metavar="T", help="relative distance polar may leave (1e-3)")
+    verb.add_argument("--scale", metavar="NAME", help="sqrt (default), keep-norm or none")
+    verb.add_argument("--shrink", type=float, metavar="C", help="share of the initial weights in shrink_perturb (0.5)")
+    verb.add_argument("--role", action="append", metavar="ROLE", help="add a role to attention and mlp (repeatable)")
+    verb.add_argument("--exclude", action="append", metavar="REGEX", help="leave parameters it matches (repeatable)")
+    verb.add_argument("--init", metavar="CKPT", help="initial weights, for shrink_perturb, full_reset, initial_norm")
+    verb.add_argument("--seed", type=int, metavar="N", help="draw the initial weights from the config and this seed")
+    verb.add_argument("--revision", metavar="REV", help="branch, tag or commit, where SRC is a Hub id")
+    add_native(verb)
+    add_device(verb)
+    verb.add_argument("--num-processes", type=int, metavar="N", help="processes that share the work (one)")
+    verb.add_argument("--push-to-hub", metavar="REPO", help="also upload the result to owner/name")
+    verb.add_argument("--dry-run", action="store_true", help="print what would be done, read and write no weights")
+
+
+def main(arguments: Namespace) -> int | None:
+    """Reset a checkpoint on the disk: here, or on the ranks of a launch."""
+    from fire_llm.checkpoint import check_repository, reset_checkpoint
+    from fire_llm.models import find_device
+    from fire_llm.resets import RESETS
+
+    if arguments.push_to_hub is not None:
+        check_repository(arguments.push_to_hub)
+    if not arguments.dry_run and (launch := device_launch(arguments)) is not None:
+        code = start(launch, command_line(arguments), "fp32", REPEAT)
+        if code == 0:
+            _push(arguments)
+        return code
+    names = ("iterations", "solver", "tolerance", "scale", "shrink", "exclude")
+    options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    if arguments.role:
+        method = RESETS.get(arguments.method)
+        base = method.roles if method is not None and method.matrices_only else ()
+        options["roles"] = list(dict.fromkeys([*base, *arguments.role]))
+    if launched():
+        from fire_llm.distributed import join
+
+        join("gloo")
+    report = reset_checkpoint(
+        arguments.src,
+        arguments.dst,
+        arguments.method,
+        init=arguments.init,
+        seed=arguments.seed,
+        revision=arguments.revision,
+        native=arguments.native,
+        device=arguments.device,
+        progress=True,
+        dry_run=arguments.dry_run,
+        **options,
+    )
+    if not first_rank():
+        return None
+    if arguments.dry_run:
+        _print_actions(report)
+    _print_names(report)
+    if arguments.dry_run:
+        print(f"{len(report.touched)} to reset, {len(report.untouched)} to leave; nothing written (--dry-run)")
+    else:
+        print(f"{report}; computed on {find_device(arguments.device).type}\nsaved: {arguments.dst}")
+        _push(arguments)
+    return None
+
+
+def _print_actions(report: ResetReport) -> None:
+    """Print what would be done to each parameter, and why."""
+    label = "; ".join(spec.label() for spec in report.resets)
+    for tensor in [*report.touched, *report.untouched]:
+        shape = "×".join(map(str, tensor.shape))
+        action, why = ("leave", tensor.reason) if tensor.reason else ("reset", f"by {label}")
+        print(f"{action}  {tensor.role:<10} {shape:>14}  {tensor.name}  {why}")
+
+
+def _print_names(report: ResetReport) -> None:
+    """Print the tensors and files that the reset has nothing to do with."""
+    lists = {"kept as stored, not loaded by the class": report.kept_unread, "not copied": report.not_copied}
+    for what, names in lists.items():
+        if names:
+            print(f"{what}: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}")
+
+
+def _push(arguments: Namespace) -> None:
+    if arguments.push_to_hub is not None and not launched():
+        from fire_llm.checkpoint import push
+
+        print(f"pushed: {push(Path(arguments.dst), arguments.push_to_hub)}")

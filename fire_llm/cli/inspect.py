@@ -1,0 +1,47 @@
+"""`fire-llm inspect`: measure the logical matrices of a checkpoint."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from fire_llm.cli.parser import add_device, add_native
+
+EXAMPLES = (
+    "fire-llm inspect openai-community/gpt2",
+    "fire-llm inspect trained-fire --against trained --html matrices.html",
+)
+
+
+def add_options(verb: ArgumentParser) -> None:
+    """Add the verb's arguments and options."""
+    verb.add_argument("checkpoint", metavar="CKPT", help="checkpoint folder or Hub id")
+    verb.add_argument("--against", metavar="CKPT", help="also SFE and cosine against this checkpoint")
+    verb.add_argument("--role", action="append", metavar="ROLE", help="these roles instead of attention, mlp, lm_head")
+    add_device(verb)
+    add_native(verb)
+    verb.add_argument("--json", metavar="FILE", help="write the figures as JSON")
+    verb.add_argument("--html", metavar="FILE", help="write a page with heat maps and spectra")
+
+
+def main(arguments: Namespace) -> None:
+    """Print the table of matrices, and write what was asked for."""
+    from fire_llm.checkpoint.inspection import inspect_checkpoint, print_inspection
+    from fire_llm.core.atomic import check_file, write_json
+    from fire_llm.models import find_device
+
+    check_file("--json", arguments.json)
+    check_file("--html", arguments.html)
+    if arguments.html:
+        from fire_llm.reporting.tables import check_page, inspect_page
+
+        check_page()
+    device = str(find_device(arguments.device))
+    roles = arguments.role or ("attention", "mlp", "lm_head")
+    rows = inspect_checkpoint(arguments.checkpoint, arguments.against, roles, device=device, native=arguments.native)
+    print_inspection(rows)
+    print(f"computed on {device}")
+    if arguments.json:
+        write_json(Path(arguments.json), rows)
+    if arguments.html:
+        inspect_page(rows, Path(arguments.html), str(arguments.checkpoint))

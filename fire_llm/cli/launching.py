@@ -1,0 +1,83 @@
+"""Start a verb again on several processes: what was asked for, and the command line of each."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from fire_llm.cli.parser import parser
+from fire_llm.core.errors import UserError, did_you_mean
+from fire_llm.core.launch import Launch, prepare
+
+_LEFT_OUT = ("num_processes", "accelerate_config", "push_to_hub")
+"""Options that the ranks are not started with: the process that starts them acts on these."""
+
+
+def training_launch(arguments: Namespace) -> Launch | None:
+    """Return the launch that --num-processes or --accelerate-config asks for, None where neither is given.
+
+    Raises:
+        UserError: For options that exclude each other, or a launch that cannot work.
+    """
+    if arguments.num_processes is None and arguments.accelerate_config is None:
+        return None
+    if arguments.workers is not None:
+        raise UserError(
+            "--workers trains several stages at once, --num-processes one on several processes: give one of the two"
+        )
+    config = arguments.accelerate_config
+    return prepare(arguments.num_processes, None if config is None else _configuration(config))
+
+
+def device_launch(arguments: Namespace) -> Launch | None:
+    """Return the launch that --num-processes asks for on the devices of --device, None where one process is enough.
+
+    Raises:
+        UserError: For an unknown device, or more processes than there are devices.
+    """
+    if arguments.num_processes is None:
+        return None
+    from fire_llm.models import find_device
+
+    on_cpu = find_device(arguments.device).type == "cpu"
+    launch = prepare(arguments.num_processes, None, use_cpu=on_cpu, cpu_option="--device cpu")
+    return None if launch.alone else launch
+
+
+def _configuration(given: str) -> str:
+    """Return the file of accelerate's settings that a path, or the name of one in recipes/accelerate, stands for.
+
+    Raises:
+        UserError: There is none, with the names that there are.
+    """
+    from fire_llm.experiment.recipe import recipes_folder
+
+    if Path(given).is_file():
+        return given
+    known = {path.stem: str(path) for path in sorted((recipes_folder() / "accelerate").glob("*.yaml"))}
+    if given not in known:
+        raise UserError(
+            f"--accelerate-config: there is no file '{given}', and no configuration of that name comes with the "
+            f"package.{did_you_mean(Path(given).stem, known)} Names: {', '.join(known)}. `accelerate config` writes "
+            "a file of your own"
+        )
+    return known[given]
+
+
+def command_line(arguments: Namespace) -> list[str]:
+    """Return the command line that each rank is started with: the verb's own, without what starts processes."""
+    verbs: Any = next(a for a in parser([arguments.verb])._actions if a.dest == "verb").choices
+    line = [arguments.verb]
+    for action in verbs[arguments.verb]._actions:
+        value = getattr(arguments, action.dest, None)
+        if action.dest in _LEFT_OUT or value in (None, False) or value == action.default:
+            continue
+        flag, values = action.option_strings[-1:], value if isinstance(value, list) else [value]
+        if value is True:
+            line += flag
+        elif not flag or action.nargs == "+":
+            line += [*flag, *map(str, values)]
+        else:
+            line += [f"{flag[0]}={v}" for v in values]
+    return line

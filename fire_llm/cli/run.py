@@ -1,0 +1,98 @@
+"""`fire-llm run`: train a recipe, or every point of a grid over it, and report; `sweep` and `demo` come here too."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from fire_llm.cli.launching import command_line, training_launch
+from fire_llm.cli.parser import add_processes, add_recipe
+from fire_llm.core.launch import first_rank, launched, report_failure, start
+
+EXAMPLES = (
+    "fire-llm run recipe.yaml --output runs/one",
+    "fire-llm run small/study --arm base --arm fire --workers 2",
+    "fire-llm run demo --grid phases.1.arms.fire.iterations=1,5,15 --dry-run",
+    "fire-llm run gpt-0.1b/paper --num-processes 4 --accelerate-config fsdp2",
+)
+
+
+def add_options(verb: ArgumentParser) -> None:
+    """Add the verb's arguments and options, which are also those of `sweep`."""
+    add_recipe(verb)
+    verb.add_argument(
+        "--grid",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2",
+        help="run every point of a grid: this key with each value, or KEY=[V1,V2] (repeatable)",
+    )
+    verb.add_argument("--output", metavar="DIR", help="the folder of the run or of the grid's runs (runs/NAME)")
+    verb.add_argument("--dry-run", action="store_true", help="print what would be run, and run nothing")
+    add_processes(verb)
+    verb.add_argument("--arm", action="append", default=[], metavar="NAME", help="only this arm (repeatable)")
+
+
+def main(arguments: Namespace) -> int | None:
+    """Run a recipe, or the trials of its grid: here, in workers, or on the ranks of a launch."""
+    from fire_llm.experiment.recipe import Trial, load_recipe, load_trials
+    from fire_llm.experiment.stages import check_processes
+
+    launch = training_launch(arguments)
+    sweeping = arguments.verb == "sweep" or bool(arguments.grid)
+    if sweeping:
+        trials = load_trials(arguments.recipe, arguments.set, map(_as_list, arguments.grid))
+    else:
+        trials = [Trial("", {}, load_recipe(arguments.recipe, arguments.set))]
+    recipe = trials[0].recipe
+    if recipe.sweep and not launched():
+        sys.stderr.write("fire-llm: this runs the recipe as it is written; fire-llm sweep runs its grid\n")
+    if launch is not None:
+        for trial in trials:
+            check_processes(trial.recipe, launch.processes, arguments.arm)
+    folder = Path(arguments.output or Path("runs") / recipe.name)
+    if arguments.dry_run:
+        from fire_llm.experiment.estimate import print_plan
+        from fire_llm.experiment.sweep_report import print_trials
+
+        if sweeping:
+            print_trials(trials, folder, arguments.arm)
+        else:
+            print_plan(recipe, folder, arguments.arm)
+        return None
+    if launch is not None and not launch.alone:
+        from fire_llm.core.hardware import resolve_precision
+
+        return start(launch, command_line(arguments), resolve_precision(recipe.precision))
+    from fire_llm.experiment.run import run_recipe, run_sweep
+
+    workers = arguments.workers if launch is None else 1
+    if not sweeping:
+        results = run_recipe(recipe, folder, arms=arguments.arm, workers=workers)
+        if first_rank():
+            show_results(results, folder / "report.html")
+        return None
+    done = run_sweep(trials, folder, arms=arguments.arm, workers=workers)
+    if first_rank():
+        from fire_llm.experiment.sweep_report import show
+
+        show(done, folder)
+    if done.failures:
+        report_failure(done.code, done.told())
+    return done.code
+
+
+def _as_list(text: str) -> str:
+    """Return `KEY=[V1,V2]` for `KEY=V1,V2`; what is no such list is returned as it is."""
+    key, equals, values = text.partition("=")
+    return f"{key}=[{values}]" if equals and "," in values and values[0] not in "[{\"'" else text
+
+
+def show_results(results: dict[str, Any], page: Path) -> None:
+    """Print the table of a run, and write its page."""
+    from fire_llm.reporting.tables import page_told, print_table
+
+    print_table(results)
+    print(page_told(results, page))
