@@ -144,10 +144,8 @@ def test_the_demo_and_a_configuration(asked, tmp_path):
 
 
 def test_one_process_needs_no_launcher(asked, monkeypatch):
-    import fire_llm.experiment
-
     ran: list = []
-    monkeypatch.setattr(fire_llm.experiment, "run_recipe", lambda *_, **__: ran.append(1) or {})
+    monkeypatch.setattr("fire_llm.experiment.run.run_recipe", lambda *_, **__: ran.append(1) or {})
     monkeypatch.setattr("fire_llm.cli._show", lambda *_: None)
     assert main(["run", "demo", "--num-processes", "1"]) == 0
     assert main(["run", "demo", "--accelerate-config", str(recipes_folder() / "accelerate" / "single-gpu.yaml")]) == 0
