@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from fire_llm.cli.parser import parser
 from fire_llm.core.errors import UserError
-from fire_llm.core.launch import AGAIN, ANEW, Launch, ended, first_rank, launched, prepare, report_failure, start
+from fire_llm.core.launch import AGAIN, NOTHING_SAVED, Launch, ended, prepare, report_failure, start
+from fire_llm.core.ranks import first_rank, launched
 
 if TYPE_CHECKING:
     from fire_llm.resets import ResetReport
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report_failure(2, str(error))
         return 2
     except KeyboardInterrupt as error:
-        code, message = ended(error, AGAIN if arguments.verb in ("run", "sweep", "demo") else ANEW)
+        code, message = ended(error, AGAIN if arguments.verb in ("run", "sweep", "demo") else NOTHING_SAVED)
         report_failure(code, message)
         return code
     except BrokenPipeError:
@@ -166,7 +167,7 @@ def _apply(arguments: argparse.Namespace) -> int | None:
         launch = _prepare_on(arguments.device, arguments.num_processes)
         if not launch.alone:
             again = _again(arguments, "num_processes", "push_to_hub")
-            code = start(launch, again, "fp32", ANEW)
+            code = start(launch, again, "fp32", NOTHING_SAVED)
             if code == 0:
                 _push(arguments)
             return code
@@ -270,7 +271,7 @@ def _eval(arguments: argparse.Namespace) -> int | None:
             raise UserError("--num-processes shares the work of perplexity, not of --tasks: give them without it")
         launch = _prepare_on(arguments.device, arguments.num_processes)
         if not launch.alone:
-            return start(launch, _again(arguments, "num_processes"), "fp32", ANEW)
+            return start(launch, _again(arguments, "num_processes"), "fp32", NOTHING_SAVED)
     if launched():
         from fire_llm.distributed import join
 

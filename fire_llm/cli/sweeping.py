@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fire_llm.core.launch import Launch, first_rank, report_failure, start
+from fire_llm.core.launch import Launch, report_failure, start
+from fire_llm.core.ranks import first_rank
 
 
 def sweep(arguments: argparse.Namespace, launch: Launch | None, again: list[str]) -> int:

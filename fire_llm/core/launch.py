@@ -1,4 +1,4 @@
-"""Start the processes of a run with accelerate, and say once what ended them.
+"""Start the processes of a run with accelerate, and report once what ended them.
 
 fire-llm run --num-processes N ─▶ start ─▶ accelerate launch -m fire_llm run … ─▶ N ranks
                 exit code, one message ◀── ChildFailedError ◀── error files ◀──────┘
@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from fire_llm.core.errors import ENGINES, UserError, did_you_mean, redact
+from fire_llm.core.ranks import first_rank, launched
 from fire_llm.core.signals import Stopped
 
 AGAIN = "what was saved stays, and the same command goes on from the newest checkpoint"
 """What to do after a run was ended."""
 
-ANEW = "nothing was written: run the same command again"
+NOTHING_SAVED = "nothing was written: run the same command again"
 """What to do after a verb was ended that makes its result at the very end."""
 
 _OURS = "FIRE_LLM_LAUNCHER"
@@ -37,7 +38,7 @@ _KINDS = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU",
 
 @dataclass(frozen=True)
 class Launch:
-    """Hold how many processes to start, and accelerate's settings for them."""
+    """How many processes to start, and accelerate's settings for them."""
 
     processes: int
     """On all machines together."""
@@ -46,26 +47,16 @@ class Launch:
 
     @property
     def machines(self) -> int:
-        """Give the number of machines."""
+        """Return the number of machines."""
         return int(self.settings.get("num_machines") or 1)
 
     @property
     def alone(self) -> bool:
-        """Tell whether this process can do the work itself."""
+        """Return whether this process can do the work itself."""
         return self.processes == 1 and self.settings["distributed_type"] != "FSDP"
 
 
 # ---- before: what was asked for
-
-
-def launched() -> bool:
-    """Tell whether a launcher made this process."""
-    return any(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-
-
-def first_rank() -> bool:
-    """Tell whether this process is the first of those that a launcher made, or alone."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def prepare(processes: int | None, config: str | None, *, use_cpu: bool = False) -> Launch:
@@ -211,7 +202,7 @@ def start(launch: Launch, argv: list[str], precision: str, again: str = AGAIN) -
             ["--config_file", str(file), *threads, "--module", "fire_llm", *argv]
         )
         if launch.machines == 1:
-            # The ranks meet at a port that the launcher itself holds, so that no other launch can take it.
+            # The ranks find each other at a port that the launcher itself holds, so that no other launch can take it.
             arguments.standalone, arguments.local_addr = True, "127.0.0.1"
         try:
             launch_command(arguments)
@@ -266,7 +257,7 @@ def ended(interruption: KeyboardInterrupt, again: str = AGAIN) -> tuple[int, str
 
 
 def report_failure(code: int, message: str) -> None:
-    """Say why this process ends: on the terminal where it is alone, to the launcher where there is one.
+    """Report why this process ends: on the terminal where it is alone, to the launcher where there is one.
 
     Of ranks that another launcher started, the first that has something to say says it.
     """
@@ -292,7 +283,7 @@ def _leave_for_launcher(code: int, message: str) -> None:
         partial.write_text(json.dumps({"message": message, "timestamp": int(time.time()), "code": code}))
         os.replace(partial, path)
     except OSError:
-        pass  # the exit code still tells
+        pass  # the exit code is still right
 
 
 def _first_to_speak() -> bool:
@@ -300,9 +291,9 @@ def _first_to_speak() -> bool:
         return True
     dist = sys.modules.get("torch.distributed")
     if dist is None or not dist.is_available() or not dist.is_initialized():
-        return os.environ.get("LOCAL_RANK", "0") == "0"  # before the ranks meet, all of a machine find the same
+        return os.environ.get("LOCAL_RANK", "0") == "0"  # before they have joined, all ranks of a machine find the same
     try:
-        return bool(dist.distributed_c10d._get_default_store().add("fire_llm/told", 1) == 1)
+        return bool(dist.distributed_c10d._get_default_store().add("fire_llm/reported", 1) == 1)
     except RuntimeError:  # the store went with its process
         return first_rank()
 
