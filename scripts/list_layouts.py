@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 from support.small_models import CANNOT, SMALL, build  # noqa: E402
 
-from fire_llm.architectures.families import REFUSED, TYPES  # noqa: E402
+from fire_llm.architectures.families import TYPES  # noqa: E402
 from fire_llm.architectures.lookup import Lookup  # noqa: E402
 from fire_llm.architectures.matrices import logical_matrices  # noqa: E402
 
@@ -27,7 +27,7 @@ HEAD = """\
 # Layouts
 
 Which matrices each causal language model of transformers {version} holds, and how they lie in its parameters: all
-{count} types of `MODEL_FOR_CAUSAL_LM_MAPPING`, {supported} supported, {refused} refused. Written by
+{count} types of `MODEL_FOR_CAUSAL_LM_MAPPING`, all of them supported. Written by
 `python scripts/list_layouts.py`; the table itself is `fire_llm/architectures/families/`, and
 [adding](adding.md#a-layout) says how to add to it. An older transformers lacks the newest of these types, and they are
 left out there, as is below 5.18
@@ -66,12 +66,12 @@ def row(name: str) -> str:
     cells: dict[str, dict[str, str]] = defaultdict(dict)
     for variant in (n for n in SMALL if n.partition("+")[0] == name):
         model = build(variant)
-        sites = Lookup(model)
+        lookup = Lookup(model)
         by_parameter: dict[str, list[Any]] = defaultdict(list)
         kinds = {}
         for matrix in logical_matrices(model, ("attention", "mlp", "ssm")):
-            by_parameter[matrix.parameter].append(matrix.cut)
-            kinds[matrix.parameter] = (f"{matrix.block}.{sites.site(matrix.parameter).child}", matrix.role)
+            by_parameter[matrix.parameter].append(matrix.spec)
+            kinds[matrix.parameter] = (f"{matrix.block}.{lookup.location(matrix.parameter).child}", matrix.role)
         for parameter, cuts in by_parameter.items():
             key, role = kinds[parameter]
             if text := describe(cuts):
@@ -90,10 +90,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     rows = [row(name) for name in TYPES if name not in CANNOT]
     rows += [f"| {name} | | yes, not built by the tests: {reason} | | |" for name, reason in CANNOT.items()]
-    rows += [f"| {name} | | refused: {reason} | | |" for name, reason in REFUSED.items()]
-    head = HEAD.format(
-        version=transformers.__version__, count=len(TYPES) + len(REFUSED), supported=len(TYPES), refused=len(REFUSED)
-    )
+    head = HEAD.format(version=transformers.__version__, count=len(TYPES))
     (ROOT / "docs" / "layouts.md").write_text(head + "\n".join(sorted(rows)) + "\n", encoding="utf-8")
 
 
