@@ -158,10 +158,10 @@ class _Rewrite:
         place = staged(self.destination) if first else nullcontext(partial_of(self.destination))
         with _Hasher() as hasher, place as folder:
             together(None, lambda: self._copy(folder, hasher) if first else None, "copied", _PATIENCE)
-            work, seconds, shared = together(None, lambda: self._reset(folder), "reset", _PATIENCE)
+            executor, seconds, shared = together(None, lambda: self._reset(folder), "reset", _PATIENCE)
             if shared > 1:
-                work.join(None)
-            report = self._report(work, seconds, shared)
+                executor.join(None)
+            report = self._report(executor, seconds, shared)
             together(None, lambda: self._finish(folder, report, hasher) if first else None, "described", _PATIENCE)
         agree(None, "renamed", None, _PATIENCE)
         return report
@@ -190,7 +190,7 @@ class _Rewrite:
 
     def _reset(self, folder: Path) -> tuple[ResetExecutor, float, int]:
         """Reset this rank's blocks; return the work, its seconds and the number of ranks."""
-        work = ResetExecutor(self.plan, "range")
+        executor = ResetExecutor(self.plan, "range")
         blocks = self.plan.blocks
         ranks, rank = (dist.get_world_size(), dist.get_rank()) if active() else (1, 0)
         owners = assign([max(1, b.cost) for b in blocks], ranks)
@@ -203,16 +203,16 @@ class _Rewrite:
             for jobs in buckets([b.n_bytes for b in mine], [0] * len(mine), 1, limit):
                 batch = [mine[job] for job in jobs]
                 held = [(block, self._read(block)) for block in batch]
-                work.transform(held)
-                if work.error is not None:
-                    raise work.error
-                if work.failed:  # the report raises, for all ranks
+                executor.transform(held)
+                if executor.error is not None:
+                    raise executor.error
+                if executor.failed:  # the report raises, for all ranks
                     break
                 with writing(folder):
                     for block, rows in held:
                         self.stored.write(self._any(block), rows.cpu(), files)
                 bar.update(sum(len(block.members) for block in batch))
-        return work, time.perf_counter() - began - work.measuring, ranks
+        return executor, time.perf_counter() - began - executor.measuring, ranks
 
     def _read(self, block: Block) -> Tensor:
         """Read a block's rows and refuse them where a slice to be reset is not finite."""
@@ -229,8 +229,8 @@ class _Rewrite:
 
     # ---- describing
 
-    def _report(self, work: ResetExecutor, seconds: float, shared: int) -> ResetReport:
-        report = work.report(seconds, shared)
+    def _report(self, executor: ResetExecutor, seconds: float, shared: int) -> ResetReport:
+        report = executor.report(seconds, shared)
         report.kept_unread, report.not_copied = self.stored.places.ignored, self.stored.source.left_behind
         return report
 

@@ -59,13 +59,13 @@ def apply_reset(
     plan = together(
         process_group, lambda: Plan.make(model, parse_resets(resets), initial, optimizer), Plan.request, timeout
     )
-    work = ResetExecutor(plan, spectra)
+    executor = ResetExecutor(plan, spectra)
     began = time.perf_counter()
-    shared = work.run(process_group, progress)
-    seconds = time.perf_counter() - began - work.measuring
+    shared = executor.run(process_group, progress)
+    seconds = time.perf_counter() - began - executor.measuring
     if shared > 1:
-        work.join(process_group)
-    report = work.report(seconds, shared)
+        executor.join(process_group)
+    report = executor.report(seconds, shared)
     report.optimizer_states_cleared = _clear_states(model, optimizer, {t.parameter for t in report.touched})
     return report
 
