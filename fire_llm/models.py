@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fire_llm.architectures.context import choose_context, longest_context
-from fire_llm.core.errors import UserError, did_you_mean
+from fire_llm.core.errors import UserError, did_you_mean, first_line
 
 _GPT: dict[str, Any] = {
     # nn.GELU, not GPT-2's tanh form, as in the paper's code. Hugging Face draws N(0, 0.02) and residual projections
@@ -87,13 +87,13 @@ def _override(config: Any, overrides: dict[str, Any]) -> None:
         try:
             setattr(config, key, value)
         except Exception as error:  # the classes' own checks raise what they like
-            raise UserError(f"model.config.{key}: {name} refuses {value!r}: {_first_line(error)}") from error
+            raise UserError(f"model.config.{key}: {name} refuses {value!r}: {first_line(error)}") from error
     sizes = ("vocab_size", "hidden_size", "num_hidden_layers", *positions)
     try:
         text = config.get_text_config()
         found = {size: getattr(text, size) for size in sizes if getattr(text, size, None) is not None}
     except Exception as error:
-        raise UserError(f"model.config: {name} can no longer be read: {_first_line(error)}") from error
+        raise UserError(f"model.config: {name} can no longer be read: {first_line(error)}") from error
     for size, value in found.items():
         most = MOST_LAYERS if size == "num_hidden_layers" else MOST_ENTRIES
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
@@ -115,7 +115,7 @@ def _pretrained_config(name: str) -> Any:
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"model: no config could be read from '{name}': {_first_line(error)}") from error
+        raise UserError(f"model: no config could be read from '{name}': {first_line(error)}") from error
 
 
 def check_fits(config: Any, tokenizer: Any, context: int | None) -> None:
@@ -159,7 +159,7 @@ def model_on_meta(config: Any) -> Any:
     except Exception as error:  # the classes raise whatever a config leads them to
         raise UserError(
             f"transformers cannot build {type(config).__name__.removesuffix('Config')} from this config: "
-            f"{type(error).__name__}, {_first_line(error)}"
+            f"{type(error).__name__}, {first_line(error)}"
         ) from error
 
 
@@ -201,7 +201,7 @@ def load_model(folder: str | Path, dtype: torch.dtype | str = "auto") -> Any:
             str(folder), dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"checkpoint '{folder}' cannot be read: {_first_line(error)}") from error
+        raise UserError(f"checkpoint '{folder}' cannot be read: {first_line(error)}") from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise UserError(
@@ -231,12 +231,12 @@ def load_tokenizer(name: str | Path) -> Any:
 
     if not Path(name).is_dir() and str(name).count("/") > 1:
         raise UserError(f"tokenizer: there is no folder '{name}'")
-    # GPT-2's two files alone do not tell AutoTokenizer whose they are.
+    # From GPT-2's two files alone AutoTokenizer does not know whose they are.
     bare = (Path(name) / "merges.txt").is_file() and not list(Path(name).glob("tokenizer*.json"))
     try:
         tokenizer = (GPT2TokenizerFast if bare else AutoTokenizer).from_pretrained(str(name), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"tokenizer: none could be read from '{name}': {_first_line(error)}") from error
+        raise UserError(f"tokenizer: none could be read from '{name}': {first_line(error)}") from error
     if len(tokenizer) < 2:
         raise UserError(f"tokenizer: '{name}' gives an empty vocabulary; the folder should hold tokenizer.json")
     if tokenizer.eos_token_id is None:
@@ -273,12 +273,8 @@ def find_device(name: str) -> torch.device:
 
 
 def describe(model: Any) -> str:
-    """Say what a model is: `GPT2LMHeadModel, 4 layers, width 128, vocabulary 2048, 1.07 M parameters`."""
+    """Return what a model is: `GPT2LMHeadModel, 4 layers, width 128, vocabulary 2048, 1.07 M parameters`."""
     text = model.config.get_text_config()
     count = sum(p.numel() for p in model.parameters()) / 1e6
     size = f"{text.num_hidden_layers} layers, width {text.hidden_size}, vocabulary {text.vocab_size}"
     return f"{type(model).__name__}, {size}, {count:.2f} M parameters"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

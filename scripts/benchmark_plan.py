@@ -12,7 +12,7 @@ import argparse
 import time
 from collections import Counter
 
-from fire_llm.distributed import assign, cost, makespan, split_cost, splits
+from fire_llm.distributed.balance import assign, cost, makespan, split_cost, splits
 
 Shape = tuple[int, int]
 MODELS: dict[str, tuple[int, dict[Shape, int], Shape]] = {

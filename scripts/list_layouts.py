@@ -19,7 +19,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 from support.small_models import CANNOT, SMALL, build  # noqa: E402
 
-from fire_llm.architectures.families import REFUSED, TYPES  # noqa: E402
+from fire_llm.architectures.families import TYPES  # noqa: E402
 from fire_llm.architectures.lookup import Lookup  # noqa: E402
 from fire_llm.architectures.matrices import logical_matrices  # noqa: E402
 
@@ -27,7 +27,7 @@ HEAD = """\
 # Layouts
 
 This page lists the matrices of each causal language model of transformers {version}, and how they lie in its
-parameters: all {count} types of `MODEL_FOR_CAUSAL_LM_MAPPING`, {supported} supported, {refused} refused.
+parameters: all {count} types of `MODEL_FOR_CAUSAL_LM_MAPPING`.
 `python scripts/list_layouts.py` writes it from the tables in `fire_llm/architectures/families/`. The glossary explains
 what a [layout](glossary.md#layout) is, and [adding](adding.md#a-layout) how to add one. An older transformers lacks the
 newest of these types, and they are left out there. So is `aria_text` below 5.18, whose experts are stored otherwise.
@@ -89,10 +89,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     rows = [row(name) for name in TYPES if name not in CANNOT]
     rows += [f"| {name} | | yes, not built by the tests: {reason} | | |" for name, reason in CANNOT.items()]
-    rows += [f"| {name} | | refused: {reason} | | |" for name, reason in REFUSED.items()]
-    head = HEAD.format(
-        version=transformers.__version__, count=len(TYPES) + len(REFUSED), supported=len(TYPES), refused=len(REFUSED)
-    )
+    head = HEAD.format(version=transformers.__version__, count=len(TYPES))
     (ROOT / "docs" / "layouts.md").write_text(head + "\n".join(sorted(rows)) + "\n", encoding="utf-8")
 
 

@@ -72,7 +72,7 @@ def _stretched(text: Any) -> int:
     """Return the tokens that YaRN stretches rotary positions to, 0 without it.
 
     Configs hold that length in `max_position_embeddings` too, but for those where YaRN was added to a finished model:
-    Qwen2.5 keeps 32768 there, beside a factor of 4. Other kinds of scaling do not tell what was stretched.
+    Qwen2.5 keeps 32768 there, beside a factor of 4. Other kinds of scaling do not record what was stretched.
     """
     parameters = getattr(text, "rope_parameters", None) or {}
     layers = [parameters] if "rope_type" in parameters else parameters.values()  # one for all, or one a kind of layer

@@ -1,15 +1,15 @@
-"""The one sentence that says how a stored tensor holds its logical (out, in) matrices; sizes only, no torch.
+"""The grammar of layouts: how a stored tensor holds its logical (out, in) matrices; sizes only, no torch.
 
     stored tensor ─ stack ─▶ A × B ─ orientation ─▶ out × in ─ groups × parts, on the out axis ─▶ one matrix a part
 
 FIRE does not care in which order a matrix keeps its rows or columns (permuting them commutes with orthogonalising),
-so a layout only has to tell WHICH rows belong together and which axis is `out`.
+so a layout only has to state WHICH rows belong together and which axis is `out`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ WHOLE_SUBTREE = "**"
 
 @dataclass(frozen=True)
 class Part:
-    """Name one logical matrix inside a fused one.
+    """One logical matrix inside a fused one.
 
     Args:
         name: `q`, `k`, `v`, `gate`, `up`, …; empty where the tensor is one matrix.
@@ -41,7 +41,7 @@ Sizes = int | Callable[[Any], int]
 
 @dataclass(frozen=True)
 class SliceSpec:
-    """Locate one logical matrix in its stored tensor, all sizes resolved.
+    """Where one logical matrix lies in its stored tensor, all sizes resolved.
 
     Args:
         name: Its part, empty where the tensor (or the stack's item) is one matrix.
@@ -65,13 +65,13 @@ class SliceSpec:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Give (out, in) of the logical matrix."""
+        """Return (out, in) of the logical matrix."""
         return self.groups * self.size, self.columns
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Say how one child of a block class stores its logical matrices.
+    """How one child of a block class stores its logical matrices.
 
     Callables receive the block module, so that layers of one model may differ in size.
 
@@ -82,7 +82,7 @@ class Layout:
         orientation: `out_first` (nn.Linear) or `in_first` (Conv1D), after the stack axis.
         groups: Times the parts repeat along the out axis: heads, or rows where gate and up alternate.
         stack: Matrices along the first axis (experts), each cut alike; None where the first axis is no stack.
-        leaf: Class that must hold a parameter called `weight`, because a quantised or adapted stand-in
+        module_class: Class that must hold a parameter called `weight`, because a quantised or adapted substitute
             stores something else; None accepts any. It does not apply to parameters that the block holds itself.
 
     Raises:
@@ -94,7 +94,7 @@ class Layout:
     orientation: str = "out_first"
     groups: Sizes = 1
     stack: Sizes | None = None
-    leaf: str | None = "Linear"
+    module_class: str | None = "Linear"
 
     def __post_init__(self) -> None:
         for what, value, allowed in (("role", self.role, ROLES), ("orientation", self.orientation, ORIENTATIONS)):
@@ -105,7 +105,7 @@ class Layout:
 
     @property
     def matrix(self) -> bool:
-        """Tell whether resets may treat the parameter as matrices."""
+        """Return whether resets may treat the parameter as matrices."""
         return self.role in MATRIX_ROLES
 
     def specs(self, block: Any, shape: Sequence[int], name: str) -> list[SliceSpec]:
@@ -175,7 +175,7 @@ Table = dict[tuple[str, str], Layout]
 
 
 def entries(role: str, children: str, blocks: str, **options: Any) -> Table:
-    """Give every listed child of every listed block class the same layout.
+    """Return a table that gives every listed child of every listed block class one layout.
 
     Args:
         role: One of `ROLES`.
@@ -188,13 +188,9 @@ def entries(role: str, children: str, blocks: str, **options: Any) -> Table:
 
 def merge(*tables: Table) -> Table:
     """Join tables; a key listed twice is an error, because one of the two would be lost unnoticed."""
-    return dict(_once(item for table in tables for item in table.items()))
-
-
-def _once(items: Iterable[tuple[tuple[str, str], Layout]]) -> Iterable[tuple[tuple[str, str], Layout]]:
-    seen: set[tuple[str, str]] = set()
-    for key, layout in items:
-        if key in seen:
-            raise ValueError(f"layout of {key[0]}.{key[1]} is listed twice")
-        seen.add(key)
-        yield key, layout
+    merged: Table = {}
+    for table in tables:
+        for block, child in table.keys() & merged.keys():
+            raise ValueError(f"layout of {block}.{child} is listed twice")
+        merged |= table
+    return merged

@@ -16,7 +16,7 @@ _HEAD = Layout("lm_head")
 
 @dataclass(frozen=True)
 class Location:
-    """Say where one name of a parameter lives.
+    """Where one name of a parameter lives.
 
     Args:
         name: Full name in the model.
@@ -34,18 +34,18 @@ class Location:
 
     @property
     def block_class(self) -> str:
-        """Name the block's class as it was written."""
+        """Return the name of the block's class as it was written."""
         return class_of(self.block).__name__
 
     @property
     def is_weight(self) -> bool:
-        """Tell whether a leaf module holds it under the name `weight`, rather than the block itself."""
+        """Return whether a module inside the block holds it under the name `weight`, rather than the block itself."""
         return self.owner is not self.block and self.name.endswith(".weight")
 
 
 @dataclass(frozen=True)
 class Match:
-    """Say what one name of a parameter means: its role, and the layout where it is cut into matrices."""
+    """What one name of a parameter means: its role, and the layout where it is cut into matrices."""
 
     role: str
     location: Location
@@ -53,7 +53,7 @@ class Match:
 
 
 class Lookup:
-    """Find the locations of a model's parameters and what the tables say of them."""
+    """Find the locations of a model's parameters and what the tables hold about them."""
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = dict(model.named_modules(remove_duplicate=False))
@@ -63,8 +63,8 @@ class Lookup:
 
     def location(self, name: str) -> Location:
         """Find the block and the child path of a parameter."""
-        owner, _, leaf = name.rpartition(".")
-        block, target = (owner.rpartition(".")[0], owner) if leaf == "weight" and owner else (owner, name)
+        owner, _, attribute = name.rpartition(".")
+        block, target = (owner.rpartition(".")[0], owner) if attribute == "weight" and owner else (owner, name)
         while block and class_of(self._modules[block]) in _CONTAINERS:
             block = block.rpartition(".")[0]
         child = ".".join("*" if step.isdigit() else step for step in target.removeprefix(f"{block}.").split("."))
@@ -73,7 +73,7 @@ class Lookup:
         return Location(name, self._modules[owner], self._modules[block], child, around)
 
     def classify(self, location: Location, ndim: int) -> Match | None:
-        """Tell what a parameter means, None where it has two or more dimensions and the tables are silent."""
+        """Return what a parameter means; None where it has two or more dimensions and no table lists it."""
         for module in location.ancestors:
             if subtree := _entry(module, WHOLE_SUBTREE):
                 return Match(subtree.role, location)
@@ -82,20 +82,20 @@ class Lookup:
         if layout := _entry(location.block, location.child):
             if not layout.matrix:
                 return Match(layout.role, location)
-            fits = layout.leaf in (None, class_of(location.owner).__name__) or not location.is_weight
+            fits = layout.module_class in (None, class_of(location.owner).__name__) or not location.is_weight
             return Match(layout.role, location, layout) if fits else None
         if isinstance(location.owner, nn.Embedding):
             return Match("embedding", location)
         if ndim > 1:
             return None
-        # Only a leaf may be told by its name: whole blocks are called RobertaPreLayerNorm… too.
+        # Only a module without children is known by its name: whole blocks are called RobertaPreLayerNorm… too.
         if "Norm" in class_of(location.owner).__name__ and not list(location.owner.children()):
             return Match("norm", location)
         return Match("bias" if location.name.endswith("bias") else "other", location)
 
 
 def class_of(module: nn.Module) -> type:
-    """Give the class a module was written as: fully_shard and replicate swap in subclasses of their own."""
+    """Return the class a module was written as: fully_shard and replicate swap in subclasses of their own."""
     return next(
         kind
         for kind in type(module).__mro__
@@ -104,11 +104,11 @@ def class_of(module: nn.Module) -> type:
 
 
 def refusal(kind: str, unknown: list[tuple[Location, tuple[int, ...]]]) -> str:
-    """Word the refusal of weights no layout tells about: the first in full, the others by name, and what to do.
+    """Return the message about weights without a layout: the first in full, the others by name, and what to do.
 
     Args:
         kind: Class name of the model.
-        unknown: Sites and stored shapes, at least one.
+        unknown: Locations and stored shapes, at least one.
     """
     location, shape = unknown[0]
     block, child, module = location.block_class, location.child, class_of(location.block).__module__
@@ -118,7 +118,7 @@ def refusal(kind: str, unknown: list[tuple[Location, tuple[int, ...]]]) -> str:
         also += " These are adapters: merge them first (`merge_and_unload()`)."
     elif (block, child) in TABLE:
         also += f" A layout of that name exists, for transformers' own {block} and a child of class "
-        also += f"{TABLE[block, child].leaf}; this {block} is defined in {module}."
+        also += f"{TABLE[block, child].module_class}; this {block} is defined in {module}."
     return (
         f"{kind}: no layout is known for {block}.{child} ('{location.name}', shape {shape}, held by "
         f"{class_of(location.owner).__name__}).{also} Nothing is guessed: add an entry for ('{block}', '{child}') to a "

@@ -28,7 +28,6 @@ __all__ = [
     "Part",
     "hidden_matrices",
     "logical_matrices",
-    "parameter_roles",
     "parameter_slices",
     "register_layout",
     "supported_types",
@@ -41,14 +40,14 @@ _BLOCK_ROLES = frozenset({"attention", "mlp", "ssm"})
 
 @dataclass(frozen=True, eq=False)
 class ParameterSlice:
-    """Stand for one slice of a model: a logical (out, in) matrix, or a parameter that is kept whole.
+    """One slice of a model: a logical (out, in) matrix, or a parameter that is kept whole.
 
     Args:
         parameter: Full name in the unwrapped model, as in `named_parameters()`.
         tensor: The parameter itself, or the rows of it that `within` was given.
         roles: Roles it plays; a tied embedding and head play two.
         block: Class name of the block that holds it.
-        cut: Where the matrix lies in the parameter; None where the parameter is kept whole.
+        spec: Where the matrix lies in the parameter; None where the parameter is kept whole.
     """
 
     parameter: str
@@ -59,39 +58,39 @@ class ParameterSlice:
 
     @property
     def matrix(self) -> bool:
-        """Tell whether this is an (out, in) matrix rather than a parameter kept whole."""
+        """Return whether this is an (out, in) matrix rather than a parameter kept whole."""
         return self.spec is not None
 
     @property
     def part(self) -> str:
-        """Name the part of a fused parameter (`q`, `k`, `gate`, …), empty where there is one only."""
+        """Return the name of the part of a fused parameter (`q`, `k`, `gate`, …), empty where there is one only."""
         return self.spec.name if self.spec else ""
 
     @property
     def role(self) -> str:
-        """Give the one role to file it under: the one of a matrix where it plays several."""
+        """Return the one role it is listed under: that of a matrix where it plays several."""
         return min(self.roles, key=lambda role: (role not in MATRIX_ROLES, role))
 
     @property
     def name(self) -> str:
-        """Name it uniquely: `h.0.attn.c_attn.weight[q]`, `experts.gate_up_proj[3.up]`, or the plain parameter name."""
+        """Return a unique name: `h.0.attn.c_attn.weight[q]`, `experts.gate_up_proj[3.up]`, or the parameter's own."""
         index = "" if self.spec is None or self.spec.index is None else str(self.spec.index)
         inside = ".".join(filter(None, (index, self.part)))
         return f"{self.parameter}[{inside}]" if inside else self.parameter
 
     @property
     def shape(self) -> torch.Size:
-        """Give (out, in), or the stored shape of a parameter kept whole."""
+        """Return (out, in), or the stored shape of a parameter kept whole."""
         return torch.Size(self.spec.shape) if self.spec else self.tensor.shape
 
     @property
     def trainable(self) -> bool:
-        """Tell whether gradients reach it."""
+        """Return whether gradients reach it."""
         return self.tensor.requires_grad
 
     @property
     def rows(self) -> range:
-        """Give the rows of the parameter, along its first axis, that hold this slice and what is fused with it."""
+        """Return the rows of the parameter, along its first axis, that hold this slice and what is fused with it."""
         total = self.tensor.shape[0] if self.tensor.ndim else 1
         if self.spec is None or self.spec.index is None or self.spec.stack is None:
             return range(total)
@@ -99,7 +98,7 @@ class ParameterSlice:
         return range(self.spec.index * each, (self.spec.index + 1) * each)
 
     def within(self, rows: Tensor) -> ParameterSlice:
-        """Stand for the same slice in a tensor that holds the parameter's `rows`, wherever they came from.
+        """Return the same slice of a tensor that holds the parameter's `rows`, wherever they came from.
 
         Args:
             rows: (len(self.rows), …), the stored axes after the first as in the parameter.
@@ -110,7 +109,7 @@ class ParameterSlice:
 
     @property
     def view(self) -> Tensor:
-        """Give the (out, in) matrix as a view sharing storage with the parameter, outside autograd.
+        """Return the (out, in) matrix as a view sharing storage with the parameter, outside autograd.
 
         Raises:
             UserError: Its rows are interleaved with another part's, so that no 2-D view exists.
@@ -127,7 +126,7 @@ class ParameterSlice:
             ) from error
 
     def read(self) -> Tensor:
-        """Give the (out, in) matrix outside autograd; do not write into it, it may or may not be a copy."""
+        """Return the (out, in) matrix outside autograd; do not write into it, it may or may not be a copy."""
         return self._slot().reshape(self.shape)
 
     def write_(self, new: Tensor) -> None:
@@ -142,7 +141,7 @@ class ParameterSlice:
         slot.copy_(new.detach().reshape(slot.shape))
 
     def _slot(self) -> Tensor:
-        """Give the stored elements as a strided view, (groups, size, in) for a matrix."""
+        """Return the stored elements as a strided view, (groups, size, in) for a matrix."""
         stored, spec = self.tensor.detach(), self.spec
         if spec is None:
             return stored
@@ -152,7 +151,8 @@ class ParameterSlice:
         if stored.ndim > 2:
             stored = stored.view(stored.shape[0], -1)
         rows = stored.t() if spec.in_first else stored
-        return rows.unflatten(0, (spec.groups, -1)).narrow(1, spec.offset, spec.size)
+        grouped: Tensor = rows.unflatten(0, (spec.groups, -1))
+        return grouped.narrow(1, spec.offset, spec.size)
 
 
 def register_layout(
@@ -164,6 +164,7 @@ def register_layout(
     orientation: str = "out_first",
     groups: Sizes = 1,
     stack: Sizes | None = None,
+    module_class: str | None = "Linear",
     leaf: str | None = "Linear",
 ) -> None:
     """Add one entry from outside; it goes before the built-in table and applies to any class of that name.
@@ -177,12 +178,15 @@ def register_layout(
         orientation: `out_first` or `in_first`.
         groups: Repeats of the parts on the out axis.
         stack: Matrices along the first axis.
-        leaf: Class name of the module holding `weight`.
+        module_class: Class name of the module that holds `weight`.
+        leaf: The former name of `module_class`, which is still read.
 
     Raises:
         UserError: The role or the orientation is unknown.
     """
-    REGISTERED[block_class, child] = Layout(role, parts, orientation, groups, stack, leaf)
+    REGISTERED[block_class, child] = Layout(
+        role, parts, orientation, groups, stack, module_class if leaf == "Linear" else leaf
+    )
 
 
 def supported_types() -> list[str]:
@@ -222,16 +226,11 @@ def logical_matrices(model: nn.Module, roles: Iterable[str] = ("attention", "mlp
     wanted = {roles} if isinstance(roles, str) else set(roles)
     for role in sorted(wanted - set(ROLES)):
         raise UserError(f"roles: unknown role '{role}'.{did_you_mean(role, ROLES)} Allowed: {', '.join(ROLES)}")
-    return (slice_ for slice_ in parameter_slices(model) if slice_.matrix and slice_.roles & wanted)
-
-
-def parameter_roles(model: nn.Module, *, strict: bool = True) -> dict[str, frozenset[str]]:
-    """Map every parameter (tied ones once) to the roles it plays; a tied embedding and head play both."""
-    return {slice_.parameter: slice_.roles for slice_ in parameter_slices(model, strict=strict)}
+    return (weight for weight in parameter_slices(model) if weight.matrix and weight.roles & wanted)
 
 
 def hidden_matrices(model: nn.Module) -> list[str]:
-    """Name the parameters that are a matrix inside a block, which Muon is for, a fused one counting as one matrix.
+    """Return the names of the parameters that are a matrix inside a block, as Muon wants them; a fused one is one.
 
     Embeddings, heads and routers are none, nor are stacks of experts.
 
@@ -247,7 +246,7 @@ def parameter_slices(model: nn.Module, *, strict: bool = True) -> list[Parameter
 
     Args:
         model: Model, wrapped or not, on any device, `meta` included.
-        strict: Refuse weights of two or more dimensions that no layout tells about; otherwise keep them whole under
+        strict: Refuse weights of two or more dimensions that no layout describes; otherwise keep them whole under
             the role `other`, which serves a reset that treats all parameters alike.
 
     Returns:
@@ -280,7 +279,7 @@ def parameter_slices(model: nn.Module, *, strict: bool = True) -> list[Parameter
         result += _cut(parameter, [k or Match("other", location) for location, k in zip(locations, known, strict=True)])
     if strict and unknown:
         raise UserError(refusal(kind, unknown))
-    if strict and not any(slice_.roles & _BLOCK_ROLES for slice_ in result):
+    if strict and not any(weight.roles & _BLOCK_ROLES for weight in result):
         raise UserError(
             f"{kind} holds no attention, MLP or SSM matrix: is it a language model with at least one layer?"
         )

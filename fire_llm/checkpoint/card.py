@@ -15,7 +15,7 @@ from fire_llm import __version__
 from fire_llm.checkpoint.stored import Stored
 from fire_llm.core.atomic import write_json
 from fire_llm.core.compat import installed
-from fire_llm.core.errors import UserError
+from fire_llm.core.errors import UserError, first_line
 from fire_llm.resets import ResetReport, TensorReport
 
 PROVENANCE = "fire.json"
@@ -132,9 +132,8 @@ def push(folder: Path, repository: str) -> str:
         address = HfApi().create_repo(repository, exist_ok=True)
         HfApi().upload_folder(folder_path=folder, repo_id=repository, commit_message=f"fire_llm {__version__}")
     except Exception as error:  # whatever the network, the Hub or the rights bring
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"saved as '{folder}', but not pushed to '{repository}': {first}. Once that is mended: "
+            f"saved as '{folder}', but not pushed to '{repository}': {first_line(error)}. Once that is mended: "
             f"hf upload {repository} {folder}"
         ) from error
     return str(address)
@@ -147,7 +146,8 @@ def check_repository(repository: str) -> None:
         UserError: The id has the wrong form, or nobody is logged in.
     """
     from huggingface_hub import constants, get_token
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, if not marked so
 
     try:
         validate_repo_id(repository)
@@ -184,13 +184,13 @@ def _rows(touched: Iterable[TensorReport]) -> Iterable[str]:
     """Yield a row a role and part: how many, and medians before and after."""
     groups: dict[tuple[str, str], list[TensorReport]] = {}
     for tensor in touched:
-        leaf = tensor.part or tensor.parameter.removesuffix(".weight").rpartition(".")[2]
-        groups.setdefault((tensor.role, leaf), []).append(tensor)
-    for (role, leaf), members in groups.items():
+        name = tensor.part or tensor.parameter.removesuffix(".weight").rpartition(".")[2]
+        groups.setdefault((tensor.role, name), []).append(tensor)
+    for (role, name), members in groups.items():
         spectra = [[m.sigma_before for m in members], [m.sigma_after for m in members]]
         columns = [[m.dfi_before for m in members], [m.dfi_after for m in members]]
         columns += [[s[end] if s else None for s in of] for end in (0, -1) for of in spectra]
-        yield f"| {role} | {leaf} | {len(members)} | {' | '.join(map(_median, columns))} |"
+        yield f"| {role} | {name} | {len(members)} | {' | '.join(map(_median, columns))} |"
 
 
 def _median(values: Iterable[float | None]) -> str:

@@ -1,4 +1,4 @@
-"""Step-0 weights from a config and a seed, one parameter in memory at a time: the very numbers `fresh_model` draws.
+"""Initial weights from a config and a seed, one parameter in memory at a time: the very numbers `fresh_model` draws.
 
 The model is built once with hollow weights. Whatever would have been drawn is drawn, into scratch, so that the
 generator moves on as it would, and what was done to each weight is written down with the generator's state. A weight is
@@ -8,9 +8,8 @@ made by doing that again.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,8 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fire_llm.architectures.matrices import ParameterSlice, parameter_slices
+from fire_llm.checkpoint.stored import Slices
 from fire_llm.core.errors import UserError
 from fire_llm.core.hardware import free_memory
+from fire_llm.core.progress import progress_bar
 from fire_llm.models import fresh_model, model_on_meta
 
 HOLLOW = 1 << 20
@@ -34,11 +35,11 @@ _FILLED = {_aten.zeros: 0.0, _aten.ones: 1.0}
 
 @dataclass
 class _Step:
-    """Hold what was done in place to a view of a weight."""
+    """What was done in place to a view of a weight."""
 
     function: Any
     view: Tensor
-    """The hollow view; it also keeps its storage, by which weights are told apart, from being freed."""
+    """The hollow view; it also keeps its storage, by which weights are distinguished, from being freed."""
     arguments: tuple[Any, ...]
     options: dict[str, Any]
     generator: Tensor | None
@@ -49,13 +50,13 @@ class _Step:
 class _Recorder(TorchDispatchMode):
     """Make large tensors hollow (on the meta device) while a model is built, and record what is done to them."""
 
-    told: Callable[[int], Any]
+    advance: Callable[[int], Any]
     """Called with the number of elements after each draw."""
     steps: dict[int, list[_Step]] = field(default_factory=dict)
     """By storage, in the order they were done."""
 
     def __post_init__(self) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         options = dict(kwargs or {})
@@ -73,16 +74,17 @@ class _Recorder(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags:
             state = torch.get_rng_state()
             func(torch.empty(target.shape, dtype=target.dtype), *args[1:], **options)
-            self.told(target.numel())
+            self.advance(target.numel())
         kept = tuple(a.clone() if isinstance(a, Tensor) else a for a in args[1:])
         self.steps[key].append(_Step(func, target.detach(), kept, options, state))
         return target
 
     def _made(self, func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
         real = options.get("device") or torch.device("cpu")
-        made = func(*args, **{**options, "device": torch.device("meta")})
+        made: Tensor = func(*args, **{**options, "device": torch.device("meta")})
         if made.numel() < HOLLOW or torch.device(real).type != "cpu":
-            return func(*args, **options)
+            made = func(*args, **options)
+            return made
         # The first step fills it, and keeps it, so that no other storage gets its address.
         value = _FILLED.get(func.overloadpacket, float("nan"))
         self.steps[made.untyped_storage()._cdata] = [_Step(_aten.fill_.Scalar, made, (value,), {}, None)]
@@ -90,7 +92,7 @@ class _Recorder(TorchDispatchMode):
 
 
 class _Pretending(TorchFunctionMode):
-    """Let hollow tensors pass for tensors on the CPU: initialisers ask, and skip what is on the meta device."""
+    """Make hollow tensors pass for tensors on the CPU: initialisers ask, and skip what is on the meta device."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -101,20 +103,20 @@ class _Pretending(TorchFunctionMode):
         return result
 
 
-class Drawn(Mapping[str, ParameterSlice]):
+class Drawn(Slices):
     """The slices of a freshly drawn model by name, each parameter drawn when it is asked for.
 
     Args:
         config: A transformers config; it is not modified.
         seed: As `fresh_model` takes it.
-        told: Called with the number of elements after each draw, of which there are about two a weight.
+        advance: Called with the number of elements after each draw, of which there are about two a weight.
 
     Raises:
         NotImplementedError: The architecture draws some weights from the numbers of others, which is not followed.
     """
 
-    def __init__(self, config: Any, seed: int, told: Callable[[int], Any] = lambda _: None) -> None:
-        self._recorder = _Recorder(told)
+    def __init__(self, config: Any, seed: int, advance: Callable[[int], Any] = lambda _: None) -> None:
+        self._recorder = _Recorder(advance)
         try:
             with self._recorder, _Pretending():
                 self.model = fresh_model(copy.deepcopy(config), seed)
@@ -124,25 +126,12 @@ class Drawn(Mapping[str, ParameterSlice]):
             if parameter.is_meta and parameter.untyped_storage()._cdata not in self._recorder.steps:
                 raise NotImplementedError(f"{name} is made from the numbers of another weight")
         self._last: tuple[int, Tensor | None] = (0, None)
+        super().__init__(self.model, self._drawn)
 
-    @cached_property
-    def _all(self) -> dict[str, ParameterSlice]:
-        return {slice_.name: slice_ for slice_ in parameter_slices(self.model, strict=False)}
-
-    def __getitem__(self, name: str) -> ParameterSlice:
-        """Return a slice with its weights in memory."""
-        slice_ = self._all[name]
-        if not slice_.tensor.is_meta:
-            return slice_
-        return slice_.within(self.parameter(slice_.tensor)[slice_.rows.start : slice_.rows.stop])
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the names."""
-        return iter(self._all)
-
-    def __len__(self) -> int:
-        """Count the slices."""
-        return len(self._all)
+    def _drawn(self, weight: ParameterSlice) -> ParameterSlice:
+        if not weight.tensor.is_meta:
+            return weight
+        return weight.within(self.parameter(weight.tensor)[weight.rows.start : weight.rows.stop])
 
     @torch.no_grad()
     def parameter(self, hollow: Tensor) -> Tensor:
@@ -164,8 +153,8 @@ class Drawn(Mapping[str, ParameterSlice]):
         return stored.as_strided(hollow.shape, hollow.stride(), hollow.storage_offset())
 
 
-def step_0(config: Any, seed: int, progress: bool = False) -> tuple[Any, Mapping[str, ParameterSlice]]:
-    """Draw step-0 weights: the model, hollow or whole, and its slices by name.
+def draw_initial(config: Any, seed: int, progress: bool = False) -> tuple[Any, Mapping[str, ParameterSlice]]:
+    """Draw initial weights: the model, hollow or whole, and its slices by name.
 
     Args:
         config: A transformers config; it is not modified.
@@ -175,23 +164,18 @@ def step_0(config: Any, seed: int, progress: bool = False) -> tuple[Any, Mapping
     Raises:
         UserError: They can only be drawn all at once, and the memory does not hold a whole model.
     """
-    from tqdm.auto import tqdm
-
     total = sum(p.numel() for p in model_on_meta(copy.deepcopy(config)).parameters())
-    bar = tqdm(
-        total=2 * total, desc="drawing", unit="weight", unit_scale=True, leave=False, delay=1, disable=not progress
-    )
     try:
-        with bar:
+        with progress_bar("drawing", 2 * total, "weight", shown=progress) as bar:
             drawn = Drawn(config, seed, bar.update)
         return drawn.model, drawn
     except NotImplementedError:
         needed, free = 4 * total, free_memory()
         if free is not None and needed > free:
             raise UserError(
-                f"--seed {seed}: drawing the step-0 weights of this architecture takes {needed / 1e9:.1f} GB of "
+                f"--seed {seed}: drawing the initial weights of this architecture takes {needed / 1e9:.1f} GB of "
                 f"memory, and {free / 1e9:.1f} GB are free: draw and save them on a larger machine, and give that "
                 "folder as --init"
             ) from None
     model = fresh_model(copy.deepcopy(config), seed)
-    return model, {slice_.name: slice_ for slice_ in parameter_slices(model, strict=False)}
+    return model, {weight.name: weight for weight in parameter_slices(model, strict=False)}

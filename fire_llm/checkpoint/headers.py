@@ -29,7 +29,7 @@ _LONGEST = 100_000_000  # the format's own limit of a header
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Say where a tensor lies on the disk.
+    """Where a tensor lies on the disk.
 
     Args:
         name: Its key.
@@ -82,17 +82,17 @@ class StoredTensor:
             start, left = start + done, left[done:]
 
     def same_bytes(self, other: StoredTensor) -> bool:
-        """Tell whether two tensors are equal, type and shape included."""
+        """Return whether two tensors are equal, type and shape included."""
         if (self.dtype, self.shape) != (other.dtype, other.shape):
             return False
-        return all(a == b for a, b in zip(self._pieces(), other._pieces(), strict=True))
+        return all(a == b for a, b in zip(self._chunks(), other._chunks(), strict=True))
 
     def _span(self, rows: range) -> tuple[int, int]:
         """Return the first byte and the length of some rows."""
         each = self.n_bytes // max(1, self.n_rows)
         return self.offset + rows.start * each, len(rows) * each
 
-    def _pieces(self, size: int = 1 << 24) -> Iterator[bytes]:
+    def _chunks(self, size: int = 1 << 24) -> Iterator[bytes]:
         with self.file.open("rb") as file:
             file.seek(self.offset)
             for start in range(0, self.n_bytes, size):
@@ -134,7 +134,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         end += tensor.n_bytes
     if end != size:
         kind = "is cut off" if end > size else "has bytes behind its last tensor"
-        raise UserError(_damaged(path, f"it {kind}: its header tells of {end} bytes, the file has {size}"))
+        raise UserError(_damaged(path, f"it {kind}: its header lists {end} bytes, the file has {size}"))
     return found
 
 

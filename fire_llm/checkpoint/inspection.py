@@ -11,6 +11,7 @@ import torch
 from fire_llm.architectures.matrices import ParameterSlice, logical_matrices
 from fire_llm.checkpoint import Stored
 from fire_llm.core.errors import UserError
+from fire_llm.core.progress import progress_bar
 from fire_llm.linalg.measures import dfi, effective_rank, sfe
 from fire_llm.linalg.singular_values import singular_values
 from fire_llm.models import find_device
@@ -43,8 +44,6 @@ def inspect_checkpoint(
     Raises:
         UserError: For an unreadable or unknown checkpoint, one of another architecture, or a matrix that is not finite.
     """
-    from tqdm.auto import tqdm
-
     wanted = (roles,) if isinstance(roles, str) else tuple(roles)
     stored, where = Stored.open(checkpoint, native=native), find_device(device)
     matrices = list(logical_matrices(stored.model, wanted))
@@ -61,8 +60,8 @@ def inspect_checkpoint(
                     f"'{against}' holds no '{matrix.name}' of shape {tuple(matrix.shape)}: another architecture"
                 )
             other.check_readable(pair)
-    rows = []
-    for matrix in tqdm(matrices, desc="inspecting", unit="matrix", disable=not progress, leave=False, delay=1):
+    rows, bar = [], progress_bar("inspecting", len(matrices), "matrix", shown=progress)
+    for matrix in matrices:
         w = _weights(stored, matrix, where)
         row = {"name": matrix.name, "role": matrix.role, "shape": list(matrix.shape), **_measures(w)}
         if other is not None:
@@ -70,6 +69,8 @@ def inspect_checkpoint(
             norms = torch.linalg.vector_norm(w, dtype=torch.float64) * torch.linalg.vector_norm(v, dtype=torch.float64)
             row |= {"sfe": sfe(v, w), "cosine": float((w.double() * v.double()).sum() / norms)}
         rows.append(row)
+        bar.update()
+    bar.close()
     return rows
 
 

@@ -24,7 +24,7 @@ from fire_llm.core.errors import UserError
 
 @dataclass(frozen=True)
 class Place:
-    """Say which rows of a parameter a stored tensor holds.
+    """Which rows of a parameter a stored tensor holds.
 
     Args:
         tensor: Where they lie.
@@ -42,7 +42,7 @@ class Place:
     stacked: bool = False
     interleaved: bool = False
 
-    def meets(self, rows: range) -> range:
+    def overlap(self, rows: range) -> range:
         """Return the rows of the parameter that lie both here and in `rows`."""
         return range(max(self.rows.start, rows.start), min(self.rows.stop, rows.stop))
 
@@ -80,7 +80,7 @@ class Place:
 
 @dataclass
 class Places:
-    """Hold where each parameter of a model lies, and what of the checkpoint belongs to none."""
+    """Where each parameter of a model lies, and what of the checkpoint belongs to none."""
 
     of: dict[str, list[Place]] = field(default_factory=dict)
     """By the parameter's first name; together they hold every row of it."""
@@ -99,7 +99,7 @@ class Places:
             rows: Which rows; those of a parameter without axes are range(1).
             shape: Of the whole parameter.
         """
-        found = [(place, overlap) for place in self.of[name] if (overlap := place.meets(rows))]
+        found = [(place, overlap) for place in self.of[name] if (overlap := place.overlap(rows))]
         if len(found) == 1 and found[0][0].inner is None and found[0][1] == rows:
             return found[0][0].read(rows)
         kinds = {WRITABLE[place.tensor.dtype] for place, _ in found}
@@ -114,7 +114,7 @@ class Places:
     def write(self, name: str, rows: range, block: Tensor, files: Mapping[str, int]) -> None:
         """Write rows of a parameter to copies of the files, which are named by file name and open for writing."""
         for place in [*self.of[name], *self.copies.get(name, [])]:
-            if overlap := place.meets(rows):
+            if overlap := place.overlap(rows):
                 place.write(overlap, place.slot(block, rows.start, overlap), files[place.tensor.file.name])
 
 
@@ -195,7 +195,7 @@ def _convert(
     found: dict[str, list[Place]],
     result: Places,
 ) -> None:
-    """Say where the parameters lie that one conversion makes of some stored tensors."""
+    """Record where the parameters lie that one conversion makes of some stored tensors."""
     steps = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
     ordered = [sources[pattern] for pattern in converter.source_patterns if pattern in sources]
     first = converter.target_patterns[0]
@@ -257,10 +257,10 @@ def _equal(one: Sequence[Place], other: Sequence[Place]) -> bool:
 
 
 def _untie(model: nn.Module, name: str) -> None:
-    """Give a tied parameter's further name a parameter of its own."""
-    owner, _, leaf = name.rpartition(".")
+    """Set a parameter of its own under a tied parameter's further name."""
+    owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
-    setattr(module, leaf, nn.Parameter(torch.empty_like(getattr(module, leaf))))
+    setattr(module, attribute, nn.Parameter(torch.empty_like(getattr(module, attribute))))
 
 
 def _may_be_missing(model: nn.Module, name: str) -> bool:

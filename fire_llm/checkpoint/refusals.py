@@ -12,7 +12,7 @@ from fire_llm.core.atomic import partial_of
 from fire_llm.core.errors import UserError, did_you_mean
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-"""The file that transformers looks for first, and the one that tells of several."""
+"""The file that transformers looks for first, and the one that lists several."""
 
 _UNQUANTISED = "FIRE needs the weights themselves: take the checkpoint that it was quantised from"
 _METHODS = {
@@ -28,7 +28,7 @@ _CODES = {
     ".weight_packed": (".weight_packed", "compressed-tensors"),
     ".weight_scale_inv": (".weight", "FP8"), ".weight_scale": (".weight", "FP8 or compressed-tensors"),
 }  # fmt: skip
-"""How a key ends that tells of quantised weights, how the key of their codes ends then, and what made them."""
+"""How a key ends that shows quantised weights, how the key of their codes ends then, and what made them."""
 _ADAPTER_KEYS = (".lora_A.", ".lora_B.", ".lora_embedding_", ".base_layer.", "base_model.model.")
 
 
@@ -45,7 +45,7 @@ def refuse_files(name: str, files: Iterable[str]) -> None:
     files = sorted(files)
     if "adapter_config.json" in files:
         raise UserError(
-            f"'{name}' is an adapter (adapter_config.json), which tells what to change in another model's weights: "
+            f"'{name}' is an adapter (adapter_config.json), which holds what to change in another model's weights: "
             "merge first, with peft: AutoPeftModelForCausalLM.from_pretrained(SRC).merge_and_unload()"
             ".save_pretrained(MERGED)"
         )
@@ -113,7 +113,7 @@ def _refuse_architecture(folder: Path, kind: Any, classes: Any) -> None:
 
     if not isinstance(kind, str):
         given = "no model_type" if kind is None else f"{kind!r} as model_type"
-        raise UserError(f"'{folder / 'config.json'}' has {given}: a name such as 'llama' must tell the architecture")
+        raise UserError(f"'{folder / 'config.json'}' has {given}: a name such as 'llama' must name the architecture")
     what, near = "unknown to the installed transformers", did_you_mean(kind, NAMES) or " A newer one may know it."
     if kind in CONFIG_MAPPING:
         listed = classes if isinstance(classes, list) else []
@@ -186,7 +186,7 @@ def refuse_destination(destination: Path, source: Path, needed: int, free: int) 
 
 
 def names(items: Iterable[str], most: int = 3) -> str:
-    """List a few names, and say how many there are beyond them."""
+    """Return a few names, and how many there are beyond them."""
     listed = [f"'{item}'" for item in items]
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more

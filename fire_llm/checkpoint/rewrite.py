@@ -11,9 +11,9 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -24,14 +24,14 @@ from torch import Tensor
 
 from fire_llm.architectures.matrices import ParameterSlice
 from fire_llm.checkpoint.card import PROVENANCE, write_card, write_provenance
-from fire_llm.checkpoint.drawn import step_0
+from fire_llm.checkpoint.drawn import draw_initial
 from fire_llm.checkpoint.refusals import refuse_destination
-from fire_llm.checkpoint.stored import Stored, StoredSlices, finite
+from fire_llm.checkpoint.stored import Slices, Stored
 from fire_llm.core.atomic import free_bytes, partial_of, staged, writing
 from fire_llm.core.errors import UserError
-from fire_llm.distributed import Block, agree
-from fire_llm.distributed.agree import active, is_first
-from fire_llm.distributed.balance import ROUND_BYTES, assign
+from fire_llm.core.progress import progress_bar
+from fire_llm.distributed import Block, active, agree, is_first, together
+from fire_llm.distributed.balance import BUCKET_BYTES, assign, buckets
 from fire_llm.models import find_device
 from fire_llm.resets import ResetReport, ResetsLike, ResetSpec, parse_resets
 from fire_llm.resets.execute import ResetExecutor
@@ -66,16 +66,16 @@ def reset_checkpoint(
         src: A checkpoint folder or a Hub id; never written to.
         dst: The folder to make; must not exist. It appears whole or not at all.
         method: A reset's name or spec, or a list of specs.
-        init: Checkpoint with the run's step-0 weights, for `full_reset`, `shrink_perturb` and `initial_norm`.
-        seed: Draw the step-0 weights anew from the config and this seed instead, a parameter at a time (a few
+        init: Checkpoint with the run's initial weights, for `full_reset`, `shrink_perturb` and `initial_norm`.
+        seed: Draw the initial weights again from the config and this seed instead, a parameter at a time (a few
             architectures draw some weights from others: a whole model at once, in fp32).
         revision: Branch, tag or commit, where `src` is a Hub id.
         native: Take transformers' own class where a checkpoint brings code (auto_map); that code is never run.
         device: Where the resets are computed: `cpu`, `cuda`, `cuda:1`, or `auto`, as in `find_device`. The weights of
             two devices are equal to rounding.
         progress: Show progress bars.
-        dry_run: Only say what would be done; no weight is read, nothing is written.
-        options: Options of `method` where it is a name.
+        dry_run: Only report what would be done; no weight is read, nothing is written.
+        **options: Options of `method` where it is a name.
 
     Returns:
         What was touched, measured before and after, and what was left and why, unmeasured.
@@ -90,19 +90,18 @@ def reset_checkpoint(
     refuse_kinds(specs)
     _check_start(specs, init, seed)
     where = find_device(device)
-    fault, job = None, None
-    try:
-        job = _Rewrite.prepare(src, Path(dst), specs, init, seed, revision, native, where, progress, dry_run)
-    except UserError as error:
-        fault = str(error)
-    agree(None, job.plan.request() if job else "", fault, _PATIENCE)
-    assert job is not None  # agree raises where there is a fault
+    job = together(
+        None,
+        lambda: _Rewrite.prepare(src, Path(dst), specs, init, seed, revision, native, where, progress, dry_run),
+        lambda job: job.plan.request(),
+        _PATIENCE,
+    )
     return job.describe() if dry_run else job.run()
 
 
 @dataclass
 class _Rewrite:
-    """Hold what is to be done to a checkpoint, everything checked that can be without reading weights."""
+    """What is to be done to a checkpoint, everything checked that can be without reading weights."""
 
     stored: Stored
     destination: Path
@@ -110,7 +109,7 @@ class _Rewrite:
     device: torch.device
     progress: bool
     origin: Mapping[str, Any]
-    """Where the step-0 weights come from, for the provenance."""
+    """Where the initial weights come from, for the provenance."""
 
     @classmethod
     def prepare(
@@ -133,19 +132,19 @@ class _Rewrite:
         refuse_destination(dst, stored.source.folder, stored.source.n_bytes, free_bytes(dst.parent))
         start = Stored.open(init, native=native) if init is not None else None
         initial: Any = start.model if start is not None else None
-        slices: Mapping[str, ParameterSlice] | None = StoredSlices(start) if start is not None else None
+        slices: Mapping[str, ParameterSlice] | None = Slices(start.model, start.loaded) if start is not None else None
         if seed is not None and dry_run:
             initial = stored.model  # the same names and shapes, and nothing is drawn
         elif seed is not None:
-            initial, slices = step_0(stored.source.config, seed, progress)
+            initial, slices = draw_initial(stored.source.config, seed, progress)
         plan = Plan.of(stored.model, specs, initial)
         if not plan.wanted:
             raise UserError(_nothing(plan, str(src)))
-        for slice_ in plan.wanted:
-            stored.check_readable(slice_)
+        for weight in plan.wanted:
+            stored.check_readable(weight)
         if start is not None:
-            for slice_ in plan.wanted:
-                start.check_readable(plan.start[slice_.name])
+            for weight in plan.wanted:
+                start.check_readable(plan.start[weight.name])
         if slices is not None:
             plan.start = slices
         return cls(stored, dst, plan, device, progress, {"init": str(init) if init is not None else None, "seed": seed})
@@ -159,26 +158,29 @@ class _Rewrite:
         first = is_first()
         place = staged(self.destination) if first else nullcontext(partial_of(self.destination))
         with _Hasher() as hasher, place as folder:
-            _together("copied", (lambda: self._copy(folder, hasher)) if first else _nothing_to_do)
-            work, seconds, shared = _together("reset", lambda: self._reset(folder))
+            together(None, lambda: self._copy(folder, hasher) if first else None, "copied", _PATIENCE)
+            executor, seconds, shared = together(None, lambda: self._reset(folder), "reset", _PATIENCE)
             if shared > 1:
-                work.join(None)
-            report = self._report(work, seconds, shared)
-            _together("described", (lambda: self._finish(folder, report, hasher)) if first else _nothing_to_do)
-        _together("renamed", _nothing_to_do)
+                executor.join(None)
+            report = self._report(executor, seconds, shared)
+            together(None, lambda: self._finish(folder, report, hasher) if first else None, "described", _PATIENCE)
+        agree(None, "renamed", None, _PATIENCE)
         return report
+
+    def _bar(self, what: str, total: int, unit: str = "B") -> Any:
+        return progress_bar(what, total, unit, shown=self.progress and is_first())
 
     # ---- copying
 
     def _copy(self, folder: Path, hasher: _Hasher) -> None:
         """Copy the shards and the files beside them; the source's hashes are taken while the resets go on."""
         source = self.stored.source
-        with writing(folder), _bar(self.progress, "copying", source.shard_bytes) as bar:
+        with writing(folder), self._bar("copying", source.shard_bytes) as bar:
             for name in source.shards:
                 with (source.folder / name).open("rb") as src, (folder / name).open("wb") as dst:
                     while chunk := src.read(_CHUNK):
                         dst.write(chunk)
-                        bar(len(chunk))
+                        bar.update(len(chunk))
             for name in source.shards:
                 hasher.begin(source.folder / name)
             for name in [*source.companions, *([source.index] if source.index else [])]:
@@ -189,53 +191,47 @@ class _Rewrite:
 
     def _reset(self, folder: Path) -> tuple[ResetExecutor, float, int]:
         """Reset this rank's blocks; return the work, its seconds and the number of ranks."""
-        work = ResetExecutor(self.plan, "range")
+        executor = ResetExecutor(self.plan, "range")
         blocks = self.plan.blocks
         ranks, rank = (dist.get_world_size(), dist.get_rank()) if active() else (1, 0)
         owners = assign([max(1, b.cost) for b in blocks], ranks)
         mine = [b for b, owner in zip(blocks, owners, strict=True) if owner == rank]
         began = time.perf_counter()
-        with ExitStack() as stack, _bar(self.progress, "resetting", sum(len(b.members) for b in mine), "tensor") as bar:
+        with ExitStack() as stack, self._bar("resetting", sum(len(b.members) for b in mine), "tensor") as bar:
             files = {n: _opened(stack, folder / n) for n in self.stored.source.shards}
-            for batch in self._batches(mine):
+            # Worked on together: a bounded bucket; on a CPU a single block.
+            limit = 0 if self.device.type == "cpu" else BUCKET_BYTES
+            for jobs in buckets([b.n_bytes for b in mine], [0] * len(mine), 1, limit):
+                batch = [mine[job] for job in jobs]
                 held = [(block, self._read(block)) for block in batch]
-                work.transform(held)
-                if work.error is not None:
-                    raise work.error
-                if work.failed:  # the report raises, for all ranks
+                executor.transform(held)
+                if executor.error is not None:
+                    raise executor.error
+                if executor.failed:  # the report raises, for all ranks
                     break
                 with writing(folder):
                     for block, rows in held:
-                        self.stored.write(self._piece(block), rows.cpu(), files)
-                bar(sum(len(block.members) for block in batch))
-        return work, time.perf_counter() - began - work.measuring, ranks
-
-    def _batches(self, blocks: Sequence[Block]) -> Iterator[list[Block]]:
-        """Part the blocks into what is worked on together: one at a time on a CPU, a bounded round elsewhere."""
-        batch: list[Block] = []
-        for block in blocks:
-            if batch and (self.device.type == "cpu" or sum(b.n_bytes for b in [*batch, block]) > ROUND_BYTES):
-                yield batch
-                batch = []
-            batch.append(block)
-        if batch:
-            yield batch
+                        self.stored.write(self._any(block), rows.cpu(), files)
+                bar.update(sum(len(block.members) for block in batch))
+        return executor, time.perf_counter() - began - executor.measuring, ranks
 
     def _read(self, block: Block) -> Tensor:
         """Read a block's rows and refuse them where a slice to be reset is not finite."""
-        rows = self.stored.rows(self._piece(block)).to(self.device)
-        for index in block.members:
-            if self.plan.actions[index] and not finite(self.plan.slices[index].within(rows)):
-                raise UserError(not_finite(self.plan.slices[index].name))
+        rows = self.stored.rows(self._any(block)).to(self.device)
+        touched = [self.plan.slices[index] for index in block.members if self.plan.actions[index]]
+        for weight in touched:
+            if not torch.isfinite(weight.within(rows).read()).all():
+                raise UserError(not_finite(weight.name))
         return rows
 
-    def _piece(self, block: Block) -> Any:
+    def _any(self, block: Block) -> ParameterSlice:
+        """Return one of the slices of a block: all of them lie in the same rows."""
         return self.plan.slices[block.members[0]]
 
     # ---- describing
 
-    def _report(self, work: ResetExecutor, seconds: float, shared: int) -> ResetReport:
-        report = work.report(seconds, shared)
+    def _report(self, executor: ResetExecutor, seconds: float, shared: int) -> ResetReport:
+        report = executor.report(seconds, shared)
         report.kept_unread, report.not_copied = self.stored.places.ignored, self.stored.source.left_behind
         return report
 
@@ -244,10 +240,10 @@ class _Rewrite:
         source, hashes = self.stored.source, {}
         for name in source.shards:
             hasher.begin(folder / name)
-        with _bar(self.progress, "hashing", 2 * source.shard_bytes) as bar:
+        with self._bar("hashing", 2 * source.shard_bytes) as bar:
             for name in source.shards:
                 hashes[name] = {"source": hasher.of(source.folder / name), "result": hasher.of(folder / name)}
-                bar(2 * (folder / name).stat().st_size)
+                bar.update(2 * (folder / name).stat().st_size)
         with writing(folder):
             device = self.device.type
             write_provenance(folder / PROVENANCE, self.stored, report, hashes, self.origin, device)
@@ -255,7 +251,7 @@ class _Rewrite:
 
 
 def _nothing(plan: Plan, name: str) -> str:
-    """Word the refusal of a reset that would change nothing."""
+    """Return the message about a reset that would change nothing."""
     matrices = sorted({p.role for p in plan.slices if p.matrix})
     why = sorted({plan.reason(i) for i, p in enumerate(plan.slices) if p.matrix})
     return (
@@ -291,33 +287,6 @@ class _Hasher:
         return digest.hexdigest()
 
 
-def _nothing_to_do() -> None:
-    """Wait for the first rank."""
-
-
-@contextmanager
-def _bar(shown: bool, what: str, total: int, unit: str = "B") -> Iterator[Callable[[int], Any]]:
-    """Show a progress bar on the first rank, and give what moves it on."""
-    from tqdm.auto import tqdm
-
-    quiet = not (shown and is_first())
-    with tqdm(
-        total=total, desc=what, unit=unit, unit_scale=unit != "tensor", leave=False, delay=1, disable=quiet
-    ) as bar:
-        yield bar.update
-
-
-def _together(step: str, work: Callable[[], Any]) -> Any:
-    """Do one rank's part of a step; raise what went wrong for the user on any rank, on all of them."""
-    fault, result = None, None
-    try:
-        result = work()
-    except UserError as error:
-        fault = str(error)
-    agree(None, step, fault, _PATIENCE)
-    return result
-
-
 def _opened(stack: ExitStack, path: Path) -> int:
     """Open a file for writing within a stack of contexts and return its descriptor."""
     descriptor = os.open(path, os.O_WRONLY)
@@ -326,12 +295,12 @@ def _opened(stack: ExitStack, path: Path) -> int:
 
 
 def _check_start(specs: Sequence[ResetSpec], init: str | Path | None, seed: int | None) -> None:
-    """Refuse step-0 weights that are missing, given twice, or not wanted by any reset."""
+    """Refuse initial weights that are missing, given twice, or not wanted by any reset."""
     wanting = [s.method for s in specs if s.needs_initial]
     if wanting and (init is None) == (seed is None):
-        raise UserError(f"'{wanting[0]}' needs step-0 weights: give one of --init CHECKPOINT and --seed N")
+        raise UserError(f"'{wanting[0]}' needs initial weights: give one of --init CHECKPOINT and --seed N")
     if not wanting and not (init is None and seed is None):
         given = "--init" if init is not None else "--seed"
-        raise UserError(f"{given}: '{specs[0].method if specs else 'keep'}' uses no step-0 weights: leave it out")
+        raise UserError(f"{given}: '{specs[0].method if specs else 'keep'}' uses no initial weights: leave it out")
     if seed is not None and not 0 <= seed < 2**63:
         raise UserError(f"--seed {seed}: a whole number from 0 to 2**63 - 1 is needed")

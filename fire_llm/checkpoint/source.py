@@ -11,7 +11,7 @@ from typing import Any
 
 from fire_llm.checkpoint.headers import StoredTensor, read_header, read_index
 from fire_llm.checkpoint.refusals import INDEX, WEIGHTS, refuse_config, refuse_files, refuse_tensors
-from fire_llm.core.errors import UserError
+from fire_llm.core.errors import UserError, first_line
 
 COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
@@ -23,7 +23,7 @@ COMPANIONS = (
 
 @dataclass(frozen=True)
 class Source:
-    """Hold what is known of a checkpoint before any of its weights is read.
+    """What is known of a checkpoint before any of its weights is read.
 
     Args:
         name: As the user gave it: a folder or a Hub id.
@@ -75,12 +75,12 @@ class Source:
 
     @property
     def companions(self) -> list[str]:
-        """Name the files beside the weights that go with the model, relative to the folder."""
+        """Return the files beside the weights that go with the model, relative to the folder."""
         return [n for n in self._files() if any(fnmatch(n, pattern) for pattern in COMPANIONS)]
 
     @property
     def left_behind(self) -> list[str]:
-        """Name the files that are neither weights nor companions: other formats, training states, old cards."""
+        """Return the files that are neither weights nor companions: other formats, training states, old cards."""
         known = {*self.companions, *self.shards, self.index}
         return [n for n in self._files() if n not in known]
 
@@ -129,9 +129,8 @@ def _folder(name: str, revision: str | None) -> Path:
             "`hf auth login`"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"there is no folder '{name}', and the Hub could not be asked for a model of that name: {first}"
+            f"there is no folder '{name}', and the Hub could not be asked for a model of that name: {first_line(error)}"
         ) from error
 
 
@@ -154,8 +153,7 @@ def _config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # the classes raise whatever a config leads them to; their checks name it in the cause
-        told = error.__cause__ or error
-        first = (str(told).strip() or type(told).__name__).splitlines()[0]
+        first = first_line(error.__cause__ or error)
         raise UserError(f"'{folder / 'config.json'}' is no config that transformers can read: {first}") from error
 
 

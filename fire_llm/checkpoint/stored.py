@@ -1,15 +1,13 @@
-"""A model whose weights stay on the disk: the slices that its config tells of, and the rows they are made of."""
+"""A model whose weights stay on the disk: the slices that follow from its config, and the rows they are made of."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fire_llm.architectures.matrices import ParameterSlice, parameter_slices
 from fire_llm.checkpoint.headers import WRITABLE
@@ -21,7 +19,7 @@ from fire_llm.models import model_on_meta
 
 @dataclass(frozen=True)
 class Stored:
-    """Hold a checkpoint on the disk, its model on the meta device, and where each parameter lies."""
+    """A checkpoint on the disk, its model on the meta device, and where each parameter lies."""
 
     source: Source
     model: Any
@@ -44,20 +42,20 @@ class Stored:
         model = model_on_meta(source.config)
         return cls(source, model, places_of(model, source.tensors))
 
-    def check_readable(self, slice_: ParameterSlice) -> None:
+    def check_readable(self, weight: ParameterSlice) -> None:
         """Refuse a slice that is converted in a way not followed here, or whose numbers are no floating-point ones.
 
         Raises:
             UserError: Naming the stored tensor.
         """
-        if step := self.places.unmapped.get(slice_.parameter):
+        if step := self.places.unmapped.get(weight.parameter):
             raise UserError(
-                f"'{slice_.parameter}' is stored in another form ({step} when transformers loads it), which is not "
+                f"'{weight.parameter}' is stored in another form ({step} when transformers loads it), which is not "
                 "followed here: load the model, call fire_(model), save it; or leave the tensor out with --exclude"
             )
-        if slice_.parameter not in self.places.of:
-            raise UserError(f"'{self.source.name}' does not store '{slice_.parameter}': leave it out with --exclude")
-        for place in self.places.of[slice_.parameter]:
+        if weight.parameter not in self.places.of:
+            raise UserError(f"'{self.source.name}' does not store '{weight.parameter}': leave it out with --exclude")
+        for place in self.places.of[weight.parameter]:
             if place.tensor.dtype not in WRITABLE:
                 stored = f"'{place.tensor.name}' in '{place.tensor.file.name}' is {place.tensor.dtype}"
                 raise UserError(
@@ -65,46 +63,40 @@ class Stored:
                     "from"
                 )
 
-    def rows(self, slice_: ParameterSlice) -> Tensor:
+    def rows(self, weight: ParameterSlice) -> Tensor:
         """Read the rows of a parameter that hold a slice and what is fused with it, in the parameter's own order."""
-        return self.places.read(slice_.parameter, slice_.rows, slice_.tensor.shape)
+        return self.places.read(weight.parameter, weight.rows, weight.tensor.shape)
 
-    def loaded(self, slice_: ParameterSlice) -> ParameterSlice:
+    def loaded(self, weight: ParameterSlice) -> ParameterSlice:
         """Return a slice with its weights in memory; slices of the same rows are read from the disk once."""
-        key = f"{slice_.parameter}{slice_.rows}"
+        key = f"{weight.parameter}{weight.rows}"
         if key not in self._last:
             self._last.clear()
-            self._last[key] = self.rows(slice_)
-        return slice_.within(self._last[key])
+            self._last[key] = self.rows(weight)
+        return weight.within(self._last[key])
 
-    def write(self, slice_: ParameterSlice, rows: Tensor, files: Mapping[str, int]) -> None:
+    def write(self, weight: ParameterSlice, rows: Tensor, files: Mapping[str, int]) -> None:
         """Write what `rows` would read to copies of the files, given by name and open for writing."""
-        self.places.write(slice_.parameter, slice_.rows, rows, files)
+        self.places.write(weight.parameter, weight.rows, rows, files)
 
 
-class StoredSlices(Mapping[str, ParameterSlice]):
-    """The slices of a checkpoint by name, each read when it is asked for."""
+class Slices(Mapping[str, ParameterSlice]):
+    """The slices of a model by name, each brought into memory when it is asked for.
 
-    def __init__(self, stored: Stored) -> None:
-        self.stored = stored
+    Args:
+        model: On the meta device, in part or as a whole.
+        load: Returns a slice with its weights in memory.
+    """
 
-    @cached_property
-    def _all(self) -> dict[str, ParameterSlice]:
-        return {slice_.name: slice_ for slice_ in parameter_slices(self.stored.model, strict=False)}
+    def __init__(self, model: nn.Module, load: Callable[[ParameterSlice], ParameterSlice]) -> None:
+        self._load = load
+        self._all = {weight.name: weight for weight in parameter_slices(model, strict=False)}
 
     def __getitem__(self, name: str) -> ParameterSlice:
-        """Return a slice with its weights in memory."""
-        return self.stored.loaded(self._all[name])
+        return self._load(self._all[name])
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the names."""
         return iter(self._all)
 
     def __len__(self) -> int:
-        """Count the slices."""
         return len(self._all)
-
-
-def finite(slice_: ParameterSlice) -> bool:
-    """Tell whether a slice in memory holds neither NaN nor infinity."""
-    return bool(torch.isfinite(slice_.read()).all())

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from fire_llm.cli.launching import command_line, device_launch
 from fire_llm.cli.parser import add_device, add_native
-from fire_llm.core.launch import REPEAT, first_rank, launched, start
+from fire_llm.core.launch import REPEAT, start
+from fire_llm.core.ranks import first_rank, launched
 
 if TYPE_CHECKING:
     from fire_llm.resets import ResetReport

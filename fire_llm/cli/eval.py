@@ -9,7 +9,8 @@ from typing import Any
 from fire_llm.cli.launching import command_line, device_launch
 from fire_llm.cli.parser import add_device, parser
 from fire_llm.core.errors import UserError
-from fire_llm.core.launch import REPEAT, first_rank, launched, start
+from fire_llm.core.launch import REPEAT, start
+from fire_llm.core.ranks import first_rank, launched
 
 EXAMPLES = (
     "fire-llm eval runs/demo",

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 from fire_llm.core.errors import UserError
-from fire_llm.core.launch import ended, launched, report_failure
+from fire_llm.core.launch import ended, report_failure
+from fire_llm.core.ranks import launched
 
 
 def exit_code(work: Callable[[], int | None], next_step: str) -> int:

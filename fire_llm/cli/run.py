@@ -9,7 +9,8 @@ from typing import Any
 
 from fire_llm.cli.launching import command_line, training_launch
 from fire_llm.cli.parser import add_processes, add_recipe
-from fire_llm.core.launch import first_rank, launched, report_failure, start
+from fire_llm.core.launch import report_failure, start
+from fire_llm.core.ranks import first_rank, launched
 
 EXAMPLES = (
     "fire-llm run recipe.yaml --output runs/one",

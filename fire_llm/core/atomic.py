@@ -40,7 +40,7 @@ def partial_of(destination: Path) -> Path:
 
 @contextmanager
 def staged(destination: Path) -> Iterator[Path]:
-    """Give a temporary folder that becomes `destination` in one rename when the block ends without an error.
+    """Yield a temporary folder that becomes `destination` in one rename when the block ends without an error.
 
     A process killed at any instant leaves either nothing under that name or the whole folder.
 
@@ -49,21 +49,33 @@ def staged(destination: Path) -> Iterator[Path]:
     """
     if destination.exists():
         raise UserError(f"'{destination}' exists already: name a new folder, or delete that one")
-    partial = partial_of(destination)
     absent = [p for p in destination.parents if not p.exists()]
     with writing(destination.parent):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
         try:
-            yield partial
-            sync(partial)
-            os.rename(partial, destination)
+            with renamed(partial_of(destination), destination) as folder:
+                yield folder
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
             for parent in absent:  # the nearest first
                 with suppress(OSError):
                     parent.rmdir()
             raise
+
+
+@contextmanager
+def renamed(partial: Path, destination: Path) -> Iterator[Path]:
+    """Yield an empty folder that is renamed when the block ends, all its files on the disk by then.
+
+    It takes the place of what has the first name, and is deleted where the block ends with an error.
+    """
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        sync(partial)
+        os.rename(partial, destination)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 @contextmanager
@@ -111,13 +123,13 @@ def checkpoints(folder: Path) -> list[tuple[Path, int]]:
 
 
 def step_of(checkpoint: Path) -> int | None:
-    """Return the step that a checkpoint's name tells, None where the name is not one's."""
+    """Return the step in a checkpoint's name; None where the name is not a checkpoint's."""
     number = checkpoint.name.removeprefix("checkpoint-")
     return int(number) if number.isdigit() else None
 
 
 def is_run(folder: Path) -> bool:
-    """Tell whether a folder is a run's rather than a checkpoint."""
+    """Return whether a folder is a run's rather than a checkpoint."""
     return (folder / "recipe.json").is_file()
 
 

@@ -1,4 +1,4 @@
-"""The one way a user's mistake is told: a message that names the value, what is allowed and the next step."""
+"""The one way a user's mistake is reported: a message that names the value, what is allowed and the next step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 _FSDP2 = "fsdp_version: 2 (as --accelerate-config fsdp2 has it)"
 ENGINES = {
-    "FSDP1": f"FSDP1 flattens parameters, so that matrices cannot be told apart in them: set {_FSDP2}",
+    "FSDP1": f"FSDP1 flattens parameters, so that matrices cannot be distinguished in them: set {_FSDP2}",
     "DEEPSPEED": (
         "DeepSpeed keeps master copies of the weights, from which its next step would undo a reset: use FSDP with "
         f"{_FSDP2}, or reset the checkpoint before training with `fire-llm apply`"
@@ -33,6 +33,11 @@ def redact(text: str) -> str:
     for secret in filter(lambda value: len(value) >= 8, (os.environ.get(name, "") for name in _SECRETS)):
         text = text.replace(secret, "***")
     return SECRET.sub(lambda found: f"{found[1] or found[3]}***{found[2] or ''}", text)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, the name of its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def did_you_mean(value: str, allowed: Iterable[str]) -> str:

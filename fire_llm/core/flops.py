@@ -54,4 +54,4 @@ def flops_per_token(model: PreTrainedModel, context: int) -> float | None:
     tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not head}
     weights = sum(p.numel() for p in model.parameters() if p not in tables)
     width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
-    return 6.0 * weights + 12.0 * text.num_hidden_layers * width * context
+    return float(6.0 * weights + 12.0 * text.num_hidden_layers * width * context)

@@ -30,7 +30,7 @@ def cpu_has_bf16() -> bool:
 
 
 def device_memory(device: torch.device) -> int:
-    """Return the bytes of an accelerator's own memory, -1 where torch does not tell."""
+    """Return the bytes of an accelerator's own memory, -1 where torch does not know."""
     return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else -1
 
 
@@ -53,7 +53,7 @@ def resolve_precision(precision: str) -> str:
 
 
 def free_memory() -> int | None:
-    """Return the bytes of memory that can be taken, by the machine and by the container; None where nothing says."""
+    """Return the bytes of memory that can be taken, in the machine and in the container; None where unknown."""
     free = [1024 * n for n in _numbers("/proc/meminfo", "MemAvailable:")]
     limits, used = _numbers(f"{_CGROUP}/memory.max"), _numbers(f"{_CGROUP}/memory.current")
     cached = _numbers(f"{_CGROUP}/memory.stat", "inactive_file")

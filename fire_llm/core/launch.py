@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fire_llm.core.errors import ENGINES, UserError, did_you_mean, redact
+from fire_llm.core.ranks import first_rank, launched
 from fire_llm.core.signals import Stopped
 
 RESUME = "what was saved stays, and the same command goes on from the newest checkpoint"
@@ -56,16 +57,6 @@ class Launch:
 
 
 # ---- before: what was asked for
-
-
-def launched() -> bool:
-    """Return whether a launcher made this process."""
-    return any(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-
-
-def first_rank() -> bool:
-    """Return whether this process is the first of those that a launcher made, or alone."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def prepare(

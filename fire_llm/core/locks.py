@@ -14,12 +14,12 @@ from fire_llm.core.errors import UserError
 
 @contextmanager
 def held(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[bool]:
-    """Hold a lock while the block runs, and give whether it was had.
+    """Hold a lock while the block runs, and yield whether it was had.
 
     Args:
         path: The lock's file, made where there is none. It is never deleted: who waits has it open already.
         shared: Others may share it; alone otherwise.
-        wait: Wait for it, rather than give False.
+        wait: Wait for it, rather than yield False.
 
     Raises:
         UserError: Where the file cannot be written, or the file system has no locks.
@@ -36,7 +36,7 @@ def held(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[bo
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise UserError(
-                    f"'{path}' cannot be locked ({error.strerror}): choose an --output on a file system with locks"
+                    f"'{path}' cannot be locked ({error.strerror}): choose a folder on a file system with locks"
                 ) from error
             had = False
         yield had

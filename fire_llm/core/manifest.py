@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from fire_llm.core.atomic import step_of, write_json
 from fire_llm.core.errors import UserError
+from fire_llm.core.hashing import CHUNK, hash_file
 
 MANIFEST = "manifest.json"
 """File in a checkpoint that lists the others; written last."""
-
-PIECE = 2**24
-"""Bytes hashed at a time, each piece by a thread of its own: one thread reaches a third to one GB/s."""
 
 
 def write_manifest(folder: Path) -> int:
@@ -25,12 +19,12 @@ def write_manifest(folder: Path) -> int:
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
     sizes = {name: (folder / name).stat().st_size for name in names}
     files = {name: {"bytes": size, "blake2b": hash_file(folder / name)} for name, size in sizes.items()}
-    write_json(folder / MANIFEST, {"piece_bytes": PIECE, "files": files})
+    write_json(folder / MANIFEST, {"piece_bytes": CHUNK, "files": files})
     return sum(sizes.values())
 
 
 def damage(folder: Path, *, contents: bool = True, from_disk: bool = False) -> str | None:
-    """Tell what is wrong with a checkpoint, naming the file; None for nothing. Files that are not listed do not count.
+    """Return what is wrong with a checkpoint, naming the file; None for nothing. Files not listed do not count.
 
     Args:
         folder: A checkpoint.
@@ -58,7 +52,7 @@ def damage(folder: Path, *, contents: bool = True, from_disk: bool = False) -> s
 
 
 def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
-    """Return a unit's newest checkpoint that is what was written, and what is to be said of newer ones.
+    """Return a stage's newest checkpoint that is what was written, and what is to be said of newer ones.
 
     Nothing is deleted, and nothing depends on the time of a file.
 
@@ -75,7 +69,7 @@ def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
     if said:
         raise UserError(
             f"'{folder}' has no checkpoint that is whole:\n  " + "\n  ".join(said) + "\n"
-            "Put back a copy of one, or delete that folder to train the unit again"
+            "Put back a copy of one, or delete that folder to train the stage again"
         )
     return None, said
 
@@ -86,32 +80,3 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def hash_file(
-    path: Path, piece: int = PIECE, *, from_disk: bool = False, advance: Callable[[int], object] = lambda _: None
-) -> str:
-    """Hash the hashes of a file's pieces, so that all cores can work on one file.
-
-    Args:
-        path: The file.
-        piece: Bytes of a piece.
-        from_disk: Whether to forget first what the system holds of it in memory.
-        advance: Told the bytes of each piece that is done.
-
-    Returns:
-        BLAKE2b, 256 bits, as hex.
-    """
-    with path.open("rb") as file, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        size = os.fstat(file.fileno()).st_size
-        if from_disk and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-        def digest(start: int) -> bytes:
-            return blake2b(os.pread(file.fileno(), piece, start), digest_size=32).digest()
-
-        whole, starts = blake2b(digest_size=32), range(0, size, piece)
-        for start, found in zip(starts, pool.map(digest, starts), strict=True):
-            whole.update(found)
-            advance(min(piece, size - start))
-        return whole.hexdigest()

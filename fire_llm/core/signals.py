@@ -11,7 +11,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
+
+from fire_llm.core.ranks import first_rank
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -33,19 +36,19 @@ class Stopped(KeyboardInterrupt):
 
     @property
     def code(self) -> int:
-        """Give the exit code: 130 for SIGINT, 143 for SIGTERM."""
+        """Return the exit code: 130 for SIGINT, 143 for SIGTERM."""
         return 128 + self.number
 
 
+@dataclass
 class _Asked:
-    """Hold what was asked of this process, for its handlers to write and its steps to read."""
+    """What was asked of this process, for its handlers to write and its steps to read."""
 
-    def __init__(self, process: int | None = None) -> None:
-        self.process = process
-        self.number: int | None = None
-        self.since = 0.0
-        self.near_a_step = False
-        self.before: dict[int, Any] = {}
+    process: int | None = None
+    number: int | None = None
+    since: float = 0.0
+    near_a_step: bool = False
+    before: dict[int, Any] = field(default_factory=dict)
 
 
 _asked = _Asked()
@@ -79,7 +82,7 @@ def _install(ours: bool) -> None:
 
 
 def handled() -> bool:
-    """Tell whether signals are being waited for."""
+    """Return whether signals are being waited for."""
     return _asked.process == os.getpid()
 
 
@@ -89,7 +92,7 @@ def asked() -> int:
 
 
 def set_step_near(near: bool) -> None:
-    """Say whether a step's end is near, where `asked` is looked at; elsewhere a signal ends the work at once."""
+    """Set whether a step's end is near, where `asked` is looked at; elsewhere a signal ends the work at once."""
     if not handled() or threading.current_thread() is not threading.main_thread():
         return
     _asked.near_a_step = near
@@ -107,7 +110,7 @@ def _handle(number: int, frame: Any) -> None:
         _asked.number, _asked.since = number, now
         if not _asked.near_a_step:
             raise Stopped(number)
-        if os.environ.get("RANK", "0") == "0":
+        if first_rank():
             name = signal.Signals(number).name
             os.write(2, f"\n{name}: the step is completed and saved first; a second one ends at once\n".encode())
     elif now - _asked.since > SAME_SECONDS:

@@ -14,10 +14,11 @@ import sysconfig
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 
 from fire_llm.core.errors import UserError
+from fire_llm.core.hashing import digest
+from fire_llm.core.launch import cores
 from fire_llm.data import extract
 
 MIN_CHARACTERS = 80
@@ -36,10 +37,10 @@ _SKIPPED_FOLDERS |= {"encodings", "pydoc_data", "site-packages", "dist-packages"
 
 @dataclass(frozen=True)
 class Builtin:
-    """Describe one offline corpus.
+    """One offline corpus.
 
     Attributes:
-        kind: what is taken from a file, one of `extract.KINDS`.
+        kind: what is taken from a file, as in `extract.extract_blocks`.
         packages: installed packages that are read; none: the standard library.
         topics: whether the prose of the language reference (`pydoc_data.topics`) comes first.
         share: part of the files that is read, chosen by a hash of their path: bounds the seconds, not the variety.
@@ -119,11 +120,11 @@ def _files(builtin: Builtin) -> list[str]:
         for folder, folders, names in os.walk(root):
             folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
             for name in names:
-                # _sysconfigdata*.py tells where this very Python was built: text that differs between machines.
+                # _sysconfigdata*.py records where this very Python was built: text that differs between machines.
                 if name.endswith(".py") and not name.startswith("_sysconfigdata"):
                     path = Path(folder, name)
                     key = f"{label}/{path.relative_to(root).as_posix()}"
-                    draw = int.from_bytes(blake2b(key.encode(errors="replace"), digest_size=4).digest(), "big")
+                    draw = int(digest(key.encode(errors="replace"), 4), 16)
                     if draw < builtin.share * 2**32:
                         chosen.append((key, str(path)))
     if not chosen:
@@ -140,8 +141,7 @@ def _extract(paths: list[str], kind: str) -> list[list[str]]:
     A fork of a process that runs torch's threads may deadlock, and multiprocessing's other ways need a main guard in
     the user's script; plain subprocesses need neither.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = max(1, min(cores, MAX_WORKERS, len(paths) // _FILES_A_WORKER))
+    workers = max(1, min(cores(), MAX_WORKERS, len(paths) // _FILES_A_WORKER))
     blocks: list[list[str]] = [[] for _ in paths]
     with ThreadPoolExecutor(workers) as pool:
         # Every n-th file to each of n workers: neighbours are of one kind, so that the shares take equally long.
@@ -162,4 +162,5 @@ def _work(paths: list[str], kind: str) -> list[list[str]]:
         # One thread at a time: CPython 3.11's parser keeps its depth per interpreter and fails on two at once.
         with _IN_PROCESS:
             return [extract.extract_blocks(path, kind) for path in paths]
-    return json.loads(done.stdout)
+    blocks: list[list[str]] = json.loads(done.stdout)
+    return blocks

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from hashlib import blake2b
 from pathlib import Path
 
 from fire_llm.core.errors import UserError
-from fire_llm.core.manifest import hash_file
+from fire_llm.core.hashing import digest, hash_file
+from fire_llm.core.progress import progress_bar
+from fire_llm.core.ranks import first_rank
 
 CACHE_VARIABLE = "FIRE_LLM_CACHE"
 _DIGITS = 64
@@ -48,15 +49,11 @@ def content_hashes(name: str, paths: Sequence[Path]) -> list[str]:
     Raises:
         UserError: for a file that cannot be read.
     """
-    from tqdm import tqdm
-
     folder = cache_folder() / "hashes"
     found = {path: known for path in paths if (known := _remembered(folder, _key(path)))}
     unread = [path for path in paths if path not in found]
-    hidden = os.environ.get("RANK", "0") != "0"
     size = sum(path.stat().st_size for path in unread)
-    title = f"hashing {name}"
-    with tqdm(desc=title, total=size, unit="B", unit_scale=True, leave=False, delay=1, disable=hidden) as bar:
+    with progress_bar(f"hashing {name}", size, "B", shown=first_rank()) as bar:
         for path in unread:
             key = _key(path)  # before it is read: a file that changes meanwhile is read again
             with reporting(name, path):
@@ -71,8 +68,7 @@ def content_hashes(name: str, paths: Sequence[Path]) -> list[str]:
 
 def _key(path: Path) -> str:
     stat = path.stat()
-    identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-    return blake2b(identity.encode(errors="surrogateescape"), digest_size=16).hexdigest()
+    return digest(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}", 16)
 
 
 def _remembered(folder: Path, key: str) -> str | None:

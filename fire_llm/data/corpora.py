@@ -1,4 +1,4 @@
-"""Name the text sources: known corpora, local files, Hub data sets and what every installation has.
+"""Corpora by name: known corpora, local files, Hub data sets and what every installation has.
 
 To add a corpus, add an entry to `CORPORA`: where its text is and what it is.
 """
@@ -21,7 +21,7 @@ __all__ = ["CORPORA", "SPLITS", "Corpus", "CorpusSpec", "Entry", "Split", "held_
 
 @dataclass(frozen=True)
 class Entry:
-    """Hold a known corpus: a line about it and where its text is, `builtin` or `spec`."""
+    """A known corpus: a line about it and where its text is, `builtin` or `spec`."""
 
     summary: str
     spec: CorpusSpec = field(default_factory=CorpusSpec)

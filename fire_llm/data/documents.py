@@ -11,11 +11,11 @@ from fire_llm.data.tokens import TokenFile
 
 
 class Boundaries:
-    """Give positions within documents for any stretch of a token file; pickles as that file does.
+    """Positions within documents for any stretch of a token file; pickles as that file does.
 
     The end-of-text token that stands before a document opens it, at position 0: it is what predicts the document's
     first token. Every label is then predicted from its own document alone, as `perplexity(per_document=True)` does
-    with the end-of-text token as prefix. A document that runs on from the stretch before begins anew.
+    with the end-of-text token as prefix. A document that runs on from the stretch before begins again at 0.
 
     Args:
         source: The token file.

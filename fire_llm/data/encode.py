@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from fire_llm.core.hashing import digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +25,7 @@ AGREEMENT = 16
 
 
 class Encoder:
-    """Hold a private copy of a tokenizer that neither truncates, pads nor adds special tokens.
+    """A private copy of a tokenizer that neither truncates, pads nor adds special tokens.
 
     Attributes:
         identity: hash of everything the encoding depends on.
@@ -49,7 +50,7 @@ class Encoder:
         else:
             settings = {key: str(value) for key, value in getattr(tokenizer, "init_kwargs", {}).items()}
             description = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab(), settings], sort_keys=True)
-        self.identity = hashlib.blake2b(description.encode(), digest_size=16).hexdigest()
+        self.identity = digest(description, 16)
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
         """Return the token ids of each text, as `tokenizer(text, add_special_tokens=False)` gives them."""
@@ -99,8 +100,10 @@ def _seam(
     """Return (i, j), near the character `middle`, such that left[:i] and right[j:] join without a fault, or None.
 
     Args:
-        left, right: ids of two windows.
-        left_spans, right_spans: (n, 2), each token's first character and the one after its last, in the whole text.
+        left: ids of a window.
+        left_spans: (n, 2), each token's first character and the one after its last, in the whole text.
+        right: ids of the next window.
+        right_spans: (n, 2), likewise.
         middle: character around which to look.
     """
     centre = int(np.searchsorted(left_spans[:, 0], middle))

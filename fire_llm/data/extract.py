@@ -15,8 +15,7 @@ import warnings
 from collections.abc import Iterator
 
 EXTRACTION_VERSION = 1
-"""Raised whenever the extracted text would change, so that cached tokens are made anew."""
-KINDS = ("docstrings", "docstrings+comments", "source")
+"""Raised whenever the extracted text would change, so that cached tokens are made again."""
 
 _LEGAL = re.compile(r"copyright|licen[sc]e|all rights reserved|permission is hereby|permission to use", re.IGNORECASE)
 _WORD = re.compile(r"[A-Za-z]{2,}")

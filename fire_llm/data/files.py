@@ -9,10 +9,10 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from hashlib import blake2b
 from pathlib import Path
 
 from fire_llm.core.errors import UserError, did_you_mean
+from fire_llm.core.hashing import digest
 from fire_llm.data.cache import content_hashes, reporting
 from fire_llm.data.spec import Corpus, CorpusSpec, Files, split_by_hash
 
@@ -60,8 +60,8 @@ def file_corpus(name: str, spec: CorpusSpec, root: Path) -> Corpus:
     paths = train + validation
     held = zip(content_hashes(name, paths), paths, strict=True)
     state = [(content, path in validation, *file_kind(path)) for content, path in held]
-    digest = blake2b(repr(state).encode(), digest_size=16).hexdigest()
-    identity = f"files {digest} text={spec.text} document={spec.document} holdout={holdout if not validation else None}"
+    settings = f"text={spec.text} document={spec.document} holdout={holdout if not validation else None}"
+    identity = f"files {digest(repr(state), 16)} {settings}"
     read = (
         (lambda split: read_files(name, train if split == "train" else validation, spec))
         if validation

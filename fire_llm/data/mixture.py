@@ -13,7 +13,6 @@ import math
 import operator
 from collections.abc import Mapping
 from fractions import Fraction
-from hashlib import blake2b
 from typing import Literal, get_args
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fire_llm.core.errors import UserError, did_you_mean
+from fire_llm.core.hashing import digest
 from fire_llm.data.documents import Boundaries
 from fire_llm.data.tokens import TokenFile
 
@@ -32,7 +32,7 @@ _ROUNDS = 8
 
 
 class Mixture(Dataset[dict[str, Tensor]]):
-    """Serve blocks of tokens of several corpora, in proportion to weights over tokens. C = context.
+    """Blocks of tokens of several corpora, in proportion to weights over tokens. C = context.
 
     Block b of a corpus is its tokens [b·C, b·C + C]: C inputs and, one further, C labels.
 
@@ -105,7 +105,7 @@ class Mixture(Dataset[dict[str, Tensor]]):
 
     @property
     def epoch_tokens(self) -> int:
-        """Tokens of one epoch: as many as the corpora that are drawn from hold together."""
+        """Return the tokens of one epoch: as many as the corpora that are drawn from hold together."""
         return sum(source.n_tokens for source in self.sources.values())
 
     def blocks(self, corpus: str) -> int:
@@ -191,7 +191,7 @@ def _quota(node: _Node | str, i: int) -> tuple[str, int]:
 
 def _hash(*key: object) -> int:
     """Return 128 bits of a key that are the same in every process, on every machine and in every version."""
-    return int.from_bytes(blake2b(repr(key).encode(), digest_size=16).digest(), "big")
+    return int(digest(repr(key), 16), 16)
 
 
 def permute(position: int, n: int, key: tuple[object, ...]) -> int:

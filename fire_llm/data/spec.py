@@ -1,15 +1,15 @@
-"""Say what a corpus is: named documents in two splits, and the settings a recipe may give for one."""
+"""What a corpus is: named documents in two splits, and the settings a recipe may give for one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import Literal, get_args
 
 import pydantic
 
 from fire_llm.core.errors import UserError, did_you_mean
+from fire_llm.core.hashing import digest
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[str, ...] = get_args(Split)
@@ -55,12 +55,12 @@ class CorpusSpec(pydantic.BaseModel, extra="forbid"):
 
 @dataclass(frozen=True)
 class Corpus:
-    """Hold a named source of documents in two splits.
+    """A named source of documents in two splits.
 
     Attributes:
         name: the name in the recipe.
         fingerprint: text that changes whenever the documents would; of local files, by what they hold.
-        read: opens a split anew and yields its documents. Called by `documents`.
+        read: opens a split again and yields its documents. Called by `documents`.
         approximate_bytes: about how many bytes of text there are, for progress bars; None where that is not known.
     """
 
@@ -84,12 +84,12 @@ class Corpus:
 
 
 def held_out(text: str, holdout: float) -> bool:
-    """Tell whether a document belongs to validation: its text's 64-bit hash, as a fraction, is below `holdout`.
+    """Return whether a document belongs to validation: its text's 64-bit hash, as a fraction, is below `holdout`.
 
     The choice hangs on the text alone: neither order, nor files, nor the other documents change it, and a document
     that occurs twice lands on one side.
     """
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64 < holdout
+    return int(digest(text, 8), 16) / 2**64 < holdout
 
 
 def split_by_hash(read: Callable[[], Iterable[str]], holdout: float) -> Callable[[str], Iterator[str]]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
 import re
 import shutil
 import sys
@@ -15,10 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import filelock
 import numpy as np
 
+from fire_llm.core.atomic import STAGING_SUFFIX, renamed, sync
 from fire_llm.core.errors import UserError
+from fire_llm.core.hashing import digest
+from fire_llm.core.locks import held
+from fire_llm.core.progress import progress_bar
 from fire_llm.data.cache import CACHE_VARIABLE, cache_folder
 from fire_llm.data.corpora import Corpus
 from fire_llm.data.encode import Encoder, batches
@@ -30,21 +31,20 @@ FORMAT_VERSION = 3
 """Raised whenever the files below would be laid out or filled differently."""
 BAR_DELAY = 1.0
 """Seconds before a progress bar shows; what is done by then needs none."""
-PARTIAL = ".partial"
 DOCUMENT_BYTES = 24
 """What documents.bin holds of each: three uint64."""
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """Hold the tokens of one split of a corpus; pickles as its path and maps the file again when unpickled.
+    """The tokens of one split of a corpus; pickles as its path and maps the file again when unpickled.
 
     Attributes:
         path: folder with tokens.bin, documents.bin and meta.json.
         tokens: (n_tokens,), uint16 or uint32, mapped read-only; every document is followed by the end-of-text token.
         n_tokens: tokens, end-of-text tokens included.
         n_bytes: UTF-8 bytes of the documents' text; nothing is counted for the end of text.
-        n_words: pieces of the documents' text between runs of white space, as `count_words` counts them.
+        n_words: parts of the documents' text between runs of white space, as `count_words` counts them.
         n_documents: documents.
     """
 
@@ -80,7 +80,7 @@ class TokenFile:
 
     @property
     def ends(self) -> np.ndarray:
-        """Give (n_documents, 3) uint64, mapped: tokens, bytes and words up to each document's end."""
+        """Return (n_documents, 3) uint64, mapped: tokens, bytes and words up to each document's end."""
         every = np.memmap(self.path / "documents.bin", dtype=np.uint64, mode="r").reshape(-1, 3)
         return every[: self.n_documents]
 
@@ -124,7 +124,7 @@ def tokenize_corpus(
     """Return the tokens of a split, made on the first call and found in the cache afterwards.
 
     The folder's name carries a hash of the corpus's fingerprint, the tokenizer and the format, so that a changed file
-    or tokenizer is tokenised anew. The files are written beside their place, synced and renamed: a run that dies
+    or tokenizer is tokenised again. The files are written beside their place, synced and renamed: a run that dies
     leaves nothing that looks whole. Processes that want the same tokens wait for the one that makes them.
 
     Args:
@@ -147,32 +147,24 @@ def tokenize_corpus(
         )
     encoder = Encoder(tokenizer)
     identity = json.dumps([corpus.fingerprint, split, encoder.identity, end, FORMAT_VERSION])
-    digest = hashlib.blake2b(identity.encode(errors="surrogateescape"), digest_size=8).hexdigest()
     label = re.sub(r"[^A-Za-z0-9._-]+", "-", corpus.name).strip("-.")[:60]
-    folder = cache_folder(cache) / f"{label}-{split}-{digest}"
+    folder = cache_folder(cache) / f"{label}-{split}-{digest(identity, 8)}"
     # Looked for before any lock is taken: a finished cache may well be read-only.
     with contextlib.suppress(UserError):
         return TokenFile.open(folder)
     with _writing(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _lock(folder.parent, folder.name).open("ab").close()  # a cache that cannot be written to is reported as such
         _clear_leftovers(folder.parent)
     with _locked(folder, progress):
         with contextlib.suppress(UserError):
             return TokenFile.open(folder)
-        partial = folder.with_name(f".{folder.name}{PARTIAL}")
-        try:
-            with _writing(folder.parent):
-                # Left by a writer that died while this one waited for the lock.
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir()
-                _write(partial, corpus, split, encoder, end, progress)
-                if folder.exists():  # it is damaged, or it had been opened above
-                    shutil.rmtree(folder)
-                os.rename(partial, folder)
-                _sync(folder.parent)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        partial = folder.with_name(f".{folder.name}{STAGING_SUFFIX}")
+        with _writing(folder.parent), renamed(partial, folder):
+            _write(partial, corpus, split, encoder, end, progress)
+            if folder.exists():  # it is damaged
+                shutil.rmtree(folder)
+        sync(folder.parent, below=False)
     return TokenFile.open(folder)
 
 
@@ -184,24 +176,15 @@ def _write(partial: Path, corpus: Corpus, split: str, encoder: Encoder, end: int
     Raises:
         UserError: where the split holds no document.
     """
-    from tqdm import tqdm
-
     # 65536 entries have the ids 0 to 65535, which is what 16 bits hold.
     dtype = np.dtype(np.uint16 if max(encoder.vocab_size, end + 1) <= 1 << 16 else np.uint32)
+    total = corpus.approximate_bytes if split == "train" else None
     n_tokens = n_bytes = n_words = n_documents = 0
     begun = time.monotonic()
     with (
         open(partial / "tokens.bin", "wb") as file,
         open(partial / "documents.bin", "wb") as index,
-        tqdm(
-            desc=f"tokenising {corpus.name} ({split})",
-            total=corpus.approximate_bytes if split == "train" else None,
-            unit="B",
-            unit_scale=True,
-            leave=False,
-            delay=BAR_DELAY,
-            disable=not progress,
-        ) as bar,
+        progress_bar(f"tokenising {corpus.name} ({split})", total, "B", shown=progress, delay=BAR_DELAY) as bar,
     ):
         for texts, sizes in batches(corpus.documents(split)):
             encoded = encoder(texts)
@@ -221,9 +204,6 @@ def _write(partial: Path, corpus: Corpus, split: str, encoder: Encoder, end: int
                 f"{n_tokens / 1e6:.1f}M tokens, {n_tokens / (time.monotonic() - begun) / 1e3:.0f}k/s", refresh=False
             )
             bar.update(sum(sizes))
-        for written in (file, index):
-            written.flush()
-            os.fsync(written.fileno())
     if not n_documents:
         raise UserError(_empty(corpus.name, split))
     meta = {
@@ -240,17 +220,13 @@ def _write(partial: Path, corpus: Corpus, split: str, encoder: Encoder, end: int
         "n_words": n_words,
         "n_documents": n_documents,
     }
-    with open(partial / "meta.json", "w") as meta_file:
-        json.dump(meta, meta_file, indent=1)
-        meta_file.flush()
-        os.fsync(meta_file.fileno())
-    _sync(partial)
+    (partial / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
 def count_words(text: str) -> int:
-    """Return the pieces of a text between runs of white space, empty ones at its ends included.
+    r"""Return the number of parts of a text between runs of white space, empty ones at its ends included.
 
-    This is len(re.split(r"\\s+", text)), by which lm-eval normalises its word perplexities, at four times the speed.
+    This is len(re.split(r"\s+", text)), by which lm-eval normalises its word perplexities, at four times the speed.
     """
     return len(text.split()) + text[:1].isspace() + text[-1:].isspace() if text.strip() else 1 + bool(text)
 
@@ -262,16 +238,6 @@ def _empty(name: str, split: str) -> str:
         f"corpus '{name}' has no validation documents. Set corpora.{name}.holdout to a larger fraction, give "
         f"corpora.{name}.validation files, or cut .txt files into more documents with corpora.{name}.document."
     )
-
-
-def _sync(folder: Path) -> None:
-    """Make a folder's entries outlast a power cut; where folders cannot be opened (Windows) the system sees to it."""
-    with contextlib.suppress(PermissionError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -286,30 +252,27 @@ def _writing(cache: Path) -> Iterator[None]:
         ) from error
 
 
-def _lock(name: str, cache: Path) -> filelock.FileLock:
-    return filelock.FileLock(cache / f".{name}.lock")
+def _lock(cache: Path, name: str) -> Path:
+    return cache / f".{name}.lock"
 
 
 @contextlib.contextmanager
 def _locked(folder: Path, progress: bool) -> Iterator[None]:
-    """Hold the lock of a token file; the system frees it when its holder dies, however that happens."""
-    lock = _lock(folder.name, folder.parent)
-    with _writing(folder.parent):
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            if progress:
-                print(f"waiting for the process that is writing {folder}", file=sys.stderr)
-            lock.acquire()
-    try:
+    """Wait for the lock of a token file, and hold it while the block runs."""
+    lock = _lock(folder.parent, folder.name)
+    with held(lock) as had:
+        if had:
+            yield
+            return
+    if progress:
+        print(f"waiting for the process that is writing {folder}", file=sys.stderr)
+    with held(lock, wait=True):
         yield
-    finally:
-        lock.release()
 
 
 def _clear_leftovers(cache: Path) -> None:
     """Delete what writers that died have left, whatever they were writing; the living hold their locks."""
-    for partial in cache.glob(f".*{PARTIAL}"):
-        lock = _lock(partial.name[1 : -len(PARTIAL)], cache)
-        with contextlib.suppress(filelock.Timeout), lock.acquire(timeout=0):
-            shutil.rmtree(partial, ignore_errors=True)
+    for partial in cache.glob(f".*{STAGING_SUFFIX}"):
+        with held(_lock(cache, partial.name[1 : -len(STAGING_SUFFIX)])) as had:
+            if had:
+                shutil.rmtree(partial, ignore_errors=True)

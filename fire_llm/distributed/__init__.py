@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fire_llm.distributed.agree import AGREE_SECONDS, active, agree, gather_objects, is_first
-from fire_llm.distributed.balance import assign, buckets, cost, makespan, split_cost, splits, worthwhile
+from fire_llm.distributed.agree import AGREE_SECONDS, active, agree, gather_objects, is_first, together
+from fire_llm.distributed.balance import cost, splits, worthwhile
 from fire_llm.distributed.joining import PATIENCE, join, leaving, ranks
 from fire_llm.distributed.placement import (
     Block,
@@ -24,9 +24,7 @@ __all__ = [
     "Redistribution",
     "active",
     "agree",
-    "assign",
     "blocks_of",
-    "buckets",
     "cost",
     "fsdp_modules",
     "gather_objects",
@@ -34,11 +32,10 @@ __all__ = [
     "join",
     "leaving",
     "make_current",
-    "makespan",
     "placement_of",
     "ranks",
     "refuse_engines",
-    "split_cost",
     "splits",
+    "together",
     "worthwhile",
 ]

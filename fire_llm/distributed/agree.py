@@ -1,32 +1,34 @@
-"""Bring the ranks together before anything is changed: all are there, with one model, one request and no fault."""
+"""Let the ranks agree before anything is changed: all are there, with one model, one request and no fault."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from datetime import timedelta
-from hashlib import blake2b
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from fire_llm.core.errors import UserError
+from fire_llm.core.hashing import digest
 
 AGREE_SECONDS = 300.0
-"""How long a rank waits for the others before it says who is missing."""
+"""Seconds that a rank waits for the others before it reports who is missing."""
 
+_T = TypeVar("_T")
 _GRACE = 10.0  # the first rank speaks for all; the others give it this much longer to do so
-_meetings: Counter[str] = Counter()
+_agreements: Counter[str] = Counter()
 
 
 def active() -> bool:
-    """Tell whether this process is one of several that can talk to each other."""
+    """Return whether this process is one of several that can talk to each other."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def is_first() -> bool:
-    """Tell whether this process is the first rank, or alone."""
+    """Return whether this process is the first rank, or alone."""
     return not active() or dist.get_rank() == 0
 
 
@@ -50,11 +52,11 @@ def agree(group: Any, request: str, fault: str | None, seconds: float = AGREE_SE
             raise UserError(fault)
         return
     ranks, me = dist.get_process_group_ranks(group), dist.get_rank()
-    team = blake2b(str(ranks).encode(), digest_size=8).hexdigest()
-    key = f"fire_llm/{team}/{_meetings[team]}"
-    _meetings[team] += 1
+    team = digest(str(ranks), 8)
+    key = f"fire_llm/{team}/{_agreements[team]}"
+    _agreements[team] += 1
     store = dist.distributed_c10d._get_default_store()
-    store.set(f"{key}/{me}", json.dumps([blake2b(request.encode(), digest_size=16).hexdigest(), fault]))
+    store.set(f"{key}/{me}", json.dumps([digest(request, 16), fault]))
     said = f"{key}/verdict"
     if me == ranks[0]:
         store.set(said, _verdict(store, key, ranks, seconds) or "-")
@@ -68,8 +70,33 @@ def agree(group: Any, request: str, fault: str | None, seconds: float = AGREE_SE
         raise UserError(verdict)
 
 
+def together(
+    group: Any, work: Callable[[], _T], request: str | Callable[[_T], str], seconds: float = AGREE_SECONDS
+) -> _T:
+    """Do this rank's part of a step, and return its result once no rank has found a fault.
+
+    Args:
+        group: As in `agree`.
+        work: This rank's part; it raises a `UserError` for what is wrong.
+        request: What the step is, or how to get that from the result; must be the same on all ranks.
+        seconds: As in `agree`.
+
+    Raises:
+        UserError: As `agree` does, on every rank: what one of them raised, who differs, or who did not come.
+    """
+    fault = None
+    try:
+        result = work()
+    except UserError as error:
+        fault = str(error)
+    if fault is not None:
+        agree(group, "", fault, seconds)  # which raises it
+    agree(group, request if isinstance(request, str) else request(result), None, seconds)
+    return result
+
+
 def _verdict(store: Any, key: str, ranks: list[int], seconds: float) -> str | None:
-    """Wait for every rank's word and say what is wrong, None for nothing."""
+    """Wait for every rank's word and return what is wrong, None for nothing."""
     try:
         store.wait([f"{key}/{rank}" for rank in ranks], timedelta(seconds=seconds))
     except (RuntimeError, dist.DistStoreError):

@@ -6,8 +6,8 @@ import heapq
 import math
 from collections.abc import Sequence
 
-ROUND_BYTES = 1 << 27
-"""Bytes of parameters that a rank takes on at a time; a single larger block is a round of its own."""
+BUCKET_BYTES = 1 << 27
+"""Bytes of parameters that a rank takes on at a time; a single larger block is a bucket of its own."""
 
 SPLIT_RATIO = 8
 """Rows to columns from which a matrix may be split; below, the Gram matrix, mapped on every rank, weighs too much."""
@@ -30,7 +30,7 @@ def cost(shape: Sequence[int]) -> int:
 
 
 def assign(costs: Sequence[int], ranks: int) -> list[int]:
-    """Give every job an owner: the longest first, each to the rank with the least to do (ties to the lowest rank).
+    """Return an owner for every job: the longest first, each to the rank with the least to do (of equals, the first).
 
     Args:
         costs: Of each job.
@@ -58,20 +58,20 @@ def makespan(costs: Sequence[int], owners: Sequence[int], ranks: int) -> int:
     return max(loads)
 
 
-def buckets(sizes: Sequence[int], owners: Sequence[int], ranks: int, limit: int = ROUND_BYTES) -> list[list[int]]:
-    """Part the jobs into rounds, in each of which every owner takes the next of its jobs that fit `limit` together.
+def buckets(sizes: Sequence[int], owners: Sequence[int], ranks: int, limit: int = BUCKET_BYTES) -> list[list[int]]:
+    """Part the jobs into buckets, in each of which every owner takes the next of its jobs that fit `limit` together.
 
     Args:
         sizes: Bytes of each job.
         owners: Owner of each job.
         ranks: Number of ranks.
-        limit: Bytes an owner takes in a round; a larger job is alone.
+        limit: Bytes an owner takes in a bucket; a larger job is alone.
 
     Returns:
-        Jobs of each round, ascending.
+        Jobs of each bucket, ascending.
     """
     parted: list[list[int]] = []
-    filled = [0] * ranks  # bytes in the owner's current round
+    filled = [0] * ranks  # bytes in the owner's current bucket
     current = [0] * ranks
     for job, (size, owner) in enumerate(zip(sizes, owners, strict=True)):
         if filled[owner] and filled[owner] + size > limit:
@@ -85,7 +85,7 @@ def buckets(sizes: Sequence[int], owners: Sequence[int], ranks: int, limit: int 
 
 
 def splits(shape: Sequence[int], itemsize: int, total_cost: int, ranks: int) -> bool:
-    """Tell whether a matrix is worked on by all ranks together, each with its rows, rather than by an owner.
+    """Return whether a matrix is worked on by all ranks together, each with its rows, rather than by an owner.
 
     That is where it is much taller than wide and takes more than a fair share of the work, or more memory than an owner
     should need. The ranks then sum their parts of the n × n Gram matrix, map that, each for itself, and multiply their
@@ -109,7 +109,7 @@ def split_cost(shape: Sequence[int], ranks: int) -> int:
 
 
 def worthwhile(total_cost: int, total_bytes: int, ranks: int, device: str) -> bool:
-    """Tell whether sharing the work of replicas takes less time than every rank doing all of it.
+    """Return whether sharing the work of replicas takes less time than every rank doing all of it.
 
     Args:
         total_cost: Sum of `cost` over the matrices.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fire_llm.architectures.matrices import ParameterSlice
 from fire_llm.core.errors import ENGINES, UserError
 from fire_llm.distributed.agree import active
 from fire_llm.distributed.balance import cost
@@ -17,14 +18,14 @@ from fire_llm.distributed.balance import cost
 
 @dataclass(frozen=True)
 class Placement:
-    """Hold the ranks that share a parameter: R replicas of S shards along the first axis, cut as `torch.chunk` does."""
+    """The ranks that share a parameter: R replicas of S shards along the first axis, cut as `torch.chunk` does."""
 
     replicas: Any = field(default=None, compare=False)
     """Process group of the ranks that hold what this one holds; None where there is no other."""
     shards: Any = field(default=None, compare=False)
     """Process group of the ranks that hold the other shards; None where this one holds whole parameters."""
     members: tuple[tuple[int, ...], ...] = ()
-    """The global ranks of both, which tell one placement from another."""
+    """The global ranks of both, by which placements are compared."""
 
     @classmethod
     def of(cls, replicas: Any = None, shards: Any = None) -> Placement:
@@ -34,49 +35,33 @@ class Placement:
 
     @property
     def n_replicas(self) -> int:
-        """Give R."""
+        """Return R."""
         return len(self.members[0]) if self.replicas is not None else 1
 
     @property
     def n_shards(self) -> int:
-        """Give S."""
+        """Return S."""
         return len(self.members[1]) if self.shards is not None else 1
 
     @property
     def replica(self) -> int:
-        """Give this rank's place among the replicas."""
+        """Return this rank's place among the replicas."""
         return dist.get_group_rank(self.replicas, dist.get_rank()) if self.replicas is not None else 0
 
     @property
     def shard(self) -> int:
-        """Give this rank's place among the shards."""
+        """Return this rank's place among the shards."""
         return dist.get_group_rank(self.shards, dist.get_rank()) if self.shards is not None else 0
 
     def rows(self, shard: int, total: int) -> range:
-        """Give the rows of a parameter of `total` rows that a shard holds; none where the rows have run out."""
+        """Return the rows of a parameter of `total` rows that a shard holds; none where the rows have run out."""
         size = -(-total // self.n_shards)
         return range(min(shard * size, total), min((shard + 1) * size, total))
 
 
-class Rows(Protocol):
-    """What lies in a run of a parameter's rows."""
-
-    @property
-    def tensor(self) -> Tensor:
-        """Return the parameter, of any placement."""
-
-    @property
-    def rows(self) -> range:
-        """Return the rows of the parameter that it lies in, along the first axis."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Return its own shape."""
-
-
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Hold a run of a parameter's rows that contains whole logical matrices: the least that is worked on at a time."""
+    """A run of a parameter's rows that contains whole logical matrices: the least that is worked on at a time."""
 
     tensor: Tensor
     """The parameter, of any placement."""
@@ -85,21 +70,21 @@ class Block:
     members: tuple[int, ...]
     """The slices in it, as indices of the list that the blocks were made from."""
     cost: int
-    """See `sharing.cost`; zero where nothing is expensive."""
+    """See `balance.cost`; zero where nothing is expensive."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Give the stored shape."""
+        """Return the stored shape."""
         return (len(self.rows), *self.tensor.shape[1:]) if self.tensor.ndim else ()
 
     @property
     def row_bytes(self) -> int:
-        """Give the bytes of one row."""
+        """Return the bytes of one row."""
         return self.tensor.element_size() * self.tensor.shape[1:].numel()
 
     @property
     def n_bytes(self) -> int:
-        """Give the bytes of the whole block."""
+        """Return the bytes of the whole block."""
         return len(self.rows) * self.row_bytes
 
 
@@ -131,7 +116,7 @@ def placement_of(tensor: Any, group: Any = None) -> Placement | None:
     return Placement.of(**found)
 
 
-def blocks_of(slices: Sequence[Rows], expensive: Sequence[bool]) -> list[Block]:
+def blocks_of(slices: Sequence[ParameterSlice], expensive: Sequence[bool]) -> list[Block]:
     """Group slices by the rows of the parameter that they lie in, in the order of the slices.
 
     Args:
@@ -139,8 +124,8 @@ def blocks_of(slices: Sequence[Rows], expensive: Sequence[bool]) -> list[Block]:
         expensive: Whether the work on each slice is worth counting.
     """
     found: dict[tuple[int, range], list[int]] = {}
-    for index, slice_ in enumerate(slices):
-        found.setdefault((id(slice_.tensor), slice_.rows), []).append(index)
+    for index, weight in enumerate(slices):
+        found.setdefault((id(weight.tensor), weight.rows), []).append(index)
     return [
         Block(slices[m[0]].tensor, rows, tuple(m), sum(cost(slices[i].shape) for i in m if expensive[i]))
         for (_, rows), m in found.items()

@@ -1,4 +1,4 @@
-"""Bring the blocks of one placement to their owners, a bounded round at a time, and what became of them back.
+"""Send the blocks of one placement to their owners, a bounded bucket at a time, and the results back.
 
     shards ─ all_to_all ─▶ owner ─ compute ─▶ owner ─ all_to_all ─▶ shards ─ all_gather ─▶ replicas
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fire_llm.distributed.agree import wire_device
-from fire_llm.distributed.balance import ROUND_BYTES, assign, buckets
+from fire_llm.distributed.balance import BUCKET_BYTES, assign, buckets
 from fire_llm.distributed.placement import Block, Placement
 
 _ALIGN = 16
@@ -27,7 +27,7 @@ _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or di
 
 @dataclass
 class _Transfer:
-    """Hold a collective under way and where its segments go when it has arrived."""
+    """A collective under way, and where its segments go when it has arrived."""
 
     work: Any
     buffer: Tensor
@@ -36,23 +36,23 @@ class _Transfer:
 
 
 class Redistribution:
-    """Iterate over rounds; each gives [(block, tensor)] for the blocks that this rank owns in it, to be written into.
+    """Buckets to iterate over: each is [(block, tensor)] of the blocks that this rank owns in it, to be written into.
 
     A tensor has the block's shape and dtype. Where this rank holds the whole parameter it is the parameter's own
-    memory, else a copy. What stands in it when the next round is asked for goes back to every rank that holds it.
-    While a round is computed, the next is fetched and the one before returned. Every rank of the placement must iterate
-    to the end.
+    memory, else a copy. What stands in it when the next bucket is asked for goes back to every rank that holds it.
+    While a bucket is computed, the next is fetched and the one before returned. Every rank of the placement must
+    iterate to the end.
 
     Args:
         placement: Where the blocks live.
         blocks: The same on every rank, in the same order.
-        limit: Bytes that an owner takes on in a round.
+        limit: Bytes that an owner takes on in a bucket.
     """
 
-    def __init__(self, placement: Placement, blocks: Sequence[Block], limit: int = ROUND_BYTES) -> None:
+    def __init__(self, placement: Placement, blocks: Sequence[Block], limit: int = BUCKET_BYTES) -> None:
         self.placement, self.blocks = placement, blocks
         ranks = placement.n_replicas * placement.n_shards
-        # The dearest first, so that the rounds of all owners weigh alike.
+        # The costliest first, so that the buckets of all owners weigh alike.
         order = sorted(range(len(blocks)), key=lambda i: (-blocks[i].cost, -blocks[i].n_bytes, i))
         owners = assign([blocks[i].cost or blocks[i].n_bytes for i in order], ranks)
         parted = buckets([blocks[i].n_bytes for i in order], owners, ranks, limit)
@@ -61,7 +61,7 @@ class Redistribution:
 
     @property
     def mine(self) -> list[Block]:
-        """Give every block that this rank owns."""
+        """Return every block that this rank owns."""
         return [block for this in self.buckets for block in self._owned(this, self.replica, self.shard)]
 
     def __iter__(self) -> Iterator[list[tuple[Block, Tensor]]]:

@@ -1,4 +1,4 @@
-"""Measure checkpoints on corpora, and say how sure the differences are."""
+"""Measure checkpoints on corpora, and how sure the differences are."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DTYPES = ("stored", "float32", "bfloat16", "float16", "float64")
 
 @dataclass(frozen=True)
 class Text:
-    """Hold a text as one tokenizer gives it: N tokens of D documents."""
+    """A text as one tokenizer gives it: N tokens of D documents."""
 
     tokens: np.ndarray
     """(N,)"""
@@ -78,11 +78,17 @@ def score_checkpoints(
         split: `train` or `validation`.
         column: Column of the files that holds the text, where it is not `text`.
         document: What a document is in .txt files: line, blank-line, heading or file.
-        context, stride, batch_size, per_document, compiled: As in `perplexity`.
+        context: As in `perplexity`, like the next three.
+        stride: Positions between the starts of windows.
+        batch_size: Windows of full length a forward pass.
+        per_document: Whether each document is read by itself.
         prefix: Token read first: `bos`, `eos`, `none`, or `auto`, as in `first_token`.
         dtype: Of the weights and their products; `stored` keeps the checkpoint's.
         device: `cpu`, `cuda`, `cuda:N`, or `auto`, as in `find_device`.
-        tasks, limit, num_fewshot: Also tasks of lm-eval, as in `run_tasks`, which get `context` too.
+        compiled: As in `perplexity`.
+        tasks: Also tasks of lm-eval, as in `run_tasks`, which get `context` too.
+        limit: As in `run_tasks`.
+        num_fewshot: As in `run_tasks`.
         look: Also measures something else of a model on a text, such as its plasticity.
         progress: Show progress bars.
 
@@ -172,5 +178,6 @@ def _corpus(name: str, split: str, column: str | None, document: str | None) -> 
 
 
 def check_choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise `UserError` where the value of an option is none of those allowed."""
     if value not in allowed:
         raise UserError(f"--{option} {value}: it must be one of {', '.join(allowed)}")

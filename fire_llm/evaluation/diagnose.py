@@ -1,4 +1,4 @@
-"""Measure a model on a text; what is measured, and how it is told."""
+"""Measure a model on a text; what is measured, and how it is reported."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fire_llm.architectures.hidden_layers import down_projections
 from fire_llm.architectures.matrices import ParameterSlice, logical_matrices, plain_name, unwrap
 from fire_llm.core.errors import UserError
 from fire_llm.distributed import refuse_engines
-from fire_llm.evaluation.network import Network, down_projections, sample, undisturbed
+from fire_llm.evaluation.network import Network, sample, undisturbed
 from fire_llm.linalg.activations import Activity, Features, dormant_share
 from fire_llm.linalg.curvature import gradient_norm, top_hessian_eigenvalue
 from fire_llm.linalg.measures import dfi, sfe, srank
@@ -30,7 +31,7 @@ LOG_PREFIX = "diag_"
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """Hold what was measured and how; None stands for what was not, with the reason in `not_measured`."""
+    """What was measured and how; None stands for what was not, with the reason in `not_measured`."""
 
     srank: int | None
     """srank_delta of the last hidden states, which the head reads."""
@@ -104,11 +105,13 @@ def diagnose(
         batch_size: Sequences a forward pass; it changes memory and speed, not what is measured.
         reference: What SFE is taken from: a model, or tensors by the names of the parameters.
         roles: Roles of the matrices whose DfI and SFE are taken, as in `logical_matrices`.
-        delta: See `metrics.srank`.
-        tau: See `metrics.dormant_share`.
-        hessian: Whether to measure the Hessian, by far the dearest part.
+        delta: See `measures.srank`.
+        tau: See `activations.dormant_share`.
+        hessian: Whether to measure the Hessian, by far the costliest part.
         hessian_sequences: How many of the sequences serve the Hessian and the gradient.
-        iterations, tolerance, seed: See `metrics.top_hessian_eigenvalue`.
+        iterations: See `curvature.top_hessian_eigenvalue`, like the next two.
+        tolerance: Relative change at which it stops.
+        seed: Of its first vector.
 
     Raises:
         UserError: For a setting out of range, too few tokens or such as the model does not know, an unknown layout, no
@@ -199,7 +202,7 @@ def _read(
 
 
 def _listen(module: nn.Module, take: Any) -> Any:
-    """Hand a module's input on, before the module reads it."""
+    """Pass a module's input on, before the module reads it."""
     return module.register_forward_pre_hook(lambda _, inputs: take(inputs[0]))
 
 

@@ -1,4 +1,4 @@
-"""Give exact perplexity as a metric of the `evaluate` library: as an object, or through `evaluate.load(<this file>)`.
+"""Exact perplexity as a metric of the `evaluate` library: as an object, or through `evaluate.load(<this file>)`.
 
 `evaluate` copies this file and runs the copy, and takes the first of its metrics that the copy's names hold for ours.
 Hence absolute imports alone, and `evaluate.Metric` by its full name.
@@ -49,11 +49,11 @@ Example:
 """
 
 
-class ExactPerplexity(evaluate.Metric):
+class ExactPerplexity(evaluate.Metric):  # type: ignore[misc]  # a library without types
     """Measure perplexity exactly, with a model that is at hand or from likelihoods that are."""
 
     def _info(self) -> evaluate.MetricInfo:
-        """Say what may be given: a reference is a list of one text, or an empty one where there is none."""
+        """Return what may be given: a reference is a list of one text, or an empty one where there is none."""
         text, numbers = datasets.Value("string"), datasets.List(datasets.Value("float64"))
         return evaluate.MetricInfo(
             description="Exact perplexity: every token scored once, sums in fp64, one division at the end.",

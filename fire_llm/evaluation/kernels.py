@@ -24,7 +24,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @cache
 def usable(device: torch.device, dtype: torch.dtype, vocabulary: int) -> bool:
-    """Tell whether the kernel runs on a device and gives what torch's operations give there, tried once."""
+    """Return whether the kernel runs on a device and gives what torch's operations give there, tried once."""
     if triton is None or dtype not in DTYPES:
         return False
     logits = torch.linspace(-9, 9, 3 * vocabulary, device=device).view(3, vocabulary).to(dtype)

@@ -19,6 +19,7 @@ from torch import Tensor
 from fire_llm.architectures.context import choose_context
 from fire_llm.architectures.matrices import unwrap
 from fire_llm.core.errors import UserError
+from fire_llm.core.progress import progress_bar
 from fire_llm.distributed import active, fsdp_modules
 from fire_llm.evaluation.precision import device_of, evaluating, own_precision, precision_of
 from fire_llm.evaluation.scores import DocumentSums, Scores
@@ -31,7 +32,7 @@ WORTH_COMPILING = 8
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Hold what was measured and how."""
+    """What was measured and how."""
 
     nll: float
     """Mean negative log-likelihood, nats a token."""
@@ -131,10 +132,10 @@ def perplexity(
             f"{_which(short[0], ends)} has {lengths[short[0]]} token(s): perplexity needs one to predict and one "
             "before it. Leave it out, or give a prefix token"
         )
-    plan = windows(lengths - unscored, context, stride, reach_back=per_document)
+    spans = windows(lengths - unscored, context, stride, reach_back=per_document)
     counted = np.diff(ends, prepend=0)
     counted -= unscored if per_document else np.eye(1, len(ends), dtype=np.int64)[0] * unscored
-    nll = _score(model, text, begins, plan, ends, prefix, batch_size * context, compiled, mixed, progress, share)
+    nll = _score(model, text, begins, spans, ends, prefix, batch_size * context, compiled, mixed, progress, share)
     n_bytes, n_words = (None if n is None else np.atleast_1d(np.asarray(n, dtype=np.int64)) for n in (n_bytes, n_words))
     per_each = [n if n is not None and len(n) == len(ends) else None for n in (n_bytes, n_words)]
     return summarize(
@@ -154,8 +155,9 @@ def summarize(scores: Scores, *, n_bytes: int | None = None, n_words: int | None
 
     Args:
         scores: Of every document; their order does not matter, as the sum is exact.
-        n_bytes, n_words: Of the whole text; the sums of `scores` by default.
-        how: `context`, `stride`, `prefix`, `per_document`, `precision`.
+        n_bytes: Of the whole text; the sum of `scores` by default.
+        n_words: Likewise.
+        **how: `context`, `stride`, `prefix`, `per_document`, `precision`.
     """
     total, n = math.fsum(scores.nll), int(scores.tokens.sum())
     if n_bytes is None and scores.bytes is not None:
@@ -185,7 +187,7 @@ def _score(
     model: Any,
     text: np.ndarray,
     begins: np.ndarray,
-    plan: np.ndarray,
+    spans: np.ndarray,
     ends: np.ndarray,
     prefix: int | None,
     tokens_a_batch: int,
@@ -198,11 +200,12 @@ def _score(
     device = device_of(model)
     rank, world = (dist.get_rank(), dist.get_world_size()) if share and active() else (0, 1)
     # In order of cost: ranks that take turns have about the same to do, in every turn and in all.
-    work = [*batches(plan, tokens_a_batch)]
+    work = [*batches(spans, tokens_a_batch)]
     # What FSDP2 gathers in a forward pass is used again in training, which inference tensors may not be.
     sharded = bool(fsdp_modules(model))
     sums = DocumentSums(ends, device)
-    bar = _bar(int((plan[:, 2] - plan[:, 3]).sum()), progress)
+    to_score = int((spans[:, 2] - spans[:, 3]).sum())
+    bar = progress_bar(progress, to_score, "tok", shown=progress is not None, delay=2)
     try:
         with ExitStack() as stack:
             stack.enter_context(evaluating(model))
@@ -212,7 +215,7 @@ def _score(
                 stack.enter_context(own_precision(model))
             # Its trunk is looked for in its own precision, even where it is then measured in another.
             with own_precision(model) if mixed else nullcontext():
-                longest = int((plan[:, 2] - plan[:, 1]).max())
+                longest = int((spans[:, 2] - spans[:, 1]).max())
                 scorer = Scorer(model, sample, context=longest, compiled=_commonest(work) if compiled else None)
             for turn in range(0, len(work), world):
                 # A rank without a batch of its own repeats the last: shards are gathered by all ranks or by none.
@@ -320,14 +323,8 @@ def _check_ids(model: Any, text: np.ndarray, prefix: int | None) -> None:
 
 
 def _which(document: int, ends: np.ndarray) -> str:
-    """Name a document by its place, counted from 1, and by its tokens'."""
+    """Return a name for a document: its place, counted from 1, and its tokens'."""
     if len(ends) == 1:
         return "the text"
     begin = ends[document - 1] if document else 0
     return f"document {document + 1} of {len(ends)} (tokens {begin} to {ends[document] - 1})"
-
-
-def _bar(total: int, title: str | None) -> Any:
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, desc=title, unit="tok", unit_scale=True, leave=False, disable=title is None, delay=2)

@@ -30,7 +30,7 @@ def precision_of(model: nn.Module) -> str:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the device that a model computes on; where accelerate keeps its weights elsewhere, accelerate says it.
+    """Return the device that a model computes on; where accelerate keeps its weights elsewhere, accelerate knows it.
 
     Raises:
         UserError: Its weights are nowhere.

@@ -13,13 +13,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scores:
-    """Hold what each of D documents got, in the order of the text.
+    """What each of D documents got, in the order of the text.
 
     Args:
         nll: (D,) float64, Σ of negative log-likelihoods over the document's scored tokens, nats.
         tokens: (D,) int64, tokens scored.
         bytes: (D,) int64 UTF-8 bytes, or None where the text is not known.
-        words: (D,) int64, pieces between runs of white space, `len(re.split(r"\\s+", text))`; or None.
+        words: (D,) int64, parts between runs of white space, `count_words`; or None.
 
     Raises:
         ValueError: A count has another shape than `nll`.

@@ -1,4 +1,4 @@
-"""Give the negative log-likelihood of tokens without ever holding a batch's logits.
+"""The negative log-likelihood of tokens, without ever holding a batch's logits.
 
 Shapes: B = windows a batch, T = positions a window, D = width, V = vocabulary, S = scored positions of a batch.
 """
@@ -62,7 +62,7 @@ def exact_nll(logits: Tensor, targets: Tensor, out: Tensor | None = None) -> Ten
         return kernels.row_nll(logits, targets, out)
     own, cpu = out is not None, logits.device.type == "cpu"
     nll = torch.empty(len(targets), dtype=torch.float64, device=logits.device) if out is None else out
-    # 1 MB at a time stays in a core's cache: 0.11 ms a row of V = 50k, 0.25 in pieces of 16 MB, 0.45 in one of 64 MB.
+    # 1 MB at a time stays in a core's cache: 0.11 ms a row of V = 50k, 0.25 in slices of 16 MB, 0.45 in one of 64 MB.
     rows = max(1, min(2**18 // logits.shape[-1] if cpu else len(targets), len(targets)))
     wide = torch.empty(rows if cpu else 0, logits.shape[-1], dtype=torch.float64, device=logits.device)
     for x, target, each in zip(logits.split(rows), targets.split(rows), nll.split(rows), strict=True):
@@ -281,13 +281,13 @@ def _refuse_foresight(model: Any, ids: Tensor, logits: Tensor) -> None:
     half = torch.finfo(before.dtype).eps > 1e-4
     if not _close(after, before) or (half and _gradient_reaches_back(model, ids)):
         raise UserError(
-            f"{type(model).__name__} looks ahead: a token changes the logits of those before it, so that it has no "
+            f"{type(model).__name__} is non-causal: a token changes the logits of those before it, so that it has no "
             "perplexity. Set is_decoder in its config where it has that, or choose a causal LM"
         )
 
 
 def _gradient_reaches_back(model: Any, ids: Tensor) -> bool:
-    """Tell whether the logits have a gradient by the embedding of the last token, but for those of its own position.
+    """Return whether the logits have a gradient by the embedding of the last token, but for those of its own position.
 
     False where the model has no gradients to give.
     """
@@ -312,6 +312,6 @@ def _gradient_reaches_back(model: Any, ids: Tensor) -> bool:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    """Tell whether logits differ by rounding alone; what is not finite is left to the scores to name."""
+    """Return whether logits differ by rounding alone; what is not finite is left to the scores to name."""
     near = 64 * torch.finfo(b.dtype).eps * float(b.abs().max())
     return bool(not torch.isfinite(b).all() or ((a - b).abs() <= near).all())

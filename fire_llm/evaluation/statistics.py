@@ -1,7 +1,7 @@
 """How far a perplexity may be from that of all text like it: a bootstrap over documents.
 
 Documents are drawn with replacement (multinomial counts), as many as there are, and every ratio of sums, such as
-Σnll/Σtokens, is computed anew from each draw. Shapes: D = documents, R = resamples.
+Σnll/Σtokens, is computed again from each draw. Shapes: D = documents, R = resamples.
 
 Source: Efron & Tibshirani, An Introduction to the Bootstrap, chapters 6 and 10.
 """
@@ -31,7 +31,7 @@ AT_A_TIME = 2**22
 
 @dataclass(frozen=True)
 class Difference:
-    """Hold by how much one checkpoint's score differs from another's on the same documents."""
+    """By how much one checkpoint's score differs from another's on the same documents."""
 
     mean: float
     """NLL(a) − NLL(b) of the whole text, nats a unit: negative where a is better."""
@@ -64,13 +64,13 @@ def standard_errors(scores: Scores, *, resamples: int = RESAMPLES, seed: int = S
         about how documents differ, and its tokens depend on each other too much to stand for documents.
     """
     names = [name for name in ("tokens", "bytes", "words") if getattr(scores, name) is not None]
-    told = scores.tokens > 0
+    scored = scores.tokens > 0
     errors: dict[str, float | None] = dict.fromkeys(
         ("nll", "perplexity", "bits_per_byte", "byte_perplexity", "word_perplexity")
     )
-    if told.sum() < 2:
+    if scored.sum() < 2:
         return errors
-    columns = [scores.nll[told], *(getattr(scores, name)[told] for name in names)]
+    columns = [scores.nll[scored], *(getattr(scores, name)[scored] for name in names)]
     sums, units = _resampled(np.stack(columns, axis=1).astype(np.float64), resamples, seed)
     widen = _widening(units)
     for index, name in enumerate(names, 1):
@@ -106,10 +106,12 @@ def paired_difference(
     suggest. It is mean ± t·se, with Student's t of D − 1 degrees of freedom.
 
     Args:
-        a, b: Scores of the same D documents.
+        a: Scores of D documents.
+        b: Scores of the same documents, by another checkpoint.
         unit: token, where both were scored on the same tokens; byte compares tokenizers too.
         level: Share of intervals that hold the true difference, between 0 and 1.
-        resamples, seed: As in `standard_errors`.
+        resamples: As in `standard_errors`.
+        seed: As in `standard_errors`.
 
     Raises:
         UserError: The scores are of different documents, of tokens that differ, or without bytes; or an unknown unit
@@ -139,13 +141,13 @@ def paired_difference(
         raise UserError(f"a difference per {unit} needs the text's {unit}s, which these scores do not have")
     columns = np.stack([a.nll - b.nll, counts], axis=1).astype(np.float64)
     mean = float(columns[:, 0].sum() / columns[:, 1].sum())
-    told = (a.tokens > 0) | (b.tokens > 0)
-    if told.sum() < 2:
+    scored = (a.tokens > 0) | (b.tokens > 0)
+    if scored.sum() < 2:
         return Difference(mean, None, None, None, unit, level, a.documents)
-    sums, units = _resampled(columns[told], resamples, seed)
+    sums, units = _resampled(columns[scored], resamples, seed)
     whole = sums[:, 1] > 0
     error = _widening(units) * float((sums[whole, 0] / sums[whole, 1]).std(ddof=1))
-    reach = student_t(level, int(told.sum()) - 1) * error
+    reach = student_t(level, int(scored.sum()) - 1) * error
     return Difference(mean, error, mean - reach, mean + reach, unit, level, a.documents)
 
 
@@ -154,6 +156,8 @@ def _resampled(columns: np.ndarray, resamples: int, seed: int) -> tuple[np.ndarr
 
     Args:
         columns: (D, k) float64.
+        resamples: R.
+        seed: Seeds the draws.
 
     Returns:
         (R, k) float64, and D or `MOST_UNITS`.

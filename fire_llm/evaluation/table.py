@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -56,12 +56,12 @@ def _print_rows(evaluation: Json, rows: Sequence[Json], out: Console) -> None:
     if prefix:
         out.print(f"checkpoints below {prefix}", markup=False, highlight=False)
     out.print(_scores_table(rows, prefix))
-    told = all_described({**row, "checkpoint": _below(row["checkpoint"], prefix)} for row in rows)
+    notes = all_described({**row, "checkpoint": _below(row["checkpoint"], prefix)} for row in rows)
     if any(row.get("word_perplexity") is not None for row in rows):
-        told.append("word perplexity per piece between runs of white space")
+        notes.append("word perplexity per piece between runs of white space")
     if any(error is not None for row in rows for error in (row.get("se") or {}).values()):
-        told.append("± standard error over documents")
-    out.print("nll in nats per token; " + "; ".join(told), markup=False, highlight=False)
+        notes.append("± standard error over documents")
+    out.print("nll in nats per token; " + "; ".join(notes), markup=False, highlight=False)
     for why in (evaluation.get("left_out") or {}).values():
         out.print(f"left out: {why}", markup=False, highlight=False)
     if evaluation.get("unfinished"):
@@ -87,7 +87,8 @@ def plus_minus(value: float | None, error: float | None, least: int = 4, alone: 
     """Write a number with its standard error to the decimals that matter: at least two digits of the error.
 
     Args:
-        value, error: None is an empty cell, or a number without an error.
+        value: None for an empty cell.
+        error: None for a number without one.
         least: Decimals at least.
         alone: Decimals where there is no error.
         sign: "+" writes a plus too.
@@ -102,22 +103,24 @@ def plus_minus(value: float | None, error: float | None, least: int = 4, alone: 
     return f"{value:{sign}.{decimals}f}±{error:.{decimals}f}"
 
 
-def _table() -> Table:
+def _table(names: Iterable[str], numbers: Iterable[str]) -> Table:
+    """Return an empty table: columns of names, which may be folded, and columns of numbers, which may not."""
     from rich.table import Table
 
-    return Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in names:
+        table.add_column(column, overflow="fold", min_width=8)
+    for column in numbers:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
 
 
 def _scores_table(rows: Sequence[Json], prefix: str) -> Table:
     """Build the table of scores; what no row has gets no column."""
     from rich.markup import escape
 
-    table = _table()
     kept = {key: look for key, look in SCORES.items() if any(row.get(key) is not None for row in rows)}
-    for column in ("checkpoint", "data"):
-        table.add_column(column, overflow="fold", min_width=8)
-    for column in [*(heading for heading, *_ in kept.values()), "tokens", "docs"]:
-        table.add_column(column, justify="right", no_wrap=True)
+    table = _table(("checkpoint", "data"), (*(heading for heading, *_ in kept.values()), "tokens", "docs"))
     for checkpoint, of_it in groupby(rows, lambda row: row["checkpoint"]):
         group = list(of_it)
         # The lines of a long name stand beside the rows of its texts, and need none of their own.
@@ -135,12 +138,8 @@ def _print_differences(out: Console, found: Sequence[Json], title: str, names: S
     """Print a table of differences; those whose interval leaves out 0 are bold."""
     from rich.markup import escape
 
-    table = _table()
-    for name, _ in names:
-        table.add_column(name, overflow="fold", min_width=8)
     levels = " and ".join(dict.fromkeys(f"{d['level']:.0%}" for d in found))
-    for column in ("difference", f"{levels} interval", "nats per"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = _table((name for name, _ in names), ("difference", f"{levels} interval", "nats per"))
     for d in found:
         sure = d["low"] is not None and not d["low"] <= 0 <= d["high"]
         interval = "" if d["low"] is None else f"{d['low']:+.5f} to {d['high']:+.5f}"
@@ -166,11 +165,7 @@ def _diagnostics_table(found: Sequence[Json]) -> Table:
     """Build a table of diagnostics (docs/diagnostics.md); what was not measured is an empty cell."""
     from rich.markup import escape
 
-    table = _table()
-    for column in ("checkpoint", "data"):
-        table.add_column(column, overflow="fold", min_width=8)
-    for column in PLASTICITY.values():
-        table.add_column(column, justify="right", no_wrap=True)
+    table = _table(("checkpoint", "data"), PLASTICITY.values())
     prefix = _common_folder([row["checkpoint"] for row in found])
     for row in found:
         names = [escape(_broken(_below(row[name], prefix), 16)) for name in ("checkpoint", "data")]
@@ -182,10 +177,7 @@ def _tasks_table(answers: Json) -> Table:
     """Build a table of what lm_eval measured: a row each checkpoint, task and metric, with its standard error."""
     from rich.markup import escape
 
-    table = _table()
-    for column in ("checkpoint", "task", "metric"):
-        table.add_column(column, overflow="fold", min_width=8)
-    table.add_column("value", justify="right", no_wrap=True)
+    table = _table(("checkpoint", "task", "metric"), ("value",))
     prefix = _common_folder(list(answers))
     for checkpoint, answer in answers.items():
         for task, values in answer["results"].items():

@@ -1,4 +1,4 @@
-"""Hand a checkpoint over to lm_eval for downstream tasks, and bring its answers back as plain data."""
+"""Downstream tasks: let lm_eval measure a checkpoint, and return its answers as plain data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fire_llm.architectures.context import choose_context, longest_context
-from fire_llm.core.errors import UserError, did_you_mean
+from fire_llm.core.errors import UserError, did_you_mean, first_line
 from fire_llm.evaluation.measurement import token_text
 from fire_llm.evaluation.precision import evaluating, own_precision, precision_of
 from fire_llm.models import find_device, load_model, load_tokenizer
@@ -149,8 +149,9 @@ def _load(manager: Any, names: list[str]) -> list[Any]:
         try:
             loaded = manager.load([name])
         except Exception as error:  # whatever a YAML file, its functions and the readers of its data raise
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"tasks: lm_eval cannot load '{name}': {type(error).__name__}, {first}") from error
+            raise UserError(
+                f"tasks: lm_eval cannot load '{name}': {type(error).__name__}, {first_line(error)}"
+            ) from error
         found |= {**loaded["tasks"], **loaded["groups"]}
         inner |= {child for children in loaded["group_map"].values() for child in children}
     return [item for key, item in found.items() if key not in inner]

@@ -25,7 +25,7 @@ _LOOKING = "fire_llm_look"
 
 
 def needs_no_mask(model: Any, context: int, part: nn.Module | None = None) -> bool:
-    """Tell whether a model attends to plain texts of a length causally and in no other way.
+    """Return whether a model attends to plain texts of a length causally and in no other way.
 
     It reads such a text twice: as it is, to see that transformers makes no mask for any of its layers (a window, a
     chunk or a bias of positions would need one), and without masks, to see that nothing else changed. The answer is

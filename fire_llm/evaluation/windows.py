@@ -1,4 +1,4 @@
-"""Say which window scores which token, so that each is scored once, and put windows into batches.
+"""Which window scores which token, so that each is scored once, and the batches of windows.
 
 A text is read at positions: position k reads one token and predicts the next. W = windows, D = documents.
 """
@@ -37,17 +37,17 @@ def windows(lengths: np.ndarray, context: int, stride: int, *, reach_back: bool 
     return np.stack([document, start, end, first], axis=1)
 
 
-def batches(plan: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
+def batches(spans: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
     """Yield the windows in batches of about equal cost, long ones first; lengths within one differ by half at most.
 
     Args:
-        plan: (W, 4), of `windows`.
+        spans: (W, 4), of `windows`.
         tokens: Most positions a batch, padding included; a longer window goes alone.
 
     Returns:
         (B, 4) each.
     """
-    length = plan[:, 2] - plan[:, 1]
+    length = spans[:, 2] - spans[:, 1]
     order = np.argsort(-length, kind="stable")
     falling = -length[order]
     at = 0
@@ -55,5 +55,5 @@ def batches(plan: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
         longest = -int(falling[at])
         similar = int(np.searchsorted(falling, -(longest // 2), side="right"))
         until = min(at + max(1, tokens // longest), max(similar, at + 1))
-        yield plan[order[at:until]]
+        yield spans[order[at:until]]
         at = until

@@ -19,8 +19,8 @@ import torch
 
 from fire_llm.core.atomic import write_json, writing
 from fire_llm.core.errors import UserError
-from fire_llm.core.launch import launched
 from fire_llm.core.locks import held, lock_of
+from fire_llm.core.ranks import launched
 from fire_llm.core.signals import signals_handled
 from fire_llm.distributed import ranks
 from fire_llm.experiment.collect import collect

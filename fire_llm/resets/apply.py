@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from fire_llm.architectures.matrices import unwrap
-from fire_llm.core.errors import UserError
-from fire_llm.distributed import AGREE_SECONDS, agree
+from fire_llm.distributed import AGREE_SECONDS, together
 from fire_llm.resets.execute import ResetExecutor
 from fire_llm.resets.methods import ComputeDtype, Scale, Solver
 from fire_llm.resets.plan import Plan
@@ -33,14 +32,14 @@ def apply_reset(
 ) -> ResetReport:
     """Apply one reset, or several in order, to a model in place.
 
-    Nothing is changed unless everything can be: names, roles, step-0 weights and finiteness are checked first.
+    Nothing is changed unless everything can be: names, roles, initial weights and finiteness are checked first.
     Under torch.distributed this is collective: every rank calls it, replicas share the work where that pays and end
     bitwise equal, and FSDP2's shards keep their placements; each rank works on a bounded share of rows at a time.
 
     Args:
         model: Any causal LM whose layout is known; wrapped by DDP or `torch.compile`, or sharded by FSDP2, is fine.
         resets: A method's name, `{"method": …, option: …}`, or a list of these, each with the roles it acts on.
-        initial: The same architecture with the run's step-0 weights, whole on every rank; wanted by `full_reset` and
+        initial: The same architecture with the run's initial weights, whole on every rank; wanted by `full_reset` and
             `shrink_perturb`. (`dash` wants gradients: those that the parameters hold, the same on every rank.)
         optimizer: Its state of exactly the touched parameters is cleared.
         spectra: Also report quantiles of the singular values (an eigendecomposition a matrix), or only their `range`.
@@ -53,31 +52,26 @@ def apply_reset(
 
     Raises:
         UserError: For an unknown reset, option, role or architecture, a method that acts during training, missing or
-            unlike step-0 weights, missing or sharded gradients, a tensor that is not finite, parameters that are frozen
-            or out of reach (FSDP1, DeepSpeed), or a rank that did not come.
-            On every rank alike.
+            unlike initial weights, missing or sharded gradients, a tensor that is not finite, parameters that are
+            frozen or out of reach (FSDP1, DeepSpeed), or a rank that did not come. On every rank alike.
         RuntimeError: Where a result is not finite (those tensors are as they were), or a reset failed on another rank.
     """
-    plan, fault = None, None
-    try:
-        plan = Plan.make(model, parse_resets(resets), initial, optimizer)
-    except UserError as error:
-        fault = str(error)
-    agree(process_group, plan.request() if plan else "", fault, timeout)
-    assert plan is not None  # meet raises where there is a fault
-    work = ResetExecutor(plan, spectra)
+    plan = together(
+        process_group, lambda: Plan.make(model, parse_resets(resets), initial, optimizer), Plan.request, timeout
+    )
+    executor = ResetExecutor(plan, spectra)
     began = time.perf_counter()
-    shared = work.run(process_group, progress)
-    seconds = time.perf_counter() - began - work.measuring
+    shared = executor.run(process_group, progress)
+    seconds = time.perf_counter() - began - executor.measuring
     if shared > 1:
-        work.join(process_group)
-    report = work.report(seconds, shared)
+        executor.join(process_group)
+    report = executor.report(seconds, shared)
     report.optimizer_states_cleared = _clear_states(model, optimizer, {t.parameter for t in report.touched})
     return report
 
 
 def _clear_states(model: nn.Module, optimizer: Any, names: set[str]) -> int:
-    """Drop the optimizer's state of the named parameters; it is made anew at their next step."""
+    """Drop the optimizer's state of the named parameters; the optimizer makes it again at their next step."""
     if optimizer is None:
         return 0
     parameters = dict(unwrap(model).named_parameters(remove_duplicate=False))
@@ -101,7 +95,7 @@ def fire_(
     """Apply FIRE to a causal LM in place: each attention and MLP matrix becomes (nearly) its polar factor.
 
     Args:
-        model: Any causal LM whose layout is known (q, k and v are told apart even where they are stored as one).
+        model: Any causal LM whose layout is known (q, k and v are separate matrices even where they are stored as one).
         iterations: Number of cubic Newton–Schulz steps; 5 is the paper's choice for language models.
         solver: `newton-schulz`, or `polar` for the true projection to `tolerance`.
         tolerance: Largest relative Frobenius distance to the polar factor that `polar` may leave.
@@ -110,7 +104,8 @@ def fire_(
         roles: Which matrices; add `lm_head` (and with it a tied embedding) to mirror the paper's code.
         exclude: Regular expressions of names to leave alone.
         optimizer: Its state of exactly the touched parameters is cleared.
-        process_group, timeout: See `apply_reset`; under torch.distributed every rank calls this.
+        process_group: See `apply_reset`; under torch.distributed every rank calls this.
+        timeout: See `apply_reset`.
 
     Raises:
         UserError, RuntimeError: See `apply_reset`.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fire_llm.architectures.matrices import ParameterSlice
 from fire_llm.core.errors import UserError
+from fire_llm.core.progress import progress_bar
 from fire_llm.distributed import Block, Placement, Redistribution, gather_objects, placement_of, worthwhile
 from fire_llm.linalg.measures import squared_error
 from fire_llm.resets.methods import RESETS
@@ -32,9 +33,9 @@ class ResetExecutor:
     spectra: Spectra
     reports: dict[int, TensorReport] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
-    """Pieces whose result is not finite."""
+    """Names of slices whose result is not finite."""
     error: Exception | None = None
-    """What stopped this rank; it goes on exchanging, because the others wait for it."""
+    """What stopped this rank; it takes part in the redistribution to the end, because the others wait for it."""
     measuring: float = 0.0
     """Seconds spent on measures rather than on the reset."""
     gathered_whole: int = 0
@@ -44,13 +45,13 @@ class ResetExecutor:
     def run(self, process_group: Any, progress: bool) -> int:
         """Reset everything; return among how many ranks the work was shared at most."""
         plan, blocks = self.plan, self.plan.blocks
-        by_home: dict[Placement | None, list[Block]] = defaultdict(list)
+        by_placement: dict[Placement | None, list[Block]] = defaultdict(list)
         for block in blocks:
-            by_home[placement_of(block.tensor, process_group)].append(block)
-        odd = by_home.pop(None, [])
+            by_placement[placement_of(block.tensor, process_group)].append(block)
+        odd = by_placement.pop(None, [])
         total_cost = sum(b.cost for b in blocks)
-        exchanges, apart = [], []
-        for placement, own in by_home.items():
+        redistributions, apart = [], []
+        for placement, own in by_placement.items():
             assert placement is not None
             split = [
                 b
@@ -58,14 +59,12 @@ class ResetExecutor:
                 if by_rows(b, plan.slices[b.members[0]], plan.actions[b.members[0]], placement, total_cost)
             ]
             apart += [(b.members[0], placement) for b in split]
-            exchanges.append(Redistribution(_worth_it(placement, own), [b for b in own if b not in split]))
+            redistributions.append(Redistribution(_worth_it(placement, own), [b for b in own if b not in split]))
         if progress:
-            from tqdm.auto import tqdm
-
-            total = sum(len(b.members) for b in [*(b for e in exchanges for b in e.mine), *odd]) + len(apart)
-            self.bar = tqdm(total=total, desc="reset", unit="tensor", leave=False)
-        for exchange in exchanges:
-            for mine in exchange:
+            total = sum(len(b.members) for b in [*(b for e in redistributions for b in e.mine), *odd]) + len(apart)
+            self.bar = progress_bar("reset", total, "tensor", delay=0)
+        for redistribution in redistributions:
+            for mine in redistribution:
                 self.transform(mine)
         for index, placement in apart:
             report = reset_by_rows(plan.slices[index], plan.actions[index][0], placement, self.spectra)
@@ -75,13 +74,13 @@ class ResetExecutor:
         self._gather_whole(odd)
         if self.bar is not None:
             self.bar.close()
-        return max((e.placement.n_replicas * e.placement.n_shards for e in exchanges), default=1)
+        return max((e.placement.n_replicas * e.placement.n_shards for e in redistributions), default=1)
 
     def join(self, process_group: Any) -> None:
         """Collect the reports and errors of all ranks, so that each has every one."""
-        told = (isinstance(self.error, UserError), str(self.error)) if self.error else None
+        own = (isinstance(self.error, UserError), str(self.error)) if self.error else None
         for rank, (reports, failed, wrong) in enumerate(
-            gather_objects(process_group, (self.reports, self.failed, told))
+            gather_objects(process_group, (self.reports, self.failed, own))
         ):
             self.reports |= {i: report for i, report in reports.items() if i not in self.reports}
             self.failed |= failed
@@ -141,15 +140,15 @@ class ResetExecutor:
         groups: dict[Any, list[tuple[int, ParameterSlice]]] = defaultdict(list)
         for block, tensor in mine:
             for index in block.members:
-                slice_, actions = self.plan.slices[index].within(tensor), self.plan.actions[index]
+                weight, actions = self.plan.slices[index].within(tensor), self.plan.actions[index]
                 if not actions:
                     with self._measured():
-                        self.reports[index] = describe(self.plan.slices[index], slice_.read(), self.spectra)
+                        self.reports[index] = describe(self.plan.slices[index], weight.read(), self.spectra)
                     self.reports[index].reason = self.plan.reason(index)
                     continue
                 batched = together(tensor) and all(RESETS[s.method].batched for s in actions)
-                key = (slice_.shape, tensor.dtype, *map(id, actions)) if batched else index
-                groups[key].append((index, slice_))
+                key = (weight.shape, tensor.dtype, *map(id, actions)) if batched else index
+                groups[key].append((index, weight))
         return groups.values()
 
     def _reset(self, group: list[tuple[int, ParameterSlice]]) -> None:
@@ -167,14 +166,14 @@ class ResetExecutor:
         sound = all_finite(new for *_, new in rows)
         self.failed |= {self.plan.slices[i].name for ((i, _), *_), good in zip(rows, sound, strict=True) if not good}
         done = [
-            (i, slice_, old, new.to(old.dtype))
-            for ((i, slice_), old, new), good in zip(rows, sound, strict=True)
+            (i, weight, old, new.to(old.dtype))
+            for ((i, weight), old, new), good in zip(rows, sound, strict=True)
             if good
         ]
         with self._measured():  # before anything is written, because `old` may be a view of what is written to
             self._report([(i, old, after) for i, _, old, after in done])
-        for _, slice_, _, after in done:
-            slice_.write_(after)
+        for _, weight, _, after in done:
+            weight.write_(after)
 
     def _report(self, done: list[tuple[int, Tensor, Tensor]]) -> None:
         """Report on slices before and after, and wait once for all that is measured but spectra."""
@@ -207,7 +206,7 @@ class ResetExecutor:
 
 
 def together(tensor: Tensor) -> bool:
-    """Tell whether matrices of one shape are best taken together: a loop is faster on a CPU."""
+    """Return whether matrices of one shape are best taken together: a loop is faster on a CPU."""
     return tensor.device.type != "cpu"
 
 

@@ -27,7 +27,7 @@ Kind = Literal["transition", "penalty", "recycling"]
 
 @dataclass(frozen=True)
 class ResetMethod:
-    """Describe one entry of the registry."""
+    """One entry of the registry: a method, with its options and the roles it acts on."""
 
     name: str
     function: Callable[..., Any]
@@ -35,7 +35,7 @@ class ResetMethod:
     roles: tuple[str, ...]
     """Roles the method acts on where a recipe names none."""
     needs_initial: bool
-    """Whether the function takes the tensor's own step-0 value."""
+    """Whether the function takes the tensor's own initial value."""
     needs_gradient: bool
     """Whether the function takes the gradient of the loss over training data."""
     batched: bool
@@ -48,12 +48,12 @@ class ResetMethod:
 
     @property
     def when(self) -> Literal["transition", "training"]:
-        """Tell whether it acts once, between two phases, or during the whole phase."""
+        """Return whether it acts once, between two phases, or during the whole phase."""
         return "transition" if self.kind == "transition" else "training"
 
     @property
     def matrices_only(self) -> bool:
-        """Tell whether the method is defined for (out, in) matrices alone."""
+        """Return whether the method is defined for (out, in) matrices alone."""
         return set(self.roles) <= set(MATRIX_ROLES)
 
 
@@ -66,7 +66,7 @@ def register_reset(
     roles: tuple[str, ...] = ROLES,
     options_of: Callable[..., Tensor] | None = None,
     batched: bool = False,
-) -> Callable[[Callable[..., Tensor]], Callable]:
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a reset: `f(w, *, option=default, …)`, `f(w, initial, *, …)` or `f(w, gradient, *, …)`.
 
     All tensors are of one shape, fp32 or fp64.
@@ -103,7 +103,7 @@ def register_training(
         roles: Roles it acts on unless the recipe says otherwise; as in `register_reset`.
         kind: Of a penalty, `f(w, *, option=default, …)` or `f(w, initial, *, …)` returns the gradient of what is added
             to the loss, of the same shape as w. Of recycling, a class whose options are the keyword-only arguments of
-            `__init__` decides which hidden units begin anew.
+            `__init__` decides which hidden units are reinitialised.
         elementwise: Whether a penalty looks at each element by itself: FSDP2's shards are then trained with it too.
     """
 
@@ -151,13 +151,13 @@ def keep(w: Tensor) -> Tensor:
 
 @register_reset("full_reset")
 def full_reset(w: Tensor, initial: Tensor) -> Tensor:
-    """Return to the run's own step-0 weights."""
+    """Return to the run's own initial weights."""
     return initial
 
 
 @register_reset("shrink_perturb")
 def shrink_perturb(w: Tensor, initial: Tensor, *, shrink: Annotated[float, Field(ge=0, le=1)] = 0.5) -> Tensor:
-    """Shrink towards the step-0 weights: θ ← (1−c)·θ + c·θ₀, with c = `shrink`.
+    """Shrink towards the initial weights: θ ← (1−c)·θ + c·θ₀, with c = `shrink`.
 
     Source: Ash & Adams, arXiv 1910.08475; c as in arXiv 2602.08040.
     """
@@ -203,7 +203,9 @@ def fire_by_gram(gram: Tensor, rows: int, *, iterations: int, scale: Scale, **ot
     Args:
         gram: (n, n) float64, wᵀ w.
         rows: Of w.
-        iterations, scale: As in `fire`; the solver is newton-schulz, and products are taken in the Gram matrix's dtype.
+        iterations: As in `fire`; the solver is newton-schulz, and products are taken in the Gram matrix's dtype.
+        scale: As in `fire`.
+        **others: Further options of `fire`, which do not matter here.
     """
     p = newton_schulz_factor(gram, iterations)
     if scale == "sqrt":
@@ -213,9 +215,9 @@ def fire_by_gram(gram: Tensor, rows: int, *, iterations: int, scale: Scale, **ot
 
 @register_reset("rescale", roles=("attention", "mlp"), options_of=fire, batched=True)
 def rescale(w: Tensor, **options: Any) -> Tensor:
-    """Give a matrix the Frobenius norm that `fire` with the same options would, and keep its direction.
+    """Scale a matrix to the Frobenius norm that `fire` with the same options would give it; keep its direction.
 
-    The control that tells what of FIRE's effect is the change of norm alone.
+    The control for FIRE: what part of its effect is the change of norm alone.
     """
     return _with_norm(w, _norm(fire(w, **options)))
 
@@ -243,7 +245,7 @@ def dash(
 
 @register_reset("initial_norm", roles=("attention", "mlp"))
 def initial_norm(w: Tensor, initial: Tensor, *, times: Annotated[float, Field(gt=0, le=100)] = 1.0) -> Tensor:
-    """Give a matrix `times` the Frobenius norm of its step-0 value, and keep its direction.
+    """Scale a matrix to `times` the Frobenius norm of its initial value; keep its direction.
 
     Behind `fire`, it takes the place of √(d_out/d_in), with which the norm depends on a model's width.
     """
@@ -251,7 +253,8 @@ def initial_norm(w: Tensor, initial: Tensor, *, times: Annotated[float, Field(gt
 
 
 def _norm(w: Tensor) -> Tensor:
-    return torch.linalg.matrix_norm(w, dtype=torch.float64, keepdim=True)
+    norm: Tensor = torch.linalg.matrix_norm(w, dtype=torch.float64, keepdim=True)
+    return norm
 
 
 def _with_norm(w: Tensor, norm: Tensor) -> Tensor:

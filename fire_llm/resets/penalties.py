@@ -15,7 +15,7 @@ Strength = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 @register_training("l2_init", kind="penalty", elementwise=True)
 def l2_init(w: Tensor, initial: Tensor, *, strength: Strength = 1e-3) -> Tensor:
-    """Draw towards the step-0 weights: λ·‖θ − θ₀‖² in the loss, λ = `strength`; its gradient is 2λ(θ − θ₀).
+    """Draw towards the initial weights θ₀: λ·‖θ − θ₀‖² in the loss, λ = `strength`; its gradient is 2λ(θ − θ₀).
 
     Source: Kumar et al., arXiv 2308.11958, section 3, where λ is swept over 1e-2, 1e-3, 1e-4 and 1e-5.
     """

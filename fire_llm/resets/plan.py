@@ -19,22 +19,22 @@ from fire_llm.resets.spec import FROZEN, ResetSpec, refuse_kinds
 
 @dataclass
 class Plan:
-    """Hold what is to be done to each slice of a model, everything checked."""
+    """What is to be done to each slice of a model, everything checked."""
 
     specs: list[ResetSpec]
     slices: list[ParameterSlice]
     actions: list[list[ResetSpec]]
     """Of each slice, in order."""
     start: Mapping[str, ParameterSlice] = field(default_factory=dict)
-    """Step-0 slices by name; empty where no reset wants them."""
+    """Initial slices by name; empty where no reset wants them."""
 
     @classmethod
     def of(cls, model: nn.Module, specs: list[ResetSpec], initial: nn.Module | None, kind: Kind = "transition") -> Plan:
-        """Decide what is done to each slice; names and shapes alone are looked at, so that `meta` will do.
+        """Return what is done to each slice; names and shapes alone are looked at, so that `meta` will do.
 
         Raises:
-            UserError: There is nothing to do, a method is of another kind, the step-0 weights are missing or of another
-                architecture, or a gradient is missing.
+            UserError: There is nothing to do, a method is of another kind, the initial weights are missing or of
+                another architecture, or a gradient is missing.
         """
         refuse_kinds(specs, kind)
         by_role = any(set(s.roles) != set(ROLES) for s in specs)
@@ -43,7 +43,8 @@ class Plan:
         wanting = [s.method for s in specs if s.needs_initial]
         if wanting and initial is None:
             raise UserError(
-                f"'{wanting[0]}' needs the run's step-0 weights: give `initial` (on the command line, --init or --seed)"
+                f"'{wanting[0]}' needs the run's initial weights: give `initial` (on the command line, --init or "
+                "--seed)"
             )
         if wanting and initial is not None:
             plan.start = {p.name: p for p in parameter_slices(initial, strict=by_role)}
@@ -52,7 +53,7 @@ class Plan:
 
     @classmethod
     def make(cls, model: nn.Module, specs: list[ResetSpec], initial: nn.Module | None, optimizer: Any) -> Plan:
-        """Decide, for a model in memory, and refuse what cannot be done before anything is."""
+        """Return the plan for a model in memory; refuse what cannot be done before anything is done."""
         refuse_engines(model, optimizer)
         make_current(model)
         plan = cls.of(model, specs, initial)
@@ -71,30 +72,30 @@ class Plan:
         return [b for b in blocks_of(self.slices, costly) if any(self.actions[i] for i in b.members)]
 
     def _check_names(self) -> None:
-        """Refuse a plan that would touch nothing but frozen parameters, or whose step-0 weights do not match."""
+        """Refuse a plan that would touch nothing but frozen parameters, or whose initial weights do not match."""
         if not self.wanted and any(s.why_not(p) == FROZEN for p in self.slices for s in self.specs):
             raise UserError("every parameter that the reset would touch is frozen: call requires_grad_(True) first")
-        for slice_ in self.wanted if self.start else ():
-            before = self.start.get(slice_.name)
-            if before is None or before.shape != slice_.shape:
+        for weight in self.wanted if self.start else ():
+            before = self.start.get(weight.name)
+            if before is None or before.shape != weight.shape:
                 raise UserError(
-                    f"the step-0 weights hold no '{slice_.name}' of shape {tuple(slice_.shape)}: another architecture"
+                    f"the initial weights hold no '{weight.name}' of shape {tuple(weight.shape)}: another architecture"
                 )
             if is_sharded(before.tensor):
-                raise UserError(f"the step-0 weights of '{slice_.name}' are sharded: give them whole on every rank")
-        for spec, slice_ in self._read_by_gradient():
-            if is_sharded(slice_.tensor):
+                raise UserError(f"the initial weights of '{weight.name}' are sharded: give them whole on every rank")
+        for spec, weight in self._read_by_gradient():
+            if is_sharded(weight.tensor):
                 raise UserError(f"'{spec.method}' reads gradients, and FSDP2 holds them in shards: train replicas")
-            if slice_.tensor.grad is None:
+            if weight.tensor.grad is None:
                 raise UserError(
-                    f"'{spec.method}' needs the gradient of the loss, and '{slice_.name}' has none: make it an arm of "
+                    f"'{spec.method}' needs the gradient of the loss, and '{weight.name}' has none: make it an arm of "
                     "a recipe, give it to ResetCallback in a ContinualTrainer, or call backward() before apply_reset"
                 )
 
     def _read_by_gradient(self) -> Iterator[tuple[ResetSpec, ParameterSlice]]:
         """Yield the slices whose gradient a reset reads."""
-        for slice_, actions in zip(self.slices, self.actions, strict=True):
-            yield from ((spec, slice_) for spec in actions if spec.needs_gradient)
+        for weight, actions in zip(self.slices, self.actions, strict=True):
+            yield from ((spec, weight) for spec in actions if spec.needs_gradient)
 
     def inputs(self, spec: ResetSpec) -> list[Callable[[int], Tensor]]:
         """Return what gives, of each slice, the tensors that a method takes beside the slice's own."""
@@ -106,35 +107,35 @@ class Plan:
 
     def _check_values(self) -> None:
         """Refuse weights that are not there or not finite."""
-        for slice_ in self.wanted:
-            if slice_.tensor.is_meta:
-                raise UserError(f"'{slice_.name}' is on the meta device: load the weights before a reset")
-        for slice_, finite in zip(self.wanted, all_finite(held(slice_) for slice_ in self.wanted), strict=True):
+        for weight in self.wanted:
+            if weight.tensor.is_meta:
+                raise UserError(f"'{weight.name}' is on the meta device: load the weights before a reset")
+        for weight, finite in zip(self.wanted, all_finite(held(weight) for weight in self.wanted), strict=True):
             if not finite:
-                raise UserError(not_finite(slice_.name))
+                raise UserError(not_finite(weight.name))
         read = list(self._read_by_gradient())
-        gradients = all_finite(with_gradient(slice_).read() for _, slice_ in read)
-        for (spec, slice_), finite in zip(read, gradients, strict=True):
+        gradients = all_finite(with_gradient(weight).read() for _, weight in read)
+        for (spec, weight), finite in zip(read, gradients, strict=True):
             if not finite:
                 raise UserError(
-                    f"'{spec.method}': the gradient of '{slice_.name}' is NaN or infinite; try fp32 or bf16"
+                    f"'{spec.method}': the gradient of '{weight.name}' is NaN or infinite; try fp32 or bf16"
                 )
 
     def request(self) -> str:
-        """Say what this rank is about to do, in a form that ranks can compare."""
+        """Return what this rank is about to do, in a form that ranks can compare."""
         rows = zip(self.slices, self.actions, strict=True)
         return repr((self.specs, [(p.name, tuple(p.shape), str(p.tensor.dtype), len(actions)) for p, actions in rows]))
 
     def untouched(self, index: int, spectra: Spectra = False, measures: Measures | None = None) -> TensorReport:
         """Report on a slice that nothing came near; what lies in shards or on the disk is not measured."""
-        slice_ = self.slices[index]
-        apart = slice_.tensor.is_meta or is_sharded(slice_.tensor)
-        report = TensorReport.of(slice_) if apart else describe(slice_, held(slice_), spectra, measures)
+        weight = self.slices[index]
+        apart = weight.tensor.is_meta or is_sharded(weight.tensor)
+        report = TensorReport.of(weight) if apart else describe(weight, held(weight), spectra, measures)
         report.reason = self.reason(index) if not self.actions[index] else None
         return report
 
     def reason(self, index: int) -> str:
-        """Say why a slice is left alone."""
+        """Return why a slice is left alone."""
         return "; ".join(dict.fromkeys(str(s.why_not(self.slices[index])) for s in self.specs))
 
 
@@ -143,29 +144,29 @@ def all_finite(tensors: Iterable[Tensor]) -> list[bool]:
     return fetch([torch.isfinite(tensor).all() for tensor in tensors])
 
 
-def with_gradient(slice_: ParameterSlice) -> ParameterSlice:
-    """Stand for the same slice of the parameter's gradient."""
-    gradient = slice_.tensor.grad
+def with_gradient(weight: ParameterSlice) -> ParameterSlice:
+    """Return the same slice of the parameter's gradient."""
+    gradient = weight.tensor.grad
     assert gradient is not None
-    return replace(slice_, tensor=gradient)
+    return replace(weight, tensor=gradient)
 
 
 def not_finite(name: str) -> str:
-    """Word the refusal of weights that are NaN or infinite."""
+    """Return the message about weights that are NaN or infinite."""
     return f"'{name}' holds NaN or infinity: a reset would spread it. Start from a sound checkpoint"
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Tell whether this rank holds but a part of a parameter."""
+    """Return whether this rank holds only a part of a parameter."""
     mesh = getattr(tensor, "device_mesh", None)
     return mesh is not None and any(
         mesh.size(dim) > 1 and not placement.is_replicate() for dim, placement in enumerate(tensor.placements)
     )
 
 
-def held(slice_: ParameterSlice) -> Tensor:
+def held(weight: ParameterSlice) -> Tensor:
     """Return a slice, or, where it lies in shards, what this rank holds of the parameter around it."""
-    tensor: Any = slice_.tensor.detach()
+    tensor: Any = weight.tensor.detach()
     if not hasattr(tensor, "to_local"):
-        return slice_.read()
-    return tensor.to_local() if is_sharded(tensor) else replace(slice_, tensor=tensor.to_local()).read()
+        return weight.read()
+    return tensor.to_local() if is_sharded(tensor) else replace(weight, tensor=tensor.to_local()).read()

@@ -1,13 +1,13 @@
-"""Methods that begin hidden units of an MLP anew while training goes on: which units of a layer, decided step by step.
+"""Methods that reinitialise hidden units of an MLP while training goes on: which units of a layer, step by step.
 
 Pure decisions: activations in, a mask of units out. A trainer's callback listens to the model, adds up over
 micro-batches and ranks, and changes the weights. A unit's activation h is what the MLP's last matrix reads: after the
 nonlinearity, and in a gated MLP (SwiGLU) after the product with the gate. A gated unit is a row of gate, a row of up
 and a column of down; the papers have no gated MLPs.
 
-Of every unit that begins anew, incoming rows are drawn as the model's initialisation draws them, the outgoing column is
-zero, and so are the optimizer's moments of both, as in all three papers. What the model computes then changes only by
-what the unit had put out. Shapes: tokens of a step, units of a layer.
+Of every unit that is reinitialised, incoming rows are drawn as the model's initialisation draws them, the outgoing
+column is zero, and so are the optimizer's moments of both, as in all three papers. What the model computes then changes
+only by what the unit had put out. Shapes: tokens of a step, units of a layer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Steps = Annotated[int, Field(ge=1)]
 
 
 class Recycler:
-    """Watch one hidden layer: add up what its units do in a step, and name those that begin anew after it.
+    """Sums of what the units of one hidden layer do in a step, and which of them are reinitialised after it.
 
     Args:
         units: Width of the layer.
@@ -40,7 +40,7 @@ class Recycler:
         """Of the step so far, what `measure` gives, and last the tokens."""
 
     def wants(self, step: int) -> bool:
-        """Tell whether the tokens of an optimizer step, counted from 1, are looked at."""
+        """Return whether the tokens of an optimizer step, counted from 1, are looked at."""
         return True
 
     def measure(self, h: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class Recycler:
         self.sums[-1] += rows.shape[0]
 
     def pop_stale(self, outgoing: Tensor) -> Tensor:
-        """End a step: return which units begin anew, forget their past, and begin the next step's sums.
+        """End a step: return which units are reinitialised, forget their past, and begin the next step's sums.
 
         Args:
             outgoing: (units,) Σ|w| over each unit's outgoing weights.
@@ -95,7 +95,7 @@ class ReDo(Recycler):
         self.every, self.threshold = every, threshold
 
     def wants(self, step: int) -> bool:
-        """Tell whether a step is one after which units are recycled."""
+        """Return whether a step is one after which units are recycled."""
         return step % self.every == 0
 
     def _judge(self, sums: Tensor, tokens: Tensor, outgoing: Tensor) -> Tensor:
@@ -154,11 +154,11 @@ class SelfNormalizedResets(Recycler):
 
     A unit fires in a step where h > 0 for one token at least; GELU and SiLU are positive where their input is, and in a
     gated MLP the product is looked at. A, the time between two firings in steps, is taken to be memoryless, so that its
-    mean over the unit's past, since the phase began or it was reset, tells its law: reset where exp(−a / mean) ≤ eta.
-    A first time of one step is pretended, so that a unit that never fires is found too. Time in steps, this law and
-    this beginning are those of the authors' code for language models. A geometric law would reset no later, often
-    sooner: (1 − 1/mean)^a ≤ exp(−a / mean). That code takes the mean anew at random times, and doubles a threshold that
-    the mean has outgrown; here all of a unit's past counts.
+    mean over the unit's past, since the phase began or it was reset, gives its law: reset where exp(−a / mean) ≤ eta. A
+    first time of one step is assumed, so that a unit that never fires is found too. Time in steps, this law and this
+    beginning are those of the authors' code for language models. A geometric law would reset no later, often sooner:
+    (1 − 1/mean)^a ≤ exp(−a / mean). That code takes the mean again at random times, and doubles a threshold that the
+    mean has outgrown; here all of a unit's past counts.
     Source: Farias & Jozefiak, arXiv 2410.20098, algorithm 1.
     """
 

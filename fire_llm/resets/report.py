@@ -22,7 +22,7 @@ SIGMA_QUANTILES = 64
 
 @dataclass
 class TensorReport:
-    """Tell what became of one logical matrix or parameter."""
+    """What became of one logical matrix or parameter."""
 
     name: str
     parameter: str
@@ -42,9 +42,9 @@ class TensorReport:
     sigma_after: list[float] | None = None
 
     @classmethod
-    def of(cls, slice_: ParameterSlice) -> TensorReport:
-        """Name a slice, measure nothing."""
-        return cls(slice_.name, slice_.parameter, slice_.part, slice_.role, list(slice_.shape))
+    def of(cls, weight: ParameterSlice) -> TensorReport:
+        """Return a report that names a slice, and holds no measure yet."""
+        return cls(weight.name, weight.parameter, weight.part, weight.role, list(weight.shape))
 
     def _normed(self, norm: float) -> None:
         self.norm_before = self.norm_after = norm
@@ -56,7 +56,7 @@ class TensorReport:
 
     @property
     def residual(self) -> float | None:
-        """Give ‖X Xᵀ − I‖_F / √n of the result scaled to ‖X‖_F = √n: 0 for a multiple of an orthogonal matrix.
+        """Return ‖X Xᵀ − I‖_F / √n of the result scaled to ‖X‖_F = √n: 0 for a multiple of an orthogonal matrix.
 
         Of the n squared singular values it is the standard deviation over the mean, so no scale enters.
         """
@@ -69,7 +69,7 @@ class TensorReport:
 
 @dataclass
 class ResetReport:
-    """Tell what a reset touched, what it left and why."""
+    """What a reset touched, what it left and why."""
 
     resets: list[ResetSpec]
     touched: list[TensorReport]
@@ -97,7 +97,7 @@ class ResetReport:
         return data
 
     def __str__(self) -> str:
-        """Say in two lines what was done."""
+        """Return in two lines what was done."""
         matrices = [t for t in self.touched if t.dfi_after is not None]
         among = f" on {self.shared_by} ranks" if self.shared_by > 1 else ""
         left = ", ".join(sorted({t.role for t in self.untouched})) or "nothing"
@@ -116,7 +116,7 @@ def sigma_quantiles(sigma: Tensor) -> list[float]:
 
 
 Spectra = bool | Literal["range"]
-"""Whether a report tells quantiles of the singular values (True), the largest and the smallest, or nothing of them."""
+"""Whether a report holds quantiles of the singular values (True), the largest and the smallest, or none of them."""
 
 
 def fetch(scalars: Sequence[Tensor]) -> list[Any]:
@@ -136,7 +136,7 @@ class Measures:
         self._uses: list[tuple[Callable[..., None], int]] = []
 
     def add(self, use: Callable[..., None], *numbers: Tensor) -> None:
-        """Give scalars to a function once they are fetched."""
+        """Call a function with scalars once they are fetched."""
         self._numbers += numbers
         self._uses.append((use, len(numbers)))
 
@@ -148,18 +148,18 @@ class Measures:
 
 
 def describe(
-    slice_: ParameterSlice, tensor: Tensor, spectra: Spectra, measures: Measures | None = None
+    weight: ParameterSlice, tensor: Tensor, spectra: Spectra, measures: Measures | None = None
 ) -> TensorReport:
     """Measure a slice as it is now; before and after are the same until something touches it.
 
     Args:
-        slice: What is reported on.
+        weight: What is reported on.
         tensor: Its values.
         spectra: Whether the report holds singular values.
         measures: Gathers the report's numbers, which are in it once they are fetched; default: at once.
     """
-    report, later = TensorReport.of(slice_), measures or Measures()
-    if not slice_.matrix:
+    report, later = TensorReport.of(weight), measures or Measures()
+    if not weight.matrix:
         later.add(report._normed, torch.linalg.vector_norm(tensor, dtype=torch.float64))
     else:
         g = gram(tensor if tensor.shape[0] >= tensor.shape[1] else tensor.mT, quick=True)

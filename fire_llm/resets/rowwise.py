@@ -20,19 +20,19 @@ from fire_llm.resets.spec import ResetSpec
 
 
 def by_rows(
-    block: Block, slice_: ParameterSlice, actions: list[ResetSpec], placement: Placement, total_cost: int
+    block: Block, weight: ParameterSlice, actions: list[ResetSpec], placement: Placement, total_cost: int
 ) -> bool:
-    """Tell whether a block is reset where its rows are: one tall matrix, in shards, for FIRE's own map alone."""
+    """Return whether a block is reset where its rows are: one tall matrix, in shards, for FIRE's own map alone."""
     if placement.shards is None or len(block.members) != 1 or len(actions) != 1:
         return False
-    whole = slice_.spec is not None and not slice_.spec.in_first and slice_.shape == slice_.tensor.shape
+    whole = weight.spec is not None and not weight.spec.in_first and weight.shape == weight.tensor.shape
     known = actions[0].method == "fire" and actions[0].options["solver"] == "newton-schulz"
     ranks = placement.n_shards * placement.n_replicas
-    return whole and known and splits(slice_.shape, slice_.tensor.element_size(), total_cost, ranks)
+    return whole and known and splits(weight.shape, weight.tensor.element_size(), total_cost, ranks)
 
 
 def reset_by_rows(
-    slice_: ParameterSlice, spec: ResetSpec, placement: Placement, spectra: Spectra
+    weight: ParameterSlice, spec: ResetSpec, placement: Placement, spectra: Spectra
 ) -> TensorReport | None:
     """Reset one matrix: sum the ranks' Gram matrices, map the sum, multiply this rank's rows by the result.
 
@@ -41,12 +41,12 @@ def reset_by_rows(
     Returns:
         The report; None where the result is not finite, and nothing was written.
     """
-    tensor: Any = slice_.tensor.detach()
+    tensor: Any = weight.tensor.detach()
     rows: Tensor = tensor.to_local()
     g = gram(rows).to(wire_device(placement.shards, rows.device))
     dist.all_reduce(g, group=placement.shards)
     g = g.to(rows.device)
-    p = fire_by_gram(g, slice_.shape[0], **spec.options)
+    p = fire_by_gram(g, weight.shape[0], **spec.options)
     if not torch.isfinite(p).all():
         return None
     wide = torch.promote_types(rows.dtype, torch.float32)
@@ -54,7 +54,7 @@ def reset_by_rows(
         for chunk in rows.split(max(1, 16 * CHUNK_ELEMENTS // max(1, rows.shape[1]))):
             chunk.copy_(chunk.to(wide) @ p.to(wide))
     after, moved = p.mT @ g @ p, p - torch.eye(len(p), dtype=p.dtype, device=p.device)
-    report = TensorReport.of(slice_)
+    report = TensorReport.of(weight)
     report.sfe = float((moved.mT @ g @ moved).trace())
     for when, of in (("before", g), ("after", after)):
         setattr(report, f"norm_{when}", float(of.trace().clamp_min(0).sqrt()))

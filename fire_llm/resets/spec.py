@@ -16,8 +16,8 @@ from fire_llm.resets.methods import RESETS, Kind, ResetMethod
 FROZEN = "frozen: requires_grad is off"
 """Why a reset leaves a parameter alone that could not learn again what it loses."""
 
-_TOLD = ("iterations", "shrink", "floor", "strength")
-"""Options that a label tells at their defaults too."""
+_ALWAYS_SHOWN = ("iterations", "shrink", "floor", "strength")
+"""Options that a label shows at their defaults too."""
 
 _PLACES = {"transition": "ResetCallback", "penalty": "PenaltyCallback", "recycling": "RecyclingCallback"}
 """What runs each kind of method in a script."""
@@ -25,7 +25,7 @@ _PLACES = {"transition": "ResetCallback", "penalty": "PenaltyCallback", "recycli
 
 @dataclass(frozen=True)
 class ResetSpec:
-    """Hold one reset with its options filled in and its roles decided."""
+    """One reset with its options filled in and its roles decided."""
 
     method: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -34,17 +34,17 @@ class ResetSpec:
 
     @property
     def needs_initial(self) -> bool:
-        """Tell whether the reset wants the step-0 weights."""
+        """Return whether the reset wants the initial weights."""
         return RESETS[self.method].needs_initial
 
     @property
     def needs_gradient(self) -> bool:
-        """Tell whether the reset wants the gradient of the loss."""
+        """Return whether the reset wants the gradient of the loss."""
         return RESETS[self.method].needs_gradient
 
     @property
     def kind(self) -> Kind:
-        """Tell how it acts: transition, penalty or recycling."""
+        """Return how it acts: transition, penalty or recycling."""
         return RESETS[self.method].kind
 
     @classmethod
@@ -85,22 +85,22 @@ class ResetSpec:
             faults.append(("roles", f"'{name}' acts on matrices ({allowed}); {', '.join(wrong)} are not. Remove them"))
         return faults, None if faults else cls(name, options, roles, exclude)
 
-    def why_not(self, slice_: ParameterSlice) -> str | None:
+    def why_not(self, weight: ParameterSlice) -> str | None:
         """Return why this reset leaves a slice alone, or None where it acts."""
         if self.method == "keep":
             return "the reset is keep"
-        if not slice_.roles & set(self.roles):
-            return f"role {'/'.join(sorted(slice_.roles))} is not among {', '.join(self.roles)}"
-        pattern = next((e for e in self.exclude if re.search(e, slice_.name)), None)
+        if not weight.roles & set(self.roles):
+            return f"role {'/'.join(sorted(weight.roles))} is not among {', '.join(self.roles)}"
+        pattern = next((e for e in self.exclude if re.search(e, weight.name)), None)
         if pattern is not None:
             return f"excluded by '{pattern}'"
-        return None if slice_.trainable else FROZEN
+        return None if weight.trainable else FROZEN
 
     def label(self) -> str:
-        """Say the reset in one line: `fire, iterations 5, roles attention mlp`."""
+        """Return the reset in one line: `fire, iterations 5, roles attention mlp`."""
         method = RESETS[self.method]
         defaults = method.options()
-        shown = [f"{k} {v}" for k, v in self.options.items() if v != getattr(defaults, k) or k in _TOLD]
+        shown = [f"{k} {v}" for k, v in self.options.items() if v != getattr(defaults, k) or k in _ALWAYS_SHOWN]
         if self.options.get("solver") == "polar":
             shown = [s for s in shown if not s.startswith("iterations")] + [f"tolerance {self.options['tolerance']:g}"]
         if self.roles != ROLES:
@@ -117,7 +117,7 @@ def _compiles(pattern: str) -> bool:
 
 
 def _fault(error: Any, method: ResetMethod) -> tuple[str, str]:
-    """Say one pydantic error in our words."""
+    """Return (key, message) for one error of pydantic, in our words."""
     loc = [str(part) for part in error["loc"]]
     key, value = ".".join(loc), error["input"]
     allowed = [*method.options.model_fields, "method"]

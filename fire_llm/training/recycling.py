@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from fire_llm.architectures.hidden_layers import down_projections
 from fire_llm.architectures.lookup import Lookup
 from fire_llm.architectures.matrices import ParameterSlice, logical_matrices, unwrap
 from fire_llm.core.errors import UserError
 from fire_llm.distributed import active, fsdp_modules
-from fire_llm.evaluation.network import down_projections
 from fire_llm.models import fresh_model
 from fire_llm.resets import RESETS, ResetSpec
 from fire_llm.resets.recycling import Recycler

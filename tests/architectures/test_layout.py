@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from fire_llm.architectures import lookup
-from fire_llm.architectures.families import REFUSED, TABLE, TYPES
+from fire_llm.architectures.families import TABLE, TYPES
 from fire_llm.architectures.matrices import (
     MATRIX_ROLES,
     ROLES,
@@ -31,7 +31,6 @@ from fire_llm.architectures.matrices import (
     ParameterSlice,
     Part,
     logical_matrices,
-    parameter_roles,
     parameter_slices,
     register_layout,
     supported_types,
@@ -295,10 +294,9 @@ def test_agrees_with_the_table_in_all_types(name: str, monkeypatch: pytest.Monke
 
 
 def test_every_causal_language_model_is_supported_or_refused_for_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    refused = {*REFUSED, *left_out()}
+    refused = left_out()
     assert set(supported_types()) | refused == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     assert not set(supported_types()) & refused
-    assert all(REFUSED.values())
     for name in refused:
         with pytest.raises(UserError, match="register_layout"):
             parameter_slices(build(name, monkeypatch))
@@ -652,6 +650,17 @@ def test_unknown_weights_become_other_when_not_strict() -> None:
     assert cut["layers.0.moe.gate_up_proj"].roles == {"other"} and not cut["layers.0.moe.gate_up_proj"].matrix
     assert cut["embed.weight"].roles == {"embedding"} and cut["norm.weight"].roles == {"norm"}
     assert len(cut) == len(list(FancyModel().parameters()))
+
+
+@pytest.mark.parametrize("key", ["module_class", "leaf"])
+@pytest.mark.parametrize("kind", ["Conv1D", "Linear", None])
+def test_the_former_name_of_module_class_is_still_read(key: str, kind: str | None) -> None:
+    register_layout("A", "x", role="mlp", **{key: kind})
+    assert lookup.REGISTERED["A", "x"] == Layout("mlp", module_class=kind)
+
+
+def parameter_roles(model: nn.Module) -> dict[str, frozenset[str]]:
+    return {p.parameter: p.roles for p in parameter_slices(model)}
 
 
 def test_register_layout_checks_role_and_orientation() -> None:

@@ -592,15 +592,30 @@ def of_heads(attention: Any) -> int:
 QKV = ("q", "k", "v")
 EXPERTS: dict[str, Any] = {"role": "mlp", "stack": lambda experts: experts.num_experts}
 WRONG: list[tuple[str, str, str, dict[str, Any]]] = [
-    ("gpt2", "GPT2Attention", "c_attn", {"parts": ("v", "k", "q"), "orientation": "in_first", "leaf": "Conv1D"}),
-    ("gpt2", "GPT2Attention", "c_attn", {"parts": ("k", "q", "v"), "orientation": "in_first", "leaf": "Conv1D"}),
+    (
+        "gpt2",
+        "GPT2Attention",
+        "c_attn",
+        {"parts": ("v", "k", "q"), "orientation": "in_first", "module_class": "Conv1D"},
+    ),
+    (
+        "gpt2",
+        "GPT2Attention",
+        "c_attn",
+        {"parts": ("k", "q", "v"), "orientation": "in_first", "module_class": "Conv1D"},
+    ),
     ("gpt_neox", "GPTNeoXAttention", "query_key_value", {"parts": QKV}),
     ("gpt_neox", "GPTNeoXAttention", "query_key_value", {"parts": ("k", "q", "v"), "groups": of_heads}),
     ("mpt", "MptAttention", "Wqkv", {"parts": QKV, "groups": 4}),
     ("bloom", "BloomAttention", "query_key_value", {"parts": QKV}),
     ("codegen", "CodeGenAttention", "qkv_proj", {"parts": QKV, "groups": 4}),
     ("codegen", "CodeGenAttention", "qkv_proj", {"parts": ("q", "v", "k")}),
-    ("falcon+new", "FalconAttention", "query_key_value", {"parts": (("q", 48), "k", "v"), "leaf": "FalconLinear"}),
+    (
+        "falcon+new",
+        "FalconAttention",
+        "query_key_value",
+        {"parts": (("q", 48), "k", "v"), "module_class": "FalconLinear"},
+    ),
     ("gpt_bigcode", "GPTBigCodeAttention", "c_attn", {"parts": (("q", 48), "v", "k")}),
     ("phi3", "Phi3Attention", "qkv_proj", {"parts": ("k", "v", "q")}),
     ("deepseek_v3", "DeepseekV3Attention", "kv_b_proj", {"parts": (("k_nope", 48), ("v", 40))}),

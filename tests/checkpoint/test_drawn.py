@@ -69,4 +69,4 @@ def test_where_only_all_at_once_will_do_the_memory_must_hold_them(monkeypatch):
     monkeypatch.setattr(drawn, "Drawn", refuse)
     monkeypatch.setattr(drawn, "free_memory", lambda: 1000)
     with pytest.raises(UserError, match=r"takes \d+\.\d GB of memory, and 0\.0 GB are free: .* as --init"):
-        drawn.step_0(LlamaConfig(hidden_size=64, num_hidden_layers=1, vocab_size=4000), 1)
+        drawn.draw_initial(LlamaConfig(hidden_size=64, num_hidden_layers=1, vocab_size=4000), 1)

@@ -214,13 +214,13 @@ def test_the_other_resets_equal_those_of_the_loaded_model(tmp_path):
     assert_equal(wanted, load_model(tmp_path / "rescaled"))
 
 
-def test_a_seed_draws_the_step_0_weights(tmp_path):
+def test_a_seed_draws_the_initial_weights(tmp_path):
     tiny_llama(1).save_pretrained(tmp_path / "src")
     reset_checkpoint(tmp_path / "src", tmp_path / "dst", "full_reset", seed=7)
     assert_equal(fresh_model(load_model(tmp_path / "src").config, 7), load_model(tmp_path / "dst"))
 
 
-def test_the_step_0_weights_may_lie_in_another_form(tmp_path):
+def test_the_initial_weights_may_lie_in_another_form(tmp_path):
     """Experts one by one in one checkpoint, stacked in the other."""
     mixtral().save_pretrained(tmp_path / "src")
     torch.manual_seed(3)

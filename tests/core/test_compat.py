@@ -15,7 +15,7 @@ from fire_llm.core import compat
 from fire_llm.core.compat import TRAINER_ATTRIBUTES, TRAINER_HOOKS, check_trainer, missing_hooks
 from fire_llm.experiment import collect as results
 
-PACKAGE = Path(compat.__file__).parent
+PACKAGE = Path(compat.__file__).parent.parent
 
 
 def private(source: str) -> set[str]:
@@ -32,7 +32,7 @@ def test_the_hooks_are_the_methods_that_are_overridden():
 
 
 def test_every_private_name_shared_with_the_trainer_is_listed():
-    ours = {name for file in (PACKAGE / "trainer").glob("*.py") for name in private(file.read_text(encoding="utf-8"))}
+    ours = {name for file in (PACKAGE / "training").glob("*.py") for name in private(file.read_text(encoding="utf-8"))}
     theirs = private(inspect.getsource(Trainer))
     assert (ours & theirs) - set(TRAINER_HOOKS) == set(TRAINER_ATTRIBUTES)
 

@@ -14,7 +14,7 @@ from support.ranks import Raised, run_ranks
 
 from fire_llm import UserError, apply_reset, fire_
 from fire_llm.architectures.matrices import logical_matrices, register_layout
-from fire_llm.distributed import assign, buckets, cost, makespan, worthwhile
+from fire_llm.distributed.balance import assign, buckets, cost, makespan, worthwhile
 
 LLAMA = {"hidden_size": 20, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 2, "intermediate_size": 14}
 """Sizes that neither 2 nor 3 ranks divide evenly; k and v have two rows, fewer than three ranks."""

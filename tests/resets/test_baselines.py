@@ -239,7 +239,7 @@ def test_a_strength_of_zero_is_the_arm_without(tmp_path):
 
 
 def test_resumed_arms_end_bitwise_where_the_uninterrupted_ones_do(tmp_path):
-    """The step-0 weights are drawn again from the config and the trainer's seed; DASH does not happen twice."""
+    """The initial weights are drawn again from the config and the trainer's seed; DASH does not happen twice."""
 
     def arm():
         return [ResetCallback("dash", seed=7), PenaltyCallback(both((0.3, 0.02)), seed=7)]
@@ -249,7 +249,7 @@ def test_resumed_arms_end_bitwise_where_the_uninterrupted_ones_do(tmp_path):
     assert same(whole.model, resumed.model) and losses(whole) == losses(resumed)
 
 
-def test_step_0_weights_are_kept_where_the_model_itself_is_given():
+def test_initial_weights_are_kept_where_the_model_itself_is_given():
     model = tiny_gpt2()
     callback = PenaltyCallback({"method": "l2_init", "strength": 0.5}, initial=model)
     callback.on_train_begin(SimpleNamespace(seed=0), None, None, model=model)

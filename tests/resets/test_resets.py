@@ -218,7 +218,7 @@ def test_a_zero_matrix_stays_zero():
         ({"method": "fire", "roles": ["norm"]}, "'fire' acts on matrices"),
         ({"method": "fire", "exclude": ["("]}, "'(' is not a regular expression"),
         ({"method": "shrink_perturb", "shrink": 1.5}, "shrink: 1.5 is not allowed"),
-        ("full_reset", "'full_reset' needs the run's step-0 weights"),
+        ("full_reset", "'full_reset' needs the run's initial weights"),
     ],
 )
 def test_bad_specs(spec, message):
@@ -228,7 +228,7 @@ def test_bad_specs(spec, message):
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_step_0_weights_of_another_architecture_are_refused():
+def test_initial_weights_of_another_architecture_are_refused():
     with pytest.raises(UserError, match="another architecture"):
         apply_reset(tiny_gpt2(), "full_reset", initial=tiny_gpt2(n_embd=64))
 

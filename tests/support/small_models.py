@@ -255,7 +255,7 @@ def stand_ins() -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         # Its initialisation fails with fused weights; all weights are drawn anew anyway.
-        stack.enter_context(mock.patch.object(xLSTMPreTrainedModel, "_init_weights", lambda model, module: None))
+        stack.enter_context(mock.patch.object(xLSTMPreTrainedModel, "_init_weights", return_value=None))
         stack.enter_context(mock.patch.object(gemma3n.AutoModel, "from_config", from_config))
         for kind in (Gemma4TextConfig, Gemma4UnifiedTextConfig):
             if not hasattr(kind, "kv_sharing_modes"):  # an older transformers refuses nothing

@@ -22,5 +22,3 @@ _FILES = (decoders, bart_like, bert_like, gpt2, fused, moe, experts, mla, mamba,
 
 TABLE: Table = merge(*(file.TABLE for file in _FILES))
 TYPES: tuple[str, ...] = tuple(sorted(name for file in _FILES for name in file.TYPES.split()))
-REFUSED: dict[str, str] = {}
-"""Model types that no layout can serve, each with the reason."""

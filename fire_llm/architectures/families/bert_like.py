@@ -1,5 +1,7 @@
-"""BERT and its relatives used as decoders, and the older families that share no names with anybody: CTRL, XLM, CPM-Ant,
-Reformer. All nn.Linear, every matrix its own parameter."""
+"""BERT and its relatives used as decoders, and older families with names of their own: CTRL, XLM, CPM-Ant, Reformer.
+
+All nn.Linear, every matrix its own parameter.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ SolarOpenExperts ZayaExperts
 
 
 def _experts(experts: Any) -> int:
-    return experts.num_experts
+    return int(experts.num_experts)
 
 
 # The sizes are spelt out, so that a class which comes to store the axes the other way round is refused.
@@ -43,7 +43,7 @@ def _down_to_hidden_size(experts: Any) -> tuple[Part, ...]:
 
 
 def _routed(mixture: Any) -> int:
-    return mixture.router.num_experts
+    return int(mixture.router.num_experts)
 
 
 TABLE = merge(
@@ -102,16 +102,18 @@ TABLE = merge(
     entries("mlp", "w2", "DbrxExpertGLU", stack=lambda experts: experts.moe_num_experts, orientation="in_first"),
     entries("mlp", "gate_proj up_proj down_proj", "InklingSharedExperts", stack=lambda shared: shared.n_shared_experts),
     # JetMoE's attention has experts as well: each has its own q (in) and o (out), all share k and v.
-    entries("attention", "input_linear output_linear", "JetMoeMoA", stack=_routed, leaf="JetMoeParallelExperts"),
+    entries(
+        "attention", "input_linear output_linear", "JetMoeMoA", stack=_routed, module_class="JetMoeParallelExperts"
+    ),
     entries(
         "mlp",
         "input_linear",
         "JetMoeMoE",
         parts=lambda mixture: (Part("gate", mixture.hidden_size), Part("up", mixture.hidden_size)),
         stack=_routed,
-        leaf="JetMoeParallelExperts",
+        module_class="JetMoeParallelExperts",
     ),
-    entries("mlp", "output_linear", "JetMoeMoE", stack=_routed, leaf="JetMoeParallelExperts"),
+    entries("mlp", "output_linear", "JetMoeMoE", stack=_routed, module_class="JetMoeParallelExperts"),
     entries(
         "router",
         "gate",

@@ -24,8 +24,8 @@ def _phi3_parts(attention: Any) -> tuple[Part, ...]:
 def _falcon_groups(attention: Any) -> int:
     """Count the repeats: one a group of heads, one a head, or one in all where all heads share a key (Falcon 7B)."""
     if attention.new_decoder_architecture:
-        return attention.num_kv_heads
-    return 1 if attention.multi_query else attention.num_heads
+        return int(attention.num_kv_heads)
+    return 1 if attention.multi_query else int(attention.num_heads)
 
 
 def _falcon_parts(attention: Any) -> tuple[Part, ...]:
@@ -77,10 +77,10 @@ TABLE = merge(
         "FalconAttention",
         parts=_falcon_parts,
         groups=_falcon_groups,
-        leaf="FalconLinear",
+        module_class="FalconLinear",
     ),
-    entries("attention", "dense", "FalconAttention", leaf="FalconLinear"),
-    entries("mlp", "dense_h_to_4h dense_4h_to_h", "FalconMLP", leaf="FalconLinear"),
+    entries("attention", "dense", "FalconAttention", module_class="FalconLinear"),
+    entries("mlp", "dense_h_to_4h dense_4h_to_h", "FalconMLP", module_class="FalconLinear"),
     # Four blocks, one a TPU core it was trained on (mp_num in the forward pass), and v before k.
     entries("attention", "qkv_proj", "CodeGenAttention", parts=("q", "v", "k"), groups=4),
     entries("attention", "out_proj", "CodeGenAttention"),

@@ -8,7 +8,7 @@ from fire_llm.architectures.grammar import Part, entries, merge
 
 TYPES = "gpt2 gpt-sw3 openai-gpt"
 
-CONV1D = {"orientation": "in_first", "leaf": "Conv1D"}
+CONV1D = {"orientation": "in_first", "module_class": "Conv1D"}
 
 
 def _gpt2_parts(attention: Any) -> tuple[Part, ...]:

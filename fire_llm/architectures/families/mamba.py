@@ -62,7 +62,7 @@ TABLE = merge(
     entries("mlp", "down_proj", "Zamba2MLP"),
     # From the shared attention block back into the stream of Mamba layers.
     entries("other", "linear", "Zamba2HybridLayer ZambaHybridLayer"),
-    # Low-rank adapters tell the uses of a shared block apart.
+    # Low-rank adapters distinguish the uses of a shared block.
     entries("other", "gate_up_proj_adapter_list.*.*", "Zamba2MLP"),
     entries(
         "other",

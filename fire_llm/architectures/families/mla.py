@@ -34,7 +34,7 @@ def _query_gate(attention: Any) -> tuple[Part, ...]:
 
 
 def _heads(attention: Any) -> int:
-    return attention.num_heads
+    return int(attention.num_heads)
 
 
 TABLE = merge(
@@ -54,7 +54,7 @@ TABLE = merge(
         "o_a_proj",
         "DeepseekV4Attention",
         stack=lambda attention: attention.o_a_proj.n_groups,
-        leaf="DeepseekV4GroupedLinear",
+        module_class="DeepseekV4GroupedLinear",
     ),
     entries(
         "mlp",

@@ -38,7 +38,7 @@ def _xlstm_parts(layer: Any) -> tuple[Part, ...]:
 
 
 def _lru_heads(unit: Any) -> int:
-    return unit.num_attention_heads
+    return int(unit.num_attention_heads)
 
 
 TABLE = merge(

@@ -1,0 +1,53 @@
+"""Hashes of texts and of files: BLAKE2b, as hexadecimal digits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
+from pathlib import Path
+
+CHUNK = 2**24
+"""Bytes hashed at a time, each chunk by a thread of its own: one thread reaches a third to one GB/s."""
+
+
+def digest(data: str | bytes, size: int) -> str:
+    """Return the hash of a text's UTF-8 bytes, the same in every process and on every machine.
+
+    Args:
+        data: The text; a name that the file system has in other bytes than UTF-8 is taken by these bytes.
+        size: Bytes of the hash.
+    """
+    return blake2b(
+        data.encode(errors="surrogateescape") if isinstance(data, str) else data, digest_size=size
+    ).hexdigest()
+
+
+def hash_file(
+    path: Path, chunk: int = CHUNK, *, from_disk: bool = False, advance: Callable[[int], object] = lambda _: None
+) -> str:
+    """Return the hash of the hashes of a file's chunks, so that all cores can work on one file.
+
+    Args:
+        path: The file.
+        chunk: Bytes of a chunk.
+        from_disk: Whether to forget first what the system holds of it in memory.
+        advance: Called with the bytes of each chunk that is done.
+
+    Returns:
+        BLAKE2b, 256 bits, as hex.
+    """
+    with path.open("rb") as file, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        size = os.fstat(file.fileno()).st_size
+        if from_disk and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+        def digest_of(start: int) -> bytes:
+            return blake2b(os.pread(file.fileno(), chunk, start), digest_size=32).digest()
+
+        whole, starts = blake2b(digest_size=32), range(0, size, chunk)
+        for start, found in zip(starts, pool.map(digest_of, starts), strict=True):
+            whole.update(found)
+            advance(min(chunk, size - start))
+        return whole.hexdigest()
