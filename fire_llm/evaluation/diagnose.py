@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fire_llm.architectures.hidden_layers import down_projections
 from fire_llm.architectures.matrices import ParameterSlice, logical_matrices, plain_name, unwrap
 from fire_llm.core.errors import UserError
 from fire_llm.distributed import refuse_engines
-from fire_llm.evaluation.network import Network, down_projections, sample, undisturbed
+from fire_llm.evaluation.network import Network, sample, undisturbed
 from fire_llm.linalg.activations import Activity, Features, dormant_share
 from fire_llm.linalg.curvature import gradient_norm, top_hessian_eigenvalue
 from fire_llm.linalg.measures import dfi, sfe, srank
