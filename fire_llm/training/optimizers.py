@@ -39,12 +39,11 @@ def muon_adamw(model: nn.Module, args: ContinualArguments) -> MuonAdamW:
             "take another optimizer"
         )
     rest = [p for name, p in trained.items() if name not in hidden]
+    decayed = {"params": [p for p in rest if p.ndim >= 2], "weight_decay": args.weight_decay}
+    others = {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}
     return MuonAdamW(
         matrices,
-        [
-            {"params": [p for p in rest if p.ndim >= 2], "weight_decay": args.weight_decay},
-            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-        ],
+        [decayed, others],
         lr=args.learning_rate,
         muon_lr=args.muon_lr,
         momentum=args.muon_momentum,

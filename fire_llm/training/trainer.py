@@ -27,7 +27,7 @@ from fire_llm.linalg.matmul import settings_kept
 from fire_llm.training.arguments import ContinualArguments
 from fire_llm.training.batches import FromStep, hash_batch
 from fire_llm.training.callbacks import Keeping, ResetCallback
-from fire_llm.training.loss import SummedLoss, summed_loss
+from fire_llm.training.loss import summed_loss
 from fire_llm.training.nonfinite import SKIPPED, FiniteGuard, propagate_nonfinite
 from fire_llm.training.optimizers import muon_adamw, scheduled
 from fire_llm.training.penalties import add_penalties
@@ -35,7 +35,7 @@ from fire_llm.training.preemption import Stopping
 from fire_llm.training.progress import Progress, report_line
 from fire_llm.training.saving import Saver
 from fire_llm.training.sharding import load_optimizer, load_weights, refuse_engines, sharding, whole_weights
-from fire_llm.training.throughput import Throughput, throughput
+from fire_llm.training.throughput import throughput
 from fire_llm.training.validation import EvaluationSet, validate
 
 
@@ -197,13 +197,8 @@ class ContinualTrainer(Trainer):
 
     # ---- a step: its batches, its losses, its gradients
 
-    @cached_property
-    def _summed_loss(self) -> SummedLoss:
-        return summed_loss(self)
-
-    @cached_property
-    def _throughput(self) -> Throughput:
-        return throughput(self)
+    _summed_loss = cached_property(summed_loss)
+    _throughput = cached_property(throughput)
 
     @cached_property
     def _weights(self) -> int:

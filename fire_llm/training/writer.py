@@ -68,12 +68,9 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 def _whole(tensor: Tensor) -> bool:
     """Return whether a tensor is an ordinary one that fills its memory."""
-    ordinary = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_meta
-    return (
-        ordinary
-        and not tensor.requires_grad
-        and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    )
+    if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_meta or tensor.requires_grad:
+        return False
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
 class Writer:
