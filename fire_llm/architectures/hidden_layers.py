@@ -1,7 +1,12 @@
-"""Where the hidden units of a model's MLPs are read: the modules whose input they are."""
+"""Find the hidden layers of a model's MLPs: which rows and columns belong to each unit, and which module reads it.
+
+Shapes: width of the residual stream, units of a hidden layer.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -10,8 +15,56 @@ from fire_llm.architectures.lookup import Lookup
 from fire_llm.architectures.matrices import ParameterSlice, logical_matrices
 
 
+@dataclass(frozen=True)
+class HiddenLayer:
+    """Locate the units of one MLP: unit j is row j of each incoming slice and column j of the outgoing one."""
+
+    name: str
+    """Of the outgoing parameter."""
+    reader: nn.Module
+    """Module whose input is the units' activations."""
+    incoming: tuple[ParameterSlice, ...]
+    """(units, width) matrices, and their biases as (units, 1)."""
+    outgoing: ParameterSlice
+    """(width, units)."""
+
+    @property
+    def units(self) -> int:
+        """Return how many units there are."""
+        return self.outgoing.shape[1]
+
+
+def hidden_layers(
+    model: nn.Module, wanted: Callable[[ParameterSlice], bool]
+) -> tuple[list[HiddenLayer], dict[str, str]]:
+    """Find the hidden layers of dense MLPs.
+
+    Args:
+        model: Unwrapped causal LM of a known layout, on any device, `meta` included.
+        wanted: Whether a matrix may be acted on; an MLP with one that may not is passed over.
+
+    Returns:
+        The layers, and for MLPs whose units lie elsewhere than in rows and columns of matrices: why, by the name of
+        their last parameter.
+    """
+    parameters = dict(model.named_parameters())
+    layers, unreached = [], {}
+    for matrices, outgoing, found in _mlps(model):
+        if not all(wanted(matrix) for matrix in matrices):
+            continue
+        incoming = [m for m in matrices if m is not outgoing]
+        if outgoing is None or isinstance(found, str):
+            unreached[matrices[-1].parameter] = str(found)
+        elif any(m.shape != outgoing.shape[::-1] for m in incoming):
+            unreached[matrices[-1].parameter] = f"{matrices[-1].block} has matrices of several shapes"
+        else:
+            biases = [bias for m in incoming if (bias := _bias(m, parameters)) is not None]
+            layers.append(HiddenLayer(outgoing.parameter, found, (*incoming, *biases), outgoing))
+    return layers, unreached
+
+
 def down_projections(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
-    """Find the modules that read an MLP's hidden units, by the layout: (width, inner) beside an (inner, ...) matrix.
+    """Find the modules that read an MLP's hidden units.
 
     Args:
         model: Unwrapped causal LM of a known layout.
@@ -19,30 +72,46 @@ def down_projections(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, 
     Returns:
         Modules by the name of their parameter, and for the MLPs where none was found: their parameters by reason.
     """
+    readers: dict[str, nn.Module] = {}
+    missing: dict[str, list[str]] = {}
+    for matrices, outgoing, found in _mlps(model):
+        if outgoing is None or isinstance(found, str):
+            missing.setdefault(str(found), []).append(matrices[-1].parameter)
+        else:
+            readers[outgoing.parameter] = found
+    return readers, missing
+
+
+def _mlps(model: nn.Module) -> Iterator[tuple[list[ParameterSlice], ParameterSlice | None, nn.Module | str]]:
+    """Yield of each MLP its matrices, by the layout the one that leads back, (width, units), and the module of that.
+
+    Where no single matrix does, None, and why.
+    """
     config: Any = model.config
     width = config.get_text_config().hidden_size
     lookup = Lookup(model)
     blocks: dict[int, list[ParameterSlice]] = {}
     for matrix in logical_matrices(model, ["mlp"]):
         blocks.setdefault(id(lookup.location(matrix.parameter).block), []).append(matrix)
-    found: dict[str, nn.Module] = {}
-    missing: dict[str, list[str]] = {}
     for matrices in blocks.values():
-        down = {m.parameter: m for m in matrices if _is_down(m, matrices, width)}
-        stacked = any(m.spec is not None and m.spec.index is not None for m in matrices)
-        if stacked or len(down) != 1:
-            reason = (
-                "experts stacked in one parameter, whose units no module reads"
-                if stacked
-                else f"no single matrix of {matrices[0].block} leads from the inner width back to {width}"
-            )
-            missing.setdefault(reason, []).append(matrices[-1].parameter)
+        down = [m for m in matrices if _is_down(m, matrices, width)]
+        if any(m.spec is not None and m.spec.index is not None for m in matrices):
+            yield matrices, None, "experts stacked in one parameter, whose units no module reads"
+        elif len(down) != 1:
+            yield matrices, None, f"no single matrix of {matrices[0].block} leads from the inner width back to {width}"
         else:
-            name = next(iter(down))
-            found[name] = lookup.location(name).owner
-    return found, missing
+            yield matrices, down[0], lookup.location(down[0].parameter).owner
 
 
 def _is_down(matrix: ParameterSlice, block: list[ParameterSlice], width: int) -> bool:
     out, inner = matrix.shape
     return out == width != inner and any(other.shape[0] == inner for other in block)
+
+
+def _bias(matrix: ParameterSlice, parameters: dict[str, nn.Parameter]) -> ParameterSlice | None:
+    """Return the bias beside a matrix as a (units, 1) slice, cut as its rows are; None where none is trained."""
+    name = f"{matrix.parameter.removesuffix('.weight')}.bias"
+    bias = parameters.get(name)
+    if bias is None or matrix.spec is None or not bias.requires_grad:
+        return None
+    return replace(matrix, parameter=name, tensor=bias, spec=replace(matrix.spec, in_first=False, columns=1))

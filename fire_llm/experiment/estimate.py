@@ -69,10 +69,10 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
     flops_a_token = flops_per_token(model, context_of(recipe, config)) or 6 * parameters
     stages = select(expand(recipe), arms)
     if recycling := [r for stage in stages for r in stage.resets if r.kind == "recycling"]:
-        from fire_llm.training.recycling import hidden_layers  # the trainer takes seconds to import
+        from fire_llm.training.recycling import recycled_layers  # the trainer takes seconds to import
 
         for spec in recycling:
-            hidden_layers(model, spec)
+            recycled_layers(model, spec)
     rows: list[dict[str, Any]] = []
     for stage in stages:
         steps = _steps(recipe, stage)

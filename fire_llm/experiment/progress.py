@@ -18,7 +18,7 @@ from fire_llm.core.atomic import CONTINUAL_STATE, checkpoints
 from fire_llm.experiment.collect import measured_nll
 from fire_llm.experiment.jobs import Job
 from fire_llm.experiment.stages import final_checkpoint
-from fire_llm.training.callbacks import BAR_DELAY, LINE_SECONDS, duration, interactive
+from fire_llm.training.progress import BAR_DELAY, LINE_SECONDS, duration, interactive
 
 REPORT_SECONDS = 1.0
 """Between two reports of a worker."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fire_llm.training.arguments import ContinualArguments
+from fire_llm.training.batches import hash_batch
 from fire_llm.training.callbacks import KeptOptimizer, ResetCallback
 from fire_llm.training.diagnosing import DiagnosticsCallback
 from fire_llm.training.loss_jump import LossJumpCallback
@@ -9,8 +11,8 @@ from fire_llm.training.optimizers import MuonAdamW
 from fire_llm.training.penalties import PenaltyCallback
 from fire_llm.training.recycling import RecyclingCallback
 from fire_llm.training.schedules import multiplier
-from fire_llm.training.stepping import hash_batch
-from fire_llm.training.training import ContinualArguments, ContinualTrainer, EvaluationSet
+from fire_llm.training.trainer import ContinualTrainer
+from fire_llm.training.validation import EvaluationSet
 
 __all__ = [
     "ContinualArguments",

@@ -1,10 +1,8 @@
-"""Callbacks: the reset inside any `Trainer`, and what `ContinualTrainer` adds to its own."""
+"""Callbacks: the reset inside any `Trainer`, moments that go on, and when a `ContinualTrainer` saves and logs."""
 
 from __future__ import annotations
 
 import math
-import sys
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +33,7 @@ class ResetCallback(TrainerCallback):
     Args:
         resets: A method's name, a spec, or a list of specs, as `apply_reset` takes them.
         at_steps: Optimizer steps after which it is applied; none means when training begins.
-        initial: A model with the run's step-0 weights; where it is wanted and not given, drawn from the model's
+        initial: A model with the run's initial weights; where it is wanted and not given, drawn from the model's
             config and `seed`.
         seed: Seed of those weights; the trainer's own by default.
         report_file: Where to write the report as JSON.
@@ -113,7 +111,7 @@ class KeptOptimizer(TrainerCallback):
         self.checkpoint = checkpoint
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        """Take them over, unless this is a resumption, which has its own."""
+        """Load them, unless this is a resumption, which has its own."""
         if state.global_step == 0:
             load_optimizer(optimizer, self.checkpoint, settings=False)
 
@@ -122,6 +120,7 @@ class Keeping(TrainerCallback):
     """Save at the listed steps, and log wherever something is saved or measured, so that no average spans it."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Measure and save at the last step too."""
         last = state.global_step >= state.max_steps
         control.should_evaluate |= last
         control.should_save |= last or state.global_step in args.keep_steps
@@ -129,74 +128,7 @@ class Keeping(TrainerCallback):
             control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        """Raise where a mean of finite losses is not finite itself."""
         loss = logs.get("loss")
         if loss is not None and not math.isfinite(loss):
             raise FloatingPointError(f"the training loss is {loss} at step {state.global_step}: training stops here")
-
-
-BAR_DELAY = 2.0
-"""Seconds before a progress bar shows; what is done by then needs none."""
-
-LINE_SECONDS = 30.0
-"""Between two lines that say how far training is, where there is no terminal to draw a bar on."""
-
-
-def interactive() -> bool:
-    """Return whether bars can be drawn: on a terminal or in a notebook, not in a file or a pipe."""
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
-
-
-def duration(seconds: float) -> str:
-    """Write a duration for people: `45 s`, `12 min`, `3.5 h`."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-class Progress(TrainerCallback):
-    """Show one bar a phase, with the latest training loss and validation perplexities, or a line now and then."""
-
-    bar: Any = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        from tqdm.auto import tqdm
-
-        shown = args.title is not None and not args.disable_tqdm and state.is_world_process_zero
-        self.lines = shown and not interactive()
-        self.bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc=args.title,
-            unit="step",
-            delay=BAR_DELAY,
-            disable=not shown or self.lines,
-        )
-        self.shown: dict[str, str] = {}
-        self.began, self.first = time.monotonic(), state.global_step
-        self.line_at = self.began + LINE_SECONDS
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        step, now = state.global_step, time.monotonic()
-        self.bar.update(step - self.bar.n)
-        if self.lines and now >= self.line_at:
-            self.line_at = now + LINE_SECONDS
-            left = duration((now - self.began) / (step - self.first) * (state.max_steps - step))
-            values = ", ".join(f"{name} {value}" for name, value in self.shown.items())
-            sys.stderr.write(f"{args.title}: step {step:,} of {state.max_steps:,}, {left} left; {values}\n")
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-        if "loss" in logs:
-            self.shown["loss"] = f"{logs['loss']:.3f}"
-        if "tokens_per_second" in logs:
-            self.shown["tok/s"] = f"{logs['tokens_per_second']:,.0f}"
-        if "mfu" in logs:
-            self.shown["MFU"] = f"{logs['mfu']:.0%}"
-        for key, value in logs.items():
-            if key.startswith("eval_") and key.endswith("_perplexity"):
-                self.shown[f"ppl {key[5:-11]}"] = f"{value:.1f}"
-        self.bar.set_postfix(self.shown, refresh=False)
-
-    def close(self) -> None:
-        """End the bar's line, however training ended."""
-        if self.bar is not None:
-            self.bar.close()

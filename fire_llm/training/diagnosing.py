@@ -32,7 +32,7 @@ class DiagnosticsCallback(TrainerCallback):
         self._trainer: Any = None
 
     def attach(self, trainer: Any) -> DiagnosticsCallback:
-        """Add this to a trainer and log through it, to every logger it has; among `callbacks` only its state is told.
+        """Add this to a trainer and log to every logger it has; among `callbacks`, to the log of its state alone.
 
         Args:
             trainer: A `Trainer` that has not begun to train.

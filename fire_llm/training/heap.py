@@ -10,7 +10,7 @@ import torch
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory instead of giving it back and faulting it in again at every step.
+    """Have glibc keep freed memory instead of giving it back and faulting it in again at every step.
 
     Measured on two cores with a 1 M-parameter GPT: 1.15 to 1.22 times the training speed, three pairs of runs.
     """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from fire_llm.distributed import fsdp_modules
 from fire_llm.evaluation.precision import evaluating, own_precision
 from fire_llm.evaluation.scoring import IGNORE, Scorer, forward_replaced, token_nll, with_hidden
 from fire_llm.evaluation.unmasked import needs_no_mask, unmasked
+from fire_llm.training.progress import report_line
 from fire_llm.training.rounded import rounded
 
 SLICE = 2**25
@@ -51,10 +53,11 @@ class SummedLoss:
 
     Args:
         model: A causal LM from transformers.
-        autocast: Gives the context that its forward pass runs in.
+        autocast: Returns the context that its forward pass runs in.
         fp16: Whether that context computes in fp16.
         params: A dtype that the model reads its parameters in (`rounded`); None: autocast does as it does.
         compiling: Arguments of torch.compile, for the trunk and the softmax; None: they are not compiled.
+        report: Called once, with a sentence, where logits are held whole that would be sliced.
     """
 
     def __init__(
@@ -65,15 +68,14 @@ class SummedLoss:
         fp16: bool = False,
         params: torch.dtype | None = None,
         compiling: dict[str, Any] | None = None,
+        report: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.model, self.autocast, self.fp16, self.compiling = unwrap(model), autocast, fp16, compiling
-        self.params = params
+        self.params, self.report = params, report
         self._trunk: nn.Module | None = None
         self._looked = False
         self._forward: Callable[..., Any] | None = None
         self._differentiate = _differentiate if compiling is None else self._compiled(_differentiate_at_once)
-        self.say: Callable[[str], None] = lambda _: None
-        """Where to tell, once, that logits are held whole that would be sliced, and how much they take."""
 
     def __call__(self, model: nn.Module, labels: Tensor, **inputs: Tensor) -> Tensor:
         """Return Σ nll, (), fp32.
@@ -90,11 +92,13 @@ class SummedLoss:
             if not sliced:
                 if self.params is not None:
                     stack.enter_context(forward_replaced(self.model, self._rounded_forward))
-                return token_nll(model(**inputs, use_cache=False).logits, labels).sum()
+                nll: Tensor = token_nll(model(**inputs, use_cache=False).logits, labels)
+                return nll.sum()
             # The wrapped model is called, not this one: DistributedDataParallel gets ready for backward in there.
             stack.enter_context(forward_replaced(self.model, lambda **given: self._sum(labels.flatten(), given)))
             # torch.compile's wrapper is left aside: it would compile this function, of which two parts gain by it.
-            return getattr(model, "_orig_mod", model)(**inputs)
+            total: Tensor = getattr(model, "_orig_mod", model)(**inputs)
+            return total
 
     def _rounded_forward(self, **inputs: Any) -> Any:
         with self._as_read(self.model):
@@ -105,7 +109,7 @@ class SummedLoss:
         return nullcontext() if self.params is None else rounded(module, self.params)
 
     def without_mask(self, inputs: dict[str, Tensor]) -> bool:
-        """Tell whether attention is causal and nothing else, so that its kernel takes no mask; checked once a length.
+        """Return whether attention is causal and nothing else, so that its kernel takes no mask; checked once a length.
 
         Args:
             inputs: What the model reads. Positions of documents, beside the ids, have a mask of their own.
@@ -114,7 +118,7 @@ class SummedLoss:
         return plain and needs_no_mask(self.model, inputs["input_ids"].shape[-1], self._trunk)
 
     def sliced(self, model: nn.Module, labels: Tensor) -> bool:
-        """Tell whether the logits of a micro-batch are taken in slices."""
+        """Return whether the logits of a micro-batch are taken in slices."""
         if (
             labels.numel() * self._vocabulary() <= WHOLE
             or self.fp16
@@ -139,7 +143,7 @@ class SummedLoss:
             self._forward = self._compiled(self._trunk.forward)
             return
         gigabytes = 4 * labels.numel() * self._vocabulary() / 1e9
-        self.say(
+        self.report(
             f"no part of {type(self.model).__name__} gives the same logits in slices, so that a micro-batch's are held "
             f"whole: {gigabytes:.2g} GB, and as much for their gradients. Smaller micro-batches hold less"
         )
@@ -175,12 +179,30 @@ class SummedLoss:
             parameters = [leaf for leaf in _leaves(self._logits(inputs)) if leaf is not part]
             hidden = outputs[0].flatten(0, 1)
             rows = even_rows(len(hidden), max(1, logits_at_once(hidden.device) // self._vocabulary()))
-            return _Sliced.apply(head, self._differentiate, targets, rows, hidden, *parameters)
+            apply: Any = _Sliced.apply
+            total: Tensor = apply(head, self._differentiate, targets, rows, hidden, *parameters)
+            return total
 
     def _logits(self, inputs: dict[str, Tensor]) -> Tensor:
         # The class's forward: accelerate's own, on the instance, would make fp32 of the logits. A row taken by its
         # index would have a gradient of zeros, as large as the logits, that the row's own is copied into.
-        return type(self.model).forward(self.model, **inputs, use_cache=False).logits.squeeze(0)
+        logits: Tensor = type(self.model).forward(self.model, **inputs, use_cache=False).logits
+        return logits.squeeze(0)
+
+
+def summed_loss(trainer: Any) -> SummedLoss:
+    """Return the loss of a `ContinualTrainer`'s model, in the precision and compiled as its arguments ask for."""
+    args = trainer.args
+    compiling = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+    return SummedLoss(
+        trainer.model,
+        trainer.accelerator.autocast,
+        fp16=args.fp16,
+        # FSDP2 gathers shards in bf16 by itself.
+        params=torch.bfloat16 if args.bf16_params and not trainer.is_fsdp_enabled else None,
+        compiling=compiling if args.torch_compile else None,
+        report=partial(report_line, args),
+    )
 
 
 def logits_at_once(device: torch.device) -> int:
@@ -239,10 +261,7 @@ def _differentiate(logits: Tensor, targets: Tensor, gradient: Tensor) -> Tensor:
         targets: (R,) tokens; `IGNORE` where none is scored.
         gradient: (R, V) written over.
     """
-    ignored = (targets == IGNORE)[:, None]
-    at = targets.clamp(min=0)[:, None]
-    log_p = torch.log_softmax(logits, -1, dtype=_wide(logits))
-    nll = -log_p.gather(-1, at).masked_fill(ignored, 0.0).sum()
+    nll, log_p, at, ignored = _nll(logits, targets)
     p = log_p.exp_().scatter_add_(-1, at, log_p.new_full((), -1.0).expand(at.shape))
     gradient.copy_(p.masked_fill_(ignored, 0.0))
     return nll
@@ -253,17 +272,18 @@ def _differentiate_at_once(logits: Tensor, targets: Tensor, gradient: Tensor) ->
 
     A scatter would be a kernel of its own, and what it writes to a tensor in fp32.
     """
-    ignored = (targets == IGNORE)[:, None]
-    at = targets.clamp(min=0)[:, None]
-    log_p = torch.log_softmax(logits, -1, dtype=_wide(logits))
-    nll = -log_p.gather(-1, at).masked_fill(ignored, 0.0).sum()
+    nll, log_p, at, ignored = _nll(logits, targets)
     one_hot = torch.arange(logits.shape[-1], device=logits.device) == at
     gradient.copy_((log_p.exp() - one_hot.to(log_p.dtype)).masked_fill(ignored, 0.0))
     return nll
 
 
-def _wide(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+def _nll(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return Σ nll, (); log-probabilities, (R, V); the targets, (R, 1), 0 where ignored; and where they are, (R, 1)."""
+    ignored = (targets == IGNORE)[:, None]
+    at = targets.clamp(min=0)[:, None]
+    log_p = torch.log_softmax(logits, -1, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    return -log_p.gather(-1, at).masked_fill(ignored, 0.0).sum(), log_p, at, ignored
 
 
 def _leaves(result: Tensor) -> list[Tensor]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainerCallback
+
+from fire_llm.training.progress import report_line
 
 
 def loss_jump(before: float, after: float, vocabulary: int) -> dict[str, float | None]:
@@ -38,16 +39,16 @@ def loss_jump(before: float, after: float, vocabulary: int) -> dict[str, float |
 
 def sentence(corpus: str, found: Mapping[str, Any]) -> str:
     """Return one sentence about a jump of the loss."""
-    told = f"NLL on {corpus} {found['after']:.3f} after the reset, {found['before']:.3f} before"
+    text = f"NLL on {corpus} {found['after']:.3f} after the reset, {found['before']:.3f} before"
     if found["undone"] is None:
-        return f"{told}, which was no better than a uniform guess, {found['uniform']:.3f}"
-    told += f": it undid {found['undone']:.0%} of what sets the checkpoint apart from a uniform guess"
+        return f"{text}, which was no better than a uniform guess, {found['uniform']:.3f}"
+    text += f": it undid {found['undone']:.0%} of what sets the checkpoint apart from a uniform guess"
     beyond = f", {found['uniform']:.3f}. That is worse than knowing nothing: expect a slow start"
-    return told + (beyond if found["undone"] > 1.05 else f" ({found['uniform']:.3f})")
+    return text + (beyond if found["undone"] > 1.05 else f" ({found['uniform']:.3f})")
 
 
 class LossJumpCallback(TrainerCallback):
-    """Say, at the evaluation before the first step, how far the reset threw the loss back.
+    """Report, at the evaluation before the first step, how far the reset threw the loss back.
 
     Args:
         before: NLL of the checkpoint that training starts from, by corpus.
@@ -59,9 +60,7 @@ class LossJumpCallback(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **_: Any) -> None:
         """Write a line a corpus to stderr."""
-        if state.global_step > 0 or args.title is None or not state.is_world_process_zero:
-            return
-        for corpus, before in self.before.items():
+        for corpus, before in self.before.items() if state.global_step == 0 and args.title is not None else ():
             after = metrics.get(f"eval_{corpus}_nll", math.nan)
             if math.isfinite(after):
-                sys.stderr.write(f"{args.title}: {sentence(corpus, loss_jump(before, after, self.vocabulary))}\n")
+                report_line(args, sentence(corpus, loss_jump(before, after, self.vocabulary)))

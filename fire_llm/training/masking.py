@@ -11,11 +11,11 @@ from fire_llm.core.errors import UserError
 from fire_llm.evaluation.precision import evaluating
 
 PROBE = (11, 1, 20)
-"""Tokens of the documents that a model is looked at with: beyond a convolution's reach, and one alone."""
+"""Tokens of the documents that a model is checked with: beyond a convolution's reach, and one alone."""
 
 
 def check_document_mask(model: Any) -> None:
-    """Refuse a model in which a document, told by positions that start again, reads the one before it.
+    """Refuse a model in which a document, which its positions mark by starting again, reads the one before it.
 
     transformers masks attention by such positions; states and convolutions that run on, and positions that are not
     taken from `position_ids`, do not follow them.
@@ -38,7 +38,7 @@ def check_document_mask(model: Any) -> None:
             ).logits
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"batch.document_mask: {name} takes no positions of documents ({error}). {_INSTEAD}") from error
-    # Rounding differs between one long product and three short ones; a document that is seen moves a logit by its size.
+    # Rounding differs between one long product and three short ones; a document that is read moves a logit by its size.
     # In fp64 too some classes take their softmax in fp32.
     near = 256 * torch.finfo(torch.float32).eps * float(alone.abs().max())
     if not bool(((packed - alone).abs() <= near).all()):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fire_llm.core.atomic import checkpoints, write_json
+from fire_llm.distributed import gather_objects
+from fire_llm.training.progress import report_line
 
 NONFINITE_FILE = "nonfinite.json"
-"""What a step was trained on whose loss or gradient was not finite, in the unit's folder."""
+"""File in a stage's folder: what a step was trained on whose loss or gradient was not finite."""
 
 SKIPPED = "skipped_steps"
 """Key of a trainer's log: steps left out so far."""
@@ -24,32 +25,33 @@ def propagate_nonfinite(loss: Tensor) -> Tensor:
     """Return a loss as it is, whose gradients are not finite where it is not.
 
     A loss may be infinite and its gradient finite (a token that the model rules out). With this, the norm of the
-    gradients tells of both, and averaging gradients tells every rank.
+    gradients shows both, and averaging gradients shows it to every rank.
     """
     return loss * (1 + 0 * loss.detach())
 
 
 @dataclass
 class _LeftToDevice:
-    """A step whose norm the host has not seen yet; where it is not finite, the device has left the update out."""
+    """Hold a step whose norm the host has not seen yet; where it is not finite, the device has left the update out."""
 
     step: int
     losses: list[Tensor]
     bad: Tensor
     """() bool, on the host once `copied`."""
-    copied: torch.cuda.Event | None
+    copied: Any
+    """CUDA event; None where nothing has to be waited for."""
     optimizer: Any
     """Whose `found_inf` was set."""
 
 
 class FiniteGuard:
-    """Look at each step's gradient norm before the optimizer does.
+    """Check each step's gradient norm before the optimizer steps.
 
     The norm is taken over gradients that all ranks have averaged, or is summed over their shards: every rank sees the
     same one and does the same, with no message of its own.
 
     On an accelerator the host would wait for it before every update. There a fused optimizer's `found_inf` makes it
-    leave the update out, as gradient scaling does it, and the host hears of it a step later, or before anything is
+    leave the update out, as gradient scaling does it, and the host reads of it a step later, or before anything is
     logged, measured or saved. Other optimizers are waited for.
 
     Args:
@@ -73,12 +75,12 @@ class FiniteGuard:
         if not self._losses:
             self._before = self.trainer._tr_loss.clone()
 
-    def check_finite(self, loss: Tensor) -> None:
-        """Note a micro-batch's loss."""
+    def note(self, loss: Tensor) -> None:
+        """Keep a micro-batch's loss, (), for the report of a step that is not finite; the host waits for nothing."""
         self._losses.append(loss)
 
     def passes(self, model: nn.Module, norm: Any) -> bool:
-        """Tell whether a step may be taken; where it may not and is to be skipped, take its gradients away.
+        """Return whether a step may be taken; where it may not and is to be skipped, take its gradients away.
 
         Args:
             model: Whose gradients they are.
@@ -90,7 +92,7 @@ class FiniteGuard:
         losses, self._losses = self._losses, []
         trainer = self.trainer
         step = trainer.state.global_step + 1
-        if (optimizer := _told_on_device(trainer, norm)) is not None:
+        if (optimizer := _device_guarded(trainer, norm)) is not None:
             self.settle()
             self._left = self._leave_to_device(optimizer, norm, step, losses)
             return True
@@ -99,12 +101,10 @@ class FiniteGuard:
         scaler = trainer.accelerator.scaler
         if scaler is not None and scaler.get_scale() >= 1:
             return True  # fp16 overflows now and then: the scaler leaves the step out and lowers its scale
-        if trainer.args.nonfinite == "halt":
-            self._halt(step, [float(loss) for loss in losses])
+        self._leave_out(step, losses)
         for parameter in model.parameters():
             parameter.grad = None  # an optimizer passes over what has none
         trainer._tr_loss.copy_(self._before)
-        self._skip(step)
         return False
 
     def _leave_to_device(self, optimizer: Any, norm: Tensor, step: int, losses: list[Tensor]) -> _LeftToDevice:
@@ -122,7 +122,7 @@ class FiniteGuard:
         return _LeftToDevice(step, losses, on_host, copied, optimizer)
 
     def settle(self) -> bool:
-        """Hear of the step that was left to the device, if there is one; tell whether its update was made.
+        """Read of the step that was left to the device, if there is one; return whether its update was made.
 
         Raises:
             FloatingPointError: It was not finite, and `nonfinite` is halt. The weights are those from before it.
@@ -133,22 +133,21 @@ class FiniteGuard:
         left.optimizer.found_inf = None  # it was about that step alone
         if left.copied is not None:
             left.copied.synchronize()
-        if not left.bad:
-            return True
-        if self.trainer.args.nonfinite == "halt":
-            self._halt(left.step, [float(loss) for loss in left.losses])
-        self._skip(left.step)
-        return False
+        if left.bad:
+            self._leave_out(left.step, left.losses)
+        return not left.bad
 
-    def _skip(self, step: int) -> None:
+    def _leave_out(self, step: int, losses: list[Tensor]) -> None:
+        """Halt, or count a step whose update is not made."""
+        if self.trainer.args.nonfinite == "halt":
+            self._halt(step, [float(loss) for loss in losses])
         # The logged loss is a mean over the steps since the last log: this one is not among them.
         self.trainer._globalstep_last_logged += 1
         self.skipped += 1
-        self.say(f"step {step} skipped, its loss or gradient is not finite ({self.skipped} so far)")
+        text = f"step {step} skipped, its loss or gradient is not finite ({self.skipped} so far)"
+        report_line(self.trainer.args, text)
 
     def _halt(self, step: int, losses: list[float]) -> None:
-        from accelerate.utils import gather_object
-
         trainer, args = self.trainer, self.trainer.args
         micro, world = args.train_batch_size, args.world_size
         first = (step - 1) * len(losses) * world * micro
@@ -158,12 +157,12 @@ class FiniteGuard:
             samples = [describe(trainer.train_dataset, i) for i in range(begin, begin + micro)]
             finite = math.isfinite(loss)
             batches.append({"loss": loss if finite else None, "finite": finite, "samples": samples})
-        found = gather_object([{"rank": args.process_index, "batches": batches}])
+        found = gather_objects(None, {"rank": args.process_index, "batches": batches})
         culprit = "gradient" if all(b["finite"] for rank in found for b in rank["batches"]) else "loss"
         file = Path(args.output_dir) / NONFINITE_FILE
         if trainer.is_world_process_zero():
             write_json(file, {"step": step, "not_finite": culprit, "ranks": found})
-        trainer.settle(say=True)
+        trainer.settle(report=True)
         newest = checkpoints(Path(args.output_dir))[-1:]
         left = f"the newest checkpoint is '{newest[0][0]}'" if newest else "no checkpoint was written yet"
         raise FloatingPointError(
@@ -171,13 +170,8 @@ class FiniteGuard:
             "samples. Lower the learning rate, or leave such steps out with nonfinite: skip"
         )
 
-    def say(self, words: str) -> None:
-        """Write a line about this training to stderr, on the first rank."""
-        if self.trainer.is_world_process_zero():
-            sys.stderr.write(f"{self.trainer.args.title or 'training'}: {words}\n")
 
-
-def _told_on_device(trainer: Any, norm: Any) -> Any:
+def _device_guarded(trainer: Any, norm: Any) -> Any:
     """Return the optimizer that reads `found_inf` on an accelerator; None where the host has to wait."""
     if not getattr(norm, "is_cuda", False) or hasattr(norm, "full_tensor") or trainer.accelerator.scaler is not None:
         return None
@@ -195,7 +189,7 @@ def takes_found_inf(optimizer: Any) -> Any:
 
 
 def describe(dataset: Any, index: int) -> dict[str, Any]:
-    """Say which sample it was: its index, and where a `Mixture` took it from.
+    """Return which sample it was: its index, and where a `Mixture` took it from.
 
     Returns:
         `index`; of a mixture also `corpus`, `tokens` [first, end) and `documents` [first, last] of that corpus.

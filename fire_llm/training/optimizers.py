@@ -4,71 +4,27 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainingArguments
-from transformers.training_args import OptimizerNames
 
 from fire_llm.architectures.matrices import hidden_matrices, unwrap
 from fire_llm.core.errors import UserError
 from fire_llm.distributed import Block, Placement, Redistribution, cost, placement_of
+from fire_llm.training.arguments import ContinualArguments
 from fire_llm.training.schedules import multiplier
 
 
-@dataclass
-class OptimizingArguments(TrainingArguments):
-    """Add Muon and the schedules that transformers does not have to `TrainingArguments`."""
-
-    muon: bool = field(default=False, metadata={"help": "Train attention's and MLPs' matrices with Muon."})
-    muon_lr: float | None = field(default=None, metadata={"help": "Peak learning rate of Muon; the other by default."})
-    muon_momentum: float = field(default=0.95, metadata={"help": "Share of Muon's momentum that a step keeps."})
-    schedule: dict[str, Any] | None = field(
-        default=None,
-        metadata={"help": "Arguments of `multiplier` but for steps and warmup; then no lr_scheduler_type."},
-    )
+def scheduled(optimizer: Any, args: ContinualArguments, steps: int) -> LambdaLR:
+    """Return the schedule that `args.schedule` describes, for a phase of so many optimizer steps."""
+    warmup = args.get_warmup_steps(steps)
+    return LambdaLR(optimizer, partial(multiplier, steps=steps, warmup=warmup, **(args.schedule or {})))
 
 
-class Optimizing(Trainer):
-    """Make the optimizer and the schedule that `OptimizingArguments` name."""
-
-    args: OptimizingArguments
-    optimizer: Any
-    lr_scheduler: Any
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Make the optimizer, Muon where it is asked for.
-
-        Raises:
-            UserError: Transformers cannot make it, for want of a library, say; or Muon has nothing to train.
-        """
-        if self.args.muon and self.optimizer is None:
-            self.optimizer = muon_adamw(model or self.model, self.args)
-        try:
-            return super().create_optimizer(model)
-        except (ImportError, ValueError) as error:
-            name = OptimizerNames(self.args.optim).value
-            raise UserError(f"the optimizer '{name}' cannot be made: {error}") from error
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Make the schedule, ours where one is given."""
-        if self.args.schedule is not None and self.lr_scheduler is None:
-            warmup = self.args.get_warmup_steps(num_training_steps)
-            rate = partial(multiplier, steps=num_training_steps, warmup=warmup, **self.args.schedule)
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, rate)
-            self._created_lr_scheduler = True
-        return super().create_scheduler(num_training_steps, optimizer)
-
-    def get_decay_parameter_names(self, model: Any) -> list[str]:
-        """Decay tensors of two dimensions and more, as the paper does."""
-        return [name for name, p in model.named_parameters() if p.ndim >= 2]
-
-
-def muon_adamw(model: nn.Module, args: OptimizingArguments) -> MuonAdamW:
+def muon_adamw(model: nn.Module, args: ContinualArguments) -> MuonAdamW:
     """Make the optimizer of a model's trainable parameters: Muon for its hidden matrices, AdamW for the rest.
 
     Raises:
@@ -83,12 +39,11 @@ def muon_adamw(model: nn.Module, args: OptimizingArguments) -> MuonAdamW:
             "take another optimizer"
         )
     rest = [p for name, p in trained.items() if name not in hidden]
+    decayed = {"params": [p for p in rest if p.ndim >= 2], "weight_decay": args.weight_decay}
+    others = {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}
     return MuonAdamW(
         matrices,
-        [
-            {"params": [p for p in rest if p.ndim >= 2], "weight_decay": args.weight_decay},
-            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-        ],
+        [decayed, others],
         lr=args.learning_rate,
         muon_lr=args.muon_lr,
         momentum=args.muon_momentum,
@@ -161,7 +116,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _step_shards(self) -> None:
         """Do what `torch.optim.Muon` does, each matrix whole on one rank."""
-        by_home: dict[Placement, list[Block]] = defaultdict(list)
+        by_placement: dict[Placement, list[Block]] = defaultdict(list)
         settings: dict[int, dict[str, Any]] = {}
         stepped = [(p, group) for group in self._muon.param_groups for p in group["params"] if p.grad is not None]
         for p, group in stepped:
@@ -177,8 +132,8 @@ class MuonAdamW(torch.optim.Optimizer):
             state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
             p.grad.lerp_(state["momentum_buffer"], group["momentum"])  # Nesterov's
             settings[id(p.grad)] = group
-            by_home[placement].append(Block(p.grad, range(p.shape[0]), (), cost(p.shape)))
-        for placement, blocks in by_home.items():
+            by_placement[placement].append(Block(p.grad, range(p.shape[0]), (), cost(p.shape)))
+        for placement, blocks in by_placement.items():
             for mine in Redistribution(placement, blocks):
                 for block, whole in mine:
                     whole.copy_(_update(whole, settings[id(block.tensor)]))

@@ -19,6 +19,7 @@ from fire_llm.resets import RESETS, ResetsLike, ResetSpec, parse_resets
 from fire_llm.resets.plan import Plan
 from fire_llm.resets.spec import refuse_kinds
 from fire_llm.training.callbacks import initial_model
+from fire_llm.training.sharding import placed_like
 
 
 class PenaltyCallback(TrainerCallback):
@@ -30,7 +31,7 @@ class PenaltyCallback(TrainerCallback):
 
     Args:
         penalties: A method's name, a spec, or a list of specs.
-        initial: A model with the run's step-0 weights; where it is wanted and not given, drawn from the model's
+        initial: A model with the run's initial weights; where it is wanted and not given, drawn from the model's
             config and `seed`. A copy of what is penalised stays on the model's device.
         seed: Seed of those weights; the trainer's own by default.
 
@@ -79,8 +80,17 @@ class PenaltyCallback(TrainerCallback):
         self._added = False
 
 
+def add_penalties(trainer: Any) -> None:
+    """Add the gradients of a trainer's penalties, once those of all micro-batches and ranks are there."""
+    scaler = trainer.accelerator.scaler
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, PenaltyCallback):
+            callback.add(1.0 if scaler is None else scaler.get_scale())  # fp16's gradients are still scaled
+
+
 def _gradient(method: str, beside: list[Tensor], options: dict[str, Any], w: Tensor) -> Tensor:
-    return RESETS[method].function(w, *beside, **options)
+    gradient: Tensor = RESETS[method].function(w, *beside, **options)
+    return gradient
 
 
 def _given(plan: Plan, spec: ResetSpec) -> list[ParameterSlice]:
@@ -105,14 +115,12 @@ def _given(plan: Plan, spec: ResetSpec) -> list[ParameterSlice]:
 
 def _local(tensor: Any) -> Tensor:
     """Return what this rank holds of a tensor."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local
 
 
 def _placed(whole: Tensor, slice_: ParameterSlice) -> Tensor:
     """Return the part of a whole parameter that a slice stands for, where and as the slice is."""
-    own: Any = slice_.tensor
-    if not hasattr(own, "to_local"):
-        return replace(slice_, tensor=whole).read().to(own, copy=True)  # `initial` may be the model itself
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(whole.detach().to(own.device, own.dtype), own.device_mesh, own.placements).to_local()
+    if hasattr(slice_.tensor, "to_local"):
+        return _local(placed_like(slice_.tensor, whole.detach()))
+    return replace(slice_, tensor=whole).read().to(slice_.tensor, copy=True)  # `initial` may be the model itself

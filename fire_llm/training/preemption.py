@@ -14,7 +14,7 @@ from fire_llm.distributed import PATIENCE, active
 
 
 class Stopping(TrainerCallback):
-    """Look at every step's end whether a signal asked one of the ranks to stop; then save and stop all of them.
+    """Check at every step's end whether a signal asked one of the ranks to stop; then save and stop all of them.
 
     Ranks ask each other on the CPU, and read the answer one step later: it travels while the step is computed, no
     rank waits for a device, and all of them read the same answer at the same step.

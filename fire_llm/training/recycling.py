@@ -1,12 +1,12 @@
-"""Hidden units that begin anew while a `Trainer` trains: found in the model, judged by a method, drawn, counted, kept.
+"""Recycle hidden units while a `Trainer` trains: found in the model, judged by a method, drawn again, counted.
 
 Shapes: width of the residual stream, units of a hidden layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from hashlib import blake2b
 from typing import Any
 
@@ -15,9 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from fire_llm.architectures.hidden_layers import down_projections
-from fire_llm.architectures.lookup import Lookup
-from fire_llm.architectures.matrices import ParameterSlice, logical_matrices, unwrap
+from fire_llm.architectures.hidden_layers import HiddenLayer, hidden_layers
+from fire_llm.architectures.matrices import ParameterSlice, unwrap
 from fire_llm.core.errors import UserError
 from fire_llm.distributed import active, fsdp_modules
 from fire_llm.models import fresh_model
@@ -26,57 +25,20 @@ from fire_llm.resets.recycling import Recycler
 from fire_llm.resets.spec import refuse_kinds
 
 RECYCLED = "recycled"
-"""Key of a trainer's log: hidden units begun anew so far, over all layers."""
+"""Key of a trainer's log: hidden units recycled so far, over all layers."""
 
 
-@dataclass(frozen=True)
-class HiddenLayer:
-    """Say where the units of one MLP live: unit j is row j of each incoming slice and column j of the outgoing one."""
-
-    name: str
-    """Of the outgoing parameter."""
-    reader: nn.Module
-    """Module whose input is the units' activations."""
-    incoming: tuple[ParameterSlice, ...]
-    """(units, width) matrices, and their biases as (units, 1)."""
-    outgoing: ParameterSlice
-    """(width, units)."""
-
-    @property
-    def units(self) -> int:
-        """Count the units."""
-        return self.outgoing.shape[1]
-
-
-def hidden_layers(model: nn.Module, spec: ResetSpec) -> list[HiddenLayer]:
-    """Find the hidden layers of a model's MLPs that a method is to act on, by the model's layout.
+def recycled_layers(model: nn.Module, spec: ResetSpec) -> list[HiddenLayer]:
+    """Return the hidden layers of a model's MLPs that a method is to act on.
 
     Args:
         model: Unwrapped causal LM, on any device, `meta` included.
-        spec: Its roles and exclude, and what is frozen, tell which layers are left alone.
+        spec: Its roles and exclude, and what is frozen, decide which layers are left alone.
 
     Raises:
         UserError: There is none, or units of an MLP lie elsewhere than in rows and columns of matrices (experts).
     """
-    found, missing = down_projections(model)
-    lookup, parameters = Lookup(model), dict(model.named_parameters())
-    blocks: dict[int, list[ParameterSlice]] = {}
-    for matrix in logical_matrices(model, ["mlp"]):
-        blocks.setdefault(id(lookup.location(matrix.parameter).block), []).append(matrix)
-    reasons = {name: reason for reason, names in missing.items() for name in names}
-    layers, unreached = [], {}
-    for matrices in blocks.values():
-        if any(spec.why_not(matrix) for matrix in matrices):
-            continue
-        outgoing = next((m for m in matrices if m.parameter in found), None)
-        incoming = [m for m in matrices if m is not outgoing]
-        if outgoing is None or any(m.shape != outgoing.shape[::-1] for m in incoming):
-            last = matrices[-1].parameter
-            unreached[last] = reasons.get(last, f"{matrices[-1].block} has matrices of several shapes")
-            continue
-        biases = [b for m in incoming if (b := _bias(m, parameters)) is not None]
-        name = outgoing.parameter
-        layers.append(HiddenLayer(name, found[name], (*incoming, *biases), outgoing))
+    layers, unreached = hidden_layers(model, lambda matrix: spec.why_not(matrix) is None)
     if unreached or not layers:
         name, reason = next(iter(unreached.items()), ("every MLP", "excluded or frozen, in part at least"))
         raise UserError(
@@ -87,29 +49,9 @@ def hidden_layers(model: nn.Module, spec: ResetSpec) -> list[HiddenLayer]:
     return layers
 
 
-def _bias(matrix: ParameterSlice, parameters: Mapping[str, nn.Parameter]) -> ParameterSlice | None:
-    """Stand for the bias beside a matrix as a (units, 1) slice, cut as its rows are; None where none is trained."""
-    name = f"{matrix.parameter.removesuffix('.weight')}.bias"
-    bias = parameters.get(name)
-    if bias is None or matrix.spec is None or not bias.requires_grad:
-        return None
-    return replace(matrix, parameter=name, tensor=bias, spec=replace(matrix.spec, in_first=False, columns=1))
-
-
 def _within(slice_: ParameterSlice, tensor: Tensor) -> ParameterSlice:
-    """Stand for a slice in its parameter, or in a tensor of the same shape, such as a moment of an optimizer."""
+    """Return the same slice of a tensor of its parameter's shape, such as a moment of an optimizer."""
     return replace(slice_, tensor=tensor.detach()[:, None] if tensor.ndim == 1 else tensor)
-
-
-def _put(slice_: ParameterSlice, tensor: Tensor, axis: int, units: Tensor, values: Tensor | None) -> None:
-    """Write rows (axis 0) or columns (axis 1) of a slice; zeros where there are no values."""
-    where = _within(slice_, tensor)
-    whole = where.read().clone()
-    if values is None:
-        whole.index_fill_(axis, units, 0)
-    else:
-        whole.index_copy_(axis, units, values.to(whole))
-    where.write_(whole)
 
 
 class RecyclingCallback(TrainerCallback):
@@ -141,8 +83,6 @@ class RecyclingCallback(TrainerCallback):
         self._saved: dict[str, Tensor] = {}
         self._checked = False
 
-    # ---- state that a checkpoint keeps
-
     def tensors(self) -> dict[str, Tensor]:
         """Return what lasts from step to step, by name."""
         found = {"recycled": torch.tensor(self.recycled)}
@@ -151,7 +91,7 @@ class RecyclingCallback(TrainerCallback):
         return found
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `tensors` returned when a checkpoint was written; training then goes on from there."""
+        """Keep what `tensors` returned when a checkpoint was written; training goes on from it when it begins."""
         self._saved = tensors
 
     def _go_on(self) -> None:
@@ -159,17 +99,14 @@ class RecyclingCallback(TrainerCallback):
         if {key: t.shape for key, t in saved.items()} != {key: t.shape for key, t in own.items()}:
             raise UserError(
                 f"the checkpoint holds no state of '{self.spec.method}' for this model: go on from one of a run with "
-                "the same arm, or begin anew"
+                "the same arm, or start over"
             )
         self.recycled = int(saved["recycled"])
-        for layer, recycler in zip(self.layers, self.recyclers, strict=True):
-            for key in recycler.kept:
-                getattr(recycler, key).copy_(saved[f"{layer.name}.{key}"])
-
-    # ---- events
+        for key, tensor in own.items():
+            tensor.copy_(saved[key])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Find the units, the scales at which they are drawn, and what was kept; begin to listen."""
+        """Find the units, the scales at which they are drawn, and what a checkpoint kept; hook into the model."""
         self.on_train_end(args, state, control)
         if fsdp_modules(model) or any(hasattr(p, "placements") for p in model.parameters()) or args.n_gpu > 1:
             raise UserError(
@@ -177,7 +114,7 @@ class RecyclingCallback(TrainerCallback):
                 "replicas, one process a device"
             )
         model = unwrap(model)
-        self.layers = hidden_layers(model, self.spec)
+        self.layers = recycled_layers(model, self.spec)
         make = RESETS[self.spec.method].function
         self.recyclers = [make(e.units, e.outgoing.tensor.device, **self.spec.options) for e in self.layers]
         self.recycled, self._checked = 0, False
@@ -197,12 +134,12 @@ class RecyclingCallback(TrainerCallback):
         return listen
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Listen to the step's micro-batches where the method wants them."""
+        """Read the step's activations where the method wants them."""
         self._listening = self.recyclers[0].wants(state.global_step + 1)
 
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        """Judge the units by the step's tokens, and begin anew those that are stale."""
+        """Judge the units by the step's tokens, and recycle those that the method names."""
         if not self._checked:  # at the first step that has moments, not at the first unit, hours later
             self._checked = any([*_moments(optimizer, p)] for e in self.layers for p in (*e.incoming, e.outgoing))
         if not self._listening:
@@ -223,11 +160,11 @@ class RecyclingCallback(TrainerCallback):
             if len(units):
                 self._renew(number, units, state.global_step, optimizer)
 
-    def _split(self, joined: Tensor) -> Sequence[Tensor]:
-        return joined.split([layer.units + 1 for layer in self.layers])
+    def _split(self, joined: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(joined, [layer.units + 1 for layer in self.layers])
 
     def _renew(self, number: int, units: Tensor, step: int, optimizer: Any) -> None:
-        """Begin units of a layer anew.
+        """Draw incoming rows of a layer's units again, and zero their outgoing columns and all moments of both.
 
         Args:
             number: Of the layer.
@@ -239,13 +176,10 @@ class RecyclingCallback(TrainerCallback):
         self.recycled += len(units)
         here = units.to(layer.outgoing.tensor.device)
         for slice_ in layer.incoming:
-            drawn = torch.randn(
-                len(units), slice_.shape[1], generator=_generator(self.seed, step, self.spec.method, slice_.name)
-            )
-            _put(slice_, slice_.tensor, 0, here, drawn * self._scales[slice_.name])
-            _clear(optimizer, slice_, 0, here)
-        _put(layer.outgoing, layer.outgoing.tensor, 1, here, None)
-        _clear(optimizer, layer.outgoing, 1, here)
+            generator = _generator(self.seed, step, self.spec.method, slice_.name)
+            drawn = torch.randn(len(units), slice_.shape[1], generator=generator)
+            _put(slice_, 0, here, drawn * self._scales[slice_.name], optimizer)
+        _put(layer.outgoing, 1, here, torch.zeros(layer.outgoing.shape[0], len(units)), optimizer)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         """Count the units beside each training loss; several methods count together."""
@@ -254,7 +188,7 @@ class RecyclingCallback(TrainerCallback):
                 entry[RECYCLED] = entry.get(RECYCLED, 0) + self.recycled
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Listen no longer."""
+        """Take the hooks out of the model."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -285,10 +219,17 @@ def _generator(*what: Any) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
-def _clear(optimizer: Any, slice_: ParameterSlice, axis: int, units: Tensor) -> None:
-    """Zero the optimizer's moments of rows or columns; its count of steps is one for a whole tensor, and stays."""
-    for moment in _moments(optimizer, slice_):
-        _put(slice_, moment, axis, units, None)
+def _put(slice_: ParameterSlice, axis: int, units: Tensor, values: Tensor, optimizer: Any) -> None:
+    """Write rows (axis 0) or columns (axis 1) of a slice, and zero the optimizer's moments of them.
+
+    The optimizer's count of steps is one for a whole tensor, and stays.
+    """
+    for tensor in (slice_.tensor, *_moments(optimizer, slice_)):
+        where = _within(slice_, tensor)
+        whole = where.read().clone()
+        whole.index_copy_(axis, units, values.to(whole))
+        where.write_(whole)
+        values = torch.zeros_like(values)
 
 
 def _moments(optimizer: Any, slice_: ParameterSlice) -> Iterator[Tensor]:

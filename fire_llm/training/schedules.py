@@ -45,6 +45,6 @@ def multiplier(
         return constant
     share = (step - (steps - decay)) / decay
     if shape == "exponential":
-        return constant * (floor / constant) ** share
+        return constant * math.pow(floor / constant, share)
     left = 1 - (share if shape == "linear" else math.sqrt(share))
     return floor + (constant - floor) * left

@@ -125,7 +125,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     own, saved = _tensors(model), [plain_name(name) for name in model.state_dict()]
     with torch.no_grad():
         for name in {id(own[name]): name for name in saved}.values():  # tied weights once
-            own[name].copy_(_like(own[name], found[name]))
+            own[name].copy_(placed_like(own[name], found[name]))
 
 
 def load_optimizer(optimizer: Any, folder: Path, *, settings: bool = True) -> None:
@@ -143,7 +143,7 @@ def load_optimizer(optimizer: Any, folder: Path, *, settings: bool = True) -> No
         for key, value in one.items():
             if isinstance(value, Tensor):  # nothing stays mapped: the folder may be deleted while training goes on
                 sharded = hasattr(parameter, "placements") and value.shape == parameter.shape
-                one[key] = _like(parameter, value) if sharded else value.clone()
+                one[key] = placed_like(parameter, value) if sharded else value.clone()
     if not settings:
         state["param_groups"] = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict(state)
@@ -163,13 +163,11 @@ def _whole(tensor: Tensor, keep: bool) -> Tensor:
     return whole.cpu() if keep else torch.empty(0)
 
 
-def _like(parameter: Tensor, whole: Tensor) -> Tensor:
-    """Return a whole tensor placed as a parameter is, from the first rank's copy."""
+def placed_like(parameter: Tensor, whole: Tensor) -> Tensor:
+    """Return a whole tensor placed as a parameter is, from the first rank's copy; collective for shards."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     whole = whole.to(parameter.device, parameter.dtype)
-    return (
-        distribute_tensor(whole, parameter.device_mesh, parameter.placements)
-        if isinstance(parameter, DTensor)
-        else whole
-    )
+    if not isinstance(parameter, DTensor):
+        return whole
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements)

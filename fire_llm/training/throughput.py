@@ -11,8 +11,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+
+from fire_llm.core.flops import flops_per_token, peak_flops
 
 MEASURES = ("tokens_per_second", "mfu", "peak_memory_bytes", "data_wait_share")
 """What is logged beside each training loss, where it is known."""
@@ -24,7 +27,7 @@ class Throughput:
     Args:
         flops: Floating-point operations a token, None where unknown.
         peak: FLOP/s of all devices together, None where unknown.
-        device: Whose memory is looked at: torch's allocator on CUDA, whose peak is reset here; elsewhere the
+        device: Whose memory is measured: torch's allocator on CUDA, whose peak is reset here; elsewhere the
             process's resident memory.
     """
 
@@ -63,6 +66,14 @@ class Throughput:
         if self.flops is not None and self.peak is not None:
             measured["mfu"] = rate * self.flops / self.peak
         return {**measured, "data_wait_share": self._waited / seconds}
+
+
+def throughput(trainer: Any) -> Throughput:
+    """Return the measurement of a `ContinualTrainer`'s phase, on its device and at its length of sequences."""
+    args, context = trainer.args, len(trainer.train_dataset[0]["input_ids"])
+    peak = peak_flops(args.device, half=args.bf16 or args.fp16)
+    total = None if peak is None else peak * args.world_size
+    return Throughput(flops_per_token(trainer.model, context), total, args.device)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from fire_llm.core import compat
 from fire_llm.core.compat import TRAINER_ATTRIBUTES, TRAINER_HOOKS, check_trainer, missing_hooks
 from fire_llm.experiment import collect as results
 
-PACKAGE = Path(compat.__file__).parent.parent
+TRAINING = Path(compat.__file__).parent.parent / "training"
 
 
 def private(source: str) -> set[str]:
@@ -31,8 +32,15 @@ def test_the_hooks_are_the_methods_that_are_overridden():
     assert {name for name in defined if hasattr(Trainer, name)} - {"train"} == set(TRAINER_HOOKS)
 
 
+def test_the_class_lists_what_it_overrides_and_since_when_it_can():
+    table = re.findall(r"^ +(\w+)( †)? {2,}\S", ContinualTrainer.__doc__, re.MULTILINE)
+    assert sorted(name for name, _ in table) == sorted(TRAINER_HOOKS)
+    source = Path(compat.__file__).read_text(encoding="utf-8")
+    assert {name for name, recent in table if recent} == set(re.findall(r'"(\w+)",  # from 5\.3', source))
+
+
 def test_every_private_name_shared_with_the_trainer_is_listed():
-    ours = {name for file in (PACKAGE / "training").glob("*.py") for name in private(file.read_text(encoding="utf-8"))}
+    ours = {name for file in TRAINING.glob("*.py") for name in private(file.read_text(encoding="utf-8"))}
     theirs = private(inspect.getsource(Trainer))
     assert (ours & theirs) - set(TRAINER_HOOKS) == set(TRAINER_ATTRIBUTES)
 
@@ -63,7 +71,7 @@ def test_a_trainer_without_a_hook_is_refused_though_it_reads_the_name():
 
 
 def test_a_continual_trainer_is_not_made_of_such_a_trainer(monkeypatch):
-    monkeypatch.setattr("fire_llm.training.training.Trainer", trainer_that_calls(["compute_loss"]))
+    monkeypatch.setattr("fire_llm.training.trainer.Trainer", trainer_that_calls(["compute_loss"]))
     with pytest.raises(UserError, match="has or calls no _clip_grad_norm, _get_grad_norm"):
         ContinualTrainer(None, None, None)
 

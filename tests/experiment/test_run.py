@@ -352,7 +352,7 @@ def test_lengths_and_batches_are_arithmetic(texts):
 def test_diagnostics_come_with_the_curves_and_survive_a_resumption(texts, tmp_path, monkeypatch):
     """Corpus a is the first phase's, b the heavier of the second's; SFE counts from before the reset."""
     from fire_llm.reporting.tables import write_report
-    from fire_llm.training.training import ContinualTrainer
+    from fire_llm.training.trainer import ContinualTrainer
 
     data = recipe_data(texts)
     data["evaluate"] |= {"diagnostics_every_steps": 5, "every_steps": 8}

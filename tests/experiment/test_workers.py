@@ -30,7 +30,7 @@ from fire_llm.experiment.recipe import Trial
 from fire_llm.experiment.resources import environment, flops_of, small, threads, worker_count
 from fire_llm.experiment.run import run_sweep
 from fire_llm.resets import RESETS
-from fire_llm.training import callbacks
+from fire_llm.training import progress
 
 ARMS = "phases.1.arms={base: keep, fire: {method: fire}, rescale: rescale}"
 UNITS = ("first", "second/base", "second/fire", "second/rescale")
@@ -371,7 +371,7 @@ def test_the_overview_counts_steps_of_all_units(path, tmp_path, monkeypatch, cap
     clock[0] += 2
     overview.refresh()
     assert capsys.readouterr().err == ""  # a line now and then
-    clock[0] += callbacks.LINE_SECONDS
+    clock[0] += progress.LINE_SECONDS
     overview.refresh()
     # 24 of 34 steps; 6 of 128 tokens in 32 s; 10 steps are left, which take 53 s.
     assert capsys.readouterr().err == "2/4 units, 24 of 34 steps, 24 tokens/s, 53 s left\n"
@@ -385,11 +385,11 @@ def test_the_overview_counts_steps_of_all_units(path, tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize(("seconds", "words"), [(45.4, "45 s"), (150, "2 min"), (9000, "2.5 h")])
 def test_durations_in_words(seconds, words):
-    assert callbacks.duration(seconds) == words
+    assert progress.duration(seconds) == words
 
 
 def test_without_a_terminal_a_phase_is_told_now_and_then(path, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(callbacks, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     run_recipe(load_recipe(path), tmp_path / "run")
     said = capsys.readouterr().err
     assert re.search(r"^first: step 4 of 10, \d+ s left; ppl a [\d.]+, ppl b [\d.]+, loss 5\.\d+, tok/s", said, re.M), (

@@ -125,8 +125,7 @@ def test_rounding_of_the_head_keeps_the_slices_and_more_than_that_is_told(share,
     model.lm_head = head
     monkeypatch.setattr(Rounding, "share", share)
     autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
-    summed = SummedLoss(model, autocast)
-    summed.say = told.append
+    summed = SummedLoss(model, autocast, report=told.append)
     ids, labels = batch()
     summed(model, labels, input_ids=ids)
     summed(model, labels, input_ids=ids)
@@ -406,7 +405,7 @@ def test_a_step_left_out_on_the_device_is_one_that_is_left_out_by_the_host(sampl
     settings = {"nonfinite": "skip", "optim": "adamw_torch_fused", "logging_steps": 4, "save_steps": 5}
     waited = poisoned(tmp_path / "waited", sample, **settings)
     waited.train()
-    monkeypatch.setattr(nonfinite, "_told_on_device", lambda trainer, _: nonfinite.takes_found_inf(trainer.optimizer))
+    monkeypatch.setattr(nonfinite, "_device_guarded", lambda trainer, _: nonfinite.takes_found_inf(trainer.optimizer))
     told = poisoned(tmp_path / "told", sample, **settings)
     heard = []
     settle = told.guard.settle
@@ -426,7 +425,7 @@ def test_a_step_left_out_on_the_device_is_one_that_is_left_out_by_the_host(sampl
 
 
 def test_a_step_left_out_on_the_device_halts_training_before_anything_is_saved(tmp_path, monkeypatch):
-    monkeypatch.setattr(nonfinite, "_told_on_device", lambda trainer, _: nonfinite.takes_found_inf(trainer.optimizer))
+    monkeypatch.setattr(nonfinite, "_device_guarded", lambda trainer, _: nonfinite.takes_found_inf(trainer.optimizer))
     sample = 5 * MICRO * ACCUMULATION + 3
     options = {"optim": "adamw_torch_fused", "lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}}
     whole = poisoned(tmp_path / "whole", -1, max_steps=5, **options)
@@ -447,7 +446,7 @@ def test_a_step_left_out_on_the_device_halts_training_before_anything_is_saved(t
 @pytest.mark.parametrize("action", ["halt", "skip"])
 def test_a_step_left_out_on_the_device_is_told_where_a_callback_ends_training_at_it(action, tmp_path, monkeypatch):
     """Nothing is logged, measured or saved then, so that nothing asks for it."""
-    monkeypatch.setattr(nonfinite, "_told_on_device", lambda trainer, _: nonfinite.takes_found_inf(trainer.optimizer))
+    monkeypatch.setattr(nonfinite, "_device_guarded", lambda trainer, _: nonfinite.takes_found_inf(trainer.optimizer))
 
     class Ending(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
@@ -466,7 +465,7 @@ def test_a_step_left_out_on_the_device_is_told_where_a_callback_ends_training_at
 
 
 def test_an_error_leaves_nothing_of_its_step_to_the_next_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(nonfinite, "_told_on_device", lambda trainer, _: nonfinite.takes_found_inf(trainer.optimizer))
+    monkeypatch.setattr(nonfinite, "_device_guarded", lambda trainer, _: nonfinite.takes_found_inf(trainer.optimizer))
 
     class Failing(TrainerCallback):
         def on_step_end(self, args, state, control, **_):

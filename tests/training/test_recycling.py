@@ -21,7 +21,7 @@ from fire_llm.experiment.recipe import load_recipe
 from fire_llm.linalg.activations import dormant_scores
 from fire_llm.resets import RESETS, ContinualBackprop, ReDo, ResetSpec, SelfNormalizedResets
 from fire_llm.training import ContinualArguments, EvaluationSet, loss
-from fire_llm.training.recycling import RecyclingCallback, hidden_layers
+from fire_llm.training.recycling import RecyclingCallback, recycled_layers
 from fire_llm.training.throughput import MEASURES
 
 METHODS = {
@@ -173,7 +173,7 @@ def activations(model, layer, tokens, silence=()):
 def test_a_unit_is_its_rows_and_its_column(build):
     """Changed rows of a unit change its activation alone; with a zero column it no longer matters."""
     model = build().eval()
-    layers = hidden_layers(model, ResetSpec.parse("redo"))
+    layers = recycled_layers(model, ResetSpec.parse("redo"))
     assert len(layers) == 2 and {layer.units for layer in layers} <= {80, 128}
     biases = {tiny_gpt2: 1, biased_llama: 2}.get(build, 0)
     matrices = 1 if build is tiny_gpt2 else 2
@@ -190,7 +190,7 @@ def test_a_unit_is_its_rows_and_its_column(build):
 @pytest.mark.parametrize("build", BUILDS)
 def test_the_model_changes_by_what_the_units_put_out_and_by_nothing_else(build):
     model = build().eval()
-    layer = hidden_layers(model, ResetSpec.parse("redo"))[1]
+    layer = recycled_layers(model, ResetSpec.parse("redo"))[1]
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim == 1:
@@ -277,12 +277,12 @@ def test_what_cannot_be_recycled_is_refused():
     with pytest.raises(UserError, match="every MLP: excluded or frozen"):
         prepared(model, "snr", exclude=("down_proj",))
     model.model.layers[0].mlp.up_proj.weight.requires_grad = False
-    assert [layer.name for layer in hidden_layers(model, ResetSpec.parse("redo"))] == [
+    assert [layer.name for layer in recycled_layers(model, ResetSpec.parse("redo"))] == [
         "model.layers.1.mlp.down_proj.weight"
     ]
     half = biased_llama()
     half.model.layers[0].mlp.up_proj.bias.requires_grad = False
-    assert [len(layer.incoming) for layer in hidden_layers(half, ResetSpec.parse("redo"))] == [3, 4]
+    assert [len(layer.incoming) for layer in recycled_layers(half, ResetSpec.parse("redo"))] == [3, 4]
     with pytest.raises(UserError, match="DataParallel copies"):
         RecyclingCallback("redo", seed=0).on_train_begin(SimpleNamespace(n_gpu=2), None, None, model=model)
     model.model.embed_tokens.weight.placements = ()
@@ -402,7 +402,7 @@ def test_a_step_is_judged_by_all_of_its_tokens_and_by_no_others(whole, tmp_path,
     assert all(entry["recycled"] == 0 for entry in trainer.state.log_history if "loss" in entry)
     for step, sums in enumerate(seen):
         tokens = torch.stack([Samples()[4 * step + i]["input_ids"] for i in range(4)])
-        for layer, one in zip(hidden_layers(start, ResetSpec.parse("redo")), sums, strict=True):
+        for layer, one in zip(recycled_layers(start, ResetSpec.parse("redo")), sums, strict=True):
             h, _ = activations(start.eval(), layer, tokens)
             torch.testing.assert_close(one[:-1], h.abs().sum((0, 1)), rtol=1e-5, atol=1e-6)
             assert int(one[-1]) == 4 * 16

@@ -1,0 +1,76 @@
+"""Arguments of one phase: transformers' `TrainingArguments`, and what a phase of continual pretraining needs beside."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from fire_llm.core.errors import UserError
+from fire_llm.evaluation.measurement import PRECISIONS
+from fire_llm.linalg.matmul import settings_kept
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ContinualArguments(TrainingArguments):
+    """Add Muon, schedules, exact evaluation and what becomes of checkpoints to `TrainingArguments`.
+
+    Raises:
+        UserError: An unknown `eval_precision`; `bf16_params` without `bf16`, or with checkpointed activations.
+    """
+
+    muon: bool = _option(False, "Train the matrices of attention and MLPs with Muon, the rest with AdamW.")
+    muon_lr: float | None = _option(None, "Peak learning rate of Muon, an update's RMS a step; None: learning_rate.")
+    muon_momentum: float = _option(0.95, "Share of Muon's momentum that a step keeps, 0 to 1.")
+    schedule: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "Arguments of `multiplier`, in steps and shares of the peak; None: as transformers has it."},
+    )
+    eval_context: int | None = _option(None, "Tokens an evaluation window; None: the longest that the model reads.")
+    eval_precision: str = _option("fp32", "Precision of evaluations: fp32, or training for that of the phase.")
+    bf16_params: bool = _option(
+        False, "With bf16: read the parameters in bf16, so that norms and the residual stream are in bf16 too."
+    )
+    best_corpora: dict[str, float] | None = field(
+        default=None,
+        metadata={"help": "Weights, by corpus, of the mean NLL (nats a token) that decides the best checkpoint."},
+    )
+    keep_best: bool = _option(False, "Keep the checkpoint with the lowest validation NLL.")
+    keep_last: int = _option(1, "Number of the newest checkpoints that stay.")
+    keep_steps: list[int] = field(
+        default_factory=list, metadata={"help": "Optimizer steps, from 1, whose checkpoints are written and stay."}
+    )
+    async_save: bool | None = _option(
+        None, "Write checkpoints while training goes on; None: on accelerators, one process, FSDP2 never."
+    )
+    nonfinite: str = _option("halt", "Where a loss or gradient is not finite: halt, or skip the step.")
+    title: str | None = _option(None, "Title of the progress bar and of lines on stderr; None: no bar.")
+
+    def __post_init__(self) -> None:
+        """Set what makes losses exact and resumption arithmetic."""
+        self.logging_nan_inf_filter = False  # it hides bad losses, and costs a host sync a micro-batch
+        self.ignore_data_skip = True  # the sampler starts where the checkpoint stopped: nothing to skip
+        self.remove_unused_columns = False
+        if self.eval_precision not in PRECISIONS:
+            raise UserError(f"eval_precision '{self.eval_precision}': it must be one of {', '.join(PRECISIONS)}")
+        if self.bf16_params and not self.bf16:
+            raise UserError("bf16_params goes with bf16=True: it says what of a pass in bf16 is in bf16")
+        if self.bf16_params and (self.gradient_checkpointing or getattr(self, "activation_checkpointing", False)):
+            raise UserError(
+                "bf16_params cannot be had with checkpointed activations, which are computed again from parameters in "
+                "fp32: leave one of them out"
+            )
+        # With torch_compile, transformers turns TF32 on, in the whole process, unless `tf32` is given.
+        with settings_kept() if self.tf32 is None else nullcontext():
+            super().__post_init__()
+
+    @property
+    def n_gpu(self) -> int:
+        """One GPU a process: `Trainer` would take all that it sees, by DataParallel, with a batch for each."""
+        return min(1, int(super().n_gpu))
