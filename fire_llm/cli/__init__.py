@@ -150,10 +150,12 @@ def _demo(arguments: argparse.Namespace) -> int | None:
 
 
 def _show(results: dict[str, Any], page: Path) -> None:
+    from fire_llm.reporting.schema import Results
     from fire_llm.reporting.tables import page_told, print_table
 
-    print_table(results)
-    print(page_told(results, page))
+    typed = Results.model_validate(results)
+    print_table(typed)
+    print(page_told(typed, page))
 
 
 def _apply(arguments: argparse.Namespace) -> int | None:
@@ -338,8 +340,14 @@ def _evaluate_run(arguments: argparse.Namespace, progress: bool) -> dict[str, An
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    from fire_llm.reporting.schema import results_schema
     from fire_llm.reporting.tables import load_results, markdown_table, print_table, write_report
 
+    if arguments.schema:
+        print(json.dumps(results_schema(), indent=1, ensure_ascii=False))
+        return
+    if not arguments.runs:
+        raise UserError("report: name the folder of a finished run, RUN_DIR")
     results = [load_results(Path(run)) for run in arguments.runs]
     for one in results:
         if arguments.markdown:

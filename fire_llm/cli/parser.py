@@ -125,9 +125,10 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", metavar="FILE", help="write the figures as JSON")
 
     report = verb("report", "print the table of finished runs and write the page")
-    report.add_argument("runs", metavar="RUN_DIR", nargs="+")
+    report.add_argument("runs", metavar="RUN_DIR", nargs="*")
     report.add_argument("--output", metavar="FILE", help="the page (RUN_DIR/report.html)")
     report.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    report.add_argument("--schema", action="store_true", help="print the JSON schema of results.json instead")
 
     demo = verb("demo", "run the built-in recipe offline on a CPU, then report")
     demo.add_argument("--output", default="runs/demo", metavar="DIR", help="the run's folder (runs/demo)")

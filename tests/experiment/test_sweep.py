@@ -148,7 +148,7 @@ def test_a_cell_is_what_run_makes_of_its_recipe(whole, path, tmp_path):
     for stage in ("first/seed-1", "second/base/seed-1", "second/fire/seed-1"):
         assert equal(folder / "iterations=5" / stage, tmp_path / "r" / stage)
     own = json.loads((folder / "iterations=5" / "results.json").read_text())
-    assert own == json.loads(json.dumps(sweep.results[1]))
+    assert own == sweep.results[1].model_dump(mode="json")
     assert own["arms"]["fire"]["final"] == results["arms"]["fire"]["final"]
     assert json.loads((folder / "iterations=5" / "recipe.json").read_text()) == json.loads(
         (tmp_path / "r" / "recipe.json").read_text()
@@ -463,13 +463,13 @@ def test_the_page_and_the_table_hold_every_arm_once(whole, capsys, tmp_path):
     assert page.count('href="iterations%3D5/report.html"') == 1 and (folder / "iterations=5" / "report.html").is_file()
     out = capsys.readouterr().out
     assert f"report: {folder / 'report.html'}" in out.replace("\n", "")
-    rows = Summary(sweep.trials, sweep.results).tables()[0]["rows"]
+    rows = Summary(sweep.trials, sweep.results).tables()[0].rows
     # The base does not depend on the option that is swept.
-    assert [(r["arm"], r["trial"]) for r in rows] == [
+    assert [row.names for row in rows] == [
         ("base", "all"), ("fire", "iterations=1"), ("fire", "iterations=5"),
     ]  # fmt: skip
-    nll = {trial: r["arms"]["fire"]["final"]["b"]["nll"] for trial, r in zip((1, 5), sweep.results, strict=True)}
-    assert [r["cells"][1] for r in rows[1:]] == [f"{nll[1]:.4f}", f"{nll[5]:.4f}"]
+    nll = {trial: r.arms["fire"].final["b"].nll for trial, r in zip((1, 5), sweep.results, strict=True)}
+    assert [row.cells[1] for row in rows[1:]] == [f"{nll[1]:.4f}", f"{nll[5]:.4f}"]
     lines = Summary(sweep.trials, sweep.results).lines("phases.1.arms.fire.iterations", "b")
     assert lines["fire", ""] == [(1, [nll[1]]), (5, [nll[5]])]
 
@@ -488,10 +488,10 @@ def test_values_of_many_parts_are_told_in_words_and_drawn_a_line_each():
 def test_a_sweep_without_arms_compares_its_last_phase(path, tmp_path):
     more = ["phases.1.arms=null"]
     sweep = run_sweep(load_trials(path, more, ["optimizer.lr=[1.0e-3,1.0e-2]"]), tmp_path, workers=1, progress=False)
-    rows = Summary(sweep.trials, sweep.results).tables()[0]["rows"]
-    assert [(r["arm"], r["trial"]) for r in rows] == [("second", "lr=0.001"), ("second", "lr=0.01")]
-    finals = [r["phases"][-1]["final"]["b"]["nll"] for r in sweep.results]
-    assert [r["best"] for r in rows] == [value == min(finals) for value in finals]
+    rows = Summary(sweep.trials, sweep.results).tables()[0].rows
+    assert [row.names for row in rows] == [("second", "lr=0.001"), ("second", "lr=0.01")]
+    finals = [r.phases[-1].final["b"].nll for r in sweep.results]
+    assert [row.best for row in rows] == [value == min(finals) for value in finals]
 
 
 def test_a_dry_run_says_what_is_there_and_writes_nothing(whole, path, tmp_path, capsys):
