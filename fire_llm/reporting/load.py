@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
@@ -129,8 +129,8 @@ def _checked(kind: type[Part], data: Any, file: Path, verb: str, again: str) -> 
     except ValidationError as error:
         faults = [*_faults(kind, error)]
         more = f" and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        told = "; ".join(faults[:SHOWN]) + more
-        raise UserError(f"{file}: not what 'fire-llm {verb}' writes ({told}). {again}") from None
+        named = "; ".join(faults[:SHOWN]) + more
+        raise UserError(f"{file}: not what 'fire-llm {verb}' writes ({named}). {again}") from None
 
 
 def _faults(kind: type[Record], error: ValidationError) -> Iterator[str]:
@@ -150,23 +150,9 @@ def _faults(kind: type[Record], error: ValidationError) -> Iterator[str]:
 
 def _fields(kind: type[Record], loc: tuple[int | str, ...]) -> list[str]:
     """Return the keys that are allowed at a place of the data."""
-    schema = kind.model_json_schema()
-    at: Any = schema
+    at: Any = kind
     for part in loc:
-        at = _followed(at, schema)
-        at = (
-            at.get("items")
-            if isinstance(part, int)
-            else at.get("properties", {}).get(part) or at.get("additionalProperties", {})
-        )
-    return [*_followed(at, schema).get("properties", {})]
-
-
-def _followed(at: Any, schema: dict[str, Any]) -> dict[str, Any]:
-    """Return what a reference, or the part of an optional one, stands for."""
-    for option in at.get("anyOf", [at]):
-        if "$ref" in option:
-            return dict(schema["$defs"][option["$ref"].rpartition("/")[2]])
-        if "items" in option or "properties" in option or "additionalProperties" in option:
-            return dict(option)
-    return {}
+        at = at.model_fields[part].annotation if hasattr(at, "model_fields") else get_args(at)[-1]
+        if type(None) in get_args(at):
+            at = get_args(at)[0]
+    return list(at.model_fields)

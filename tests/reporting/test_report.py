@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from fire_llm.cli import main
 from fire_llm.core.errors import UserError
 from fire_llm.reporting.comparison import Comparison
 from fire_llm.reporting.load import upgraded
@@ -928,15 +929,34 @@ def test_a_results_file_of_damaged_structure_never_ends_in_a_traceback(tmp_path:
 
     walk(json.loads(text), ())
     one_of_a_kind = {(len(place), place[-1]): place for place in places if place}
-    for place in one_of_a_kind.values():
-        for wrong in ("x", [1], None):
-            data = json.loads(text)
-            at = data
-            for part in place[:-1]:
-                at = at[part]
-            at[place[-1]] = wrong
-            (tmp_path / "results.json").write_text(json.dumps(data))
-            try:
-                load_results(tmp_path)
-            except UserError as error:
-                assert "results.json" in str(error)
+    for number, place in enumerate(one_of_a_kind.values()):
+        data = json.loads(text)
+        at = data
+        for part in place[:-1]:
+            at = at[part]
+        at[place[-1]] = ("x", [1], None)[number % 3]
+        (tmp_path / "results.json").write_text(json.dumps(data))
+        try:
+            load_results(tmp_path)
+        except UserError as error:
+            assert "results.json" in str(error)
+
+
+# ---- the verb
+
+
+def test_the_verb_reads_both_versions_and_prints_the_schema(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(load_results(V1).model_dump(mode="json")))
+    printed = []
+    for folder in (V1, tmp_path):
+        assert main(["report", "--markdown", str(folder), "--output", str(tmp_path / "page.html")]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and (V1 / "report.md").read_text(encoding="utf-8") in printed[0]
+    assert main(["report", "--schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert set(schema["properties"]) == {name for name in Results.model_fields if name != "evaluation"}
+    assert main(["report"]) == 2 and "name the folder of a finished run" in capsys.readouterr().err
+    (tmp_path / "results.json").write_text('{"schema_version": 3}')
+    assert main(["report", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "schema_version 3" in error and "Traceback" not in error and error.count("\n") == 1
