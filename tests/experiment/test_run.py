@@ -293,7 +293,7 @@ def test_too_little_room_is_told_before_training(texts, tmp_path, monkeypatch):
     import fire_llm.experiment.train
 
     monkeypatch.setattr(fire_llm.experiment.train, "free_bytes", lambda folder: 1000)
-    with pytest.raises(UserError, match=r"has 1e-06 GB free and the unit's checkpoints take .* GB"):
+    with pytest.raises(UserError, match=r"has 1e-06 GB free and the stage's checkpoints take .* GB"):
         run_recipe(load_recipe(recipe_data(texts)), tmp_path / "run", progress=False)
     assert not list((tmp_path / "run").rglob("checkpoint-*"))
 

@@ -120,7 +120,7 @@ def test_names_are_safe_short_and_differ_but_for_capitals(path):
         (["phases.0.steps=[]"], r"sweep\.phases\.0\.steps: \[\] is not allowed"),
         (["phases.0.steps"], r"--grid phases\.0\.steps: write KEY=VALUE"),
         (["name=[a,b]"], r"'name' cannot be swept over"),
-        ([f"phases.0.steps={list(range(1, 30))}", f"phases.1.steps={list(range(1, 30))}"], "841 cells.*at most 500"),
+        ([f"phases.0.steps={list(range(1, 30))}", f"phases.1.steps={list(range(1, 30))}"], "841 trials.*at most 500"),
         (["phases.0.steps=[4,5]", "batch.tokens_per_step=[120,128]"], r"in steps=4,.*=120 and steps=5,.*=120: batch"),
     ],
 )
@@ -168,7 +168,8 @@ def test_a_sweep_again_trains_nothing_and_a_larger_grid_only_what_is_new(whole, 
 
 def test_of_some_arms_only_what_they_start_from_is_trained_too(path, tmp_path, capsys):
     argv = ["sweep", str(path), "--set", TWO[0], "--grid", GRID[0], "--output", str(tmp_path), "--workers=1"]
-    assert main([*argv, "--arm=base", "--dry-run"]) == 0 and "2 cells of 4 units, 2 of them" in capsys.readouterr().out
+    assert main([*argv, "--arm=base", "--dry-run"]) == 0
+    assert "2 trials of 4 stages, 2 of them" in capsys.readouterr().out
     assert main([*argv, "--arm=base"]) == 0
     there = {job.stage.folder for job in jobs_of(load_trials(path, TWO, GRID), tmp_path) if job.done()}
     assert there == {"first/seed-1", "second/base/seed-1"}
@@ -501,14 +502,14 @@ def test_a_dry_run_says_what_is_there_and_writes_nothing(whole, path, tmp_path, 
     assert main(["sweep", str(path), "--grid", GRID[0], "--dry-run", "--output", str(tmp_path / "s")]) == 0
     out = capsys.readouterr().out
     # 10 steps of the first phase once, 8 of the second twice, of 128 tokens.
-    assert "2 cells of 4 units, 3 of them different" in out and f"{(10 + 2 * 8) * 128:,} tokens" in out
+    assert "2 trials of 4 stages, 3 of them different" in out and f"{(10 + 2 * 8) * 128:,} tokens" in out
     assert "as in iterations=1" in out and not (tmp_path / "s").exists()
 
 
 def test_check_tells_the_cells_and_run_runs_the_recipe_as_written(path, tmp_path, capsys):
     more = ["--set", "sweep={seed: [1, 2, 3]}"]
     assert main(["check", str(path), *more]) == 0
-    assert "3 cells of 6 units, 6 of them different" in capsys.readouterr().out
+    assert "3 trials of 6 stages, 6 of them different" in capsys.readouterr().out
     assert main(["run", str(path), *more, "--output", str(tmp_path / "r")]) == 0
     assert "this runs the recipe as it is written; fire-llm sweep runs its grid" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "r" / "first").iterdir()] == ["seed-1"]
