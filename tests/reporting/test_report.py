@@ -23,6 +23,7 @@ from fire_llm.reporting.plots.base import palette
 from fire_llm.reporting.plots.diagnostics import measure_figure
 from fire_llm.reporting.plots.matrices import parse_name
 from fire_llm.reporting.schema import CurveEntry, EvaluationRow, Results
+from fire_llm.reporting.table import Row, Table
 from fire_llm.reporting.tables import (
     inspect_page,
     load_results,
@@ -823,6 +824,26 @@ def test_diagnostics_are_drawn_where_a_run_has_any(tmp_path: Path) -> None:
     page = write_report(typed(results), tmp_path).read_text()
     assert "Features and units" in page and f"Measured on held-out text of {NEW}." in page
     assert "norm of the gradient" not in page and "Hessian eigenvalue of the largest magnitude" in page
+
+
+# ---- one table
+
+
+def test_a_table_is_the_same_in_a_terminal_and_in_markdown() -> None:
+    from rich.console import Console
+
+    rows = (Row(("a*b", "lr=1"), ("1.0 ± 0.1", "–", "x"), best=True), Row(("c", "[bold]"), ("2.0", "3", "y")))
+    table = Table("on <b>", ("NLL", "left out", "vs base"), rows, ("arm", "trial")).only(("vs base", "NLL"))
+    assert table.columns == ("NLL", "vs base") and table.rows[0] == Row(("a*b", "lr=1"), ("1.0 ± 0.1", "x"), True)
+    assert table.markdown().splitlines() == [
+        "### on \\<b>", "", "| arm | trial | NLL | vs base |", "|---|---|---:|---:|",
+        "| **a\\*b** | **lr=1** | **1.0 ± 0.1** | **x** |", "| c | \\[bold] | 2.0 | y |",
+    ]  # fmt: skip
+    out = io.StringIO()
+    Console(file=out, width=80).print(table.rich({"trial": 8, "arm": 3}))
+    lines = [line.split() for line in out.getvalue().splitlines() if line.strip()]
+    assert lines[0] == ["on", "<b>"] and lines[1] == ["trial", "arm", "NLL", "vs", "base"]
+    assert lines[3:] == [["lr=1", "a*b", "1.0±0.1", "x"], ["[bold]", "c", "2.0", "y"]]
 
 
 # ---- files of the first schema version, and damaged ones
