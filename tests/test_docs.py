@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import importlib.util
 import inspect
+import json
 import re
 import shlex
 from functools import cache
@@ -33,6 +35,7 @@ from fire_llm.experiment.recipe.sections import (
     TokenizerSection,
     as_list,
 )
+from fire_llm.reporting.schema import EVALUATION_PARTS, PARTS, results_schema
 from fire_llm.resets import RESETS, ResetSpec
 
 ROOT = Path(__file__).parent.parent
@@ -166,9 +169,9 @@ def test_the_corpora_that_come_with_the_package_are_listed() -> None:
 
 # ---- results-schema.md against what a run writes
 
-NAMES = {"corpora", "arms", "final", "eval", "spike", "versions", "left_out"}
+NAMES = {"corpora", "arms", "final", "eval", "loss_jump", "phase_corpus", "left_out"}
 """Keys of mappings from names."""
-FREE = {"recipe", "options", "hardware"}
+FREE = {"recipe", "options"}
 """Keys of what other pages tell of."""
 
 
@@ -192,6 +195,25 @@ def test_every_field_that_a_run_writes_stands_in_the_page_and_no_other(tmp_path:
     own = text_of(page).partition("## What `fire-llm eval --json` writes")[0]
     listed = {key for row in re.findall(r"^\| (`.+?`) \|", own, re.MULTILINE) for key in IN_LINE.findall(row)}
     assert listed - written == set()
+
+
+def test_the_tables_of_fields_and_the_json_schema_are_what_the_models_say() -> None:
+    spec = importlib.util.spec_from_file_location("write_schema_page", ROOT / "scripts" / "write_schema_page.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    page = text_of(ROOT / "docs" / "results-schema.md")
+    assert page == script.page(page), "run `make schema`"
+    assert set(script.MODELS) == {name for _, name, _ in script.TABLE.findall(page)}
+    assert json.loads(text_of(ROOT / "docs" / "results.schema.json")) == results_schema(), "run `make schema`"
+
+
+def test_every_field_of_the_results_is_described_and_a_run_writes_what_the_json_schema_says(finished) -> None:
+    for model in (*PARTS, *EVALUATION_PARTS):
+        assert all(field.description for field in model.model_fields.values()), model.__name__
+        assert model.__doc__
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.validate(json.loads((finished[0] / "results.json").read_text()), results_schema())
 
 
 # ---- links

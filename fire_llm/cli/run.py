@@ -93,7 +93,9 @@ def _as_list(text: str) -> str:
 
 def show_results(results: dict[str, Any], page: Path) -> None:
     """Print the table of a run, and write its page."""
+    from fire_llm.reporting.schema import Results
     from fire_llm.reporting.tables import page_told, print_table
 
-    print_table(results)
-    print(page_told(results, page))
+    typed = Results.model_validate(results)
+    print_table(typed)
+    print(page_told(typed, page))

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,31 @@ from fire_llm.evaluation.measurement import first_token, token_text
 from fire_llm.experiment.recipe import Recipe
 from fire_llm.experiment.stages import Stage, final_checkpoint, labelled_checkpoint
 from fire_llm.models import describe, model_on_meta
+from fire_llm.reporting.schema import (
+    SCHEMA_VERSION,
+    Arm,
+    CorpusSize,
+    CurveEntry,
+    Diagnostics,
+    Hardware,
+    LossJump,
+    Measurement,
+    ModelSummary,
+    ResetEntry,
+    Results,
+    Run,
+    Scores,
+    Start,
+    Throughput,
+    Versions,
+)
 from fire_llm.training.loss_jump import loss_jump
 from fire_llm.training.nonfinite import SKIPPED
 from fire_llm.training.recycling import RECYCLED
 from fire_llm.training.throughput import MEASURES
 
-SCHEMA_VERSION = 1
 
-
-def collect(recipe: Recipe, stages: list[Stage], folder: Path, bench: Any) -> dict[str, Any]:
+def collect(recipe: Recipe, stages: list[Stage], folder: Path, bench: Any) -> Results:
     """Read the results of every finished stage off its checkpoints (schema: docs/results-schema.md)."""
     finished = [u for u in stages if final_checkpoint(folder / u.folder)]
     armed = [phase for phase in recipe.phases if phase.arms]
@@ -43,122 +60,116 @@ def collect(recipe: Recipe, stages: list[Stage], folder: Path, bench: Any) -> di
         arms.setdefault(stage.arm or "", []).append(stage)
     model = model_on_meta(bench.config)
     heaviest = {p.name: max(p.data, key=p.data.__getitem__) for p in recipe.phases}
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "name": recipe.name,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "recipe": recipe.model_dump(mode="json", exclude_none=True),
-        "versions": versions(),
-        "hardware": hardware(),
-        "model": {
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "description": describe(model),
-        },
-        "corpora": {
-            name: {
-                "train_tokens": bench.tokens(name, "train").n_tokens if name in _trained(recipe) else None,
-                "validation_tokens": bench.tokens(name, "validation").n_tokens if name in recipe.evaluated() else None,
-                "validation_bytes": bench.tokens(name, "validation").n_bytes if name in recipe.evaluated() else None,
-            }
-            for name in recipe.corpus_names()
-        },
-        "measured": _measured(recipe, bench),
-        "phases": [_stage_results(recipe, u, folder, bench) for u in finished if u not in compared],
-        "arms_phase": last.name if last else None,
-        "first_corpus": heaviest[recipe.phases[0].name],
-        "new_corpus": heaviest[(last or recipe.phases[-1]).name],
-        "arms": {name: _arm_results(recipe, stages, folder, bench) for name, stages in arms.items()},
-    }
+    return Results(
+        schema_version=SCHEMA_VERSION,
+        name=recipe.name,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        recipe=recipe.model_dump(mode="json", exclude_none=True),
+        versions=versions(),
+        hardware=hardware(),
+        model=ModelSummary(parameters=sum(p.numel() for p in model.parameters()), description=describe(model)),
+        corpora={name: _corpus_size(name, recipe, bench) for name in recipe.corpus_names()},
+        measurement=_measurement(recipe, bench),
+        phase_corpus=heaviest,
+        phases=[_run(recipe, u, folder, bench) for u in finished if u not in compared],
+        arms_phase=last.name if last else None,
+        first_corpus=heaviest[recipe.phases[0].name],
+        new_corpus=heaviest[(last or recipe.phases[-1]).name],
+        arms={name: _arm(recipe, stages, folder, bench) for name, stages in arms.items()},
+    )
 
 
-def _measured(recipe: Recipe, bench: Any) -> dict[str, Any]:
+def _corpus_size(name: str, recipe: Recipe, bench: Any) -> CorpusSize:
+    train = bench.tokens(name, "train") if any(name in phase.data for phase in recipe.phases) else None
+    held_out = bench.tokens(name, "validation") if name in recipe.evaluated() else None
+    return CorpusSize(
+        train_tokens=train and train.n_tokens,
+        validation_tokens=held_out and held_out.n_tokens,
+        validation_bytes=held_out and held_out.n_bytes,
+    )
+
+
+def _measurement(recipe: Recipe, bench: Any) -> Measurement:
     """Return how every perplexity of the run was measured."""
     prefix = first_token(bench.tokenizer)
-    return {
-        "precision": "fp32" if recipe.evaluate.precision == "fp32" else resolve_precision(recipe.precision),
-        "context": bench.context,
-        "stride": bench.context,
-        "per_document": False,
-        "prefix": prefix,
-        "prefix_text": token_text(bench.tokenizer, prefix),
-    }
+    return Measurement(
+        precision="fp32" if recipe.evaluate.precision == "fp32" else resolve_precision(recipe.precision),
+        context=bench.context,
+        stride=bench.context,
+        per_document=False,
+        prefix=prefix,
+        prefix_text=token_text(bench.tokenizer, prefix),
+    )
 
 
-def _trained(recipe: Recipe) -> set[str]:
-    return {name for phase in recipe.phases for name in phase.data}
-
-
-def _stage_results(recipe: Recipe, stage: Stage, folder: Path, bench: Any) -> dict[str, Any]:
+def _run(recipe: Recipe, stage: Stage, folder: Path, bench: Any) -> Run:
     path = folder / stage.folder
     final = final_checkpoint(path)
     assert final is not None
     state = json.loads((final / "trainer_state.json").read_text(encoding="utf-8"))
     own = json.loads((final / CONTINUAL_STATE).read_text(encoding="utf-8"))
-    per_step = stage.spec["batch"]["tokens_per_step"]
-    curve = _curve(state["log_history"], per_step)
-    result = {
-        "phase": stage.phase.name,
-        "arm": stage.arm,
-        "seed": stage.seed,
-        "start": None,
-        "steps": state["global_step"],
-        "tokens_per_step": per_step,
-        "seconds": round(own["seconds"], 2),
-        "batches_hash": f"{own['batches_hash'] & (2**64 - 1):016x}",
-        "checkpoint": str(final.relative_to(folder)),
-        "curve": curve,
-        "diagnosed_on": recipe.diagnosed(stage.phase) if recipe.evaluate.diagnostics_every_steps else None,
-        "final": next(entry["eval"] for entry in reversed(curve) if entry["eval"]),
-        "speed": [
-            {"step": log["step"], **{measure: log.get(measure) for measure in MEASURES}}
-            for log in state["log_history"]
-            if "loss" in log
-        ],
-        "skipped_steps": max((log.get(SKIPPED, 0) for log in state["log_history"]), default=0),
-        "recycled": max((log.get(RECYCLED, 0) for log in state["log_history"]), default=0),
-    }
+    history, per_step = state["log_history"], stage.spec["batch"]["tokens_per_step"]
+    curve = _curve(history, per_step)
+    start, jump = None, {}
     if stage.parent is not None:
         origin = labelled_checkpoint(folder / stage.parent.folder, stage.start)
-        step = step_of(origin)
-        parent = {"phase": stage.parent.phase.name, "arm": stage.parent.arm}
-        result["start"] = {**parent, "checkpoint": stage.start, "step": step}
+        parent = stage.parent
+        start = Start(phase=parent.phase.name, arm=parent.arm, checkpoint=stage.start, step=step_of(origin))
         if stage.arm:
-            result["spike"] = _loss_jump(measured_nll(origin), curve, bench.config.get_text_config().vocab_size)
-    if (path / "reset.json").exists():
-        result["reset"] = json.loads((path / "reset.json").read_text(encoding="utf-8"))
-    return result
+            jump = _loss_jump(measured_nll(origin), curve, bench.config.get_text_config().vocab_size)
+    report = path / "reset.json"
+    return Run(
+        phase=stage.phase.name,
+        arm=stage.arm,
+        seed=stage.seed,
+        start=start,
+        steps=state["global_step"],
+        tokens_per_step=per_step,
+        seconds=round(own["seconds"], 2),
+        batches_hash=f"{own['batches_hash'] & (2**64 - 1):016x}",
+        checkpoint=str(final.relative_to(folder)),
+        curve=curve,
+        diagnosed_on=recipe.diagnosed(stage.phase) if recipe.evaluate.diagnostics_every_steps else None,
+        final=next(entry.eval for entry in reversed(curve) if entry.eval),
+        throughput=[
+            Throughput.model_validate({"step": log["step"], **{measure: log.get(measure) for measure in MEASURES}})
+            for log in history
+            if "loss" in log
+        ],
+        skipped_steps=max((log.get(SKIPPED, 0) for log in history), default=0),
+        recycled_units=max((log.get(RECYCLED, 0) for log in history), default=0),
+        loss_jump=jump,
+        reset=ResetEntry.model_validate_json(report.read_bytes()) if report.exists() else None,
+    )
 
 
 def measured_nll(checkpoint: Path) -> dict[str, float]:
     """Return the NLL that a checkpoint was measured at when it was written, by corpus; empty where it was not."""
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    entries = [entry for entry in _curve(state["log_history"], 0) if entry["step"] == state["global_step"]]
-    return {corpus: measures["nll"] for entry in entries for corpus, measures in entry["eval"].items()}
+    entries = [entry for entry in _curve(state["log_history"], 0) if entry.step == state["global_step"]]
+    return {c: scores.nll for entry in entries for c, scores in entry.eval.items() if scores.nll is not None}
 
 
-def _loss_jump(before: dict[str, float], curve: list[dict[str, Any]], vocabulary: int) -> dict[str, Any]:
+def _loss_jump(before: dict[str, float], curve: list[CurveEntry], vocabulary: int) -> dict[str, LossJump]:
     """Return, by corpus, what the reset did to the loss, and the first evaluated step at which that was made good."""
-    evaluated = [entry for entry in curve if entry["eval"]]
     found = {}
     for corpus, nll in before.items():
-        after = next((e["eval"][corpus]["nll"] for e in evaluated if e["step"] == 0 and corpus in e["eval"]), None)
+        measured = [(e.step, e.eval[corpus].nll) for e in curve if corpus in e.eval]
+        after = next((value for step, value in measured if step == 0), None)
         if after is not None:
-            regained = (e["step"] for e in evaluated if corpus in e["eval"] and e["eval"][corpus]["nll"] <= nll)
-            found[corpus] = {**loss_jump(nll, after, vocabulary), "regained_at_step": next(regained, None)}
+            regained = next((step for step, value in measured if value is not None and value <= nll), None)
+            found[corpus] = LossJump.model_validate({**loss_jump(nll, after, vocabulary), "regained_at_step": regained})
     return found
 
 
-def _curve(history: list[dict[str, Any]], tokens_per_step: int) -> list[dict[str, Any]]:
+def _curve(history: list[dict[str, Any]], tokens_per_step: int) -> list[CurveEntry]:
     """Turn the trainer's log into one entry a step."""
     entries: dict[int, dict[str, Any]] = {}
     for log in history:
         step = log["step"]
-        entry = entries.setdefault(
-            step,
-            {"step": step, "tokens": step * tokens_per_step, "learning_rate": None, "train_loss": None, "eval": {}},
-        )
+        entry = entries.setdefault(step, {"step": step, "tokens": step * tokens_per_step, "eval": {}})
         if "loss" in log:
-            entry["train_loss"], entry["learning_rate"] = log["loss"], log.get("learning_rate")
+            entry |= {"train_loss": log["loss"], "learning_rate": log.get("learning_rate")}
         for key, value in log.items():
             if key.startswith("eval_") and key != "eval_nll":
                 corpus, measure = _split_key(key)
@@ -166,7 +177,7 @@ def _curve(history: list[dict[str, Any]], tokens_per_step: int) -> list[dict[str
                     entry["eval"].setdefault(corpus, {})[measure] = value
         if diagnostics := {key[len(LOG_PREFIX) :]: value for key, value in log.items() if key.startswith(LOG_PREFIX)}:
             entry["diagnostics"] = diagnostics
-    return [entries[step] for step in sorted(entries)]
+    return [CurveEntry.model_validate(entries[step]) for step in sorted(entries)]
 
 
 def _split_key(key: str) -> tuple[str, str]:
@@ -176,53 +187,63 @@ def _split_key(key: str) -> tuple[str, str]:
     return key, ""
 
 
-def _arm_results(recipe: Recipe, stages: list[Stage], folder: Path, bench: Any) -> dict[str, Any]:
-    runs = [_stage_results(recipe, stage, folder, bench) for stage in stages]
-    finals = {c: [run["final"][c] for run in runs] for c in runs[0]["final"]}
-    return {
-        "label": "; ".join(r.label() for r in stages[0].resets),
-        "final": {c: mean_scores(values) for c, values in finals.items()},
-        "curve": _mean_curve([run["curve"] for run in runs]),
-        "runs": runs,
-    }
+def _arm(recipe: Recipe, stages: list[Stage], folder: Path, bench: Any) -> Arm:
+    runs = [_run(recipe, stage, folder, bench) for stage in stages]
+    return Arm(
+        label="; ".join(r.label() for r in stages[0].resets),
+        methods=[r.method for r in stages[0].resets],
+        final=mean_finals(runs),
+        curve=_mean_curve([run.curve for run in runs]),
+        runs=runs,
+    )
 
 
-def mean_scores(values: list[dict[str, Any]]) -> dict[str, Any]:
+def mean_finals(runs: Sequence[Run]) -> dict[str, Scores]:
+    """Return, by corpus, the final scores of several seeds as their mean."""
+    return {corpus: _mean_scores([run.final[corpus] for run in runs]) for corpus in runs[0].final}
+
+
+def _mean_scores(values: Sequence[Scores]) -> Scores:
     """Return one corpus's scores of several seeds as their mean, with the standard deviation of their NLL."""
-    nll = [v["nll"] for v in values]
-    mean = sum(nll) / len(nll)
-    spread = float(np.std(nll, ddof=1)) if len(nll) > 1 else None
-    bits = [v["bits_per_byte"] for v in values if v.get("bits_per_byte") is not None]
-    return {
-        "nll": mean,
-        "perplexity": math.exp(min(mean, 700.0)),
-        "bits_per_byte": sum(bits) / len(bits) if bits else None,
-        "tokens": values[0]["tokens"],
-        "nll_std": spread,
-    }
+    nll = [v.nll for v in values if v.nll is not None]
+    mean = _mean([v.nll for v in values])
+    return Scores(
+        nll=mean,
+        perplexity=None if mean is None else math.exp(min(mean, 700.0)),
+        bits_per_byte=_mean([v.bits_per_byte for v in values if v.bits_per_byte is not None]),
+        tokens=values[0].tokens,
+        nll_std=float(np.std(nll, ddof=1)) if mean is not None and len(nll) > 1 else None,
+    )
 
 
-def _mean_curve(curves: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    if len(curves) == 1:
-        return curves[0]
-    mean = []
-    for entries in zip(*curves, strict=False):
-        entry = dict(entries[0])
-        losses = [e["train_loss"] for e in entries if e["train_loss"] is not None]
-        entry["train_loss"] = sum(losses) / len(losses) if losses else None
-        entry["eval"] = {c: mean_scores([e["eval"][c] for e in entries]) for c in entries[0]["eval"]}
-        if "diagnostics" in entry:
-            seeds = [e["diagnostics"] for e in entries]
-            entry["diagnostics"] = {key: sum(seed[key] for seed in seeds) / len(seeds) for key in seeds[0]}
-        mean.append(entry)
-    return mean
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean of all seeds; None where one lacks the number."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
-def versions() -> dict[str, Any]:
+def _mean_curve(curves: list[list[CurveEntry]]) -> list[CurveEntry]:
+    return curves[0] if len(curves) == 1 else [_mean_entry(entries) for entries in zip(*curves, strict=False)]
+
+
+def _mean_entry(entries: Sequence[CurveEntry]) -> CurveEntry:
+    diagnostics = [e.diagnostics for e in entries if e.diagnostics is not None]
+    measures = {key: _mean([getattr(d, key) for d in diagnostics]) for key in Diagnostics.model_fields}
+    return CurveEntry(
+        step=entries[0].step,
+        tokens=entries[0].tokens,
+        learning_rate=entries[0].learning_rate,
+        train_loss=_mean([e.train_loss for e in entries]),
+        eval={c: _mean_scores([e.eval[c] for e in entries]) for c in entries[0].eval},
+        diagnostics=Diagnostics(**measures) if len(diagnostics) == len(entries) else None,
+    )
+
+
+def versions() -> Versions:
     """Return the versions that results depend on; None for a library without metadata."""
     libraries = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
     named = {name: installed(name) for name in libraries}
-    return {"fire_llm": fire_llm.__version__, **named, "python": platform.python_version(), "git": _git_hash()}
+    return Versions(fire_llm=fire_llm.__version__, **named, python=platform.python_version(), git=_git_hash())
 
 
 def _git_hash() -> str | None:
@@ -238,7 +259,7 @@ def _git_hash() -> str | None:
     return done.stdout.strip() or None
 
 
-def hardware() -> dict[str, Any]:
+def hardware() -> Hardware:
     """Return what the run ran on."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
@@ -249,4 +270,4 @@ def hardware() -> dict[str, Any]:
         cpu = names[0] if names else cpu
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if sys.platform != "win32" else 0.0
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": cpu, "cores": os.cpu_count(), "memory_gib": round(memory, 1), "accelerator": accelerator}
+    return Hardware(cpu=cpu, cores=os.cpu_count(), memory_gib=round(memory, 1), accelerator=accelerator)

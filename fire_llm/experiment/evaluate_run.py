@@ -27,17 +27,15 @@ from fire_llm.experiment.stages import Stage, expand, final_checkpoint, labelled
 from fire_llm.experiment.train import RunContext
 from fire_llm.experiment.transfer import PhaseRun, transfer
 from fire_llm.models import find_device, fresh_model, load_model
+from fire_llm.reporting.schema import EVALUATION_VERSION, Bootstrap, Evaluation, EvaluationRow, EvaluationSettings
 
-SCHEMA_VERSION = 1
 LEVEL = 0.95
 """Of the intervals."""
-
-Json = dict[str, Any]
 
 
 @dataclass
 class Row:
-    """Hold a checkpoint of the matrix and how to load it."""
+    """A checkpoint of the matrix and how to load it."""
 
     checkpoint: str
     """Folder relative to the run's; `init/seed-1` for step-0 weights, the name given for a run that began with some."""
@@ -49,7 +47,7 @@ class Row:
     """init, start, final, best, or a number of steps."""
     load: Callable[[], Any] = field(repr=False)
 
-    def names(self) -> Json:
+    def names(self) -> dict[str, object]:
         """Return what tells the row from others, as plain data."""
         return {key: value for key, value in vars(self).items() if key != "load"}
 
@@ -63,7 +61,7 @@ def evaluate_run(
     *,
     device: str = "cpu",
     progress: bool = True,
-) -> Json:
+) -> dict[str, Any]:
     """Score the checkpoints of a run on its held-out texts, and write and return the matrix.
 
     Each checkpoint is loaded once, in fp32. Under torch.distributed ranks share the work.
@@ -77,7 +75,8 @@ def evaluate_run(
         progress: Show progress bars.
 
     Returns:
-        The content of RUN_DIR/evaluation.json (docs/results-schema.md).
+        The content of RUN_DIR/evaluation.json as plain data (docs/results-schema.md);
+        `fire_llm.reporting.schema.Evaluation.model_validate` gives it types.
 
     Raises:
         UserError: For a folder that is no run or has nothing finished, an unknown corpus, or text that has changed.
@@ -94,7 +93,7 @@ def evaluate_run(
     found, passed = rows_and_phase_runs(recipe, folder, finished, bench)
     first = first_token(bench.tokenizer)
     matrix: dict[str, dict[str, Scores]] = {}
-    rows: list[Json] = []
+    rows: list[EvaluationRow] = []
     for row in found:
         model = row.load().to(where)
         for name, text in texts.items():
@@ -114,27 +113,29 @@ def evaluate_run(
             matrix.setdefault(row.checkpoint, {})[name] = measured.scores
             errors = standard_errors(measured.scores)
             named = {"data": name, "split": "validation", "prefix_text": token_text(bench.tokenizer, first)}
-            rows.append({**row.names(), **named, **measured.to_dict(), "se": errors})
+            rows.append(EvaluationRow.model_validate({**row.names(), **named, **measured.to_dict(), "se": errors}))
         del model  # before the next is loaded
-    result = {
-        "schema_version": SCHEMA_VERSION,
-        "name": recipe.name,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "settings": {
-            "max_tokens": recipe.evaluate.max_tokens,
-            "device": str(where),
-            "words": "pieces between runs of white space",
-            "bootstrap": BOOTSTRAP,
-            "level": LEVEL,
-        },
-        "left_out": left_out,
-        "unfinished": [u.folder for u in stages if u not in finished],
-        "rows": rows,
-        **transfer(matrix, passed, LEVEL),
-    }
+    forgetting, forward_transfer = transfer(matrix, passed, LEVEL)
+    evaluation = Evaluation(
+        schema_version=EVALUATION_VERSION,
+        name=recipe.name,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        settings=EvaluationSettings(
+            max_tokens=recipe.evaluate.max_tokens,
+            device=str(where),
+            words="pieces between runs of white space",
+            bootstrap=Bootstrap.model_validate(BOOTSTRAP),
+            level=LEVEL,
+        ),
+        left_out=left_out,
+        unfinished=[u.folder for u in stages if u not in finished],
+        rows=rows,
+        forgetting=forgetting,
+        forward_transfer=forward_transfer,
+    ).model_dump(mode="json")
     if is_first():
-        write_json(folder / "evaluation.json", result)
-    return result
+        write_json(folder / "evaluation.json", evaluation)
+    return evaluation
 
 
 def _recipe_and_stages(folder: Path) -> tuple[Recipe, list[Stage]]:
@@ -149,7 +150,7 @@ def _recipe_and_stages(folder: Path) -> tuple[Recipe, list[Stage]]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"'{path}' is damaged ({error}): run the recipe again, which writes it anew") from error
+        raise UserError(f"'{path}' is damaged ({error}): run the recipe again, which writes it again") from error
     try:
         recipe = load_recipe(data)
         return recipe, expand(recipe)

@@ -32,6 +32,7 @@ from fire_llm.experiment.resources import registered_here, small, threads_asked_
 from fire_llm.experiment.stages import phase_steps, refuse_links, refuse_other_recipe
 from fire_llm.experiment.train import RunContext, only_run, train
 from fire_llm.experiment.worker import work
+from fire_llm.reporting.schema import Results
 from fire_llm.training.heap import keep_freed_memory, release_memory
 
 SCHEMA_VERSION = 1
@@ -45,8 +46,8 @@ class Sweep:
     """What a sweep ended with."""
 
     trials: list[Trial]
-    results: list[dict[str, Any]]
-    """The content of each trial's `results.json`; of the stages that are finished."""
+    results: list[Results]
+    """What each trial's `results.json` holds; of the stages that are finished."""
     failures: list[dict[str, Any]]
     """Stages that failed, each {stage, message, code, log}; empty where all are finished."""
     left: list[str]
@@ -90,14 +91,16 @@ def run_recipe(
         progress: Show progress bars.
 
     Returns:
-        The content of `results.json` (see docs/results-schema.md).
+        The content of `results.json` as plain data (see docs/results-schema.md). It is what one saves, prints or
+        puts into a table of one's own; `fire_llm.reporting.schema.Results.model_validate` gives it types.
 
     Raises:
         UserError: Where the folder belongs to a different recipe or is in use, an arm is unknown, or the disk is full.
         Stopped: A KeyboardInterrupt, after SIGINT or SIGTERM: the step they came in is saved (docs/reliability.md).
     """
     folder = Path(output or Path("runs") / recipe.name)
-    return _Command([Trial("", {}, recipe)], folder, list(arms), progress, alone=True).run(workers).results[0]
+    sweep = _Command([Trial("", {}, recipe)], folder, list(arms), progress, alone=True).run(workers)
+    return sweep.results[0].model_dump(mode="json")
 
 
 def run_sweep(
@@ -217,7 +220,7 @@ class _Command:
     def _bench(self, trial: Trial) -> RunContext:
         return RunContext(trial.recipe, trial.folder(self.output), self.progress)
 
-    def _on_ranks(self, jobs: Sequence[Job], wanted: Sequence[Job]) -> list[dict[str, Any]]:
+    def _on_ranks(self, jobs: Sequence[Job], wanted: Sequence[Job]) -> list[Results]:
         """Run one trial after another on all ranks of a launcher, and return their results."""
         state = ranks()
         results = []
@@ -276,10 +279,10 @@ def described(trials: Sequence[Trial]) -> dict[str, Any]:
     return {"schema_version": SCHEMA_VERSION, "grid": grid, "cells": named}
 
 
-def _gather(trial: Trial, jobs: Sequence[Job], output: Path, bench: RunContext, first: bool = True) -> dict[str, Any]:
+def _gather(trial: Trial, jobs: Sequence[Job], output: Path, bench: RunContext, first: bool = True) -> Results:
     """Return a trial's results, of the stages that are finished; the first rank writes them."""
     folder = trial.folder(output)
     results = collect(trial.recipe, [job.stage for job in jobs if job.trial is trial], folder, bench)
     if first:
-        write_json(folder / "results.json", results)
+        write_json(folder / "results.json", results.model_dump(mode="json"))
     return results

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from fire_llm.experiment.collect import mean_scores
+from fire_llm.experiment.collect import mean_finals
 from fire_llm.experiment.recipe import Trial, words
 from fire_llm.reporting.comparison import Comparison
-
-Json = dict[str, Any]
-DASH = "–"
+from fire_llm.reporting.schema import Arm, Results
+from fire_llm.reporting.table import DASH, Row, Table
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,8 @@ class Entry:
 class Summary:
     """Answer what the sweep's table and its page ask."""
 
-    def __init__(self, trials: Sequence[Trial], results: Sequence[Json]) -> None:
-        """Take the trials, and of each what its results.json holds."""
+    def __init__(self, trials: Sequence[Trial], results: Sequence[Results]) -> None:
+        """Take the trials, and the results of each."""
         self.trials = list(trials)
         self.comparisons = [Comparison(with_arms(one)) for one in results]
 
@@ -51,7 +50,7 @@ class Summary:
         found: dict[str, Entry] = {}
         for trial, comparison in zip(self.trials, self.comparisons, strict=True):
             for arm in comparison.arms:
-                same = json.dumps([arm, comparison.runs(arm)], sort_keys=True)
+                same = json.dumps([arm, *(run.model_dump(mode="json") for run in comparison.runs(arm))])
                 found.setdefault(same, Entry(arm, [], comparison)).trials.append(trial)
         arms = list(dict.fromkeys(entry.arm for entry in found.values()))
         return sorted(found.values(), key=lambda entry: arms.index(entry.arm))
@@ -66,36 +65,26 @@ class Summary:
         """Return the arms' names."""
         return list(dict.fromkeys(entry.arm for entry in self.entries))
 
-    def tables(self) -> list[Json]:
-        """Return a table a corpus: {corpus, columns, rows: [{arm, trial, best, cells}]}, cells as text."""
-        tables = []
-        for corpus in self.corpora:
-            parts = {id(c): next((t for t in c.tables() if t["corpus"] == corpus), None) for c in self.comparisons}
-            columns = list(dict.fromkeys(name for part in parts.values() if part for name in part["columns"]))
-            lowest = self._lowest(corpus)
-            rows: list[Json] = []
-            for entry in self.entries:
-                part = parts[id(entry.of)]
-                if part is None:
-                    continue
-                own = next(row["cells"] for row in part["rows"] if row["arm"] == entry.arm)
-                texts = dict(zip(part["columns"], own, strict=True))
-                rows.append(
-                    {
-                        "trial": entry.where(self.trials),
-                        "arm": entry.arm,
-                        "best": entry is lowest,
-                        "cells": [texts.get(column, DASH) for column in columns],
-                    }
-                )
-            used = [i for i in range(len(columns)) if any(row["cells"][i] != DASH for row in rows)]
-            for row in rows:
-                row["cells"] = [row["cells"][i] for i in used]
-            tables.append({"corpus": corpus, "columns": [columns[i] for i in used], "rows": rows})
-        return tables
+    def tables(self) -> list[Table]:
+        """Return a table a corpus, a row for each arm of each trial; columns that no row fills are left out."""
+        return [self._table(corpus) for corpus in self.corpora]
+
+    def _table(self, corpus: str) -> Table:
+        parts = {id(c): table for c in self.comparisons for table in c.tables() if table.caption == corpus}
+        columns = list(dict.fromkeys(name for part in parts.values() for name in part.columns))
+        lowest = self._lowest(corpus)
+        rows = []
+        for entry in self.entries:
+            if part := parts.get(id(entry.of)):
+                own = next(row.cells for row in part.rows if row.name == entry.arm)
+                texts = dict(zip(part.columns, own, strict=True))
+                cells = tuple(texts.get(column, DASH) for column in columns)
+                rows.append(Row((entry.arm, entry.where(self.trials)), cells, entry is lowest))
+        used = [name for i, name in enumerate(columns) if any(row.cells[i] != DASH for row in rows)]
+        return Table(corpus, tuple(columns), tuple(rows), ("arm", "trial")).only(used)
 
     def reading(self) -> list[str]:
-        """Say which arm of which trial ends lowest on each corpus."""
+        """Return which arm of which trial ends lowest on each corpus."""
         said = []
         for corpus in self.corpora:
             if entry := self._lowest(corpus):
@@ -131,15 +120,12 @@ class Summary:
         return lines
 
 
-def with_arms(results: Json) -> Json:
+def with_arms(results: Results) -> Results:
     """Return results with the last phase in the place of the arms, where no phase has any."""
-    phases = results.get("phases") or []
-    if results.get("arms") or not phases:
+    last = next(reversed(results.phase_corpus), None)
+    runs = [run for run in results.phases if run.phase == last]
+    if results.arms or not runs:
         return results
-    last = results["recipe"]["phases"][-1]["name"]
-    runs = [run for run in phases if run["phase"] == last]
-    if not runs:
-        return results
-    finals = {corpus: mean_scores([run["final"][corpus] for run in runs]) for corpus in runs[0]["final"]}
-    curve = runs[0]["curve"] if len(runs) == 1 else []
-    return {**results, "arms": {last: {"label": "", "final": finals, "curve": curve, "runs": runs}}}
+    curve = runs[0].curve if len(runs) == 1 else []
+    arm = Arm(final=mean_finals(runs), curve=curve, runs=runs)
+    return results.model_copy(update={"arms": {runs[0].phase: arm}})

@@ -1,10 +1,9 @@
-"""Tell what a sweep found: its table, its page, and, before it runs, what it would do."""
+"""Show what a sweep found: its table, its page, and, before it runs, what it would do."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from fire_llm.core.atomic import checkpoints
@@ -13,17 +12,15 @@ from fire_llm.experiment.jobs import Job, jobs_of, of_arms
 from fire_llm.experiment.recipe import Trial, words
 from fire_llm.experiment.run import Sweep
 from fire_llm.experiment.summary import Summary
-from fire_llm.reporting.html import RETENTION, block, numbered
+from fire_llm.reporting.html import RETENTION, Block, drawn, numbered
 from fire_llm.reporting.plots.arms import retention_figure
 from fire_llm.reporting.plots.base import Style, palette
 from fire_llm.reporting.plots.sweep import key_figure
-from fire_llm.reporting.tables import corpus_table, page_fault, page_told, print_table, write_page
-
-Json = dict[str, Any]
+from fire_llm.reporting.tables import page_fault, page_told, print_table, write_page
 
 
 def show(sweep: Sweep, output: Path) -> None:
-    """Print the table, write every trial's page and, where there is a grid, the sweep's; say where it is."""
+    """Print the table, write every trial's page and, where there is a grid, the sweep's; print where it is."""
     for trial, results in zip(sweep.trials, sweep.results, strict=True):
         told = page_told(results, trial.folder(output) / "report.html")
     if sweep.trials[0].name:
@@ -41,8 +38,8 @@ def print_summary(summary: Summary) -> None:
     from rich.console import Console
 
     console = Console()
-    for content in summary.tables():
-        console.print(corpus_table(content, {"trial": 16, "arm": 10}, ("NLL", "vs base")))
+    for table in summary.tables():
+        console.print(table.only(("NLL", "vs base")).rich({"trial": 16, "arm": 10}))
     said = " ".join(filter(None, [*summary.reading(), summary.legend()]))
     console.print(said, markup=False, highlight=False)
 
@@ -73,21 +70,21 @@ def write_summary(summary: Summary, output: Path) -> Path:
     )
 
 
-def _by_key(summary: Summary, looks: dict[str, Style]) -> list[Json]:
+def _by_key(summary: Summary, looks: dict[str, Style]) -> list[Block]:
     """Return a block for each swept key: the final loss on each corpus against its values."""
     blocks = []
     for key in summary.swept():
         others = " One line for each setting of the other keys." if len(summary.swept()) > 1 else ""
-        figures = [(corpus, key_figure(summary.lines(key, corpus), key, looks)) for corpus in summary.corpora]
+        figures = drawn(*((c, key_figure(summary.lines(key, c), key, looks)) for c in summary.corpora))
         text = "Final loss on held-out text: means over the seeds, bands their range." + others
-        blocks.append(block(f"Against {key}", text, figures))
+        blocks.append(Block(f"Against {key}", text, figures))
     return blocks
 
 
-def _trade_off(summary: Summary, looks: dict[str, Style]) -> Json:
+def _trade_off(summary: Summary, looks: dict[str, Style]) -> Block:
     """Return the block about plasticity and retention, over all trials."""
-    points = {}
-    arm_of = {}
+    points: dict[str, list[tuple[float, float]]] = {}
+    arm_of: dict[str, str] = {}
     for entry in summary.entries:
         label = f"{entry.arm} · {entry.where(summary.trials)}"
         points[label], arm_of[label] = entry.of.retention(entry.arm), entry.arm
@@ -96,7 +93,7 @@ def _trade_off(summary: Summary, looks: dict[str, Style]) -> Json:
     for trace in figure["data"] if figure else ():
         trace["legendgroup"] = arm_of[trace["legendgroup"]]  # the page's buttons switch arms
     text = RETENTION.format(first.first) + " A marker for each arm of each trial; small ones are seeds."
-    return block("Plasticity and retention", text, [("", figure)])
+    return Block("Plasticity and retention", text, drawn(("", figure)))
 
 
 def print_trials(trials: Sequence[Trial], output: Path, arms: Sequence[str] = ()) -> None:

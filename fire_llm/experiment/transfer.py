@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fire_llm.evaluation.scores import Scores
 from fire_llm.evaluation.statistics import paired_difference
-
-Json = dict[str, Any]
+from fire_llm.reporting.schema import Transfer
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,9 @@ class PhaseRun:
         return next((s.start for s, _ in reversed([*self.before])), self.start)
 
 
-def transfer(matrix: Mapping[str, Mapping[str, Scores]], stages: Sequence[PhaseRun], level: float = 0.95) -> Json:
+def transfer(
+    matrix: Mapping[str, Mapping[str, Scores]], stages: Sequence[PhaseRun], level: float = 0.95
+) -> tuple[list[Transfer], list[Transfer]]:
     """Return what each stage forgot of earlier corpora, and what earlier stages did for those it began to train on.
 
     Args:
@@ -54,27 +54,27 @@ def transfer(matrix: Mapping[str, Mapping[str, Scores]], stages: Sequence[PhaseR
         level: Of the intervals.
 
     Returns:
-        `forgetting`: NLL(end of the stage) − NLL(checkpoint taken from the latest earlier stage that trained on the
-        corpus): positive is lost. `replayed` tells whether the stage itself trained on it too.
-        `forward_transfer`: NLL(checkpoint the stage started from) − NLL(what the run began with), of corpora that no
+        Forgetting: NLL(end of the stage) − NLL(checkpoint taken from the latest earlier stage that trained on the
+        corpus): positive is lost. `replayed` says whether the stage itself trained on it too.
+        Forward transfer: NLL(checkpoint the stage started from) − NLL(what the run began with), of corpora that no
         stage before it trained on: negative helps. Arms that share their start share one entry.
-        Both nats per byte, as `Difference.to_dict()` behind the names of the two checkpoints.
+        Both in nats per byte.
     """
-    forgetting: list[Json] = []
-    forward: dict[tuple[str, str], Json] = {}
+    forgetting: list[Transfer] = []
+    forward: dict[tuple[str, str], Transfer] = {}
 
-    def entry(stage: PhaseRun, corpus: str, after: str, before: str) -> Json:
+    def difference(stage: PhaseRun, corpus: str, after: str, before: str, trained_in: str) -> Transfer:
         found = paired_difference(matrix[after][corpus], matrix[before][corpus], unit="byte", level=level)
-        names = {"data": corpus, "phase": stage.phase, "arm": stage.arm, "seed": stage.seed}
-        return {**names, "after": after, "before": before, **found.to_dict()}
+        names = {"data": corpus, "phase": stage.phase, "seed": stage.seed, "after": after, "before": before}
+        return Transfer.model_validate({**names, "trained_in": trained_in, **found.to_dict()})
 
     for stage in stages:
         for corpus in matrix[stage.end]:
             taken = next(((s, checkpoint) for s, checkpoint in stage.before if corpus in s.trained), None)
             if taken is not None:
-                told = {"trained_in": taken[0].phase, "replayed": corpus in stage.trained}
-                forgetting.append({**entry(stage, corpus, stage.end, taken[1]), **told})
+                lost = difference(stage, corpus, stage.end, taken[1], taken[0].phase)
+                own = {"arm": stage.arm, "replayed": corpus in stage.trained}
+                forgetting.append(lost.model_copy(update=own))
             elif corpus in stage.trained and stage.parent is not None and (stage.start, corpus) not in forward:
-                told = {"trained_in": stage.phase}
-                forward[stage.start, corpus] = {**entry(stage, corpus, stage.start, stage.root), "arm": None, **told}
-    return {"forgetting": forgetting, "forward_transfer": [*forward.values()]}
+                forward[stage.start, corpus] = difference(stage, corpus, stage.start, stage.root, stage.phase)
+    return forgetting, [*forward.values()]

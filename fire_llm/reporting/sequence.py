@@ -1,16 +1,15 @@
-"""What the arms of a stream, several phases with arms, learned in each phase, and what they kept of it."""
+"""What the arms of several phases with arms, trained in turn, learned in each phase, and what they kept of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from statistics import fmean, stdev
-from typing import Any
 
 from fire_llm.reporting.comparison import Comparison, evaluations, paired, spread
+from fire_llm.reporting.table import Row, Table
 
-Json = dict[str, Any]
-Scores = dict[str, dict[Any, float]]
+ByPhase = dict[str, dict[int, float]]
 """By phase, nats per token by seed."""
 
 LEARNED = "learned: NLL on a phase's corpus when the phase ended"
@@ -18,14 +17,12 @@ AGAINST_BASE = "learned, against the base"
 FORGOTTEN = "forgotten: NLL at the end less that when the corpus's phase ended"
 
 
-class Stream:
-    """Follow the arms of a results.json back through the phases that led to them."""
+class PhaseSequence:
+    """Follow the arms of the last phase back through the phases that led to them."""
 
     def __init__(self, comparison: Comparison) -> None:
-        """Take the comparison of the last phase's arms."""
         self.of = comparison
-        phases = (comparison.results.get("recipe") or {}).get("phases") or []
-        self._corpus = {p["name"]: max(p["data"], key=p["data"].__getitem__) for p in phases if p.get("data")}
+        self._corpus = comparison.results.phase_corpus
         self._learned = {arm: self._scores(arm) for arm in comparison.arms}
 
     @cached_property
@@ -45,21 +42,20 @@ class Stream:
         bare = {phase for phase, arm, _ in self.of.earlier if not arm}
         return [phase for phase in self.phases if phase not in bare]
 
-    def learned(self, arm: str) -> Scores:
+    def learned(self, arm: str) -> ByPhase:
         """Return the NLL on each phase's own corpus at the checkpoint from which this arm's next phase began."""
         return self._learned[arm]
 
-    def _scores(self, arm: str) -> Scores:
-        scores: Scores = {}
+    def _scores(self, arm: str) -> ByPhase:
+        scores: ByPhase = {}
         for run in self.of.runs(arm):
             step = None
             for current in (run, *self.of.ancestors(run)):
-                phase = str(current.get("phase"))
-                measured = evaluations(current.get("curve") or [], self._corpus.get(phase, ""))
+                measured = evaluations(current.curve, self._corpus.get(current.phase, ""))
                 at = dict(measured).get(step if step is not None else measured[-1][0]) if measured else None
                 if at is not None:
-                    scores.setdefault(phase, {})[run.get("seed")] = at
-                step = (current.get("start") or {}).get("step")
+                    scores.setdefault(current.phase, {})[run.seed] = at
+                step = current.start.step if current.start else None
         return scores
 
     def against_base(self, arm: str) -> dict[str, list[float]]:
@@ -78,8 +74,8 @@ class Stream:
             lost[phase] = [final[seed] - nll for seed, nll in learned.get(phase, {}).items() if seed in final]
         return lost
 
-    def tables(self) -> list[Json]:
-        """Return the stream's tables, in the form of `Comparison.tables`; none where only one phase has arms."""
+    def tables(self) -> list[Table]:
+        """Return what was learned, what against the base, and what was forgotten; nothing for one phase with arms."""
         if not self.phases:
             return []
 
@@ -97,16 +93,16 @@ class Stream:
         corpora = list(self.phases.values())
         return self.phases[phase] if len(set(corpora)) == len(corpora) else phase
 
-    def _table(self, title: str, phases: list[str], cell: Callable[[str, str], str]) -> Json:
-        rows = [{"arm": arm, "best": False, "cells": [cell(arm, phase) for phase in phases]} for arm in self.of.arms]
-        return {"corpus": title, "columns": [self.name(phase) for phase in phases], "rows": rows}
+    def _table(self, caption: str, phases: list[str], cell: Callable[[str, str], str]) -> Table:
+        rows = tuple(Row((arm,), tuple(cell(arm, phase) for phase in phases)) for arm in self.of.arms)
+        return Table(caption, tuple(self.name(phase) for phase in phases), rows)
 
 
-def every_table(comparison: Comparison) -> list[Json]:
-    """Return the tables of a comparison, and of the stream where it ends one."""
-    return [*comparison.tables(), *Stream(comparison).tables()]
+def every_table(comparison: Comparison) -> list[Table]:
+    """Return the tables of a comparison, and of the phases before it where they have arms too."""
+    return [*comparison.tables(), *PhaseSequence(comparison).tables()]
 
 
-def _spread(by_seed: Mapping[Any, float]) -> str:
+def _spread(by_seed: Mapping[int, float]) -> str:
     values = list(by_seed.values())
     return spread(fmean(values) if values else None, stdev(values) if len(values) > 1 else None)

@@ -136,12 +136,11 @@ def evidence(stage: Any) -> None:
             if stage.found["finished"]:
                 took = max(took, time.monotonic() - began)
             else:
-                stage = results["arms"][name]["runs"][0]
-                took = stage["seconds"] + OVERHEAD
+                took = results["arms"][name]["runs"][0]["seconds"] + OVERHEAD
             stage.file("results.json", results)
             summary = {arm: _summary(results, arm) for arm in results["arms"]}
             phases = [{k: stage[k] for k in ("phase", "steps", "seconds", "final")} for stage in results["phases"]]
-            stage.note(finished=[*summary], results=summary, first_phase=phases, measured=results.get("measured"))
+            stage.note(finished=[*summary], results=summary, first_phase=phases, measured=results["measurement"])
             gc.collect()
     for name, arm in stage.found.get("results", {}).items():
         finals = ", ".join(f"{corpus} {nll:.4f}" for corpus, nll in arm["nll"].items())
@@ -150,11 +149,11 @@ def evidence(stage: Any) -> None:
 
 def _summary(results: dict[str, Any], name: str) -> dict[str, Any]:
     (run,) = results["arms"][name]["runs"]
-    rates = [entry["tokens_per_second"] for entry in run["speed"] if entry.get("tokens_per_second")]
+    rates = [entry["tokens_per_second"] for entry in run["throughput"] if entry.get("tokens_per_second")]
     return {
         "nll": {corpus: score["nll"] for corpus, score in run["final"].items()},
         "seconds": run["seconds"],
         "tokens_per_second": statistics.median(rates) if rates else None,
-        "peak_memory_bytes": max((entry.get("peak_memory_bytes") or 0 for entry in run["speed"]), default=0),
+        "peak_memory_bytes": max((entry.get("peak_memory_bytes") or 0 for entry in run["throughput"]), default=0),
         "reset": results["arms"][name]["label"],
     }

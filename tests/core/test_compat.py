@@ -84,4 +84,4 @@ def test_missing_metadata_of_a_library_is_no_error_at_the_end_of_a_run(monkeypat
 
     monkeypatch.setattr(compat, "version", version)
     found = results.versions()
-    assert found["datasets"] is None and found["torch"] == "1.0"
+    assert found.datasets is None and found.torch == "1.0"

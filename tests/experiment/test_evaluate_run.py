@@ -45,16 +45,16 @@ def hand_made() -> tuple[dict[str, dict[str, Scores]], list[PhaseRun]]:
 
 
 def test_transfer_is_what_a_pencil_gives():
-    found = transfer(*hand_made())
+    lost, helped = transfer(*hand_made())
     # {(corpus, after, before): nats a byte}: the differences of two documents over their 80 bytes.
-    forgetting = {(e["data"], e["after"], e["before"]): e["mean"] for e in found["forgetting"]}
+    forgetting = {(e.data, e.after, e.before): e.mean for e in lost}
     assert forgetting == {
         ("a", "base", "one"): pytest.approx((8 + 8) / 80),
         ("a", "fire", "one"): pytest.approx((4 + 12) / 80),
         ("a", "last", "one"): pytest.approx((2 - 2) / 80),
         ("b", "last", "fire"): pytest.approx((10 + 24) / 80),
     }
-    forward = {(e["data"], e["after"], e["before"]): e["mean"] for e in found["forward_transfer"]}
+    forward = {(e.data, e.after, e.before): e.mean for e in helped}
     assert forward == {
         ("b", "one", "init"): pytest.approx((-30 - 20) / 80),
         ("c", "fire", "init"): pytest.approx((-8 - 8) / 80),
@@ -62,29 +62,29 @@ def test_transfer_is_what_a_pencil_gives():
 
 
 def test_transfer_names_phases_arms_and_replay_and_gives_intervals():
-    found = transfer(*hand_made())
-    base, fire, replayed, _ = found["forgetting"]
-    assert (base["phase"], base["arm"], base["seed"], base["trained_in"]) == ("second", "base", 1, "first")
-    assert [e["replayed"] for e in found["forgetting"]] == [False, False, True, False]
-    assert (replayed["phase"], replayed["arm"], replayed["unit"]) == ("third", "fire", "byte")
+    lost, helped = transfer(*hand_made())
+    base, fire, replayed, _ = lost
+    assert (base.phase, base.arm, base.seed, base.trained_in) == ("second", "base", 1, "first")
+    assert [e.replayed for e in lost] == [False, False, True, False]
+    assert (replayed.phase, replayed.arm, replayed.unit) == ("third", "fire", "byte")
     # Both documents lost 8 nats: nothing to doubt. 0.1 and 0.3 a byte: standard error 0.2/2, t of 1 degree.
-    assert [base["se"], base["low"] - base["mean"], base["high"] - base["mean"]] == pytest.approx([0, 0, 0], abs=1e-15)
-    assert fire["se"] == pytest.approx(0.1, rel=0.07)
-    assert fire["high"] - fire["mean"] == pytest.approx(12.7062 * fire["se"], rel=1e-4)
-    assert [(e["phase"], e["arm"]) for e in found["forward_transfer"]] == [("second", None), ("third", None)]
+    assert [base.se, base.low - base.mean, base.high - base.mean] == pytest.approx([0, 0, 0], abs=1e-15)
+    assert fire.se == pytest.approx(0.1, rel=0.07)
+    assert fire.high - fire.mean == pytest.approx(12.7062 * fire.se, rel=1e-4)
+    assert [(e.phase, e.arm) for e in helped] == [("second", None), ("third", None)]
 
 
 def test_a_corpus_trained_on_twice_is_forgotten_since_the_last_time():
     matrix, (one, base, *_) = hand_made()
     again = PhaseRun("third", None, 1, ("a",), "base", "fire", base)
     after = PhaseRun("fourth", None, 1, ("c",), "fire", "last", again)
-    found = transfer(matrix, [one, base, again, after])["forgetting"]
-    assert [(e["data"], e["before"]) for e in found if e["after"] == "last"] == [("a", "fire"), ("b", "base")]
+    lost, _ = transfer(matrix, [one, base, again, after])
+    assert [(e.data, e.before) for e in lost if e.after == "last"] == [("a", "fire"), ("b", "base")]
 
 
 def test_a_run_of_one_phase_has_no_transfer():
     matrix, (one, *_) = hand_made()
-    assert transfer(matrix, [one]) == {"forgetting": [], "forward_transfer": []}
+    assert transfer(matrix, [one]) == ([], [])
 
 
 # ---- a run

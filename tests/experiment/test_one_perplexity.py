@@ -34,6 +34,7 @@ from fire_llm.evaluation.precision import own_precision, precision_of
 from fire_llm.experiment.evaluate_run import evaluate_run
 from fire_llm.experiment.stages import final_checkpoint
 from fire_llm.experiment.summary import Summary
+from fire_llm.reporting.schema import Results
 
 CONTEXT = 32
 WORDS = ["fire", "resets", "the", "weights", "of", "a", "model", "so", "that", "it", "may", "learn", "again"]
@@ -173,9 +174,9 @@ def test_a_run_in_bf16_can_be_measured_in_bf16_and_says_so(texts, tmp_path):
     a, b = (results["phases"][0]["final"]["a"]["nll"] for results in (exact, mixed))
     assert a != b and a == pytest.approx(b, rel=1e-2)
     assert exact["phases"][0]["batches_hash"] == mixed["phases"][0]["batches_hash"]
-    assert [results["measured"]["precision"] for results in (exact, mixed)] == ["fp32", "bf16"]
+    assert [results["measurement"]["precision"] for results in (exact, mixed)] == ["fp32", "bf16"]
     shared = {"context": CONTEXT, "stride": CONTEXT, "per_document": False, "prefix": 0}
-    assert exact["measured"] == {"precision": "fp32", **shared, "prefix_text": "<|endoftext|>"}
+    assert exact["measurement"] == {"precision": "fp32", **shared, "prefix_text": "<|endoftext|>"}
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["native-bf16", "without-bf16"])
@@ -187,7 +188,7 @@ def test_auto_follows_the_processor_and_perplexity_does_not(native, texts, tmp_p
     spec = json.loads((folder / "only" / "seed-1" / "unit.json").read_text())
     assert spec["precision"] == ("bf16" if native else "fp32")
     measured = evaluate_run(folder, progress=False)["rows"][-1]
-    assert measured["precision"] == results["measured"]["precision"] == "fp32"
+    assert measured["precision"] == results["measurement"]["precision"] == "fp32"
     assert measured["nll"] == pytest.approx(results["phases"][0]["final"]["a"]["nll"], rel=1e-9)
 
 
@@ -347,13 +348,16 @@ def test_a_sweep_over_how_it_is_measured_says_every_way():
     arms = {"base": {"label": "", "final": run["final"], "curve": curve, "runs": [run]}}
     how = {"context": 8, "stride": 8, "per_document": False, "prefix": 3}
     results = [
-        {
-            "arms": arms,
-            "arms_phase": "only",
-            "new_corpus": "a",
-            "first_corpus": "a",
-            "measured": {"precision": p, **how},
-        }
+        Results.model_validate(
+            {
+                "schema_version": 2,
+                "arms": arms,
+                "arms_phase": "only",
+                "new_corpus": "a",
+                "first_corpus": "a",
+                "measurement": {"precision": p, **how},
+            }
+        )
         for p in ("fp32", "bf16", "fp32")
     ]
     told = Summary([SimpleNamespace(settings={})] * 3, results).legend()

@@ -293,7 +293,7 @@ def test_too_little_room_is_told_before_training(texts, tmp_path, monkeypatch):
     import fire_llm.experiment.train
 
     monkeypatch.setattr(fire_llm.experiment.train, "free_bytes", lambda folder: 1000)
-    with pytest.raises(UserError, match=r"has 1e-06 GB free and the unit's checkpoints take .* GB"):
+    with pytest.raises(UserError, match=r"has 1e-06 GB free and the stage's checkpoints take .* GB"):
         run_recipe(load_recipe(recipe_data(texts)), tmp_path / "run", progress=False)
     assert not list((tmp_path / "run").rglob("checkpoint-*"))
 
@@ -351,7 +351,7 @@ def test_lengths_and_batches_are_arithmetic(texts):
 
 def test_diagnostics_come_with_the_curves_and_survive_a_resumption(texts, tmp_path, monkeypatch):
     """Corpus a is the first phase's, b the heavier of the second's; SFE counts from before the reset."""
-    from fire_llm.reporting.tables import write_report
+    from fire_llm.reporting.tables import load_results, write_report
     from fire_llm.training.trainer import ContinualTrainer
 
     data = recipe_data(texts)
@@ -377,16 +377,16 @@ def test_diagnostics_come_with_the_curves_and_survive_a_resumption(texts, tmp_pa
         assert [run["diagnosed_on"] for run in arm["runs"]] == ["b", "b"]
         assert arm["runs"][1]["curve"] == cut["arms"][name]["runs"][0]["curve"]
         for curve in (arm["curve"], *(run["curve"] for run in arm["runs"])):
-            measured = {e["step"]: e["diagnostics"] for e in curve if "diagnostics" in e}
+            measured = {e["step"]: e["diagnostics"] for e in curve if e["diagnostics"]}
             assert list(measured) == [0, 5, 8]
             assert (measured[0]["sfe"] == 0) == (name == "base") and measured[8]["sfe"] > 0
             assert 0 < measured[0]["srank_share"] <= 1 and {"hessian_eigenvalue", "gradient_norm"} <= set(measured[0])
         pairs = zip(*(run["curve"] for run in arm["runs"]), strict=True)
         for mean, (one, two) in zip(arm["curve"], pairs, strict=True):
-            if "diagnostics" in mean:
+            if mean["diagnostics"]:
                 both = one["diagnostics"]["srank"], two["diagnostics"]["srank"]
                 assert mean["diagnostics"]["srank"] == sum(both) / 2
-    page = write_report(json.loads((tmp_path / "whole" / "results.json").read_text()), tmp_path).read_text()
+    page = write_report(load_results(tmp_path / "whole"), tmp_path).read_text()
     assert "srank of the last hidden states" in page and "held-out text of b. Means over the seeds." in page
     data["evaluate"]["diagnostics_every_steps"] = 2
     with pytest.raises(UserError, match=r"evaluate\.diagnostics_every_steps: 5 then, 2 now"):
@@ -396,4 +396,4 @@ def test_diagnostics_come_with_the_curves_and_survive_a_resumption(texts, tmp_pa
 def test_diagnostics_are_off_by_default(finished):
     _, results = finished
     assert results["phases"][0]["diagnosed_on"] is None
-    assert not any("diagnostics" in e for arm in results["arms"].values() for e in arm["curve"])
+    assert not any(e["diagnostics"] for arm in results["arms"].values() for e in arm["curve"])

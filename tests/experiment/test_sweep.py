@@ -120,7 +120,7 @@ def test_names_are_safe_short_and_differ_but_for_capitals(path):
         (["phases.0.steps=[]"], r"sweep\.phases\.0\.steps: \[\] is not allowed"),
         (["phases.0.steps"], r"--grid phases\.0\.steps: write KEY=VALUE"),
         (["name=[a,b]"], r"'name' cannot be swept over"),
-        ([f"phases.0.steps={list(range(1, 30))}", f"phases.1.steps={list(range(1, 30))}"], "841 cells.*at most 500"),
+        ([f"phases.0.steps={list(range(1, 30))}", f"phases.1.steps={list(range(1, 30))}"], "841 trials.*at most 500"),
         (["phases.0.steps=[4,5]", "batch.tokens_per_step=[120,128]"], r"in steps=4,.*=120 and steps=5,.*=120: batch"),
     ],
 )
@@ -148,7 +148,7 @@ def test_a_cell_is_what_run_makes_of_its_recipe(whole, path, tmp_path):
     for stage in ("first/seed-1", "second/base/seed-1", "second/fire/seed-1"):
         assert equal(folder / "iterations=5" / stage, tmp_path / "r" / stage)
     own = json.loads((folder / "iterations=5" / "results.json").read_text())
-    assert own == json.loads(json.dumps(sweep.results[1]))
+    assert own == sweep.results[1].model_dump(mode="json")
     assert own["arms"]["fire"]["final"] == results["arms"]["fire"]["final"]
     assert json.loads((folder / "iterations=5" / "recipe.json").read_text()) == json.loads(
         (tmp_path / "r" / "recipe.json").read_text()
@@ -168,7 +168,8 @@ def test_a_sweep_again_trains_nothing_and_a_larger_grid_only_what_is_new(whole, 
 
 def test_of_some_arms_only_what_they_start_from_is_trained_too(path, tmp_path, capsys):
     argv = ["sweep", str(path), "--set", TWO[0], "--grid", GRID[0], "--output", str(tmp_path), "--workers=1"]
-    assert main([*argv, "--arm=base", "--dry-run"]) == 0 and "2 cells of 4 units, 2 of them" in capsys.readouterr().out
+    assert main([*argv, "--arm=base", "--dry-run"]) == 0
+    assert "2 trials of 4 stages, 2 of them" in capsys.readouterr().out
     assert main([*argv, "--arm=base"]) == 0
     there = {job.stage.folder for job in jobs_of(load_trials(path, TWO, GRID), tmp_path) if job.done()}
     assert there == {"first/seed-1", "second/base/seed-1"}
@@ -463,13 +464,13 @@ def test_the_page_and_the_table_hold_every_arm_once(whole, capsys, tmp_path):
     assert page.count('href="iterations%3D5/report.html"') == 1 and (folder / "iterations=5" / "report.html").is_file()
     out = capsys.readouterr().out
     assert f"report: {folder / 'report.html'}" in out.replace("\n", "")
-    rows = Summary(sweep.trials, sweep.results).tables()[0]["rows"]
+    rows = Summary(sweep.trials, sweep.results).tables()[0].rows
     # The base does not depend on the option that is swept.
-    assert [(r["arm"], r["trial"]) for r in rows] == [
+    assert [row.names for row in rows] == [
         ("base", "all"), ("fire", "iterations=1"), ("fire", "iterations=5"),
     ]  # fmt: skip
-    nll = {trial: r["arms"]["fire"]["final"]["b"]["nll"] for trial, r in zip((1, 5), sweep.results, strict=True)}
-    assert [r["cells"][1] for r in rows[1:]] == [f"{nll[1]:.4f}", f"{nll[5]:.4f}"]
+    nll = {trial: r.arms["fire"].final["b"].nll for trial, r in zip((1, 5), sweep.results, strict=True)}
+    assert [row.cells[1] for row in rows[1:]] == [f"{nll[1]:.4f}", f"{nll[5]:.4f}"]
     lines = Summary(sweep.trials, sweep.results).lines("phases.1.arms.fire.iterations", "b")
     assert lines["fire", ""] == [(1, [nll[1]]), (5, [nll[5]])]
 
@@ -488,10 +489,10 @@ def test_values_of_many_parts_are_told_in_words_and_drawn_a_line_each():
 def test_a_sweep_without_arms_compares_its_last_phase(path, tmp_path):
     more = ["phases.1.arms=null"]
     sweep = run_sweep(load_trials(path, more, ["optimizer.lr=[1.0e-3,1.0e-2]"]), tmp_path, workers=1, progress=False)
-    rows = Summary(sweep.trials, sweep.results).tables()[0]["rows"]
-    assert [(r["arm"], r["trial"]) for r in rows] == [("second", "lr=0.001"), ("second", "lr=0.01")]
-    finals = [r["phases"][-1]["final"]["b"]["nll"] for r in sweep.results]
-    assert [r["best"] for r in rows] == [value == min(finals) for value in finals]
+    rows = Summary(sweep.trials, sweep.results).tables()[0].rows
+    assert [row.names for row in rows] == [("second", "lr=0.001"), ("second", "lr=0.01")]
+    finals = [r.phases[-1].final["b"].nll for r in sweep.results]
+    assert [row.best for row in rows] == [value == min(finals) for value in finals]
 
 
 def test_a_dry_run_says_what_is_there_and_writes_nothing(whole, path, tmp_path, capsys):
@@ -501,14 +502,14 @@ def test_a_dry_run_says_what_is_there_and_writes_nothing(whole, path, tmp_path, 
     assert main(["sweep", str(path), "--grid", GRID[0], "--dry-run", "--output", str(tmp_path / "s")]) == 0
     out = capsys.readouterr().out
     # 10 steps of the first phase once, 8 of the second twice, of 128 tokens.
-    assert "2 cells of 4 units, 3 of them different" in out and f"{(10 + 2 * 8) * 128:,} tokens" in out
+    assert "2 trials of 4 stages, 3 of them different" in out and f"{(10 + 2 * 8) * 128:,} tokens" in out
     assert "as in iterations=1" in out and not (tmp_path / "s").exists()
 
 
 def test_check_tells_the_cells_and_run_runs_the_recipe_as_written(path, tmp_path, capsys):
     more = ["--set", "sweep={seed: [1, 2, 3]}"]
     assert main(["check", str(path), *more]) == 0
-    assert "3 cells of 6 units, 6 of them different" in capsys.readouterr().out
+    assert "3 trials of 6 stages, 6 of them different" in capsys.readouterr().out
     assert main(["run", str(path), *more, "--output", str(tmp_path / "r")]) == 0
     assert "this runs the recipe as it is written; fire-llm sweep runs its grid" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "r" / "first").iterdir()] == ["seed-1"]

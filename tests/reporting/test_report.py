@@ -15,11 +15,15 @@ from typing import Any
 
 import pytest
 
+from fire_llm.cli import main
 from fire_llm.core.errors import UserError
 from fire_llm.reporting.comparison import Comparison
+from fire_llm.reporting.load import upgraded
 from fire_llm.reporting.plots.base import palette
 from fire_llm.reporting.plots.diagnostics import measure_figure
 from fire_llm.reporting.plots.matrices import parse_name
+from fire_llm.reporting.schema import CurveEntry, EvaluationRow, Results
+from fire_llm.reporting.table import Row, Table
 from fire_llm.reporting.tables import (
     inspect_page,
     load_results,
@@ -142,12 +146,17 @@ def reset_of(arm: str) -> Json:
         row |= {"dfi_after": None, "norm_before": 11.3, "norm_after": 11.3, "sigma_before": None, "sigma_after": None}
         untouched.append({**row, "reason": "role norm is not among attention, mlp"})
     return {
-        "resets": [{"options": {}, "roles": ["attention", "mlp"], **reset} for reset in ARMS[arm][0]],
+        "resets": [setting(reset) for reset in ARMS[arm][0]],
         "seconds": 0.137,
         "optimizer_states_cleared": len(touched),
         "touched": touched,
         "untouched": untouched,
     }
+
+
+def setting(reset: Json) -> Json:
+    options = {key: value for key, value in reset.items() if key not in ("method", "roles")}
+    return {"method": reset["method"], "options": options, "roles": reset.get("roles", ["attention", "mlp"])}
 
 
 def mean_curve(curves: list[list[Json]]) -> list[Json]:
@@ -235,9 +244,18 @@ def fake_results(seeds: tuple[int, ...] = (1,), arms: tuple[str, ...] = tuple(AR
     }
 
 
-def points(*pairs: tuple[int, float | None], corpus: str = NEW) -> list[Json]:
+def typed(results: Json) -> Results:
+    return Results.model_validate(upgraded(results))
+
+
+def compared(results: Json) -> Comparison:
+    return Comparison(typed(results))
+
+
+def points(*pairs: tuple[int, float | None], corpus: str = NEW) -> list[CurveEntry]:
     return [
-        {"step": step, "tokens": step * 10, "train_loss": None, "eval": {corpus: {"nll": nll}}} for step, nll in pairs
+        CurveEntry.model_validate({"step": step, "tokens": step * 10, "eval": {corpus: {"nll": nll}}})
+        for step, nll in pairs
     ]
 
 
@@ -257,13 +275,13 @@ def test_steps_saved_skips_what_was_not_measured() -> None:
     assert steps_saved(points((0, 6.0), (50, 2.0)), [], NEW) is None
     assert steps_saved([], reference, NEW) is None
     assert steps_saved(points((0, 6.0), (50, 2.0)), reference, "elsewhere") is None
-    assert steps_saved([{"step": 3, "train_loss": 2.0, "eval": None}], reference, NEW) is None
+    assert steps_saved([CurveEntry(step=3, tokens=30, train_loss=2.0)], reference, NEW) is None
     assert steps_saved(points((0, 6.0)), points((0, 9.0)), NEW) is None
 
 
 def cells(results: Json, corpus: str, arm: str) -> dict[str, str]:
-    table = next(t for t in Comparison(results).tables() if t["corpus"] == corpus)
-    return dict(zip(table["columns"], next(r["cells"] for r in table["rows"] if r["arm"] == arm), strict=True))
+    table = next(t for t in compared(results).tables() if t.caption == corpus)
+    return dict(zip(table.columns, next(row.cells for row in table.rows if row.name == arm), strict=True))
 
 
 def test_table_of_one_seed() -> None:
@@ -295,11 +313,11 @@ def test_table_of_several_seeds_pairs_them() -> None:
 def test_an_arm_that_lacks_seeds_is_not_called_the_best() -> None:
     results = fake_results((1, 2, 3))
     results["arms"]["base"]["final"][NEW]["nll"] = 0.5
-    assert Comparison(results).ranked()[0] == "base"
+    assert compared(results).ranked()[0] == "base"
     del results["arms"]["base"]["runs"][1:]
-    comparison = Comparison(results)
+    comparison = compared(results)
     assert comparison.ranked()[-1] == "base" and "Of fewer seeds than the others: base." in comparison.legend()
-    rows = {row["arm"]: row["best"] for row in comparison.tables()[0]["rows"]}
+    rows = {row.name: row.best for row in comparison.tables()[0].rows}
     assert not rows["base"] and sum(rows.values()) == 1
 
 
@@ -311,8 +329,8 @@ def test_arms_are_compared_within_their_warm_start() -> None:
         for corpus in (NEW, FIRST):
             entry["runs"][0]["final"][corpus]["nll"] += {"base": 1.0, "fire": 0.5}.get(arm, 0.0)
         results["arms"][f"{arm}@30000"] = entry
-    assert Comparison(results).reference("fire@30000", "keep") == "base@30000"
-    assert Comparison(results).reference("fire", "keep") == "base"
+    assert compared(results).reference("fire@30000", "keep") == "base@30000"
+    assert compared(results).reference("fire", "keep") == "base"
     assert cells(results, NEW, "fire@30000")["vs base"] == "-0.4900"  # 0.010 + 0.5 - 1.0
 
 
@@ -320,34 +338,34 @@ def test_methods_come_from_the_recipe_where_no_report_was_written() -> None:
     results = fake_results()
     for entry in results["arms"].values():
         entry["runs"][0]["reset"] = None
-    comparison = Comparison(results)
+    comparison = compared(results)
     assert comparison.methods("s-and-p") == ["shrink_perturb"]
     assert comparison.reference("fire", "full_reset") == "full-reset"
 
 
 def test_reading_claims_what_the_numbers_say() -> None:
-    one = Comparison(fake_results()).reading()
+    one = compared(fake_results()).reading()
     assert one[0].startswith("s-and-p ends lowest on library-docs, at 4.297 nats per token")
     assert "0.056 below base and 0.374 below full reset" in one[0]
     assert any("One seed: no spread is known" in sentence for sentence in one)
-    three = " ".join(Comparison(fake_results((1, 2, 3))).reading())
+    three = " ".join(compared(fake_results((1, 2, 3))).reading())
     assert "of 3 seeds" in three and "One seed" not in three
-    base = " ".join(Comparison(fake_results(arms=("base", "full-reset", "fire-polar"))).reading())
+    base = " ".join(compared(fake_results(arms=("base", "full-reset", "fire-polar"))).reading())
     assert "No reset did better than leaving the weights alone." in base
-    assert "no other arm" in Comparison(fake_results(arms=("fire",))).reading()[0]
-    assert Comparison({"arms": {}}).reading() == ["No arm was run."]
+    assert "no other arm" in compared(fake_results(arms=("fire",))).reading()[0]
+    assert compared({"arms": {}}).reading() == ["No arm was run."]
 
 
 def test_batches_that_differ_are_told() -> None:
     results = fake_results((1, 2))
-    assert Comparison(results).batches()[0] is True
+    assert compared(results).batches()[0] is True
     results["arms"]["fire"]["runs"][1]["batches_hash"] = "other"
-    agree, note = Comparison(results).batches()
+    agree, note = compared(results).batches()
     assert agree is False and "seed 2" in note and "seed 1" not in note and "≠ fire" in note
     for entry in results["arms"].values():
         for run in entry["runs"]:
             del run["batches_hash"]
-    assert Comparison(results).batches()[0] is None
+    assert compared(results).batches()[0] is None
 
 
 @pytest.mark.parametrize("seeds", [(1,), (1, 2, 3)])
@@ -357,7 +375,7 @@ def test_terminal_table_is_whole_at_100_columns(seeds: tuple[int, ...]) -> None:
     results = fake_results(seeds)
     results["arms"]["fire [bold] + shrink-perturb @ step 60000 of the first phase"] = results["arms"].pop("fire")
     out = io.StringIO()
-    print_table(results, Console(file=out, width=100))
+    print_table(typed(results), Console(file=out, width=100))
     text = out.getvalue()
     assert max(len(line) for line in text.splitlines()) <= 100
     assert "…" not in text and "[bold]" in text
@@ -365,13 +383,13 @@ def test_terminal_table_is_whole_at_100_columns(seeds: tuple[int, ...]) -> None:
     spread = f"±{final['nll_std']:.4f}" if len(seeds) > 1 else ""
     assert f"{final['nll']:.4f}{spread}" in text
     assert "the hashes of their token ids agree" in " ".join(text.split())
-    assert len(render_table(results)) == 2
+    assert len(render_table(typed(results))) == 2
 
 
 def test_markdown_escapes_its_own_syntax() -> None:
     results = fake_results(arms=("base", "full-reset"))
     results["arms"]["a|b*c"] = results["arms"].pop("base")
-    lines = markdown_table(results).splitlines()
+    lines = markdown_table(typed(results)).splitlines()
     row = next(line for line in lines if "a\\|b\\*c" in line)
     assert len(re.findall(r"(?<!\\)\|", row)) == len(re.findall(r"\|", lines[2]))
     assert "| **4.3530** |" in row
@@ -382,7 +400,7 @@ def test_load_results(tmp_path: Path) -> None:
     results["arms"]["fire"]["final"][NEW]["nll"] = math.nan
     (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf-8")
     for path in (tmp_path, tmp_path / "results.json"):
-        assert load_results(path)["arms"]["fire"]["final"][NEW]["nll"] is None
+        assert load_results(path).arms["fire"].final[NEW].nll is None
 
 
 @pytest.mark.parametrize(
@@ -391,8 +409,9 @@ def test_load_results(tmp_path: Path) -> None:
         (None, "no results there"),
         ("{", "not JSON"),
         ("[]", "schema_version None"),
-        ('{"schema_version": 2, "arms": {}}', "schema_version 2"),
-        ('{"schema_version": 1, "arms": []}', "schema_version 1"),
+        ('{"schema_version": 3, "arms": {}}', "schema_version 3 .* reads .1 to 2.*Install the fire_llm that wrote"),
+        ('{"schema_version": 1, "arms": []}', r"arms: \[\] is not allowed; it must be a mapping"),
+        ('{"schema_version": 2}', "arms: missing"),
         (b"\xff\xfe\x00", "not JSON"),
     ],
 )
@@ -445,7 +464,8 @@ class Page(HTMLParser):
 
 
 def page_of(results: Json | list[Json], folder: Path) -> Page:
-    return Page(write_report(results, folder / "report.html").read_text(encoding="utf-8"))
+    runs = [typed(run) for run in results] if isinstance(results, list) else typed(results)
+    return Page(write_report(runs, folder / "report.html").read_text(encoding="utf-8"))
 
 
 def test_page_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
@@ -540,7 +560,12 @@ def odd_results() -> dict[str, Json]:
     numbers["arms"] = {str(i): entry for i, entry in enumerate(numbers["arms"].values())}
     overflow = fake_results(arms=("base", "fire"))
     overflow["arms"]["fire"]["curve"][-1]["eval"][NEW]["nll"] = 900.0
-    nothing_left: Json = {"schema_version": 1, "arms": {"a": {}}, "phases": [{"phase": "first"}], "recipe": None}
+    nothing_left: Json = {
+        "schema_version": 1,
+        "arms": {"a": {}},
+        "phases": [{"phase": "first", "seed": 1}],
+        "recipe": None,
+    }
     return {
         "not finite": infinite,
         "one arm": fake_results(arms=("fire",)),
@@ -562,8 +587,8 @@ def test_odd_results_still_make_a_page(kind: str, tmp_path: Path) -> None:
     page = page_of(results, tmp_path)
     assert page.open == [] and page.loads == []
     assert "nan" not in page.text.lower().split() and "None" not in page.text.split()
-    print_table(results, Console(file=io.StringIO(), width=100))
-    assert "nan" not in markdown_table(results)
+    print_table(typed(results), Console(file=io.StringIO(), width=100))
+    assert "nan" not in markdown_table(typed(results))
 
 
 def test_many_arms_keep_distinct_looks() -> None:
@@ -580,7 +605,7 @@ def test_several_runs_share_one_page(tmp_path: Path) -> None:
 
 
 def test_page_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    results = fake_results(arms=("base",))
+    results = typed(fake_results(arms=("base",)))
     assert write_report(results, tmp_path) == tmp_path / "report.html"
     assert write_report(results, tmp_path / "new" / "page.html").exists()
     old = (tmp_path / "report.html").read_bytes()
@@ -600,7 +625,7 @@ def test_page_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Mo
 def test_page_in_an_impossible_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        write_report(fake_results(arms=("base",)), tmp_path / "file" / "report.html")
+        write_report(typed(fake_results(arms=("base",))), tmp_path / "file" / "report.html")
 
 
 @pytest.mark.parametrize(
@@ -671,7 +696,8 @@ def test_inspect_page(tmp_path: Path) -> None:
 def test_browser_draws_every_plot(kind: str, tmp_path: Path) -> None:
     file = tmp_path / "page.html"
     if kind == "report":
-        write_report([fake_results((1, 2, 3)) | {"evaluation": evaluation()}, fake_results(arms=("fire",))], file)
+        runs = [fake_results((1, 2, 3)) | {"evaluation": evaluation()}, fake_results(arms=("fire",))]
+        write_report([typed(run) for run in runs], file)
     else:
         inspect_page(inspect_rows(), file, title="checkpoint")
     script = """<script>
@@ -755,15 +781,18 @@ def test_the_matrix_of_a_run_joins_its_page(tmp_path: Path) -> None:
 def test_a_matrix_without_bytes_or_seeds_is_drawn_as_far_as_it_goes() -> None:
     from fire_llm.reporting.plots.transfer import corpora_figure, row_name
 
+    def row_of(row: Json) -> EvaluationRow:
+        return EvaluationRow.model_validate(row)
+
     rows = evaluation((1,))["rows"]
-    assert corpora_figure([{**row, "bits_per_byte": None} for row in rows]) is None
+    assert corpora_figure([row_of({**row, "bits_per_byte": None}) for row in rows]) is None
     start = {"phase": None, "arm": None, "labels": ["start"], "checkpoint": "user/model", "seed": None}
-    drawn = corpora_figure([{**rows[0], **start}, *rows[2:4]])
+    drawn = corpora_figure([row_of(row) for row in ({**rows[0], **start}, *rows[2:4])])
     assert drawn and [v["label"] for v in drawn["variants"]] == ["1"]
     assert drawn["layout"]["yaxis"]["ticktext"] == ["user/model", "first"]
     assert drawn["variants"][0]["data"][0]["z"] == [[7.0, None], [0.0, 0.0]]
     kept = {"phase": "first", "arm": None, "labels": ["30", "best"], "step": 30}
-    assert row_name(kept) == "first, step 30 (best)"
+    assert row_name(row_of({**rows[0], **kept})) == "first, step 30 (best)"
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"schema_version": 2}', "{}"])
@@ -777,20 +806,178 @@ def test_a_damaged_evaluation_is_named(content: str, tmp_path: Path) -> None:
 def test_diagnostics_are_drawn_where_a_run_has_any(tmp_path: Path) -> None:
     """An arm without a measure has no line, a measure that no arm has no figure, a run without any no heading."""
     results = fake_results(arms=("base", "full-reset", "fire"))
-    assert "Features and units" not in write_report(results, tmp_path).read_text()
+    assert "Features and units" not in write_report(typed(results), tmp_path).read_text()
     for number, arm in enumerate(("base", "fire")):
         entry = results["arms"][arm]
         entry["runs"][0]["diagnosed_on"] = NEW
         for e in entry["curve"][::10]:
             e["diagnostics"] = {"srank": 100 - 9 * number + e["step"] // 50, "hessian_eigenvalue": -3.0 - e["step"]}
         entry["curve"][10]["diagnostics"]["srank"] = None
-    figure = measure_figure(results["arms"], "srank", palette(["base", "full-reset", "fire"]))
+    arms = typed(results).arms
+    figure = measure_figure(arms, "srank", palette(["base", "full-reset", "fire"]))
     assert figure is not None
     assert [(t["legendgroup"], t["x"][:3], t["y"][:3]) for t in figure["data"]] == [
         ("base", [0, 100, 150], [100, 102, 103]),
         ("fire", [0, 100, 150], [91, 93, 94]),
     ]
-    assert measure_figure(results["arms"], "gradient_norm", palette(["base", "full-reset", "fire"])) is None
-    page = write_report(results, tmp_path).read_text()
+    assert measure_figure(arms, "gradient_norm", palette(["base", "full-reset", "fire"])) is None
+    page = write_report(typed(results), tmp_path).read_text()
     assert "Features and units" in page and f"Measured on held-out text of {NEW}." in page
     assert "norm of the gradient" not in page and "Hessian eigenvalue of the largest magnitude" in page
+
+
+# ---- one table
+
+
+def test_a_table_is_the_same_in_a_terminal_and_in_markdown() -> None:
+    from rich.console import Console
+
+    rows = (Row(("a*b", "lr=1"), ("1.0 ± 0.1", "–", "x"), best=True), Row(("c", "[bold]"), ("2.0", "3", "y")))
+    table = Table("on <b>", ("NLL", "left out", "vs base"), rows, ("arm", "trial")).only(("vs base", "NLL"))
+    assert table.columns == ("NLL", "vs base") and table.rows[0] == Row(("a*b", "lr=1"), ("1.0 ± 0.1", "x"), True)
+    assert table.markdown().splitlines() == [
+        "### on \\<b>", "", "| arm | trial | NLL | vs base |", "|---|---|---:|---:|",
+        "| **a\\*b** | **lr=1** | **1.0 ± 0.1** | **x** |", "| c | \\[bold] | 2.0 | y |",
+    ]  # fmt: skip
+    out = io.StringIO()
+    Console(file=out, width=80).print(table.rich({"trial": 8, "arm": 3}))
+    lines = [line.split() for line in out.getvalue().splitlines() if line.strip()]
+    assert lines[0] == ["on", "<b>"] and lines[1] == ["trial", "arm", "NLL", "vs", "base"]
+    assert lines[3:] == [["lr=1", "a*b", "1.0±0.1", "x"], ["[bold]", "c", "2.0", "y"]]
+
+
+# ---- files of the first schema version, and damaged ones
+
+V1 = Path(__file__).parent / "v1"
+"""A tiny run as the last fire_llm with schema version 1 wrote it, and its report as that version printed it."""
+
+
+def test_results_of_version_1_give_the_report_they_gave(tmp_path: Path) -> None:
+    results = load_results(V1)
+    assert results.schema_version == 2 and results.evaluation is not None
+    assert markdown_table(results) == (V1 / "report.md").read_text(encoding="utf-8")
+    text = Page(write_report(results, tmp_path).read_text(encoding="utf-8")).text
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    assert lines == (V1 / "report.txt").read_text(encoding="utf-8").splitlines()
+
+
+def test_what_version_1_called_otherwise_is_kept() -> None:
+    old = json.loads((V1 / "results.json").read_text(encoding="utf-8"))
+    results = load_results(V1 / "results.json")
+    assert results.measurement is not None and results.measurement.model_dump() == old["measured"]
+    assert results.phase_corpus == {"first": "a", "second": "b"}
+    for name, arm in old["arms"].items():
+        assert results.arms[name].methods == {"full-reset": ["full_reset"], "base": ["keep"]}.get(name, [name])
+        for run, was in zip(results.arms[name].runs, arm["runs"], strict=True):
+            assert {corpus: jump.model_dump() for corpus, jump in run.loss_jump.items()} == was["spike"]
+            assert [entry.model_dump() for entry in run.throughput] == was["speed"]
+            assert run.recycled_units == was["recycled"]
+            for entry, before in zip(run.curve, was["curve"], strict=True):
+                measured = entry.diagnostics.model_dump() if entry.diagnostics else None
+                assert measured == before.get("diagnostics")
+
+
+def test_what_is_written_is_read_as_it_was(tmp_path: Path) -> None:
+    results = load_results(V1)
+    (tmp_path / "results.json").write_text(json.dumps(results.model_dump(mode="json"), allow_nan=False))
+    assert load_results(tmp_path) == results.model_copy(update={"evaluation": None})
+    (tmp_path / "evaluation.json").write_text((V1 / "evaluation.json").read_text(encoding="utf-8"))
+    assert load_results(tmp_path) == results
+
+
+def set_at(data: Any, path: str, value: Any) -> None:
+    *parts, last = path.split(".")
+    for part in parts:
+        data = data[int(part)] if isinstance(data, list) else data[part]
+    if value is ...:
+        del data[last]
+    else:
+        data[int(last) if isinstance(data, list) else last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        ("arms.fire.runs.0.seed", "1", r'arms\.fire\.runs\[0\]\.seed: "1" is not allowed; it must be a whole number'),
+        ("arms.fire.runs.1.seed", ..., r"arms\.fire\.runs\[1\]\.seed: missing"),
+        ("arms.fire.final.b.nll", "x", r'arms\.fire\.final\.b\.nll: "x" is not allowed; it must be a number'),
+        ("arms.fire.final.b.nl", 1.0, r"arms\.fire\.final\.b\.nl: unknown key\. Did you mean 'nll'\? Known: nll, perp"),
+        ("arms.fire.curve.0", None, r"arms\.fire\.curve\[0\]: null is not allowed; it must be a mapping"),
+        ("arms.fire.curve.0.step", 1.5, r"arms\.fire\.curve\[0\]\.step: 1.5 is not allowed; it must be a whole number"),
+        ("arms.fire", 3, r"arms\.fire: 3 is not allowed; it must be a mapping"),
+        ("arms", [], r"arms: \[\] is not allowed; it must be a mapping"),
+        ("phases", "none", r'phases: "none" is not allowed; it must be a list'),
+        ("phases.0.phase", 7, r"phases\[0\]\.phase: 7 is not allowed; it must be text"),
+        ("recipe", [1], r"recipe: \[1\] is not allowed; it must be a mapping"),
+        ("hardware.coers", 2, r"hardware\.coers: unknown key\. Did you mean 'cores'\? Known: cpu, cores, memory_gib"),
+        ("corpora.a.train_tokens", True, r"corpora\.a\.train_tokens: true is not allowed; it must be a whole number"),
+        ("arms.fire.runs.0.reset.touched.0.shape.0", "8", r"touched\[0\]\.shape\[0\]: \"8\" is not allowed"),
+    ],
+)
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_damaged_field_is_named(version: int, path: str, value: Any, told: str, tmp_path: Path) -> None:
+    results = load_results(V1 / "results.json").model_dump(mode="json")
+    data = results if version == 2 else json.loads((V1 / "results.json").read_text(encoding="utf-8"))
+    set_at(data, path, value)
+    (tmp_path / "results.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match=told) as caught:
+        load_results(tmp_path)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'results.json'}: not what 'fire-llm run' writes (")
+    assert "Run the recipe again with 'fire-llm run'" in message and "\n" not in message
+
+
+def test_of_many_damaged_fields_the_first_are_named(tmp_path: Path) -> None:
+    data = json.loads((V1 / "results.json").read_text(encoding="utf-8"))
+    for entry in data["arms"]["fire"]["curve"] + data["arms"]["base"]["curve"]:
+        entry["step"] = None
+    (tmp_path / "results.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match=r"curve\[1\]\.step: null is not .* and \d+ more\)\."):
+        load_results(tmp_path)
+
+
+def test_a_results_file_of_damaged_structure_never_ends_in_a_traceback(tmp_path: Path) -> None:
+    """Every kind of mapping, list and value of the file in turn becomes something else."""
+    whole = json.loads((V1 / "results.json").read_text(encoding="utf-8"))
+    text = json.dumps({**whole, "arms": {"fire": whole["arms"]["fire"]}})
+    places: list[tuple[int | str, ...]] = []
+
+    def walk(value: Any, path: tuple[int | str, ...]) -> None:
+        places.append(path)
+        inner = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
+        for key, one in inner:
+            walk(one, (*path, key))
+
+    walk(json.loads(text), ())
+    one_of_a_kind = {(len(place), place[-1]): place for place in places if place}
+    for number, place in enumerate(one_of_a_kind.values()):
+        data = json.loads(text)
+        at = data
+        for part in place[:-1]:
+            at = at[part]
+        at[place[-1]] = ("x", [1], None)[number % 3]
+        (tmp_path / "results.json").write_text(json.dumps(data))
+        try:
+            load_results(tmp_path)
+        except UserError as error:
+            assert "results.json" in str(error)
+
+
+# ---- the verb
+
+
+def test_the_verb_reads_both_versions_and_prints_the_schema(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(load_results(V1).model_dump(mode="json")))
+    printed = []
+    for folder in (V1, tmp_path):
+        assert main(["report", "--markdown", str(folder), "--output", str(tmp_path / "page.html")]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and (V1 / "report.md").read_text(encoding="utf-8") in printed[0]
+    assert main(["report", "--schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert set(schema["properties"]) == {name for name in Results.model_fields if name != "evaluation"}
+    assert main(["report"]) == 2 and "name the folder of a finished run" in capsys.readouterr().err
+    (tmp_path / "results.json").write_text('{"schema_version": 3}')
+    assert main(["report", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "schema_version 3" in error and "Traceback" not in error and error.count("\n") == 1

@@ -7,7 +7,8 @@ from support.runs import recipe_data
 
 from fire_llm import load_recipe, run_recipe
 from fire_llm.reporting.comparison import Comparison
-from fire_llm.reporting.sequence import Stream
+from fire_llm.reporting.schema import Results, Start
+from fire_llm.reporting.sequence import PhaseSequence
 from fire_llm.reporting.tables import markdown_table, write_report
 
 ARMS = {"base": "keep", "full-reset": "full_reset", "once": "shrink_perturb"}
@@ -21,26 +22,26 @@ def stream(texts, tmp_path_factory):
     data["phases"][0].update(steps=8, keep=[])
     data["phases"][1].update(steps=4, arms=ARMS)
     data["phases"].append({"name": "third", "data": {"b": 1.0}, "steps": 2, "arms": LAST})
-    return run_recipe(load_recipe(data), tmp_path_factory.mktemp("stream"), progress=False)
+    return Results.model_validate(run_recipe(load_recipe(data), tmp_path_factory.mktemp("stream"), progress=False))
 
 
 def test_results_tell_which_arm_each_phase_and_start_belongs_to(stream):
-    assert [(p["phase"], p["arm"]) for p in stream["phases"]] == [
+    assert [(p.phase, p.arm) for p in stream.phases] == [
         ("first", None), ("second", "base"), ("second", "full-reset"), ("second", "once"),
     ]  # fmt: skip
-    assert stream["arms_phase"] == "third" and set(stream["arms"]) == set(ARMS)
-    assert stream["phases"][1]["start"] == {"phase": "first", "arm": None, "checkpoint": "final", "step": 8}
-    for name, arm in stream["arms"].items():
-        assert arm["runs"][0]["start"] == {"phase": "second", "arm": name, "checkpoint": "final", "step": 4}
+    assert stream.arms_phase == "third" and set(stream.arms) == set(ARMS)
+    assert stream.phases[1].start == Start(phase="first", arm=None, checkpoint="final", step=8)
+    for name, arm in stream.arms.items():
+        assert arm.runs[0].start == Start(phase="second", arm=name, checkpoint="final", step=4)
 
 
 def test_forgetting_counts_from_an_arms_own_parent(stream):
     compared = Comparison(stream)
-    for name, own in zip(ARMS, stream["phases"][1:], strict=True):
+    for name, own in zip(ARMS, stream.phases[1:], strict=True):
         [(_, forgotten)] = compared.retention(name)
-        before, after = own["final"]["a"]["nll"], stream["arms"][name]["final"]["a"]["nll"]
+        before, after = own.final["a"].nll, stream.arms[name].final["a"].nll
         assert forgotten == pytest.approx(after - before)
-    base, full_reset, _ = (own["final"]["a"]["nll"] for own in stream["phases"][1:])
+    base, full_reset, _ = (own.final["a"].nll for own in stream.phases[1:])
     assert abs(base - full_reset) > 0.01
 
 
@@ -53,29 +54,28 @@ def test_the_page_keeps_the_arms_of_earlier_phases_apart(stream, tmp_path):
 
 
 def test_the_course_of_an_arm_is_read_off_its_own_ancestors(stream):
-    course = Stream(Comparison(stream))
-    first, *second = stream["phases"]
+    course = PhaseSequence(Comparison(stream))
+    first, *second = stream.phases
     assert course.phases == {"first": "a", "second": "b", "third": "b"} and course.armed == ["second", "third"]
     for name, own in zip(ARMS, second, strict=True):
-        final = stream["arms"][name]["final"]
-        then = {"first": first["final"]["a"]["nll"], "second": own["final"]["b"]["nll"], "third": final["b"]["nll"]}
+        final = stream.arms[name].final
+        then = {"first": first.final["a"].nll, "second": own.final["b"].nll, "third": final["b"].nll}
         assert course.learned(name) == {phase: {1: pytest.approx(nll)} for phase, nll in then.items()}
-        lost = {"first": final["a"]["nll"] - then["first"], "second": final["b"]["nll"] - then["second"]}
+        lost = {"first": final["a"].nll - then["first"], "second": final["b"].nll - then["second"]}
         assert course.forgotten(name) == {phase: [pytest.approx(nll)] for phase, nll in lost.items()}
     base, full_reset, once = second
     apart = course.against_base("full-reset")
-    assert apart["second"] == [pytest.approx(full_reset["final"]["b"]["nll"] - base["final"]["b"]["nll"])]
+    assert apart["second"] == [pytest.approx(full_reset.final["b"].nll - base.final["b"].nll)]
     assert course.against_base("base") == {"second": [0.0], "third": [0.0]}
-    assert course.against_base("once")["second"] == [
-        pytest.approx(once["final"]["b"]["nll"] - base["final"]["b"]["nll"])
-    ]
+    assert course.against_base("once")["second"] == [pytest.approx(once.final["b"].nll - base.final["b"].nll)]
 
 
 def test_runs_that_claim_to_start_from_themselves_are_followed_once(stream):
-    first = {**stream["phases"][0], "start": {"phase": "first", "arm": None, "step": 8}}
-    compared = Comparison({**stream, "phases": [first, *stream["phases"][1:]]})
-    assert [run["phase"] for run in compared.ancestors(compared.runs("base")[0])] == ["second", "first"]
-    assert Stream(compared).learned("base").keys() == {"first", "second", "third"}
+    itself = Start(phase="first", checkpoint="final", step=8)
+    first = stream.phases[0].model_copy(update={"start": itself})
+    compared = Comparison(stream.model_copy(update={"phases": [first, *stream.phases[1:]]}))
+    assert [run.phase for run in compared.ancestors(compared.runs("base")[0])] == ["second", "first"]
+    assert PhaseSequence(compared).learned("base").keys() == {"first", "second", "third"}
 
 
 def test_an_arm_that_resets_once_is_no_base(stream):
@@ -93,11 +93,11 @@ def test_the_page_and_the_tables_follow_a_stream(stream, tmp_path):
     told = markdown_table(stream)
     # Two phases have the same corpus, so that columns are called after the phases.
     assert "| arm | second | third |" in told and "| arm | first | second |" in told
-    second = stream["phases"][1]["final"]["b"]["nll"]
+    second = stream.phases[1].final["b"].nll
     assert f"| base | {second:.4f} |" in told
 
 
 def test_one_transition_is_no_stream(stream):
-    alone = {**stream, "phases": stream["phases"][:1]}
-    assert Stream(Comparison(alone)).phases == {} and Stream(Comparison(alone)).tables() == []
+    alone = stream.model_copy(update={"phases": stream.phases[:1]})
+    assert PhaseSequence(Comparison(alone)).phases == {} and PhaseSequence(Comparison(alone)).tables() == []
     assert "learned" not in markdown_table(alone)

@@ -173,7 +173,7 @@ def outcome(output: Path) -> dict[str, Any]:
     stages = [*results["phases"], *(one for arm in results["arms"].values() for one in arm["runs"])]
     found = {}
     for stage in stages:
-        timeless = {k: v for k, v in stage.items() if k not in ("seconds", "reset", "speed")}
+        timeless = {k: v for k, v in stage.items() if k not in ("seconds", "reset", "throughput")}
         weights = (output / stage["checkpoint"] / "model.safetensors").read_bytes()
         found[stage["checkpoint"]] = {**timeless, "weights": sha256(weights).hexdigest()}
     return found

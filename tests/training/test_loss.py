@@ -531,8 +531,8 @@ def test_a_spike_is_told_against_a_uniform_guess():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_run_reports_spike_speed_and_skipped_steps(tmp_path, capsys):
-    """An arm that touches nothing undoes nothing, a full reset all of it; every logged loss has a speed."""
+def test_a_run_reports_loss_jump_throughput_and_skipped_steps(tmp_path, capsys):
+    """An arm that touches nothing undoes nothing, a full reset all of it; every logged loss has a throughput."""
     words = ["fire", "resets", "the", "weights", "of", "a", "model", "so", "that", "it", "may", "learn", "again"]
     picks = torch.randint(0, len(words), (400, 30), generator=torch.Generator().manual_seed(1)).tolist()
     lines = [json.dumps({"text": " ".join(words[i] for i in line)}) for line in picks]
@@ -553,14 +553,14 @@ def test_a_run_reports_spike_speed_and_skipped_steps(tmp_path, capsys):
     }
     results = run_recipe(load_recipe(recipe), tmp_path / "run", progress=True)
     first, base, anew = results["phases"][0], results["arms"]["base"]["runs"][0], results["arms"]["anew"]["runs"][0]
-    assert "spike" not in first and first["skipped_steps"] == 0
-    assert base["spike"]["a"]["undone"] == pytest.approx(0, abs=1e-6)
-    assert base["spike"]["a"]["before"] == first["final"]["a"]["nll"]
-    assert anew["spike"]["a"]["undone"] == pytest.approx(1, abs=0.05)
-    assert anew["spike"]["a"]["uniform"] == pytest.approx(math.log(320))  # 300 tokens, padded
-    assert anew["spike"]["a"]["regained_at_step"] is None
-    assert [entry["step"] for entry in first["speed"]] == list(range(2, 21, 2))
-    for entry in first["speed"]:
+    assert first["loss_jump"] == {} and first["skipped_steps"] == 0
+    assert base["loss_jump"]["a"]["undone"] == pytest.approx(0, abs=1e-6)
+    assert base["loss_jump"]["a"]["before"] == first["final"]["a"]["nll"]
+    assert anew["loss_jump"]["a"]["undone"] == pytest.approx(1, abs=0.05)
+    assert anew["loss_jump"]["a"]["uniform"] == pytest.approx(math.log(320))  # 300 tokens, padded
+    assert anew["loss_jump"]["a"]["regained_at_step"] is None
+    assert [entry["step"] for entry in first["throughput"]] == list(range(2, 21, 2))
+    for entry in first["throughput"]:
         assert entry["tokens_per_second"] > 0 and 0 < entry["data_wait_share"] < 1 and entry["mfu"] is None
         assert entry["peak_memory_bytes"] > 2**27  # torch alone takes more
     told = capsys.readouterr().err

@@ -7,20 +7,17 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from fire_llm.reporting.plots.base import COLOURS, NEUTRAL, Json, Style, band, escaped, figure, log_axis, short
+from fire_llm.reporting.plots.base import COLOURS, NEUTRAL, Figure, Style, band, escaped, figure, log_axis, short
+from fire_llm.reporting.schema import Arm, CurveEntry, Run, TensorEntry
 
-Curve = Sequence[Mapping[str, Any]]
 
-
-def series(curve: Curve, corpus: str | None = None) -> list[tuple[float, float]]:
+def series(curve: Sequence[CurveEntry], corpus: str | None = None) -> list[tuple[float, float]]:
     """Return (tokens, NLL) of the evaluations on a corpus, or (tokens, training loss) where `corpus` is None."""
-    pairs = []
-    for entry in curve:
-        loss = entry.get("train_loss") if corpus is None else ((entry.get("eval") or {}).get(corpus) or {}).get("nll")
-        tokens = entry.get("tokens", entry.get("step"))
-        if loss is not None and tokens is not None:
-            pairs.append((tokens, loss))
-    return pairs
+    if corpus is None:
+        losses = [(entry.tokens, entry.train_loss) for entry in curve]
+    else:
+        losses = [(entry.tokens, entry.eval[corpus].nll) for entry in curve if corpus in entry.eval]
+    return [(tokens, loss) for tokens, loss in losses if loss is not None]
 
 
 def thin(points: list[tuple[float, float]], most: int = 250) -> list[tuple[float, float]]:
@@ -31,8 +28,8 @@ def thin(points: list[tuple[float, float]], most: int = 250) -> list[tuple[float
 
 
 def loss_figure(
-    arms: Mapping[str, Json], corpus: str | None, styles: Mapping[str, Style], height: int = 380
-) -> Json | None:
+    arms: Mapping[str, Arm], corpus: str | None, styles: Mapping[str, Style], height: int = 380
+) -> Figure | None:
     """Draw loss against tokens, a line an arm, seeds as a min-max band; None where nothing was measured.
 
     The axis opens on what follows the first third of training: a full reset starts at the logarithm of the
@@ -42,13 +39,13 @@ def loss_figure(
 
     bands, lines, settled, lowest = [], [], [], []
     for arm, entry in arms.items():
-        points = thin(series(entry.get("curve") or [], corpus))
+        points = thin(series(entry.curve, corpus))
         if not points:
             continue
         style, label = styles[arm], escaped(arm)
         per_seed: dict[float, list[float]] = {}
-        for run in entry.get("runs") or []:
-            for tokens, loss in thin(series(run.get("curve") or [], corpus)):
+        for run in entry.runs:
+            for tokens, loss in thin(series(run.curve, corpus)):
                 per_seed.setdefault(tokens, []).append(loss)
         spread = [(t, min(v), max(v)) for t, v in sorted(per_seed.items()) if len(v) > 1]
         if spread:
@@ -82,19 +79,19 @@ def loss_figure(
     )
 
 
-def phase_figure(runs: Sequence[Json]) -> Json | None:
+def phase_figure(runs: Sequence[Run]) -> Figure | None:
     """Draw a phase without arms: its training loss in grey and, a colour a corpus, its evaluations; one line a seed."""
     from plotly import graph_objects as go
 
-    corpora = list(dict.fromkeys(c for run in runs for e in run.get("curve") or [] for c in e.get("eval") or {}))
-    colours = {None: NEUTRAL, **{c: COLOURS[i % len(COLOURS)] for i, c in enumerate(corpora)}}
+    corpora = list(dict.fromkeys(c for run in runs for e in run.curve for c in e.eval))
+    colours: dict[str | None, str] = {None: NEUTRAL, **{c: COLOURS[i % len(COLOURS)] for i, c in enumerate(corpora)}}
     traces = []
     for number, run in enumerate(runs):
         for corpus, colour in colours.items():
-            points = thin(series(run.get("curve") or [], corpus))
+            points = thin(series(run.curve, corpus))
             label = "training loss" if corpus is None else escaped(corpus)
             line = {"color": colour, "width": 1.2 if corpus is None else 2}
-            hover = f"<b>{label}</b>, seed {run.get('seed')}<br>%{{y:.4f}} at %{{x:.4s}} tokens<extra></extra>"
+            hover = f"<b>{label}</b>, seed {run.seed}<br>%{{y:.4f}} at %{{x:.4s}} tokens<extra></extra>"
             mode = "lines" if corpus is None else "lines+markers"
             look = {"mode": mode, "line": line, "showlegend": number == 0, "hovertemplate": hover, "name": label}
             if points:
@@ -110,7 +107,9 @@ def phase_figure(runs: Sequence[Json]) -> Json | None:
     )
 
 
-def steps_figure(saved: Mapping[str, tuple[float | None, Sequence[float]]], styles: Mapping[str, Style]) -> Json | None:
+def steps_figure(
+    saved: Mapping[str, tuple[float | None, Sequence[float]]], styles: Mapping[str, Style]
+) -> Figure | None:
     """Draw the fraction of steps each arm saves: a bar from the mean curve, a dot a seed, words if it never arrives."""
     from plotly import graph_objects as go
 
@@ -144,7 +143,7 @@ def steps_figure(saved: Mapping[str, tuple[float | None, Sequence[float]]], styl
 
 def retention_figure(
     points: Mapping[str, Sequence[tuple[float, float]]], styles: Mapping[str, Style], new: str
-) -> Json | None:
+) -> Figure | None:
     """Draw plasticity against retention, (NLL on the new corpus, forgetting): an arm's mean large, its seeds small."""
     from plotly import graph_objects as go
 
@@ -176,18 +175,13 @@ def retention_figure(
     )
 
 
-def norms_figure(tables: Mapping[str, Mapping[str, Json]], styles: Mapping[str, Style]) -> Json | None:
-    """Draw each matrix's Frobenius norm after the reset against the one before, with the line where nothing changes."""
+def norms_figure(matrices: Mapping[str, Sequence[TensorEntry]], styles: Mapping[str, Style]) -> Figure | None:
+    """Draw Frobenius norms after the reset against those before, with the line where nothing changes."""
     from plotly import graph_objects as go
 
     traces, ends = [], []
-    for arm, table in tables.items():
-        pairs = [
-            (r["norm_before"], r["norm_after"], n)
-            for n, r in table.items()
-            if r.get("norm_before") and r.get("norm_after")
-        ]
-        pairs = [pair for pair in pairs if table[pair[2]]["touched"]]
+    for arm, entries in matrices.items():
+        pairs = [(e.norm_before, e.norm_after, e.name) for e in entries if e.norm_before and e.norm_after]
         if not pairs:
             continue
         ends += [v for before, after, _ in pairs for v in (before, after)]

@@ -12,7 +12,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-Json = dict[str, Any]
+Figure = dict[str, Any]
+"""A plotly figure, or a part of one, as plotly writes it to JSON."""
 
 # Okabe & Ito's colour-blind-safe set without its yellow; orange and sky darkened to 3:1 against white and near-black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#C98500", "#3A9BDC")
@@ -24,7 +25,7 @@ DASHES = ("solid", "dash", "dot", "dashdot")
 
 
 class Style(NamedTuple):
-    """Hold how one arm looks in every plot."""
+    """How one arm looks in every plot."""
 
     colour: str
     symbol: str
@@ -88,18 +89,18 @@ def band(x: Sequence[Any], low: Sequence[float], high: Sequence[float], arm: str
     )
 
 
-def log_axis(low: float, high: float, steps: Sequence[int] = (1,)) -> Json:
+def log_axis(low: float, high: float, steps: Sequence[int] = (1,)) -> Figure:
     """Return a logarithmic axis with plain numbers at `steps` of every power of ten between two positive ends."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [step * 10.0**power for power in powers for step in steps]
     return {"type": "log", "tickvals": ticks, "ticktext": [number(t) for t in ticks]}
 
 
-def figure(traces: list[Any], variants: list[Json] | None = None, *, height: int = 340, **layout: Any) -> Json:
+def figure(traces: list[Any], variants: list[Figure] | None = None, *, height: int = 340, **layout: Any) -> Figure:
     """Check traces and layout against plotly's schema; return them as JSON-ready dicts, without its template."""
     from plotly import graph_objects as go
 
-    axes: Json = {
+    axes: Figure = {
         "automargin": True,
         "zeroline": False,
         "title": {"standoff": 8, "font": {"size": 13}},

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fire_llm.reporting.plots.base import Json, Style, escaped, figure, short
+from fire_llm.reporting.plots.base import Figure, Style, escaped, figure, short
+from fire_llm.reporting.schema import Arm
 
 MEASURES = {
     "Features and units": {
@@ -19,11 +20,11 @@ MEASURES = {
 """Captions of the measures that are drawn, by heading."""
 
 
-def measure_figure(arms: Mapping[str, Json], key: str, styles: Mapping[str, Style]) -> Json | None:
+def measure_figure(arms: Mapping[str, Arm], key: str, styles: Mapping[str, Style]) -> Figure | None:
     """Draw one measure against optimizer steps; None where no arm has it.
 
     Args:
-        arms: As in results.json; the measures are in the entries of their curves.
+        arms: By name; the measures are in the entries of their curves.
         key: One of the measures.
         styles: Look of every arm.
     """
@@ -31,8 +32,8 @@ def measure_figure(arms: Mapping[str, Json], key: str, styles: Mapping[str, Styl
 
     traces = []
     for arm, entry in arms.items():
-        found = [(e.get("step"), (e.get("diagnostics") or {}).get(key)) for e in entry.get("curve") or []]
-        points = [(step, value) for step, value in found if step is not None and value is not None]
+        found = [(e.step, getattr(e.diagnostics, key)) for e in entry.curve if e.diagnostics]
+        points = [(step, value) for step, value in found if value is not None]
         if not points:
             continue
         style, label = styles[arm], escaped(arm)

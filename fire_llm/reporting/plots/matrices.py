@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean, median
-from typing import Any
+from typing import NamedTuple
 
-from fire_llm.reporting.plots.base import BAR, NEUTRAL, Json, Style, escaped, figure, log_axis, number, short
+from fire_llm.reporting.plots.base import BAR, NEUTRAL, Figure, Style, escaped, figure, log_axis, number, short
+from fire_llm.reporting.schema import InspectedMatrix, ResetEntry, TensorEntry
 
 MATRIX_ROLES = ("attention", "mlp", "ssm", "lm_head")
 LEAVES = {"out": "o", "c_fc": "fc"}  # after "_proj" is dropped
@@ -38,47 +38,59 @@ def parse_name(name: str, role: str = "") -> tuple[int | None, str]:
     return (int(parts[layer]) if layer is not None else None), ("expert " if expert else "") + LEAVES.get(leaf, leaf)
 
 
-MATRIX_KEYS = ("sfe", "dfi_before", "dfi_after", "norm_before", "norm_after", "sigma_before", "sigma_after")
-
-
-def matrices(report: Mapping[str, Any]) -> dict[str, Json]:
-    """Return the weight matrices of a reset report by name, with all their keys.
+def matrices(report: ResetEntry) -> dict[str, TensorEntry]:
+    """Return the weight matrices of a reset report by name.
 
     Those left alone carry their own values as "after", an SFE of 0, and no spectrum after.
     """
-    found: dict[str, Json] = {}
-    for kind in ("touched", "untouched"):
-        for row in report.get(kind) or []:
-            full = {**dict.fromkeys(MATRIX_KEYS), **row, "touched": kind == "touched"}
-            if kind == "untouched":
-                full |= {"sfe": 0.0, "dfi_after": full["dfi_before"], "sigma_after": None}
-                full["norm_after"] = full["norm_before"]
-            if len(row.get("shape") or ()) == 2 and (row.get("role") in MATRIX_ROLES or full["dfi_before"] is not None):
-                found[row["name"]] = full
-    return found
+    left = [
+        entry.model_copy(
+            update={"sfe": 0.0, "dfi_after": entry.dfi_before, "norm_after": entry.norm_before, "sigma_after": None}
+        )
+        for entry in report.untouched
+    ]
+    return {entry.name: entry for entry in [*report.touched, *left] if is_matrix(entry)}
+
+
+def is_matrix(entry: TensorEntry) -> bool:
+    """Check whether an entry is a weight matrix: by its role, or because its DfI was measured."""
+    return len(entry.shape) == 2 and (entry.role in MATRIX_ROLES or entry.dfi_before is not None)
 
 
 DECADES = 1.5
 """Reach of a logarithmic colour scale on either side of the median, in powers of ten."""
 
-Value = Callable[[Json], float | None]
-Tables = Mapping[str, Mapping[str, Json]]
 Grid = list[list[tuple[int | None, str]]]
 
 
-def heat_figure(tables: Tables, value: Value, *, log: bool, unit: str, same_scale: Sequence[Value] = ()) -> Json | None:
-    """Draw layer x part as a heat map with one variant for each table ({label: {matrix name: row}}).
+class Reading(NamedTuple):
+    """A number of one matrix."""
+
+    name: str
+    role: str
+    value: float | None
+
+
+def values(readings: Mapping[str, Sequence[Reading]]) -> list[float | None]:
+    """Return the numbers alone."""
+    return [reading.value for table in readings.values() for reading in table]
+
+
+def heat_figure(
+    readings: Mapping[str, Sequence[Reading]], *, log: bool, unit: str, same_scale: Iterable[float | None] = ()
+) -> Figure | None:
+    """Draw layer x part as a heat map with one variant for each label of the readings.
 
     Matrices outside the layers (a head) stand below as rows of their own. One colour scale holds for all variants, and
-    for the figures of the `same_scale` values. Matrices that share a cell (the experts of a layer) are averaged; a cell
-    without a positive value on a log scale is blank.
+    for the `same_scale` values of other figures. Matrices that share a cell (the experts of a layer) are averaged; a
+    cell without a positive value on a log scale is blank.
     """
     from plotly import graph_objects as go
 
     found: dict[tuple[str, int | None, str], list[tuple[str, float | None]]] = {}
-    for label, table in tables.items():
-        for name, row in table.items():
-            found.setdefault((label, *parse_name(name, row.get("role") or "")), []).append((name, value(row)))
+    for label, table in readings.items():
+        for name, role, value in table:
+            found.setdefault((label, *parse_name(name, role)), []).append((name, value))
     layers = sorted({layer for _, layer, _ in found if layer is not None})
     parts = list(dict.fromkeys(part for _, layer, part in found if layer is not None)) or [""]
     outside = list(dict.fromkeys(part for _, layer, part in found if layer is None))
@@ -90,14 +102,13 @@ def heat_figure(tables: Tables, value: Value, *, log: bool, unit: str, same_scal
     if not averages:
         return None
     scale = math.log10 if log else float
-    others = [x for other in same_scale for t in tables.values() for row in t.values() if (x := other(row)) is not None]
-    ends = [scale(x) for x in [*averages.values(), *others] if shown(x)]
+    ends = [scale(x) for x in [*averages.values(), *same_scale] if x is not None and shown(x)]
     low, high = min(ends), max(ends) + 1e-9
     if log:  # a polar factor's DfI of 1e-12 or a head's of 1e9 would leave one colour for all the rest
         middle = median(ends)
         low, high = max(low, middle - DECADES), min(high, middle + DECADES)
 
-    def patch(label: str, grid: Grid) -> Json:
+    def patch(label: str, grid: Grid) -> Figure:
         keys = [[(label, *cell) for cell in line] for line in grid]
         return {
             "z": [short(scale(averages[k]) if k in averages else None for k in line) for line in keys],
@@ -114,11 +125,11 @@ def heat_figure(tables: Tables, value: Value, *, log: bool, unit: str, same_scal
     traces += [go.Heatmap(x=[-0.5, width - 0.5], y=below, **look)] if outside else []
     grids: list[Grid] = [[[(layer, part) for part in parts] for layer in layers]] if layers else []
     grids += [[[(None, part)] for part in outside]] if outside else []
-    variants = [{"label": label, "group": "", "data": [patch(label, grid) for grid in grids]} for label in tables]
+    variants = [{"label": label, "group": "", "data": [patch(label, grid) for grid in grids]} for label in readings]
     height = max(14, min(30, 560 // (len(layers) + len(outside))))
     named = layers[:: max(1, round(16 / height))]  # every layer, or every other one where rows are thin
     bar = _bar(low, high, log)
-    axis: Json = {"showgrid": False, "showline": False, "ticks": ""}
+    axis: Figure = {"showgrid": False, "showline": False, "ticks": ""}
     ticks = [*(layers.index(n) for n in named), *((x + y) / 2 for x, y in pairwise(below))]
     words = [*map(str, named), *(escaped(p, 14) for p in outside)]
     return figure(
@@ -136,9 +147,9 @@ def heat_figure(tables: Tables, value: Value, *, log: bool, unit: str, same_scal
     )
 
 
-def _bar(low: float, high: float, log: bool) -> Json:
+def _bar(low: float, high: float, log: bool) -> Figure:
     """Return a flat colour bar for below the map, its ticks numbers even where colours are logarithms."""
-    bar: Json = dict(BAR)
+    bar: Figure = dict(BAR)
     if log:
         ticks = [*range(math.ceil(low), math.floor(high) + 1, max(1, math.ceil((high - low) / 5)))]
         values = [float(t) for t in ticks] if len(ticks) > 1 else [low, (low + high) / 2, high]
@@ -147,29 +158,25 @@ def _bar(low: float, high: float, log: bool) -> Json:
 
 
 def _tip(found: Sequence[tuple[str, float | None]], average: float | None, unit: str) -> str:
-    """Say which matrices a cell stands for and its number in full."""
+    """Return which matrices a cell stands for and its number in full."""
     if not found:
         return "no such matrix"
     name = escaped(found[0][0], 60) if len(found) == 1 else f"mean of {len(found)}, {escaped(found[0][0], 50)} …"
     return f"{name}<br>" + ("unchanged or not measured" if average is None else f"{unit} {average:.5g}")
 
 
-def spectra_figure(tables: Mapping[str, Mapping[str, Json]], styles: Mapping[str, Style]) -> Json | None:
+def spectra_figure(tables: Mapping[str, Mapping[str, TensorEntry]], styles: Mapping[str, Style]) -> Figure | None:
     """Draw a matrix's singular values, every arm's after its reset over the grey ones before; one variant a matrix."""
     from plotly import graph_objects as go
 
-    names = list(dict.fromkeys(n for table in tables.values() for n, row in table.items() if row.get("sigma_before")))
+    names = list(dict.fromkeys(n for table in tables.values() for n, entry in table.items() if entry.sigma_before))
     names.sort(key=lambda name: parse_name(name)[0] is None)  # open on a layer's matrix, not on the embedding
+    entries = {name: [table[name] for table in tables.values() if name in table] for name in names}
     befores = {
-        n: list(
-            dict.fromkeys(
-                tuple(short(t[n]["sigma_before"])) for t in tables.values() if t.get(n, {}).get("sigma_before")
-            )
-        )
-        for n in names
+        n: list(dict.fromkeys(tuple(short(e.sigma_before)) for e in entries[n] if e.sigma_before)) for n in names
     }
     most = max((len(b) for b in befores.values()), default=0)
-    arms = [arm for arm, table in tables.items() if any(row.get("sigma_after") for row in table.values())]
+    arms = [arm for arm, table in tables.items() if any(entry.sigma_after for entry in table.values())]
     if not names:
         return None
     grey = {"color": NEUTRAL, "width": 3, "dash": "dot"}
@@ -181,17 +188,17 @@ def spectra_figure(tables: Mapping[str, Mapping[str, Json]], styles: Mapping[str
         hover = f"<b>{escaped(arm)}</b><br>σ %{{y:.4g}}<extra></extra>"
         line = {"color": styles[arm].colour, "width": 2, "dash": styles[arm].dash}
         traces.append(go.Scatter(mode="lines", legendgroup=arm, line=line, hovertemplate=hover))
-    variants: list[Json] = []
+    variants: list[Figure] = []
     for name in names:
         ys: list[Sequence[float | None]] = [befores[name][i] if i < len(befores[name]) else () for i in range(most)]
-        ys += [short(tables[arm].get(name, {}).get("sigma_after") or ()) for arm in arms]
+        ys += [short(tables[arm][name].sigma_after or ()) if name in tables[arm] else () for arm in arms]
         variants.append(
             {"label": name, "group": _group(name), "data": [{"y": list(y), "x": ranks(len(y))} for y in ys]}
         )
     return figure(traces, variants, height=400, **_spectrum_axes(p["y"] for v in variants for p in v["data"]))
 
 
-def _spectrum_axes(spectra: Iterable[Iterable[float | None]]) -> Json:
+def _spectrum_axes(spectra: Iterable[Iterable[float | None]]) -> Figure:
     """Return the axes of spectra: rank from 0 to 1, singular values logarithmic."""
     positive = [s for spectrum in spectra for s in spectrum if s] or [1.0]
     title = {"title": {"text": "singular value"}}
@@ -222,18 +229,14 @@ METRICS = {
 }
 
 
-def _get(key: str, row: Json) -> float | None:
-    """Return a row's number, None where it has none."""
-    return row.get(key)
-
-
-def metric_figure(rows: Sequence[Json]) -> Json | None:
+def metric_figure(rows: Sequence[InspectedMatrix]) -> Figure | None:
     """Draw one heat map with a variant for each metric the rows carry; colours are logarithmic over a span of 20."""
-    chosen: Json | None = None
+    chosen: Figure | None = None
     for key, label in METRICS.items():
-        numbers = [r[key] for r in rows if r.get(key) is not None]
+        readings = [Reading(row.name, row.role or "", getattr(row, key)) for row in rows]
+        numbers = [reading.value for reading in readings if reading.value is not None]
         log = bool(numbers) and min(numbers) > 0 and max(numbers) > 20 * min(numbers)
-        found = heat_figure({label: {r["name"]: r for r in rows}}, partial(_get, key), log=log, unit=label)
+        found = heat_figure({label: readings}, log=log, unit=label)
         if found:
             variant = {**found["variants"][0], "layout": {"coloraxis": found["layout"]["coloraxis"]}}
             chosen = chosen or {**found, "variants": []}
@@ -241,15 +244,15 @@ def metric_figure(rows: Sequence[Json]) -> Json | None:
     return chosen
 
 
-def layer_spectra_figure(rows: Sequence[Json]) -> Json | None:
+def layer_spectra_figure(rows: Sequence[InspectedMatrix]) -> Figure | None:
     """Draw the spectra of one part over all layers, from dark (first layer) to light (last); one variant a part."""
     from plotly import colors
     from plotly import graph_objects as go
 
-    parts: dict[str, list[Json]] = {}
+    parts: dict[str, list[tuple[str, list[float | None]]]] = {}
     for row in rows:
-        if row.get("sigma"):
-            parts.setdefault(parse_name(row["name"], row.get("role") or "")[1], []).append(row)
+        if row.sigma:
+            parts.setdefault(parse_name(row.name, row.role or "")[1], []).append((row.name, short(row.sigma)))
     if not parts:
         return None
     most = max(len(found) for found in parts.values())
@@ -259,13 +262,12 @@ def layer_spectra_figure(rows: Sequence[Json]) -> Json | None:
         go.Scatter(mode="lines", line={"color": c, "width": 2}, hovertemplate="%{text}<br>σ %{y:.4g}<extra></extra>")
         for c in shades
     ]
-    variants: list[Json] = []
+    variants: list[Figure] = []
     for part, found in parts.items():
-        patches: list[Json] = [{"x": [], "y": [], "text": ""}] * most
-        for place, row in enumerate(found):
-            sigma = short(row["sigma"])
+        patches: list[Figure] = [{"x": [], "y": [], "text": ""}] * most
+        for place, (name, sigma) in enumerate(found):
             # Spread over all shades: of q there is one a layer where of experts there are many.
             shade = place * (most - 1) // max(len(found) - 1, 1)
-            patches[shade] = {"x": ranks(len(sigma)), "y": sigma, "text": escaped(row["name"], 60)}
+            patches[shade] = {"x": ranks(len(sigma)), "y": sigma, "text": escaped(name, 60)}
         variants.append({"label": part, "group": "", "data": patches})
     return figure(traces, variants, height=420, **_spectrum_axes(p["y"] for v in variants for p in v["data"]))

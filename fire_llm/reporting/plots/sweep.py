@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from fire_llm.reporting.plots.base import Json, Style, band, escaped, figure, log_axis
+from fire_llm.reporting.plots.base import Figure, Style, band, escaped, figure, log_axis
 
 LOG_FROM = 10.0
 """Ratio of the largest value to the smallest from which an axis is logarithmic."""
@@ -18,8 +18,8 @@ def key_figure(
     key: str,
     styles: Mapping[str, Style],
     unit: str = "final nats per token",
-) -> Json | None:
-    """Draw a loss against a key, swept or of a stream's phases: a line for each (arm, other settings), seeds as a band.
+) -> Figure | None:
+    """Draw a loss against a key, swept or of phases: a line for each (arm, other settings), seeds as a band.
 
     Args:
         lines: (arm, other settings, "" where nothing else is swept) → (the key's value, nats per token of each seed).
@@ -56,7 +56,7 @@ def key_figure(
                 hovertemplate=f"<b>{label}</b><br>%{{y:.4f}} at %{{x}}<extra></extra>",
             )
         )
-    axis: Json = {"title": {"text": escaped(key, 60)}, "showgrid": True}
+    axis: Figure = {"title": {"text": escaped(key, 60)}, "showgrid": True}
     if not numbers:
         axis |= {"type": "category"}
     elif min(values) > 0 and max(values) >= LOG_FROM * min(values):

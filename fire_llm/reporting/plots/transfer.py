@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fire_llm.reporting.plots.base import BAR, Json, escaped, figure, short
+from fire_llm.reporting.plots.base import BAR, Figure, escaped, figure, short
+from fire_llm.reporting.schema import EvaluationRow
+from fire_llm.reporting.table import DASH
 
 ROW_HEIGHT = 26
 """Pixels: a line of text and some air."""
 
 
-def row_name(row: Json) -> str:
+def row_name(row: EvaluationRow) -> str:
     """Name a row's checkpoint for people: `second / fire`, `first, step 20 (best)`, `init`."""
-    labels = row["labels"]
-    if row["phase"] is None:
-        return row["checkpoint"] if "start" in labels else "init"
-    name = " / ".join(filter(None, [row["phase"], row["arm"]]))
-    if "final" not in labels:
-        name += f", step {row['step']}"
-    return name + (" (best)" if "best" in labels else "")
+    if row.phase is None:
+        return row.checkpoint if "start" in row.labels else "init"
+    name = " / ".join(filter(None, [row.phase, row.arm]))
+    if "final" not in row.labels:
+        name += f", step {row.step}"
+    return name + (" (best)" if "best" in row.labels else "")
 
 
-def corpora_figure(rows: Sequence[Json]) -> Json | None:
+def corpora_figure(rows: Sequence[EvaluationRow]) -> Figure | None:
     """Draw a heat map of checkpoints × corpora, a variant a seed; numbers are bits per byte.
 
     Colours are the distance to the best checkpoint of the column, all alike from the worst trained one on: beside the
@@ -32,23 +33,24 @@ def corpora_figure(rows: Sequence[Json]) -> Json | None:
     """
     from plotly import graph_objects as go
 
-    rows = [row for row in rows if row.get("bits_per_byte") is not None]
-    if not rows:
+    measured = [(row_name(row), row, row.bits_per_byte) for row in rows if row.bits_per_byte is not None]
+    if not measured:
         return None
-    corpora = list(dict.fromkeys(row["data"] for row in rows))
-    names = list(dict.fromkeys(map(row_name, rows)))
-    seeds = list(dict.fromkeys(row["seed"] for row in rows if row["seed"] is not None)) or [None]
-    variants, worst = [], 0.0
+    corpora = list(dict.fromkeys(row.data for _, row, _ in measured))
+    names = list(dict.fromkeys(name for name, *_ in measured))
+    seeds: list[int | None] = list(dict.fromkeys(row.seed for _, row, _ in measured if row.seed is not None)) or [None]
+    variants: list[Figure] = []
+    worst = 0.0
     for seed in seeds:
-        cells = {(row_name(row), row["data"]): row for row in rows if row["seed"] in (seed, None)}
-        best = {c: min(row["bits_per_byte"] for (_, d), row in cells.items() if d == c) for c in corpora}
-        apart = {key: row["bits_per_byte"] - best[key[1]] for key, row in cells.items()}
-        worst = max([worst, *(apart[key] for key, row in cells.items() if row["phase"] is not None)])
+        cells = {(name, row.data): (row, bits) for name, row, bits in measured if row.seed in (seed, None)}
+        best = {c: min(bits for (_, data), (_, bits) in cells.items() if data == c) for c in corpora}
+        apart = {key: bits - best[key[1]] for key, (_, bits) in cells.items()}
+        worst = max([worst, *(apart[key] for key, (row, _) in cells.items() if row.phase is not None)])
         grid = [[(name, c) for c in corpora] for name in names]
         patch = {
             "z": [short(apart.get(key) for key in line) for line in grid],
-            "text": [[f"{cells[key]['bits_per_byte']:.4f}" if key in cells else "" for key in line] for line in grid],
-            "customdata": [[_tip(cells[key], apart[key]) if key in cells else "" for key in line] for line in grid],
+            "text": [[f"{cells[key][1]:.4f}" if key in cells else "" for key in line] for line in grid],
+            "customdata": [[_tip(*cells[key], apart[key]) if key in cells else "" for key in line] for line in grid],
         }
         variants.append({"label": str(seed), "group": "", "data": [patch]})
     heat = go.Heatmap(
@@ -62,7 +64,7 @@ def corpora_figure(rows: Sequence[Json]) -> Json | None:
         textfont={"size": 12},
         hovertemplate="%{customdata}<extra></extra>",
     )
-    axis: Json = {"showgrid": False, "showline": False, "ticks": ""}
+    axis: Figure = {"showgrid": False, "showline": False, "ticks": ""}
     return figure(
         [heat],
         variants,
@@ -83,9 +85,10 @@ def corpora_figure(rows: Sequence[Json]) -> Json | None:
     )
 
 
-def _tip(row: Json, apart: float) -> str:
-    """Say what a cell stands for, in full."""
-    error = (row.get("se") or {}).get("bits_per_byte")
-    bits = f"{row['bits_per_byte']:.5f}" + ("" if error is None else f" ± {error:.5f}")
-    where = f"{escaped(row['checkpoint'], 60)} on {escaped(row['data'], 40)}"
-    return f"{where}<br>{bits} bits per byte, {apart:.5f} above the best<br>perplexity {row['perplexity']:.5g}"
+def _tip(row: EvaluationRow, bits: float, apart: float) -> str:
+    """Return what a cell stands for, in full."""
+    error = (row.se or {}).get("bits_per_byte")
+    exact = f"{bits:.5f}" + ("" if error is None else f" ± {error:.5f}")
+    where = f"{escaped(row.checkpoint, 60)} on {escaped(row.data, 40)}"
+    perplexity = DASH if row.perplexity is None else f"{row.perplexity:.5g}"
+    return f"{where}<br>{exact} bits per byte, {apart:.5f} above the best<br>perplexity {perplexity}"

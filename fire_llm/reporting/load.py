@@ -1,0 +1,158 @@
+"""Read results.json of this and of the first schema version; what cannot be read is one clear message."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import ValidationError
+
+from fire_llm.core.errors import UserError, did_you_mean
+from fire_llm.reporting.schema import SCHEMA_VERSION, Evaluation, Record, Results
+
+RENAMED = {"spike": "loss_jump", "speed": "throughput", "recycled": "recycled_units"}
+"""Keys of a run in schema version 1, and what they are called since."""
+
+AGAIN = "Run the recipe again with 'fire-llm run': it trains nothing that is finished and writes the file again."
+
+SHOWN = 5
+"""Faults that a message names; the rest are counted."""
+
+WANTED = {
+    "float_type": "a number", "int_type": "a whole number", "int_from_float": "a whole number", "string_type": "text",
+    "bool_type": "true or false", "list_type": "a list", "dict_type": "a mapping", "model_type": "a mapping",
+}  # fmt: skip
+"""What is allowed, by pydantic's name of a fault."""
+
+Part = TypeVar("Part", bound=Record)
+
+
+def load_results(path: str | Path) -> Results:
+    """Read a results.json, or the one in a run's folder, of schema version 1 or 2.
+
+    An evaluation.json beside it, which `fire-llm eval RUN_DIR` writes, becomes the attribute `evaluation`.
+
+    Raises:
+        UserError: For a missing or unreadable file, text that is not JSON, a schema version that is not known here, or
+            a field that is not as the schema says.
+    """
+    file = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file}: no results there. Give a results.json or the folder of a finished run.") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}).") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not JSON ({error}). Give the results.json that 'fire-llm run' wrote.") from None
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if version not in (1, SCHEMA_VERSION):
+        raise UserError(
+            f"{file}: schema_version {version!r} is not what this fire_llm reads (1 to {SCHEMA_VERSION}). "
+            "Install the fire_llm that wrote the file, or run the recipe again with this one."
+        )
+    results = _checked(Results, upgraded(data) if version == 1 else data, file, "run", AGAIN)
+    return results.model_copy(update={"evaluation": _evaluation(file.with_name("evaluation.json"))})
+
+
+def _evaluation(file: Path) -> Evaluation | None:
+    """Return the evaluation in a file, None where there is no file.
+
+    Raises:
+        UserError: For a file that is damaged or of another version.
+    """
+    if not file.exists():
+        return None
+    again = "Delete it, or evaluate the run again."
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not what 'fire-llm eval' writes ({error}). {again}") from None
+    return _checked(Evaluation, data, file, "eval", again)
+
+
+def upgraded(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return results of schema version 1 in the terms of version 2; what is damaged stays as it is.
+
+    Args:
+        data: The content of a results.json, which is not changed.
+    """
+    new = {"measurement" if key == "measured" else key: value for key, value in data.items()}
+    phases = [p for p in _list(_mapping(data.get("recipe")).get("phases")) if isinstance(_mapping(p).get("name"), str)]
+    heaviest = {p["name"]: _heaviest(_mapping(p.get("data"))) for p in phases}
+    new |= {"schema_version": SCHEMA_VERSION, "phase_corpus": {p: corpus for p, corpus in heaviest.items() if corpus}}
+    if isinstance(data.get("phases"), list):
+        new["phases"] = [_run(run) for run in data["phases"]]
+    if isinstance(data.get("arms"), dict):
+        new["arms"] = {name: _arm(name, arm, phases) for name, arm in data["arms"].items()}
+    return new
+
+
+def _arm(name: str, arm: Any, phases: list[dict[str, Any]]) -> Any:
+    """Return an arm with its runs renamed, and its methods as the last phase of the recipe that has it plans them."""
+    if not isinstance(arm, dict):
+        return arm
+    plans = [_mapping(phase.get("arms")).get(name.split("@")[0]) for phase in phases]
+    plan: Any = next((plan for plan in reversed(plans) if plan), [])
+    methods = [_mapping(reset).get("method", reset) for reset in (plan if isinstance(plan, list) else [plan])]
+    runs = {"runs": [_run(run) for run in arm["runs"]]} if isinstance(arm.get("runs"), list) else {}
+    return {**arm, "methods": methods, **runs}
+
+
+def _run(run: Any) -> Any:
+    return {RENAMED.get(key, key): value for key, value in run.items()} if isinstance(run, dict) else run
+
+
+def _heaviest(mixture: Mapping[str, Any]) -> str | None:
+    weights = {corpus: weight for corpus, weight in mixture.items() if isinstance(weight, int | float)}
+    return max(weights, key=weights.__getitem__, default=None)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _checked(kind: type[Part], data: Any, file: Path, verb: str, again: str) -> Part:
+    """Return data as what they should be.
+
+    Raises:
+        UserError: Naming the fields that are not as the schema says, and the next step.
+    """
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        faults = [*_faults(kind, error)]
+        more = f" and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+        named = "; ".join(faults[:SHOWN]) + more
+        raise UserError(f"{file}: not what 'fire-llm {verb}' writes ({named}). {again}") from None
+
+
+def _faults(kind: type[Record], error: ValidationError) -> Iterator[str]:
+    """Yield every fault as `arms.fire.runs[0].seed: what is wrong, what is allowed`."""
+    for fault in error.errors():
+        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"]).lstrip(".")
+        if fault["type"] == "missing":
+            yield f"{where}: missing"
+        elif fault["type"] == "extra_forbidden":
+            fields = _fields(kind, fault["loc"][:-1])
+            yield f"{where}: unknown key.{did_you_mean(str(fault['loc'][-1]), fields)} Known: {', '.join(fields)}"
+        else:
+            allowed = WANTED.get(fault["type"]) or fault["msg"].removeprefix("Input should be ")
+            given = json.dumps(fault["input"], default=str)[:80]
+            yield f"{where or 'the file'}: {given} is not allowed; it must be {allowed}"
+
+
+def _fields(kind: type[Record], loc: tuple[int | str, ...]) -> list[str]:
+    """Return the keys that are allowed at a place of the data."""
+    at: Any = kind
+    for part in loc:
+        at = at.model_fields[part].annotation if hasattr(at, "model_fields") else get_args(at)[-1]
+        if type(None) in get_args(at):
+            at = get_args(at)[0]
+    return list(at.model_fields)
