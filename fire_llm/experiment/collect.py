@@ -21,6 +21,7 @@ from fire_llm.core.compat import installed
 from fire_llm.core.hardware import resolve_precision
 from fire_llm.evaluation.diagnose import LOG_PREFIX
 from fire_llm.evaluation.measurement import first_token, token_text
+from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.recipe import Recipe
 from fire_llm.experiment.stages import Stage, final_checkpoint, labelled_checkpoint
 from fire_llm.models import describe, model_on_meta
@@ -32,7 +33,7 @@ from fire_llm.training.throughput import MEASURES
 SCHEMA_VERSION = 1
 
 
-def collect(recipe: Recipe, stages: list[Stage], folder: Path, bench: Any) -> dict[str, Any]:
+def collect(recipe: Recipe, stages: list[Stage], folder: Path, run: RunContext) -> dict[str, Any]:
     """Read the results of every finished stage off its checkpoints (schema: docs/results-schema.md)."""
     finished = [u for u in stages if final_checkpoint(folder / u.folder)]
     armed = [phase for phase in recipe.phases if phase.arms]
@@ -41,7 +42,7 @@ def collect(recipe: Recipe, stages: list[Stage], folder: Path, bench: Any) -> di
     arms: dict[str, list[Stage]] = {}
     for stage in compared:
         arms.setdefault(stage.arm or "", []).append(stage)
-    model = model_on_meta(bench.config)
+    model = model_on_meta(run.config)
     heaviest = {p.name: max(p.data, key=p.data.__getitem__) for p in recipe.phases}
     return {
         "schema_version": SCHEMA_VERSION,
@@ -56,31 +57,31 @@ def collect(recipe: Recipe, stages: list[Stage], folder: Path, bench: Any) -> di
         },
         "corpora": {
             name: {
-                "train_tokens": bench.tokens(name, "train").n_tokens if name in _trained(recipe) else None,
-                "validation_tokens": bench.tokens(name, "validation").n_tokens if name in recipe.evaluated() else None,
-                "validation_bytes": bench.tokens(name, "validation").n_bytes if name in recipe.evaluated() else None,
+                "train_tokens": run.tokens(name, "train").n_tokens if name in _trained(recipe) else None,
+                "validation_tokens": run.tokens(name, "validation").n_tokens if name in recipe.evaluated() else None,
+                "validation_bytes": run.tokens(name, "validation").n_bytes if name in recipe.evaluated() else None,
             }
             for name in recipe.corpus_names()
         },
-        "measured": _measured(recipe, bench),
-        "phases": [_stage_results(recipe, u, folder, bench) for u in finished if u not in compared],
+        "measured": _measured(recipe, run),
+        "phases": [_stage_results(recipe, u, folder, run) for u in finished if u not in compared],
         "arms_phase": last.name if last else None,
         "first_corpus": heaviest[recipe.phases[0].name],
         "new_corpus": heaviest[(last or recipe.phases[-1]).name],
-        "arms": {name: _arm_results(recipe, stages, folder, bench) for name, stages in arms.items()},
+        "arms": {name: _arm_results(recipe, stages, folder, run) for name, stages in arms.items()},
     }
 
 
-def _measured(recipe: Recipe, bench: Any) -> dict[str, Any]:
+def _measured(recipe: Recipe, run: RunContext) -> dict[str, Any]:
     """Return how every perplexity of the run was measured."""
-    prefix = first_token(bench.tokenizer)
+    prefix = first_token(run.tokenizer)
     return {
         "precision": "fp32" if recipe.evaluate.precision == "fp32" else resolve_precision(recipe.precision),
-        "context": bench.context,
-        "stride": bench.context,
+        "context": run.sequence_length,
+        "stride": run.sequence_length,
         "per_document": False,
         "prefix": prefix,
-        "prefix_text": token_text(bench.tokenizer, prefix),
+        "prefix_text": token_text(run.tokenizer, prefix),
     }
 
 
@@ -88,7 +89,7 @@ def _trained(recipe: Recipe) -> set[str]:
     return {name for phase in recipe.phases for name in phase.data}
 
 
-def _stage_results(recipe: Recipe, stage: Stage, folder: Path, bench: Any) -> dict[str, Any]:
+def _stage_results(recipe: Recipe, stage: Stage, folder: Path, run: RunContext) -> dict[str, Any]:
     path = folder / stage.folder
     final = final_checkpoint(path)
     assert final is not None
@@ -123,7 +124,7 @@ def _stage_results(recipe: Recipe, stage: Stage, folder: Path, bench: Any) -> di
         parent = {"phase": stage.parent.phase.name, "arm": stage.parent.arm}
         result["start"] = {**parent, "checkpoint": stage.start, "step": step}
         if stage.arm:
-            result["spike"] = _loss_jump(measured_nll(origin), curve, bench.config.get_text_config().vocab_size)
+            result["spike"] = _loss_jump(measured_nll(origin), curve, run.config.get_text_config().vocab_size)
     if (path / "reset.json").exists():
         result["reset"] = json.loads((path / "reset.json").read_text(encoding="utf-8"))
     return result
@@ -176,13 +177,13 @@ def _split_key(key: str) -> tuple[str, str]:
     return key, ""
 
 
-def _arm_results(recipe: Recipe, stages: list[Stage], folder: Path, bench: Any) -> dict[str, Any]:
-    runs = [_stage_results(recipe, stage, folder, bench) for stage in stages]
-    finals = {c: [run["final"][c] for run in runs] for c in runs[0]["final"]}
+def _arm_results(recipe: Recipe, stages: list[Stage], folder: Path, run: RunContext) -> dict[str, Any]:
+    runs = [_stage_results(recipe, stage, folder, run) for stage in stages]
+    finals = {c: [one["final"][c] for one in runs] for c in runs[0]["final"]}
     return {
         "label": "; ".join(r.label() for r in stages[0].resets),
         "final": {c: mean_scores(values) for c, values in finals.items()},
-        "curve": _mean_curve([run["curve"] for run in runs]),
+        "curve": _mean_curve([one["curve"] for one in runs]),
         "runs": runs,
     }
 

@@ -77,7 +77,9 @@ def paired_interval(values: Sequence[float], level: float = LEVEL) -> tuple[floa
 
 
 def _method_names(resets: Sequence[Json]) -> list[str]:
-    return [reset.get("method", "") for reset in resets]
+    """Return the methods by the names that they had first: `none` was called `keep`."""
+    names = [reset if isinstance(reset, str) else reset.get("method", "") for reset in resets]
+    return ["keep" if name == "none" else name for name in names]
 
 
 class Comparison:

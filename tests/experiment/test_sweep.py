@@ -24,13 +24,12 @@ from fire_llm.cli import main
 from fire_llm.core.atomic import checkpoints
 from fire_llm.core.locks import held
 from fire_llm.experiment import worker
-from fire_llm.experiment.jobs import Failures, jobs_of, link_duplicate, lock_for
+from fire_llm.experiment.jobs import Failures, jobs_of, link_duplicate, lock_for, only_run
 from fire_llm.experiment.recipe import load_trials, words
 from fire_llm.experiment.run import run_sweep
 from fire_llm.experiment.stages import final_checkpoint
 from fire_llm.experiment.summary import Summary
 from fire_llm.experiment.sweep_report import print_trials, show
-from fire_llm.experiment.train import only_run
 from fire_llm.reporting.plots.base import palette
 from fire_llm.reporting.plots.sweep import key_figure
 
@@ -53,7 +52,7 @@ def whole(path, tmp_path_factory):
     folder, trained = tmp_path_factory.mktemp("sweep") / "s", []
     with pytest.MonkeyPatch.context() as patch:
         real = worker.train
-        patch.setattr(worker, "train", lambda stage, bench: (trained.append(stage.folder), real(stage, bench)))
+        patch.setattr(worker, "train", lambda stage, *more: (trained.append(stage.folder), real(stage, *more)))
         sweep = run_sweep(load_trials(path, TWO, GRID), folder, workers=1, progress=False)
     return folder, sweep, trained
 
@@ -120,7 +119,7 @@ def test_names_are_safe_short_and_differ_but_for_capitals(path):
         (["phases.0.steps=[]"], r"sweep\.phases\.0\.steps: \[\] is not allowed"),
         (["phases.0.steps"], r"--grid phases\.0\.steps: write KEY=VALUE"),
         (["name=[a,b]"], r"'name' cannot be swept over"),
-        ([f"phases.0.steps={list(range(1, 30))}", f"phases.1.steps={list(range(1, 30))}"], "841 cells.*at most 500"),
+        ([f"phases.0.steps={list(range(1, 30))}", f"phases.1.steps={list(range(1, 30))}"], "841 trials.*at most 500"),
         (["phases.0.steps=[4,5]", "batch.tokens_per_step=[120,128]"], r"in steps=4,.*=120 and steps=5,.*=120: batch"),
     ],
 )
@@ -159,7 +158,7 @@ def test_a_sweep_again_trains_nothing_and_a_larger_grid_only_what_is_new(whole, 
     folder, _, _ = whole
     trained = []
     real = worker.train
-    monkeypatch.setattr(worker, "train", lambda stage, bench: (trained.append(stage.folder), real(stage, bench)))
+    monkeypatch.setattr(worker, "train", lambda stage, *more: (trained.append(stage.folder), real(stage, *more)))
     run_sweep(load_trials(path, TWO, GRID), folder, workers=1, progress=False)
     assert trained == []
     run_sweep(load_trials(path, TWO, ["phases.1.arms.fire.iterations=[3,5,1]"]), folder, workers=1, progress=False)
@@ -168,7 +167,9 @@ def test_a_sweep_again_trains_nothing_and_a_larger_grid_only_what_is_new(whole, 
 
 def test_of_some_arms_only_what_they_start_from_is_trained_too(path, tmp_path, capsys):
     argv = ["sweep", str(path), "--set", TWO[0], "--grid", GRID[0], "--output", str(tmp_path), "--workers=1"]
-    assert main([*argv, "--arm=base", "--dry-run"]) == 0 and "2 cells of 4 units, 2 of them" in capsys.readouterr().out
+    assert (
+        main([*argv, "--arm=base", "--dry-run"]) == 0 and "2 trials of 4 stages, 2 of them" in capsys.readouterr().out
+    )
     assert main([*argv, "--arm=base"]) == 0
     there = {job.stage.folder for job in jobs_of(load_trials(path, TWO, GRID), tmp_path) if job.done()}
     assert there == {"first/seed-1", "second/base/seed-1"}
@@ -218,10 +219,10 @@ def test_a_begun_unit_is_finished_where_it_was_begun(whole, path, tmp_path):
 def test_what_fails_does_not_stop_what_does_not_hang_on_it(path, tmp_path, monkeypatch, capsys):
     real = worker.train
 
-    def fail(stage, bench):
-        if stage.phase.name == "first" and bench.folder.name == "tokens_per_step=64":
+    def fail(stage, run, callbacks):
+        if stage.phase.name == "first" and run.folder.name == "tokens_per_step=64":
             raise RuntimeError("the loss is not finite, hf_" + "x" * 34)
-        real(stage, bench)
+        real(stage, run, callbacks)
 
     monkeypatch.setattr(worker, "train", fail)
     argv = ["sweep", str(path), "--grid", "batch.tokens_per_step=[64,128]", "--output", str(tmp_path), "--workers=1"]
@@ -312,12 +313,12 @@ def test_a_unit_that_another_worker_has_is_waited_for(whole, path, tmp_path, mon
     monkeypatch.setattr(worker.time, "sleep", sleep)
     own = {job.stage.folder: job for job in jobs}
 
-    def train(stage, _):
+    def train(stage, *_):
         trained.append(stage.folder)
         link_duplicate(own[stage.folder], by_unit[stage.folder])
 
     monkeypatch.setattr(worker, "train", train)
-    worker.work(jobs, tmp_path, Failures(tmp_path / ".workers" / "x"), progress=False)
+    worker.work(jobs, tmp_path, Failures(tmp_path / ".workers" / "x"))
     assert trained == ["second/base/seed-1", "second/fire/seed-1"]
 
 
@@ -348,7 +349,7 @@ def _sweep_here(path: Path, output: Path, cache: str) -> None:
     os.environ["FIRE_LLM_CACHE"] = cache
     trained = []
     real = worker.train
-    worker.train = lambda stage, bench: (trained.append(f"{bench.folder.name}/{stage.folder}"), real(stage, bench))
+    worker.train = lambda stage, *more: (trained.append(f"{stage.run.folder.name}/{stage.folder}"), real(stage, *more))
     run_sweep(load_trials(path, TWO, GRID), output, workers=1, progress=False)
     (output / f"trained-{os.getpid()}.json").write_text(json.dumps(trained))
 
@@ -501,14 +502,14 @@ def test_a_dry_run_says_what_is_there_and_writes_nothing(whole, path, tmp_path, 
     assert main(["sweep", str(path), "--grid", GRID[0], "--dry-run", "--output", str(tmp_path / "s")]) == 0
     out = capsys.readouterr().out
     # 10 steps of the first phase once, 8 of the second twice, of 128 tokens.
-    assert "2 cells of 4 units, 3 of them different" in out and f"{(10 + 2 * 8) * 128:,} tokens" in out
+    assert "2 trials of 4 stages, 3 of them different" in out and f"{(10 + 2 * 8) * 128:,} tokens" in out
     assert "as in iterations=1" in out and not (tmp_path / "s").exists()
 
 
 def test_check_tells_the_cells_and_run_runs_the_recipe_as_written(path, tmp_path, capsys):
     more = ["--set", "sweep={seed: [1, 2, 3]}"]
     assert main(["check", str(path), *more]) == 0
-    assert "3 cells of 6 units, 6 of them different" in capsys.readouterr().out
+    assert "3 trials of 6 stages, 6 of them different" in capsys.readouterr().out
     assert main(["run", str(path), *more, "--output", str(tmp_path / "r")]) == 0
     assert "this runs the recipe as it is written; fire-llm sweep runs its grid" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "r" / "first").iterdir()] == ["seed-1"]

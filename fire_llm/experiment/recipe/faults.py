@@ -85,7 +85,7 @@ def arm_faults(data: Mapping[str, Any]) -> list[str]:
         arms = phase.get("arms") if isinstance(phase, Mapping) else None
         for name, arm in arms.items() if isinstance(arms, Mapping) else ():
             if arm == []:
-                faults.append(f"phases[{i}].arms.{name}: an empty list resets nothing; write keep")
+                faults.append(f"phases[{i}].arms.{name}: an empty list resets nothing; write none")
             for j, reset in enumerate(as_list(arm)):
                 where = f"phases[{i}].arms.{name}" + (f"[{j}]" if isinstance(arm, list) else "")
                 if not isinstance(reset, str | Mapping):
@@ -176,7 +176,7 @@ def _phase_contradictions(recipe: Recipe, phase: PhaseSection, earlier: dict[str
         elif isinstance(k, int) and phase.steps is not None and k > phase.steps:
             yield f"keep: step {k} lies beyond the phase's {phase.steps} steps"
     if "best" in phase.keep and not set(phase.data) & set(recipe.evaluated()):
-        yield f"keep: 'best' is told by the phase's own corpora, and evaluate.data has none of {', '.join(phase.data)}"
+        yield f"keep: 'best' is one on the phase's own corpora, and evaluate.data has none of {', '.join(phase.data)}"
     for arm in phase.arms or {}:
         if not _NAME.fullmatch(arm):
             yield f"arms.{arm}: the name is that of a folder; {_NAMING}"

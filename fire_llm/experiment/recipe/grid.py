@@ -15,7 +15,7 @@ from fire_llm.core.errors import UserError
 from fire_llm.experiment.recipe.reading import assignment, checked, read_data, refuse, set_key
 from fire_llm.experiment.recipe.sections import Recipe
 
-MOST_CELLS = 500
+MOST_TRIALS = 500
 """Of a sweep: a few short lists multiply."""
 
 LONGEST_NAME = 100
@@ -93,8 +93,8 @@ def grid_faults(swept: Mapping[str, Any]) -> list[str]:
     count = 1
     for values in swept.values():
         count *= len(values) if isinstance(values, list) else 1
-    if count > MOST_CELLS:
-        faults.append(f"sweep: {count:,} trials, the product of the lists' lengths; at most {MOST_CELLS} are allowed")
+    if count > MOST_TRIALS:
+        faults.append(f"sweep: {count:,} trials, the product of the lists' lengths; at most {MOST_TRIALS} are allowed")
     return faults
 
 

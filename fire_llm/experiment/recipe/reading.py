@@ -37,9 +37,9 @@ def read_data(source: str | Path | Mapping[str, Any], overrides: Iterable[str] =
     Raises:
         UserError: It cannot be read, holds what is not plain, or has no place for an override.
     """
-    data = dict(source) if isinstance(source, Mapping) else _read(source)
-    refuse(source, plain_faults(data))
-    data = unshared(data)
+    given = source if isinstance(source, Mapping) else _read(source)
+    refuse(source, plain_faults(given))
+    data: dict[str, Any] = unshared(given)
     for override in overrides:
         set_key(data, "--set", *assignment("--set", override))
     refuse(source, plain_faults(data))
