@@ -211,6 +211,6 @@ def test_secrets_are_taken_out_of_what_libraries_say(monkeypatch, capsys):
 
 def test_the_interpreter_is_the_only_program_that_recipes_lead_to():
     started = [(path.name, line) for path in MODULES for name, _, line in calls(path) if name.startswith("subprocess.")]
-    assert {name for name, _ in started} <= {"builtin.py", "results.py", "processes.py"}, started
+    assert {name for name, _ in started} <= {"builtin.py", "collect.py", "processes.py"}, started
     # builtin.py starts Python on a file of the package; results.py asks git for the checkout's commit;
     # processes.py starts Python on a fixed line, with the recipes in a file.

@@ -23,7 +23,7 @@ from fire_llm.resets import ResetSpec
 
 
 class RunContext:
-    """Hold a run's recipe and folder, and resolve what its stages share when it is first asked for.
+    """Resolve what the stages of a run share, each thing once, when it is first asked for.
 
     Args:
         recipe: From `load_recipe`.

@@ -49,7 +49,7 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
     read. A stage's `key` is the same in the plans of trials that share it.
 
     Raises:
-        UserError: What an arm is to do to the model it cannot, as far as the config tells; or the tokens of a step are
+        UserError: What an arm is to do to the model it cannot, as far as the config shows; or the tokens of a step are
             no whole number of the model's sequences.
     """
     run = RunContext(recipe, output)

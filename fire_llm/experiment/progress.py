@@ -114,10 +114,8 @@ class Overview:
         self._speeds: defaultdict[str, _Speed] = defaultdict(_Speed)
         self._speeds[""].at(self._tokens(self.at))
         self._began = self._line_at = time.monotonic()
-        self._bars: Any = None
+        self._bars = _bars() if shown and interactive() else None
         self._tasks: dict[str, Any] = {}
-        if shown and interactive() and (sys.stderr.isatty() or find_spec("ipywidgets")):
-            self._bars = _bars()
 
     def __enter__(self) -> Overview:
         return self
@@ -128,9 +126,9 @@ class Overview:
         if self._bars is not None:
             self._bars.stop()
 
-    def report(self, key: str, step: int, measures: dict[str, str], by: str = "") -> None:
+    def report(self, key: str, step: int, measures: dict[str, str]) -> None:
         """Take a report of this process, and show what has changed."""
-        self._take(by, key, step, measures)
+        self._take("", key, step, measures)
         self.refresh()
 
     def refresh(self) -> None:
@@ -201,13 +199,16 @@ class Overview:
 
 
 def _bars() -> Any:
-    """Return bars that are drawn when they are told to, on the standard error, and removed at the end."""
+    """Return bars on the standard error, drawn at `refresh` alone and removed at the end; None where none can be."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+    console = Console(stderr=True)
+    if not (find_spec("ipywidgets") if console.is_jupyter else console.is_interactive):
+        return None
     title, facts = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[facts]"))
     columns = (title, BarColumn(16), MofNCompleteColumn(), facts)
-    return Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True)
+    return Progress(*columns, console=console, auto_refresh=False, transient=True)
 
 
 def _newest_step(job: Job) -> int:

@@ -206,10 +206,10 @@ class _Command:
             run = runs.setdefault(data, job.run)
             tokens = 0
             try:
-                for name in stage.phase.data if not job.done() else ():
-                    run.tokens(name, "train")
-                for name in recipe.evaluated() if not job.done() else ():
-                    run.tokens(name, "validation")
+                if not job.done():
+                    for split, names in (("train", stage.phase.data), ("validation", recipe.evaluated())):
+                        for name in names:
+                            run.tokens(name, split)
                 if stage.phase.epochs is not None:
                     tokens = mixture_of(stage, run).epoch_tokens
             except Exception:

@@ -191,7 +191,7 @@ def _differences(before: Any, after: Any, at: str = "") -> Iterator[str]:
 
 
 def _start_name(starts: list[tuple[Stage | None, str]], parent: Stage | None, start: str) -> str:
-    """Name a warm start among several: its checkpoint's label, behind its stage's name where stages differ too."""
+    """Return a warm start's name among several: its checkpoint's label, behind its stage's name where stages differ."""
     if len(starts) == 1 or parent is None:
         return ""
     several = len({other.folder for other, _ in starts if other}) > 1

@@ -48,7 +48,7 @@ def work(
     report: StepReport | None = None,
     most: int | None = None,
 ) -> None:
-    """Train what can be trained until every job is finished, or hangs on one that failed.
+    """Train what can be trained until every job is finished, or starts from one that failed.
 
     Args:
         jobs: Of `jobs_of`.

@@ -1,4 +1,4 @@
-"""Say what is wrong with a recipe: the path, the value, what is allowed and the next step."""
+"""Find what is wrong with a recipe, and word it: the path, the value, what is allowed and the next step."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def path_of(loc: Iterable[Any]) -> str:
 
 
 def explain(error: Any) -> str:
-    """Say one pydantic error in words that name the value, what is allowed and the next step."""
+    """Return one pydantic error in words that name the value, what is allowed and the next step."""
     kind, value, loc = error["type"], error["input"], error["loc"]
     if kind == "extra_forbidden":
         fields = _fields_at(loc[:-1])
@@ -156,7 +156,7 @@ def _phase_contradictions(recipe: Recipe, phase: PhaseSection, earlier: dict[str
         yield f"name: '{phase.name}' names a folder; {_NAMING}"
     elif _TAKEN.fullmatch(phase.name):
         yield f"name: '{phase.name}' is a name that the run's folder has for something else; choose another"
-    # Some file systems do not tell capital letters from small ones.
+    # Some file systems take capital letters and small ones for the same.
     if any(phase.name.lower() == name.lower() for name in earlier):
         yield f"name: '{phase.name}' is the name of an earlier phase"
     arms = [arm.lower() for arm in phase.arms or {}]

@@ -148,7 +148,7 @@ def _look(value: Any, path: str, depth: int, count: list[int]) -> Iterator[str]:
 
 
 def _text_fault(text: str, path: str) -> str | None:
-    """Say what is wrong with a text, without repeating what may be a secret or steer a terminal."""
+    """Return what is wrong with a text, without repeating what may be a secret or steer a terminal."""
     if len(text) > LONGEST_TEXT:
         return f"has {len(text)} characters; {LONGEST_TEXT} are allowed"
     if found := _UNPRINTABLE.search(text):

@@ -61,7 +61,7 @@ def checked(data: dict[str, Any]) -> tuple[Recipe | None, list[str]]:
 
 
 def refuse(source: str | Path | Mapping[str, Any], faults: list[str]) -> None:
-    """Tell all of a recipe's faults, if there are any, in one `UserError`."""
+    """Raise one `UserError` with all of a recipe's faults, if there are any."""
     if faults:
         where = "the recipe" if isinstance(source, Mapping) else f"'{source}'"
         faults = list(dict.fromkeys(faults))
