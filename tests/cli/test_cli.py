@@ -266,12 +266,12 @@ def test_words_the_parser_does_not_know(argv, message, capsys):
 
 
 def test_a_failure_of_the_work_is_exit_1(monkeypatch, capsys):
-    import fire_llm.experiment
+    import fire_llm.experiment.run
 
     def fail(*_, **__):
         raise FloatingPointError("the training loss is nan at step 3")
 
-    monkeypatch.setattr(fire_llm.experiment, "run_recipe", fail)
+    monkeypatch.setattr(fire_llm.experiment.run, "run_recipe", fail)
     assert run("run", "demo") == 1
     assert "the work failed: the training loss is nan at step 3" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""Units side by side: threads and processes by the recipe, the same weights whatever they are, one message."""
+"""Stages side by side: threads and processes by the recipe, the same weights whatever they are, one message."""
 
 from __future__ import annotations
 
@@ -26,11 +26,14 @@ from fire_llm import UserError, load_recipe, register_reset, run_recipe
 from fire_llm.cli import main
 from fire_llm.core.atomic import checkpoints
 from fire_llm.experiment import progress, resources
+from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.jobs import Failures, jobs_of
 from fire_llm.experiment.progress import Overview, StepReport, to_file
 from fire_llm.experiment.recipe import Trial
 from fire_llm.experiment.resources import environment, flops_of, small, threads, worker_count
 from fire_llm.experiment.run import run_sweep
+from fire_llm.experiment.stages import expand
+from fire_llm.experiment.train import train
 from fire_llm.resets import RESETS
 from fire_llm.training import callbacks
 
@@ -444,3 +447,15 @@ def test_one_process_shows_the_same_lines(path, tmp_path, monkeypatch, capsys):
     assert re.search(rf"^first, seed 1: 4 of 10 steps, [\d,]+ tokens/s, \d+ s left, {measures}$", said, re.M), said
     assert re.search(r"^0/2 stages: 4 of 18 steps, [\d,]+ tokens/s, \d+ s left$", said, re.M)
     assert re.search(r"^second / fire, seed 1: \d+\.\d s, NLL a .* \(2/2 stages\)$", said, re.M) and "\r" not in said
+
+
+def test_a_stage_of_several_ranks_shows_itself(path, tmp_path, monkeypatch, capsys):
+    """There the trainer does it, whose callbacks are those of any script."""
+    monkeypatch.setattr(callbacks, "LINE_SECONDS", 0.0)
+    run = RunContext(load_recipe(path), tmp_path, progress=True)
+    train(expand(run)[0], run)
+    said = capsys.readouterr().err
+    assert re.search(r"^first: step 4 of 10, \d+ s left; ppl a [\d.]+, ppl b [\d.]+, loss 5\.\d+, tok/s", said, re.M), (
+        said
+    )
+    assert "\r" not in said
