@@ -370,16 +370,16 @@ def test_faults_that_are_plain_data(tmp_path, capsys, path, value, message):
     assert message in capsys.readouterr().err
 
 
-def test_units_neither_multiply_without_end_nor_share_a_folder():
+def test_stages_neither_multiply_without_end_nor_share_a_folder():
     one = {"data": {"python-docs": 1.0}, "steps": 2, "keep": [1]}
     later = ({"name": f"p{n}", "start_from": {f"p{n - 1}": ["final", 1]}, **one} for n in range(1, 30))
     many = [{"name": "p0", **one}, *later]
-    with pytest.raises(UserError, match="phases: more than 2,000 units"):
+    with pytest.raises(UserError, match="phases: more than 2,000 stages"):
         expand(RunContext(load_recipe({**GOOD, "phases": many})))
     duplicates = [
         {"name": "x", "arms": {"y": "keep"}, **one},
         {"name": "x-y", "start_from": {"x/y": 1}, **one},
         {"name": "z", "start_from": {"x/y": "final", "x-y": "final"}, **one},
     ]
-    with pytest.raises(UserError, match="phases: two units would share the folder 'z/x-y-final/seed-1'"):
+    with pytest.raises(UserError, match="phases: two stages would share the folder 'z/x-y-final/seed-1'"):
         expand(RunContext(load_recipe({**GOOD, "phases": duplicates})))

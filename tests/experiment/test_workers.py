@@ -38,7 +38,7 @@ from fire_llm.resets import RESETS
 from fire_llm.training import callbacks
 
 ARMS = "phases.1.arms={base: keep, fire: {method: fire}, rescale: rescale}"
-UNITS = ("first", "second/base", "second/fire", "second/rescale")
+STAGES = ("first", "second/base", "second/fire", "second/rescale")
 SCRIPT = """
 import sys
 from fire_llm import load_recipe, run_recipe
@@ -59,9 +59,9 @@ def without_threads() -> dict[str, str]:
 
 
 def hashes(output: Path, seed: int = 1) -> dict[str, str]:
-    """Return the hash of each unit's final weights."""
+    """Return the hash of each stage's final weights."""
     found = {}
-    for stage in UNITS:
+    for stage in STAGES:
         newest = checkpoints(output / stage / f"seed-{seed}")[-1][0]
         found[stage] = hashlib.sha256((newest / "model.safetensors").read_bytes()).hexdigest()
     return found
@@ -95,7 +95,7 @@ def jobs_for(path: Path, folder: Path, *sets: str):
     return jobs_of([Trial("", {}, load_recipe(path, [ARMS, *sets]))], folder)
 
 
-def test_workers_are_as_many_as_units_that_can_run_at_once(path, tmp_path, monkeypatch):
+def test_workers_are_as_many_as_stages_that_can_run_at_once(path, tmp_path, monkeypatch):
     monkeypatch.setattr(resources, "_allowed_cores", lambda: 8)
     monkeypatch.setattr(resources, "threads_asked_for", lambda: None)
     jobs = jobs_for(path, tmp_path)
@@ -144,7 +144,7 @@ def test_a_users_number_of_threads_is_respected_and_told(path, tmp_path, monkeyp
         torch.set_num_threads(1)
 
 
-def test_no_model_of_an_earlier_unit_is_left_when_one_begins(path, tmp_path, monkeypatch):
+def test_no_model_of_an_earlier_stage_is_left_when_one_begins(path, tmp_path, monkeypatch):
     """On a GPU it would hold 16 bytes a parameter; one that failed held them in its traceback too."""
     from fire_llm.experiment import train as module
     from fire_llm.experiment import worker
@@ -228,7 +228,7 @@ def test_two_workers_end_with_the_weights_of_one(busy, path, one, tmp_path):
     for arm, results in first["arms"].items():
         assert results["final"] == second["arms"][arm]["final"]
         assert [e["train_loss"] for e in results["curve"]] == [e["train_loss"] for e in second["arms"][arm]["curve"]]
-    # The first phase is trained here; then a line a unit, and what the workers say of their resets.
+    # The first phase is trained here; then a line a stage, and what the workers say of their resets.
     assert "2 worker(s)" in done.stderr and "4/4 stages" in done.stderr
     assert "second / rescale, seed 1: " in done.stderr and "second / fire: NLL on a " in done.stderr
     assert "Traceback" not in done.stderr and "| 20" not in done.stderr
