@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from fire_llm.core.flops import flops_per_token, peak_flops
-from fire_llm.experiment.stages import resolve_precision
+from fire_llm.core.hardware import resolve_precision
 from fire_llm.models import PRESETS, config_for, describe, fresh_model
 from fire_llm.training import ContinualArguments, ContinualTrainer
 from fire_llm.training.callbacks import Keeping

@@ -139,7 +139,7 @@ def test_every_method_and_option_stands_in_the_page() -> None:
     for name, when, acts_on, _ in listed:
         method = RESETS[name.strip("`")]
         roles = "every parameter" if method.roles == ROLES else ", ".join(method.roles)
-        assert acts_on == ("nothing" if method.name == "keep" else roles), name
+        assert acts_on == ("nothing" if method.name == "none" else roles), name
         assert when == ("once" if method.when == "transition" else "during"), name
     found: dict[str, set[str]] = {name: set() for name in RESETS}
     for names, option, kind, default, meaning in rows("| method | option |" + options):

@@ -15,6 +15,7 @@ from fire_llm import UserError, load_recipe, run_recipe
 from fire_llm.cli import main
 from fire_llm.core.errors import redact
 from fire_llm.core.launch import report_failure
+from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.stages import expand, refuse_links
 from fire_llm.models import config_for, load_model, load_tokenizer
 
@@ -168,7 +169,7 @@ def test_a_folder_that_leads_out_of_the_run_is_refused(tmp_path):
     elsewhere = tmp_path / "other-disk"
     elsewhere.mkdir()
     (tmp_path / "linked").symlink_to(elsewhere)
-    refuse_links(tmp_path / "linked", expand(recipe))  # a whole run may lie elsewhere
+    refuse_links(tmp_path / "linked", expand(RunContext(recipe)))  # a whole run may lie elsewhere
 
 
 # ---- secrets
@@ -210,6 +211,6 @@ def test_secrets_are_taken_out_of_what_libraries_say(monkeypatch, capsys):
 
 def test_the_interpreter_is_the_only_program_that_recipes_lead_to():
     started = [(path.name, line) for path in MODULES for name, _, line in calls(path) if name.startswith("subprocess.")]
-    assert {name for name, _ in started} <= {"builtin.py", "results.py", "processes.py"}, started
+    assert {name for name, _ in started} <= {"builtin.py", "collect.py", "processes.py"}, started
     # builtin.py starts Python on a file of the package; results.py asks git for the checkout's commit;
     # processes.py starts Python on a fixed line, with the recipes in a file.

@@ -301,6 +301,6 @@ def _check_start(specs: Sequence[ResetSpec], init: str | Path | None, seed: int 
         raise UserError(f"'{wanting[0]}' needs initial weights: give one of --init CHECKPOINT and --seed N")
     if not wanting and not (init is None and seed is None):
         given = "--init" if init is not None else "--seed"
-        raise UserError(f"{given}: '{specs[0].method if specs else 'keep'}' uses no initial weights: leave it out")
+        raise UserError(f"{given}: '{specs[0].method if specs else 'none'}' uses no initial weights: leave it out")
     if seed is not None and not 0 <= seed < 2**63:
         raise UserError(f"--seed {seed}: a whole number from 0 to 2**63 - 1 is needed")

@@ -35,7 +35,7 @@ def file_kind(path: str | Path) -> tuple[str, str]:
 
 
 def file_corpus(name: str, spec: CorpusSpec, root: Path) -> Corpus:
-    """Return the corpus of local files.
+    """Return the corpus of local files, which are looked for and neither read nor hashed.
 
     Args:
         name: the corpus's name in the recipe.
@@ -58,10 +58,13 @@ def file_corpus(name: str, spec: CorpusSpec, root: Path) -> Corpus:
         raise UserError(f"corpus '{name}': 'text' names a column, and .txt files have none. Remove it.")
     holdout = DEFAULT_HOLDOUT if spec.holdout is None else spec.holdout
     paths = train + validation
-    held = zip(content_hashes(name, paths), paths, strict=True)
-    state = [(content, path in validation, *file_kind(path)) for content, path in held]
-    settings = f"text={spec.text} document={spec.document} holdout={holdout if not validation else None}"
-    identity = f"files {digest(repr(state), 16)} {settings}"
+
+    def identity() -> str:
+        held = zip(content_hashes(name, paths), paths, strict=True)
+        state = [(content, path in validation, *file_kind(path)) for content, path in held]
+        settings = f"text={spec.text} document={spec.document} holdout={None if validation else holdout}"
+        return f"files {digest(repr(state), 16)} {settings}"
+
     read = (
         (lambda split: read_files(name, train if split == "train" else validation, spec))
         if validation

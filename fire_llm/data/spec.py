@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, get_args
 
 import pydantic
@@ -59,15 +60,20 @@ class Corpus:
 
     Attributes:
         name: the name in the recipe.
-        fingerprint: text that changes whenever the documents would; of local files, by what they hold.
+        identity: the fingerprint, or what computes it.
         read: opens a split again and yields its documents. Called by `documents`.
         approximate_bytes: about how many bytes of text there are, for progress bars; None where that is not known.
     """
 
     name: str
-    fingerprint: str
+    identity: str | Callable[[], str] = field(repr=False)
     read: Callable[[str], Iterable[str]] = field(repr=False, compare=False)
     approximate_bytes: int | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Return text that changes whenever the documents would; local files are hashed for it, on the first call."""
+        return self.identity if isinstance(self.identity, str) else self.identity()
 
     def documents(self, split: str) -> Iterator[str]:
         """Yield the documents of a split, always in the same order; those of white space alone are left out.

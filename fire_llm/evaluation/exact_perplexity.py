@@ -49,7 +49,7 @@ Example:
 """
 
 
-class ExactPerplexity(evaluate.Metric):  # type: ignore[misc]  # a library without types
+class ExactPerplexity(evaluate.Metric):
     """Measure perplexity exactly, with a model that is at hand or from likelihoods that are."""
 
     def _info(self) -> evaluate.MetricInfo:

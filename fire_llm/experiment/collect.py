@@ -22,6 +22,7 @@ from fire_llm.core.compat import installed
 from fire_llm.core.hardware import resolve_precision
 from fire_llm.evaluation.diagnose import LOG_PREFIX
 from fire_llm.evaluation.measurement import first_token, token_text
+from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.recipe import Recipe
 from fire_llm.experiment.stages import Stage, final_checkpoint, labelled_checkpoint
 from fire_llm.models import describe, model_on_meta
@@ -49,7 +50,7 @@ from fire_llm.training.recycling import RECYCLED
 from fire_llm.training.throughput import MEASURES
 
 
-def collect(recipe: Recipe, stages: list[Stage], folder: Path, bench: Any) -> Results:
+def collect(recipe: Recipe, stages: list[Stage], folder: Path, run: RunContext) -> Results:
     """Read the results of every finished stage off its checkpoints (schema: docs/results-schema.md)."""
     finished = [u for u in stages if final_checkpoint(folder / u.folder)]
     armed = [phase for phase in recipe.phases if phase.arms]
@@ -58,7 +59,7 @@ def collect(recipe: Recipe, stages: list[Stage], folder: Path, bench: Any) -> Re
     arms: dict[str, list[Stage]] = {}
     for stage in compared:
         arms.setdefault(stage.arm or "", []).append(stage)
-    model = model_on_meta(bench.config)
+    model = model_on_meta(run.config)
     heaviest = {p.name: max(p.data, key=p.data.__getitem__) for p in recipe.phases}
     return Results(
         schema_version=SCHEMA_VERSION,
@@ -68,41 +69,41 @@ def collect(recipe: Recipe, stages: list[Stage], folder: Path, bench: Any) -> Re
         versions=versions(),
         hardware=hardware(),
         model=ModelSummary(parameters=sum(p.numel() for p in model.parameters()), description=describe(model)),
-        corpora={name: _corpus_size(name, recipe, bench) for name in recipe.corpus_names()},
-        measurement=_measurement(recipe, bench),
+        corpora={name: _corpus_size(name, recipe, run) for name in recipe.corpus_names()},
+        measurement=_measurement(recipe, run),
         phase_corpus=heaviest,
-        phases=[_run(recipe, u, folder, bench) for u in finished if u not in compared],
+        phases=[_run(recipe, u, folder, run) for u in finished if u not in compared],
         arms_phase=last.name if last else None,
         first_corpus=heaviest[recipe.phases[0].name],
         new_corpus=heaviest[(last or recipe.phases[-1]).name],
-        arms={name: _arm(recipe, stages, folder, bench) for name, stages in arms.items()},
+        arms={name: _arm(recipe, stages, folder, run) for name, stages in arms.items()},
     )
 
 
-def _corpus_size(name: str, recipe: Recipe, bench: Any) -> CorpusSize:
-    train = bench.tokens(name, "train") if any(name in phase.data for phase in recipe.phases) else None
-    held_out = bench.tokens(name, "validation") if name in recipe.evaluated() else None
+def _corpus_size(name: str, recipe: Recipe, run: RunContext) -> CorpusSize:
+    train = run.tokens(name, "train") if any(name in phase.data for phase in recipe.phases) else None
+    held_out = run.tokens(name, "validation") if name in recipe.evaluated() else None
     return CorpusSize(
-        train_tokens=train and train.n_tokens,
-        validation_tokens=held_out and held_out.n_tokens,
-        validation_bytes=held_out and held_out.n_bytes,
+        train_tokens=train.n_tokens if train else None,
+        validation_tokens=held_out.n_tokens if held_out else None,
+        validation_bytes=held_out.n_bytes if held_out else None,
     )
 
 
-def _measurement(recipe: Recipe, bench: Any) -> Measurement:
+def _measurement(recipe: Recipe, run: RunContext) -> Measurement:
     """Return how every perplexity of the run was measured."""
-    prefix = first_token(bench.tokenizer)
+    prefix = first_token(run.tokenizer)
     return Measurement(
         precision="fp32" if recipe.evaluate.precision == "fp32" else resolve_precision(recipe.precision),
-        context=bench.context,
-        stride=bench.context,
+        context=run.sequence_length,
+        stride=run.sequence_length,
         per_document=False,
         prefix=prefix,
-        prefix_text=token_text(bench.tokenizer, prefix),
+        prefix_text=token_text(run.tokenizer, prefix),
     )
 
 
-def _run(recipe: Recipe, stage: Stage, folder: Path, bench: Any) -> Run:
+def _run(recipe: Recipe, stage: Stage, folder: Path, run: RunContext) -> Run:
     path = folder / stage.folder
     final = final_checkpoint(path)
     assert final is not None
@@ -116,7 +117,7 @@ def _run(recipe: Recipe, stage: Stage, folder: Path, bench: Any) -> Run:
         parent = stage.parent
         start = Start(phase=parent.phase.name, arm=parent.arm, checkpoint=stage.start, step=step_of(origin))
         if stage.arm:
-            jump = _loss_jump(measured_nll(origin), curve, bench.config.get_text_config().vocab_size)
+            jump = _loss_jump(measured_nll(origin), curve, run.config.get_text_config().vocab_size)
     report = path / "reset.json"
     return Run(
         phase=stage.phase.name,
@@ -187,20 +188,20 @@ def _split_key(key: str) -> tuple[str, str]:
     return key, ""
 
 
-def _arm(recipe: Recipe, stages: list[Stage], folder: Path, bench: Any) -> Arm:
-    runs = [_run(recipe, stage, folder, bench) for stage in stages]
+def _arm(recipe: Recipe, stages: list[Stage], folder: Path, run: RunContext) -> Arm:
+    runs = [_run(recipe, stage, folder, run) for stage in stages]
     return Arm(
         label="; ".join(r.label() for r in stages[0].resets),
         methods=[r.method for r in stages[0].resets],
         final=mean_finals(runs),
-        curve=_mean_curve([run.curve for run in runs]),
+        curve=_mean_curve([one.curve for one in runs]),
         runs=runs,
     )
 
 
 def mean_finals(runs: Sequence[Run]) -> dict[str, Scores]:
     """Return, by corpus, the final scores of several seeds as their mean."""
-    return {corpus: _mean_scores([run.final[corpus] for run in runs]) for corpus in runs[0].final}
+    return {corpus: _mean_scores([one.final[corpus] for one in runs]) for corpus in runs[0].final}
 
 
 def _mean_scores(values: Sequence[Scores]) -> Scores:

@@ -1,4 +1,4 @@
-"""Say what running a recipe would take, before anything runs: tokens, steps, FLOPs, disk, memory, hours."""
+"""Estimate what running a recipe would take, before anything runs: tokens, steps, FLOPs, disk, memory, hours."""
 
 from __future__ import annotations
 
@@ -15,19 +15,10 @@ from fire_llm.core.atomic import BYTES_A_PARAMETER, checkpoints
 from fire_llm.core.errors import UserError
 from fire_llm.core.flops import PEAK_FLOPS, flops_per_token
 from fire_llm.core.hardware import resolve_precision
+from fire_llm.experiment.batch import kept_a_token, phase_steps, split_batch
+from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.recipe import OptimizerSection, PhaseSection, Recipe, optimizer_of
-from fire_llm.experiment.stages import (
-    Stage,
-    config_of,
-    context_of,
-    corpus_of,
-    expand,
-    final_checkpoint,
-    kept_a_token,
-    phase_steps,
-    select,
-    split_batch,
-)
+from fire_llm.experiment.stages import Stage, expand, final_checkpoint, select
 from fire_llm.models import describe, model_on_meta
 
 TRAINING_BYTES = BYTES_A_PARAMETER + 4
@@ -37,7 +28,7 @@ BYTES_A_TOKEN = 4.2
 """UTF-8 bytes of English text that a byte-level BPE puts into a token, about; for phases counted in epochs."""
 
 MACHINES = (("H100", 1), ("A100", 8), ("H100", 8))
-"""Devices of 80 GB, and how many: what hours and memory are told for."""
+"""Devices of 80 GB, and how many: what hours and memory are estimated for."""
 
 MACHINE_BYTES = 80 * 10**9
 
@@ -54,20 +45,20 @@ LOGITS_HELD = 2**29
 def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] = ()) -> dict[str, Any]:
     """Return the plan as data: the stages with steps, tokens and FLOPs, and the totals.
 
-    Steps counted in epochs are estimated from the bytes of the corpora; None where those are not known.
+    Steps counted in epochs are estimated from the bytes of the corpora; None where those are not known. No text is
+    read. A stage's `key` is the same in the plans of trials that share it.
 
     Raises:
-        UserError: What an arm is to do to the model it cannot, as far as the config tells; or the tokens of a step are
+        UserError: What an arm is to do to the model it cannot, as far as the config shows; or the tokens of a step are
             no whole number of the model's sequences.
     """
-    folder = Path(output or Path("runs") / recipe.name)
-    config = config_of(recipe)
-    split_batch(recipe, context_of(recipe, config), 1, memory=0)  # what one process cannot divide, none can
-    model = model_on_meta(config)
+    run = RunContext(recipe, output)
+    split_batch(run, 1, memory=0)  # what one process cannot divide, none can
+    model = model_on_meta(run.planned_config)
     parameters = sum(p.numel() for p in model.parameters())
     # Where a token's operations are not counted exactly (experts, state spaces), 6 a parameter is not too few.
-    flops_a_token = flops_per_token(model, context_of(recipe, config)) or 6 * parameters
-    stages = select(expand(recipe), arms)
+    flops_a_token = flops_per_token(model, run.sequence_length) or 6 * parameters
+    stages = select(expand(run), arms)
     if recycling := [r for stage in stages for r in stage.resets if r.kind == "recycling"]:
         from fire_llm.training.recycling import recycled_layers  # the trainer takes seconds to import
 
@@ -75,7 +66,7 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
             recycled_layers(model, spec)
     rows: list[dict[str, Any]] = []
     for stage in stages:
-        steps = _steps(recipe, stage)
+        steps = _steps(stage)
         tokens = steps * recipe.batch.tokens_per_step if steps is not None else None
         rows.append(
             {
@@ -85,10 +76,11 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
                 "estimated": stage.phase.epochs is not None,
                 "tokens": tokens,
                 "flops": tokens * flops_a_token if tokens is not None else None,
-                "state": state_of(folder / stage.folder),
+                "state": state_of(run.folder / stage.folder),
+                "key": stage.key(stage.outline),
             }
         )
-    kept = sum(1 + len(u.phase.keep) for u in stages)
+    kept = sum(1 + len(stage.phase.keep) for stage in stages)
     return {
         "model": describe(model),
         "precision": resolve_precision(recipe.precision),
@@ -96,29 +88,29 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
         "schedule": _schedule(recipe.optimizer),
         "own": [own for phase in recipe.phases if (own := _own(recipe, phase, model))],
         "stages": rows,
-        "machines": _machines(recipe, config, parameters, sum(row["flops"] or 0 for row in rows)),
+        "machines": _machines(run, parameters, sum(row["flops"] or 0 for row in rows)),
         "disk_bytes": kept * parameters * BYTES_A_PARAMETER,
         "memory_bytes": parameters * TRAINING_BYTES,
     }
 
 
-def _machines(recipe: Recipe, config: Any, parameters: int, flops: float) -> list[dict[str, Any]]:
+def _machines(run: RunContext, parameters: int, flops: float) -> list[dict[str, Any]]:
     """Return hours and memory on known devices; of those that the batch divides into, and for 16 bits alone."""
-    text, context = config.get_text_config(), context_of(recipe, config)
+    text, precision = run.planned_config.get_text_config(), run.recipe.precision
     kept = kept_a_token(text)
-    if recipe.precision == "fp32" or kept is None:
+    if precision == "fp32" or kept is None:
         return []
     machines = []
     for device, count in MACHINES:
         try:
-            sequences, _ = split_batch(recipe, context, count, memory=MACHINE_BYTES)
+            sequences, _ = split_batch(run, count, memory=MACHINE_BYTES)
         except UserError:
             continue
-        tokens = sequences * context
+        tokens = sequences * run.sequence_length
         # Replicas hold the gradients once more, in the buckets that they exchange; autocast holds weights in 16 bits.
         weights = parameters * (TRAINING_BYTES + 2 + (4 if count > 1 else 0))
         logits = tokens * text.vocab_size
-        held = logits if recipe.precision == "fp16" else min(logits, LOGITS_HELD)
+        held = logits if precision == "fp16" else min(logits, LOGITS_HELD)
         machines.append(
             {
                 "name": f"{count}×{device}",
@@ -130,7 +122,7 @@ def _machines(recipe: Recipe, config: Any, parameters: int, flops: float) -> lis
 
 
 def _own(recipe: Recipe, phase: PhaseSection, model: Any) -> str:
-    """Say what of a phase's optimizer is its own; nothing where nothing is."""
+    """Return in words what of a phase's optimizer is its own; nothing where nothing is."""
     section = optimizer_of(recipe, phase)
     parts = []
     if section != recipe.optimizer:
@@ -141,7 +133,7 @@ def _own(recipe: Recipe, phase: PhaseSection, model: Any) -> str:
 
 
 def _optimizer(section: OptimizerSection, model: Any) -> str:
-    """Say which optimizer trains what.
+    """Return in words which optimizer trains what.
 
     Raises:
         UserError: Muon is asked for, and the layout of the model is unknown.
@@ -160,7 +152,7 @@ def _optimizer(section: OptimizerSection, model: Any) -> str:
 
 
 def _schedule(section: OptimizerSection) -> str:
-    """Say how the learning rate goes in a phase."""
+    """Return in words how the learning rate changes in a phase."""
     parts = [f"up to {section.lr:g} in {section.warmup:.0%} of the steps (at most {section.max_warmup_steps})"]
     if section.schedule == "cosine":
         parts.append(f"a cosine down to {section.min_lr:g}")
@@ -173,19 +165,20 @@ def _schedule(section: OptimizerSection) -> str:
     return f"{section.schedule}: {', '.join(parts)}"
 
 
-def _steps(recipe: Recipe, stage: Stage) -> int | None:
+def _steps(stage: Stage) -> int | None:
+    tokens_per_step = stage.run.recipe.batch.tokens_per_step
     if stage.phase.epochs is None:
-        return phase_steps(stage.phase, recipe.batch.tokens_per_step, 0)
-    sizes = [corpus_of(recipe, name).approximate_bytes for name in stage.phase.data]
+        return phase_steps(stage.phase, tokens_per_step, 0)
+    sizes = [stage.run.corpus(name).approximate_bytes for name in stage.phase.data]
     if any(size is None for size in sizes):
         return None
     limit = stage.phase.max_corpus_tokens or math.inf
     total = int(sum(min((size or 0) / BYTES_A_TOKEN, limit) for size in sizes))
-    return phase_steps(stage.phase, recipe.batch.tokens_per_step, total)
+    return phase_steps(stage.phase, tokens_per_step, total)
 
 
 def state_of(folder: Path) -> str:
-    """Say how far a stage is."""
+    """Return in words how far a stage is."""
     if final_checkpoint(folder) is not None:
         return "finished"
     whole = checkpoints(folder)
@@ -223,17 +216,17 @@ def print_plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[
         f"disk ≈ {planned['disk_bytes'] / 1e9:.2g} GB of checkpoints; "
         f"memory ≈ {planned['memory_bytes'] / 1e9:.2g} GB a process, without activations"
     )
-    told = [
+    hours = [
         f"{machine['name']} ≈ {_duration(machine['hours'])}, {machine['memory_bytes'] / 1e9:.2g} GB a GPU"
         for machine in planned["machines"]
         if machine["hours"] * 60 >= 1
     ]
-    if told:
-        console.print(f"at {MFU:.0%} of the 16-bit peak, evaluation left out: {'; '.join(told)}")
+    if hours:
+        console.print(f"at {MFU:.0%} of the 16-bit peak, evaluation left out: {'; '.join(hours)}")
 
 
 def totals(rows: Sequence[dict[str, Any]]) -> str:
-    """Say what some rows of a plan take together."""
+    """Return in words what some rows of a plan take together."""
     tokens, flops = (sum(row[what] or 0 for row in rows) for what in ("tokens", "flops"))
     unknown = "" if all(row["steps"] is not None for row in rows) else " and the phases counted in epochs"
     return f"in all: {tokens:,} tokens, {flops:.2g} FLOPs{unknown}"

@@ -22,9 +22,9 @@ from fire_llm.evaluation.measurement import first_token, token_text
 from fire_llm.evaluation.perplexity import Perplexity, perplexity
 from fire_llm.evaluation.scores import Scores
 from fire_llm.evaluation.statistics import BOOTSTRAP, standard_errors
+from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.recipe import Recipe, load_recipe
 from fire_llm.experiment.stages import Stage, expand, final_checkpoint, labelled_checkpoint
-from fire_llm.experiment.train import RunContext
 from fire_llm.experiment.transfer import PhaseRun, transfer
 from fire_llm.models import find_device, fresh_model, load_model
 from fire_llm.reporting.schema import EVALUATION_VERSION, Bootstrap, Evaluation, EvaluationRow, EvaluationSettings
@@ -82,16 +82,17 @@ def evaluate_run(
         UserError: For a folder that is no run or has nothing finished, an unknown corpus, or text that has changed.
     """
     folder = Path(run_dir)
-    recipe, stages = _recipe_and_stages(folder)
+    run, stages = _run_and_stages(folder, progress)
+    recipe = run.recipe
     finished = [u for u in stages if final_checkpoint(folder / u.folder)]
     if not finished:
         raise UserError(f"'{folder}' has no finished phase to evaluate: finish it with `fire-llm run`")
     names = _names(recipe, data)
     _refuse_changed_text(folder, finished, names)
-    bench, where = RunContext(recipe, folder, progress), find_device(device)
-    texts, left_out = _texts(bench, names, required=names if data else recipe.evaluated())
-    found, passed = rows_and_phase_runs(recipe, folder, finished, bench)
-    first = first_token(bench.tokenizer)
+    where = find_device(device)
+    texts, left_out = _texts(run, names, required=names if data else recipe.evaluated())
+    found, passed = rows_and_phase_runs(recipe, folder, finished, run)
+    first = first_token(run.tokenizer)
     matrix: dict[str, dict[str, Scores]] = {}
     rows: list[EvaluationRow] = []
     for row in found:
@@ -100,19 +101,19 @@ def evaluate_run(
             measured: Perplexity = perplexity(
                 model,
                 text.tokens,
-                context=bench.context if context is None else context,
+                context=run.sequence_length if context is None else context,
                 stride=stride,
                 batch_size=batch_size,
                 prefix=first,
                 n_bytes=text.n_bytes,
                 n_words=text.n_words,
                 documents=text.documents,
-                progress=f"{row.checkpoint} on {name}" if bench.progress else None,
+                progress=f"{row.checkpoint} on {name}" if run.progress else None,
                 share=True,
             )
             matrix.setdefault(row.checkpoint, {})[name] = measured.scores
             errors = standard_errors(measured.scores)
-            named = {"data": name, "split": "validation", "prefix_text": token_text(bench.tokenizer, first)}
+            named = {"data": name, "split": "validation", "prefix_text": token_text(run.tokenizer, first)}
             rows.append(EvaluationRow.model_validate({**row.names(), **named, **measured.to_dict(), "se": errors}))
         del model  # before the next is loaded
     forgetting, forward_transfer = transfer(matrix, passed, LEVEL)
@@ -138,7 +139,7 @@ def evaluate_run(
     return evaluation
 
 
-def _recipe_and_stages(folder: Path) -> tuple[Recipe, list[Stage]]:
+def _run_and_stages(folder: Path, progress: bool) -> tuple[RunContext, list[Stage]]:
     """Read the recipe that a run's folder was made with.
 
     Raises:
@@ -152,8 +153,8 @@ def _recipe_and_stages(folder: Path) -> tuple[Recipe, list[Stage]]:
     except ValueError as error:
         raise UserError(f"'{path}' is damaged ({error}): run the recipe again, which writes it again") from error
     try:
-        recipe = load_recipe(data)
-        return recipe, expand(recipe)
+        run = RunContext(load_recipe(data), folder, progress)
+        return run, expand(run)
     except UserError as error:
         if Path(data.get("data_root", ".")).is_absolute():
             raise
@@ -193,7 +194,7 @@ def _refuse_changed_text(folder: Path, finished: Sequence[Stage], names: Sequenc
                 )
 
 
-def _texts(bench: RunContext, names: Sequence[str], required: Sequence[str]) -> tuple[dict[str, Text], dict[str, str]]:
+def _texts(run: RunContext, names: Sequence[str], required: Sequence[str]) -> tuple[dict[str, Text], dict[str, str]]:
     """Return the held-out text of each corpus, and why others have none.
 
     Raises:
@@ -203,7 +204,7 @@ def _texts(bench: RunContext, names: Sequence[str], required: Sequence[str]) -> 
     left_out: dict[str, str] = {}
     for name in names:
         try:
-            held_out = bench.tokens(name, "validation").first(bench.recipe.evaluate.max_tokens)
+            held_out = run.tokens(name, "validation").first(run.recipe.evaluate.max_tokens)
         except UserError as error:
             if name in required:
                 raise
@@ -214,20 +215,20 @@ def _texts(bench: RunContext, names: Sequence[str], required: Sequence[str]) -> 
 
 
 def rows_and_phase_runs(
-    recipe: Recipe, folder: Path, finished: Sequence[Stage], bench: RunContext
+    recipe: Recipe, folder: Path, finished: Sequence[Stage], run: RunContext
 ) -> tuple[list[Row], list[PhaseRun]]:
     """Return the checkpoints of a run, what it began with first, and the stages between them.
 
     Args:
-        finished: Units whose last checkpoint is there, parents before children.
-        bench: Gives the config of step-0 weights.
+        finished: Stages whose last checkpoint is there, parents before children.
+        run: Gives the config of step-0 weights.
     """
     rows: dict[str, Row] = {}
     passed: dict[str, PhaseRun] = {}
     for seed in recipe.seed:
         given = recipe.model.checkpoint
         name = given or f"init/seed-{seed}"
-        load = partial(load_model, given, torch.float32) if given else partial(_fresh, bench, seed)
+        load = partial(load_model, given, torch.float32) if given else partial(_fresh, run, seed)
         rows[name] = Row(name, None, None, None if given else seed, 0, ["start" if given else "init"], load)
     for stage in finished:
         own: dict[int, tuple[Path, list[str]]] = {}
@@ -249,5 +250,5 @@ def rows_and_phase_runs(
     return [*rows.values()], [*passed.values()]
 
 
-def _fresh(bench: RunContext, seed: int) -> Any:
-    return fresh_model(bench.config, seed)
+def _fresh(run: RunContext, seed: int) -> Any:
+    return fresh_model(run.config, seed)

@@ -1,22 +1,23 @@
-"""The stages of a sweep: which can be trained now, which is there already, which another trial has."""
+"""The stages of a command: which can be trained now, which is there already, which another trial has, which failed."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
 
 from fire_llm.core.atomic import checkpoints, staged, write_json
 from fire_llm.core.errors import UserError, redact
-from fire_llm.core.locks import lock_of
+from fire_llm.core.locks import held, lock_of
+from fire_llm.distributed import ranks
+from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.recipe import Trial
-from fire_llm.experiment.stages import Stage, expand, select
-from fire_llm.experiment.train import finished
+from fire_llm.experiment.stages import Stage, expand, finished, select
 
 
 @dataclass
@@ -25,8 +26,6 @@ class Job:
 
     trial: Trial
     stage: Stage
-    run: Path
-    """Folder of the trial's run."""
     key: str
     """The same for stages of several trials that end with the same checkpoints."""
     parent: Job | None
@@ -35,18 +34,23 @@ class Job:
     _done: bool = False
 
     @property
+    def run(self) -> RunContext:
+        """Return the trial's run."""
+        return self.stage.run
+
+    @property
     def folder(self) -> Path:
-        """Give the stage's own folder."""
-        return self.run / self.stage.folder
+        """Return the stage's own folder."""
+        return self.run.folder / self.stage.folder
 
     @property
     def title(self) -> str:
-        """Name the job for people: `lr=0.001: second / fire, seed 1`."""
+        """Return the job's name for people: `lr=0.001: second / fire, seed 1`."""
         of = f"{self.trial.name}: " if self.trial.name else ""
         return f"{of}{self.stage.title}, seed {self.stage.seed}"
 
     def done(self) -> bool:
-        """Tell whether the stage's last checkpoint is there; what was once does not go away."""
+        """Return whether the stage's last checkpoint is there; what was once does not go away."""
         self._done = self._done or finished(self.folder)
         return self._done
 
@@ -59,26 +63,26 @@ class Job:
         )
 
     def ready(self) -> bool:
-        """Tell whether the stage can be trained or taken over now, as far as others' work goes."""
+        """Return whether the stage can be trained or taken over now, as far as others' work goes."""
         if self.parent is not None and not self.parent.done():
             return False
         begun_elsewhere = any(checkpoints(duplicate.folder) and not duplicate.done() for duplicate in self.duplicates)
         return self.folder.exists() or self.source() is not None or not begun_elsewhere
 
 
-def jobs_of(trials: Sequence[Trial], output: Path) -> list[Job]:
-    """Return the jobs of all trials, those of one trial after those of the one before, parents before children."""
+def jobs_of(trials: Sequence[Trial], output: Path, progress: bool = False) -> list[Job]:
+    """Return the jobs of all trials, those of one trial after those of the one before, parents before children.
+
+    Local text is hashed for them.
+    """
     jobs: list[Job] = []
     by_key: dict[str, list[Job]] = {}
     for trial in trials:
         own: dict[str, Job] = {}
-        for stage in expand(trial.recipe):
-            # What is kept, and what is left out, are no part of the spec: they change what a folder holds.
-            identity = [stage.spec, stage.phase.keep, trial.recipe.nonfinite]
-            key = blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=12).hexdigest()
+        for stage in expand(RunContext(trial.recipe, trial.folder(output), progress)):
             parent = own[stage.parent.folder] if stage.parent else None
-            own[stage.folder] = job = Job(trial, stage, trial.folder(output), key, parent)
-            by_key.setdefault(key, []).append(job)
+            own[stage.folder] = job = Job(trial, stage, stage.key(stage.spec), parent)
+            by_key.setdefault(job.key, []).append(job)
         jobs += own.values()
     for job in jobs:
         job.duplicates = [duplicate for duplicate in by_key[job.key] if duplicate is not job]
@@ -119,6 +123,22 @@ def lock_for(output: Path, job: Job) -> Path:
     return lock_of(output, job.key)
 
 
+@contextmanager
+def only_run(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Lock a run's folder against other runs; sweeps and their workers share it (`shared`).
+
+    Raises:
+        UserError: Another process has it.
+    """
+    if not ranks().is_main_process:
+        yield
+        return
+    with held(folder / ".lock", shared=shared) as had:
+        if not had:
+            raise UserError(f"another run is writing into '{folder}': wait for it to end, or choose another --output")
+        yield
+
+
 class Failures:
     """Keep what failed during one command, where all of its workers see it."""
 
@@ -126,7 +146,7 @@ class Failures:
         self.folder = folder
 
     def add(self, job: Job, error: Exception, log: str | None) -> None:
-        """Keep why a job failed: the message, the exit code it stands for, and where more is told."""
+        """Keep why a job failed: the message, the exit code it stands for, and the log that says more."""
         kind = type(error).__name__
         message = redact(str(error) or kind)
         code = 2 if isinstance(error, UserError) else 1
@@ -134,11 +154,11 @@ class Failures:
         write_json(self.folder / f"{job.key}.json", content)
 
     def has(self, job: Job | None) -> bool:
-        """Tell whether a job, or what it starts from, failed."""
+        """Return whether a job, or what it starts from, failed."""
         return job is not None and ((self.folder / f"{job.key}.json").exists() or self.has(job.parent))
 
     def any(self) -> bool:
-        """Tell whether something failed."""
+        """Return whether something failed."""
         return next(self.folder.glob("*.json"), None) is not None
 
     def all(self) -> list[dict[str, str | int | None]]:

@@ -29,15 +29,15 @@ _PROGRAM = (
 
 
 class Workers:
-    """Hold the processes that train the stages of one command.
+    """Start, watch and end the processes that train the stages of one command.
 
     Args:
         number: Of processes.
         trials: Whose stages they train.
         arms: Only these, where there are any.
         output: The command's folder.
-        failures: Where they tell what failed.
-        options: Of `worker.work`; with `progress`, what they say is passed on.
+        failures: Where they write what failed.
+        options: Of `worker.work`; and `progress`: whether they say anything, which is passed on.
     """
 
     def __init__(
@@ -54,9 +54,7 @@ class Workers:
             "output": str(output),
             "failures": str(failures.folder),
             "arms": list(arms),
-            "cells": [
-                {"name": c.name, "settings": c.settings, "recipe": c.recipe.model_dump(mode="json")} for c in trials
-            ],
+            "trials": [{**vars(trial), "recipe": trial.recipe.model_dump(mode="json")} for trial in trials],
             "options": dict(options),
         }
         self.logs = [output / ".workers" / f"{socket.gethostname()}-{n + 1}.log" for n in range(number)]
@@ -90,7 +88,6 @@ class Workers:
             self._end(number)
             raise Stopped(number, "the workers saved the steps they were in; the same command goes on") from None
         finally:
-            overview.close()
             for process in self.processes:
                 assert process.stdin is not None
                 process.stdin.close()  # which ends a worker that is left, should this process fail
@@ -127,7 +124,7 @@ class Workers:
 
 
 def _verdict(code: int, n: int, log: Path) -> str:
-    """Say what ended a worker."""
+    """Return in words what ended a worker."""
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     hint = ", most often because the machine ran out of memory" if code == -signal.SIGKILL else ""
     return f"worker {n + 1} {how}{hint}; see '{log}'"

@@ -6,9 +6,10 @@ import json
 import os
 import sys
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,118 +17,198 @@ from transformers import TrainerCallback
 
 from fire_llm.core.atomic import CONTINUAL_STATE, checkpoints
 from fire_llm.experiment.collect import measured_nll
-from fire_llm.experiment.jobs import Job
+from fire_llm.experiment.jobs import Failures, Job
 from fire_llm.experiment.stages import final_checkpoint
 from fire_llm.training.progress import BAR_DELAY, LINE_SECONDS, duration, interactive
 
 REPORT_SECONDS = 1.0
-"""Between two reports of a worker."""
+"""Between two reports of a process that trains."""
 
 RATE_SECONDS = 60.0
 """Over which the speed is taken; evaluations and saves are in it, so that the time left is."""
 
+Send = Callable[[str, int, dict[str, str]], None]
+"""Takes a job's key, the step that it is at, and its latest measures as text."""
+
+
+def to_file(path: Path) -> Send:
+    """Return what writes a report into a small file, which the `Overview` of another process reads."""
+
+    def send(key: str, step: int, measures: dict[str, str]) -> None:
+        partial = path.with_suffix(".partial")
+        with suppress(OSError):  # the save of a checkpoint reports a full disk
+            partial.write_text(json.dumps([key, step, measures]), encoding="utf-8")
+            os.replace(partial, path)
+
+    return send
+
 
 class StepReport(TrainerCallback):
-    """Write which stage this process trains and how far it is into a small file, which `Overview` reads.
+    """Report which stage this process trains and how far it is, at most once in `REPORT_SECONDS`.
 
     Args:
-        path: The file, rewritten at most once in `REPORT_SECONDS`.
+        send: Where to.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.key = path, ""
-        self._written = 0.0
+    def __init__(self, send: Send) -> None:
+        self.send, self.key = send, ""
+        self._sent = 0.0
+        self._measures: dict[str, str] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Forget the measures of an earlier stage."""
+        self._measures = {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Write the step."""
-        if time.monotonic() - self._written < REPORT_SECONDS:
-            return
-        self._written = time.monotonic()
-        partial = self.path.with_suffix(".partial")
-        with suppress(OSError):  # the save of a checkpoint reports a full disk
-            partial.write_text(json.dumps([self.key, state.global_step]), encoding="utf-8")
-            os.replace(partial, self.path)
+        """Report the step."""
+        if time.monotonic() - self._sent >= REPORT_SECONDS:
+            self._sent = time.monotonic()
+            self.send(self.key, state.global_step, self._measures)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        """Note the latest loss, and the perplexities of an evaluation."""
+        for key, value in logs.items():
+            if key == "loss":
+                self._measures["loss"] = f"{value:.3f}"
+            elif key.startswith("eval_") and key.endswith("_perplexity"):
+                self._measures[f"ppl {key[5:-11]}"] = f"{value:.1f}"
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Report the last step, however soon it comes."""
+        self.send(self.key, state.global_step, self._measures)
+
+
+class _Speed:
+    """Take a speed over the last `RATE_SECONDS`."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, int]] = deque()
+
+    def at(self, tokens: int) -> float:
+        """Note how many tokens are done by now, and return the tokens a second; 0 where they are not known."""
+        now = time.monotonic()
+        self._seen.append((now, tokens))
+        while now - self._seen[0][0] > RATE_SECONDS:
+            self._seen.popleft()
+        since, before = self._seen[0]
+        return (tokens - before) / (now - since) if now > since else 0.0
 
 
 class Overview:
-    """Show one bar over the steps of all stages, and a line when one ends; without a terminal, a line now and then.
+    """Show a bar for each stage that is being trained, and one for all; without a terminal, lines now and then.
 
     Args:
         jobs: What is to be trained, finished ones included.
         steps: Optimizer steps of each, by key.
-        reports: Where the workers' `StepReport`s are.
+        failures: What failed. The workers' reports lie beside it, in files that end in `.step`.
         shown: Show anything at all.
     """
 
-    def __init__(self, jobs: Sequence[Job], steps: Mapping[str, int], reports: Path, shown: bool) -> None:
-        from tqdm.auto import tqdm
-
-        self.reports, self.shown, self.steps = reports, shown, steps
-        self.stages = len(jobs)
-        self.left = [job for job in jobs if not job.done()]
+    def __init__(self, jobs: Sequence[Job], steps: Mapping[str, int], failures: Failures, shown: bool) -> None:
+        self.steps, self.failures, self.shown = steps, failures, shown
+        self.count, self.left = len(jobs), [job for job in jobs if not job.done()]
         self.tokens_per_step = {job.key: job.trial.recipe.batch.tokens_per_step for job in jobs}
         self.at = {job.key: steps[job.key] if job.done() else _newest_step(job) for job in jobs}
-        self.seen: deque[tuple[float, int]] = deque([(time.monotonic(), self._tokens())])
-        self.line_at = time.monotonic() + LINE_SECONDS
-        self.bar = tqdm(
-            total=sum(steps.values()),
-            initial=sum(self.at.values()),
-            unit="step",
-            desc=self._stages(),
-            delay=BAR_DELAY,
-            mininterval=0.5,
-            miniters=0,
-            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]",
-            disable=not (shown and interactive()),
-        )
+        self.training: dict[str, tuple[str, dict[str, str]]] = {}
+        """The key of what each process trained last, and its measures."""
+        self._speeds: defaultdict[str, _Speed] = defaultdict(_Speed)
+        self._speeds[""].at(self._tokens(self.at))
+        self._began = self._line_at = time.monotonic()
+        self._bars: Any = _bars() if shown and interactive() else None
+        self._tasks: dict[str, Any] = {}
 
-    def _tokens(self) -> int:
-        return sum(step * self.tokens_per_step[key] for key, step in self.at.items())
+    def __enter__(self) -> Overview:
+        return self
 
-    def _stages(self) -> str:
-        return f"{self.stages - len(self.left)}/{self.stages} stages"
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.refresh()
+        if self._bars is not None:
+            self._bars.stop()
+
+    def report(self, key: str, step: int, measures: dict[str, str]) -> None:
+        """Take a report of this process, and show what has changed."""
+        self._take("", key, step, measures)
+        self.refresh()
 
     def refresh(self) -> None:
-        """Read the reports, and show what has changed."""
-        for path in self.reports.glob("*.step"):
+        """Read the workers' reports, and show what has changed."""
+        for path in self.failures.folder.glob("*.step"):
             with suppress(OSError, ValueError):
-                key, step = json.loads(path.read_text(encoding="utf-8"))
-                self.at[key] = max(self.at[key], step)
+                self._take(path.stem, *json.loads(path.read_text(encoding="utf-8")))
         for job in [*self.left]:
-            if (final := final_checkpoint(job.folder)) is not None:
-                self.left.remove(job)
-                self.at[job.key] = self.steps[job.key]
-                self.say(f"{job.title}: {_ended(final)} ({self._stages()})")
-        rate = self._rate()
-        self.bar.set_description(self._stages(), refresh=False)
-        self.bar.set_postfix_str(rate, refresh=False)
-        self.bar.update(sum(self.at.values()) - self.bar.n)
-        if self.shown and not interactive() and time.monotonic() >= self.line_at:
-            self.line_at = time.monotonic() + LINE_SECONDS
-            done = f"{sum(self.at.values()):,} of {sum(self.steps.values()):,} steps"
-            self.say(", ".join(filter(None, [self._stages(), done, rate])))
-
-    def _rate(self) -> str:
-        """Say the speed of the last `RATE_SECONDS`, and how long the rest takes at it."""
-        now, tokens = time.monotonic(), self._tokens()
-        self.seen.append((now, tokens))
-        while now - self.seen[0][0] > RATE_SECONDS:
-            self.seen.popleft()
-        since, before = self.seen[0]
-        if tokens <= before:
-            return ""
-        rate = (tokens - before) / (now - since)
-        left = sum((self.steps[key] - step) * self.tokens_per_step[key] for key, step in self.at.items())
-        return f"{rate:,.0f} tokens/s, {duration(left / rate)} left"
+            with suppress(OSError):  # another process may be deleting what is read here
+                if (final := final_checkpoint(job.folder)) is not None:
+                    ended = _ended(final)
+                    self.left.remove(job)
+                    self.at[job.key] = self.steps[job.key]
+                    self.say(f"{job.title}: {ended} ({self._stages()})")
+        rows = self._rows()
+        now = time.monotonic()
+        if self._bars is not None and now >= self._began + BAR_DELAY:
+            self._draw(rows)
+        elif self._bars is None and now >= self._line_at + LINE_SECONDS:
+            self._line_at = now
+            for title, done, steps, *facts in rows.values():
+                self.say(f"{title}: {', '.join(filter(None, [f'{done:,} of {steps:,} steps', *facts]))}")
 
     def say(self, line: str) -> None:
-        """Write a line above the bar."""
+        """Write a line, above the bars where there are any."""
         if self.shown:
-            self.bar.write(line, file=sys.stderr)
+            sys.stderr.write(f"{line}\n")
 
-    def close(self) -> None:
-        """End the bar's line."""
-        self.bar.close()
+    def _take(self, by: str, key: str, step: int, measures: dict[str, str]) -> None:
+        self.at[key] = max(self.at[key], step)
+        self.training[by] = key, measures
+
+    def _rows(self) -> dict[str, tuple[str, int, int, str, str]]:
+        """Return (title, steps done, steps, speed, measures) of what is being trained by key, and of all by ""."""
+        left = {job.key: job for job in reversed(self.left)}
+        rows = {}
+        for _, (key, measures) in sorted(self.training.items()):
+            if key in left and not self.failures.has(left[key]):
+                at, steps = {key: self.at[key]}, {key: self.steps[key]}
+                latest = ", ".join(f"{name} {value}" for name, value in measures.items())
+                rows[key] = (left[key].title, at[key], steps[key], self._speed(key, at, steps), latest)
+        total = sum(self.at.values()), sum(self.steps.values())
+        rows[""] = (self._stages(), *total, self._speed("", self.at, self.steps), "")
+        return rows
+
+    def _speed(self, key: str, at: Mapping[str, int], steps: Mapping[str, int]) -> str:
+        """Return the tokens a second in words, and how long the rest takes at that speed."""
+        done = self._tokens(at)
+        rate = self._speeds[key].at(done)
+        return f"{rate:,.0f} tokens/s, {duration((self._tokens(steps) - done) / rate)} left" if rate > 0 else ""
+
+    def _tokens(self, steps: Mapping[str, int]) -> int:
+        return sum(count * self.tokens_per_step[key] for key, count in steps.items())
+
+    def _stages(self) -> str:
+        return f"{self.count - len(self.left)}/{self.count} stages"
+
+    def _draw(self, rows: Mapping[str, tuple[str, int, int, str, str]]) -> None:
+        self._bars.start()
+        for key in self._tasks.keys() - rows.keys():
+            self._bars.remove_task(self._tasks.pop(key))
+        for key, (title, done, steps, *facts) in rows.items():
+            if key not in self._tasks:
+                self._tasks[key] = self._bars.add_task(title, facts="")
+            said = ", ".join(filter(None, facts))
+            self._bars.update(self._tasks[key], description=title, completed=done, total=steps, facts=said)
+        self._bars.refresh()
+
+
+def _bars() -> Any:
+    """Return bars on the standard error, drawn at `refresh` alone and removed at the end; None where none can be."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    console = Console(stderr=True)
+    if not (find_spec("ipywidgets") if console.is_jupyter else console.is_interactive):
+        return None
+    title, facts = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[facts]"))
+    columns = (title, BarColumn(16), MofNCompleteColumn(), facts)
+    return Progress(*columns, console=console, auto_refresh=False, transient=True)
 
 
 def _newest_step(job: Job) -> int:
@@ -136,7 +217,7 @@ def _newest_step(job: Job) -> int:
 
 
 def _ended(final: Path) -> str:
-    """Say how long a stage took and what it ended at."""
+    """Return in words how long a stage took and what it ended at."""
     seconds = json.loads((final / CONTINUAL_STATE).read_text(encoding="utf-8"))["seconds"]
     nll = [f"{corpus} {value:.3f}" for corpus, value in measured_nll(final).items()]
     return f"{seconds:.1f} s, NLL {', '.join(nll)}" if nll else f"{seconds:.1f} s"

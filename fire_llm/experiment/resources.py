@@ -16,9 +16,10 @@ from fire_llm.architectures.lookup import REGISTERED
 from fire_llm.core.errors import UserError
 from fire_llm.core.flops import flops_per_token
 from fire_llm.core.launch import cores
+from fire_llm.experiment.batch import split_batch
+from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.jobs import Job
 from fire_llm.experiment.recipe import Recipe, Trial
-from fire_llm.experiment.stages import config_of, context_of, split_batch
 from fire_llm.models import model_on_meta
 from fire_llm.resets import RESETS
 
@@ -43,14 +44,14 @@ def flops_of(recipe: Recipe) -> tuple[float, float]:
     Raises:
         UserError: The tokens of a step do not divide into sequences.
     """
-    # Cells of a sweep mostly share these, and building a model takes a tenth of a second.
+    # Trials of a sweep mostly share these, and building a model takes a tenth of a second.
     key = recipe.model_dump_json(include={"model", "tokenizer", "batch"})
     if key not in _flops:
-        config = config_of(recipe)
-        model, context = model_on_meta(config), context_of(recipe, config)
-        a_token = flops_per_token(model, context) or 6.0 * sum(p.numel() for p in model.parameters())
-        sequences, _ = split_batch(recipe, context, 1, memory=0)
-        _flops[key] = a_token, a_token * sequences * context
+        run = RunContext(recipe)
+        model, length = model_on_meta(run.planned_config), run.sequence_length
+        a_token = flops_per_token(model, length) or 6.0 * sum(p.numel() for p in model.parameters())
+        sequences, _ = split_batch(run, 1, memory=0)
+        _flops[key] = a_token, a_token * sequences * length
     return _flops[key]
 
 

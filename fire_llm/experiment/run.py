@@ -23,14 +23,16 @@ from fire_llm.core.locks import held, lock_of
 from fire_llm.core.ranks import launched
 from fire_llm.core.signals import signals_handled
 from fire_llm.distributed import ranks
+from fire_llm.experiment.batch import phase_steps
 from fire_llm.experiment.collect import collect
-from fire_llm.experiment.jobs import Failures, Job, jobs_of, link_duplicate, of_arms
+from fire_llm.experiment.context import RunContext
+from fire_llm.experiment.jobs import Failures, Job, jobs_of, link_duplicate, of_arms, only_run
 from fire_llm.experiment.processes import Workers
-from fire_llm.experiment.progress import Overview
+from fire_llm.experiment.progress import Overview, StepReport
 from fire_llm.experiment.recipe import Recipe, Trial
 from fire_llm.experiment.resources import registered_here, small, threads_asked_for, worker_count
-from fire_llm.experiment.stages import phase_steps, refuse_links, refuse_other_recipe
-from fire_llm.experiment.train import RunContext, only_run, train
+from fire_llm.experiment.stages import refuse_links, refuse_other_recipe
+from fire_llm.experiment.train import mixture_of, train
 from fire_llm.experiment.worker import work
 from fire_llm.reporting.schema import Results
 from fire_llm.training.heap import keep_freed_memory, release_memory
@@ -51,15 +53,15 @@ class Sweep:
     failures: list[dict[str, Any]]
     """Stages that failed, each {stage, message, code, log}; empty where all are finished."""
     left: list[str]
-    """Units that hang on those."""
+    """Stages that start from those."""
 
     @property
     def code(self) -> int:
-        """Give the exit code: 0, 1 where the work failed, 2 where the user's input is wrong."""
+        """Return the exit code: 0, 1 where the work failed, 2 where the user's input is wrong."""
         return max((int(failure["code"]) for failure in self.failures), default=0)
 
     def told(self) -> str:
-        """Say what failed, each once, and what hangs on it."""
+        """Return in words what failed, each once, and what starts from it."""
         lines = [f"{len(self.failures)} failed; the same command tries again:"]
         for failure in self.failures:
             log = f" (see '{failure['log']}')" if failure["log"] else ""
@@ -79,7 +81,7 @@ def run_recipe(
 ) -> dict[str, Any]:
     """Run what of a recipe is not finished yet, and return (and write) the results.
 
-    Units that do not depend on each other, such as arms and seeds, are trained side by side where that pays.
+    Stages that do not depend on each other, such as arms and seeds, are trained side by side where that pays.
 
     Args:
         recipe: From `load_recipe`.
@@ -88,7 +90,7 @@ def run_recipe(
         workers: Processes that train, each a stage of its own: by default one a GPU; on a CPU one a core where the
             model is small (docs/scaling.md), else one. The weights do not depend on it. What one process can do at a
             time is done in this one. Under a launcher, its ranks train one stage after another together.
-        progress: Show progress bars.
+        progress: Show how far training is.
 
     Returns:
         The content of `results.json` as plain data (see docs/results-schema.md). It is what one saves, prints or
@@ -118,7 +120,7 @@ def run_sweep(
         output: The sweep's folder. A trial's run is a folder in it, or all of it where there is no grid.
         arms: Only these arms (and the phases they start from); all by default.
         workers: As in `run_recipe`.
-        progress: Show progress bars.
+        progress: Show how far training is.
 
     Raises:
         UserError: Where a folder belongs to another recipe or is in use by `fire-llm run`, or an arm is unknown.
@@ -150,7 +152,7 @@ class _Command:
         if not launched() and not self.alone:
             for name in _TASKS:
                 os.environ.pop(name, None)
-        jobs = jobs_of(self.trials, self.output)
+        jobs = jobs_of(self.trials, self.output, self.progress)
         wanted = of_arms(jobs, self.arms)
         if ranks().num_processes > 1 or launched():
             return Sweep(list(self.trials), self._on_ranks(jobs, wanted), [], [])
@@ -172,53 +174,56 @@ class _Command:
                 raise RuntimeError(f"{'; '.join(ended)}; the same command goes on from the newest checkpoints")
             failed += [{"stage": "", "message": message, "code": 1, "log": None} for message in ended if left]
             with held(lock_of(self.output, "results"), wait=True):
-                results = [_gather(trial, jobs, self.output, self._bench(trial)) for trial in self.trials]
+                results = [_gather(trial, jobs) for trial in self.trials]
         return Sweep(list(self.trials), results, failed, left)
 
     def _train(self, wanted: Sequence[Job], failures: Failures, workers: int | None) -> list[str]:
         """Train jobs, in this process for as long as one is enough; return what ended workers that were ended."""
         number = worker_count(workers, wanted)
-        one_thread = threads_asked_for() is None
-        if not one_thread and self.progress and threads_asked_for() != 1 and any(small(c.recipe) for c in self.trials):
-            sys.stderr.write(f"each stage trains on {threads_asked_for()} threads, as OMP_NUM_THREADS says\n")
+        if all(job.done() for job in wanted):
+            return []
+        one_thread, asked = threads_asked_for() is None, threads_asked_for() or 1
+        if asked > 1 and self.progress and any(small(trial.recipe) for trial in self.trials):
+            sys.stderr.write(f"each stage trains on {asked} threads, as OMP_NUM_THREADS says\n")
         options: dict[str, Any] = {"one_thread": one_thread, "alone": self.alone}
         # Where there are several GPUs, each process is to see one; else this process does what one can do at a time.
         most = None if number == 1 else 1
         if torch.cuda.device_count() > 1 and workers != 1 and not registered_here():
             most = 0
-        work(wanted, self.output, failures, progress=self.progress, most=most, **options)
-        if all(job.done() or failures.has(job) for job in wanted):
-            return []
-        overview = Overview(wanted, self._tokenised(wanted), failures.folder, self.progress)
-        overview.say(f"{number} worker(s); what they say is kept in '{self.output / '.workers'}'")
-        options["progress"] = self.alone and self.progress
-        return Workers(number, self.trials, self.arms, self.output, failures, options).train(overview)
+        with Overview(wanted, self._tokenised(wanted), failures, self.progress) as overview:
+            report = StepReport(overview.report) if self.progress else None
+            work(wanted, self.output, failures, report=report, most=most, **options)
+            if all(job.done() or failures.has(job) for job in wanted):
+                return []
+            overview.say(f"{number} worker(s); what they say is kept in '{self.output / '.workers'}'")
+            options["progress"] = self.alone and self.progress
+            return Workers(number, self.trials, self.arms, self.output, failures, options).train(overview)
 
     def _tokenised(self, wanted: Sequence[Job]) -> dict[str, int]:
-        """Make tokenizers and tokens before workers want them, with all cores, and return the jobs' steps by key."""
-        benches: dict[str, RunContext] = {}
+        """Make tokenizers and tokens before training wants them, with all cores, and return the jobs' steps by key."""
+        runs: dict[str, RunContext] = {}
         steps: dict[str, int] = {}
         for job in wanted:
             recipe, stage = job.trial.recipe, job.stage
             data = str([stage.spec[part] for part in ("model", "tokenizer")] + sorted(stage.spec["corpora"].items()))
-            bench = benches.setdefault(data, self._bench(job.trial))
+            run = runs.setdefault(data, job.run)
             tokens = 0
             try:
-                for name in stage.phase.data if not job.done() else ():
-                    bench.tokens(name, "train")
-                for name in recipe.evaluated() if not job.done() else ():
-                    bench.tokens(name, "validation")
+                if not job.done():
+                    for split, names in (("train", stage.phase.data), ("validation", recipe.evaluated())):
+                        for name in names:
+                            run.tokens(name, split)
                 if stage.phase.epochs is not None:
-                    tokens = bench.mixture(stage).epoch_tokens
-            except UserError:
+                    tokens = mixture_of(stage, run).epoch_tokens
+            except Exception:
                 if self.alone:
                     raise
-                # Other trials may have other text: the worker that trains the stage reports it.
+                # Other trials may have other text: whoever trains the stage reports it.
             steps[job.key] = phase_steps(stage.phase, recipe.batch.tokens_per_step, tokens)
+        for run in runs.values():
+            if run is not wanted[0].run:  # which is the first to be trained
+                run.release()
         return steps
-
-    def _bench(self, trial: Trial) -> RunContext:
-        return RunContext(trial.recipe, trial.folder(self.output), self.progress)
 
     def _on_ranks(self, jobs: Sequence[Job], wanted: Sequence[Job]) -> list[Results]:
         """Run one trial after another on all ranks of a launcher, and return their results."""
@@ -241,13 +246,12 @@ class _Command:
                         if not job.done() and (source := job.source()):
                             link_duplicate(job, source)
                 state.wait_for_everyone()
-                bench = self._bench(trial)
                 with writing(folder):
                     for job in own:
                         if not job.done():
-                            train(job.stage, bench)
+                            train(job.stage, job.run)
                             release_memory()
-                results.append(_gather(trial, jobs, self.output, bench, state.is_main_process))
+                results.append(_gather(trial, jobs, state.is_main_process))
         return results
 
 
@@ -279,10 +283,12 @@ def described(trials: Sequence[Trial]) -> dict[str, Any]:
     return {"schema_version": SCHEMA_VERSION, "grid": grid, "cells": named}
 
 
-def _gather(trial: Trial, jobs: Sequence[Job], output: Path, bench: RunContext, first: bool = True) -> Results:
+def _gather(trial: Trial, jobs: Sequence[Job], first: bool = True) -> Results:
     """Return a trial's results, of the stages that are finished; the first rank writes them."""
-    folder = trial.folder(output)
-    results = collect(trial.recipe, [job.stage for job in jobs if job.trial is trial], folder, bench)
+    stages = [job.stage for job in jobs if job.trial is trial]
+    run = stages[0].run
+    results = collect(run.recipe, stages, run.folder, run)
     if first:
-        write_json(folder / "results.json", results.model_dump(mode="json"))
+        write_json(run.folder / "results.json", results.model_dump(mode="json"))
+    run.release()
     return results

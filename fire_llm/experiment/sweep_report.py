@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
-from fire_llm.core.atomic import checkpoints
-from fire_llm.experiment.estimate import plan, state_of, totals
-from fire_llm.experiment.jobs import Job, jobs_of, of_arms
+from fire_llm.experiment.estimate import plan, totals
 from fire_llm.experiment.recipe import Trial, words
 from fire_llm.experiment.run import Sweep
 from fire_llm.experiment.summary import Summary
@@ -103,22 +102,15 @@ def print_trials(trials: Sequence[Trial], output: Path, arms: Sequence[str] = ()
     from rich.markup import escape
     from rich.table import Table
 
-    jobs = of_arms(jobs_of(trials, output), arms)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("trial", "stage", "state"):
         table.add_column(column, overflow="fold")
-    seen: dict[str, Job] = {}
-    for job in jobs:
-        table.add_row(escape(job.trial.name or "–"), escape(job.stage.folder), escape(_state(job, seen)))
-        seen.setdefault(job.key, job)
+    rows = [(trial, row) for trial in trials for row in plan(trial.recipe, trial.folder(output), arms)["stages"]]
+    once: dict[str, tuple[Trial, dict[str, Any]]] = {}
+    for trial, row in rows:
+        first, same = once.setdefault(row["key"], (trial, row))
+        state = f"as in {first.name}" if same is not row and row["state"] == "to do" else row["state"]
+        table.add_row(escape(trial.name or "–"), escape(row["stage"]), escape(state))
     Console().print(table)
-    plans = {trial.name: plan(trial.recipe, trial.folder(output), arms) for trial in trials}
-    rows = {(name, row["stage"]): row for name, planned in plans.items() for row in planned["stages"]}
-    once = [rows[job.trial.name, job.stage.folder] for job in seen.values()]
-    print(f"{len(trials)} trials of {len(jobs)} stages, {len(once)} of them different: each is trained once")
-    print(totals(once))
-
-
-def _state(job: Job, seen: dict[str, Job]) -> str:
-    elsewhere = job.key in seen and not checkpoints(job.folder)
-    return f"as in {seen[job.key].trial.name}" if elsewhere else state_of(job.folder)
+    print(f"{len(trials)} trials of {len(rows)} stages, {len(once)} of them different: each is trained once")
+    print(totals([row for _, row in once.values()]))

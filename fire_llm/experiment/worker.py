@@ -15,18 +15,19 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from fire_llm.core.atomic import writing
 from fire_llm.core.errors import UserError, redact
 from fire_llm.core.locks import held
 from fire_llm.core.signals import Stopped, signals_handled
-from fire_llm.experiment.jobs import Failures, Job, jobs_of, link_duplicate, lock_for, of_arms
-from fire_llm.experiment.progress import StepReport
+from fire_llm.experiment.context import RunContext
+from fire_llm.experiment.jobs import Failures, Job, jobs_of, link_duplicate, lock_for, of_arms, only_run
+from fire_llm.experiment.progress import StepReport, to_file
 from fire_llm.experiment.recipe import Trial, load_recipe
 from fire_llm.experiment.resources import small, threads
-from fire_llm.experiment.train import RunContext, only_run, train
+from fire_llm.experiment.train import train
 from fire_llm.training.heap import keep_freed_memory, release_memory
 
 POLL_SECONDS = 1.0
@@ -41,28 +42,26 @@ def work(
     output: Path,
     failures: Failures,
     *,
-    progress: bool,
     one_thread: bool = True,
     alone: bool = False,
     log: str | None = None,
     report: StepReport | None = None,
     most: int | None = None,
 ) -> None:
-    """Train what can be trained until every job is finished, or hangs on one that failed.
+    """Train what can be trained until every job is finished, or starts from one that failed.
 
     Args:
         jobs: Of `jobs_of`.
         output: The command's folder, with the locks.
         failures: What the workers of this command failed at, which none of them tries again.
-        progress: Say what there is to say, with bars where there is no `report`.
         one_thread: Train small models on one thread.
         alone: This is a run: its folder is held by the command, and the first failure ends it.
         log: Where this worker's errors are written in full; None in the command's own process, which raises those of a
             run.
-        report: Where to tell another process how far this one is.
+        report: Called with how far this process is.
         most: Return as soon as more stages than these can be trained at once.
     """
-    worker = _Worker(output, failures, progress, one_thread, alone, log, report)
+    worker = _Worker(output, failures, one_thread, alone, log, report)
     keep_freed_memory()
     while left := [job for job in jobs if not job.done() and not failures.has(job)]:
         if alone and failures.any():
@@ -88,12 +87,11 @@ def _more_at_once(left: Sequence[Job], most: int) -> bool:
 class _Worker:
     output: Path
     failures: Failures
-    progress: bool
     one_thread: bool
     alone: bool
     log: str | None
     report: StepReport | None
-    benches: dict[str, RunContext] = field(default_factory=dict)
+    run: RunContext | None = None
 
     def take(self, job: Job) -> bool:
         """Train a job or take it over, unless somebody else is at it; return whether it was this worker's."""
@@ -103,7 +101,7 @@ class _Worker:
             if job.done() or self.failures.has(job) or not job.ready():
                 return True  # things changed between the look and the lock
             try:
-                with writing(job.run), nullcontext() if self.alone else only_run(job.run, shared=True):
+                with writing(job.run.folder), nullcontext() if self.alone else only_run(job.run.folder, shared=True):
                     if source := job.source():
                         link_duplicate(job, source)
                     else:
@@ -119,17 +117,16 @@ class _Worker:
         return True
 
     def _train(self, job: Job) -> None:
-        if job.trial.name not in self.benches:
-            self.benches.clear()  # one trial's tokens in memory are enough
-            if self.progress and job.trial.name:
+        if self.run is not job.run:
+            if self.run is not None:
+                self.run.release()  # one trial's tokenizer and tokens in memory are enough
+            if job.run.progress and job.trial.name:
                 print(f"{job.trial.name}:", file=sys.stderr)
-            self.benches[job.trial.name] = RunContext(job.trial.recipe, job.run, self.progress)
-        bench = self.benches[job.trial.name]
+            self.run = job.run
         if self.report is not None:
             self.report.key = job.key
-            bench.callbacks = [self.report]
         with threads(1 if self.one_thread and small(job.trial.recipe) else None):
-            train(job.stage, bench)
+            train(job.stage, job.run, [self.report] if self.report else [])
 
 
 def main(instructions: str, n: str, log: str) -> int:
@@ -137,13 +134,14 @@ def main(instructions: str, n: str, log: str) -> int:
     given = json.loads(Path(instructions).read_text(encoding="utf-8"))
     threading.Thread(target=_watch_starter, daemon=True).start()
     output, failures = Path(given["output"]), Failures(Path(given["failures"]))
-    trials = [Trial(trial["name"], trial["settings"], load_recipe(trial["recipe"])) for trial in given["cells"]]
+    trials = [Trial(trial["name"], trial["settings"], load_recipe(trial["recipe"])) for trial in given["trials"]]
     print(f"{QUIET}{time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()}", file=sys.stderr, flush=True)
-    report = StepReport(failures.folder / f"{n}.step")
+    report = StepReport(to_file(failures.folder / f"{n}.step"))
     try:
         with signals_handled():
-            jobs = of_arms(jobs_of(trials, output), given["arms"])
-            work(jobs, output, failures, **given["options"], log=log, report=report)
+            options = given["options"]
+            jobs = of_arms(jobs_of(trials, output, options.pop("progress")), given["arms"])
+            work(jobs, output, failures, **options, log=log, report=report)
     except KeyboardInterrupt as stopped:
         return stopped.code if isinstance(stopped, Stopped) else 130
     except UserError as error:

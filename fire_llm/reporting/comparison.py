@@ -118,7 +118,7 @@ class Comparison:
         return all(methods == [method] for methods in applied)
 
     def reference(self, arm: str, method: str) -> str | None:
-        """Return the arm with only this method (`keep`: the base, `full_reset`) that shares the arm's start.
+        """Return the arm with only this method (`none`: the base, `full_reset`) that shares the arm's start.
 
         Where none does, as in a sequence of phases with arms, it is the one that never applied another.
         """
@@ -176,7 +176,7 @@ class Comparison:
             measured = dict(evaluations(parent.curve, corpus))
             if run.start.step in measured:
                 return measured[run.start.step]
-        base = self.reference(arm, "keep")
+        base = self.reference(arm, "none")
         curve = next((other.curve for other in self.runs(base) if other.seed == run.seed), []) if base else []
         return dict(evaluations(curve, corpus)).get(0)
 
@@ -208,7 +208,7 @@ class Comparison:
                 _plain(final.perplexity, 2),
                 spread(final.nll, final.nll_std),
                 _plain(final.bits_per_byte, 4),
-                *(paired(self.differences(arm, self.reference(arm, m), corpus)) for m in ("keep", "full_reset")),
+                *(paired(self.differences(arm, self.reference(arm, m), corpus)) for m in ("none", "full_reset")),
             ]
             if last == "steps saved":
                 value, reference = self.saved(arm)[0], self.reference(arm, "full_reset")
@@ -282,7 +282,7 @@ class Comparison:
     def _margins(self, best: str, second: str, reached: str) -> list[str]:
         """Return by how much the best arm leads, and over how many seeds."""
         new = self.new or ""
-        rivals = {"base": self.reference(best, "keep"), "full reset": self.reference(best, "full_reset")}
+        rivals = {"base": self.reference(best, "none"), "full reset": self.reference(best, "full_reset")}
         pairs = [(name, self.differences(best, rival, new)) for name, rival in rivals.items()]
         gaps = " and ".join(f"{_apart(fmean(found))} {name}" for name, found in pairs if found)
         said = [f"{best} ends lowest on {new}, at {reached}{': ' if gaps else ''}{gaps}."]

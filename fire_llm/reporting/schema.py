@@ -11,6 +11,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
+from fire_llm.resets import FORMER
+
 SCHEMA_VERSION: Final = 2
 """Of results.json; a field that changes its meaning or goes away raises it, one that is added does not."""
 
@@ -21,6 +23,9 @@ EVALUATION_VERSION: Final = 1
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
+
+Method = Annotated[str, BeforeValidator(lambda name: FORMER.get(name, name) if isinstance(name, str) else name)]
+"""A method by the name that it has now."""
 
 Number = Annotated[float | None, BeforeValidator(_finite)]
 """A number; None where it was not measured or is not finite, which JSON and browsers have no word for."""
@@ -159,7 +164,7 @@ class LossJump(Record):
 class ResetSetting(Record):
     """One reset, penalty or recycling with its options."""
 
-    method: str = Field(description="Name of the method")
+    method: Method = Field(description="Name of the method")
     options: dict[str, JsonValue] = Field({}, description="All options, defaults included")
     roles: list[str] = Field([], description="Roles of the parameters that it acts on")
     exclude: list[str] = Field([], description="Regular expressions of parameters that it leaves alone")
@@ -246,7 +251,7 @@ class Arm(Record):
     """An arm of the phase that is compared: the runs of all its seeds and their means."""
 
     label: str = Field("", description="Its resets in words")
-    methods: list[str] = Field([], description="Methods of its resets, penalties and recycling")
+    methods: list[Method] = Field([], description="Methods of its resets, penalties and recycling")
     final: dict[str, Scores] = Field({}, description="By corpus, means over the seeds")
     curve: list[CurveEntry] = Field([], description="Mean of the runs' curves")
     runs: list[Run] = Field([], description="One a seed")

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from fire_llm.architectures.grammar import ROLES
 from fire_llm.resets.apply import apply_reset, fire_
-from fire_llm.resets.methods import RESETS, ResetMethod, register_reset, register_training
+from fire_llm.resets.methods import FORMER, RESETS, ResetMethod, register_reset, register_training
 from fire_llm.resets.penalties import l2_init, parseval
 from fire_llm.resets.recycling import ContinualBackprop, ReDo, SelfNormalizedResets
 from fire_llm.resets.report import SIGMA_QUANTILES, ResetReport, TensorReport, sigma_quantiles
 from fire_llm.resets.spec import ResetsLike, ResetSpec, parse_resets
 
 __all__ = [
+    "FORMER",
     "RESETS",
     "ROLES",
     "SIGMA_QUANTILES",

@@ -59,6 +59,9 @@ class ResetMethod:
 
 RESETS: dict[str, ResetMethod] = {}
 
+FORMER = {"keep": "none"}
+"""Names that methods had before, which recipes and scripts may still give."""
+
 
 def register_reset(
     name: str,
@@ -143,8 +146,8 @@ def _register(
     )
 
 
-@register_reset("keep")
-def keep(w: Tensor) -> Tensor:
+@register_reset("none")
+def none(w: Tensor) -> Tensor:
     """Leave every weight as it is: the arm without a reset."""
     return w
 

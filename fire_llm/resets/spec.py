@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from fire_llm.architectures.matrices import MATRIX_ROLES, ROLES, ParameterSlice
 from fire_llm.core.errors import UserError, did_you_mean
-from fire_llm.resets.methods import RESETS, Kind, ResetMethod
+from fire_llm.resets.methods import FORMER, RESETS, Kind, ResetMethod
 
 FROZEN = "frozen: requires_grad is off"
 """Why a reset leaves a parameter alone that could not learn again what it loses."""
@@ -68,6 +68,8 @@ class ResetSpec:
         name = given.pop("method", None)
         if name is None:
             return [("method", f"missing; one of {', '.join(RESETS)}")], None
+        if isinstance(name, str) and name not in RESETS:
+            name = FORMER.get(name, name)
         if not isinstance(name, str) or name not in RESETS:
             return [("method", f"unknown reset '{name}'.{did_you_mean(name, RESETS)} Known: {', '.join(RESETS)}")], None
         method = RESETS[name]
@@ -87,8 +89,8 @@ class ResetSpec:
 
     def why_not(self, weight: ParameterSlice) -> str | None:
         """Return why this reset leaves a slice alone, or None where it acts."""
-        if self.method == "keep":
-            return "the reset is keep"
+        if self.method == "none":
+            return "the reset is none"
         if not weight.roles & set(self.roles):
             return f"role {'/'.join(sorted(weight.roles))} is not among {', '.join(self.roles)}"
         pattern = next((e for e in self.exclude if re.search(e, weight.name)), None)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from fire_llm import load_recipe, run_recipe
+from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.recipe import Recipe
 from fire_llm.experiment.recipe.reading import read_data
-from fire_llm.experiment.train import RunContext
 
 RECIPE = "gpt-0.1b/quarter-hour"
 ASSUMED_RATE = 250_000
@@ -59,12 +59,12 @@ def recipe_of(args: argparse.Namespace) -> dict[str, Any]:
 def tokens_of(args: argparse.Namespace, folder: Path) -> tuple[Recipe, Any]:
     """Return the recipe of the evidence and the validation tokens of its second phase's heaviest corpus."""
     recipe = load_recipe(recipe_of(args))
-    bench = RunContext(recipe, folder, progress=False)
+    run = RunContext(recipe, folder)
     for name in recipe.corpus_names():
-        bench.tokens(name, "train")
-        bench.tokens(name, "validation")
+        run.tokens(name, "train")
+        run.tokens(name, "validation")
     mixture = recipe.phases[-1].data
-    return recipe, bench.tokens(max(mixture, key=mixture.__getitem__), "validation")
+    return recipe, run.tokens(max(mixture, key=mixture.__getitem__), "validation")
 
 
 def fitted(data: dict[str, Any], rate: float, seconds: float) -> dict[str, Any]:

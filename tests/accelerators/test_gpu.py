@@ -43,7 +43,7 @@ from fire_llm import (
 )
 from fire_llm.checkpoint.inspection import inspect_checkpoint
 from fire_llm.evaluation import exact_nll, kernels
-from fire_llm.experiment.train import RunContext
+from fire_llm.experiment import train as stage_training
 from fire_llm.linalg import polar as projection
 from fire_llm.linalg.matmul import accumulates
 from fire_llm.linalg.singular_values import singular_values
@@ -651,19 +651,19 @@ def compiled_run(tmp_path_factory):
     data["batch"] = {"tokens_per_step": 2 * MICRO * CONTEXT, "sequences_per_device": MICRO}
     data |= {"compile": CUDA, "save_every_steps": 4}
     data["evaluate"]["every_steps"] = 4
-    alive, start = [], RunContext.starting_model
+    alive, start = [], stage_training.starting_model
 
     def models():
         return sum(type(thing) is GPT2LMHeadModel for thing in gc.get_objects())
 
-    def starting_model(bench, stage):
+    def starting_model(stage, run):
         alive.append(models())
-        return start(bench, stage)
+        return start(stage, run)
 
     gc.collect()
     before = models()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunContext, "starting_model", starting_model)
+        patch.setattr(stage_training, "starting_model", starting_model)
         sliced(patch, SLICE)
         results = run_recipe(load_recipe(data), folder / "out", workers=1, progress=False)
     return results, [count - before for count in alive]

@@ -165,7 +165,7 @@ def test_one_worker_of_one_gpu_is_the_command_itself(number, workers, tmp_path, 
     trained = []
     monkeypatch.setattr(processes.Workers, "_start", lambda *_: pytest.fail("a worker was started"))
 
-    def train(stage: Any, bench: Any) -> None:
+    def train(stage: Any, *_: Any) -> None:
         trained.append(stage.folder)
         raise Started
 

@@ -10,8 +10,8 @@ import yaml
 from support.recipes import GOOD, changed
 
 from fire_llm import UserError, load_recipe
+from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.recipe import Recipe, recipe_schema, recipes_folder
-from fire_llm.experiment.stages import config_of, context_of
 
 
 def test_the_good_one_loads():
@@ -30,7 +30,7 @@ def test_the_context_of_a_preset_follows_its_config(name):
         load_recipe(recipe)
     recipe["batch"]["tokens_per_step"] = 96 * 3
     loaded = load_recipe(recipe)
-    assert context_of(loaded, config_of(loaded)) == 96
+    assert RunContext(loaded).sequence_length == 96
 
 
 @pytest.mark.parametrize(

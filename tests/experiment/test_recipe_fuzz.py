@@ -20,6 +20,7 @@ from support.recipes import GOOD, changed
 
 from fire_llm import UserError, load_recipe
 from fire_llm.cli import main
+from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.stages import expand
 
 LONG: dict = {
@@ -347,7 +348,7 @@ def test_dates_are_text_and_aliases_are_copies(tmp_path):
             {"A": "keep", "a": "keep"},
             "phases[1].arms: two arms are called 'a' but for capital letters",
         ),
-        ("phases/1/arms/fire", [], "phases[1].arms.fire: an empty list resets nothing; write keep"),
+        ("phases/1/arms/fire", [], "phases[1].arms.fire: an empty list resets nothing; write none"),
         ("phases/1/arms/fire/method", {"a": 1}, "phases[1].arms.fire.method: unknown reset"),
         ("phases/1/arms/fire/exclude", ["a{99999999999}"], "phases[1].arms.fire.exclude"),
         ("seed", -1, "seed[0]: -1 is not allowed"),
@@ -369,16 +370,16 @@ def test_faults_that_are_plain_data(tmp_path, capsys, path, value, message):
     assert message in capsys.readouterr().err
 
 
-def test_units_neither_multiply_without_end_nor_share_a_folder():
+def test_stages_neither_multiply_without_end_nor_share_a_folder():
     one = {"data": {"python-docs": 1.0}, "steps": 2, "keep": [1]}
     later = ({"name": f"p{n}", "start_from": {f"p{n - 1}": ["final", 1]}, **one} for n in range(1, 30))
     many = [{"name": "p0", **one}, *later]
-    with pytest.raises(UserError, match="phases: more than 2,000 units"):
-        expand(load_recipe({**GOOD, "phases": many}))
+    with pytest.raises(UserError, match="phases: more than 2,000 stages"):
+        expand(RunContext(load_recipe({**GOOD, "phases": many})))
     duplicates = [
         {"name": "x", "arms": {"y": "keep"}, **one},
         {"name": "x-y", "start_from": {"x/y": 1}, **one},
         {"name": "z", "start_from": {"x/y": "final", "x-y": "final"}, **one},
     ]
-    with pytest.raises(UserError, match="phases: two units would share the folder 'z/x-y-final/seed-1'"):
-        expand(load_recipe({**GOOD, "phases": duplicates}))
+    with pytest.raises(UserError, match="phases: two stages would share the folder 'z/x-y-final/seed-1'"):
+        expand(RunContext(load_recipe({**GOOD, "phases": duplicates})))

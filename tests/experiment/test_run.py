@@ -19,8 +19,10 @@ from support.training import FSDP2
 
 from fire_llm import UserError, load_recipe, run_recipe
 from fire_llm.core.atomic import checkpoints
-from fire_llm.experiment.stages import expand, final_checkpoint, phase_steps, select, split_batch
-from fire_llm.experiment.train import only_run
+from fire_llm.experiment.batch import phase_steps, split_batch
+from fire_llm.experiment.context import RunContext
+from fire_llm.experiment.jobs import only_run
+from fire_llm.experiment.stages import expand, final_checkpoint, select
 
 
 def test_results_hold_what_the_schema_promises(finished):
@@ -328,7 +330,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(finished, texts, tmp_p
 
 
 def test_the_arms_to_run_are_chosen_with_their_parents(texts):
-    stages = expand(load_recipe(recipe_data(texts)))
+    stages = expand(RunContext(load_recipe(recipe_data(texts))))
     assert [u.folder for u in select(stages, ["fire"])] == ["first/seed-1", "second/fire/seed-1"]
     with pytest.raises(UserError, match=r"no arm 'fier'. Did you mean 'fire'\? Arms: base, full-reset, fire"):
         select(stages, ["fier"])
@@ -339,10 +341,10 @@ def test_lengths_and_batches_are_arithmetic(texts):
         recipe_data(texts), ["batch={tokens_per_step: 491520}", "model.context=1024", "model.config.n_positions=1024"]
     )
     for world, sequences in ((1, 480), (8, 60), (3, 160)):
-        micro, accumulation = split_batch(recipe, 1024, world)
+        micro, accumulation = split_batch(RunContext(recipe), world)
         assert micro * accumulation == sequences and micro > 1
     with pytest.raises(UserError, match="does not divide"):
-        split_batch(recipe, 1024, 7)
+        split_batch(RunContext(recipe), 7)
     phase = recipe.phases[0].model_copy(update={"steps": None, "epochs": 1.0})
     # OpenWebText and WikiText-103 once at 491,520 tokens a step: the paper's 18.6 k steps.
     assert phase_steps(phase, 491_520, 9_036_000_000 + 117_920_140) == 18_623

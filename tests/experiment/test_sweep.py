@@ -1,4 +1,4 @@
-"""Sweeps: the cells of a grid, equal units trained once, workers that share them out, and what survives a kill."""
+"""Sweeps: the trials of a grid, equal stages trained once, workers that share them out, and what survives a kill."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ from fire_llm.cli import main
 from fire_llm.core.atomic import checkpoints
 from fire_llm.core.locks import held
 from fire_llm.experiment import worker
-from fire_llm.experiment.jobs import Failures, jobs_of, link_duplicate, lock_for
+from fire_llm.experiment.jobs import Failures, jobs_of, link_duplicate, lock_for, only_run
 from fire_llm.experiment.recipe import load_trials, words
 from fire_llm.experiment.run import run_sweep
 from fire_llm.experiment.stages import final_checkpoint
 from fire_llm.experiment.summary import Summary
 from fire_llm.experiment.sweep_report import print_trials, show
-from fire_llm.experiment.train import only_run
 from fire_llm.reporting.plots.base import palette
 from fire_llm.reporting.plots.sweep import key_figure
 
@@ -53,7 +52,7 @@ def whole(path, tmp_path_factory):
     folder, trained = tmp_path_factory.mktemp("sweep") / "s", []
     with pytest.MonkeyPatch.context() as patch:
         real = worker.train
-        patch.setattr(worker, "train", lambda stage, bench: (trained.append(stage.folder), real(stage, bench)))
+        patch.setattr(worker, "train", lambda stage, *more: (trained.append(stage.folder), real(stage, *more)))
         sweep = run_sweep(load_trials(path, TWO, GRID), folder, workers=1, progress=False)
     return folder, sweep, trained
 
@@ -72,7 +71,7 @@ def equal(a: Path, b: Path) -> bool:
 # ---- the grid
 
 
-def test_cells_are_the_product_of_the_lists(path):
+def test_trials_are_the_product_of_the_lists(path):
     grid = ["optimizer.lr=[1.0e-3,3.0e-4]", "phases.0.steps=[3,4]", "phases.1.steps=[5]"]
     trials = load_trials(path, ["log_every_steps=2"], grid)
     expected = list(itertools.product([1.0e-3, 3.0e-4], [3, 4], [5]))
@@ -90,7 +89,7 @@ def test_the_recipe_has_a_grid_and_the_command_line_adds_to_it(path):
     assert load_recipe(path, overrides).sweep == {"optimizer.lr": [1.0e-3], "seed": [1, 2]}
 
 
-def test_without_a_grid_there_is_one_cell_in_the_runs_own_folder(path):
+def test_without_a_grid_there_is_one_trial_in_the_runs_own_folder(path):
     (trial,) = load_trials(path)
     assert trial.name == "" and trial.folder(Path("runs/x")) == Path("runs/x") and trial.recipe == load_recipe(path)
 
@@ -132,7 +131,7 @@ def test_faults_of_a_grid_are_told_before_anything_runs(path, grid, told):
 # ---- what is trained, and what is taken over
 
 
-def test_equal_units_are_trained_once_and_linked(whole, path):
+def test_equal_stages_are_trained_once_and_linked(whole, path):
     folder, sweep, trained = whole
     assert sorted(trained) == ["first/seed-1", "second/base/seed-1", "second/fire/seed-1", "second/fire/seed-1"]
     assert [c.name for c in sweep.trials] == ["iterations=1", "iterations=5"] and sweep.code == 0
@@ -142,7 +141,7 @@ def test_equal_units_are_trained_once_and_linked(whole, path):
     assert not equal(folder / "iterations=1/second/fire/seed-1", folder / "iterations=5/second/fire/seed-1")
 
 
-def test_a_cell_is_what_run_makes_of_its_recipe(whole, path, tmp_path):
+def test_a_trial_is_what_run_makes_of_its_recipe(whole, path, tmp_path):
     folder, sweep, _ = whole
     results = run_recipe(load_recipe(path, [*TWO, "phases.1.arms.fire.iterations=5"]), tmp_path / "r", progress=False)
     for stage in ("first/seed-1", "second/base/seed-1", "second/fire/seed-1"):
@@ -159,7 +158,7 @@ def test_a_sweep_again_trains_nothing_and_a_larger_grid_only_what_is_new(whole, 
     folder, _, _ = whole
     trained = []
     real = worker.train
-    monkeypatch.setattr(worker, "train", lambda stage, bench: (trained.append(stage.folder), real(stage, bench)))
+    monkeypatch.setattr(worker, "train", lambda stage, *more: (trained.append(stage.folder), real(stage, *more)))
     run_sweep(load_trials(path, TWO, GRID), folder, workers=1, progress=False)
     assert trained == []
     run_sweep(load_trials(path, TWO, ["phases.1.arms.fire.iterations=[3,5,1]"]), folder, workers=1, progress=False)
@@ -178,7 +177,7 @@ def test_of_some_arms_only_what_they_start_from_is_trained_too(path, tmp_path, c
     assert "the recipe has no arm 'fir'. Did you mean 'fire'?" in capsys.readouterr().err
 
 
-def test_what_is_kept_makes_units_differ(path, tmp_path):
+def test_what_is_kept_makes_stages_differ(path, tmp_path):
     jobs = jobs_of(load_trials(path, TWO, ["phases.0.keep=[[4],[]]"]), tmp_path)
     assert [len(job.duplicates) for job in jobs if job.stage.folder == "first/seed-1"] == [0, 0]
     # The arms start from the final checkpoint, which both have.
@@ -198,7 +197,7 @@ def test_links_become_copies_where_there_are_none(whole, path, tmp_path, monkeyp
     assert not os.path.samefile(target.folder / "unit.json", source.folder / "unit.json")
 
 
-def test_a_begun_unit_is_finished_where_it_was_begun(whole, path, tmp_path):
+def test_a_begun_stage_is_finished_where_it_was_begun(whole, path, tmp_path):
     trials = load_trials(path, TWO, GRID)
     (
         first,
@@ -219,10 +218,10 @@ def test_a_begun_unit_is_finished_where_it_was_begun(whole, path, tmp_path):
 def test_what_fails_does_not_stop_what_does_not_hang_on_it(path, tmp_path, monkeypatch, capsys):
     real = worker.train
 
-    def fail(stage, bench):
-        if stage.phase.name == "first" and bench.folder.name == "tokens_per_step=64":
+    def fail(stage, run, callbacks):
+        if stage.phase.name == "first" and run.folder.name == "tokens_per_step=64":
             raise RuntimeError("the loss is not finite, hf_" + "x" * 34)
-        real(stage, bench)
+        real(stage, run, callbacks)
 
     monkeypatch.setattr(worker, "train", fail)
     argv = ["sweep", str(path), "--grid", "batch.tokens_per_step=[64,128]", "--output", str(tmp_path), "--workers=1"]
@@ -238,7 +237,7 @@ def test_what_fails_does_not_stop_what_does_not_hang_on_it(path, tmp_path, monke
     assert list((tmp_path / ".workers").iterdir()) == []
 
 
-def test_a_users_mistake_in_a_unit_ends_with_2(path, tmp_path, capsys):
+def test_a_users_mistake_in_a_stage_ends_with_2(path, tmp_path, capsys):
     argv = ["sweep", str(path), "--set=phases.0={name: first, data: {a: 1.0}, tokens: 640, keep: [300]}"]
     assert main([*argv, "--output", str(tmp_path)]) == 2
     assert "keep 300 lies beyond its 5 steps" in capsys.readouterr().err
@@ -297,28 +296,28 @@ def test_a_run_and_a_sweep_keep_apart_and_sweeps_do_not(path, tmp_path):
             pass
 
 
-def test_a_unit_that_another_worker_has_is_waited_for(whole, path, tmp_path, monkeypatch):
+def test_a_stage_that_another_worker_has_is_waited_for(whole, path, tmp_path, monkeypatch):
     """What the other one finishes meanwhile is not trained again."""
     folder, _, _ = whole
     trials = load_trials(path, TWO)
     done, jobs = jobs_of(load_trials(path, TWO, GRID), folder), jobs_of(trials, tmp_path)
-    by_unit = {job.stage.folder: job for job in done if job.trial.name == "iterations=5"}
+    by_stage = {job.stage.folder: job for job in done if job.trial.name == "iterations=5"}
     trained, others = [], contextlib.ExitStack()
     assert others.enter_context(held(lock_for(tmp_path, jobs[0])))
 
     def sleep(_):
-        link_duplicate(jobs[0], by_unit["first/seed-1"])
+        link_duplicate(jobs[0], by_stage["first/seed-1"])
         others.close()
 
     monkeypatch.setattr(worker.time, "sleep", sleep)
     own = {job.stage.folder: job for job in jobs}
 
-    def train(stage, _):
+    def train(stage, *_):
         trained.append(stage.folder)
-        link_duplicate(own[stage.folder], by_unit[stage.folder])
+        link_duplicate(own[stage.folder], by_stage[stage.folder])
 
     monkeypatch.setattr(worker, "train", train)
-    worker.work(jobs, tmp_path, Failures(tmp_path / ".workers" / "x"), progress=False)
+    worker.work(jobs, tmp_path, Failures(tmp_path / ".workers" / "x"))
     assert trained == ["second/base/seed-1", "second/fire/seed-1"]
 
 
@@ -349,7 +348,7 @@ def _sweep_here(path: Path, output: Path, cache: str) -> None:
     os.environ["FIRE_LLM_CACHE"] = cache
     trained = []
     real = worker.train
-    worker.train = lambda stage, bench: (trained.append(f"{bench.folder.name}/{stage.folder}"), real(stage, bench))
+    worker.train = lambda stage, *more: (trained.append(f"{stage.run.folder.name}/{stage.folder}"), real(stage, *more))
     run_sweep(load_trials(path, TWO, GRID), output, workers=1, progress=False)
     (output / f"trained-{os.getpid()}.json").write_text(json.dumps(trained))
 
@@ -364,7 +363,7 @@ def test_two_sweeps_at_once_share_the_work_and_end_with_the_weights_of_one(whole
         process.join(PATIENCE)
     assert [process.exitcode for process in processes] == [0, 0]
     trained = [json.loads(file.read_text()) for file in tmp_path.glob("trained-*.json")]
-    # Nothing was trained twice: the first phase and the base are those of either cell.
+    # Nothing was trained twice: the first phase and the base are those of either trial.
     assert sorted(stage.partition("/")[2] for own in trained for stage in own) == [
         "first/seed-1", "second/base/seed-1", "second/fire/seed-1", "second/fire/seed-1",
     ]  # fmt: skip
@@ -384,7 +383,7 @@ def test_two_workers_end_with_the_weights_of_one(whole, path, tmp_path, sweep_pr
     assert process.returncode == 0, said
     for trial, stage in itertools.product(("iterations=1", "iterations=5"), ("first", "second/base", "second/fire")):
         assert equal(folder / trial / stage / "seed-1", tmp_path / trial / stage / "seed-1")
-    # One bar over all units, and a line for each that is done.
+    # A line for each stage that is done.
     assert "6/6" in said and "iterations=5: second / fire, seed 1: " in said
     logs = [log.read_text() for log in (tmp_path / ".workers").iterdir()]
     assert len(logs) == 2 and not any("Error" in log or "Warning" in log for log in logs), logs
@@ -428,7 +427,7 @@ def test_a_sweep_that_is_ended_goes_on_to_the_same_weights(path, tmp_path, numbe
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_leaves_its_unit_to_another(path, tmp_path, sweep_process):
+def test_a_worker_that_is_killed_leaves_its_stage_to_another(path, tmp_path, sweep_process):
     import psutil
 
     recipe, begun = slow(path, tmp_path), tmp_path / "s" / "first" / "seed-1"
@@ -443,7 +442,7 @@ def test_a_worker_that_is_killed_leaves_its_unit_to_another(path, tmp_path, swee
 
 
 @pytest.mark.slow
-def test_ranks_train_one_cell_after_another(whole, path, tmp_path, sweep_process):
+def test_ranks_train_one_trial_after_another(whole, path, tmp_path, sweep_process):
     more = ["--set", TWO[0], "--grid", GRID[0], "--num-processes=2", "--accelerate-config"]
     (tmp_path / "cpu.yaml").write_text("{distributed_type: MULTI_CPU, use_cpu: true, num_processes: 2}")
     process = sweep_process(path, tmp_path / "s", *more, str(tmp_path / "cpu.yaml"))
@@ -506,7 +505,7 @@ def test_a_dry_run_says_what_is_there_and_writes_nothing(whole, path, tmp_path, 
     assert "as in iterations=1" in out and not (tmp_path / "s").exists()
 
 
-def test_check_tells_the_cells_and_run_runs_the_recipe_as_written(path, tmp_path, capsys):
+def test_check_tells_the_trials_and_run_runs_the_recipe_as_written(path, tmp_path, capsys):
     more = ["--set", "sweep={seed: [1, 2, 3]}"]
     assert main(["check", str(path), *more]) == 0
     assert "3 trials of 6 stages, 6 of them different" in capsys.readouterr().out

@@ -1,8 +1,9 @@
-"""Units side by side: threads and processes by the recipe, the same weights whatever they are, one message."""
+"""Stages side by side: threads and processes by the recipe, the same weights whatever they are, one message."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -23,17 +25,20 @@ from transformers import TrainerCallback
 from fire_llm import UserError, load_recipe, register_reset, run_recipe
 from fire_llm.cli import main
 from fire_llm.core.atomic import checkpoints
-from fire_llm.experiment import resources
+from fire_llm.experiment import progress, resources
+from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.jobs import Failures, jobs_of
-from fire_llm.experiment.progress import Overview, StepReport
+from fire_llm.experiment.progress import Overview, StepReport, to_file
 from fire_llm.experiment.recipe import Trial
 from fire_llm.experiment.resources import environment, flops_of, small, threads, worker_count
 from fire_llm.experiment.run import run_sweep
+from fire_llm.experiment.stages import expand
+from fire_llm.experiment.train import train
 from fire_llm.resets import RESETS
-from fire_llm.training import progress
+from fire_llm.training.progress import BAR_DELAY, LINE_SECONDS
 
 ARMS = "phases.1.arms={base: keep, fire: {method: fire}, rescale: rescale}"
-UNITS = ("first", "second/base", "second/fire", "second/rescale")
+STAGES = ("first", "second/base", "second/fire", "second/rescale")
 SCRIPT = """
 import sys
 from fire_llm import load_recipe, run_recipe
@@ -54,9 +59,9 @@ def without_threads() -> dict[str, str]:
 
 
 def hashes(output: Path, seed: int = 1) -> dict[str, str]:
-    """Return the hash of each unit's final weights."""
+    """Return the hash of each stage's final weights."""
     found = {}
-    for stage in UNITS:
+    for stage in STAGES:
         newest = checkpoints(output / stage / f"seed-{seed}")[-1][0]
         found[stage] = hashlib.sha256((newest / "model.safetensors").read_bytes()).hexdigest()
     return found
@@ -90,7 +95,7 @@ def jobs_for(path: Path, folder: Path, *sets: str):
     return jobs_of([Trial("", {}, load_recipe(path, [ARMS, *sets]))], folder)
 
 
-def test_workers_are_as_many_as_units_that_can_run_at_once(path, tmp_path, monkeypatch):
+def test_workers_are_as_many_as_stages_that_can_run_at_once(path, tmp_path, monkeypatch):
     monkeypatch.setattr(resources, "_allowed_cores", lambda: 8)
     monkeypatch.setattr(resources, "threads_asked_for", lambda: None)
     jobs = jobs_for(path, tmp_path)
@@ -125,9 +130,7 @@ def test_a_users_number_of_threads_is_respected_and_told(path, tmp_path, monkeyp
 
     seen = []
     real = worker.train
-    monkeypatch.setattr(
-        worker, "train", lambda stage, bench: (seen.append(torch.get_num_threads()), real(stage, bench))
-    )
+    monkeypatch.setattr(worker, "train", lambda *given: (seen.append(torch.get_num_threads()), real(*given)))
     short = ["phases.0.steps=1", "phases.1.steps=1", "evaluate.max_tokens=200"]
     torch.set_num_threads(2)
     try:
@@ -141,30 +144,29 @@ def test_a_users_number_of_threads_is_respected_and_told(path, tmp_path, monkeyp
         torch.set_num_threads(1)
 
 
-def test_no_model_of_an_earlier_unit_is_left_when_one_begins(path, tmp_path, monkeypatch):
+def test_no_model_of_an_earlier_stage_is_left_when_one_begins(path, tmp_path, monkeypatch):
     """On a GPU it would hold 16 bytes a parameter; one that failed held them in its traceback too."""
+    from fire_llm.experiment import train as module
     from fire_llm.experiment import worker
-    from fire_llm.experiment.train import RunContext
 
     made, alive = [], []
-    real_train, real_model = worker.train, RunContext.starting_model
+    real_train, real_model = worker.train, module.starting_model
 
     class Failing(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
             raise RuntimeError("in the middle of a step")
 
-    def train(stage, bench):
+    def train(stage, run, callbacks):
         alive.append(sum(model() is not None for model in made))
-        bench.callbacks = [Failing()] if stage.arm == "base" else []
-        real_train(stage, bench)
+        real_train(stage, run, [*callbacks, Failing()] if stage.arm == "base" else callbacks)
 
-    def starting_model(bench, stage):
-        model = real_model(bench, stage)
+    def starting_model(stage, run):
+        model = real_model(stage, run)
         made.append(weakref.ref(model))
         return model
 
     monkeypatch.setattr(worker, "train", train)
-    monkeypatch.setattr(RunContext, "starting_model", starting_model)
+    monkeypatch.setattr(module, "starting_model", starting_model)
     sweep = run_sweep([Trial("", {}, load_recipe(path, [ARMS]))], tmp_path, workers=1, progress=False)
     assert [failure["message"] for failure in sweep.failures] == ["in the middle of a step"]
     assert len(made) == 4 and alive == [0] * 4
@@ -226,8 +228,8 @@ def test_two_workers_end_with_the_weights_of_one(busy, path, one, tmp_path):
     for arm, results in first["arms"].items():
         assert results["final"] == second["arms"][arm]["final"]
         assert [e["train_loss"] for e in results["curve"]] == [e["train_loss"] for e in second["arms"][arm]["curve"]]
-    # The first phase is trained here; then a line a unit, and what the workers say of their resets.
-    assert "2 worker(s)" in done.stderr and "4/4 units" in done.stderr
+    # The first phase is trained here; then a line a stage, and what the workers say of their resets.
+    assert "2 worker(s)" in done.stderr and "4/4 stages" in done.stderr
     assert "second / rescale, seed 1: " in done.stderr and "second / fire: NLL on a " in done.stderr
     assert "Traceback" not in done.stderr and "| 20" not in done.stderr
     left = sorted(p.name.rpartition("-")[2] for p in (output / ".workers").iterdir())
@@ -352,35 +354,83 @@ def test_workers_end_with_the_command_that_started_them(number, running, tmp_pat
 # ---- progress
 
 
-def test_the_overview_counts_steps_of_all_units(path, tmp_path, monkeypatch, capsys):
-    """Three arms of 8 steps after a first phase of 10; one worker is at step 6 of an arm after two seconds."""
+class State:
+    """What a callback is told of the step."""
+
+    def __init__(self, step: int) -> None:
+        self.global_step = step
+
+
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """Give the time, which moves only where a test moves it."""
+    now = [100.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+def test_without_a_terminal_two_workers_are_told_a_line_each_and_one_for_all(path, tmp_path, clock, capsys):
+    """Three arms of 8 steps after a first phase of 10, of 128 tokens a step; the base is finished, two are trained."""
     recipe = load_recipe(path, [ARMS])
     run_recipe(recipe, tmp_path / "run", arms=["base"], progress=False)
     capsys.readouterr()
     jobs = jobs_of([Trial("", {}, recipe)], tmp_path / "run")
-    steps = {job.key: job.stage.phase.steps for job in jobs}
-    clock = [100.0]
-    monkeypatch.setattr("fire_llm.experiment.progress.time.monotonic", lambda: clock[0])
-    overview = Overview(jobs, steps, tmp_path, shown=True)
-    report = StepReport(tmp_path / "0.step")
-    report.key = next(job.key for job in jobs if job.stage.arm == "fire")
-    state = type("State", (), {"global_step": 6})()
-    report.on_step_end(None, state, None)
-    state.global_step = 7
-    report.on_step_end(None, state, None)  # too soon after the first
-    clock[0] += 2
-    overview.refresh()
-    assert capsys.readouterr().err == ""  # a line now and then
-    clock[0] += progress.LINE_SECONDS
-    overview.refresh()
-    # 24 of 34 steps; 6 of 128 tokens in 32 s; 10 steps are left, which take 53 s.
-    assert capsys.readouterr().err == "2/4 units, 24 of 34 steps, 24 tokens/s, 53 s left\n"
-    run_recipe(recipe, tmp_path / "run", arms=["fire"], progress=False)
-    capsys.readouterr()
-    overview.refresh()
+    keys = {job.stage.arm: job.key for job in jobs}
+    failures = Failures(tmp_path / "failures")
+    failures.folder.mkdir()
+    with Overview(jobs, {job.key: job.stage.phase.steps for job in jobs}, failures, shown=True) as overview:
+        workers = [StepReport(to_file(failures.folder / f"{n}.step")) for n in range(2)]
+        for worker, arm, logs in zip(
+            workers, ("fire", "rescale"), ({"loss": 5.25}, {"eval_a_perplexity": 80.04}), strict=True
+        ):
+            worker.key = keys[arm]
+            worker.on_log(None, None, None, logs)
+            worker.on_step_end(None, State(2), None)
+            worker.on_step_end(None, State(3), None)  # too soon after the first
+        clock[0] += 2
+        overview.refresh()
+        assert capsys.readouterr().err == ""  # lines come now and then
+        clock[0] += LINE_SECONDS - 2
+        workers[0].on_step_end(None, State(6), None)
+        overview.refresh()
+        # 4 steps in 28 s, and 2 are left; nothing of the other; 18 finished, 8 of 16 others in 30 s, and 8 are left.
+        assert capsys.readouterr().err.splitlines() == [
+            "second / fire, seed 1: 6 of 8 steps, 18 tokens/s, 14 s left, loss 5.250",
+            "second / rescale, seed 1: 2 of 8 steps, ppl a 80.0",
+            "2/4 stages: 26 of 34 steps, 34 tokens/s, 30 s left",
+        ]
+        failures.add(next(job for job in jobs if job.stage.arm == "rescale"), RuntimeError("no"), None)
+        clock[0] += LINE_SECONDS
+        overview.refresh()
+        assert [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()] == [
+            "second / fire, seed 1", "2/4 stages",
+        ]  # fmt: skip
+        run_recipe(recipe, tmp_path / "run", arms=["fire"], progress=False)
+        capsys.readouterr()
     said = capsys.readouterr().err
-    assert re.fullmatch(r"second / fire, seed 1: 0\.0 s, NLL a \d\.\d{3}, b \d\.\d{3} \(3/4 units\)\n", said)
-    overview.close()
+    assert re.fullmatch(r"second / fire, seed 1: \d+\.\d s, NLL a \d\.\d{3}, b \d\.\d{3} \(3/4 stages\)\n", said)
+
+
+def test_a_terminal_shows_a_bar_a_stage_and_one_for_all(path, tmp_path, clock, monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    jobs = jobs_for(path, tmp_path)
+    with Overview(jobs, {job.key: job.stage.phase.steps for job in jobs}, Failures(tmp_path), shown=True) as overview:
+        overview.report(jobs[0].key, 3, {"loss": "5.250"})
+        assert terminal.getvalue() == ""  # what is done soon needs no bar
+        clock[0] += BAR_DELAY
+        overview.report(jobs[0].key, 5, {"loss": "5.125"})
+        overview.say("first: a line of its own")
+        sys.stderr.write("another\n")
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+    assert re.search(
+        r"first, seed 1 \S+ +5/10 128 tokens/s, 5 s left, loss 5.125 *\r?\n0/4 stages +\S+ +5/34 ", shown
+    ), shown
+    assert "first: a line of its own\n" in shown and "another\n" in shown
+    assert sys.stderr is terminal
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(45.4, "45 s"), (150, "2 min"), (9000, "2.5 h")])
@@ -388,9 +438,22 @@ def test_durations_in_words(seconds, words):
     assert progress.duration(seconds) == words
 
 
-def test_without_a_terminal_a_phase_is_told_now_and_then(path, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+def test_one_process_shows_the_same_lines(path, tmp_path, monkeypatch, capsys):
+    for name in ("LINE_SECONDS", "REPORT_SECONDS"):
+        monkeypatch.setattr(progress, name, 0.0)
     run_recipe(load_recipe(path), tmp_path / "run")
+    said = capsys.readouterr().err
+    measures = r"ppl a [\d.]+, ppl b [\d.]+, loss 5\.\d+"
+    assert re.search(rf"^first, seed 1: 4 of 10 steps, [\d,]+ tokens/s, \d+ s left, {measures}$", said, re.M), said
+    assert re.search(r"^0/2 stages: 4 of 18 steps, [\d,]+ tokens/s, \d+ s left$", said, re.M)
+    assert re.search(r"^second / fire, seed 1: \d+\.\d s, NLL a .* \(2/2 stages\)$", said, re.M) and "\r" not in said
+
+
+def test_a_stage_of_several_ranks_shows_itself(path, tmp_path, monkeypatch, capsys):
+    """There the trainer does it, whose callbacks are those of any script."""
+    monkeypatch.setattr("fire_llm.training.progress.LINE_SECONDS", 0.0)
+    run = RunContext(load_recipe(path), tmp_path, progress=True)
+    train(expand(run)[0], run)
     said = capsys.readouterr().err
     assert re.search(r"^first: step 4 of 10, \d+ s left; ppl a [\d.]+, ppl b [\d.]+, loss 5\.\d+, tok/s", said, re.M), (
         said

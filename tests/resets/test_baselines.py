@@ -371,7 +371,7 @@ def test_an_arm_of_each_runs_and_is_told_of(recipe, tmp_path):
     told = json.loads((tmp_path / "second/fire+parseval/seed-1/reset.json").read_text())
     assert [r["method"] for r in told["resets"]] == ["fire"] and [r["method"] for r in told["training"]] == ["parseval"]
     told = json.loads((tmp_path / "second/l2/seed-1/reset.json").read_text())
-    assert [r["method"] for r in told["resets"]] == ["keep"] and told["touched"] == []
+    assert [r["method"] for r in told["resets"]] == ["none"] and told["touched"] == []
 
 
 # ---- the registry, and messages

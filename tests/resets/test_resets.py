@@ -144,7 +144,7 @@ def test_keep_changes_nothing_and_still_reports_the_matrices():
     assert not report.touched
     rows = [t for t in report.untouched if t.role in ("attention", "mlp", "lm_head")]
     assert len(rows) == 13
-    assert all(t.sfe == 0 and t.dfi_before == t.dfi_after and t.reason == "the reset is keep" for t in rows)
+    assert all(t.sfe == 0 and t.dfi_before == t.dfi_after and t.reason == "the reset is none" for t in rows)
 
 
 def test_report_measures_before_and_after():
@@ -255,7 +255,8 @@ def test_labels_say_what_differs():
     assert ResetSpec.parse("full_reset").label() == "full_reset"
     assert ResetSpec.parse({"method": "shrink_perturb"}).label() == "shrink_perturb, shrink 0.5"
     assert "tolerance 0.001" in ResetSpec.parse({"method": "fire", "solver": "polar"}).label()
-    assert ResetSpec.parse("keep").roles == ROLES
+    assert ResetSpec.parse("keep") == ResetSpec.parse({"method": "none"})  # its former name
+    assert ResetSpec.parse("none").roles == ROLES
 
 
 def test_low_precision_weights_are_computed_in_fp32_and_rounded_once():

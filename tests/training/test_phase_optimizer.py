@@ -16,9 +16,10 @@ from support.training import FSDP2, Samples, arguments
 from fire_llm import ContinualTrainer, ResetCallback, UserError, load_recipe, run_recipe
 from fire_llm.architectures.matrices import hidden_matrices
 from fire_llm.core.atomic import checkpoints
+from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.recipe import optimizer_of, recipe_schema
-from fire_llm.experiment.stages import config_of, expand
-from fire_llm.experiment.train import RunContext, _arguments
+from fire_llm.experiment.stages import expand
+from fire_llm.experiment.train import _arguments
 from fire_llm.models import load_model
 from fire_llm.training import KeptOptimizer
 
@@ -42,11 +43,10 @@ def test_a_phase_changes_the_keys_it_gives_and_no_others():
 
 def test_arguments_and_specs_are_those_of_the_phase(tmp_path):
     recipe, _ = phase_of({"lr": 1.0e-3, "warmup": 0.5, "min_lr": 6.0e-5})
-    first, *later = expand(recipe)
-    bench = RunContext(recipe, tmp_path, False)
-    bench._config = config_of(recipe)
+    run = RunContext(recipe, tmp_path)
+    first, *later = expand(run)
     for stage, lr, warmup in [(first, 6e-4, 1), *((stage, 1e-3, 5) for stage in later)]:
-        made = _arguments(stage, bench, tmp_path, 10)
+        made = _arguments(stage, run, tmp_path, 10)
         assert (made.learning_rate, made.warmup_steps) == (lr, warmup)
         assert (stage.spec["optimizer"]["lr"], stage.spec["optimizer"]["warmup"]) == (lr, warmup / 10)
     assert load_recipe(recipe.model_dump(mode="json")) == recipe
@@ -110,7 +110,7 @@ def test_a_state_that_cannot_be_kept_is_refused():
 
 def test_a_unit_tells_of_every_key_that_its_weights_or_measurements_depend_on():
     apart = {"arms", "keep", "start_from", "optimizer"}  # the resets, other folders, the parent, and a part of its own
-    for stage in expand(load_recipe(GOOD)):
+    for stage in expand(RunContext(load_recipe(GOOD))):
         for place in ("batch", "optimizer", "evaluate"):
             assert set(stage.spec[place]) == set(type(getattr(load_recipe(GOOD), place)).model_fields)
         assert set(stage.spec["phase"]) == set(type(stage.phase).model_fields) - apart

@@ -1,4 +1,4 @@
-"""Say what is wrong with a recipe: the path, the value, what is allowed and the next step."""
+"""Find what is wrong with a recipe, and word it: the path, the value, what is allowed and the next step."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def path_of(loc: Iterable[Any]) -> str:
 
 
 def explain(error: Any) -> str:
-    """Say one pydantic error in words that name the value, what is allowed and the next step."""
+    """Return one pydantic error in words that name the value, what is allowed and the next step."""
     kind, value, loc = error["type"], error["input"], error["loc"]
     if kind == "extra_forbidden":
         fields = _fields_at(loc[:-1])
@@ -85,7 +85,7 @@ def arm_faults(data: Mapping[str, Any]) -> list[str]:
         arms = phase.get("arms") if isinstance(phase, Mapping) else None
         for name, arm in arms.items() if isinstance(arms, Mapping) else ():
             if arm == []:
-                faults.append(f"phases[{i}].arms.{name}: an empty list resets nothing; write keep")
+                faults.append(f"phases[{i}].arms.{name}: an empty list resets nothing; write none")
             for j, reset in enumerate(as_list(arm)):
                 where = f"phases[{i}].arms.{name}" + (f"[{j}]" if isinstance(arm, list) else "")
                 if not isinstance(reset, str | Mapping):
@@ -156,7 +156,7 @@ def _phase_contradictions(recipe: Recipe, phase: PhaseSection, earlier: dict[str
         yield f"name: '{phase.name}' names a folder; {_NAMING}"
     elif _TAKEN.fullmatch(phase.name):
         yield f"name: '{phase.name}' is a name that the run's folder has for something else; choose another"
-    # Some file systems do not tell capital letters from small ones.
+    # Some file systems take capital letters and small ones for the same.
     if any(phase.name.lower() == name.lower() for name in earlier):
         yield f"name: '{phase.name}' is the name of an earlier phase"
     arms = [arm.lower() for arm in phase.arms or {}]
@@ -176,7 +176,7 @@ def _phase_contradictions(recipe: Recipe, phase: PhaseSection, earlier: dict[str
         elif isinstance(k, int) and phase.steps is not None and k > phase.steps:
             yield f"keep: step {k} lies beyond the phase's {phase.steps} steps"
     if "best" in phase.keep and not set(phase.data) & set(recipe.evaluated()):
-        yield f"keep: 'best' is told by the phase's own corpora, and evaluate.data has none of {', '.join(phase.data)}"
+        yield f"keep: 'best' is one on the phase's own corpora, and evaluate.data has none of {', '.join(phase.data)}"
     for arm in phase.arms or {}:
         if not _NAME.fullmatch(arm):
             yield f"arms.{arm}: the name is that of a folder; {_NAMING}"

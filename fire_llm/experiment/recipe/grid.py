@@ -15,7 +15,7 @@ from fire_llm.core.errors import UserError
 from fire_llm.experiment.recipe.reading import assignment, checked, read_data, refuse, set_key
 from fire_llm.experiment.recipe.sections import Recipe
 
-MOST_CELLS = 500
+MOST_TRIALS = 500
 """Of a sweep: a few short lists multiply."""
 
 LONGEST_NAME = 100
@@ -76,7 +76,7 @@ def load_trials(
             faults.setdefault(fault, []).append(name)
         if recipe is not None:
             trials.append(Trial(name, point, recipe))
-    refuse(source, [_told(fault, names, len(points)) for fault, names in faults.items()])
+    refuse(source, [_located(fault, names, len(points)) for fault, names in faults.items()])
     return trials
 
 
@@ -93,13 +93,13 @@ def grid_faults(swept: Mapping[str, Any]) -> list[str]:
     count = 1
     for values in swept.values():
         count *= len(values) if isinstance(values, list) else 1
-    if count > MOST_CELLS:
-        faults.append(f"sweep: {count:,} trials, the product of the lists' lengths; at most {MOST_CELLS} are allowed")
+    if count > MOST_TRIALS:
+        faults.append(f"sweep: {count:,} trials, the product of the lists' lengths; at most {MOST_TRIALS} are allowed")
     return faults
 
 
-def _told(fault: str, names: list[str], of: int) -> str:
-    """Say in which trials a fault is, unless it is in all of them."""
+def _located(fault: str, names: list[str], of: int) -> str:
+    """Return a fault with the trials that it is in, unless it is in all of them."""
     if len(names) == of:
         return fault
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -113,7 +113,7 @@ def _names(points: list[dict[str, Any]]) -> list[str]:
     taken: set[str] = set()
     for point in points:
         name = ",".join(f"{short[key]}={_written(value)}" for key, value in point.items())
-        # Some file systems do not tell capital letters from small ones.
+        # Some file systems take capital letters and small ones for the same.
         if len(name) > LONGEST_NAME or name.lower() in taken:
             digest = blake2b(json.dumps(point, sort_keys=True).encode(), digest_size=4).hexdigest()
             name = f"{name[: LONGEST_NAME - 9]},{digest}"
@@ -123,13 +123,13 @@ def _names(points: list[dict[str, Any]]) -> list[str]:
 
 
 def _short_keys(keys: list[str]) -> dict[str, str]:
-    """Shorten each key to as many of its last parts as tell it from the others."""
+    """Return each key's fewest last parts that no other key ends in."""
     parts = {key: [p for p in re.split(r"[.\[\]]", key) if p] for key in keys}
     short = {}
     for key, own in parts.items():
         tails = range(1, len(own) + 1)
-        told = (n for n in tails if all(key == other or own[-n:] != p[-n:] for other, p in parts.items()))
-        short[key] = _safe(".".join(own[-next(told, len(own)) :]))
+        enough = (n for n in tails if all(key == other or own[-n:] != p[-n:] for other, p in parts.items()))
+        short[key] = _safe(".".join(own[-next(enough, len(own)) :]))
     return short
 
 

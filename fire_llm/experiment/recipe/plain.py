@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -42,7 +42,8 @@ class Loader(yaml.SafeLoader):
     }
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()
+        """Return a node; PyYAML's hook."""
+        event = cast(Any, self).peek_event()
         tag = getattr(event, "tag", None)
         if tag is not None:
             raise yaml.constructor.ConstructorError(
@@ -57,6 +58,7 @@ class Loader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping; PyYAML's hook."""
         seen: set[Any] = set()
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
@@ -148,7 +150,7 @@ def _look(value: Any, path: str, depth: int, count: list[int]) -> Iterator[str]:
 
 
 def _text_fault(text: str, path: str) -> str | None:
-    """Say what is wrong with a text, without repeating what may be a secret or steer a terminal."""
+    """Return what is wrong with a text, without repeating what may be a secret or steer a terminal."""
     if len(text) > LONGEST_TEXT:
         return f"has {len(text)} characters; {LONGEST_TEXT} are allowed"
     if found := _UNPRINTABLE.search(text):

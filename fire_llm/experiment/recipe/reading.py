@@ -37,9 +37,9 @@ def read_data(source: str | Path | Mapping[str, Any], overrides: Iterable[str] =
     Raises:
         UserError: It cannot be read, holds what is not plain, or has no place for an override.
     """
-    data = dict(source) if isinstance(source, Mapping) else _read(source)
-    refuse(source, plain_faults(data))
-    data = unshared(data)
+    given = source if isinstance(source, Mapping) else _read(source)
+    refuse(source, plain_faults(given))
+    data: dict[str, Any] = unshared(given)
     for override in overrides:
         set_key(data, "--set", *assignment("--set", override))
     refuse(source, plain_faults(data))
@@ -61,7 +61,7 @@ def checked(data: dict[str, Any]) -> tuple[Recipe | None, list[str]]:
 
 
 def refuse(source: str | Path | Mapping[str, Any], faults: list[str]) -> None:
-    """Tell all of a recipe's faults, if there are any, in one `UserError`."""
+    """Raise one `UserError` with all of a recipe's faults, if there are any."""
     if faults:
         where = "the recipe" if isinstance(source, Mapping) else f"'{source}'"
         faults = list(dict.fromkeys(faults))

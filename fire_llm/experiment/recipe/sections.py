@@ -8,10 +8,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializerFu
 
 from fire_llm.data.corpora import CorpusSpec
 from fire_llm.models import PRESETS
-from fire_llm.resets import RESETS, ResetSpec
+from fire_llm.resets import FORMER, RESETS
 
 
 def as_list(value: Any) -> Any:
+    """Return a list: the value, or one that holds it."""
     return value if isinstance(value, list) else [value]
 
 
@@ -45,7 +46,7 @@ class TokenizerSection(_Section):
 
 
 class OptimizerSection(_Section):
-    """An optimizer and a schedule with a linear warm-up; the schedule begins anew in every phase."""
+    """An optimizer and a schedule with a linear warm-up; the schedule begins again in every phase."""
 
     name: str = Field("adamw", description="adamw, muon, or a name that transformers' TrainingArguments.optim takes")
     lr: float = Field(6.0e-4, gt=0, description="Peak learning rate")
@@ -69,7 +70,7 @@ class OptimizerSection(_Section):
 
     @property
     def shape(self) -> str:
-        """Give the shape of the decay."""
+        """Return the shape of the decay."""
         return self.decay_shape or ("exponential" if self.schedule == "infinite" else "1-sqrt")
 
     def arguments(self, steps: int) -> dict[str, Any]:
@@ -203,10 +204,6 @@ class Recipe(_Section):
         own = [name for name in self.evaluated() if name in phase.data]
         return max(own, key=phase.data.__getitem__) if own else self.evaluated()[0]
 
-    def arms(self, phase: PhaseSection) -> dict[str, list[ResetSpec]]:
-        """Return a phase's arms with their resets read."""
-        return {name: [ResetSpec.parse(r) for r in as_list(arm)] for name, arm in (phase.arms or {}).items()}
-
 
 def recipe_schema() -> dict[str, Any]:
     """Return the JSON schema of a recipe, the resets' options included, for editors to complete from."""
@@ -214,10 +211,11 @@ def recipe_schema() -> dict[str, Any]:
     resets = []
     for name, method in RESETS.items():
         options = method.options.model_json_schema()
-        options["properties"]["method"] = {"const": name}
+        former = [old for old, new in FORMER.items() if new == name]
+        options["properties"]["method"] = {"enum": [name, *former]} if former else {"const": name}
         options["required"] = [*options.get("required", []), "method"]
         resets.append(options)
-    one = {"anyOf": [{"enum": list(RESETS)}, *resets]}
+    one = {"anyOf": [{"enum": [*RESETS, *FORMER]}, *resets]}
     arms = {"anyOf": [one, {"type": "array", "items": one}]}
     schema["$defs"]["PhaseSection"]["properties"]["arms"] = {"type": "object", "additionalProperties": arms}
     # What a validator accepts in shorthand, editors must accept too.

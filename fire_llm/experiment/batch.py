@@ -1,0 +1,86 @@
+"""How many steps a phase has, and how the tokens of a step are cut into forward passes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fire_llm.core.errors import UserError
+from fire_llm.core.hardware import accelerator_memory, resolve_precision
+from fire_llm.experiment.context import RunContext
+from fire_llm.experiment.recipe import PhaseSection
+
+CPU_TOKENS, ACCELERATOR_TOKENS, MOST_TOKENS = 4_096, 16_384, 65_536
+"""Tokens of a forward pass: on a CPU, on an accelerator of unknown memory or model, and as many as ever pay."""
+
+KEPT_SHARE = 0.3
+"""Of an accelerator's memory, for what a forward pass keeps for its backward pass."""
+
+
+def phase_steps(phase: PhaseSection, tokens_per_step: int, epoch_tokens: int) -> int:
+    """Return a phase's optimizer steps; an epoch is as many tokens as its corpora hold together."""
+    if phase.steps is not None:
+        return phase.steps
+    if phase.tokens is not None:
+        return math.ceil(phase.tokens / tokens_per_step)
+    return max(1, int((phase.epochs or 1) * epoch_tokens) // tokens_per_step)
+
+
+def split_batch(run: RunContext, world: int, memory: int | None = None) -> tuple[int, int]:
+    """Return (sequences a forward pass, forward passes a step) of each of `world` ranks.
+
+    Args:
+        run: Whose batch it is.
+        world: Ranks.
+        memory: Bytes of each rank's accelerator, 0 for none; by default, of this machine's.
+
+    Raises:
+        UserError: Where the tokens of a step do not divide evenly.
+    """
+    batch, length = run.recipe.batch, run.sequence_length
+    tokens, given = batch.tokens_per_step, batch.sequences_per_device
+    if tokens % (length * world):
+        near = max(1, round(tokens / (length * world))) * length * world
+        raise UserError(
+            f"batch.tokens_per_step: {tokens} does not divide into sequences of {length} tokens "
+            f"on {world} process(es). The nearest that does is {near}"
+        )
+    sequences = tokens // (length * world)
+    if given is not None and sequences % given:
+        raise UserError(
+            f"batch.sequences_per_device: {given} does not divide the {sequences} sequences a process has a step"
+        )
+    if given is None:
+        most = max(1, _tokens_at_once(run, accelerator_memory() if memory is None else memory) // length)
+        given = max(n for n in range(1, min(most, sequences) + 1) if sequences % n == 0)
+    return given, sequences // given
+
+
+def _tokens_at_once(run: RunContext, memory: int) -> int:
+    """Return how many tokens a forward pass takes: more of them fill a GPU better, until its memory is full."""
+    if memory == 0:
+        return CPU_TOKENS
+    kept = kept_a_token(run.planned_config.get_text_config())
+    if memory < 0 or kept is None:
+        return ACCELERATOR_TOKENS
+    kept *= 2 if resolve_precision(run.recipe.precision) == "fp32" else 1
+    return min(MOST_TOKENS, int(KEPT_SHARE * memory / kept))
+
+
+def kept_a_token(text: Any) -> int | None:
+    """Return the bytes that the layers of a model keep for the backward pass of a token in 16 bits; None if unknown.
+
+    A layer keeps, in fp32, the inputs of two norms; in 16 bits what these give, q, k, v, attention's output (twice:
+    the projection reads a copy), and the MLP's inner values before and after its activation.
+
+    Args:
+        text: A text model's config.
+
+    Source: counted as Korthikanti et al. do, arXiv 2205.05198, section 4.1, without dropout and scores.
+    """
+    width, layers = getattr(text, "hidden_size", None), getattr(text, "num_hidden_layers", None)
+    if width is None or layers is None:
+        return None
+    inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * width
+    inner = max(inner) if isinstance(inner, list) else inner  # one a layer
+    return int(layers * (22 * width + 4 * inner))
