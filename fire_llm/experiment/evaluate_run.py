@@ -70,7 +70,8 @@ def evaluate_run(
         run_dir: Folder of a run; what in it is not finished is left out and named.
         data: Corpora of the recipe or known ones; by default all that the recipe trains or measures on.
         context: Tokens a window; by default the run's, and the numbers are then those of its results.json.
-        stride, batch_size: As in `perplexity`.
+        stride: As in `perplexity`.
+        batch_size: As in `perplexity`.
         device: `cpu`, `cuda`, `cuda:N`, or `auto`, as in `find_device`.
         progress: Show progress bars.
 
@@ -91,7 +92,7 @@ def evaluate_run(
     _refuse_changed_text(folder, finished, names)
     where = find_device(device)
     texts, left_out = _texts(run, names, required=names if data else recipe.evaluated())
-    found, passed = rows_and_phase_runs(recipe, folder, finished, run)
+    found, passed = rows_and_phase_runs(finished, run)
     first = first_token(run.tokenizer)
     matrix: dict[str, dict[str, Scores]] = {}
     rows: list[EvaluationRow] = []
@@ -214,15 +215,14 @@ def _texts(run: RunContext, names: Sequence[str], required: Sequence[str]) -> tu
     return texts, left_out
 
 
-def rows_and_phase_runs(
-    recipe: Recipe, folder: Path, finished: Sequence[Stage], run: RunContext
-) -> tuple[list[Row], list[PhaseRun]]:
+def rows_and_phase_runs(finished: Sequence[Stage], run: RunContext) -> tuple[list[Row], list[PhaseRun]]:
     """Return the checkpoints of a run, what it began with first, and the stages between them.
 
     Args:
         finished: Stages whose last checkpoint is there, parents before children.
-        run: Gives the config of step-0 weights.
+        run: That they belong to.
     """
+    recipe, folder = run.recipe, run.folder
     rows: dict[str, Row] = {}
     passed: dict[str, PhaseRun] = {}
     for seed in recipe.seed:

@@ -41,14 +41,14 @@ class Features:
                 "the features hold NaN or infinity: they have no singular values. Look at the weights first"
             )
         # Twice the width: R is decomposed again with every chunk, which then costs half as much again and no more.
-        for chunk in rows.split(2 * rows.shape[1]):
+        for chunk in torch.split(rows, 2 * rows.shape[1]):
             stack = chunk.double() if self._r is None else torch.cat([self._r, chunk.double()])
             self._r = torch.linalg.qr(stack, mode="r").R
         self.rows += len(rows)
 
     @property
     def width(self) -> int:
-        """Give d; 0 before the first rows."""
+        """Return d; 0 before the first rows."""
         return 0 if self._r is None else self._r.shape[1]
 
     def singular_values(self) -> Tensor:
@@ -59,7 +59,8 @@ class Features:
         """
         if self._r is None or not self.rows:
             raise UserError("features: no rows were given")
-        return torch.linalg.svdvals(self._r)
+        found: Tensor = torch.linalg.svdvals(self._r)
+        return found
 
 
 def feature_srank(features: Tensor, delta: float = 0.01) -> int:

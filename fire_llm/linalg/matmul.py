@@ -21,7 +21,6 @@ from fire_llm.core.errors import UserError
 
 CHUNK_ELEMENTS = 1 << 26  # upper bound on a batch worked on at once, 256 MB in fp32
 CPU_BATCH_SIDE = 128  # batched products beat a loop on CPU only up to this n
-INVERSE_SIDE = 192  # up to this n LAPACK inverts as fast as products would
 _SAFE = 10  # largest entries between 2**-10 and 2**10 need no scaling: fp32 holds their squares, sums and fourth powers
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -182,13 +181,6 @@ def _put_back(overall: str | None, backends: list[tuple[Any, str]]) -> None:
             backend.fp32_precision = precision
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Return the product of low-precision batches as float32, accumulated in float32 where the device can give that."""
-    if accumulates(a.device.type, a.dtype):
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return (a @ b).float()
-
-
 @cache
 def accumulates(device: str, dtype: torch.dtype) -> bool:
     """Try once whether a device's products of a dtype can be had in float32 without rounding them first."""
@@ -212,41 +204,6 @@ def step(x: Tensor, a: float, b: float, c: float = 0.0, *, normalise: bool = Fal
         x, gram, squared = x / norm, gram / norm**2, squared / norm**4
     polynomial = gram.mul_(b) if squared is None else gram.mul_(b).add_(squared, alpha=c)
     return add_product(x, a, polynomial)
-
-
-def symmetric_product(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b (B, n, n), which is known to be symmetric: of a large matrix on a CPU, three of its four blocks."""
-    half = a.shape[-2] // 2
-    if len(a) > 1 or a.shape[-2] <= CPU_BATCH_SIDE or a.device.type != "cpu":
-        return a @ b
-    out = a.new_empty(1, a.shape[-2], a.shape[-2])
-    torch.mm(a[0], b[0, :, :half], out=out[0, :, :half])
-    torch.mm(a[0, half:], b[0, :, half:], out=out[0, half:, half:])
-    out[0, :half, half:] = out[0, half:, :half].mT
-    return out
-
-
-def inverse(a: Tensor) -> Tensor:
-    """Return the inverses of symmetric positive definite matrices (B, n, n), NaN where Cholesky's factor ends early.
-
-    By halves and their Schur complement: products are faster than LAPACK on what is larger than `INVERSE_SIDE`.
-    """
-    n = a.shape[-1]
-    if n <= INVERSE_SIDE:
-        lower, failed = torch.linalg.cholesky_ex(a)
-        return torch.cholesky_inverse(lower).masked_fill_(failed[:, None, None] > 0, torch.nan)
-    half = n // 2
-    corner = inverse(a[:, :half, :half])
-    below = a[:, half:, :half]
-    solved = below @ corner
-    complement = inverse(torch.baddbmm(a[:, half:, half:], solved, below.mT, alpha=-1))
-    off = complement @ solved
-    out = torch.empty_like(a)
-    torch.baddbmm(corner, solved.mT, off, out=out[:, :half, :half])
-    out[:, half:, half:] = complement
-    out[:, half:, :half] = off.neg_()
-    out[:, :half, half:] = off.mT
-    return out
 
 
 def multiply(symmetric: Tensor, x: Tensor) -> Tensor:

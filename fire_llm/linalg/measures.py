@@ -16,10 +16,11 @@ def sfe(before: Tensor, after: Tensor) -> float:
     """Return the squared Frobenius error ||before - after||_F^2, accumulated in float64.
 
     Args:
-        before, after: tensors of one shape, any floating dtypes.
+        before: Tensor of any shape and floating dtype.
+        after: Tensor of the same shape, any floating dtype.
 
     Raises:
-        UserError: the shapes differ.
+        UserError: The shapes differ.
 
     Source: FIRE, arXiv 2602.08040, SFE, the measure of stability.
     """
@@ -31,7 +32,8 @@ def sfe(before: Tensor, after: Tensor) -> float:
 def squared_error(before: Tensor, after: Tensor) -> Tensor:
     """Return `sfe` of tensors of one shape as a float64 scalar on the device of `before`, which is not waited for."""
     total = torch.zeros((), dtype=torch.float64, device=before.device)
-    for a, b in zip(before.reshape(-1).split(CHUNK_ELEMENTS), after.reshape(-1).split(CHUNK_ELEMENTS), strict=True):
+    halves = (torch.split(one.reshape(-1), CHUNK_ELEMENTS) for one in (before, after))
+    for a, b in zip(*halves, strict=True):
         total += (a.double() - b.to(a.device).double()).square_().sum()
     return total
 
@@ -79,7 +81,7 @@ def gram(w: Tensor, *, quick: bool = False) -> Tensor:
     products = torch.float64 if fine else torch.float32
     total = torch.zeros(n, n, dtype=torch.float64, device=w.device)
     with exact_products(w.device):
-        for rows in w.split(max(1, CHUNK_ELEMENTS // max(1, n), n if products == torch.float32 else 1)):
+        for rows in torch.split(w, max(1, CHUNK_ELEMENTS // max(1, n), n if products == torch.float32 else 1)):
             rows = rows.to(products)
             total += rows.mT @ rows
     return total
@@ -103,7 +105,7 @@ def srank(sigma: Tensor, delta: float = 0.01) -> int:
 
     Args:
         sigma: (n,) singular values, in any order.
-        delta: share that may be left out, 0 <= delta < 1.
+        delta: Share that may be left out, 0 <= delta < 1.
 
     Source: Kumar et al., arXiv 2010.14498, srank_delta of a feature matrix.
     """

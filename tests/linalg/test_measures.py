@@ -14,8 +14,8 @@ from torch.autograd.functional import hessian
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 
-from fire_llm import linalg as metrics
 from fire_llm.core.errors import UserError
+from fire_llm.linalg import measures
 from fire_llm.linalg.activations import Activity, Features, dormant_scores, dormant_share, feature_srank
 from fire_llm.linalg.curvature import gradient_norm, top_hessian_eigenvalue
 from fire_llm.linalg.measures import dfi, effective_rank, sfe, srank
@@ -23,7 +23,7 @@ from fire_llm.linalg.measures import dfi, effective_rank, sfe, srank
 
 @pytest.fixture(params=[1 << 20, 7], ids=["one chunk", "many chunks"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics.matrices, "CHUNK_ELEMENTS", request.param)
+    monkeypatch.setattr(measures, "CHUNK_ELEMENTS", request.param)
 
 
 @pytest.mark.usefixtures("chunk")
@@ -80,12 +80,12 @@ def test_ranks() -> None:
 
 def test_a_quick_gram_is_exact_for_what_is_not_coarse() -> None:
     w = torch.randn(300, 40, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(metrics.gram(w), metrics.gram(w, quick=True))
+    assert torch.equal(measures.gram(w), measures.gram(w, quick=True))
     coarse = w.bfloat16()
-    exact, quick = metrics.gram(coarse), metrics.gram(coarse, quick=True)
+    exact, quick = measures.gram(coarse), measures.gram(coarse, quick=True)
     assert quick.dtype == torch.float64 and (quick - exact).abs().max() < 1e-6 * exact.abs().max()
     before = exact.clone()
-    assert metrics.dfi_of_gram(exact) == pytest.approx(dfi(coarse)) and torch.equal(exact, before)
+    assert measures.dfi_of_gram(exact) == pytest.approx(dfi(coarse)) and torch.equal(exact, before)
 
 
 # ---- features and units
