@@ -114,7 +114,7 @@ class Overview:
         self._speeds: defaultdict[str, _Speed] = defaultdict(_Speed)
         self._speeds[""].at(self._tokens(self.at))
         self._began = self._line_at = time.monotonic()
-        self._bars = _bars() if shown and interactive() else None
+        self._bars: Any = _bars() if shown and interactive() else None
         self._tasks: dict[str, Any] = {}
 
     def __enter__(self) -> Overview:
