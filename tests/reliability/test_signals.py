@@ -21,9 +21,9 @@ from fire_llm.training import ContinualTrainer
 
 WAITING = r"""
 import os, sys, time
-from fire_llm.core.signals import asked, signals_handled, wait_for_step
+from fire_llm.core.signals import asked, signals_handled, set_step_near
 with signals_handled():
-    wait_for_step(True)
+    set_step_near(True)
     if "fork" in sys.argv and os.fork() == 0:
         os.write(1, f"{os.getpid()}\n".encode())
         time.sleep(60)
