@@ -22,6 +22,7 @@ from fire_llm import UserError, fire_, perplexity
 from fire_llm.cli import main
 from fire_llm.cli.parser import VERBS, parser
 from fire_llm.cli.run import _as_list
+from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.recipe import load_trials
 from fire_llm.experiment.stages import expand, select
 from fire_llm.models import load_model
@@ -80,7 +81,7 @@ def test_the_flags_are_frozen():
             "--dtype", "--json", "--limit", "--num-fewshot", "--num-processes", "--per-document", "--prefix", "--split",
             "--stride", "--tasks",
         ],
-        "report": ["--markdown", "--output"],
+        "report": ["--markdown", "--output", "--schema"],
         "demo": ["--accelerate-config", "--num-processes", "--output", "--set", "--workers"],
         "sweep": [
             "--accelerate-config", "--arm", "--dry-run", "--grid", "--num-processes", "--output", "--set", "--workers",
@@ -99,7 +100,7 @@ def test_every_example_is_one_that_the_parser_takes_and_help_ends_with_them(verb
         if getattr(arguments, "recipe", "recipe.yaml") not in (None, "recipe.yaml"):  # a built-in one
             grid = [_as_list(text) for text in getattr(arguments, "grid", [])]
             for trial in load_trials(arguments.recipe, arguments.set, grid):
-                select(expand(trial.recipe), getattr(arguments, "arm", []))
+                select(expand(RunContext(trial.recipe)), getattr(arguments, "arm", []))
     with pytest.raises(SystemExit):
         main([verb, "--help"])
     assert capsys.readouterr().out.endswith("\n".join(["examples:", *(f"  {line}" for line in examples)]) + "\n")

@@ -329,8 +329,8 @@ def test_arms_are_compared_within_their_warm_start() -> None:
         for corpus in (NEW, FIRST):
             entry["runs"][0]["final"][corpus]["nll"] += {"base": 1.0, "fire": 0.5}.get(arm, 0.0)
         results["arms"][f"{arm}@30000"] = entry
-    assert compared(results).reference("fire@30000", "keep") == "base@30000"
-    assert compared(results).reference("fire", "keep") == "base"
+    assert compared(results).reference("fire@30000", "none") == "base@30000"
+    assert compared(results).reference("fire", "none") == "base"
     assert cells(results, NEW, "fire@30000")["vs base"] == "-0.4900"  # 0.010 + 0.5 - 1.0
 
 
@@ -867,7 +867,7 @@ def test_what_version_1_called_otherwise_is_kept() -> None:
     assert results.measurement is not None and results.measurement.model_dump() == old["measured"]
     assert results.phase_corpus == {"first": "a", "second": "b"}
     for name, arm in old["arms"].items():
-        assert results.arms[name].methods == {"full-reset": ["full_reset"], "base": ["keep"]}.get(name, [name])
+        assert results.arms[name].methods == {"full-reset": ["full_reset"], "base": ["none"]}.get(name, [name])
         for run, was in zip(results.arms[name].runs, arm["runs"], strict=True):
             assert {corpus: jump.model_dump() for corpus, jump in run.loss_jump.items()} == was["spike"]
             assert [entry.model_dump() for entry in run.throughput] == was["speed"]

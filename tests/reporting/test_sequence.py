@@ -80,9 +80,9 @@ def test_runs_that_claim_to_start_from_themselves_are_followed_once(stream):
 
 def test_an_arm_that_resets_once_is_no_base(stream):
     compared = Comparison(stream)
-    assert compared.methods("once") == compared.methods("base") == ["keep"]
-    assert [arm for arm in compared.arms if compared.always(arm, "keep")] == ["base"]
-    assert [compared.reference(arm, "keep") for arm in compared.arms] == ["base"] * 3
+    assert compared.methods("once") == compared.methods("base") == ["none"]
+    assert [arm for arm in compared.arms if compared.always(arm, "none")] == ["base"]
+    assert [compared.reference(arm, "none") for arm in compared.arms] == ["base"] * 3
     assert [compared.reference(arm, "full_reset") for arm in compared.arms] == ["full-reset"] * 3
 
 
