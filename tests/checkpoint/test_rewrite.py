@@ -353,11 +353,12 @@ def _when_told(told, src, dst) -> None:
     told.send("done")
 
 
-def test_killed_at_twenty_instants_there_is_the_whole_result_or_none(tmp_path):
+@pytest.mark.parametrize("instants", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_any_instant_there_is_the_whole_result_or_none(instants, tmp_path):
     src, chance, span = tmp_path / "src", random.Random(0), 0.0
     tiny_llama(hidden_size=192, intermediate_size=384, num_hidden_layers=4).save_pretrained(src, max_shard_size="1MB")
     before, whole, seen = contents(src), {}, {"absent": 0, "whole": 0, "partial": 0}
-    for trial in range(21):
+    for trial in range(instants + 1):
         out = tmp_path / f"dst{trial}"
         told, theirs = PROCESSES.Pipe()
         process = PROCESSES.Process(target=_when_told, args=(theirs, src, out))
@@ -380,7 +381,7 @@ def test_killed_at_twenty_instants_there_is_the_whole_result_or_none(tmp_path):
             assert {k: v for k, v in contents(out).items() if k in whole} == whole
             assert json.loads((out / "fire.json").read_text())["shards"] and (out / "README.md").is_file()
         assert contents(src) == before
-    assert seen["partial"] > 3, seen  # the instants did fall into the work
+    assert seen["partial"] > instants // 6, seen  # the instants did fall into the work
     left = next(tmp_path.glob("dst*.partial"))
     reset_checkpoint(src, left.with_suffix(""))
     assert not left.exists() and left.with_suffix("").is_dir()
