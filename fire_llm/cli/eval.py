@@ -76,9 +76,6 @@ def main(arguments: Namespace) -> int | None:
         join()
     evaluation = (_evaluate_run if of_run else _evaluate)(arguments, first_rank())
     if first_rank():
-        from fire_llm.evaluation.table import print_scores
-
-        print_scores(evaluation)
         print(f"computed on {evaluation['settings']['device']}")
         if arguments.json:
             write_json(Path(arguments.json), evaluation)
@@ -99,19 +96,13 @@ def _check_run_alone(arguments: Namespace, run: str) -> None:
         )
 
 
-def _evaluate(arguments: Namespace, progress: bool) -> dict[str, Any]:
-    """Score checkpoints on texts and tasks."""
+def _evaluate(arguments: Namespace, first: bool) -> dict[str, Any]:
+    """Score checkpoints on texts and tasks; the first rank prints the scores."""
     from fire_llm.evaluation.checkpoints import score_checkpoints
-
-    look = None
-    if arguments.diagnostics:
-        from fire_llm.evaluation.diagnose import diagnose
-
-        def look(model: Any, text: Any) -> dict[str, Any]:
-            return diagnose(model, text.tokens, context=arguments.context).to_dict()
+    from fire_llm.evaluation.table import print_scores
 
     names = ("split", "column", "document", "context", "stride", "batch_size", "per_document", "prefix", "dtype")
-    return score_checkpoints(
+    found = score_checkpoints(
         arguments.checkpoints,
         arguments.data or [],
         device=arguments.device,
@@ -119,19 +110,33 @@ def _evaluate(arguments: Namespace, progress: bool) -> dict[str, Any]:
         tasks=arguments.tasks or [],
         limit=arguments.limit,
         num_fewshot=arguments.num_fewshot,
-        look=look,
-        progress=progress,
+        diagnostics=arguments.diagnostics,
+        progress=first,
         **{name: getattr(arguments, name) for name in names},
     )
+    if first:
+        print_scores(found.rows, differences=found.differences, diagnostics=found.diagnostics, tasks=found.tasks)
+    return found.to_dict()
 
 
-def _evaluate_run(arguments: Namespace, progress: bool) -> dict[str, Any]:
-    """Score the checkpoints of a run, and write its page again."""
+def _evaluate_run(arguments: Namespace, first: bool) -> dict[str, Any]:
+    """Score the checkpoints of a run; the first rank writes its page again, and prints the scores."""
+    from fire_llm.evaluation.table import print_scores
     from fire_llm.experiment.evaluate_run import evaluate_run
+    from fire_llm.reporting.schema import Evaluation
     from fire_llm.reporting.tables import load_results, page_told
 
     folder = Path(arguments.checkpoints[0])
-    evaluation = evaluate_run(folder, **{name: getattr(arguments, name) for name in _OF_A_RUN}, progress=progress)
-    if progress and (folder / "results.json").is_file():
-        print(page_told(load_results(folder), folder / "report.html"))
+    evaluation = evaluate_run(folder, **{name: getattr(arguments, name) for name in _OF_A_RUN}, progress=first)
+    if first:
+        if (folder / "results.json").is_file():
+            print(page_told(load_results(folder), folder / "report.html"))
+        found = Evaluation.model_validate(evaluation)
+        print_scores(
+            found.rows,
+            forgetting=found.forgetting,
+            forward_transfer=found.forward_transfer,
+            left_out=found.left_out,
+            unfinished=found.unfinished,
+        )
     return evaluation

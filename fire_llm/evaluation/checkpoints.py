@@ -2,51 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from glob import has_magic
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from fire_llm.core.errors import UserError
-from fire_llm.data import TokenFile, tokenize_corpus
+from fire_llm.data import tokenize_corpus
 from fire_llm.data.corpora import CORPORA, Corpus, CorpusSpec, resolve
+from fire_llm.evaluation.diagnose import diagnose
 from fire_llm.evaluation.measurement import PREFIXES, first_token, token_text
-from fire_llm.evaluation.perplexity import Perplexity, perplexity
-from fire_llm.evaluation.statistics import BOOTSTRAP, paired_difference, standard_errors
+from fire_llm.evaluation.records import (
+    CheckpointDiagnostics,
+    CheckpointDifference,
+    CheckpointEvaluation,
+    CheckpointRow,
+    CheckpointSettings,
+)
+from fire_llm.evaluation.statistics import paired_difference, standard_errors
 from fire_llm.evaluation.tasks import run_tasks
+from fire_llm.evaluation.texts import EvaluationSet, score
 from fire_llm.models import check_fits, find_device, load_model, load_tokenizer
 
-SCHEMA_VERSION = 1
 DTYPES = ("stored", "float32", "bfloat16", "float16", "float64")
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text as one tokenizer gives it: N tokens of D documents."""
-
-    tokens: np.ndarray
-    """(N,)"""
-    documents: np.ndarray
-    """(D,) where each ends in `tokens`."""
-    n_bytes: np.ndarray
-    """(D,) UTF-8 bytes."""
-    n_words: np.ndarray
-    """(D,) pieces between runs of white space."""
-
-    @classmethod
-    def of(cls, file: TokenFile, per_document: bool) -> Text:
-        """Take the documents of a token file, each with the end-of-text token after it unless they are read alone."""
-        ends = np.asarray(file.ends, dtype=np.int64)
-        tokens, limits = file.tokens, ends[:, 0]
-        if per_document:
-            tokens = np.delete(tokens, limits - 1)
-            limits = limits - np.arange(1, len(limits) + 1)
-        sizes = np.diff(ends[:, 1:], axis=0, prepend=0)
-        return cls(tokens, limits, sizes[:, 0], sizes[:, 1])
 
 
 def score_checkpoints(
@@ -67,9 +46,9 @@ def score_checkpoints(
     tasks: Sequence[str] = (),
     limit: int | None = None,
     num_fewshot: int | None = None,
-    look: Callable[[Any, Text], dict[str, Any]] | None = None,
+    diagnostics: bool = False,
     progress: bool = True,
-) -> dict[str, Any]:
+) -> CheckpointEvaluation:
     """Measure checkpoints on corpora; under torch.distributed ranks share the work, and all return the same.
 
     Args:
@@ -89,11 +68,11 @@ def score_checkpoints(
         tasks: Also tasks of lm-eval, as in `run_tasks`, which get `context` too.
         limit: As in `run_tasks`.
         num_fewshot: As in `run_tasks`.
-        look: Also measures something else of a model on a text, such as its plasticity.
+        diagnostics: Also diagnose each model on each text, as in `diagnose`, at this `context`.
         progress: Show progress bars.
 
     Returns:
-        What `fire-llm eval --json` writes (docs/results-schema.md).
+        What `fire-llm eval --json` writes as plain data.
 
     Raises:
         UserError: For an unknown corpus, an unreadable checkpoint or file, or tokens that do not fit the model.
@@ -101,36 +80,35 @@ def score_checkpoints(
     check_choice("prefix", prefix, PREFIXES)
     check_choice("dtype", dtype, DTYPES)
     where = find_device(device)
-    corpora = [_corpus(name, split, column, document) for name in data]
-    measured: dict[str, list[Perplexity]] = {}
-    rows, looks, answers = [], [], {}
+    read = (_corpus(name, split, column, document) for name in data)
+    corpora = {corpus.name: (corpus, part) for corpus, part in read}
+    rows: list[CheckpointRow] = []
+    found, answers = [], {}
     for name in names:
         tokenizer = load_tokenizer(name)
         model = load_model(name, "auto" if dtype == "stored" else getattr(torch, dtype)).to(where)
         check_fits(model.config, tokenizer, None)
         first = first_token(tokenizer, prefix, name)
-        for corpus, part in corpora:
-            text = Text.of(tokenize_corpus(corpus, tokenizer, part, progress=progress), per_document)
-            result = perplexity(
-                model,
-                text.tokens,
-                context=context,
-                stride=stride,
-                batch_size=batch_size,
-                prefix=first,
-                n_bytes=text.n_bytes,
-                n_words=text.n_words,
-                documents=text.documents,
-                per_document=per_document,
-                compiled=compiled,
-                progress=f"{name} on {corpus.name}" if progress else None,
-                share=True,
-            )
-            measured.setdefault(corpus.name, []).append(result)
-            row = {"checkpoint": name, "data": corpus.name, "split": part, "prefix_text": token_text(tokenizer, first)}
-            rows.append({**row, **result.to_dict(), "se": standard_errors(result.scores)})
-            if look is not None:
-                looks.append({"checkpoint": name, "data": corpus.name, **look(model, text)})
+        prefix_text = token_text(tokenizer, first)
+        texts = {
+            text: EvaluationSet.of(tokenize_corpus(corpus, tokenizer, part, progress=progress), first, per_document)
+            for text, (corpus, part) in corpora.items()
+        }
+        measured = score(
+            model,
+            texts,
+            context=context,
+            stride=stride,
+            batch_size=batch_size,
+            compiled=compiled,
+            progress=f"{name} on" if progress else None,
+        )
+        for text, result in measured.items():
+            errors = standard_errors(result.scores)
+            rows.append(CheckpointRow(name, text, corpora[text][1], prefix_text, **vars(result), se=errors))
+        for text, held_out in texts.items() if diagnostics else ():
+            diagnosed = diagnose(model, held_out.tokens, context=context)
+            found.append(CheckpointDiagnostics(name, text, **vars(diagnosed)))
         if tasks:
             answers[name] = run_tasks(
                 (model, tokenizer),
@@ -141,27 +119,22 @@ def score_checkpoints(
                 batch_size=batch_size,
             )
         del model
-    evaluation = {
-        "schema_version": SCHEMA_VERSION,
-        "settings": {
-            "prefix": prefix,
-            "per_document": per_document,
-            "device": str(where),
-            "words": "pieces between runs of white space",
-            "bootstrap": BOOTSTRAP,
-        },
-        "rows": rows,
-        "differences": [
-            {"checkpoint": name, "against": names[0], "data": corpus, **_difference(result, results[0])}
-            for corpus, results in measured.items()
-            for name, result in zip(names[1:], results[1:], strict=True)
-        ],
-    }
-    return evaluation | ({"diagnostics": looks} if looks else {}) | ({"tasks": answers} if answers else {})
+    settings = CheckpointSettings(prefix, per_document, str(where))
+    return CheckpointEvaluation(settings, rows, _differences(rows), found, answers)
 
 
-def _difference(a: Perplexity, b: Perplexity) -> dict[str, Any]:
-    return paired_difference(a.scores, b.scores, unit="byte").to_dict()
+def _differences(rows: Sequence[CheckpointRow]) -> list[CheckpointDifference]:
+    """Compare every other checkpoint with the first, a text at a time."""
+    by_text: dict[str, list[CheckpointRow]] = {}
+    for row in rows:
+        by_text.setdefault(row.data, []).append(row)
+    return [
+        CheckpointDifference(
+            row.checkpoint, first.checkpoint, text, **vars(paired_difference(row.scores, first.scores, unit="byte"))
+        )
+        for text, (first, *others) in by_text.items()
+        for row in others
+    ]
 
 
 def _corpus(name: str, split: str, column: str | None, document: str | None) -> tuple[Corpus, str]:

@@ -17,6 +17,9 @@ PREFIXES = ("auto", "bos", "eos", "none")
 PRECISIONS = ("fp32", "training")
 """What a run may measure in: fp32, or the precision that it trains in."""
 
+WORDS = "pieces between runs of white space"
+"""What counts as a word."""
+
 
 def first_token(tokenizer: Any, wanted: str = "auto", name: str | None = None) -> int | None:
     """Return the token that is read before a text, so that the text's first token is scored too.

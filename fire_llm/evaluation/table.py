@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby, takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fire_llm.evaluation.measurement import all_described, each_once
+from fire_llm.evaluation.records import CheckpointDiagnostics, CheckpointDifference
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-
-Json = dict[str, Any]
 
 WIDTH = 100
 """Columns where the output is no terminal, which would say its own."""
@@ -29,58 +28,105 @@ SCORES = {
 }
 
 
-def print_scores(evaluation: Json, console: Console | None = None) -> None:
-    """Print an evaluation: a row each checkpoint and text, paired differences, and how it was measured.
+FORGETTING = "Forgetting: NLL(after) less NLL(before, when its phase had ended): positive is lost"
+FORWARD_TRANSFER = "Forward transfer, not yet trained on: NLL(after) less NLL(at the start): negative helps"
+
+
+class _Row(Protocol):
+    """What the table reads of a checkpoint on a text, beside the scores: a run's rows have more to them."""
+
+    @property
+    def checkpoint(self) -> str: ...
+    @property
+    def data(self) -> str: ...
+    @property
+    def word_perplexity(self) -> float | None: ...
+    @property
+    def tokens(self) -> int | None: ...
+    @property
+    def documents(self) -> int | None: ...
+    @property
+    def se(self) -> Mapping[str, float | None] | None: ...
+
+
+class _Compared(Protocol):
+    """What it reads of a difference between two checkpoints, beside their names."""
+
+    @property
+    def mean(self) -> float: ...
+    @property
+    def se(self) -> float | None: ...
+    @property
+    def low(self) -> float | None: ...
+    @property
+    def high(self) -> float | None: ...
+    @property
+    def unit(self) -> str: ...
+    @property
+    def level(self) -> float: ...
+
+
+def print_scores(
+    rows: Sequence[_Row],
+    *,
+    differences: Sequence[CheckpointDifference] = (),
+    forgetting: Sequence[_Compared] = (),
+    forward_transfer: Sequence[_Compared] = (),
+    left_out: Mapping[str, str] | None = None,
+    unfinished: Sequence[str] = (),
+    diagnostics: Sequence[CheckpointDiagnostics] = (),
+    tasks: Mapping[str, Mapping[str, Any]] | None = None,
+    console: Console | None = None,
+) -> None:
+    """Print an evaluation: a row each checkpoint and text, how it was measured, and paired differences.
 
     Args:
-        evaluation: The JSON of `fire-llm eval`, or a run's `evaluation.json`: `rows`, and where there are any
-            `differences`, `forgetting`, `forward_transfer`, `left_out` and `unfinished`, `diagnostics`, `tasks`.
+        rows: Of a `CheckpointEvaluation`, or of a run's evaluation.json.
+        differences: Of a `CheckpointEvaluation`, like `diagnostics` and `tasks`.
+        forgetting: Of a run, like the next three.
+        forward_transfer: NLL before a corpus is trained on less that at the start of the run.
+        left_out: By corpus, why it was not measured.
+        unfinished: Stages that were not trained to their end.
+        diagnostics: How plastic each checkpoint is on each text.
+        tasks: By checkpoint, what `run_tasks` returns.
         console: Where to; standard output by default.
     """
     from rich.console import Console
 
     out = console or Console(width=None if sys.stdout.isatty() else WIDTH)
-    if rows := evaluation["rows"]:
-        _print_rows(evaluation, rows, out)
-    if found := evaluation.get("diagnostics"):
+    prefix = _common_folder([row.checkpoint for row in rows])
+    if rows:
+        _print_rows(rows, prefix, out)
+    for why in (left_out or {}).values():
+        out.print(f"left out: {why}", markup=False, highlight=False)
+    if unfinished:
+        out.print(f"not trained to the end: {', '.join(unfinished)}", markup=False, highlight=False)
+    if differences:
+        title = f"NLL less that of {_below(differences[0].against, prefix)}: negative is better"
+        _print_differences(out, differences, title, [("checkpoint", prefix), ("data", "")])
+    for transfer, title in ((forgetting, FORGETTING), (forward_transfer, FORWARD_TRANSFER)):
+        if transfer:
+            _print_differences(out, transfer, title, [(name, prefix) for name in ("data", "after", "before")])
+    if diagnostics:
         out.print("Plasticity", style="bold", highlight=False)
-        out.print(_diagnostics_table(found))
-    if answers := evaluation.get("tasks"):
+        out.print(_diagnostics_table(diagnostics))
+    if tasks:
         out.print("Tasks of lm-eval", style="bold", highlight=False)
-        out.print(_tasks_table(answers))
-        out.print("; ".join(_tasks_described(answers)), markup=False, highlight=False)
+        out.print(_tasks_table(tasks))
+        out.print("; ".join(_tasks_described(tasks)), markup=False, highlight=False)
 
 
-def _print_rows(evaluation: Json, rows: Sequence[Json], out: Console) -> None:
-    prefix = _common_folder([row["checkpoint"] for row in rows])
+def _print_rows(rows: Sequence[_Row], prefix: str, out: Console) -> None:
+    """Print the table of scores, and below it how they were measured."""
     if prefix:
         out.print(f"checkpoints below {prefix}", markup=False, highlight=False)
     out.print(_scores_table(rows, prefix))
-    notes = all_described({**row, "checkpoint": _below(row["checkpoint"], prefix)} for row in rows)
-    if any(row.get("word_perplexity") is not None for row in rows):
+    notes = all_described({**vars(row), "checkpoint": _below(row.checkpoint, prefix)} for row in rows)
+    if any(row.word_perplexity is not None for row in rows):
         notes.append("word perplexity per piece between runs of white space")
-    if any(error is not None for row in rows for error in (row.get("se") or {}).values()):
+    if any(error is not None for row in rows for error in (row.se or {}).values()):
         notes.append("± standard error over documents")
     out.print("nll in nats per token; " + "; ".join(notes), markup=False, highlight=False)
-    for why in (evaluation.get("left_out") or {}).values():
-        out.print(f"left out: {why}", markup=False, highlight=False)
-    if evaluation.get("unfinished"):
-        out.print(f"not trained to the end: {', '.join(evaluation['unfinished'])}", markup=False, highlight=False)
-    for against in dict.fromkeys(d["against"] for d in evaluation.get("differences") or ()):
-        found = [d for d in evaluation["differences"] if d["against"] == against]
-        title = f"NLL less that of {_below(against, prefix)}: negative is better"
-        _print_differences(out, found, title, [("checkpoint", prefix), ("data", "")])
-    for key, title in SIGNS.items():
-        if evaluation.get(key):
-            columns = [(c, prefix) for c in ("data", "after", "before")]
-            _print_differences(out, evaluation[key], title, columns)
-
-
-SIGNS = {
-    "forgetting": "Forgetting: NLL(after) less NLL(before, when its phase had ended): positive is lost",
-    "forward_transfer": "Forward transfer, not yet trained on: NLL(after) less NLL(at the start): negative helps",
-}
-"""What the numbers of a run's transfer mean, by their key in evaluation.json."""
 
 
 def plus_minus(value: float | None, error: float | None, least: int = 4, alone: int = 6, sign: str = "") -> str:
@@ -115,36 +161,37 @@ def _table(names: Iterable[str], numbers: Iterable[str]) -> Table:
     return table
 
 
-def _scores_table(rows: Sequence[Json], prefix: str) -> Table:
+def _scores_table(rows: Sequence[_Row], prefix: str) -> Table:
     """Build the table of scores; what no row has gets no column."""
     from rich.markup import escape
 
-    kept = {key: look for key, look in SCORES.items() if any(row.get(key) is not None for row in rows)}
+    kept = {key: look for key, look in SCORES.items() if any(getattr(row, key) is not None for row in rows)}
     table = _table(("checkpoint", "data"), (*(heading for heading, *_ in kept.values()), "tokens", "docs"))
-    for checkpoint, of_it in groupby(rows, lambda row: row["checkpoint"]):
+    for checkpoint, of_it in groupby(rows, lambda row: row.checkpoint):
         group = list(of_it)
         # The lines of a long name stand beside the rows of its texts, and need none of their own.
         lines = _broken(_below(checkpoint, prefix), 16).split("\n")
         names = [*lines[: len(group) - 1], "\n".join(lines[len(group) - 1 :])] + [""] * (len(group) - 1 - len(lines))
         for name, row in zip(names, group, strict=True):
-            errors = row.get("se") or {}
-            cells = [plus_minus(row.get(key), errors.get(key), *look[1:]) for key, look in kept.items()]
-            sizes = [f"{row[key]:,}" for key in ("tokens", "documents")]
-            table.add_row(escape(name), escape(_broken(row["data"], 16)), *cells, *sizes)
+            errors = row.se or {}
+            cells = [plus_minus(getattr(row, key), errors.get(key), *look[1:]) for key, look in kept.items()]
+            sizes = [f"{size:,}" for size in (row.tokens, row.documents)]
+            table.add_row(escape(name), escape(_broken(row.data, 16)), *cells, *sizes)
     return table
 
 
-def _print_differences(out: Console, found: Sequence[Json], title: str, names: Sequence[tuple[str, str]]) -> None:
+def _print_differences(out: Console, found: Sequence[_Compared], title: str, names: Sequence[tuple[str, str]]) -> None:
     """Print a table of differences; those whose interval leaves out 0 are bold."""
     from rich.markup import escape
 
-    levels = " and ".join(dict.fromkeys(f"{d['level']:.0%}" for d in found))
+    levels = " and ".join(dict.fromkeys(f"{d.level:.0%}" for d in found))
     table = _table((name for name, _ in names), ("difference", f"{levels} interval", "nats per"))
     for d in found:
-        sure = d["low"] is not None and not d["low"] <= 0 <= d["high"]
-        interval = "" if d["low"] is None else f"{d['low']:+.5f} to {d['high']:+.5f}"
-        cells = [escape(_broken(_below(d[name], prefix), 20)) for name, prefix in names]
-        cells += [plus_minus(d["mean"], d["se"], 5, 6, "+"), interval, d["unit"]]
+        interval, sure = "", False
+        if d.low is not None and d.high is not None:
+            interval, sure = f"{d.low:+.5f} to {d.high:+.5f}", not d.low <= 0 <= d.high
+        cells = [escape(_broken(_below(getattr(d, name), prefix), 20)) for name, prefix in names]
+        cells += [plus_minus(d.mean, d.se, 5, 6, "+"), interval, d.unit]
         table.add_row(*cells, style="bold" if sure else "")
     # A table's own title would be folded to its width.
     out.print(title, style="bold", markup=False, highlight=False)
@@ -161,19 +208,20 @@ PLASTICITY = {
 }
 
 
-def _diagnostics_table(found: Sequence[Json]) -> Table:
+def _diagnostics_table(found: Sequence[CheckpointDiagnostics]) -> Table:
     """Build a table of diagnostics (docs/diagnostics.md); what was not measured is an empty cell."""
     from rich.markup import escape
 
     table = _table(("checkpoint", "data"), PLASTICITY.values())
-    prefix = _common_folder([row["checkpoint"] for row in found])
+    prefix = _common_folder([row.checkpoint for row in found])
     for row in found:
-        names = [escape(_broken(_below(row[name], prefix), 16)) for name in ("checkpoint", "data")]
-        table.add_row(*names, *("" if row[key] is None else f"{row[key]:.4g}" for key in PLASTICITY))
+        names = [escape(_broken(_below(name, prefix), 16)) for name in (row.checkpoint, row.data)]
+        values = (getattr(row, key) for key in PLASTICITY)
+        table.add_row(*names, *("" if value is None else f"{value:.4g}" for value in values))
     return table
 
 
-def _tasks_table(answers: Json) -> Table:
+def _tasks_table(answers: Mapping[str, Mapping[str, Any]]) -> Table:
     """Build a table of what lm_eval measured: a row each checkpoint, task and metric, with its standard error."""
     from rich.markup import escape
 
@@ -192,7 +240,7 @@ def _tasks_table(answers: Json) -> Table:
     return table
 
 
-def _tasks_described(answers: Json) -> list[str]:
+def _tasks_described(answers: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return how lm_eval measured, once each way."""
     prefix, settings = _common_folder(list(answers)), {name: answer["settings"] for name, answer in answers.items()}
     return each_once(

@@ -17,11 +17,10 @@ from fire_llm.core.atomic import is_run, step_of, write_json
 from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.data.corpora import CORPORA
 from fire_llm.distributed import is_first
-from fire_llm.evaluation.checkpoints import Text
-from fire_llm.evaluation.measurement import first_token, token_text
-from fire_llm.evaluation.perplexity import Perplexity, perplexity
+from fire_llm.evaluation.measurement import WORDS, first_token, token_text
 from fire_llm.evaluation.scores import Scores
 from fire_llm.evaluation.statistics import BOOTSTRAP, standard_errors
+from fire_llm.evaluation.texts import EvaluationSet, score
 from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.recipe import Recipe, load_recipe
 from fire_llm.experiment.stages import Stage, expand, final_checkpoint, labelled_checkpoint
@@ -93,29 +92,24 @@ def evaluate_run(
     where = find_device(device)
     texts, left_out = _texts(run, names, required=names if data else recipe.evaluated())
     found, passed = rows_and_phase_runs(finished, run)
-    first = first_token(run.tokenizer)
+    prefix_text = token_text(run.tokenizer, first_token(run.tokenizer))
     matrix: dict[str, dict[str, Scores]] = {}
     rows: list[EvaluationRow] = []
     for row in found:
         model = row.load().to(where)
-        for name, text in texts.items():
-            measured: Perplexity = perplexity(
-                model,
-                text.tokens,
-                context=run.sequence_length if context is None else context,
-                stride=stride,
-                batch_size=batch_size,
-                prefix=first,
-                n_bytes=text.n_bytes,
-                n_words=text.n_words,
-                documents=text.documents,
-                progress=f"{row.checkpoint} on {name}" if run.progress else None,
-                share=True,
-            )
-            matrix.setdefault(row.checkpoint, {})[name] = measured.scores
-            errors = standard_errors(measured.scores)
-            named = {"data": name, "split": "validation", "prefix_text": token_text(run.tokenizer, first)}
-            rows.append(EvaluationRow.model_validate({**row.names(), **named, **measured.to_dict(), "se": errors}))
+        measured = score(
+            model,
+            texts,
+            context=run.sequence_length if context is None else context,
+            stride=stride,
+            batch_size=batch_size,
+            progress=f"{row.checkpoint} on" if run.progress else None,
+        )
+        matrix[row.checkpoint] = {name: result.scores for name, result in measured.items()}
+        for name, result in measured.items():
+            named = {"data": name, "split": "validation", "prefix_text": prefix_text}
+            errors = standard_errors(result.scores)
+            rows.append(EvaluationRow.model_validate({**row.names(), **named, **result.to_dict(), "se": errors}))
         del model  # before the next is loaded
     forgetting, forward_transfer = transfer(matrix, passed, LEVEL)
     evaluation = Evaluation(
@@ -125,7 +119,7 @@ def evaluate_run(
         settings=EvaluationSettings(
             max_tokens=recipe.evaluate.max_tokens,
             device=str(where),
-            words="pieces between runs of white space",
+            words=WORDS,
             bootstrap=Bootstrap.model_validate(BOOTSTRAP),
             level=LEVEL,
         ),
@@ -195,13 +189,16 @@ def _refuse_changed_text(folder: Path, finished: Sequence[Stage], names: Sequenc
                 )
 
 
-def _texts(run: RunContext, names: Sequence[str], required: Sequence[str]) -> tuple[dict[str, Text], dict[str, str]]:
+def _texts(
+    run: RunContext, names: Sequence[str], required: Sequence[str]
+) -> tuple[dict[str, EvaluationSet], dict[str, str]]:
     """Return the held-out text of each corpus, and why others have none.
 
     Raises:
         UserError: One that is required has none, or none has.
     """
-    texts: dict[str, Text] = {}
+    first = first_token(run.tokenizer)
+    texts: dict[str, EvaluationSet] = {}
     left_out: dict[str, str] = {}
     for name in names:
         try:
@@ -211,7 +208,7 @@ def _texts(run: RunContext, names: Sequence[str], required: Sequence[str]) -> tu
                 raise
             left_out[name] = str(error)
         else:
-            texts[name] = Text.of(held_out, per_document=False)
+            texts[name] = EvaluationSet.of(held_out, first)
     return texts, left_out
 
 

@@ -107,7 +107,7 @@ def mixture_of(stage: Stage, run: RunContext) -> Mixture:
 
 
 def evaluation_sets(run: RunContext) -> dict[str, EvaluationSet]:
-    """Return the held-out texts to measure on, each read after the tokenizer's first token."""
+    """Return the held-out texts to measure on, each as one document read after the tokenizer's first token."""
     sets = {}
     for name in run.recipe.evaluated():
         held_out = run.tokens(name, "validation").first(run.recipe.evaluate.max_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fire_llm.evaluation.texts import EvaluationSet
 from fire_llm.training.arguments import ContinualArguments
 from fire_llm.training.batches import hash_batch
 from fire_llm.training.callbacks import KeptOptimizer, ResetCallback
@@ -12,7 +13,6 @@ from fire_llm.training.penalties import PenaltyCallback
 from fire_llm.training.recycling import RecyclingCallback
 from fire_llm.training.schedules import multiplier
 from fire_llm.training.trainer import ContinualTrainer
-from fire_llm.training.validation import EvaluationSet
 
 __all__ = [
     "ContinualArguments",

@@ -23,6 +23,7 @@ from fire_llm.core.compat import check_trainer
 from fire_llm.core.errors import UserError
 from fire_llm.core.signals import set_step_near
 from fire_llm.evaluation import token_nll
+from fire_llm.evaluation.texts import EvaluationSet
 from fire_llm.linalg.matmul import settings_kept
 from fire_llm.training.arguments import ContinualArguments
 from fire_llm.training.batches import FromStep, hash_batch
@@ -36,7 +37,7 @@ from fire_llm.training.progress import Progress, report_line
 from fire_llm.training.saving import Saver
 from fire_llm.training.sharding import load_optimizer, load_weights, refuse_engines, sharding, whole_weights
 from fire_llm.training.throughput import throughput
-from fire_llm.training.validation import EvaluationSet, validate
+from fire_llm.training.validation import validate
 
 
 class ContinualTrainer(Trainer):

@@ -207,6 +207,14 @@ def test_eval_of_two_checkpoints_each_document_by_itself(checkpoint, tmp_path, c
     assert len(found["diagnostics"]) == 2
 
 
+def test_a_text_that_is_named_twice_is_measured_once(checkpoint, tmp_path, capsys):
+    (tmp_path / "t.txt").write_text("the lazy dog jumps over the fox")
+    twice = ["--data", tmp_path / "t.txt", tmp_path / "t.txt", "--context", 4, "--json", tmp_path / "e.json"]
+    assert run("eval", checkpoint, checkpoint, *twice) == 0
+    found = json.loads((tmp_path / "e.json").read_text())
+    assert (len(found["rows"]), len(found["differences"])) == (2, 1)
+
+
 def test_eval_on_two_processes_gives_the_same_scores(checkpoint, tmp_path, capfd):
     (tmp_path / "t.txt").write_text("the lazy dog jumps over the fox\n\na second document\n\nthe third")
     for n in (1, 2):

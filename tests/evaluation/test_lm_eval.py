@@ -355,6 +355,6 @@ def test_a_checkpoint_in_bf16_is_asked_in_fp32_and_the_table_says_so(tokenizer, 
     half = run_tasks((model, tokenizer), [task])
     assert half["results"]["windows"]["bits_per_byte,none"] != pytest.approx(wanted, rel=1e-6)
     out = StringIO()
-    print_scores({"rows": [], "tasks": {"runs/a": full, "runs/b": half}}, Console(file=out, width=200))
+    print_scores([], tasks={"runs/a": full, "runs/b": half}, console=Console(file=out, width=200))
     read = "at most 64 tokens at once, texts after <|endoftext|>"
     assert f"a: in fp32, {read}; b: in bf16, {read}\n" in out.getvalue()

@@ -14,10 +14,12 @@ from support.runs import WORDS
 
 from fire_llm import UserError, load_recipe, run_recipe
 from fire_llm.core.atomic import is_run
+from fire_llm.evaluation.records import CheckpointDifference
 from fire_llm.evaluation.scores import Scores
 from fire_llm.evaluation.table import plus_minus, print_scores
 from fire_llm.experiment.evaluate_run import evaluate_run
 from fire_llm.experiment.transfer import PhaseRun, transfer
+from fire_llm.reporting.schema import Evaluation
 
 
 def scores(*nats: float) -> Scores:
@@ -262,9 +264,11 @@ def test_text_that_changed_since_is_refused(run, tmp_path):
 # ---- tables
 
 
-def printed(evaluation: dict, width: int = 100) -> str:
+def printed(evaluation: dict, differences=(), width: int = 100) -> str:
     out = io.StringIO()
-    print_scores(evaluation, Console(file=out, width=width))
+    found = Evaluation.model_validate(evaluation)
+    parts = {name: getattr(found, name) for name in ("forgetting", "forward_transfer", "left_out", "unfinished")}
+    print_scores(found.rows, differences=differences, **parts, console=Console(file=out, width=width))
     return out.getvalue()
 
 
@@ -286,7 +290,7 @@ def test_a_runs_table_can_be_read_at_100_columns(run):
     measured = "in fp32, context 32, stride 32, windows run across documents, after <|endoftext|>"
     assert measured in " ".join(text.split())
     assert "left out: corpus 'whole' has no validation documents" in text and "not trained to the end" not in text
-    assert "not trained to the end: x/y, z" in printed({"rows": run[2]["rows"], "unfinished": ["x/y", "z"]})
+    assert "not trained to the end: x/y, z" in printed({**run[2], "unfinished": ["x/y", "z"]})
     assert "Forgetting: NLL(after) less NLL(before" in text and "negative helps" in text
     assert "word perplexity per piece between runs of white space" in " ".join(text.split())
 
@@ -298,10 +302,10 @@ def test_differences_are_printed_against_the_first(run):
     interval = {"mean": -0.02, "se": 0.005, "low": -0.03, "high": -0.01}
     unknown = {"mean": 0.03, "se": None, "low": None, "high": None}
     differences = [
-        {**found, "checkpoint": "runs/x/two", **interval},
-        {**found, "checkpoint": "runs/x/three", **unknown},
+        CheckpointDifference(checkpoint="runs/x/two", **found, **interval),
+        CheckpointDifference(checkpoint="runs/x/three", **found, **unknown),
     ]
-    lines = printed({"rows": rows, "differences": differences}).splitlines()
+    lines = printed({"schema_version": 1, "rows": rows}, differences).splitlines()
     assert lines[0].strip() == "checkpoints below runs/x/"
     assert "word ppl" not in lines[1] and lines[2].split()[:2] == ["one", "a"]
     text = " ".join(" ".join(lines).split())

@@ -142,7 +142,7 @@ def test_run_eval_of_the_run_eval_of_the_checkpoint_a_plain_loop_and_lm_eval_agr
     found = dict(zip(("run", "eval RUN_DIR"), run_and_measure(texts, folder, precision, *PLACES[place]), strict=True))
     checkpoint = final_checkpoint(folder / "only" / "seed-1")
     held_out = str(texts / "held-out.jsonl")
-    found["eval CHECKPOINT"] = score_checkpoints([str(checkpoint)], [held_out], progress=False)["rows"][0]["nll"]
+    found["eval CHECKPOINT"] = score_checkpoints([str(checkpoint)], [held_out], progress=False).rows[0].nll
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     stream = [tokenizer.eos_token_id]
     for line in Path(held_out).read_text().splitlines():

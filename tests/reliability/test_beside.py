@@ -21,7 +21,8 @@ from fire_llm import ContinualTrainer, UserError
 from fire_llm.core.atomic import checkpoints
 from fire_llm.core.manifest import damage
 from fire_llm.core.signals import Stopped, signals_handled
-from fire_llm.training import EvaluationSet, RecyclingCallback, saving, validation, writer
+from fire_llm.evaluation import texts
+from fire_llm.training import EvaluationSet, RecyclingCallback, saving, writer
 from fire_llm.training.rounded import rounded
 from fire_llm.training.writer import Writer, on_host
 
@@ -232,7 +233,7 @@ def test_pruning_keeps_what_was_best_when_the_save_was_begun(tmp_path, monkeypat
     nll = iter([1.0, 2.0, 0.5, 3.0, 3.0, 3.0])
     fields = ("perplexity", "bits_per_byte", "tokens", "bytes")
     measured = lambda *_, **__: SimpleNamespace(nll=next(nll), **dict.fromkeys(fields, 1.0))  # noqa: E731
-    monkeypatch.setattr(validation, "perplexity", measured)
+    monkeypatch.setattr(texts, "perplexity", measured)
     found = []
 
     def look() -> None:

@@ -1,0 +1,88 @@
+"""What `fire-llm eval` measures of checkpoints, typed (docs/results-schema.md).
+
+A record is a measurement with the names of what was measured. The names come first in the JSON, because the fields of
+the last base class come first in a dataclass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fire_llm.evaluation.diagnose import Diagnostics
+from fire_llm.evaluation.measurement import WORDS
+from fire_llm.evaluation.perplexity import Perplexity
+from fire_llm.evaluation.statistics import BOOTSTRAP, Difference
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class _Measured:
+    checkpoint: str
+    data: str
+
+
+@dataclass(frozen=True)
+class _Read(_Measured):
+    split: str
+    prefix_text: str | None
+    """The token read first, as the tokenizer writes it."""
+
+
+@dataclass(frozen=True)
+class _Pair:
+    checkpoint: str
+    against: str
+    data: str
+
+
+@dataclass(frozen=True)
+class CheckpointRow(Perplexity, _Read):
+    """The perplexity of a checkpoint on a text."""
+
+    se: dict[str, float | None]
+    """Its standard errors, as in `standard_errors`."""
+
+
+@dataclass(frozen=True)
+class CheckpointDifference(Difference, _Pair):
+    """The NLL of a checkpoint on a text less that of another one, `against`."""
+
+
+@dataclass(frozen=True)
+class CheckpointDiagnostics(Diagnostics, _Measured):
+    """How plastic a checkpoint is, measured on a text."""
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """What holds for all numbers of an evaluation."""
+
+    prefix: str
+    """Token read first, as it was asked for: one of `PREFIXES`."""
+    per_document: bool
+    device: str
+    words: str = WORDS
+    bootstrap: dict[str, Any] = field(default_factory=lambda: {**BOOTSTRAP})
+
+
+@dataclass(frozen=True)
+class CheckpointEvaluation:
+    """Checkpoints × texts."""
+
+    settings: CheckpointSettings
+    rows: Sequence[CheckpointRow]
+    differences: Sequence[CheckpointDifference]
+    """Each other checkpoint against the first, on the same text."""
+    diagnostics: Sequence[CheckpointDiagnostics]
+    tasks: Mapping[str, dict[str, Any]]
+    """By checkpoint, what `run_tasks` returns."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data; diagnostics and tasks are left out where there are none."""
+        lists = {name: [each.to_dict() for each in getattr(self, name)] for name in ("rows", "differences")}
+        diagnostics = {"diagnostics": [each.to_dict() for each in self.diagnostics]} if self.diagnostics else {}
+        tasks = {"tasks": dict(self.tasks)} if self.tasks else {}
+        return {"schema_version": SCHEMA_VERSION, "settings": asdict(self.settings), **lists, **diagnostics, **tasks}

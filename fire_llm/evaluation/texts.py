@@ -1,0 +1,61 @@
+"""Held-out text as one tokenizer gives it, and the one loop that scores such texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fire_llm.data import TokenFile
+from fire_llm.evaluation.perplexity import Perplexity, perplexity
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """A held-out text of N tokens and D documents; its fields are arguments of `perplexity`, by their names."""
+
+    tokens: Any
+    """(N,) token ids."""
+    n_bytes: Any = None
+    """UTF-8 bytes of the text behind them: of the whole, or (D,) of each document."""
+    prefix: int | None = None
+    """Token read before the first, so that the first is scored too."""
+    n_words: Any = None
+    """Pieces between runs of white space, likewise."""
+    documents: np.ndarray | None = None
+    """(D,) where each ends in `tokens`; one document by default."""
+    per_document: bool = False
+    """Whether each document is read by itself, after `prefix`."""
+
+    @classmethod
+    def of(cls, file: TokenFile, prefix: int | None, per_document: bool = False) -> EvaluationSet:
+        """Return the documents of a token file, each with the end-of-text token after it unless they are read alone."""
+        ends = np.asarray(file.ends, dtype=np.int64)
+        tokens, limits = file.tokens, ends[:, 0]
+        if per_document:
+            tokens = np.delete(tokens, limits - 1)
+            limits = limits - np.arange(1, len(limits) + 1)
+        sizes = np.diff(ends[:, 1:], axis=0, prepend=0)
+        return cls(tokens, sizes[:, 0], prefix, sizes[:, 1], limits, per_document)
+
+
+def score(
+    model: Any, texts: Mapping[str, EvaluationSet], *, progress: str | None = None, **how: Any
+) -> dict[str, Perplexity]:
+    """Measure a model's perplexity on texts; under torch.distributed ranks share the windows, and all return the same.
+
+    Args:
+        model: As in `perplexity`.
+        texts: By name.
+        progress: Title of the progress bars, before the name of a text; None for no bars.
+        **how: `context`, `stride`, `batch_size`, `compiled` and `mixed`, as in `perplexity`.
+
+    Raises:
+        UserError: As in `perplexity`.
+    """
+    return {
+        name: perplexity(model, **vars(text), progress=progress and f"{progress} {name}", share=True, **how)
+        for name, text in texts.items()
+    }
