@@ -58,7 +58,7 @@ def kill_and_go_on(
     assert all(damage(p) is None for unit in output.glob("*/**/seed-1") for p, _ in checkpoints(unit)), where
 
 
-FAST = [(1, "saving", KILL), (1, "step", TERM), (2, "step", TERM)]
+FAST = [(1, "saving", KILL), pytest.param(1, "step", TERM, marks=pytest.mark.slow), (2, "step", TERM)]
 
 
 @pytest.mark.parametrize(("world", "kind", "number"), FAST)

@@ -295,7 +295,7 @@ def test_two_processes_go_on_from_a_checkpoint_of_one(environment, tmp_path):
 # ---- names
 
 
-@pytest.mark.parametrize("name", ["sgd", "adafactor", "adagrad"])
+@pytest.mark.parametrize("name", ["adafactor", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sgd", "adagrad"))])
 def test_optimizers_of_transformers_train_and_resume(name, tmp_path):
     section = OptimizerSection(name=name, lr=1e-2, min_lr=1e-3).arguments(STEPS)
     whole = train(tiny_gpt2(), tmp_path / "a", keep_steps=[4], **section)

@@ -330,7 +330,7 @@ def train(model, folder, resume=None, callbacks=(), sets=None, **changes):
     return trainer
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["redo", *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m != "redo")])
 def test_a_resumed_run_ends_bitwise_where_the_uninterrupted_one_does(method, tmp_path):
     def callback():
         return RecyclingCallback({"method": method, **METHODS[method]}, seed=3)
