@@ -3,8 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PYTEST  = $(BIN)/python -m pytest $(PARALLEL)
-# One process more than cores: some tests wait for processes of their own.
-PARALLEL = -n $(shell $(PYTHON) -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))') --dist worksteal
+PARALLEL = -n logical --maxprocesses 4 --dist worksteal
 
 # The lowest versions that pyproject.toml allows, with the lowest torch and Python (LOWEST) or with the locked torch and
 # PYTHON (FLOOR): an older torch is a download of gigabytes.
