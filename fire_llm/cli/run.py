@@ -14,7 +14,7 @@ from fire_llm.core.ranks import first_rank, launched
 
 EXAMPLES = (
     "fire-llm run recipe.yaml --output runs/one",
-    "fire-llm run small/study --arm base --arm fire --workers 2",
+    "fire-llm run demo --arm base --arm fire --workers 2",
     "fire-llm run demo --grid phases.1.arms.fire.iterations=1,5,15 --dry-run",
     "fire-llm run gpt-0.1b/paper --num-processes 4 --accelerate-config fsdp2",
 )
