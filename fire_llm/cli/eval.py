@@ -124,13 +124,13 @@ def _evaluate_run(arguments: Namespace, first: bool) -> dict[str, Any]:
     from fire_llm.evaluation.table import print_scores
     from fire_llm.experiment.evaluate_run import evaluate_run
     from fire_llm.reporting.schema import Evaluation
-    from fire_llm.reporting.tables import load_results, page_told
+    from fire_llm.reporting.tables import load_results, page_line
 
     folder = Path(arguments.checkpoints[0])
     evaluation = evaluate_run(folder, **{name: getattr(arguments, name) for name in _OF_A_RUN}, progress=first)
     if first:
         if (folder / "results.json").is_file():
-            print(page_told(load_results(folder), folder / "report.html"))
+            print(page_line(load_results(folder), folder / "report.html"))
         found = Evaluation.model_validate(evaluation)
         print_scores(
             found.rows,

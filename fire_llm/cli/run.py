@@ -81,7 +81,7 @@ def main(arguments: Namespace) -> int | None:
 
         show(done, folder)
     if done.failures:
-        report_failure(done.code, done.told())
+        report_failure(done.code, done.failed_text())
     return done.code
 
 
@@ -94,8 +94,8 @@ def _as_list(text: str) -> str:
 def show_results(results: dict[str, Any], page: Path) -> None:
     """Print the table of a run, and write its page."""
     from fire_llm.reporting.schema import Results
-    from fire_llm.reporting.tables import page_told, print_table
+    from fire_llm.reporting.tables import page_line, print_table
 
     typed = Results.model_validate(results)
     print_table(typed)
-    print(page_told(typed, page))
+    print(page_line(typed, page))

@@ -12,7 +12,7 @@ from fire_llm.core.errors import UserError
 from fire_llm.data import tokenize_corpus
 from fire_llm.data.corpora import CORPORA, Corpus, CorpusSpec, resolve
 from fire_llm.evaluation.diagnose import diagnose
-from fire_llm.evaluation.measurement import PREFIXES, first_token, token_text
+from fire_llm.evaluation.measurement import PREFIXES, check_choice, first_token, token_text
 from fire_llm.evaluation.records import (
     CheckpointDiagnostics,
     CheckpointDifference,
@@ -148,9 +148,3 @@ def _corpus(name: str, split: str, column: str | None, document: str | None) -> 
     settings = {"text": column, "document": document}
     given = {key: value for key, value in settings.items() if value is not None}
     return resolve(name, CorpusSpec(files=name, holdout=0.0, **given)), "train"
-
-
-def check_choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise `UserError` where the value of an option is none of those allowed."""
-    if value not in allowed:
-        raise UserError(f"--{option} {value}: it must be one of {', '.join(allowed)}")

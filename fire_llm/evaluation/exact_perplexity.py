@@ -16,8 +16,7 @@ from fire_llm.core.errors import UserError
 from fire_llm.data.encode import Encoder
 from fire_llm.data.tokens import count_words
 from fire_llm.evaluation import Scores, perplexity, summarize
-from fire_llm.evaluation.checkpoints import check_choice
-from fire_llm.evaluation.measurement import PREFIXES, first_token
+from fire_llm.evaluation.measurement import PREFIXES, check_choice, first_token
 
 ROUNDING = 1e-3
 """Nats by which rounding may put a negative log-likelihood below zero, in bfloat16 at most."""

@@ -21,6 +21,12 @@ WORDS = "pieces between runs of white space"
 """What counts as a word."""
 
 
+def check_choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise `UserError` where the value of an option is none of those allowed."""
+    if value not in allowed:
+        raise UserError(f"--{option} {value}: it must be one of {', '.join(allowed)}")
+
+
 def first_token(tokenizer: Any, wanted: str = "auto", name: str | None = None) -> int | None:
     """Return the token that is read before a text, so that the text's first token is scored too.
 

@@ -125,6 +125,10 @@ class RunContext:
             self._tokens[key] = tokenize_corpus(self.corpus(corpus), self.tokenizer, split, progress=self.progress)
         return self._tokens[key]
 
+    def held_out(self, corpus: str) -> TokenFile:
+        """Return the part of a corpus's held-out text that the recipe measures on."""
+        return self.tokens(corpus, "validation").first(self.recipe.evaluate.max_tokens)
+
     def release(self) -> None:
         """Forget what takes memory; it is made again when it is asked for."""
         self._tokens.clear()

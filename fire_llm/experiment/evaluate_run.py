@@ -202,7 +202,7 @@ def _texts(
     left_out: dict[str, str] = {}
     for name in names:
         try:
-            held_out = run.tokens(name, "validation").first(run.recipe.evaluate.max_tokens)
+            held_out = run.held_out(name)
         except UserError as error:
             if name in required:
                 raise

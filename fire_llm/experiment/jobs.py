@@ -56,11 +56,9 @@ class Job:
 
     def source(self) -> Job | None:
         """Return a finished duplicate to take the stage over from, where nothing of its own was begun."""
-        return (
-            None
-            if self.folder.exists()
-            else next((duplicate for duplicate in self.duplicates if duplicate.done()), None)
-        )
+        if self.folder.exists():
+            return None
+        return next((duplicate for duplicate in self.duplicates if duplicate.done()), None)
 
     def ready(self) -> bool:
         """Return whether the stage can be trained or taken over now, as far as others' work goes."""

@@ -19,7 +19,7 @@ from fire_llm.core.atomic import CONTINUAL_STATE, checkpoints
 from fire_llm.experiment.collect import measured_nll
 from fire_llm.experiment.jobs import Failures, Job
 from fire_llm.experiment.stages import final_checkpoint
-from fire_llm.training.progress import BAR_DELAY, LINE_SECONDS, duration, interactive
+from fire_llm.training.progress import BAR_DELAY, LINE_SECONDS, duration, interactive, perplexities
 
 REPORT_SECONDS = 1.0
 """Between two reports of a process that trains."""
@@ -67,11 +67,9 @@ class StepReport(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         """Note the latest loss, and the perplexities of an evaluation."""
-        for key, value in logs.items():
-            if key == "loss":
-                self._measures["loss"] = f"{value:.3f}"
-            elif key.startswith("eval_") and key.endswith("_perplexity"):
-                self._measures[f"ppl {key[5:-11]}"] = f"{value:.1f}"
+        if "loss" in logs:
+            self._measures["loss"] = f"{logs['loss']:.3f}"
+        self._measures |= perplexities(logs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Report the last step, however soon it comes."""

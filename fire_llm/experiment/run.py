@@ -60,7 +60,7 @@ class Sweep:
         """Return the exit code: 0, 1 where the work failed, 2 where the user's input is wrong."""
         return max((int(failure["code"]) for failure in self.failures), default=0)
 
-    def told(self) -> str:
+    def failed_text(self) -> str:
         """Return in words what failed, each once, and what starts from it."""
         lines = [f"{len(self.failures)} failed; the same command tries again:"]
         for failure in self.failures:
@@ -218,7 +218,7 @@ class _Command:
             except Exception:
                 if self.alone:
                     raise
-                # Other trials may have other text: whoever trains the stage reports it.
+                # Whatever is wrong with one trial's text must not end the others: training the stage raises it again.
             steps[job.key] = phase_steps(stage.phase, recipe.batch.tokens_per_step, tokens)
         for run in runs.values():
             if run is not wanted[0].run:  # which is the first to be trained

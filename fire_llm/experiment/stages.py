@@ -17,12 +17,12 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from fire_llm.core.atomic import checkpoints
 from fire_llm.core.errors import UserError, did_you_mean
+from fire_llm.core.hashing import digest
 from fire_llm.core.manifest import damage
 from fire_llm.experiment.batch import split_batch
 from fire_llm.experiment.context import RunContext
@@ -83,13 +83,14 @@ class Stage:
         """
         # What is kept, and what is left out, are no part of the spec: they change what a folder holds.
         identity = [described, self.phase.keep, self.run.recipe.nonfinite]
-        return blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=12).hexdigest()
+        return digest(json.dumps(identity, sort_keys=True), 12)
 
     @property
     def _corpora(self) -> Iterable[str]:
         return dict.fromkeys([*self.phase.data, *self.run.recipe.evaluated(), *self.run.tokenizer_corpora])
 
     def _described(self, corpora: Mapping[str, Any], parent: dict[str, Any] | None) -> dict[str, Any]:
+        origin = digest(json.dumps(parent, sort_keys=True), 16) if parent else None
         spec = {
             **self.run.settings,
             "optimizer": optimizer_of(self.run.recipe, self.phase).model_dump(mode="json"),
@@ -97,7 +98,7 @@ class Stage:
             "corpora": corpora,
             "seed": self.seed,
             "resets": [{**vars(r), "method": STORED.get(r.method, r.method)} for r in self.resets],
-            "start": {"from": _digest(parent), "checkpoint": self.start} if parent else None,
+            "start": origin and {"from": origin, "checkpoint": self.start},
         }
         plain: dict[str, Any] = json.loads(json.dumps(spec))
         return plain
@@ -200,16 +201,12 @@ def _start_name(starts: list[tuple[Stage | None, str]], parent: Stage | None, st
 
 
 def _sources(phase: PhaseSection, previous: PhaseSection | None, arm: str | None) -> dict[str, list[Any]]:
-    """Return what a phase starts from: {phase or phase/arm: checkpoint labels}; {"": …} for the step-0 weights."""
+    """Return what a phase starts from: {phase or phase/arm: checkpoint labels}; {"": …} for the initial weights."""
     if phase.start_from is not None:
         return phase.start_from
     if previous is None:
         return {"": ["initial"]}
     return {f"{previous.name}/{arm}" if previous.arms else previous.name: ["final"]}
-
-
-def _digest(spec: Any) -> str:
-    return blake2b(json.dumps(spec, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def select(stages: list[Stage], arms: Iterable[str]) -> list[Stage]:

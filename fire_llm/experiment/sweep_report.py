@@ -15,21 +15,21 @@ from fire_llm.reporting.html import RETENTION, Block, drawn, numbered
 from fire_llm.reporting.plots.arms import retention_figure
 from fire_llm.reporting.plots.base import Style, palette
 from fire_llm.reporting.plots.sweep import key_figure
-from fire_llm.reporting.tables import page_fault, page_told, print_table, write_page
+from fire_llm.reporting.tables import page_fault, page_line, print_table, write_page
 
 
 def show(sweep: Sweep, output: Path) -> None:
     """Print the table, write every trial's page and, where there is a grid, the sweep's; print where it is."""
     for trial, results in zip(sweep.trials, sweep.results, strict=True):
-        told = page_told(results, trial.folder(output) / "report.html")
+        line = page_line(results, trial.folder(output) / "report.html")
     if sweep.trials[0].name:
         summary = Summary(sweep.trials, sweep.results)
         print_summary(summary)
         if page_fault() is None:
-            told = f"report: {write_summary(summary, output)}"
+            line = f"report: {write_summary(summary, output)}"
     else:
         print_table(sweep.results[0])
-    print(told)
+    print(line)
 
 
 def print_summary(summary: Summary) -> None:

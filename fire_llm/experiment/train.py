@@ -110,7 +110,7 @@ def evaluation_sets(run: RunContext) -> dict[str, EvaluationSet]:
     """Return the held-out texts to measure on, each as one document read after the tokenizer's first token."""
     sets = {}
     for name in run.recipe.evaluated():
-        held_out = run.tokens(name, "validation").first(run.recipe.evaluate.max_tokens)
+        held_out = run.held_out(name)
         sets[name] = EvaluationSet(np.asarray(held_out.tokens), held_out.n_bytes, first_token(run.tokenizer))
     return sets
 

@@ -12,6 +12,7 @@ from functools import cached_property
 from statistics import fmean, stdev
 
 from fire_llm.evaluation.measurement import described
+from fire_llm.evaluation.statistics import student_t
 from fire_llm.reporting.schema import CurveEntry, Results, Run, Scores
 from fire_llm.reporting.table import DASH, Row, Table
 
@@ -62,8 +63,6 @@ def paired_interval(values: Sequence[float], level: float = LEVEL) -> tuple[floa
     """
     if len(values) < 2:
         return None
-    from fire_llm.evaluation.statistics import student_t  # it imports torch
-
     reach = student_t(level, len(values) - 1) * stdev(values) / math.sqrt(len(values))
     return fmean(values) - reach, fmean(values) + reach
 

@@ -26,7 +26,7 @@ __all__ = [
     "load_results",
     "markdown_table",
     "page_fault",
-    "page_told",
+    "page_line",
     "print_table",
     "render_table",
     "steps_saved",
@@ -69,7 +69,7 @@ def page_fault() -> str | None:
     return "pages need plotly, which is not installed: pip install plotly, then fire-llm report RUN_DIR"
 
 
-def page_told(results: Results, page: Path) -> str:
+def page_line(results: Results, page: Path) -> str:
     """Write the page of finished work; return where it is, or why there is none, since the results are there."""
     fault = page_fault()
     return f"report: {write_report(results, page)}" if fault is None else f"no {page.name}: {fault}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainerCallback
@@ -25,6 +26,15 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def perplexities(logs: Mapping[str, Any]) -> dict[str, str]:
+    """Return the perplexities in what `Trainer` logs, for people: {"ppl CORPUS": "12.3"}."""
+    return {
+        f"ppl {key[5:-11]}": f"{value:.1f}"
+        for key, value in logs.items()
+        if key.startswith("eval_") and key.endswith("_perplexity")
+    }
 
 
 def report_line(args: Any, text: str) -> None:
@@ -76,9 +86,7 @@ class Progress(TrainerCallback):
         for key, name, form in (("loss", "loss", ".3f"), ("tokens_per_second", "tok/s", ",.0f"), ("mfu", "MFU", ".0%")):
             if key in logs:
                 self.shown[name] = format(logs[key], form)
-        for key, value in logs.items():
-            if key.startswith("eval_") and key.endswith("_perplexity"):
-                self.shown[f"ppl {key[5:-11]}"] = f"{value:.1f}"
+        self.shown |= perplexities(logs)
         self.bar.set_postfix(self.shown, refresh=False)
 
     def close(self) -> None:

@@ -7,11 +7,11 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from fire_llm.core.errors import UserError
+from fire_llm.core.hashing import digest
 from fire_llm.experiment.recipe.reading import assignment, checked, read_data, refuse, set_key
 from fire_llm.experiment.recipe.sections import Recipe
 
@@ -115,8 +115,7 @@ def _names(points: list[dict[str, Any]]) -> list[str]:
         name = ",".join(f"{short[key]}={_written(value)}" for key, value in point.items())
         # Some file systems take capital letters and small ones for the same.
         if len(name) > LONGEST_NAME or name.lower() in taken:
-            digest = blake2b(json.dumps(point, sort_keys=True).encode(), digest_size=4).hexdigest()
-            name = f"{name[: LONGEST_NAME - 9]},{digest}"
+            name = f"{name[: LONGEST_NAME - 9]},{digest(json.dumps(point, sort_keys=True), 4)}"
         taken.add(name.lower())
         names.append(name)
     return names
