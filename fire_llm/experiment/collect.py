@@ -23,7 +23,6 @@ from fire_llm.core.hardware import resolve_precision
 from fire_llm.evaluation.diagnose import LOG_PREFIX
 from fire_llm.evaluation.measurement import first_token, token_text
 from fire_llm.experiment.context import RunContext
-from fire_llm.experiment.recipe import Recipe
 from fire_llm.experiment.stages import Stage, final_checkpoint, labelled_checkpoint
 from fire_llm.models import describe, model_on_meta
 from fire_llm.reporting.schema import (
@@ -50,12 +49,13 @@ from fire_llm.training.recycling import RECYCLED
 from fire_llm.training.throughput import MEASURES
 
 
-def collect(recipe: Recipe, stages: list[Stage], folder: Path, run: RunContext) -> Results:
-    """Read the results of every finished stage off its checkpoints (schema: docs/results-schema.md)."""
-    finished = [u for u in stages if final_checkpoint(folder / u.folder)]
+def collect(stages: list[Stage], run: RunContext) -> Results:
+    """Read the results of every finished stage of a run off its checkpoints (schema: docs/results-schema.md)."""
+    recipe = run.recipe
+    finished = [stage for stage in stages if final_checkpoint(run.folder / stage.folder)]
     armed = [phase for phase in recipe.phases if phase.arms]
     last = armed[-1] if armed else None
-    compared = [u for u in finished if last is not None and u.phase.name == last.name]
+    compared = [stage for stage in finished if last is not None and stage.phase.name == last.name]
     arms: dict[str, list[Stage]] = {}
     for stage in compared:
         arms.setdefault(stage.arm or "", []).append(stage)
@@ -69,20 +69,20 @@ def collect(recipe: Recipe, stages: list[Stage], folder: Path, run: RunContext) 
         versions=versions(),
         hardware=hardware(),
         model=ModelSummary(parameters=sum(p.numel() for p in model.parameters()), description=describe(model)),
-        corpora={name: _corpus_size(name, recipe, run) for name in recipe.corpus_names()},
-        measurement=_measurement(recipe, run),
+        corpora={name: _corpus_size(name, run) for name in recipe.corpus_names()},
+        measurement=_measurement(run),
         phase_corpus=heaviest,
-        phases=[_run(recipe, u, folder, run) for u in finished if u not in compared],
+        phases=[_run(stage) for stage in finished if stage not in compared],
         arms_phase=last.name if last else None,
         first_corpus=heaviest[recipe.phases[0].name],
         new_corpus=heaviest[(last or recipe.phases[-1]).name],
-        arms={name: _arm(recipe, stages, folder, run) for name, stages in arms.items()},
+        arms={name: _arm(stages) for name, stages in arms.items()},
     )
 
 
-def _corpus_size(name: str, recipe: Recipe, run: RunContext) -> CorpusSize:
-    train = run.tokens(name, "train") if any(name in phase.data for phase in recipe.phases) else None
-    held_out = run.tokens(name, "validation") if name in recipe.evaluated() else None
+def _corpus_size(name: str, run: RunContext) -> CorpusSize:
+    train = run.tokens(name, "train") if any(name in phase.data for phase in run.recipe.phases) else None
+    held_out = run.tokens(name, "validation") if name in run.recipe.evaluated() else None
     return CorpusSize(
         train_tokens=train.n_tokens if train else None,
         validation_tokens=held_out.n_tokens if held_out else None,
@@ -90,11 +90,11 @@ def _corpus_size(name: str, recipe: Recipe, run: RunContext) -> CorpusSize:
     )
 
 
-def _measurement(recipe: Recipe, run: RunContext) -> Measurement:
+def _measurement(run: RunContext) -> Measurement:
     """Return how every perplexity of the run was measured."""
     prefix = first_token(run.tokenizer)
     return Measurement(
-        precision="fp32" if recipe.evaluate.precision == "fp32" else resolve_precision(recipe.precision),
+        precision="fp32" if run.recipe.evaluate.precision == "fp32" else resolve_precision(run.recipe.precision),
         context=run.sequence_length,
         stride=run.sequence_length,
         per_document=False,
@@ -103,8 +103,9 @@ def _measurement(recipe: Recipe, run: RunContext) -> Measurement:
     )
 
 
-def _run(recipe: Recipe, stage: Stage, folder: Path, run: RunContext) -> Run:
-    path = folder / stage.folder
+def _run(stage: Stage) -> Run:
+    run = stage.run
+    path = run.folder / stage.folder
     final = final_checkpoint(path)
     assert final is not None
     state = json.loads((final / "trainer_state.json").read_text(encoding="utf-8"))
@@ -113,7 +114,7 @@ def _run(recipe: Recipe, stage: Stage, folder: Path, run: RunContext) -> Run:
     curve = _curve(history, per_step)
     start, jump = None, {}
     if stage.parent is not None:
-        origin = labelled_checkpoint(folder / stage.parent.folder, stage.start)
+        origin = labelled_checkpoint(run.folder / stage.parent.folder, stage.start)
         parent = stage.parent
         start = Start(phase=parent.phase.name, arm=parent.arm, checkpoint=stage.start, step=step_of(origin))
         if stage.arm:
@@ -128,9 +129,9 @@ def _run(recipe: Recipe, stage: Stage, folder: Path, run: RunContext) -> Run:
         tokens_per_step=per_step,
         seconds=round(own["seconds"], 2),
         batches_hash=f"{own['batches_hash'] & (2**64 - 1):016x}",
-        checkpoint=str(final.relative_to(folder)),
+        checkpoint=str(final.relative_to(run.folder)),
         curve=curve,
-        diagnosed_on=recipe.diagnosed(stage.phase) if recipe.evaluate.diagnostics_every_steps else None,
+        diagnosed_on=run.recipe.diagnosed(stage.phase) if run.recipe.evaluate.diagnostics_every_steps else None,
         final=next(entry.eval for entry in reversed(curve) if entry.eval),
         throughput=[
             Throughput.model_validate({"step": log["step"], **{measure: log.get(measure) for measure in MEASURES}})
@@ -188,8 +189,8 @@ def _split_key(key: str) -> tuple[str, str]:
     return key, ""
 
 
-def _arm(recipe: Recipe, stages: list[Stage], folder: Path, run: RunContext) -> Arm:
-    runs = [_run(recipe, stage, folder, run) for stage in stages]
+def _arm(stages: list[Stage]) -> Arm:
+    runs = [_run(stage) for stage in stages]
     return Arm(
         label="; ".join(r.label() for r in stages[0].resets),
         methods=[r.method for r in stages[0].resets],

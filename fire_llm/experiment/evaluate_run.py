@@ -84,7 +84,7 @@ def evaluate_run(
     folder = Path(run_dir)
     run, stages = _run_and_stages(folder, progress)
     recipe = run.recipe
-    finished = [u for u in stages if final_checkpoint(folder / u.folder)]
+    finished = [stage for stage in stages if final_checkpoint(folder / stage.folder)]
     if not finished:
         raise UserError(f"'{folder}' has no finished phase to evaluate: finish it with `fire-llm run`")
     names = _names(recipe, data)
@@ -124,7 +124,7 @@ def evaluate_run(
             level=LEVEL,
         ),
         left_out=left_out,
-        unfinished=[u.folder for u in stages if u not in finished],
+        unfinished=[stage.folder for stage in stages if stage not in finished],
         rows=rows,
         forgetting=forgetting,
         forward_transfer=forward_transfer,

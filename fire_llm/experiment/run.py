@@ -287,7 +287,7 @@ def _gather(trial: Trial, jobs: Sequence[Job], first: bool = True) -> Results:
     """Return a trial's results, of the stages that are finished; the first rank writes them."""
     stages = [job.stage for job in jobs if job.trial is trial]
     run = stages[0].run
-    results = collect(run.recipe, stages, run.folder, run)
+    results = collect(stages, run)
     if first:
         write_json(run.folder / "results.json", results.model_dump(mode="json"))
     run.release()
