@@ -45,8 +45,7 @@ def print_summary(summary: Summary) -> None:
 
 def write_summary(summary: Summary, output: Path) -> Path:
     """Write the page of a sweep: one table a corpus, plots over the grid, links to the trials' own pages."""
-    keeps = [entry.arm for entry in summary.entries if entry.of.always(entry.arm, "keep")]
-    looks = palette(summary.arms, keeps)
+    looks = palette(summary.arms, [arm for comparison in summary.comparisons for arm in comparison.bases])
     trials = [
         {
             "name": trial.name,

@@ -16,6 +16,9 @@ from fire_llm.evaluation.statistics import student_t
 from fire_llm.reporting.schema import CurveEntry, Results, Run, Scores
 from fire_llm.reporting.table import DASH, Row, Table
 
+BASE = "none"
+"""The method of an arm without a reset."""
+
 LEVEL = 0.95
 """How often an interval over seeds holds the true mean."""
 
@@ -116,8 +119,13 @@ class Comparison:
         applied = [self.methods(arm), *([one.method for one in reset.resets] for reset in before)]
         return all(methods == [method] for methods in applied)
 
+    @cached_property
+    def bases(self) -> list[str]:
+        """Return the arms without a reset, in this phase and in those that they go on from."""
+        return [arm for arm in self.arms if self.always(arm, BASE)]
+
     def reference(self, arm: str, method: str) -> str | None:
-        """Return the arm with only this method (`none`: the base, `full_reset`) that shares the arm's start.
+        """Return the arm with only this method (`BASE`, `full_reset`) that shares the arm's start.
 
         Where none does, as in a sequence of phases with arms, it is the one that never applied another.
         """
@@ -175,7 +183,7 @@ class Comparison:
             measured = dict(evaluations(parent.curve, corpus))
             if run.start.step in measured:
                 return measured[run.start.step]
-        base = self.reference(arm, "none")
+        base = self.reference(arm, BASE)
         curve = next((other.curve for other in self.runs(base) if other.seed == run.seed), []) if base else []
         return dict(evaluations(curve, corpus)).get(0)
 
@@ -207,7 +215,7 @@ class Comparison:
                 _plain(final.perplexity, 2),
                 spread(final.nll, final.nll_std),
                 _plain(final.bits_per_byte, 4),
-                *(paired(self.differences(arm, self.reference(arm, m), corpus)) for m in ("none", "full_reset")),
+                *(paired(self.differences(arm, self.reference(arm, m), corpus)) for m in (BASE, "full_reset")),
             ]
             if last == "steps saved":
                 value, reference = self.saved(arm)[0], self.reference(arm, "full_reset")
@@ -281,7 +289,7 @@ class Comparison:
     def _margins(self, best: str, second: str, reached: str) -> list[str]:
         """Return by how much the best arm leads, and over how many seeds."""
         new = self.new or ""
-        rivals = {"base": self.reference(best, "none"), "full reset": self.reference(best, "full_reset")}
+        rivals = {"base": self.reference(best, BASE), "full reset": self.reference(best, "full_reset")}
         pairs = [(name, self.differences(best, rival, new)) for name, rival in rivals.items()]
         gaps = " and ".join(f"{_apart(fmean(found))} {name}" for name, found in pairs if found)
         said = [f"{best} ends lowest on {new}, at {reached}{': ' if gaps else ''}{gaps}."]

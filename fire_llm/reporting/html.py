@@ -133,7 +133,7 @@ def section(results: Results, index: int) -> Section:
     found = {arm: next((run.reset for run in c.runs(arm) if run.reset), None) for arm in c.arms}
     reports = {arm: report for arm, report in found.items() if report}
     agree, note = c.batches()
-    looks = palette(list(c.arms), [arm for arm in c.arms if c.always(arm, "none")])
+    looks = palette(list(c.arms), c.bases)
     blocks = [
         *_outcome(c, looks),
         _sequence(PhaseSequence(c), looks),

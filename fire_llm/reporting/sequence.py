@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from statistics import fmean, stdev
 
-from fire_llm.reporting.comparison import Comparison, evaluations, paired, spread
+from fire_llm.reporting.comparison import BASE, Comparison, evaluations, paired, spread
 from fire_llm.reporting.table import Row, Table
 
 ByPhase = dict[str, dict[int, float]]
@@ -60,7 +60,7 @@ class PhaseSequence:
 
     def against_base(self, arm: str) -> dict[str, list[float]]:
         """Return, by phase with arms, what the arm learned less what its base did, seed by seed."""
-        base = self.of.reference(arm, "none")
+        base = self.of.reference(arm, BASE)
         if base is None:
             return {}
         mine, theirs = self.learned(arm), self.learned(base)
@@ -80,7 +80,7 @@ class PhaseSequence:
             return []
 
         def less(arm: str) -> dict[str, list[float]]:
-            return {} if self.of.reference(arm, "none") == arm else self.against_base(arm)
+            return {} if self.of.reference(arm, BASE) == arm else self.against_base(arm)
 
         return [
             self._table(LEARNED, self.armed, lambda arm, phase: _spread(self.learned(arm).get(phase, {}))),

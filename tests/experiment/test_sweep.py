@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from fire_llm.experiment.run import run_sweep
 from fire_llm.experiment.stages import final_checkpoint
 from fire_llm.experiment.summary import Summary
 from fire_llm.experiment.sweep_report import print_trials, show
-from fire_llm.reporting.plots.base import palette
+from fire_llm.reporting.plots.base import NEUTRAL, palette
 from fire_llm.reporting.plots.sweep import key_figure
 
 TWO = ["phases.1.arms={base: keep, fire: {method: fire}}"]
@@ -461,6 +462,8 @@ def test_the_page_and_the_table_hold_every_arm_once(whole, capsys, tmp_path):
     show(sweep, folder)
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert page.count('href="iterations%3D5/report.html"') == 1 and (folder / "iterations=5" / "report.html").is_file()
+    grey = re.findall(rf'data-arm="([^"]+)"><span style="color:{NEUTRAL}"', page)
+    assert grey == ["base"]  # the arm without a reset, and no other
     out = capsys.readouterr().out
     assert f"report: {folder / 'report.html'}" in out.replace("\n", "")
     rows = Summary(sweep.trials, sweep.results).tables()[0].rows
