@@ -13,6 +13,7 @@ import torch
 
 from fire_llm.architectures.context import choose_context, longest_context
 from fire_llm.core.errors import UserError, did_you_mean, first_line
+from fire_llm.data.encode import vocabulary_size
 
 _GPT: dict[str, Any] = {
     # nn.GELU, not GPT-2's tanh form, as in the paper's code. Hugging Face draws N(0, 0.02) and residual projections
@@ -65,7 +66,7 @@ def config_for(
         eos = tokenizer.eos_token_id if tokenizer is not None else None
         config: Any = GPT2Config(**settings, bos_token_id=eos, eos_token_id=eos, use_cache=False)
     else:
-        config = _pretrained_config(name)
+        config = pretrained_config(name)
     if overrides:
         _override(config, overrides)
     check_fits(config, tokenizer, context)
@@ -104,7 +105,12 @@ def _override(config: Any, overrides: dict[str, Any]) -> None:
         raise UserError(f"model.config: {error}") from error
 
 
-def _pretrained_config(name: str) -> Any:
+def pretrained_config(name: str) -> Any:
+    """Return the transformers config of a folder or a Hub id.
+
+    Raises:
+        UserError: There is none that can be read.
+    """
     from transformers import AutoConfig
 
     if not Path(name).is_dir() and name.count("/") != 1:
@@ -125,9 +131,9 @@ def check_fits(config: Any, tokenizer: Any, context: int | None) -> None:
         UserError: With both numbers.
     """
     text = config.get_text_config()
-    if tokenizer is not None and len(tokenizer) > text.vocab_size:
+    if tokenizer is not None and (size := vocabulary_size(tokenizer)) > text.vocab_size:
         raise UserError(
-            f"model: the tokenizer has {len(tokenizer)} tokens and the model's embedding {text.vocab_size} rows. "
+            f"model: the tokenizer has {size} tokens and the model's embedding {text.vocab_size} rows. "
             "Take the model's own tokenizer, or a preset whose vocabulary follows the tokenizer's"
         )
     choose_context(config, context, "model.context")
@@ -194,7 +200,7 @@ def load_model(folder: str | Path, dtype: torch.dtype | str = "auto") -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    _pretrained_config(str(folder))
+    pretrained_config(str(folder))
     _refuse_pickles(Path(folder))
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(

@@ -12,6 +12,7 @@ from fire_llm.architectures.matrices import ParameterSlice, logical_matrices
 from fire_llm.checkpoint import Stored
 from fire_llm.core.errors import UserError
 from fire_llm.core.progress import progress_bar
+from fire_llm.core.terminal import console, print_table
 from fire_llm.linalg.measures import dfi, effective_rank, sfe
 from fire_llm.linalg.singular_values import singular_values
 from fire_llm.models import find_device
@@ -97,7 +98,6 @@ def _measures(w: torch.Tensor) -> dict[str, Any]:
 
 def print_inspection(rows: list[dict[str, Any]]) -> None:
     """Print the rows as a table."""
-    from rich.console import Console
     from rich.table import Table
 
     columns = [*COLUMNS, *(c for c in ("sfe", "cosine") if c in rows[0])]
@@ -108,4 +108,4 @@ def print_inspection(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         shape = "×".join(map(str, row["shape"]))
         table.add_row(row["name"], shape, *(f"{row[c]:.4g}" for c in columns))
-    Console().print(table)
+    print_table(table, console())

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from importlib import import_module
 
-from fire_llm.cli.exits import exit_code
+from fire_llm.cli.exits import exit_code, lost_output
 from fire_llm.cli.parser import parser
-from fire_llm.core.launch import REPEAT, RESUME
+from fire_llm.core.launch import REPEAT, RESUME, end_with_launcher
+from fire_llm.core.ranks import settle_launcher
+from fire_llm.core.signals import signals_handled
+from fire_llm.core.terminal import standard_streams
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,9 +23,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 done; 1 the work failed; 2 the user's input is wrong; 130 ended by SIGINT, 143 by SIGTERM.
     """
     words = sys.argv[1:] if argv is None else argv
-    arguments = parser(words).parse_args(words)
-    # Libraries write advice to the terminal that is not for our users; their warnings and errors still show.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    verb = import_module(f"fire_llm.cli.{arguments.verb}")
-    return exit_code(lambda: verb.main(arguments), RESUME if arguments.verb in ("run", "sweep", "demo") else REPEAT)
+    with standard_streams() as lost:
+        arguments = parser(words).parse_args(words)
+        end_with_launcher()
+        # Libraries write advice to the terminal that is not for our users; their warnings and errors still show.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        with signals_handled():
+            code = exit_code(lambda: _work(arguments), RESUME if arguments.verb in RESUMED else REPEAT)
+        sys.stdout.flush()
+        return code or lost_output(lost)
+
+
+RESUMED = ("run", "sweep", "demo")
+"""Verbs that go on from what they saved; the others make their result at the very end."""
+
+
+def _work(arguments: Namespace) -> int | None:
+    settle_launcher()
+    code: int | None = import_module(f"fire_llm.cli.{arguments.verb}").main(arguments)
+    return code

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +76,12 @@ def main(arguments: Namespace) -> int | None:
         from fire_llm.distributed import join
 
         join()
-    evaluation = (_evaluate_run if of_run else _evaluate)(arguments, first_rank())
+    evaluation, tell = (_evaluate_run if of_run else _evaluate)(arguments, first_rank())
     if first_rank():
-        print(f"computed on {evaluation['settings']['device']}")
         if arguments.json:
             write_json(Path(arguments.json), evaluation)
+        tell()
+        print(f"computed on {evaluation['settings']['device']}")
     return None
 
 
@@ -96,8 +99,8 @@ def _check_run_alone(arguments: Namespace, run: str) -> None:
         )
 
 
-def _evaluate(arguments: Namespace, first: bool) -> dict[str, Any]:
-    """Score checkpoints on texts and tasks; the first rank prints the scores."""
+def _evaluate(arguments: Namespace, first: bool) -> tuple[dict[str, Any], Callable[[], None]]:
+    """Score checkpoints on texts and tasks; return the scores, and what prints them."""
     from fire_llm.evaluation.checkpoints import score_checkpoints
     from fire_llm.evaluation.table import print_scores
 
@@ -114,13 +117,12 @@ def _evaluate(arguments: Namespace, first: bool) -> dict[str, Any]:
         progress=first,
         **{name: getattr(arguments, name) for name in names},
     )
-    if first:
-        print_scores(found.rows, differences=found.differences, diagnostics=found.diagnostics, tasks=found.tasks)
-    return found.to_dict()
+    of_it = partial(print_scores, found.rows, differences=found.differences, diagnostics=found.diagnostics)
+    return found.to_dict(), partial(of_it, tasks=found.tasks)
 
 
-def _evaluate_run(arguments: Namespace, first: bool) -> dict[str, Any]:
-    """Score the checkpoints of a run; the first rank writes its page again, and prints the scores."""
+def _evaluate_run(arguments: Namespace, first: bool) -> tuple[dict[str, Any], Callable[[], None]]:
+    """Score the checkpoints of a run; return the scores, and what writes the run's page again and prints them."""
     from fire_llm.evaluation.table import print_scores
     from fire_llm.experiment.evaluate_run import evaluate_run
     from fire_llm.reporting.schema import Evaluation
@@ -128,7 +130,8 @@ def _evaluate_run(arguments: Namespace, first: bool) -> dict[str, Any]:
 
     folder = Path(arguments.checkpoints[0])
     evaluation = evaluate_run(folder, **{name: getattr(arguments, name) for name in _OF_A_RUN}, progress=first)
-    if first:
+
+    def tell() -> None:
         if (folder / "results.json").is_file():
             print(page_line(load_results(folder), folder / "report.html"))
         found = Evaluation.model_validate(evaluation)
@@ -139,4 +142,5 @@ def _evaluate_run(arguments: Namespace, first: bool) -> dict[str, Any]:
             left_out=found.left_out,
             unfinished=found.unfinished,
         )
-    return evaluation
+
+    return evaluation, tell

@@ -1,13 +1,12 @@
-"""How a command ends: one message and one exit code for an error, a signal or a reader that left."""
+"""How a command ends: one message and one exit code for an error, a signal or output that is lost."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
-from fire_llm.core.errors import UserError
+from fire_llm.core.errors import UserError, explained, system_reason
 from fire_llm.core.launch import ended, report_failure
 from fire_llm.core.ranks import launched
 
@@ -20,24 +19,39 @@ def exit_code(work: Callable[[], int | None], next_step: str) -> int:
         next_step: What the user can do after a signal ended the work.
     """
     try:
-        with _leaving():
-            return work() or 0
-    except UserError as error:
-        report_failure(2, str(error))
-        return 2
-    except KeyboardInterrupt as error:
+        return _done(work)
+    except KeyboardInterrupt as error:  # also one that comes while another end is reported
         code, message = ended(error, next_step)
         report_failure(code, message)
         return code
-    except BrokenPipeError:
-        # The reader of the output left (`| head`): no error; keep the interpreter from reporting one at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (FloatingPointError, MemoryError, RuntimeError) as error:
-        report_failure(1, f"the work failed: {error}")
+
+
+def _done(work: Callable[[], int | None]) -> int:
+    try:
+        with _leaving():
+            return work() or 0
+    except UserError as error:
+        report_failure(2, str(error) or explained(error))
+        return 2
+    except (OSError, ImportError, FloatingPointError, MemoryError, RuntimeError) as error:
+        code = 2 if isinstance(error, (OSError, ModuleNotFoundError)) and not isinstance(error, MemoryError) else 1
+        report_failure(code, f"the work failed: {explained(error)}")
         if os.environ.get("FIRE_LLM_DEBUG"):
             raise
-        return 1
-    return 0
+        return code
+
+
+def lost_output(lost: list[OSError]) -> int:
+    """Return the exit code for output that could not be written, other than to a reader that left (`| head`): 0 or 1.
+
+    Args:
+        lost: Errors of standard output.
+    """
+    if not lost:
+        return 0
+    reason = system_reason(lost[0]) or lost[0].strerror
+    report_failure(1, f"the work is done, and what it prints could not be written: {reason}")
+    return 1
 
 
 def _leaving() -> AbstractContextManager[None]:

@@ -39,9 +39,9 @@ def main(arguments: Namespace) -> None:
     device = str(find_device(arguments.device))
     roles = arguments.role or ("attention", "mlp", "lm_head")
     rows = inspect_checkpoint(arguments.checkpoint, arguments.against, roles, device=device, native=arguments.native)
-    print_inspection(rows)
-    print(f"computed on {device}")
     if arguments.json:
         write_json(Path(arguments.json), rows)
     if arguments.html:
         inspect_page(rows, Path(arguments.html), str(arguments.checkpoint))
+    print_inspection(rows)
+    print(f"computed on {device}")

@@ -33,10 +33,13 @@ def main(arguments: Namespace) -> None:
     if not arguments.runs:
         raise UserError("report: name the folder of a finished run, RUN_DIR")
     results = [load_results(Path(run)) for run in arguments.runs]
-    for one in results:
-        if arguments.markdown:
-            print(markdown_table(one))
-        else:
-            print_table(one)
     page = Path(arguments.output) if arguments.output else Path(arguments.runs[0]) / "report.html"
-    print(f"report: {write_report(results if len(results) > 1 else results[0], page)}")
+    try:
+        page = write_report(results if len(results) > 1 else results[0], page)
+    finally:  # where no page can be made, the tables are all there is
+        for one in results:
+            if arguments.markdown:
+                print(markdown_table(one))
+            else:
+                print_table(one)
+    print(f"report: {page}")

@@ -92,10 +92,11 @@ def _as_list(text: str) -> str:
 
 
 def show_results(results: dict[str, Any], page: Path) -> None:
-    """Print the table of a run, and write its page."""
+    """Write the page of a run, and print its table."""
     from fire_llm.reporting.schema import Results
     from fire_llm.reporting.tables import page_line, print_table
 
     typed = Results.model_validate(results)
+    line = page_line(typed, page)
     print_table(typed)
-    print(page_line(typed, page))
+    print(line)

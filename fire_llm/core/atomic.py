@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fire_llm.core.errors import UserError
+from fire_llm.core.errors import REASONS, UserError, system_reason
 
 STAGING_SUFFIX = ".partial"
 """Ending of the name under which a folder is written before it is renamed to its own."""
@@ -89,24 +89,14 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except OSError as error:
-        reasons = {
-            errno.ENOSPC: "the disk is full. Free some space, or choose another folder",
-            errno.EDQUOT: "the disk quota is used up. Free some space, or choose another folder",
-            errno.EROFS: "the file system is read-only. Choose another folder",
-            errno.EACCES: "permission denied. Choose a folder you may write to",
-            errno.EPERM: "permission denied. Choose a folder you may write to",
-            errno.ENOTDIR: "a part of the path is a file. Choose another folder",
-            errno.EEXIST: "a file has that name. Choose another folder",
-        }
-        if error.errno not in reasons:
-            raise
-        raise UserError(f"cannot write below '{folder}': {reasons[error.errno]}") from error
     except Exception as error:
-        # safetensors and torch report a full disk in words of their own.
-        if "No space left on device" in str(error) or ("writ" in str(error) and free_bytes(folder) < 2**20):
-            raise UserError(f"cannot write below '{folder}': the disk is full. Free some space") from error
-        raise
+        reason = system_reason(error)
+        # torch reports whatever keeps it from writing in words of its own.
+        if reason is None and not isinstance(error, OSError) and "writ" in str(error) and free_bytes(folder) < 2**20:
+            reason = REASONS[errno.ENOSPC]
+        if reason is None or reason == REASONS[errno.ENOMEM]:
+            raise
+        raise UserError(f"cannot write below '{folder}': {reason}") from error
 
 
 def free_bytes(folder: Path) -> int:
@@ -134,19 +124,34 @@ def is_run(folder: Path) -> bool:
 
 
 def check_file(option: str, name: str | None) -> None:
-    """Refuse, before any work, a file that could not be written where an option names it.
+    """Refuse, before any work, a file that could not be written where an option names it; it is tried.
 
     Raises:
-        UserError: It is a folder, or lies below a file.
+        UserError: It is a folder or a device, lies below a file, or nobody may write there.
     """
     if name is None:
         return
     path = Path(name)
     if path.is_dir():
         raise UserError(f"{option}: '{path}' is a folder: name a file")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{option}: '{path}' is no file but a device or a pipe: name a file")
     blocked = next((p for p in path.parents if os.path.lexists(p) and not p.is_dir()), None)
     if blocked is not None:
         raise UserError(f"{option}: '{path}' cannot be written: '{blocked}' is a file. Choose another folder")
+    absent = [p for p in path.parents if not p.exists()]
+    tried = path.with_name(f"{path.name}.{os.getpid()}{STAGING_SUFFIX}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tried.touch(exist_ok=False)
+    except OSError as error:
+        raise UserError(f"{option}: '{path}' cannot be written: {system_reason(error) or error.strerror}") from error
+    finally:
+        with suppress(OSError):
+            tried.unlink()
+        for parent in absent:  # the nearest first
+            with suppress(OSError):
+                parent.rmdir()
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -154,7 +159,8 @@ def write_json(path: Path, data: Any) -> None:
     partial = path.with_name(path.name + STAGING_SUFFIX)
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
+        # Half a surrogate pair, as in a name that is no UTF-8, is written as JSON's own escape.
+        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
             json.dump(data, file, indent=1, ensure_ascii=False)
             file.write("\n")
             file.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 from collections.abc import Iterable
@@ -33,6 +34,56 @@ def redact(text: str) -> str:
     for secret in filter(lambda value: len(value) >= 8, (os.environ.get(name, "") for name in _SECRETS)):
         text = text.replace(secret, "***")
     return SECRET.sub(lambda found: f"{found[1] or found[3]}***{found[2] or ''}", text)
+
+
+_FOLDER = "or choose another folder"
+REASONS = {
+    errno.ENOSPC: f"the disk is full. Free some space, {_FOLDER}",
+    errno.EDQUOT: f"the disk quota is used up. Free some space, {_FOLDER}",
+    errno.EFBIG: f"the file would be larger than its disk or `ulimit -f` allows. Raise the limit, {_FOLDER}",
+    errno.EROFS: "the file system is read-only. Choose another folder",
+    errno.EACCES: "permission denied. Choose a folder you may write to",
+    errno.EPERM: "permission denied. Choose a folder you may write to",
+    errno.ENOTDIR: "a part of the path is a file. Choose another folder",
+    errno.EEXIST: "a file has that name. Choose another folder",
+    errno.ENAMETOOLONG: "the name is too long. Choose a shorter one",
+    errno.EMFILE: "this process may open no more files. Raise its limit: ulimit -n 4096",
+    errno.ENFILE: "the machine may open no more files. Close some programs",
+    errno.ENOMEM: "there was not enough memory. Free some, raise the limit (`ulimit -v`, the container's), or take "
+    "smaller batches, windows or documents",
+    errno.EIO: f"the disk, or the network to it, failed. Look into the machine's log, {_FOLDER}",
+    errno.ESTALE: f"the network file system has lost it. Mount it again, {_FOLDER}",
+}
+"""What the system refuses, in words, and what to do."""
+
+
+def system_reason(error: BaseException) -> str | None:
+    """Return what the system refused where that ended the work, also through a library that says it in its own words.
+
+    Example: safetensors raises `I/O error: No space left on device (os error 28)`, which is no OSError.
+    """
+    if isinstance(error, MemoryError):
+        return REASONS[errno.ENOMEM]
+    if isinstance(error, OSError) and error.errno in REASONS:
+        return REASONS[error.errno]
+    return next((reason for number, reason in REASONS.items() if os.strerror(number) in str(error)), None)
+
+
+def explained(error: BaseException) -> str:
+    """Return an error in words that never are none: what failed, where that is known, and what to do."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"the package '{error.name}' is not installed: pip install {error.name.partition('.')[0]}"
+    text, reason = str(error).strip(), system_reason(error)
+    if isinstance(error, OSError) and error.strerror:
+        named = f"'{error.filename}'" if error.filename else ""
+        text = ": ".join(filter(None, [named, "" if reason else error.strerror]))
+    if text or reason:
+        return ": ".join(filter(None, [text, reason]))
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    where = f" at {frame.tb_frame.f_code.co_filename}, line {frame.tb_lineno}" if frame is not None else ""
+    return f"{type(error).__name__} without a message{where}. FIRE_LLM_DEBUG=1 shows how it came to that"
 
 
 def first_line(error: BaseException) -> str:

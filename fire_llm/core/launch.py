@@ -19,7 +19,7 @@ from typing import Any
 
 from fire_llm.core.errors import ENGINES, UserError, did_you_mean, redact
 from fire_llm.core.ranks import first_rank, launched
-from fire_llm.core.signals import Stopped
+from fire_llm.core.signals import SIGNALS, Stopped, end_with
 
 RESUME = "what was saved stays, and the same command goes on from the newest checkpoint"
 """What to do after a run was ended."""
@@ -28,7 +28,9 @@ REPEAT = "nothing was written: run the same command again"
 """What to do after a verb was ended that makes its result at the very end."""
 
 _OURS = "FIRE_LLM_LAUNCHER"
-"""Set in processes that `start` made, to a folder: they write their message there, and the launcher prints it."""
+"""Set in processes that `start` made, to a folder: they write their message there, and the launcher prints it.
+
+Their standard input is a pipe of the launcher's, which the system closes when that dies: see `end_with_launcher`."""
 
 _PATIENCE = "600"
 """Seconds that ranks have to save after a signal, before torch's launcher kills them."""
@@ -225,6 +227,11 @@ def _surroundings(launch: Launch, folder: str) -> Iterator[None]:
     import logging
 
     before, level = dict(os.environ), logging.root.manager.disable
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    reader, writer = os.pipe()
+    stdin = os.dup(0)
+    os.dup2(reader, 0)
+    os.close(reader)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() * launch.machines // launch.processes)))
     os.environ[_OURS] = folder
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _PATIENCE)
@@ -234,9 +241,20 @@ def _surroundings(launch: Launch, folder: str) -> Iterator[None]:
     try:
         yield
     finally:
+        for number, handler in handlers.items():  # torch's launcher leaves its own behind
+            signal.signal(number, handler)
+        os.dup2(stdin, 0)
+        os.close(stdin)
+        os.close(writer)
         logging.disable(level)
         os.environ.clear()
         os.environ.update(before)
+
+
+def end_with_launcher() -> None:
+    """End this process, its step saved, when the `start` that made it is gone; does nothing in others."""
+    if _OURS in os.environ and launched():
+        end_with(0)
 
 
 def cores() -> int:

@@ -5,12 +5,14 @@ Ctrl-C (SIGINT) and a scheduler's SIGTERM mean the same here.
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,11 +49,30 @@ class _Asked:
     process: int | None = None
     number: int | None = None
     since: float = 0.0
+    dropped: bool = False
+    """Whether `Stopped` was raised where nothing can raise out of, and is to be raised again."""
     near_a_step: bool = False
     before: dict[int, Any] = field(default_factory=dict)
+    hook: Any = None
 
 
 _asked = _Asked()
+
+
+def end_with(pipe: int) -> None:
+    """Signal this process, SIGTERM, when the process that holds a pipe's other end is gone, killed or not.
+
+    Args:
+        pipe: File descriptor of the end to read; nothing is ever written.
+    """
+
+    def watch() -> None:
+        with suppress(OSError):
+            while os.read(pipe, 1):
+                pass
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager
@@ -68,12 +89,30 @@ def signals_handled() -> Iterator[None]:
         return
     _asked = _Asked(os.getpid())
     _asked.before = {n: h for n in SIGNALS if (h := signal.getsignal(n)) != signal.SIG_IGN}
+    _asked.hook, sys.unraisablehook = sys.unraisablehook, _unraisable
     _install("RANK" not in os.environ)
     try:
         yield
     finally:
         _install(False)
+        sys.unraisablehook = _asked.hook
         _asked = _Asked()
+
+
+def _unraisable(dropped: sys.UnraisableHookArgs) -> None:
+    """Raise `Stopped` again where Python drops it: in a finaliser, or in the callback of a weak reference."""
+    if isinstance(dropped.exc_value, Stopped) and handled():
+        _asked.dropped = True
+        _thread.start_new_thread(_again, (dropped.exc_value.number,))  # `threading`'s own locks may be held here
+    else:
+        (_asked.hook or sys.__unraisablehook__)(dropped)
+
+
+def _again(number: int) -> None:
+    """Signal the main thread once it has left what dropped the exception; no wait of its own outlasts a signal."""
+    time.sleep(0.01)
+    if handled():
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def _install(ours: bool) -> None:
@@ -98,6 +137,8 @@ def set_step_near(near: bool) -> None:
     _asked.near_a_step = near
     if "RANK" in os.environ:
         _install(near)
+    elif near and _asked.number is not None:
+        raise Stopped(_asked.number)  # it came before, and something caught it
 
 
 def _handle(number: int, frame: Any) -> None:
@@ -106,8 +147,8 @@ def _handle(number: int, frame: Any) -> None:
         os.kill(os.getpid(), number)
         return
     now = time.monotonic()
-    if _asked.number is None:
-        _asked.number, _asked.since = number, now
+    if _asked.number is None or _asked.dropped:
+        _asked.number, _asked.since, _asked.dropped = number, now, False
         if not _asked.near_a_step:
             raise Stopped(number)
         if first_rank():

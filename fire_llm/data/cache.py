@@ -32,7 +32,7 @@ def reporting(name: str, path: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"corpus '{name}': cannot read {path}: {error.strerror or error}. "
-            "Check its permissions; fetch it again if it is damaged or truncated."
+            "Check its permissions and the disk; fetch it again if it is damaged or truncated."
         ) from error
 
 

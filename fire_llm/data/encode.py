@@ -24,19 +24,24 @@ AGREEMENT = 16
 """Tokens on either side of a seam that both windows must have alike."""
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the largest token id there can be, plus one; ids may have gaps."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
+
+
 class Encoder:
     """A private copy of a tokenizer that neither truncates, pads nor adds special tokens.
 
     Attributes:
         identity: hash of everything the encoding depends on.
-        vocab_size: the largest token id there can be, plus one.
+        vocab_size: see `vocabulary_size`.
     """
 
     identity: str
     vocab_size: int
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.vocab_size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
+        self.vocab_size = vocabulary_size(tokenizer)
         self._slow, self._fast = tokenizer, None
         if getattr(tokenizer, "is_fast", False):
             from tokenizers import Tokenizer

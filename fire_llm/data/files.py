@@ -9,6 +9,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fire_llm.core.errors import UserError, did_you_mean
@@ -17,6 +18,8 @@ from fire_llm.data.cache import content_hashes, reporting
 from fire_llm.data.spec import Corpus, CorpusSpec, Files, split_by_hash
 
 DEFAULT_HOLDOUT = 0.05
+LONGEST_LINE = 2**30
+"""Bytes; enwik9 as one line is shorter."""
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
 ALLOWED = ".txt, .jsonl, .json (each also .gz or .zst) or .parquet"
@@ -114,7 +117,7 @@ def read_files(name: str, paths: Iterable[Path], spec: CorpusSpec) -> Iterator[s
     column = spec.text or "text"
     for path in paths:
         suffix, compression = file_kind(path)
-        with reporting(name, path):
+        with reporting(name, path), _in_memory(name, path):
             if suffix == ".parquet":
                 yield from _read_parquet(name, path, column)
                 continue
@@ -123,6 +126,18 @@ def read_files(name: str, paths: Iterable[Path], spec: CorpusSpec) -> Iterator[s
                     yield from _DOCUMENTS[spec.document or "blank-line"](_lines(name, path, stream))
                 else:
                     yield from _read_json(name, path, stream, column, array_allowed=suffix == ".json")
+
+
+@contextmanager
+def _in_memory(name: str, path: Path) -> Iterator[None]:
+    """Turn too little memory for a line, a document or an array into a message that names the file."""
+    try:
+        yield
+    except MemoryError as error:
+        raise UserError(
+            f"corpus '{name}': {path} holds a line, a document or an array that there is not enough memory for. Break "
+            "it into smaller documents, one a line (.jsonl), or raise the limit (`ulimit -v`, the container's)."
+        ) from error
 
 
 def _open(path: Path, compression: str) -> io.BufferedReader:
@@ -139,7 +154,12 @@ def _open(path: Path, compression: str) -> io.BufferedReader:
 
 def _lines(name: str, path: Path, stream: io.BufferedReader) -> Iterator[tuple[int, str]]:
     """Yield (number from 1, text without its line break) of the lines of UTF-8 text."""
-    for number, line in enumerate(stream, start=1):
+    for number, line in enumerate(iter(lambda: stream.readline(LONGEST_LINE + 1), b""), start=1):
+        if len(line) > LONGEST_LINE:
+            raise UserError(
+                f"corpus '{name}': {path}, line {number}: longer than {LONGEST_LINE:,} bytes, which no memory should "
+                "have to hold at once. Break the line between documents."
+            )
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 from fire_llm.core.errors import UserError, did_you_mean
@@ -19,6 +20,10 @@ def hub_corpus(name: str, spec: CorpusSpec) -> Corpus:
     its train split by hash. A document is a row.
     """
     assert spec.dataset is not None
+    if find_spec("datasets") is None:
+        raise UserError(
+            f"corpus '{name}': data sets of the Hub are read by datasets, which is not installed: pip install datasets"
+        )
     column = spec.text or "text"
     load = functools.lru_cache(maxsize=1)(functools.partial(_load, name, spec))
 

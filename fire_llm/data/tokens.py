@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fire_llm.core.atomic import STAGING_SUFFIX, renamed, sync
-from fire_llm.core.errors import UserError
+from fire_llm.core.errors import UserError, system_reason
 from fire_llm.core.hashing import digest
 from fire_llm.core.locks import held
 from fire_llm.core.progress import progress_bar
@@ -247,8 +247,8 @@ def _writing(cache: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write tokens to the cache folder {cache}: {error.strerror or error}. "
-            f"Make room there, or set {CACHE_VARIABLE} to a folder that can be written to."
+            f"cannot write tokens to the cache folder {cache}: {system_reason(error) or error.strerror or error}. "
+            f"Or set {CACHE_VARIABLE} to a folder that can be written to."
         ) from error
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from fire_llm.architectures.context import choose_context
 from fire_llm.core.errors import UserError
 from fire_llm.data import tokenize_corpus
 from fire_llm.data.corpora import CORPORA, Corpus, CorpusSpec, resolve
@@ -21,9 +22,9 @@ from fire_llm.evaluation.records import (
     CheckpointSettings,
 )
 from fire_llm.evaluation.statistics import paired_difference, standard_errors
-from fire_llm.evaluation.tasks import run_tasks
+from fire_llm.evaluation.tasks import find_tasks, run_tasks
 from fire_llm.evaluation.texts import EvaluationSet, score
-from fire_llm.models import check_fits, find_device, load_model, load_tokenizer
+from fire_llm.models import check_fits, find_device, load_model, load_tokenizer, pretrained_config
 
 DTYPES = ("stored", "float32", "bfloat16", "float16", "float64")
 
@@ -82,12 +83,19 @@ def score_checkpoints(
     where = find_device(device)
     read = (_corpus(name, split, column, document) for name in data)
     corpora = {corpus.name: (corpus, part) for corpus, part in read}
+    if tasks:
+        find_tasks(tasks)  # before texts are scored for hours
     rows: list[CheckpointRow] = []
     found, answers = [], {}
+    tokenizers = {name: load_tokenizer(name) for name in names}
+    for name, tokenizer in tokenizers.items():  # what is wrong with the last one is told before the first is scored
+        config = pretrained_config(name)
+        check_fits(config, tokenizer, None)
+        choose_context(config, context)
+        first_token(tokenizer, prefix, name)
     for name in names:
-        tokenizer = load_tokenizer(name)
+        tokenizer = tokenizers[name]
         model = load_model(name, "auto" if dtype == "stored" else getattr(torch, dtype)).to(where)
-        check_fits(model.config, tokenizer, None)
         first = first_token(tokenizer, prefix, name)
         prefix_text = token_text(tokenizer, first)
         texts = {

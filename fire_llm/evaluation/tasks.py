@@ -58,12 +58,10 @@ def run_tasks(
         raise UserError(f"limit {limit} is neither a number of documents, 1 or more, nor a share of them, below 1")
     if num_fewshot is not None and num_fewshot < 0:
         raise UserError(f"num_fewshot {num_fewshot} is below 0, a task without examples")
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise UserError(f"tasks are run by lm_eval: pip install 'fire-llm[tasks]' ({error})") from error
-    manager, names = _find(tasks)
+    manager, names = find_tasks(tasks)
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
     if isinstance(checkpoint, tuple):
         model, tokenizer = checkpoint
     else:
@@ -100,14 +98,16 @@ def run_tasks(
     return {"settings": settings, **{key: _plain(answer[key]) for key in KEPT if key in answer}}
 
 
-def _find(tasks: Sequence[str | Path]) -> tuple[Any, list[str]]:
+def find_tasks(tasks: Sequence[str | Path]) -> tuple[Any, list[str]]:
     """Return lm_eval's index of tasks, and what to ask it for.
 
     Raises:
-        UserError: There is no such task, file or folder.
+        UserError: There is no such task, file or folder, or lm_eval is not installed.
     """
-    from lm_eval.tasks import TaskManager
-
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(f"tasks are run by lm_eval: pip install 'fire-llm[tasks]' ({error})") from error
     if not tasks:
         raise UserError("no task is named; `lm_eval ls tasks` lists those there are")
     paths = {task: Path(task) for task in tasks if "/" in str(task) or str(task).endswith(".yaml")}

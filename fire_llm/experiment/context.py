@@ -121,6 +121,7 @@ class RunContext:
     def tokens(self, corpus: str, split: str) -> TokenFile:
         """Return a corpus as tokens, tokenising it where no cache holds it."""
         key = (corpus, split)
+        _ = self.config  # which refuses a tokenizer that does not fit the model, before text is tokenised for hours
         if key not in self._tokens:
             self._tokens[key] = tokenize_corpus(self.corpus(corpus), self.tokenizer, split, progress=self.progress)
         return self._tokens[key]

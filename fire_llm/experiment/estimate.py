@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from os.path import isdir
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fire_llm.core.atomic import BYTES_A_PARAMETER, checkpoints
 from fire_llm.core.errors import UserError
 from fire_llm.core.flops import PEAK_FLOPS, flops_per_token
 from fire_llm.core.hardware import resolve_precision
+from fire_llm.core.terminal import console, print_table
 from fire_llm.experiment.batch import kept_a_token, phase_steps, split_batch
 from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.recipe import OptimizerSection, PhaseSection, Recipe, optimizer_of
@@ -55,6 +57,9 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
     run = RunContext(recipe, output)
     split_batch(run, 1, memory=0)  # what one process cannot divide, none can
     model = model_on_meta(run.planned_config)
+    section = recipe.tokenizer
+    if (recipe.model.checkpoint and not run.tokenizer_corpora) or (section and section.path and isdir(section.path)):
+        _ = run.config  # which holds the tokenizer against the model's embedding
     parameters = sum(p.numel() for p in model.parameters())
     # Where a token's operations are not counted exactly (experts, state spaces), 6 a parameter is not too few.
     flops_a_token = flops_per_token(model, run.sequence_length) or 6 * parameters
@@ -187,11 +192,10 @@ def state_of(folder: Path) -> str:
 
 def print_plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] = ()) -> None:
     """Print the plan as a table with totals."""
-    from rich.console import Console
     from rich.table import Table
 
     planned = plan(recipe, output, arms)
-    console = Console()
+    out = console()
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "reset"):
         table.add_column(column, overflow="fold")
@@ -204,14 +208,14 @@ def print_plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[
         table.add_row(
             row["stage"], row["reset"], steps, tokens, f"{row['flops']:.2g}" if row["flops"] else "", row["state"]
         )
-    console.print(f"recipe {recipe.name}: no fault found")
-    console.print(f"model: {planned['model']}; precision {planned['precision']}; seeds {recipe.seed}")
-    console.print(f"optimizer: {planned['optimizer']}")
-    console.print(f"schedule {planned['schedule']}")
+    out.print(f"recipe {recipe.name}: no fault found")
+    out.print(f"model: {planned['model']}; precision {planned['precision']}; seeds {recipe.seed}")
+    out.print(f"optimizer: {planned['optimizer']}")
+    out.print(f"schedule {planned['schedule']}")
     for own in planned["own"]:
-        console.print(own)
-    console.print(table)
-    console.print(
+        out.print(own)
+    print_table(table, out)
+    out.print(
         f"{totals(planned['stages'])}; "
         f"disk ≈ {planned['disk_bytes'] / 1e9:.2g} GB of checkpoints; "
         f"memory ≈ {planned['memory_bytes'] / 1e9:.2g} GB a process, without activations"
@@ -222,7 +226,7 @@ def print_plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[
         if machine["hours"] * 60 >= 1
     ]
     if hours:
-        console.print(f"at {MFU:.0%} of the 16-bit peak, evaluation left out: {'; '.join(hours)}")
+        out.print(f"at {MFU:.0%} of the 16-bit peak, evaluation left out: {'; '.join(hours)}")
 
 
 def totals(rows: Sequence[dict[str, Any]]) -> str:

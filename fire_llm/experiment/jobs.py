@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 
 from fire_llm.core.atomic import checkpoints, staged, write_json
-from fire_llm.core.errors import UserError, redact
+from fire_llm.core.errors import UserError, explained, redact
 from fire_llm.core.locks import held, lock_of
 from fire_llm.distributed import ranks
 from fire_llm.experiment.context import RunContext
@@ -146,7 +146,7 @@ class Failures:
     def add(self, job: Job, error: Exception, log: str | None) -> None:
         """Keep why a job failed: the message, the exit code it stands for, and the log that says more."""
         kind = type(error).__name__
-        message = redact(str(error) or kind)
+        message = redact(explained(error))
         code = 2 if isinstance(error, UserError) else 1
         content = {"stage": job.title, "message": message, "code": code, "log": log, "kind": kind}
         write_json(self.folder / f"{job.key}.json", content)

@@ -16,6 +16,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from fire_llm.core.atomic import CONTINUAL_STATE, checkpoints
+from fire_llm.core.terminal import console
 from fire_llm.experiment.collect import measured_nll
 from fire_llm.experiment.jobs import Failures, Job
 from fire_llm.experiment.stages import final_checkpoint
@@ -198,15 +199,14 @@ class Overview:
 
 def _bars() -> Any:
     """Return bars on the standard error, drawn at `refresh` alone and removed at the end; None where none can be."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    console = Console(stderr=True)
-    if not (find_spec("ipywidgets") if console.is_jupyter else console.is_interactive):
+    out = console(stderr=True)
+    if not (find_spec("ipywidgets") if out.is_jupyter else out.is_interactive):
         return None
     title, facts = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[facts]"))
     columns = (title, BarColumn(16), MofNCompleteColumn(), facts)
-    return Progress(*columns, console=console, auto_refresh=False, transient=True)
+    return Progress(*columns, console=out, auto_refresh=False, transient=True)
 
 
 def _newest_step(job: Job) -> int:

@@ -20,7 +20,7 @@ import torch
 from fire_llm.core.atomic import write_json, writing
 from fire_llm.core.errors import UserError
 from fire_llm.core.locks import held, lock_of
-from fire_llm.core.ranks import launched
+from fire_llm.core.ranks import launched, settle_launcher
 from fire_llm.core.signals import signals_handled
 from fire_llm.distributed import ranks
 from fire_llm.experiment.batch import phase_steps
@@ -149,9 +149,13 @@ class _Command:
                 f"--workers {workers}: a launcher started this process (RANK or WORLD_SIZE is set), and its ranks "
                 "train each stage together. Leave --workers out, or start without a launcher"
             )
-        if not launched() and not self.alone:
+        settle_launcher()
+        if not launched():
             for name in _TASKS:
-                os.environ.pop(name, None)
+                if self.alone:
+                    _check_tasks(name)
+                else:
+                    os.environ.pop(name, None)
         jobs = jobs_of(self.trials, self.output, self.progress)
         wanted = of_arms(jobs, self.arms)
         if ranks().num_processes > 1 or launched():
@@ -253,6 +257,21 @@ class _Command:
                             release_memory()
                 results.append(_gather(trial, jobs, state.is_main_process))
         return results
+
+
+def _check_tasks(name: str) -> None:
+    """Refuse one of several tasks of srun or mpirun that does not know where to meet the others.
+
+    Raises:
+        UserError: Naming the variable.
+    """
+    number = os.environ.get(name, "1")
+    if (number.isdecimal() and int(number) < 2) or os.environ.get("MASTER_ADDR"):
+        return
+    raise UserError(
+        f"{name}={number} in the environment: srun or mpirun started tasks that are to train together, and MASTER_ADDR "
+        f"does not say where they meet. Unset {name} to train in one process, or start one task and --num-processes"
+    )
 
 
 def _prepare(trials: Sequence[Trial], jobs: Sequence[Job], output: Path, alone: bool) -> None:

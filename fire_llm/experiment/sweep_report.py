@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from fire_llm.core.terminal import console
+from fire_llm.core.terminal import print_table as print_rich
 from fire_llm.experiment.estimate import plan, totals
 from fire_llm.experiment.recipe import Trial, words
 from fire_llm.experiment.run import Sweep
@@ -19,14 +21,14 @@ from fire_llm.reporting.tables import page_fault, page_line, print_table, write_
 
 
 def show(sweep: Sweep, output: Path) -> None:
-    """Print the table, write every trial's page and, where there is a grid, the sweep's; print where it is."""
+    """Write every trial's page and, where there is a grid, the sweep's; print the table and where the page is."""
     for trial, results in zip(sweep.trials, sweep.results, strict=True):
         line = page_line(results, trial.folder(output) / "report.html")
     if sweep.trials[0].name:
         summary = Summary(sweep.trials, sweep.results)
-        print_summary(summary)
         if page_fault() is None:
             line = f"report: {write_summary(summary, output)}"
+        print_summary(summary)
     else:
         print_table(sweep.results[0])
     print(line)
@@ -34,13 +36,11 @@ def show(sweep: Sweep, output: Path) -> None:
 
 def print_summary(summary: Summary) -> None:
     """Print a table a corpus, a row for each arm of each trial, of the two columns that 80 characters have room for."""
-    from rich.console import Console
-
-    console = Console()
+    out = console()
     for table in summary.tables():
-        console.print(table.only(("NLL", "vs base")).rich({"trial": 16, "arm": 10}))
+        print_rich(table.only(("NLL", "vs base")).rich({"trial": 16, "arm": 10}), out)
     said = " ".join(filter(None, [*summary.reading(), summary.legend()]))
-    console.print(said, markup=False, highlight=False)
+    out.print(said, markup=False, highlight=False)
 
 
 def write_summary(summary: Summary, output: Path) -> Path:
@@ -97,7 +97,6 @@ def _trade_off(summary: Summary, looks: dict[str, Style]) -> Block:
 def print_trials(trials: Sequence[Trial], output: Path, arms: Sequence[str] = ()) -> None:
     """Print the trials and what is to do in each: the stages' states."""
     from rich import box
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -110,6 +109,6 @@ def print_trials(trials: Sequence[Trial], output: Path, arms: Sequence[str] = ()
         first, same = once.setdefault(row["key"], (trial, row))
         state = f"as in {first.name}" if same is not row and row["state"] == "to do" else row["state"]
         table.add_row(escape(trial.name or "–"), escape(row["stage"]), escape(state))
-    Console().print(table)
+    print_rich(table, console())
     print(f"{len(trials)} trials of {len(rows)} stages, {len(once)} of them different: each is trained once")
     print(totals([row for _, row in once.values()]))

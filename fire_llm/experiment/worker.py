@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -21,7 +19,7 @@ from pathlib import Path
 from fire_llm.core.atomic import writing
 from fire_llm.core.errors import UserError, redact
 from fire_llm.core.locks import held
-from fire_llm.core.signals import Stopped, signals_handled
+from fire_llm.core.signals import Stopped, end_with, signals_handled
 from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.jobs import Failures, Job, jobs_of, link_duplicate, lock_for, of_arms, only_run
 from fire_llm.experiment.progress import StepReport, to_file
@@ -132,7 +130,7 @@ class _Worker:
 def main(instructions: str, n: str, log: str) -> int:
     """Work in a process of its own, at what a file says, for as long as the standard input stays open."""
     given = json.loads(Path(instructions).read_text(encoding="utf-8"))
-    threading.Thread(target=_watch_starter, daemon=True).start()
+    end_with(sys.stdin.fileno())
     output, failures = Path(given["output"]), Failures(Path(given["failures"]))
     trials = [Trial(trial["name"], trial["settings"], load_recipe(trial["recipe"])) for trial in given["trials"]]
     print(f"{QUIET}{time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()}", file=sys.stderr, flush=True)
@@ -148,10 +146,3 @@ def main(instructions: str, n: str, log: str) -> int:
         print(f"fire-llm: {redact(str(error))}", file=sys.stderr)
         return 2
     return 0
-
-
-def _watch_starter() -> None:
-    """End this worker, its step saved, when the process that started it is gone."""
-    while os.read(0, 1):  # nothing is ever written: the system closes the pipe with the process
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)

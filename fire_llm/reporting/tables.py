@@ -8,7 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fire_llm.core.errors import UserError
+from fire_llm.core import terminal
+from fire_llm.core.errors import UserError, system_reason
 from fire_llm.reporting.comparison import Comparison, steps_saved
 from fire_llm.reporting.html import Block, drawn, numbered, section
 from fire_llm.reporting.load import load_results
@@ -43,11 +44,9 @@ def render_table(results: Results) -> list[RichTable]:
 
 def print_table(results: Results, console: Console | None = None) -> None:
     """Print the tables, then what they say and whether all arms saw the same batches."""
-    from rich.console import Console
-
-    out, comparison = console or Console(), Comparison(results)
+    out, comparison = console or terminal.console(), Comparison(results)
     for table in render_table(results):
-        out.print(table)
+        terminal.print_table(table, out)
     agree, note = comparison.batches()
     if legend := comparison.legend():
         out.print(legend, markup=False, highlight=False, style="dim")
@@ -71,8 +70,10 @@ def page_fault() -> str | None:
 
 def page_line(results: Results, page: Path) -> str:
     """Write the page of finished work; return where it is, or why there is none, since the results are there."""
-    fault = page_fault()
-    return f"report: {write_report(results, page)}" if fault is None else f"no {page.name}: {fault}"
+    try:
+        return f"report: {write_report(results, page)}"
+    except UserError as fault:
+        return f"no {page.name}: {fault}"
 
 
 def write_report(results: Results | Sequence[Results], output: Path) -> Path:
@@ -158,10 +159,11 @@ def write_page(template: str, output: Path, **context: object) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.write_text(page, encoding="utf-8")
+            temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{path}: the page cannot be written ({error.strerror}). Choose another --output.") from None
+        reason = system_reason(error) or f"{error.strerror}. Choose another --output"
+        raise UserError(f"{path}: the page cannot be written: {reason}") from None
     return path

@@ -31,7 +31,7 @@ def duration(seconds: float) -> str:
 def perplexities(logs: Mapping[str, Any]) -> dict[str, str]:
     """Return the perplexities in what `Trainer` logs, for people: {"ppl CORPUS": "12.3"}."""
     return {
-        f"ppl {key[5:-11]}": f"{value:.1f}"
+        f"ppl {key[5:-11]}": f"{value:.1f}" if value < 1e6 else f"{value:.2g}"
         for key, value in logs.items()
         if key.startswith("eval_") and key.endswith("_perplexity")
     }
