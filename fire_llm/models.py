@@ -13,6 +13,7 @@ import torch
 
 from fire_llm.architectures.context import choose_context, longest_context
 from fire_llm.core.errors import UserError, did_you_mean, first_line
+from fire_llm.core.hub import no_folder, settle_hub
 from fire_llm.data.encode import vocabulary_size
 
 _GPT: dict[str, Any] = {
@@ -66,7 +67,7 @@ def config_for(
         eos = tokenizer.eos_token_id if tokenizer is not None else None
         config: Any = GPT2Config(**settings, bos_token_id=eos, eos_token_id=eos, use_cache=False)
     else:
-        config = pretrained_config(name)
+        config = read_config(name)
     if overrides:
         _override(config, overrides)
     check_fits(config, tokenizer, context)
@@ -105,7 +106,7 @@ def _override(config: Any, overrides: dict[str, Any]) -> None:
         raise UserError(f"model.config: {error}") from error
 
 
-def pretrained_config(name: str) -> Any:
+def read_config(name: str) -> Any:
     """Return the transformers config of a folder or a Hub id.
 
     Raises:
@@ -118,10 +119,14 @@ def pretrained_config(name: str) -> Any:
             f"model: '{name}' is neither a preset ({', '.join(PRESETS)}), nor a folder, nor a Hub id (owner/name)."
             + did_you_mean(name, PRESETS)
         )
+    local = Path(name).is_dir()
+    if not local:
+        settle_hub()
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"model: no config could be read from '{name}': {first_line(error)}") from error
+        missing = "" if local else f"{no_folder(name)}, and "
+        raise UserError(f"model: {missing}no config could be read from '{name}': {first_line(error)}") from error
 
 
 def check_fits(config: Any, tokenizer: Any, context: int | None) -> None:
@@ -200,7 +205,7 @@ def load_model(folder: str | Path, dtype: torch.dtype | str = "auto") -> Any:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    pretrained_config(str(folder))
+    read_config(str(folder))
     _refuse_pickles(Path(folder))
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
@@ -236,13 +241,17 @@ def load_tokenizer(name: str | Path) -> Any:
     from transformers import AutoTokenizer, GPT2TokenizerFast
 
     if not Path(name).is_dir() and str(name).count("/") > 1:
-        raise UserError(f"tokenizer: there is no folder '{name}'")
+        raise UserError(f"tokenizer: {no_folder(str(name))}")
+    local = Path(name).is_dir()
+    if not local:
+        settle_hub()
     # From GPT-2's two files alone AutoTokenizer does not know whose they are.
     bare = (Path(name) / "merges.txt").is_file() and not list(Path(name).glob("tokenizer*.json"))
     try:
         tokenizer = (GPT2TokenizerFast if bare else AutoTokenizer).from_pretrained(str(name), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"tokenizer: none could be read from '{name}': {first_line(error)}") from error
+        missing = "" if local else f"{no_folder(str(name))}, and "
+        raise UserError(f"tokenizer: {missing}none could be read from '{name}': {first_line(error)}") from error
     if len(tokenizer) < 2:
         raise UserError(f"tokenizer: '{name}' gives an empty vocabulary; the folder should hold tokenizer.json")
     if tokenizer.eos_token_id is None:

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from fire_llm.core.errors import UserError, did_you_mean
+from fire_llm.core.hub import settle_hub
 from fire_llm.data.spec import Corpus, CorpusSpec, held_out
 
 DEFAULT_HOLDOUT = 0.01
@@ -58,6 +59,7 @@ def _load(name: str, spec: CorpusSpec) -> Any:
     Raises:
         UserError: for whatever keeps it from being loaded: no network, no such data set, a missing configuration.
     """
+    settle_hub()
     import datasets
 
     try:
