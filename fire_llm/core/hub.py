@@ -19,8 +19,7 @@ def settle_hub() -> None:
 
     Left alone, its clients try again for half a minute, for each of a model's files.
     """
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
         return

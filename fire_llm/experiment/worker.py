@@ -20,6 +20,7 @@ from fire_llm.core.atomic import writing
 from fire_llm.core.errors import UserError, redact
 from fire_llm.core.locks import held
 from fire_llm.core.signals import Stopped, end_with, signals_handled
+from fire_llm.core.terminal import standard_streams
 from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.jobs import Failures, Job, jobs_of, link_duplicate, lock_for, of_arms, only_run
 from fire_llm.experiment.progress import StepReport, to_file
@@ -136,7 +137,7 @@ def main(instructions: str, n: str, log: str) -> int:
     print(f"{QUIET}{time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()}", file=sys.stderr, flush=True)
     report = StepReport(to_file(failures.folder / f"{n}.step"))
     try:
-        with signals_handled():
+        with standard_streams(), signals_handled():  # a log on a full disk ends no stage
             options = given["options"]
             jobs = of_arms(jobs_of(trials, output, options.pop("progress")), given["arms"])
             work(jobs, output, failures, **options, log=log, report=report)

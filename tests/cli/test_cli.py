@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from support.models import tiny_gpt2
 from support.tiny_recipe import recipe
@@ -359,6 +362,67 @@ def test_run_with_a_grid_is_a_sweep(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fire_llm.experiment.worker.train", lambda *_: pytest.fail("trained again"))
     assert run("sweep", path, *short, "--grid", values + "[1,5]", "--workers=1") == 0
     assert weights == {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")}
+
+
+# ---- what is behind the work
+
+
+@pytest.fixture(params=["reader left", "ascii", "full disk"])
+def lost_output(request, monkeypatch):
+    """Make standard output one that does not take what is printed."""
+    if request.param == "ascii":
+        stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    else:
+        reader, writer = os.pipe()
+        os.close(reader)
+        stream = os.fdopen(writer if request.param == "reader left" else os.open("/dev/full", os.O_WRONLY), "w")
+    monkeypatch.setattr(sys, "stdout", stream)
+    yield 1 if request.param == "full disk" else 0
+    stream.close()
+
+
+def test_results_are_written_whatever_becomes_of_what_is_printed(checkpoint, tmp_path, lost_output, capsys):
+    (tmp_path / "t.txt").write_text("the lazy dog jumps over the fox\n\na second document")
+    scored, inspected, page = (tmp_path / name for name in ("e.json", "i.json", "i.html"))
+    assert run("eval", checkpoint, "--data", tmp_path / "t.txt", "--json", scored) == lost_output
+    assert run("inspect", checkpoint, "--json", inspected, "--html", page) == lost_output
+    assert run("apply", checkpoint, tmp_path / "out") == lost_output
+    assert json.loads(scored.read_text())["rows"] and json.loads(inspected.read_text()) and page.stat().st_size
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    said = capsys.readouterr().err
+    assert said.count("the work is done, and what it prints could not be written: the disk is full") == 3 * lost_output
+    assert "Traceback" not in said
+
+
+def test_a_run_and_its_report_are_written_before_they_are_printed(tmp_path, lost_output, capsys):
+    short = ["--set=phases.0.steps=1", "--set=phases.1.steps=1", "--set=phases.0.keep=[]", "--workers=1"]
+    folder = tmp_path / "run"
+    assert run("run", recipe(tmp_path), *short, "--output", folder) == lost_output
+    assert (folder / "results.json").exists() and (folder / "report.html").exists()
+    (folder / "report.html").unlink()
+    assert run("report", folder) == lost_output and (folder / "report.html").exists()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_the_embedding_has_no_rows_for_is_told_before_anything_is_read(checkpoint, tmp_path, capsys):
+    """Its length is 301 and would fit; its highest id is 320, one beyond."""
+    wide = tmp_path / "wide"
+    shutil.copytree(checkpoint, wide)
+    tokenizer = json.loads((wide / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["☃☃"] = 320
+    (wide / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (tmp_path / "t.txt").write_text("the lazy dog")
+    file = recipe(tmp_path)
+    data = yaml.safe_load(file.read_text())
+    del data["tokenizer"]
+    file.write_text(yaml.safe_dump({**data, "model": {"checkpoint": str(wide), "context": 16}}))
+    for argv in (
+        ["eval", checkpoint, wide, "--data", tmp_path / "t.txt"],
+        ["check", file],
+        ["run", file, "--output", tmp_path / "out", "--workers=1"],
+    ):
+        assert run(*argv) == 2
+        assert "the tokenizer has 321 tokens and the model's embedding 320 rows" in capsys.readouterr().err
 
 
 # ---- without a library

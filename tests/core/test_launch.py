@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import yaml
 
@@ -100,9 +101,10 @@ def test_mistakes_are_told_once_and_nothing_is_started(argv, config, message, as
     assert not asked and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
-def test_a_launched_process_does_not_launch(name, asked, monkeypatch, capsys):
-    monkeypatch.setenv(name, "1")
+def test_a_launched_process_does_not_launch(asked, monkeypatch, capsys):
+    launch = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in launch.items():
+        monkeypatch.setenv(name, value)
     assert main(["demo", "--num-processes", "2"]) == 2
     assert "was started by a launcher already" in capsys.readouterr().err and not asked
 
@@ -299,6 +301,32 @@ def test_launchers_agree(launcher, tmp_path):
     assert done.returncode == (2 if ours else 1)
     assert done.stderr.count("fire-llm: ") == 1 and "optimizer.lr: 0.0006 then, 1.0 now" in done.stderr
     assert not ours or "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True])
+def test_a_launcher_that_is_killed_leaves_no_ranks(training, tmp_path):
+    """They end as by SIGTERM: at once while they start, with their step saved while they train."""
+    command = [sys.executable, "-m", "fire_llm", "run", str(tiny(tmp_path)), "--output", str(tmp_path / "out")]
+    devnull = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([*command, "--num-processes", "2"], **devnull, start_new_session=True)
+    launcher, ranks = psutil.Process(process.pid), []
+    deadline = time.monotonic() + 200
+
+    def begun() -> bool:
+        saved = list((tmp_path / "out").glob("one/seed-1/checkpoint-*/continual_state.json"))
+        return len(ranks) == 2 and (bool(saved) or not training)
+
+    while not begun():
+        assert process.poll() is None and time.monotonic() < deadline
+        ranks = [child for child in launcher.children() if str(tmp_path / "out") in " ".join(child.cmdline())]
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(ranks, timeout=60)
+    for rank in alive:
+        rank.kill()
+    assert not alive
 
 
 @pytest.mark.slow

@@ -361,6 +361,45 @@ class A:
 '''
 
 
+BOMB = """
+import resource, sys
+from pathlib import Path
+from fire_llm import UserError
+from fire_llm.data.corpora import CorpusSpec, resolve
+list(resolve("small", CorpusSpec(files="small.txt.gz"), Path(sys.argv[1])).documents("train"))
+used = 1024 * int(next(l for l in open("/proc/self/status") if l.startswith("VmSize")).split()[1])
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**28,) * 2)
+try:
+    list(resolve("bomb", CorpusSpec(files="bomb.txt.gz", holdout=0.0), Path(sys.argv[1])).documents("train"))
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads how much memory is used from /proc")
+def test_a_line_that_memory_does_not_hold_is_a_message(tmp_path: Path) -> None:
+    """Half a megabyte holds a line of 512 MiB; 256 MiB are left."""
+    (tmp_path / "small.txt.gz").write_bytes(gzip.compress(b"a"))
+    (tmp_path / "bomb.txt.gz").write_bytes(gzip.compress(bytes(2**25).replace(b"\0", b"a"), 1) * 16)
+    done = subprocess.run([sys.executable, "-c", BOMB, str(tmp_path)], capture_output=True, text=True)
+    assert "bomb.txt.gz holds a line, a document or an array that there is not enough memory for" in done.stdout
+
+
+def test_a_line_longer_than_any_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fire_llm.data.files.LONGEST_LINE", 10)
+    (tmp_path / "fits.txt").write_text("0123456789")
+    (tmp_path / "long.txt").write_text("short\n0123456789\n")
+    assert [*resolve("fits", CorpusSpec(files="fits.txt", holdout=0.0), tmp_path).documents("train")] == ["0123456789"]
+    with pytest.raises(UserError, match=r"long.txt, line 2: longer than 10 bytes"):
+        [*resolve("long", CorpusSpec(files="long.txt", holdout=0.0), tmp_path).documents("train")]
+
+
+def test_hub_data_without_datasets_is_told_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="pip install datasets"):
+        resolve("wikitext-103")
+
+
 def test_docstrings_and_comments_come_in_order_without_legal_text(tmp_path: Path) -> None:
     path = tmp_path / "a.py"
     path.write_text(SOURCE)

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -163,3 +165,102 @@ def test_the_command_line_ends_with_143_says_where_and_goes_on(tmp_path, monkeyp
     assert "first: goes on from step 2" in capsys.readouterr().err
     assert main([*command[:-1], str(tmp_path / "whole")]) == 0
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+# ---- what Python drops
+
+
+class Dropping:
+    """Something whose end calls what it was given, where no exception can be raised out of."""
+
+    def __init__(self, what):
+        self.what = what
+
+    def __del__(self):
+        self.what()
+
+
+def _in_a_finaliser(signal_self):
+    Dropping(signal_self)
+
+
+def _in_a_weak_references_callback(signal_self):
+    thing = type("Thing", (), {})()
+    reference = weakref.ref(thing, lambda _: signal_self())
+    del thing
+    assert reference() is None
+
+
+def _in_two_that_follow_each_other(signal_self):
+    def again():
+        until = time.monotonic() + 0.1
+        while time.monotonic() < until:  # the second time it comes here
+            pass
+
+    Dropping(signal_self)
+    Dropping(again)
+
+
+@pytest.mark.parametrize("where", [_in_a_finaliser, _in_a_weak_references_callback, _in_two_that_follow_each_other])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_lands_where_python_drops_exceptions_is_raised_again(where, number, capsys):
+    def work():
+        where(lambda: os.kill(os.getpid(), number))
+        time.sleep(5)
+        pytest.fail("went on")
+
+    with signals_handled(), pytest.raises(Stopped) as stopped:
+        work()
+    assert stopped.value.number == number and "ignored" not in capsys.readouterr().err
+
+
+def test_a_signal_that_was_caught_ends_the_work_where_steps_begin():
+    with signals_handled():
+        with suppress(BaseException):  # as in a library
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Stopped):
+            set_step_near(True)
+
+
+# ---- the command line as a program
+
+VERB = r"""
+import os, sys, time, types
+verb = types.ModuleType("fire_llm.cli.report")
+verb.EXAMPLES, verb.add_options = (), lambda _: None
+def main(_):
+    os.write(1, b"ready\n")
+    try:
+        time.sleep(60)
+    finally:
+        os.write(1, b"cleared\n")
+verb.main = main
+sys.modules["fire_llm.cli.report"] = verb
+from fire_llm.__main__ import program
+sys.argv = ["fire-llm", "report"]
+program()
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("pause", [0, 0.02, 0.2])
+def test_every_verb_clears_up_and_a_second_signal_adds_nothing(number, code, pause):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", VERB], **pipes)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    time.sleep(pause)
+    process.send_signal(number)
+    said, error = process.communicate(timeout=20)
+    assert said == "cleared\n" and "Traceback" not in error and error.count("fire-llm: ") <= 1
+    assert process.returncode in (code, -number)  # a shell says the same of both
+
+
+def test_a_process_ends_with_the_one_that_holds_its_pipe():
+    code = "import time; from fire_llm.core.signals import end_with; end_with(0); print('ready', flush=True)"
+    code += "; time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.stdin.close()
+    assert process.wait(10) == -signal.SIGTERM
+    process.stdout.close()
