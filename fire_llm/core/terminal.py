@@ -99,12 +99,12 @@ class _Stream:
 
     def _leave(self, error: OSError) -> None:
         """Let nothing that is written from here on fail, not even the interpreter's last flush."""
-        if not isinstance(error, BrokenPipeError):
+        if not isinstance(error, BrokenPipeError) and not self._lost:
             self._lost.append(error)
-        nowhere = _nowhere()
-        with suppress(OSError, ValueError):
-            os.dup2(nowhere.fileno(), self._stream.fileno())
-        self._stream = nowhere
+        with suppress(OSError, ValueError):  # a stream that is no file of the system's
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
 
 
 def _nowhere() -> TextIO:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+from huggingface_hub import constants
 
 from fire_llm.core.hub import no_folder, settle_hub
 
@@ -14,7 +15,7 @@ from fire_llm.core.hub import no_folder, settle_hub
 @pytest.fixture(autouse=True)
 def _asked_anew(monkeypatch):
     settle_hub.cache_clear()
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     yield
     settle_hub.cache_clear()
@@ -32,7 +33,7 @@ def test_the_hub_is_asked_once(reached, monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub, "get_session", lambda: SimpleNamespace(head=head))
     settle_hub()
     settle_hub()
-    assert asked == [huggingface_hub.constants.ENDPOINT]
+    assert asked == [constants.ENDPOINT]
     assert huggingface_hub.is_offline_mode() is not reached
     assert (os.environ["HF_HUB_OFFLINE"] == "1") is not reached  # for processes that are started from here
     told = capsys.readouterr().err
