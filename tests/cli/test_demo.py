@@ -40,7 +40,7 @@ def arms_of(output: Path) -> dict:
 
 def test_the_demo_compares_eight_arms_on_two_corpora(tmp_path, capsys):
     short = shortened("phases.0.steps=3", "phases.1.steps=2", "evaluate.max_tokens=2048")
-    assert main(["demo", "--output", str(tmp_path / "demo"), *short]) == 0
+    assert main(["demo", "--workers", "1", "--output", str(tmp_path / "demo"), *short]) == 0
     arms = arms_of(tmp_path / "demo")
     assert list(arms) == list(TOUCHED)
     for name, arm in arms.items():
