@@ -62,7 +62,8 @@ def main(arguments: Namespace) -> int | None:
     """Score checkpoints, or those of a run: here, or on the ranks of a launch."""
     from fire_llm.core.atomic import check_file, is_run, write_json
 
-    check_file("--json", arguments.json)
+    if first_rank():
+        check_file("--json", arguments.json)
     of_run = [name for name in arguments.checkpoints if is_run(Path(name))]
     if of_run:
         _check_run_alone(arguments, of_run[0])
