@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,29 +36,6 @@ def sync(folder: Path, *, below: bool = True) -> None:
 def partial_of(destination: Path) -> Path:
     """Return the name under which a folder is written before it is renamed to its own."""
     return destination.with_name(destination.name + STAGING_SUFFIX)
-
-
-@contextmanager
-def staged(destination: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `destination` in one rename when the block ends without an error.
-
-    A process killed at any instant leaves either nothing under that name or the whole folder.
-
-    Raises:
-        UserError: Where the destination exists, or the disk is full or read-only.
-    """
-    if destination.exists():
-        raise UserError(f"'{destination}' exists already: name a new folder, or delete that one")
-    absent = [p for p in destination.parents if not p.exists()]
-    with writing(destination.parent):
-        try:
-            with renamed(partial_of(destination), destination) as folder:
-                yield folder
-        except BaseException:
-            for parent in absent:  # the nearest first
-                with suppress(OSError):
-                    parent.rmdir()
-            raise
 
 
 @contextmanager
@@ -98,6 +75,14 @@ def writing(folder: Path) -> Iterator[None]:
             errno.EPERM: "permission denied. Choose a folder you may write to",
             errno.ENOTDIR: "a part of the path is a file. Choose another folder",
             errno.EEXIST: "a file has that name. Choose another folder",
+            errno.ENOTEMPTY: "a folder of that name appeared meanwhile. Choose another folder",
+            errno.EISDIR: "a folder stands where a file is written. Choose another folder",
+            errno.ELOOP: "a link stands where a file is written. Choose another folder",
+            errno.ENAMETOOLONG: "the name is too long. Choose another folder",
+            errno.EFBIG: "the file would be larger than is allowed there. Raise `ulimit -f`, or choose another disk",
+            errno.EIO: "the disk reports an error of its own (EIO). Choose another disk",
+            errno.EMFILE: "too many files are open. Raise `ulimit -n`",
+            errno.ENFILE: "too many files are open on this machine. Try again later",
         }
         if error.errno not in reasons:
             raise
@@ -107,6 +92,14 @@ def writing(folder: Path) -> Iterator[None]:
         if "No space left on device" in str(error) or ("writ" in str(error) and free_bytes(folder) < 2**20):
             raise UserError(f"cannot write below '{folder}': the disk is full. Free some space") from error
         raise
+
+
+def remove(path: Path) -> None:
+    """Delete a folder with all that it holds, or a file; of a link, the link alone."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def free_bytes(folder: Path) -> int:
@@ -154,7 +147,9 @@ def write_json(path: Path, data: Any) -> None:
     partial = path.with_name(path.name + STAGING_SUFFIX)
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
+        partial.unlink(missing_ok=True)  # a link that lies there is not followed
+        # JSON spells what is no text as the error handler does.
+        with partial.open("x", encoding="utf-8", errors="backslashreplace") as file:
             json.dump(data, file, indent=1, ensure_ascii=False)
             file.write("\n")
             file.flush()

@@ -32,6 +32,7 @@ from fire_llm.core.atomic import (
     checkpoints,
     free_bytes,
     partial_of,
+    remove,
     sync,
     write_json,
     writing,
@@ -229,7 +230,7 @@ class Saver:
     def _make_room(self, output: Path) -> None:
         """Remove what a killed process left half-written, and see that there is room before anything is written."""
         for left in output.glob(f"checkpoint-*{STAGING_SUFFIX}"):
-            shutil.rmtree(left)
+            remove(left)
         needed = self._bytes or BYTES_A_PARAMETER * self.trainer.model.num_parameters()
         if (free := free_bytes(output)) < needed:
             raise UserError(
