@@ -108,7 +108,7 @@ def _refuse_kernels(config: Any, name: str) -> None:
             part._attn_implementation = None
             warnings.warn(
                 f"'{name}': attn_implementation {given!r} of its config is left out: it is no attention of this "
-                "machine, and code is never fetched. transformers' own is taken, whose results are the same",
+                "machine, and code is never fetched. transformers' own is taken, which differs by rounding alone",
                 stacklevel=3,
             )
 

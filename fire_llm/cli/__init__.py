@@ -23,5 +23,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Libraries write advice to the terminal that is not for our users; their warnings and errors still show.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("USE_HUB_KERNELS", "0")  # else the package kernels fetches code for some model types
     verb = import_module(f"fire_llm.cli.{arguments.verb}")
     return exit_code(lambda: verb.main(arguments), RESUME if arguments.verb in ("run", "sweep", "demo") else REPEAT)

@@ -265,7 +265,7 @@ class Saver:
         if unwanted and (wrong := damage(newest, from_disk=True)):
             raise UserError(f"'{newest}' cannot be read back as it was written: {wrong}. Nothing older was deleted")
         for folder in unwanted:
-            shutil.rmtree(folder.rename(partial_of(folder)))
+            remove(folder.rename(partial_of(folder)))
 
 
 # ---- before a trainer is made
