@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.models import tiny_gpt2, tiny_llama
 from transformers import XLNetConfig
 
@@ -115,8 +116,6 @@ def test_checkpoints_that_cannot_be_read_are_named(tmp_path):
 
 
 def test_a_checkpoint_that_lacks_tensors_is_refused(tmp_path):
-    from safetensors.torch import load_file, save_file
-
     tiny_llama().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
@@ -127,28 +126,24 @@ def test_a_checkpoint_that_lacks_tensors_is_refused(tmp_path):
 
 @pytest.mark.parametrize("wrapper", ["_orig_mod.", "module."])
 def test_names_of_a_wrapped_model_are_named_and_the_way_out_works(wrapper, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    whole = tiny_llama()
-    whole.save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
+    whole, file = tiny_llama(), tmp_path / "m" / "model.safetensors"
+    whole.save_pretrained(tmp_path / "m")
     save_file({wrapper + k: t for k, t in load_file(file).items()}, file, {"format": "pt"})
     for read in (load_model, lambda folder: reset_checkpoint(folder, tmp_path / "out")):
         with pytest.raises(UserError, match=rf"its names bear '{wrapper}' \('{wrapper}lm_head.weight'\)") as error:
-            read(tmp_path)
-    exec(str(error.value).rpartition(": ")[0].rpartition("torch: ")[2] or str(error.value).split("torch: ")[1], {
-        "load_file": load_file, "save_file": save_file, "FILE": file,
-    })  # fmt: skip
-    assert all(torch.equal(a, b) for a, b in zip(load_model(tmp_path).parameters(), whole.parameters(), strict=True))
+            read(tmp_path / "m")
+        line = str(error.value).split("safetensors.torch: ")[1]
+    exec(line, {"load_file": load_file, "save_file": save_file, "FILE": file})
+    assert all(torch.equal(a, b) for a, b in zip(load_model(file.parent).parameters(), whole.parameters(), strict=True))
 
 
 def test_sizes_that_differ_are_named(tmp_path):
-    tiny_llama().save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 77}))
+    tiny_llama().save_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "vocab_size": 77}))
     for read in (load_model, lambda folder: reset_checkpoint(folder, tmp_path / "out")):
         with pytest.raises(UserError, match=r"(lm_head|embed_tokens).* \(97, 32\).* \(77, 32\)"):
-            read(tmp_path)
+            read(tmp_path / "m")
 
 
 def test_tokenizers_that_cannot_be_used_are_refused(tmp_path):

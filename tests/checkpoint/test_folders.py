@@ -51,7 +51,8 @@ def changed(path: Path, value: object) -> None:
 @pytest.mark.parametrize("file", [WEIGHTS, "tokenizer.json", "config.json"])
 @pytest.mark.parametrize("replaced", [True, False])
 def test_a_source_that_changes_while_it_is_copied_is_refused(file, replaced, source, tmp_path, monkeypatch):
-    """The change comes with the first byte that is copied; the whole file is read by then, or none of it."""
+    """The change comes with the first byte that is copied. What was open by then when it is replaced stays whole."""
+    reset_checkpoint(source, tmp_path / "right")
     real, other = os.read, tmp_path / "other"
     data = (source / file).read_bytes()
     other.write_bytes(data[:-1] + b" ")
@@ -67,9 +68,14 @@ def test_a_source_that_changes_while_it_is_copied_is_refused(file, replaced, sou
         return real(descriptor, size)
 
     monkeypatch.setattr(os, "read", read)
-    with pytest.raises(UserError, match="was changed while it was read: wait for whoever writes it"):
+    try:
         reset_checkpoint(source, tmp_path / "dst")
-    assert began.is_set() and set(names(tmp_path)) <= {"src", "other"}
+    except UserError as error:
+        assert f"{file}' was changed while it was read: wait for whoever writes it" in str(error)
+        assert set(names(tmp_path)) <= {"src", "other", "right"}
+    else:
+        assert replaced and (tmp_path / "dst" / file).read_bytes() == (tmp_path / "right" / file).read_bytes()
+    assert began.is_set()
 
 
 def test_once_it_is_copied_a_source_may_change(source, tmp_path, monkeypatch):
@@ -114,7 +120,7 @@ def test_of_two_at_once_one_makes_the_folder_and_the_other_is_refused(source, tm
     for method in methods:
         reset_checkpoint(source, tmp_path / method, method)
     right = {weights(tmp_path / method): method for method in methods}
-    for trial in range(5):
+    for trial in range(3):
         dst, start, said = tmp_path / f"dst{trial}", threading.Barrier(2), {}
 
         def make(method: str, dst: Path = dst, start: threading.Barrier = start, said: dict = said) -> None:
@@ -149,11 +155,11 @@ def test_folders_of_the_users_with_names_like_ours_stay(source, tmp_path):
 
 def test_more_shards_than_files_may_be_open(tmp_path):
     tiny_llama(num_hidden_layers=8).save_pretrained(tmp_path / "src", max_shard_size="10KB")
-    assert len(list((tmp_path / "src").glob("*.safetensors"))) > 40
+    assert len(list((tmp_path / "src").glob("*.safetensors"))) > 30
     reset_checkpoint(tmp_path / "src", tmp_path / "right")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = max(int(n) for n in os.listdir("/dev/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 30, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 24, hard))
     try:
         reset_checkpoint(tmp_path / "src", tmp_path / "dst")
     finally:
@@ -205,7 +211,8 @@ def test_a_pipe_or_socket_in_a_checkpoint_is_waited_for_by_nobody(name, source, 
     (source / name).unlink(missing_ok=True)
     monkeypatch.chdir(source)
     if name == "tokenizer.json":
-        socket.socket(socket.AF_UNIX).bind(name)
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(name)
     else:
         os.mkfifo(name)
     for read in (load_model, load_tokenizer, config_for, lambda f: reset_checkpoint(f, tmp_path / "dst")):
@@ -217,7 +224,7 @@ def test_a_pipe_or_socket_in_a_checkpoint_is_waited_for_by_nobody(name, source, 
 HEADS = [
     "license:\tmit", "tags: [a, b", "title: a: b", "5: x", "license: [1, 2]", "license: {a: b}", "language: 5",
     "license: 2020-01-01", "language: [en, 3]", "- a", "&a [*a]", "license: !!python/object:os.system x",
-    "license: null", "license: &x [*x]", "[" * 5000, "? [a]\n: b", "\udcff",
+    "license: null", "license: &x [*x]", "[" * 1000, "? [a]\n: b", "\udcff",
 ]  # fmt: skip
 
 
@@ -246,7 +253,7 @@ def test_what_shards_hold_counts_and_not_what_the_index_says(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "src", max_shard_size="20KB")
     index = json.loads((tmp_path / "src" / INDEX).read_text())
     index["weight_map"]["model.layers.9.stale"] = index["weight_map"]["model.norm.weight"]
-    del index["weight_map"]["model.layers.0.mlp.up_proj.weight"]
+    del index["weight_map"]["model.norm.weight"]
     (tmp_path / "src" / INDEX).write_text(json.dumps(index))
     reset_checkpoint(tmp_path / "src", tmp_path / "dst")
     wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "src")
