@@ -172,7 +172,7 @@ def _hub_id(stored: Stored) -> str | None:
     return named if re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", named) and not os.path.exists(named) else None
 
 
-def _inherited(folder: Path) -> dict[str, str | list[str]]:
+def _inherited(folder: Path) -> dict[str, Any]:
     """Return what the source's own card says of license and language, as far as it is what a card should hold."""
     from huggingface_hub import ModelCard
 
@@ -180,7 +180,8 @@ def _inherited(folder: Path) -> dict[str, str | list[str]]:
     if not card.is_file() or leads_out(card, folder):
         return {}
     try:
-        data = ModelCard(read_file(card).decode()).data.to_dict()
+        parsed: Any = ModelCard(read_file(card).decode())
+        data = parsed.data.to_dict()
     except Exception:  # its YAML, its types: nothing of it undoes the work
         return {}
     said = {key: data.get(key) for key in _INHERITED}
