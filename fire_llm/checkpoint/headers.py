@@ -26,7 +26,7 @@ _BITS = {
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
-_AXES, _NAME = 64, 1000  # more axes than torch has, and characters that no parameter's name has
+_AXES, _NAME, _TENSORS = 64, 1000, 300_000  # no tensor has more axes, no name more characters, no file more tensors
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if not isinstance(header, dict):
         raise UserError(_damaged(path, "its header is not a JSON object"))
     header.pop("__metadata__", None)
+    if len(header) > _TENSORS:
+        raise UserError(_damaged(path, f"its header lists {len(header):,} tensors, and at most {_TENSORS:,} are read"))
     begin = 8 + length
     found = {name: _tensor(file, name, entry, begin) for name, entry in header.items()}
     end = begin

@@ -514,6 +514,8 @@ DAMAGED = [
          entry(shape=[9] * 10**6)),
     Case("shape-of-long-numbers", f"'.*{WEIGHTS}' is damaged: the entry of '{UP}' is not what",
          entry(shape=[10**4000] * 20)),
+    Case("tensors-endless", f"'.*{WEIGHTS}' is damaged: its header lists 300,0.. tensors, and at most 300,000 are read",
+         header(lambda entries: entries.update(dict.fromkeys(map(str, range(300_000)), 0)))),
     Case("name-endless", f"'.*{WEIGHTS}' is damaged: the entry of 'x{{1000}}' is not what",
          header(lambda entries: entries.update({"x" * 10**6: entries.pop(UP)}))),
     Case("dtype-endless", f"'{UP}' in '{WEIGHTS}' is x{{20}}; a reset needs one of", entry(dtype="x" * 10**6)),
