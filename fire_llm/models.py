@@ -204,10 +204,11 @@ def load_model(folder: str | Path, dtype: torch.dtype | str = "auto") -> Any:
     except Exception as error:  # whatever files and classes lead the libraries to
         raise UserError(f"checkpoint '{folder}' cannot be read: {first_line(error)}") from error
     if loading["mismatched_keys"]:
-        name, stored, wanted = min(loading["mismatched_keys"])
+        apart = [f"'{n}' {tuple(stored)}, not {tuple(wanted)}" for n, stored, wanted in loading["mismatched_keys"]]
+        more = f" and {len(apart) - 5} more" if len(apart) > 5 else ""
         raise UserError(
-            f"checkpoint '{folder}': '{name}' has shape {tuple(stored)}, and {CONFIG} asks for {tuple(wanted)}: they "
-            f"are of different models. Correct {CONFIG}, or take the weights that belong to it"
+            f"checkpoint '{folder}' has other shapes than {CONFIG} asks for: {'; '.join(sorted(apart)[:5])}{more}. "
+            f"Correct {CONFIG}, or take the weights that belong to it"
         )
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
