@@ -6,13 +6,16 @@ Adding a preset is one entry in `PRESETS`.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fire_llm.architectures.configs import CONFIG, MOST_ENTRIES, MOST_LAYERS, read_config, read_settings, refuse_sizes
 from fire_llm.architectures.context import choose_context, longest_context
 from fire_llm.core.errors import UserError, did_you_mean, first_line
+from fire_llm.core.files import refuse_irregular
 from fire_llm.core.hub import no_folder, settle_hub
 from fire_llm.data.encode import vocabulary_size
 
@@ -35,9 +38,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The demo: seconds a phase.
     "gpt-tiny": {**_GPT, "n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 128, "vocab_size": None},
 }
-MOST_LAYERS, MOST_ENTRIES = 2_000, 10**8
-"""Of layers, and of rows, columns or positions; a config beyond these is a slip, and would only take long to fail."""
 _CODE = ("auto_map", "trust_remote_code")
+WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""What torch.compile, data parallelism and other wrappers put into the names of the tensors they hold."""
 VOCABULARY_MULTIPLE = 64
 """A vocabulary that no preset fixes is padded to a multiple of this, which GEMM kernels like."""
 
@@ -67,7 +70,7 @@ def config_for(
         eos = tokenizer.eos_token_id if tokenizer is not None else None
         config: Any = GPT2Config(**settings, bos_token_id=eos, eos_token_id=eos, use_cache=False)
     else:
-        config = read_config(name)
+        config = pretrained_config(name)
     if overrides:
         _override(config, overrides)
     check_fits(config, tokenizer, context)
@@ -82,8 +85,9 @@ def _override(config: Any, overrides: dict[str, Any]) -> None:
     """
     name = type(config).__name__
     positions = [] if longest_context(config) is None else ["max_position_embeddings"]  # XLNet has none to count
+    refuse_sizes(overrides, "model.config")
     for key, value in overrides.items():
-        if key in _CODE or key.startswith("__") or not hasattr(config, key) or callable(getattr(config, key)):
+        if key in _CODE or key.startswith("_") or not hasattr(config, key) or callable(getattr(config, key)):
             known = [k for k in config.to_dict() if not k.startswith("_")]
             raise UserError(f"model: {name} has no attribute '{key}'.{did_you_mean(key, known)}")
         try:
@@ -106,27 +110,18 @@ def _override(config: Any, overrides: dict[str, Any]) -> None:
         raise UserError(f"model.config: {error}") from error
 
 
-def read_config(name: str) -> Any:
+def pretrained_config(name: str) -> Any:
     """Return the transformers config of a folder or a Hub id.
 
     Raises:
         UserError: There is none that can be read.
     """
-    from transformers import AutoConfig
-
     if not Path(name).is_dir() and name.count("/") != 1:
         raise UserError(
             f"model: '{name}' is neither a preset ({', '.join(PRESETS)}), nor a folder, nor a Hub id (owner/name)."
             + did_you_mean(name, PRESETS)
         )
-    local = Path(name).is_dir()
-    if not local:
-        settle_hub()
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        missing = "" if local else f"{no_folder(name)}, and "
-        raise UserError(f"model: {missing}no config could be read from '{name}': {first_line(error)}") from error
+    return read_config(name)
 
 
 def check_fits(config: Any, tokenizer: Any, context: int | None) -> None:
@@ -202,24 +197,44 @@ def load_model(folder: str | Path, dtype: torch.dtype | str = "auto") -> Any:
     Raises:
         UserError: Where the checkpoint is missing, truncated, pickled or not a causal LM.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    read_config(str(folder))
+    config = pretrained_config(str(folder))
     _refuse_pickles(Path(folder))
+    options = {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}  # named below
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+            str(folder), config=config, dtype=dtype, output_loading_info=True, **options
         )
-    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever files and classes lead the libraries to
         raise UserError(f"checkpoint '{folder}' cannot be read: {first_line(error)}") from error
+    if loading["mismatched_keys"]:
+        apart = [f"'{n}' {tuple(stored)}, not {tuple(wanted)}" for n, stored, wanted in loading["mismatched_keys"]]
+        more = f" and {len(apart) - 5} more" if len(apart) > 5 else ""
+        raise UserError(
+            f"checkpoint '{folder}' has other shapes than {CONFIG} asks for: {'; '.join(sorted(apart)[:5])}{more}. "
+            f"Correct {CONFIG}, or take the weights that belong to it"
+        )
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise UserError(
             f"checkpoint '{folder}' lacks {len(missing)} of the model's tensors, '{missing[0]}' among them: "
-            "it is another architecture or incomplete"
+            + (wrapper_advice(loading["unexpected_keys"]) or "it is another architecture or incomplete")
         )
     return model
+
+
+def wrapper_advice(names: Iterable[str]) -> str:
+    """Return how to get rid of what a wrapper put into stored names; an empty string where none did."""
+    name, wrapper = next(((n, w) for n in sorted(names) for w in WRAPPERS if f".{w}" in f".{n}"), ("", ""))
+    plain = f"k.removeprefix('{wrapper}')" if name.startswith(wrapper) else f"k.replace('{wrapper}', '')"
+    return name and (
+        f"its names bear '{wrapper}' ('{name}'), as those of a compiled or wrapped model do. Take it out of each file "
+        "with load_file and save_file of safetensors.torch: "
+        f"save_file({{{plain}: t for k, t in load_file(FILE).items()}}, FILE, {{'format': 'pt'}})"
+    )
 
 
 def _refuse_pickles(folder: Path) -> None:
@@ -243,13 +258,17 @@ def load_tokenizer(name: str | Path) -> Any:
     if not Path(name).is_dir() and str(name).count("/") > 1:
         raise UserError(f"tokenizer: {no_folder(str(name))}")
     local = Path(name).is_dir()
-    if not local:
+    if local:
+        refuse_irregular(Path(name))
+        if (Path(name) / CONFIG).is_file():  # AutoTokenizer builds the config too
+            read_settings(Path(name))
+    else:
         settle_hub()
     # From GPT-2's two files alone AutoTokenizer does not know whose they are.
     bare = (Path(name) / "merges.txt").is_file() and not list(Path(name).glob("tokenizer*.json"))
     try:
         tokenizer = (GPT2TokenizerFast if bare else AutoTokenizer).from_pretrained(str(name), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers' own errors have no class of their own
         missing = "" if local else f"{no_folder(str(name))}, and "
         raise UserError(f"tokenizer: {missing}none could be read from '{name}': {first_line(error)}") from error
     if len(tokenizer) < 2:

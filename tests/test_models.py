@@ -8,10 +8,11 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.models import tiny_gpt2, tiny_llama
 from transformers import XLNetConfig
 
-from fire_llm import UserError
+from fire_llm import UserError, reset_checkpoint
 from fire_llm.models import PRESETS, config_for, describe, fresh_model, load_model, load_tokenizer, model_on_meta
 
 
@@ -110,19 +111,39 @@ def test_checkpoints_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(UserError, match="m' cannot be read"):
         load_model(tmp_path / "m")
     (tmp_path / "m" / "config.json").write_text("{")
-    with pytest.raises(UserError, match="no config could be read"):
+    with pytest.raises(UserError, match=r"config\.json' is not JSON"):
         load_model(tmp_path / "m")
 
 
 def test_a_checkpoint_that_lacks_tensors_is_refused(tmp_path):
-    from safetensors.torch import load_file, save_file
-
     tiny_llama().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lacks 1 of the model's tensors, 'model.layers.1.mlp.up_proj.weight'"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module."])
+def test_names_of_a_wrapped_model_are_named_and_the_way_out_works(wrapper, tmp_path):
+    whole, file = tiny_llama(), tmp_path / "m" / "model.safetensors"
+    whole.save_pretrained(tmp_path / "m")
+    save_file({wrapper + k: t for k, t in load_file(file).items()}, file, {"format": "pt"})
+    for read in (load_model, lambda folder: reset_checkpoint(folder, tmp_path / "out")):
+        with pytest.raises(UserError, match=rf"its names bear '{wrapper}' \('{wrapper}lm_head.weight'\)") as error:
+            read(tmp_path / "m")
+        line = str(error.value).split("safetensors.torch: ")[1]
+    exec(line, {"load_file": load_file, "save_file": save_file, "FILE": file})
+    assert all(torch.equal(a, b) for a, b in zip(load_model(file.parent).parameters(), whole.parameters(), strict=True))
+
+
+def test_sizes_that_differ_are_named(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "vocab_size": 77}))
+    for read in (load_model, lambda folder: reset_checkpoint(folder, tmp_path / "out")):
+        with pytest.raises(UserError, match=r"embed_tokens.weight'.* \(97, 32\).* \(77, 32\)"):
+            read(tmp_path / "m")
 
 
 def test_tokenizers_that_cannot_be_used_are_refused(tmp_path):

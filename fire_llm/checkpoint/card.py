@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,7 @@ from fire_llm.checkpoint.stored import Stored
 from fire_llm.core.atomic import write_json
 from fire_llm.core.compat import installed
 from fire_llm.core.errors import UserError, first_line
+from fire_llm.core.files import leads_out, read_file
 from fire_llm.resets import ResetReport, TensorReport
 
 PROVENANCE = "fire.json"
@@ -100,7 +102,7 @@ def write_card(path: Path, stored: Stored, report: ResetReport, origin: Mapping[
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["fire_llm", "continual-pretraining", *methods],
-        **_inherited(source.folder / "README.md"),
+        **_inherited(source.folder),
     )
     ignored = f"{len(report.kept_unread)} stored tensors that the class does not load were kept as they are.\n"
     body = _BODY.format(
@@ -117,7 +119,8 @@ def write_card(path: Path, stored: Stored, report: ResetReport, origin: Mapping[
         command=_command(report, base or Path(source.name).name, origin, device),
         device=device,
     )
-    path.write_text(str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")), encoding="utf-8")
+    text = str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be no text
 
 
 def push(folder: Path, repository: str) -> str:
@@ -166,18 +169,24 @@ def _hub_id(stored: Stored) -> str | None:
     if stored.source.revision is not None:
         return stored.source.name
     named = str(stored.source.settings.get("_name_or_path") or "")
-    return named if re.fullmatch(r"[\w.-]+/[\w.-]+", named) and not Path(named).exists() else None
+    return named if re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", named) and not os.path.exists(named) else None
 
 
-def _inherited(card: Path) -> dict[str, Any]:
-    """Return what the source's own card says of license and language."""
+def _inherited(folder: Path) -> dict[str, Any]:
+    """Return what the source's own card says of license and language, as far as it is what a card should hold."""
     from huggingface_hub import ModelCard
 
-    try:
-        data = ModelCard.load(card).data.to_dict() if card.is_file() else {}
-    except (ValueError, OSError):
+    card = folder / "README.md"
+    if not card.is_file() or leads_out(card, folder):
         return {}
-    return {key: data[key] for key in _INHERITED if data.get(key)}
+    try:
+        parsed: Any = ModelCard(read_file(card).decode())
+        data = parsed.data.to_dict()
+    except Exception:  # its YAML, its types: nothing of it undoes the work
+        return {}
+    said = {key: data.get(key) for key in _INHERITED}
+    listed = {k: v for k, v in said.items() if isinstance(v, list) and v and all(isinstance(x, str) for x in v)}
+    return {**{k: v for k, v in said.items() if isinstance(v, str) and v}, **listed}
 
 
 def _rows(touched: Iterable[TensorReport]) -> Iterable[str]:

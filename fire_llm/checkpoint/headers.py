@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fire_llm.core.errors import UserError
+from fire_llm.core.files import LONGEST, Reader, SourceFile, read_file
 
 WRITABLE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types that a reset can read and write, under the names that safetensors has for them."""
@@ -24,7 +26,7 @@ _BITS = {
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
-_LONGEST = 100_000_000  # the format's own limit of a header
+_AXES, _NAME, _TENSORS = 64, 1000, 300_000  # no tensor has more axes, no name more characters, no file more tensors
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class StoredTensor:
 
     Args:
         name: Its key.
-        file: The safetensors file.
+        file: The safetensors file, as it was when its header was read.
         dtype: As the header spells it: F32, BF16, I64, …
         shape: Stored shape.
         offset: First byte, from the beginning of the file.
@@ -41,7 +43,7 @@ class StoredTensor:
     """
 
     name: str
-    file: Path
+    file: SourceFile
     dtype: str
     shape: tuple[int, ...]
     offset: int
@@ -52,24 +54,21 @@ class StoredTensor:
         """Count what lies along the first axis; a shape without axes counts as one row."""
         return self.shape[0] if self.shape else 1
 
-    def read(self, rows: range | None = None) -> Tensor:
+    def read(self, rows: range | None = None, copy: Reader | None = None) -> Tensor:
         """Read rows along the first axis, all by default; a shape without axes counts as one row.
 
+        Args:
+            rows: Which rows.
+            copy: A copy of the file to read instead.
+
         Raises:
-            UserError: The file has become shorter than its header says.
+            UserError: The file was changed since its header was read.
         """
         rows = range(self.n_rows) if rows is None else rows
         shape = (len(rows), *self.shape[1:]) if self.shape else ()
         data = torch.empty(shape, dtype=WRITABLE[self.dtype])
-        start, _ = self._span(rows)
-        with self.file.open("rb", buffering=0) as file:
-            file.seek(start)
-            into = _bytes(data)
-            while into:
-                got = file.readinto(into)
-                if not got:
-                    raise UserError(f"'{self.file}' ends within '{self.name}': it was changed while it was read")
-                into = into[got:]
+        with self.file.opened() if copy is None else nullcontext(copy) as reader:
+            reader.read_into(_bytes(data), self._span(rows)[0])
         return data
 
     def write(self, rows: range, data: Tensor, file: int) -> None:
@@ -93,10 +92,11 @@ class StoredTensor:
         return self.offset + rows.start * each, len(rows) * each
 
     def _chunks(self, size: int = 1 << 24) -> Iterator[bytes]:
-        with self.file.open("rb") as file:
-            file.seek(self.offset)
+        with self.file.opened() as reader:
             for start in range(0, self.n_bytes, size):
-                yield file.read(min(size, self.n_bytes - start))
+                chunk = bytearray(min(size, self.n_bytes - start))
+                reader.read_into(memoryview(chunk), self.offset + start)
+                yield bytes(chunk)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -105,18 +105,18 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises:
         UserError: The file is no safetensors file, is cut off, or its header contradicts itself.
     """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(8)
-            length = int.from_bytes(head, "little")
-            raw = file.read(length) if len(head) == 8 and length <= min(size - 8, _LONGEST) else None
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be read: {error.strerror}") from error
+    file = SourceFile.of(path)
+    with file.opened() as reader:
+        head = reader.read(8)
+        length = int.from_bytes(head, "little")
+        raw = None
+        if len(head) == 8 and length <= min(file.size - 8, LONGEST):
+            raw = bytearray(length)
+            reader.read_into(memoryview(raw), 8)
     if head == b"version ":
         raise UserError(f"'{path}' is a pointer of git-lfs, not the file that it stands for: run git lfs pull there")
     if raw is None:
-        raise UserError(_damaged(path, f"its {size} bytes do not hold the header that it announces"))
+        raise UserError(_damaged(path, f"its {file.size} bytes do not hold the header that it announces"))
     try:
         header = json.loads(raw)
     except (ValueError, RecursionError) as error:
@@ -124,34 +124,37 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if not isinstance(header, dict):
         raise UserError(_damaged(path, "its header is not a JSON object"))
     header.pop("__metadata__", None)
+    if len(header) > _TENSORS:
+        raise UserError(_damaged(path, f"its header lists {len(header):,} tensors, and at most {_TENSORS:,} are read"))
     begin = 8 + length
-    found = {name: _tensor(path, name, entry, begin) for name, entry in header.items()}
+    found = {name: _tensor(file, name, entry, begin) for name, entry in header.items()}
     end = begin
     for tensor in sorted(found.values(), key=lambda t: (t.offset, t.n_bytes)):
         if tensor.offset != end:
             kind = "a hole before" if tensor.offset > end else "bytes that belong to another tensor too in"
             raise UserError(_damaged(path, f"it has {kind} '{tensor.name}'"))
         end += tensor.n_bytes
-    if end != size:
-        kind = "is cut off" if end > size else "has bytes behind its last tensor"
-        raise UserError(_damaged(path, f"it {kind}: its header lists {end} bytes, the file has {size}"))
+    if end != file.size:
+        kind = "is cut off" if end > file.size else "has bytes behind its last tensor"
+        raise UserError(_damaged(path, f"it {kind}: its header lists {end} bytes, the file has {file.size}"))
     return found
 
 
-def _tensor(path: Path, name: str, entry: Any, begin: int) -> StoredTensor:
+def _tensor(file: SourceFile, name: str, entry: Any, begin: int) -> StoredTensor:
     """Read one entry of a header."""
     try:
-        dtype, shape = str(entry["dtype"]), tuple(entry["shape"])
+        dtype, shape = str(entry["dtype"])[:20], tuple(entry["shape"])
         start, stop = entry["data_offsets"]
-        sound = all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop)) and start <= stop
+        sound = len(shape) <= _AXES and len(name) <= _NAME and start <= stop
+        sound = sound and all(isinstance(n, int) and 0 <= n < 2**63 for n in (*shape, start, stop))
     except (TypeError, KeyError, ValueError):
         sound = False
     if not sound:
-        raise UserError(_damaged(path, f"the entry of '{name}' is not what safetensors writes"))
+        raise UserError(_damaged(file.path, f"the entry of '{name[:_NAME]}' is not what safetensors writes"))
     bits = _BITS.get(dtype)
     if bits is not None and (stop - start) * 8 != bits * math.prod(shape):
-        raise UserError(_damaged(path, f"'{name}' is {dtype} of shape {shape}, but has {stop - start} bytes"))
-    return StoredTensor(name, path, dtype, shape, begin + start, stop - start)
+        raise UserError(_damaged(file.path, f"'{name}' is {dtype} of shape {shape}, but has {stop - start} bytes"))
+    return StoredTensor(name, file, dtype, shape, begin + start, stop - start)
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -160,10 +163,9 @@ def read_index(path: Path) -> dict[str, str]:
     Raises:
         UserError: The index is not JSON, or has no map of names to files beside it.
     """
+    raw = read_file(path)
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be read: {error.strerror}") from error
+        index = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise UserError(_damaged(path, "it is not JSON")) from error
     files = index.get("weight_map") if isinstance(index, dict) else None

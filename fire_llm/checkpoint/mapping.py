@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from fire_llm.checkpoint.headers import WRITABLE, StoredTensor
 from fire_llm.checkpoint.refusals import names
 from fire_llm.core.errors import UserError
+from fire_llm.core.files import Reader
+from fire_llm.models import wrapper_advice
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,11 @@ class Place:
         """Return the rows of the parameter that lie both here and in `rows`."""
         return range(max(self.rows.start, rows.start), min(self.rows.stop, rows.stop))
 
-    def read(self, rows: range) -> Tensor:
+    def read(self, rows: range, copy: Reader | None = None) -> Tensor:
         """Read rows of the parameter, all of them held here, in the parameter's own order."""
         if self.stacked:
-            return self.tensor.read()[None]
-        data = self.tensor.read(self._stored(rows))
+            return self.tensor.read(copy=copy)[None]
+        data = self.tensor.read(self._stored(rows), copy)
         return data.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2) if self.interleaved else data
 
     def write(self, rows: range, data: Tensor, file: int) -> None:
@@ -91,31 +93,36 @@ class Places:
     unmapped: dict[str, str] = field(default_factory=dict)
     """Parameters whose conversion is not followed here, with its name; they can be kept, but not reset."""
 
-    def read(self, name: str, rows: range, shape: Sequence[int]) -> Tensor:
+    def read(self, name: str, rows: range, shape: Sequence[int], copies: Mapping[str, Reader] | None = None) -> Tensor:
         """Read rows of a parameter along its first axis.
 
         Args:
             name: Of the parameter.
             rows: Which rows; those of a parameter without axes are range(1).
             shape: Of the whole parameter.
+            copies: By file name, copies of the files to read instead.
         """
+
+        def read(place: Place, rows: range) -> Tensor:
+            return place.read(rows, copies[place.tensor.file.name] if copies is not None else None)
+
         found = [(place, overlap) for place in self.of[name] if (overlap := place.overlap(rows))]
         if len(found) == 1 and found[0][0].inner is None and found[0][1] == rows:
-            return found[0][0].read(rows)
+            return read(found[0][0], rows)
         kinds = {WRITABLE[place.tensor.dtype] for place, _ in found}
         dtype = kinds.pop()
         for other in kinds:
             dtype = torch.promote_types(dtype, other)
         block = torch.empty((len(rows), *shape[1:]), dtype=dtype)
         for place, overlap in found:
-            place.slot(block, rows.start, overlap).copy_(place.read(overlap))
+            place.slot(block, rows.start, overlap).copy_(read(place, overlap))
         return block
 
-    def write(self, name: str, rows: range, block: Tensor, files: Mapping[str, int]) -> None:
-        """Write rows of a parameter to copies of the files, which are named by file name and open for writing."""
+    def write(self, name: str, rows: range, block: Tensor, copies: Mapping[str, Reader]) -> None:
+        """Write rows of a parameter to copies of the files, which are named by file name and open for writing too."""
         for place in [*self.of[name], *self.copies.get(name, [])]:
             if overlap := place.overlap(rows):
-                place.write(overlap, place.slot(block, rows.start, overlap), files[place.tensor.file.name])
+                place.write(overlap, place.slot(block, rows.start, overlap), copies[place.tensor.file.name].descriptor)
 
 
 def places_of(model: nn.Module, tensors: Mapping[str, StoredTensor]) -> Places:
@@ -150,8 +157,8 @@ def places_of(model: nn.Module, tensors: Mapping[str, StoredTensor]) -> Places:
                 result.of[name] = found[name]
     if missing:
         raise UserError(
-            f"the checkpoint lacks {len(missing)} of the tensors of {type(model).__name__}: {names(missing)}. It is of "
-            "another architecture, or incomplete"
+            f"the checkpoint lacks {len(missing)} of the tensors of {type(model).__name__}: {names(missing)}. "
+            + (wrapper_advice(tensors) or "It is of another architecture, or incomplete")
         )
     return result
 
@@ -177,6 +184,11 @@ def _follow(model: nn.Module, tensors: Mapping[str, StoredTensor]) -> tuple[dict
         if name not in state:
             result.ignored.append(key)
         elif pattern is None:
+            if name in found:
+                raise UserError(
+                    f"the checkpoint holds '{name}' twice, as '{found[name][0].tensor.name}' and as '{key}', and one "
+                    "of them alone is loaded: load the model, and save it again with save_pretrained"
+                )
             tensor = tensors[key]
             found[name] = [Place(tensor, range(tensor.n_rows))]
         else:

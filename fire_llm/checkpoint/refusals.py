@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fire_llm.checkpoint.headers import WRITABLE, StoredTensor
-from fire_llm.core.atomic import partial_of
 from fire_llm.core.errors import UserError, did_you_mean
+from fire_llm.core.staging import staging_of
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 """The file that transformers looks for first, and the one that lists several."""
@@ -158,22 +158,17 @@ def refuse_destination(destination: Path, source: Path, needed: int, free: int) 
         free: Bytes free there.
 
     Raises:
-        UserError: It exists, cannot be, lies inside the source or would replace it, or there is no room.
+        UserError: It exists, cannot be, lies inside the source, or there is no room.
     """
     if os.path.lexists(destination):
         raise UserError(f"'{destination}' exists already: name a new folder, or delete that one")
     if destination.resolve().is_relative_to(source.resolve()):
         raise UserError(f"'{destination}' lies inside '{source}', which is never written to: name a folder elsewhere")
-    partial = partial_of(destination)
-    if source.resolve().is_relative_to(partial.resolve()):
-        raise UserError(
-            f"'{destination}' is made as '{partial}' first, in the place of '{source}': name another folder"
-        )
     blocked = next((p for p in destination.parents if p.exists() and not p.is_dir()), None)
     if blocked is not None:
         raise UserError(f"'{destination}' cannot be made: '{blocked}' is a file. Choose another folder")
     try:
-        partial.lstat()
+        staging_of(destination).lstat()
     except FileNotFoundError:
         pass  # as it should be
     except OSError as error:

@@ -1,6 +1,6 @@
 """Reset a checkpoint on the disk into a new one, a few rows at a time.
 
-    copy every shard ─▶ read rows ─ reset ─ write them at the same bytes of the copy ─▶ hash, describe, rename
+    copy every shard ─▶ read rows of the copy ─ reset ─ write them at the same bytes ─▶ hash, describe, rename
 
 Headers, index, dtypes and every tensor that is not reset stay as they are, to the byte.
 """
@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,10 +26,12 @@ from fire_llm.checkpoint.card import PROVENANCE, write_card, write_provenance
 from fire_llm.checkpoint.drawn import draw_initial
 from fire_llm.checkpoint.refusals import refuse_destination
 from fire_llm.checkpoint.stored import Slices, Stored
-from fire_llm.core.atomic import free_bytes, partial_of, staged, writing
+from fire_llm.core.atomic import free_bytes, writing
 from fire_llm.core.errors import UserError
+from fire_llm.core.files import Reader, SourceFile
 from fire_llm.core.progress import progress_bar
-from fire_llm.distributed import Block, active, agree, is_first, together
+from fire_llm.core.staging import clear_leftovers, staged
+from fire_llm.distributed import Block, active, gather_objects, is_first, together
 from fire_llm.distributed.balance import BUCKET_BYTES, assign, buckets
 from fire_llm.models import find_device
 from fire_llm.resets import ResetReport, ResetsLike, ResetSpec, parse_resets
@@ -39,6 +40,7 @@ from fire_llm.resets.plan import Plan, not_finite
 from fire_llm.resets.spec import refuse_kinds
 
 _CHUNK = 1 << 24
+_MOST_OPEN = 16  # shards open at once
 _PATIENCE = 86400.0  # seconds that a rank waits for the others, while one of them copies, say
 
 
@@ -110,6 +112,8 @@ class _Rewrite:
     progress: bool
     origin: Mapping[str, Any]
     """Where the initial weights come from, for the provenance."""
+    copies: Mapping[str, Reader] = field(default_factory=dict)
+    """The copied shards by name; the source is not read again once it is copied, and may change."""
 
     @classmethod
     def prepare(
@@ -128,6 +132,8 @@ class _Rewrite:
         for given in (src, init):
             if given is not None and os.path.isdir(given):
                 refuse_destination(dst, Path(given), 0, 0)
+        if not dry_run and is_first():
+            clear_leftovers(dst)
         stored = Stored.open(src, revision, native=native)
         refuse_destination(dst, stored.source.folder, stored.source.n_bytes, free_bytes(dst.parent))
         start = Stored.open(init, native=native) if init is not None else None
@@ -156,15 +162,20 @@ class _Rewrite:
     def run(self) -> ResetReport:
         """Copy, reset, hash and describe; rank 0 makes the folder, all share the resets."""
         first = is_first()
-        place = staged(self.destination) if first else nullcontext(partial_of(self.destination))
-        with _Hasher() as hasher, place as folder:
-            together(None, lambda: self._copy(folder, hasher) if first else None, "copied", _PATIENCE)
+        with ExitStack() as stack, _Hasher() as hasher:
+            made = together(
+                None, lambda: stack.enter_context(staged(self.destination)) if first else None, "staged", _PATIENCE
+            )
+            folder = Path(gather_objects(None, made)[0])
+            before = together(None, lambda: self._copy(folder, hasher) if first else {}, "copied", _PATIENCE)
             executor, seconds, shared = together(None, lambda: self._reset(folder), "reset", _PATIENCE)
             if shared > 1:
                 executor.join(None)
             report = self._report(executor, seconds, shared)
-            together(None, lambda: self._finish(folder, report, hasher) if first else None, "described", _PATIENCE)
-        agree(None, "renamed", None, _PATIENCE)
+            together(
+                None, lambda: self._finish(folder, report, hasher, before) if first else None, "described", _PATIENCE
+            )
+            together(None, stack.close, "renamed", _PATIENCE)
         return report
 
     def _bar(self, what: str, total: int, unit: str = "B") -> Any:
@@ -172,20 +183,15 @@ class _Rewrite:
 
     # ---- copying
 
-    def _copy(self, folder: Path, hasher: _Hasher) -> None:
-        """Copy the shards and the files beside them; the source's hashes are taken while the resets go on."""
+    def _copy(self, folder: Path, hasher: _Hasher) -> dict[str, str]:
+        """Copy the shards and the files beside them; return the shards' hashes."""
         source = self.stored.source
-        with writing(folder), self._bar("copying", source.shard_bytes) as bar:
-            for name in source.shards:
-                with (source.folder / name).open("rb") as src, (folder / name).open("wb") as dst:
-                    while chunk := src.read(_CHUNK):
-                        dst.write(chunk)
-                        bar.update(len(chunk))
-            for name in source.shards:
-                hasher.begin(source.folder / name)
-            for name in [*source.companions, *([source.index] if source.index else [])]:
+        with writing(folder), self._bar("copying", source.n_bytes) as bar:
+            hashes = {}
+            for name, file in source.copied.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source.folder / name, folder / name)
+                hashes[name] = hasher.begin(file, folder / name, bar.update)
+            return {name: hashes[name].result() for name in hashes}
 
     # ---- resetting
 
@@ -197,8 +203,7 @@ class _Rewrite:
         owners = assign([max(1, b.cost) for b in blocks], ranks)
         mine = [b for b, owner in zip(blocks, owners, strict=True) if owner == rank]
         began = time.perf_counter()
-        with ExitStack() as stack, self._bar("resetting", sum(len(b.members) for b in mine), "tensor") as bar:
-            files = {n: _opened(stack, folder / n) for n in self.stored.source.shards}
+        with _Copies(folder) as self.copies, self._bar("resetting", sum(len(b.members) for b in mine), "tensor") as bar:
             # Worked on together: a bounded bucket; on a CPU a single block.
             limit = 0 if self.device.type == "cpu" else BUCKET_BYTES
             for jobs in buckets([b.n_bytes for b in mine], [0] * len(mine), 1, limit):
@@ -211,13 +216,13 @@ class _Rewrite:
                     break
                 with writing(folder):
                     for block, rows in held:
-                        self.stored.write(self._any(block), rows.cpu(), files)
+                        self.stored.write(self._any(block), rows.cpu(), self.copies)
                 bar.update(sum(len(block.members) for block in batch))
         return executor, time.perf_counter() - began - executor.measuring, ranks
 
     def _read(self, block: Block) -> Tensor:
         """Read a block's rows and refuse them where a slice to be reset is not finite."""
-        rows = self.stored.rows(self._any(block)).to(self.device)
+        rows = self.stored.rows(self._any(block), self.copies).to(self.device)
         touched = [self.plan.slices[index] for index in block.members if self.plan.actions[index]]
         for weight in touched:
             if not torch.isfinite(weight.within(rows).read()).all():
@@ -235,15 +240,12 @@ class _Rewrite:
         report.kept_unread, report.not_copied = self.stored.places.ignored, self.stored.source.left_behind
         return report
 
-    def _finish(self, folder: Path, report: ResetReport, hasher: _Hasher) -> None:
+    def _finish(self, folder: Path, report: ResetReport, hasher: _Hasher, before: Mapping[str, str]) -> None:
         """Hash the result and write down what was done."""
-        source, hashes = self.stored.source, {}
-        for name in source.shards:
-            hasher.begin(folder / name)
-        with self._bar("hashing", 2 * source.shard_bytes) as bar:
-            for name in source.shards:
-                hashes[name] = {"source": hasher.of(source.folder / name), "result": hasher.of(folder / name)}
-                bar.update(2 * (folder / name).stat().st_size)
+        source = self.stored.source
+        with self._bar("hashing", source.shard_bytes) as bar:
+            after = {name: hasher.begin(SourceFile.of(folder / name), None, bar.update) for name in source.shards}
+            hashes = {name: {"source": before[name], "result": after[name].result()} for name in source.shards}
         with writing(folder):
             device = self.device.type
             write_provenance(folder / PROVENANCE, self.stored, report, hashes, self.origin, device)
@@ -261,11 +263,10 @@ def _nothing(plan: Plan, name: str) -> str:
 
 
 class _Hasher:
-    """Take files' SHA-256 in threads of its own, beside the resets; what is not done when it is left is dropped."""
+    """Take files' SHA-256, and copy them meanwhile, in threads; what is not done when it is left is dropped."""
 
     def __enter__(self) -> _Hasher:
         self._pool = ThreadPoolExecutor(min(4, os.cpu_count() or 1))
-        self._found: dict[Path, Future[str]] = {}
         self._stop = False
         return self
 
@@ -273,25 +274,40 @@ class _Hasher:
         self._stop = True
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def begin(self, path: Path) -> None:
-        self._found[path] = self._pool.submit(self._hash, path)
+    def begin(self, file: SourceFile, copy: Path | None, advance: Callable[[int], object]) -> Future[str]:
+        """Begin with a file, and return what will be its hash."""
+        return self._pool.submit(self._hash, file, copy, advance)
 
-    def of(self, path: Path) -> str:
-        return self._found[path].result()
-
-    def _hash(self, path: Path) -> str:
+    def _hash(self, file: SourceFile, copy: Path | None, advance: Callable[[int], object]) -> str:
         digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while not self._stop and (chunk := file.read(_CHUNK)):
+        with file.opened() as reader, copy.open("xb") if copy is not None else nullcontext() as out:
+            while not self._stop and (chunk := reader.read(_CHUNK)):
                 digest.update(chunk)
+                if out is not None:
+                    out.write(chunk)
+                advance(len(chunk))
         return digest.hexdigest()
 
 
-def _opened(stack: ExitStack, path: Path) -> int:
-    """Open a file for writing within a stack of contexts and return its descriptor."""
-    descriptor = os.open(path, os.O_WRONLY)
-    stack.callback(os.close, descriptor)
-    return descriptor
+class _Copies(dict[str, Reader]):
+    """Files of a folder by name, open for reading and writing once they are asked for; a few of them at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def __missing__(self, name: str) -> Reader:
+        if len(self) >= _MOST_OPEN:
+            os.close(self.pop(next(iter(self))).descriptor)
+        self[name] = Reader(self._folder / name, os.open(self._folder / name, os.O_RDWR))
+        return self[name]
+
+    def __enter__(self) -> _Copies:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self:
+            os.close(self.popitem()[1].descriptor)
 
 
 def _check_start(specs: Sequence[ResetSpec], init: str | Path | None, seed: int | None) -> None:

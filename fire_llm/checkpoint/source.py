@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from fire_llm.architectures.configs import CONFIG, read_config, read_settings
 from fire_llm.checkpoint.headers import StoredTensor, read_header, read_index
 from fire_llm.checkpoint.refusals import INDEX, WEIGHTS, refuse_config, refuse_files, refuse_tensors
 from fire_llm.core.errors import UserError, first_line
+from fire_llm.core.files import SourceFile, leads_out
 from fire_llm.core.hub import no_folder, settle_hub
 
 COMPANIONS = (
@@ -34,6 +36,9 @@ class Source:
         index: File name of the index, None for a single file.
         tensors: Every stored tensor by its key, in the order of shards and offsets.
         settings: config.json as it is.
+        copied: Every file that goes into a copy, by its name relative to the folder, the weights' last.
+        left_behind: Files that do not: other formats, training states, old cards; and why, where it is not plain.
+        unheld: Keys that the index lists and no shard holds; loading ignores them where the class has none such.
         revision: The Hub's commit, None for a folder.
     """
 
@@ -44,6 +49,9 @@ class Source:
     index: str | None
     tensors: dict[str, StoredTensor]
     settings: dict[str, Any]
+    copied: Mapping[str, SourceFile]
+    left_behind: list[str]
+    unheld: tuple[str, ...] = ()
     revision: str | None = None
 
     @classmethod
@@ -60,45 +68,51 @@ class Source:
         """
         folder = _folder(str(name), revision)
         refuse_files(str(name), (p.name for p in folder.iterdir()))
-        settings = _settings(folder)
+        companions, left_behind = _companions(folder)
+        settings = read_settings(folder)
         refuse_config(folder, settings, native=native)
-        config = _config(folder)
+        config = read_config(str(folder))
         usual = next((n for n in (WEIGHTS, INDEX) if (folder / n).is_file()), WEIGHTS)
-        first = settings.get("transformers_weights") or usual
-        index = first if str(first).endswith(".index.json") else None
-        tensors = _indexed(folder, folder / index) if index else read_header(folder / first)
+        first = str(settings.get("transformers_weights") or usual)
+        index = first if first.endswith(".index.json") else None
+        if index is not None:
+            companions[index] = SourceFile.of(folder / index)
+        tensors, unheld = _indexed(folder, folder / index) if index else (read_header(folder / first), ())
         if not tensors:
             raise UserError(f"'{folder / first}' holds no tensors: it is no checkpoint")
         refuse_tensors(folder, tensors)
-        shards = tuple(sorted({t.file.name for t in tensors.values()}))
+        weights = {t.file.name: t.file for t in tensors.values()}
+        shards = tuple(sorted(weights))
+        copied = {**companions, **{name: weights[name] for name in shards}}
+        left_behind = [name for name in left_behind if name not in copied]
         commit = folder.name if not os.path.isdir(name) else None
-        return cls(str(name), folder, config, shards, index, tensors, settings, commit)
-
-    @property
-    def companions(self) -> list[str]:
-        """Return the files beside the weights that go with the model, relative to the folder."""
-        return [n for n in self._files() if any(fnmatch(n, pattern) for pattern in COMPANIONS)]
-
-    @property
-    def left_behind(self) -> list[str]:
-        """Return the files that are neither weights nor companions: other formats, training states, old cards."""
-        known = {*self.companions, *self.shards, self.index}
-        return [n for n in self._files() if n not in known]
+        return cls(str(name), folder, config, shards, index, tensors, settings, copied, left_behind, unheld, commit)
 
     @property
     def shard_bytes(self) -> int:
         """Count the bytes of the weights' files."""
-        return sum((self.folder / name).stat().st_size for name in self.shards)
+        return sum(self.copied[name].size for name in self.shards)
 
     @property
     def n_bytes(self) -> int:
         """Count the bytes of all that a copy holds."""
-        names = [*self.companions, *([self.index] if self.index else [])]
-        return self.shard_bytes + sum((self.folder / name).stat().st_size for name in names)
+        return sum(file.size for file in self.copied.values())
 
-    def _files(self) -> list[str]:
-        paths = [p for p in sorted(self.folder.rglob("*")) if p.is_file()]
-        return [n for p in paths if not (n := p.relative_to(self.folder).as_posix()).startswith((".git/", ".cache/"))]
+
+def _companions(folder: Path) -> tuple[dict[str, SourceFile], list[str]]:
+    """Return the files beside the weights that go with the model, by relative name, and the names of all others."""
+    companions, others = {}, []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if name.startswith((".git/", ".cache/")) or path.is_dir():
+            continue
+        if not any(fnmatch(name, pattern) for pattern in COMPANIONS):
+            others += [name] if path.is_file() else []
+        elif name != CONFIG and leads_out(path, folder):
+            others.append(f"{name} (a link that leads out of the folder)")
+        elif path.exists():
+            companions[name] = SourceFile.of(path)
+    return companions, others
 
 
 def _folder(name: str, revision: str | None) -> Path:
@@ -140,41 +154,18 @@ def _folder(name: str, revision: str | None) -> Path:
         ) from error
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    """Return config.json as plain data."""
-    path = folder / "config.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"'{path}' is not JSON ({error}): download or copy it again") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"'{path}' is not a JSON object: download or copy it again")
-    return settings
-
-
-def _config(folder: Path) -> Any:
-    """Return the transformers config of a folder that has been looked through."""
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:  # the classes raise whatever a config leads them to; their checks name it in the cause
-        first = first_line(error.__cause__ or error)
-        raise UserError(f"'{folder / 'config.json'}' is no config that transformers can read: {first}") from error
-
-
-def _indexed(folder: Path, index: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of all shards, the index and the headers held against each other."""
+def _indexed(folder: Path, index: Path) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
+    """Return the tensors of all files that an index names, as loading finds them, and the keys that none has."""
     files = read_index(index)
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(files.values())):
-        if not (folder / shard).is_file():
+        if not os.path.lexists(folder / shard):
             raise UserError(f"'{index}' names '{shard}', which is not there: download or copy the checkpoint again")
-        tensors |= {k: t for k, t in read_header(folder / shard).items() if files.get(k) == shard}
-    missing = next((name for name in files if name not in tensors), None)
-    if missing is not None:
-        raise UserError(
-            f"'{index}' says that '{missing}' is in '{files[missing]}', whose header does not have it: "
-            "the index and the shards are of different checkpoints. Download or copy them again"
-        )
-    return tensors
+        for name, tensor in read_header(folder / shard).items():
+            if name in tensors:
+                raise UserError(
+                    f"'{name}' is in '{tensors[name].file.name}' and in '{shard}', and readers differ in which of the "
+                    f"two they load: load the model, and save it again with save_pretrained"
+                )
+            tensors[name] = tensor
+    return tensors, tuple(name for name in files if name not in tensors)

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from fire_llm.architectures.matrices import ParameterSlice, parameter_slices
 from fire_llm.checkpoint.headers import WRITABLE
 from fire_llm.checkpoint.mapping import Places, places_of
+from fire_llm.checkpoint.refusals import names
 from fire_llm.checkpoint.source import Source
 from fire_llm.core.errors import UserError
+from fire_llm.core.files import Reader
 from fire_llm.models import model_on_meta
 
 
@@ -40,7 +42,12 @@ class Stored:
         """
         source = Source.open(name, revision, native=native)
         model = model_on_meta(source.config)
-        return cls(source, model, places_of(model, source.tensors))
+        try:
+            return cls(source, model, places_of(model, source.tensors))
+        except UserError as error:
+            if not source.unheld:
+                raise
+            raise UserError(f"{error}; '{source.index}' lists {names(source.unheld)}, which no shard holds") from error
 
     def check_readable(self, weight: ParameterSlice) -> None:
         """Refuse a slice that is converted in a way not followed here, or whose numbers are no floating-point ones.
@@ -63,9 +70,14 @@ class Stored:
                     "from"
                 )
 
-    def rows(self, weight: ParameterSlice) -> Tensor:
-        """Read the rows of a parameter that hold a slice and what is fused with it, in the parameter's own order."""
-        return self.places.read(weight.parameter, weight.rows, weight.tensor.shape)
+    def rows(self, weight: ParameterSlice, copies: Mapping[str, Reader] | None = None) -> Tensor:
+        """Read the rows of a parameter that hold a slice and what is fused with it, in the parameter's own order.
+
+        Args:
+            weight: The slice.
+            copies: By file name, copies of the files to read instead.
+        """
+        return self.places.read(weight.parameter, weight.rows, weight.tensor.shape, copies)
 
     def loaded(self, weight: ParameterSlice) -> ParameterSlice:
         """Return a slice with its weights in memory; slices of the same rows are read from the disk once."""
@@ -75,9 +87,9 @@ class Stored:
             self._last[key] = self.rows(weight)
         return weight.within(self._last[key])
 
-    def write(self, weight: ParameterSlice, rows: Tensor, files: Mapping[str, int]) -> None:
-        """Write what `rows` would read to copies of the files, given by name and open for writing."""
-        self.places.write(weight.parameter, weight.rows, rows, files)
+    def write(self, weight: ParameterSlice, rows: Tensor, copies: Mapping[str, Reader]) -> None:
+        """Write what `rows` would read to copies of the files, given by name and open for writing too."""
+        self.places.write(weight.parameter, weight.rows, rows, copies)
 
 
 class Slices(Mapping[str, ParameterSlice]):

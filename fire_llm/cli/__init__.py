@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Libraries write advice to the terminal that is not for our users; their warnings and errors still show.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("USE_HUB_KERNELS", "0")  # else the package kernels fetches code for some model types
         with signals_handled():
             code = exit_code(lambda: _work(arguments), RESUME if arguments.verb in RESUMED else REPEAT)
         sys.stdout.flush()

@@ -39,29 +39,6 @@ def partial_of(destination: Path) -> Path:
 
 
 @contextmanager
-def staged(destination: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `destination` in one rename when the block ends without an error.
-
-    A process killed at any instant leaves either nothing under that name or the whole folder.
-
-    Raises:
-        UserError: Where the destination exists, or the disk is full or read-only.
-    """
-    if destination.exists():
-        raise UserError(f"'{destination}' exists already: name a new folder, or delete that one")
-    absent = [p for p in destination.parents if not p.exists()]
-    with writing(destination.parent):
-        try:
-            with renamed(partial_of(destination), destination) as folder:
-                yield folder
-        except BaseException:
-            for parent in absent:  # the nearest first
-                with suppress(OSError):
-                    parent.rmdir()
-            raise
-
-
-@contextmanager
 def renamed(partial: Path, destination: Path) -> Iterator[Path]:
     """Yield an empty folder that is renamed when the block ends, all its files on the disk by then.
 
@@ -97,6 +74,14 @@ def writing(folder: Path) -> Iterator[None]:
         if reason is None or reason == REASONS[errno.ENOMEM]:
             raise
         raise UserError(f"cannot write below '{folder}': {reason}") from error
+
+
+def remove(path: Path) -> None:
+    """Delete a folder with all that it holds, or a file; of a link, the link alone."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def free_bytes(folder: Path) -> int:
@@ -159,8 +144,9 @@ def write_json(path: Path, data: Any) -> None:
     partial = path.with_name(path.name + STAGING_SUFFIX)
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Half a surrogate pair, as in a name that is no UTF-8, is written as JSON's own escape.
-        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        partial.unlink(missing_ok=True)  # a link that lies there is not followed
+        # JSON spells what is no text as the error handler does.
+        with partial.open("x", encoding="utf-8", errors="backslashreplace") as file:
             json.dump(data, file, indent=1, ensure_ascii=False)
             file.write("\n")
             file.flush()

@@ -13,35 +13,51 @@ from fire_llm.core.errors import UserError
 
 
 @contextmanager
-def held(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[bool]:
+def held(path: Path, *, shared: bool = False, wait: bool = False, passing: bool = False) -> Iterator[bool]:
     """Hold a lock while the block runs, and yield whether it was had.
 
     Args:
-        path: The lock's file, made where there is none. It is never deleted: who waits has it open already.
+        path: The lock's file, made where there is none. It is not deleted: who waits has it open already.
         shared: Others may share it; alone otherwise.
         wait: Wait for it, rather than yield False.
+        passing: Delete the file at the end, and hold none that another holder has deleted, nor one that a link names.
 
     Raises:
         UserError: Where the file cannot be written, or the file system has no locks.
     """
     import fcntl
 
-    with writing(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        had = True
+    had = None
+    while had is None:
+        with writing(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | (os.O_NOFOLLOW if passing else 0), 0o666)
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+            had = True if not passing or _names(path, descriptor) else None
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                os.close(descriptor)
                 raise UserError(
                     f"'{path}' cannot be locked ({error.strerror}): choose a folder on a file system with locks"
                 ) from error
             had = False
+        if had is None:
+            os.close(descriptor)
+    try:
         yield had
     finally:
+        if passing and had:
+            path.unlink(missing_ok=True)
         os.close(descriptor)  # which frees the lock
+
+
+def _names(path: Path, descriptor: int) -> bool:
+    """Return whether a path still names an open file."""
+    try:
+        return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def lock_of(folder: Path, name: str) -> Path:

@@ -24,7 +24,7 @@ from fire_llm.evaluation.records import (
 from fire_llm.evaluation.statistics import paired_difference, standard_errors
 from fire_llm.evaluation.tasks import find_tasks, run_tasks
 from fire_llm.evaluation.texts import EvaluationSet, score
-from fire_llm.models import check_fits, find_device, load_model, load_tokenizer, read_config
+from fire_llm.models import check_fits, find_device, load_model, load_tokenizer, pretrained_config
 
 DTYPES = ("stored", "float32", "bfloat16", "float16", "float64")
 
@@ -89,7 +89,7 @@ def score_checkpoints(
     found, answers = [], {}
     tokenizers = {name: load_tokenizer(name) for name in names}
     for name, tokenizer in tokenizers.items():  # what is wrong with the last one is told before the first is scored
-        config = read_config(name)
+        config = pretrained_config(name)
         check_fits(config, tokenizer, None)
         choose_context(config, context)
         first_token(tokenizer, prefix, name)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from fire_llm.architectures.context import choose_context
-from fire_llm.core.atomic import staged, write_json
+from fire_llm.core.atomic import write_json
 from fire_llm.core.errors import UserError
 from fire_llm.core.hardware import resolve_precision
 from fire_llm.core.locks import held, lock_of
+from fire_llm.core.staging import staged
 from fire_llm.data.corpora import Corpus, resolve
 from fire_llm.data.tokenizer import train_tokenizer
 from fire_llm.data.tokens import TokenFile, tokenize_corpus

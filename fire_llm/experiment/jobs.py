@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-from fire_llm.core.atomic import checkpoints, staged, write_json
+from fire_llm.core.atomic import checkpoints, write_json
 from fire_llm.core.errors import UserError, explained, redact
 from fire_llm.core.locks import held, lock_of
+from fire_llm.core.staging import staged
 from fire_llm.distributed import ranks
 from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.recipe import Trial

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import TrainerCallback
@@ -118,6 +119,25 @@ class KeptOptimizer(TrainerCallback):
 
 class Keeping(TrainerCallback):
     """Save at the listed steps, and log wherever something is saved or measured, so that no average spans it."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Try, before hours of training, what a save writes beside the weights.
+
+        Raises:
+            UserError: A config can be read, but not written.
+        """
+        for name in ("config", "generation_config"):
+            written = getattr(model, name, None)
+            try:
+                with TemporaryDirectory() as folder:
+                    if written is not None and (name == "config" or model.can_generate()):
+                        written.save_pretrained(folder)
+            except Exception as error:  # the classes' own checks raise what they like
+                said = " ".join(str(error).split())
+                raise UserError(
+                    f"{name}.json of the model cannot be written, so that no checkpoint could be saved: {said} "
+                    f"Correct it in the checkpoint's folder, or on model.{name}"
+                ) from error
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Measure and save at the last step too."""

@@ -32,6 +32,7 @@ from fire_llm.core.atomic import (
     checkpoints,
     free_bytes,
     partial_of,
+    remove,
     sync,
     write_json,
     writing,
@@ -229,7 +230,7 @@ class Saver:
     def _make_room(self, output: Path) -> None:
         """Remove what a killed process left half-written, and see that there is room before anything is written."""
         for left in output.glob(f"checkpoint-*{STAGING_SUFFIX}"):
-            shutil.rmtree(left)
+            remove(left)
         needed = self._bytes or BYTES_A_PARAMETER * self.trainer.model.num_parameters()
         if (free := free_bytes(output)) < needed:
             raise UserError(
@@ -264,7 +265,7 @@ class Saver:
         if unwanted and (wrong := damage(newest, from_disk=True)):
             raise UserError(f"'{newest}' cannot be read back as it was written: {wrong}. Nothing older was deleted")
         for folder in unwanted:
-            shutil.rmtree(folder.rename(partial_of(folder)))
+            remove(folder.rename(partial_of(folder)))
 
 
 # ---- before a trainer is made

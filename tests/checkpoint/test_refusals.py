@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import re
 import shutil
 import struct
@@ -176,6 +177,11 @@ def put(name: str, content: str | bytes = b"x") -> Spoil:
     return lambda src: (src / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def pipe(name: str) -> Spoil:
+    """Put a named pipe in the place of a file: who opens it waits."""
+    return lambda src: [(src / name).unlink(missing_ok=True), os.mkfifo(src / name)]
+
+
 def gone(*patterns: str) -> Spoil:
     """Remove files."""
     return lambda src: [path.unlink() for pattern in patterns for path in sorted(src.glob(pattern))]
@@ -208,6 +214,28 @@ def missing(src: Path) -> None:
 def swap(old: str, new: str) -> Callable[[dict[str, Any]], None]:
     """Change which file the index names for a tensor."""
     return lambda data: data["weight_map"].update({old: new})
+
+
+def shard_without(name: str) -> Spoil:
+    """Take a tensor out of its shard; the index lists it still."""
+
+    def spoil(src: Path) -> None:
+        shard = src / json.loads((src / INDEX).read_text())["weight_map"][name]
+        save_file({k: t for k, t in load_file(shard).items() if k != name} or {"other": torch.ones(1)}, shard)
+
+    return spoil
+
+
+def in_two_shards(src: Path) -> None:
+    """Put another value of a tensor into a shard where the index does not look for it."""
+    shards = sorted(set(json.loads((src / INDEX).read_text())["weight_map"].values()))
+    for shard in (shards[0], shards[-1]):
+        tensors = load_file(src / shard)
+        save_file({**tensors, UP: torch.ones(80, 32)}, src / shard)
+    for shard in shards[1:-1]:
+        tensors = load_file(src / shard)
+        tensors.pop(UP, None)
+        save_file(tensors, src / shard)
 
 
 # ---- the cases
@@ -285,14 +313,9 @@ PLACE = [
          lambda s: (s.parent / "link").symlink_to("src"), dst="{tmp}/link/new"),
     Case("dst-below-a-file", "'.*/f/dst' cannot be made: '.*/f' is a file", lambda s: (s.parent / "f").touch(),
          dst="{tmp}/f/dst"),
-    Case("dst-staged-over-src",
-         "'.*/dst' is made as '.*/dst.partial' first, in the place of '.*/dst.partial': name another",
-         lambda s: s.rename(s.with_name("dst.partial")), src="{tmp}/dst.partial"),
     Case("dst-name-too-long", "'.*/y+' cannot be made: File name too long. Choose another", dst="{tmp}/" + "y" * 300),
     Case("dst-partial-too-long", "'.*/y+' cannot be made: File name too long. Choose another",
          dst="{tmp}/" + "y" * 250),
-    Case("dst-partial-a-file", "cannot write below '.*': a file has that name",
-         lambda s: (s.parent / "dst.partial").touch()),
     Case("dst-read-only", "cannot write below '.*': the file system is read-only. Choose another folder",
          patch=read_only),
     Case("no-space", r"'.*/dst': the result takes 0\.00 GB and 0\.00 GB are free there\. Free some space",
@@ -307,8 +330,22 @@ CONFIG = [
          b"\xff\xfe")),
     Case("config-deep", "'.*config.json' is not JSON .*: download or copy it again", put("config.json", "[" * 100_000)),
     Case("config-a-list", "'.*config.json' is not a JSON object: download or copy it again", put("config.json", "[]")),
-    Case("config-a-folder", "'.*config.json' is not JSON .*Is a directory", both(gone("config.json"),
+    Case("config-null", "'.*config.json' is not a JSON object: download or copy it again", put("config.json", "null")),
+    Case("config-nested", "'.*config.json' holds data in data, more than 50 deep",
+         settings(extra=json.loads("[" * 300 + "]" * 300))),
+    Case("config-a-folder", "'.*config.json' is a folder, not a file", both(gone("config.json"),
          lambda s: (s / "config.json").mkdir())),
+    *(Case(f"{name}-a-pipe", f"'.*src/{name}' is a named pipe, not a file", pipe(name), kind)
+      for name, kind in (("config.json", "llama"), (WEIGHTS, "llama"), (INDEX, "shards"), ("tokenizer.json", "llama"),
+                         ("generation_config.json", "llama"))),
+    Case("config-a-device", "'.*config.json' is a device, not a file",
+         both(gone("config.json"), lambda s: (s / "config.json").symlink_to("/dev/zero"))),
+    *(Case(f"huge-{key}", rf"'.*config.json': {key} is {value}; at most [\d,]+ is allowed", settings(**{key: value}))
+      for key, value in (("num_hidden_layers", 10**9), ("n_layer", 10**9), ("num_labels", 10**9),
+                         ("num_experts", 10**9), ("vocab_size", 10**12), ("max_position_embeddings", 10**12),
+                         ("encoder_layers", 10**9))),
+    Case("huge-inside", r"'.*config.json': num_labels is 1000000000; at most",
+         settings(text={"a": [{"num_labels": 10**9}]})),
     Case("no-model-type", "'.*config.json' has no model_type: a name such as 'llama'", settings(model_type=...)),
     Case("unknown-model-type", "'.*src': model_type 'lama' is unknown .* Did you mean 'llama'",
          settings(model_type="lama", architectures=...)),
@@ -443,10 +480,12 @@ DAMAGED = [
          index(swap(UP, "x.bin")), "shards"),
     Case("shard-missing", "'.*' names 'model-00001-of-.*', which is not there: download or copy the checkpoint again",
          gone("model-00001-*"), "shards"),
-    Case("index-tensor-elsewhere", "'.*' says that 'model.layers.9.x' is in 'model-00001.*', whose header does not",
-         lambda s: index(swap("model.layers.9.x", sorted(p.name for p in s.glob("*.safetensors"))[0]))(s), "shards"),
-    Case("index-tensor-lost", "the checkpoint lacks 1 of the tensors of LlamaForCausalLM: 'model.norm.weight'",
-         index(lambda data: data["weight_map"].pop("model.norm.weight")), "shards"),
+    Case("index-tensor-nowhere",
+         "the checkpoint lacks 1 of the .*: 'model.norm.weight'.*; '.*index.json' lists 'model.norm.weight', which no",
+         shard_without("model.norm.weight"), "shards"),
+    Case("in-two-shards", f"'{UP}' is in 'model-0.*' and in 'model-0.*', and readers differ", in_two_shards, "shards"),
+    Case("stored-twice", "the checkpoint holds 'model.norm.weight' twice, as 'model.norm.weight' and as 'norm.weight'",
+         added(norm__weight=torch.ones(32))),
     Case("shard-cut-off", f"'.*model-00001.*' is damaged: it is cut off: its header lists .* bytes{AGAIN}",
          bytes_of(lambda b: b[:-7], "model-00001*"), "shards"),
     Case("cut-off", f"'.*{WEIGHTS}' is damaged: it is cut off: .* lists .* bytes, the file has{AGAIN}",
@@ -471,7 +510,16 @@ DAMAGED = [
     Case("no-tensors", f"'.*{WEIGHTS}' holds no tensors", put(WEIGHTS, struct.pack("<Q", 2) + b"{}")),
     Case("weights-a-link-to-nothing", f"'.*src/{WEIGHTS}' cannot be read: No such file",
          both(gone(WEIGHTS), lambda s: (s / WEIGHTS).symlink_to("nothing"))),
-    Case("weights-a-folder", f"'.*src/{WEIGHTS}' cannot be read: Is a directory", both(gone(WEIGHTS),
+    Case("shape-endless", f"'.*{WEIGHTS}' is damaged: the entry of '{UP}' is not what safetensors writes{AGAIN}",
+         entry(shape=[9] * 10**6)),
+    Case("shape-of-long-numbers", f"'.*{WEIGHTS}' is damaged: the entry of '{UP}' is not what",
+         entry(shape=[10**4000] * 20)),
+    Case("tensors-endless", f"'.*{WEIGHTS}' is damaged: its header lists 300,0.. tensors, and at most 300,000 are read",
+         header(lambda entries: entries.update(dict.fromkeys(map(str, range(300_000)), 0)))),
+    Case("name-endless", f"'.*{WEIGHTS}' is damaged: the entry of 'x{{1000}}' is not what",
+         header(lambda entries: entries.update({"x" * 10**6: entries.pop(UP)}))),
+    Case("dtype-endless", f"'{UP}' in '{WEIGHTS}' is x{{20}}; a reset needs one of", entry(dtype="x" * 10**6)),
+    Case("weights-a-folder", f"'.*src/{WEIGHTS}' is a folder, not a file", both(gone(WEIGHTS),
          lambda s: (s / WEIGHTS).mkdir())),
     Case("git-lfs-pointer", f"'.*{WEIGHTS}' is a pointer of git-lfs, not the file that it stands for: run git lfs pull",
          put(WEIGHTS, "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")),
@@ -563,8 +611,6 @@ OPTIONS = [
     asked("seed-huge", "--seed 9+: a whole number from 0 to", *RESET, "--seed", "9" * 30),
     asked("init-missing", "there is no folder '.*/nowhere', and a Hub id has .*check the spelling",
           *RESET, "--init", "{tmp}/nowhere"),
-    asked("init-where-dst-is-staged", "'.*/dst' is made as '.*/dst.partial' first, in the place of '.*/dst.partial'",
-          *RESET, "--init", "{tmp}/dst.partial", spoil=lambda s: shutil.copytree(s, s.with_name("dst.partial"))),
     asked("dst-inside-init", "'.*/start/new' lies inside '.*/start', which is never written to", *RESET, "--init",
           "{tmp}/start", spoil=lambda s: shutil.copytree(s, s.with_name("start")), dst="{tmp}/start/new"),
     asked("init-other-architecture", "the initial weights hold no '.*' of shape .*another architecture",

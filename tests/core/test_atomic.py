@@ -5,52 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from support.models import tiny_gpt2, tiny_llama
 
 from fire_llm import UserError, fire_, reset_checkpoint
-from fire_llm.core.atomic import staged, write_json, writing
+from fire_llm.core.atomic import remove, write_json, writing
 from fire_llm.models import load_model
-
-
-def test_a_staged_folder_appears_when_the_block_ends(tmp_path):
-    with staged(tmp_path / "out") as folder:
-        (folder / "file").write_text("x")
-        assert not (tmp_path / "out").exists()
-    assert (tmp_path / "out" / "file").read_text() == "x"
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-@pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt()])
-def test_an_error_leaves_nothing(tmp_path, error):
-    with pytest.raises(type(error)), staged(tmp_path / "out") as folder:  # noqa: PT012  # the block is what is tested
-        (folder / "file").write_text("x")
-        raise error
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_killed_writer_leaves_no_folder_and_the_next_one_works(tmp_path):
-    code = (
-        "import os, sys\nfrom pathlib import Path\nfrom fire_llm.core.atomic import staged\n"
-        "with staged(Path(sys.argv[1])) as folder:\n"
-        "    (folder / 'file').write_text('half')\n    os.kill(os.getpid(), 9)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")])
-    assert done.returncode == -9 and not (tmp_path / "out").exists()
-    with staged(tmp_path / "out") as folder:
-        assert not list(folder.iterdir())
-        (folder / "file").write_text("whole")
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-def test_an_existing_folder_is_never_overwritten(tmp_path):
-    (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="exists already"), staged(tmp_path / "out"):
-        pass
 
 
 @pytest.mark.parametrize(
@@ -61,6 +23,10 @@ def test_an_existing_folder_is_never_overwritten(tmp_path):
         (errno.EACCES, "permission denied"),
         (errno.EDQUOT, "quota"),
         (errno.ENOTDIR, "is a file"),
+        (errno.EIO, "the disk reports an error"),
+        (errno.EFBIG, "ulimit -f"),
+        (errno.EMFILE, "ulimit -n"),
+        (errno.ENOTEMPTY, "appeared meanwhile"),
     ],
 )
 def test_what_the_disk_refuses_is_said_clearly(tmp_path, code, message):
@@ -93,6 +59,25 @@ def test_json_is_replaced_in_one_step(tmp_path):
     write_json(tmp_path / "a.json", {"σ": 2})
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"σ": 2}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_json_is_not_written_through_a_link_and_takes_names_that_are_no_text(tmp_path):
+    (tmp_path / "mine").write_text("thesis")
+    (tmp_path / "a.json.partial").symlink_to(tmp_path / "mine")
+    write_json(tmp_path / "a.json", {"name": "\udcff\ud800"})
+    assert (tmp_path / "mine").read_text() == "thesis"
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"name": "\udcff\ud800"}
+
+
+def test_of_a_link_the_link_alone_is_removed(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").touch()
+    for name in ("link", "other"):
+        (tmp_path / name).symlink_to("folder" if name == "link" else "folder/file")
+        remove(tmp_path / name)
+    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == ["folder", "folder/file"]
+    remove(tmp_path / "folder")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -104,6 +104,33 @@ def test_half_a_checkpoint_is_not_taken_for_one(tmp_path):
     assert [step for _, step in checkpoints(tmp_path)] == [4, 12]
 
 
+def test_links_among_the_checkpoints_are_removed_and_not_followed(tmp_path):
+    """One under the name of what a killed save leaves, and one in the place of a checkpoint that is pruned."""
+    outside, run = tmp_path / "outside", tmp_path / "run"
+    for name in ("leftover", "old"):
+        (outside / name).mkdir(parents=True)
+        (outside / name / "continual_state.json").write_text("mine")
+    run.mkdir()
+    (run / "checkpoint-4.partial").symlink_to(outside / "leftover")
+    (run / "checkpoint-1").symlink_to(outside / "old")
+    train(tiny_gpt2(), run, keep_last=1)
+    assert [p.name for p in run.glob("checkpoint-*")] == ["checkpoint-12"]
+    assert {p.read_text() for p in outside.glob("*/*")} == {"mine"} and len(list(outside.iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["config", "generation_config"])
+def test_what_could_not_be_saved_is_found_before_the_first_step(name, tmp_path):
+    model = tiny_gpt2()
+    if name == "config":
+        model.config.odd = object()
+    else:
+        model.generation_config.temperature = 0.6  # and nothing is sampled
+        model.generation_config.do_sample = False
+    with pytest.raises(UserError, match=rf"{name}.json of the model cannot be written, .*Correct it in the checkpoint"):
+        train(model, tmp_path)
+    assert not list(tmp_path.glob("checkpoint-*")) and all(p.grad is None for p in model.parameters())
+
+
 def test_a_loss_that_is_not_finite_stops_training(tmp_path):
     model = tiny_gpt2()
     with torch.no_grad():

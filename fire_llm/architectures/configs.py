@@ -1,0 +1,124 @@
+"""Configs of checkpoints that others made: read in bounds, never a reason to build for hours or to fetch code."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from fire_llm.core.errors import UserError, first_line
+from fire_llm.core.files import read_file, refuse_irregular
+from fire_llm.core.hub import no_folder, settle_hub
+
+CONFIG = "config.json"
+MOST_LAYERS, MOST_PARTS, MOST_ENTRIES = 2_000, 10**5, 10**8
+"""Of layers; of what else is counted, experts and labels for example; of rows, columns or positions."""
+
+_BOUNDS = (
+    (r"(^|_)(layers?|depths?|blocks?|stages?|repeats)$", MOST_LAYERS),
+    (r"^n_(positions|ctx|embd|inner)$|_(size|embeddings|dim)$", MOST_ENTRIES),
+    (r"^(n|num)_|(experts|heads|labels|classes)$", MOST_PARTS),
+)
+_DEEPEST = 50
+_ATTENTION = ("eager", "sdpa", "flex_attention")
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return a folder's config.json as plain data.
+
+    Raises:
+        UserError: It is missing, no JSON object, or bears what `refuse_sizes` refuses.
+    """
+    raw = read_file(folder / CONFIG)
+    try:
+        settings = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"'{folder / CONFIG}' is not JSON ({error}): download or copy it again") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"'{folder / CONFIG}' is not a JSON object: download or copy it again")
+    refuse_sizes(settings, f"'{folder / CONFIG}'")
+    return settings
+
+
+def read_config(name: str) -> Any:
+    """Return the transformers config of a folder or a Hub id, with an attention that is on this machine.
+
+    Args:
+        name: A folder or a Hub id.
+
+    Raises:
+        UserError: There is none, or none that transformers can read; or `read_settings`.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    folder = Path(name)
+    if folder.is_dir():
+        refuse_irregular(folder)
+        read_settings(folder)
+    else:
+        settle_hub()
+    try:
+        if not folder.is_dir():
+            refuse_sizes(PreTrainedConfig.get_config_dict(name)[0], f"'{name}'")
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except UserError:
+        raise
+    except Exception as error:  # the classes raise whatever a config leads them to; their checks name it in the cause
+        first = first_line(error.__cause__ or error)
+        if folder.is_dir():
+            raise UserError(f"'{folder / CONFIG}' is no config that transformers can read: {first}") from error
+        raise UserError(f"model: {no_folder(name)}, and no config could be read from '{name}': {first}") from error
+    _refuse_kernels(config, name)
+    return config
+
+
+def refuse_sizes(settings: Any, where: str, *, key: str = "", depth: int = 0) -> None:
+    """Refuse numbers of layers, labels and the like that would take hours to build, and data without end.
+
+    Args:
+        settings: Plain data of a config, or a part of it.
+        where: Of the config, for the message.
+        key: Under which the part stands.
+        depth: How deep it stands.
+
+    Raises:
+        UserError: With the key, its value and the most that is allowed.
+    """
+    if depth > _DEEPEST:
+        raise UserError(f"{where} holds data in data, more than {_DEEPEST} deep: no config of transformers does")
+    if isinstance(settings, Mapping):
+        for name, part in settings.items():
+            refuse_sizes(part, where, key=str(name), depth=depth + 1)
+    elif isinstance(settings, (list, tuple)):
+        for part in settings:
+            refuse_sizes(part, where, key=key, depth=depth + 1)
+    elif isinstance(settings, (int, float)):
+        most = next((most for pattern, most in _BOUNDS if re.search(pattern, key)), None)
+        if most is not None and settings > most:
+            raise UserError(f"{where}: {key} is {str(settings)[:30]}; at most {most:,} is allowed. Correct it")
+
+
+def _refuse_kernels(config: Any, name: str) -> None:
+    """Take back an attention that transformers would fetch from the Hub as code, or does not find here."""
+    for part in _parts(config):
+        given = part._attn_implementation
+        here = given is None or given in _ATTENTION or (given == "flash_attention_2" and find_spec("flash_attn"))
+        if not here:
+            part._attn_implementation = None
+            warnings.warn(
+                f"'{name}': attn_implementation {given!r} of its config is left out: it is no attention of this "
+                "machine, and code is never fetched. transformers' own is taken, which differs by rounding alone",
+                stacklevel=3,
+            )
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    """Yield a config and those inside it, the outer ones first."""
+    yield config
+    for key in config.sub_configs:
+        if (inner := getattr(config, key, None)) is not None:
+            yield from _parts(inner)

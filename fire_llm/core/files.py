@@ -1,0 +1,168 @@
+"""Files that others wrote: opened where they are regular files, never waited for, and known again when read later."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from fire_llm.core.errors import UserError
+
+LONGEST = 100_000_000
+"""Bytes of a file, or of a header, that is read as a whole; the limit that safetensors sets its headers."""
+
+_KINDS = {
+    stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reader:
+    """An open file that is read; what the disk refuses becomes a message that names it.
+
+    Args:
+        path: The file.
+        descriptor: Under which it is open.
+    """
+
+    path: Path
+    descriptor: int
+
+    def read(self, size: int) -> bytes:
+        """Read at most so many of the next bytes; none at the end."""
+        with _reading(self.path):
+            return os.read(self.descriptor, size)
+
+    def read_into(self, data: memoryview, offset: int) -> None:
+        """Fill a memory with the bytes from an offset on.
+
+        Raises:
+            UserError: The file ends before, or cannot be read.
+        """
+        while data:
+            with _reading(self.path):
+                got = os.preadv(self.descriptor, [data], offset)
+            if not got:
+                raise UserError(f"'{self.path}' ends before its header says: it was changed while it was read")
+            data, offset = data[got:], offset + got
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A regular file as it was when it was first looked at.
+
+    Args:
+        path: Where it is.
+        size: Bytes.
+        state: Device, inode and time of the last change, by which another file, or other content, is noticed.
+    """
+
+    path: Path
+    size: int
+    state: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, path: Path) -> SourceFile:
+        """Look at a file.
+
+        Raises:
+            UserError: It is not there, cannot be read, or is no regular file.
+        """
+        with _opened(path) as reader:
+            return cls(path, *_state(reader))
+
+    @property
+    def name(self) -> str:
+        """Its name in its folder."""
+        return self.path.name
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @contextmanager
+    def opened(self) -> Iterator[Reader]:
+        """Open it; what is read while the block runs is what was there at the first look.
+
+        Raises:
+            UserError: The file was changed or replaced, before the block or within it.
+        """
+        with _opened(self.path) as reader:
+            self._compare(reader)
+            yield reader
+            self._compare(reader)
+
+    def _compare(self, reader: Reader) -> None:
+        if _state(reader) != (self.size, self.state):
+            raise UserError(
+                f"'{self.path}' was changed while it was read: wait for whoever writes it, then run the command again"
+            )
+
+
+def read_file(path: Path) -> bytes:
+    """Read a regular file as a whole.
+
+    Raises:
+        UserError: It cannot be read, is no regular file, or has more than `LONGEST` bytes.
+    """
+    with _opened(path) as reader:
+        if (size := _state(reader)[0]) > LONGEST:
+            raise UserError(f"'{path}' has {size / 1e6:,.0f} MB; at most {LONGEST / 1e6:,.0f} are read")
+        return b"".join(iter(lambda: reader.read(size + 1), b""))
+
+
+def refuse_irregular(folder: Path) -> None:
+    """Refuse a folder in which something stands where libraries expect a file and would wait for one.
+
+    Raises:
+        UserError: Naming the first pipe, socket or device.
+    """
+    with _reading(folder):
+        for path in sorted(folder.iterdir()):
+            if path.exists() and not path.is_dir():
+                _refuse_kind(path, path.stat().st_mode)
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Return whether a path below a folder is, through links, a file outside of it.
+
+    The Hub's cache keeps the files of `snapshots/COMMIT` in `blobs` beside `snapshots`; these are the folder's own.
+    """
+    real, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    own = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
+    return not any(real.is_relative_to(place) for place in own)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Reader]:
+    """Open a regular file, and look at its kind before and after: opening a pipe would wait."""
+    with _reading(path):
+        _refuse_kind(path, path.stat().st_mode)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _refuse_kind(path, os.fstat(descriptor).st_mode)
+        yield Reader(path, descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read: {error.strerror}") from error
+
+
+def _refuse_kind(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        raise UserError(f"'{path}' is {kind}, not a file: put the file in its place, or name another folder")
+
+
+def _state(reader: Reader) -> tuple[int, tuple[int, int, int]]:
+    found = os.fstat(reader.descriptor)
+    return found.st_size, (found.st_dev, found.st_ino, found.st_mtime_ns)
