@@ -159,6 +159,7 @@ class _Command:
         with ExitStack() as stack:
             with writing(self.output):
                 self.output.mkdir(parents=True, exist_ok=True)
+            refuse_links(self.output, [])
             stack.enter_context(signals_handled())
             stack.enter_context(only_run(self.output, shared=not self.alone))
             _prepare(self.trials, wanted if self.alone else jobs, self.output, self.alone)
@@ -197,7 +198,8 @@ class _Command:
                 return []
             overview.say(f"{number} worker(s); what they say is kept in '{self.output / '.workers'}'")
             options["progress"] = self.alone and self.progress
-            return Workers(number, self.trials, self.arms, self.output, failures, options).train(overview)
+            known = {job.trial.name: job.run.known() for job in wanted}
+            return Workers(number, self.trials, self.arms, self.output, failures, options, known).train(overview)
 
     def _tokenised(self, wanted: Sequence[Job]) -> dict[str, int]:
         """Make tokenizers and tokens before training wants them, with all cores, and return the jobs' steps by key."""
@@ -233,8 +235,8 @@ class _Command:
             folder, own = trial.folder(self.output), [job for job in wanted if job.trial is trial]
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
+            refuse_links(folder, [job.stage for job in own])
             with signals_handled(), only_run(folder):
-                refuse_links(folder, [job.stage for job in own])
                 refuse_other_recipe(folder, [job.stage for job in own])
                 keep_freed_memory()
                 if state.is_main_process:

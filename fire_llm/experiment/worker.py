@@ -140,7 +140,7 @@ def main(instructions: str, n: str, log: str) -> int:
     try:
         with signals_handled():
             options = given["options"]
-            jobs = of_arms(jobs_of(trials, output, options.pop("progress")), given["arms"])
+            jobs = of_arms(jobs_of(trials, output, options.pop("progress"), given["known"]), given["arms"])
             work(jobs, output, failures, **options, log=log, report=report)
     except KeyboardInterrupt as stopped:
         return stopped.code if isinstance(stopped, Stopped) else 130
