@@ -25,7 +25,15 @@ from fire_llm.evaluation.texts import EvaluationSet, score
 from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.recipe import Recipe, load_recipe
 from fire_llm.experiment.sources import changes
-from fire_llm.experiment.stages import Stage, expand, final_checkpoint, kept_checkpoints, labelled_checkpoint, read_unit
+from fire_llm.experiment.stages import (
+    Stage,
+    expand,
+    final_checkpoint,
+    kept_checkpoints,
+    labelled_checkpoint,
+    read_unit,
+    refuse_links,
+)
 from fire_llm.experiment.transfer import PhaseRun, transfer
 from fire_llm.models import find_device, fresh_model, load_model
 from fire_llm.reporting.schema import EVALUATION_VERSION, Bootstrap, Evaluation, EvaluationRow, EvaluationSettings
@@ -88,6 +96,7 @@ def evaluate_run(
     folder = Path(run_dir)
     run, stages = _run_and_stages(folder, progress)
     recipe = run.recipe
+    refuse_links(folder, stages)
     finished = [stage for stage in stages if final_checkpoint(folder / stage.folder)]
     if not finished:
         raise UserError(f"'{folder}' has no finished phase to evaluate: finish it with `fire-llm run`")
@@ -190,7 +199,7 @@ def _refuse_changed(folder: Path, finished: Sequence[Stage], names: Sequence[str
     """
     for stage in finished:
         before = read_unit(folder / stage.folder) or {}
-        for change in changes(before.get("files", {}), stage.run.files):
+        for change in changes(before.get("files"), stage.run.files):
             raise UserError(f"{change} since '{folder / stage.folder}' was begun: put back what it was")
         for name, now in stage.spec["corpora"].items():
             if name in names and before.get("corpora", {}).get(name, now) != now:

@@ -152,6 +152,7 @@ class _Command:
         if not launched() and not self.alone:
             for name in _TASKS:
                 os.environ.pop(name, None)
+        refuse_links(self.output, [])
         jobs = jobs_of(self.trials, self.output, self.progress)
         wanted = of_arms(jobs, self.arms)
         if ranks().num_processes > 1 or launched():
@@ -159,7 +160,6 @@ class _Command:
         with ExitStack() as stack:
             with writing(self.output):
                 self.output.mkdir(parents=True, exist_ok=True)
-            refuse_links(self.output, [])
             stack.enter_context(signals_handled())
             stack.enter_context(only_run(self.output, shared=not self.alone))
             _prepare(self.trials, wanted if self.alone else jobs, self.output, self.alone)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from fire_llm.core.errors import UserError, first_line
 from fire_llm.data.cache import content_hashes
@@ -15,6 +16,9 @@ TOKENIZER = (
     "*.tiktoken", "*.spm",
 )  # fmt: skip
 """Files that a model, and a tokenizer, are read from."""
+
+COMPANIONS = ("generation_config.json", "chat_template*")
+"""What checkpoints hold too, and no weight depends on."""
 
 Hashes = dict[str, str]
 """The hash of each file, by its name."""
@@ -34,7 +38,7 @@ def place_of(what: str, name: str) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(name, allow_patterns=[*MODEL, *TOKENIZER], ignore_patterns=["*/*"])
+        return snapshot_download(name, allow_patterns=[*MODEL, *TOKENIZER, *COMPANIONS], ignore_patterns=["*/*"])
     except Exception as error:  # the Hub's clients raise dozens of kinds; none of them is a fault of this program
         raise UserError(
             f"{what}: there is no folder '{name}', and the Hub gives none of that name: {first_line(error)}"
@@ -56,15 +60,16 @@ def hashes(what: str, place: str, patterns: tuple[str, ...]) -> Hashes:
     return dict(zip((p.name for p in found), content_hashes(what, found), strict=True))
 
 
-def changes(before: Mapping[str, Hashes], after: Mapping[str, Hashes]) -> Iterator[str]:
+def changes(before: Any, after: Mapping[str, Hashes]) -> Iterator[str]:
     """Yield in words which files of model and tokenizer differ, where both sides know of them.
 
     Args:
-        before: {model or tokenizer: hashes}.
+        before: {model or tokenizer: hashes}, as `unit.json` has it; None where it has none.
         after: The same, later.
     """
-    for what in before.keys() & after.keys():
-        then, now = before[what], after[what]
+    for what, now in after.items() if isinstance(before, dict) else ():
+        then = before.get(what, now)
+        then = then if isinstance(then, dict) else {}
         for name in sorted(then.keys() | now.keys()):
             if then.get(name) != now.get(name):
                 how = "is gone" if name not in now else "is new" if name not in then else "has changed"

@@ -215,8 +215,7 @@ def refuse_other_recipe(folder: Path, stages: list[Stage]) -> None:
                 now = stage.spec_in_passes(passes)
         changed = list(_differences(own, {key: value for key, value in now.items() if key not in RECORDED}))
         recipe = "another recipe" if changed else "other files"
-        if isinstance(before.get("files"), dict):
-            changed += changes(before["files"], stage.run.files)
+        changed += changes(before.get("files"), stage.run.files)
         if stage.parent is not None and "weights" in before:
             with suppress(UserError):  # of a parent that is to be trained again nothing is known yet
                 start = labelled_checkpoint(folder / stage.parent.folder, stage.start)
