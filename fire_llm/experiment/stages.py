@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -195,25 +195,26 @@ def refuse_links(folder: Path, stages: Iterable[Stage]) -> None:
             )
 
 
-def refuse_other_recipe(folder: Path, stages: list[Stage]) -> None:
+def refuse_other_recipe(folder: Path, stages: Sequence[Stage], beside: Iterable[Stage] = ()) -> None:
     """Compare each stage with what its folder was begun with: the recipe, the files, the weights of its parent.
 
     Fewer or more sequences a forward pass are no difference: a step has the same tokens.
 
+    Args:
+        folder: The run's.
+        stages: Those that are to be trained or skipped.
+        beside: Those whose results stand beside theirs: they are of the same text, files and parents, if of another
+            recipe.
+
     Raises:
         UserError: Naming the first stage that differs and everything that changed.
     """
-    for stage in stages:
+    chosen = {stage.folder for stage in stages}
+    for stage in (*stages, *(stage for stage in beside if stage.folder not in chosen)):
         before = read_unit(folder / stage.folder)
         if before is None:
             continue
-        own = {key: value for key, value in before.items() if key not in RECORDED}
-        now = stage.spec
-        with suppress(KeyError, TypeError):  # what has no such sections differs anyway
-            passes = {section: before[section]["sequences_per_device"] for section in PASSES}
-            if passes != {section: now[section]["sequences_per_device"] for section in PASSES}:
-                now = stage.spec_in_passes(passes)
-        changed = list(_differences(own, {key: value for key, value in now.items() if key not in RECORDED}))
+        changed = _changed_settings(before, stage) if stage.folder in chosen else _changed_text(before, stage)
         recipe = "another recipe" if changed else "other files"
         changed += changes(before.get("files"), stage.run.files)
         if stage.parent is not None and "weights" in before:
@@ -226,6 +227,21 @@ def refuse_other_recipe(folder: Path, stages: list[Stage]) -> None:
                 f"'{folder / stage.folder}' was begun with {recipe}:\n  " + "\n  ".join(changed) + "\n"
                 "Choose another --output, put back what it was, or delete that folder to train it again"
             )
+
+
+def _changed_settings(before: dict[str, Any], stage: Stage) -> list[str]:
+    now = stage.spec
+    with suppress(KeyError, TypeError):  # what has no such sections differs anyway
+        passes = {section: before[section]["sequences_per_device"] for section in PASSES}
+        if passes != {section: now[section]["sequences_per_device"] for section in PASSES}:
+            now = stage.spec_in_passes(passes)
+    own, now = ({key: value for key, value in of.items() if key not in RECORDED} for of in (before, now))
+    return list(_differences(own, now))
+
+
+def _changed_text(before: dict[str, Any], stage: Stage) -> list[str]:
+    own, now = before.get("corpora"), stage.spec["corpora"]
+    return list(_differences({**now, **own}, {**own, **now}, "corpora")) if isinstance(own, dict) else []
 
 
 def read_unit(folder: Path) -> dict[str, Any] | None:

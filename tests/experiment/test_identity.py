@@ -92,9 +92,10 @@ def test_what_a_run_began_with_is_not_replaced_between_two_arms(change, whole, t
     said = change(given)
     for path in given.glob("model*.safetensors"):  # the file system's times are no evidence
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    with pytest.raises(UserError, match="was begun with other files") as error:
-        run_recipe(found, tmp_path / "run", progress=False)
-    assert said in str(error.value) and "Choose another --output" in str(error.value)
+    for arms in ([], ["fire"]):  # the other arm's results would stand beside those of base
+        with pytest.raises(UserError, match=r"base/seed-1' was begun with other files") as error:
+            run_recipe(found, tmp_path / "run", arms=arms, progress=False)
+        assert said in str(error.value) and "Choose another --output" in str(error.value)
     assert sorted(p.name for p in (tmp_path / "run").rglob("*")) == before
     if change in (negated, other_words):
         with pytest.raises(UserError, match=f"{said} since"):
