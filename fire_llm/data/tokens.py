@@ -21,7 +21,6 @@ from fire_llm.core.errors import UserError
 from fire_llm.core.hashing import crc32, digest, hash_file
 from fire_llm.core.locks import held
 from fire_llm.core.progress import progress_bar
-from fire_llm.core.ranks import first_rank
 from fire_llm.data.cache import CACHE_VARIABLE, cache_folder, file_state
 from fire_llm.data.corpora import Corpus
 from fire_llm.data.encode import Encoder, batches
@@ -240,9 +239,7 @@ def _digest(meta: Mapping[str, Any]) -> str:
 @cache
 def _checksum(path: Path, state: str) -> str:
     """Return the checksum of a file, read once a process for as long as nothing writes to it."""
-    size = path.stat().st_size
-    with progress_bar(f"verifying {path.parent.name}", size, "B", shown=first_rank(), delay=BAR_DELAY) as bar:
-        return hash_file(path, of_chunk=crc32, advance=bar.update)
+    return hash_file(path, of_chunk=crc32)
 
 
 def _write(partial: Path, corpus: Corpus, split: str, encoder: Encoder, end: int, progress: bool) -> None:
