@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader
 from fire_llm.data import Mixture, TokenFile, tokenize_corpus, train_tokenizer
 from fire_llm.data.corpora import resolve
 from fire_llm.data.spec import Corpus
+from fire_llm.data.tokens import seal
 
 WEIGHTS = {"a": 0.9, "b": 0.1}
 
@@ -135,7 +136,7 @@ def token_files(folder: Path, tokens: int) -> dict[str, TokenFile]:
         index[:, 0] = [*ends, tokens]
         index.tofile(place / "documents.bin")
         meta = {"dtype": "uint16", "n_tokens": tokens, "n_bytes": 0, "n_words": 0, "n_documents": len(index)}
-        (place / "meta.json").write_text(json.dumps(meta))
+        seal(place, meta)
         files[name] = TokenFile.open(place)
     return files
 

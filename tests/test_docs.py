@@ -169,7 +169,7 @@ def test_the_corpora_that_come_with_the_package_are_listed() -> None:
 
 # ---- results-schema.md against what a run writes
 
-NAMES = {"corpora", "arms", "final", "eval", "loss_jump", "phase_corpus", "left_out"}
+NAMES = {"corpora", "arms", "final", "eval", "loss_jump", "phase_corpus", "left_out", "weights"}
 """Keys of mappings from names."""
 FREE = {"recipe", "options"}
 """Keys of what other pages tell of."""

@@ -1,8 +1,9 @@
-"""Hashes of texts and of files: BLAKE2b, as hexadecimal digits."""
+"""Hashes of texts and of files: BLAKE2b, as hexadecimal digits; CRC-32 where files are only to be found damaged."""
 
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
@@ -24,14 +25,30 @@ def digest(data: str | bytes, size: int) -> str:
     ).hexdigest()
 
 
+def blake2b_256(data: bytes) -> bytes:
+    """Return the BLAKE2b hash of 256 bits."""
+    return blake2b(data, digest_size=32).digest()
+
+
+def crc32(data: bytes) -> bytes:
+    """Return the CRC-32, which takes a fifth of the time of BLAKE2b: it finds damage, and tells no contents apart."""
+    return zlib.crc32(data).to_bytes(4, "big")
+
+
 def hash_file(
-    path: Path, chunk: int = CHUNK, *, from_disk: bool = False, advance: Callable[[int], object] = lambda _: None
+    path: Path,
+    chunk: int = CHUNK,
+    *,
+    of_chunk: Callable[[bytes], bytes] = blake2b_256,
+    from_disk: bool = False,
+    advance: Callable[[int], object] = lambda _: None,
 ) -> str:
     """Return the hash of the hashes of a file's chunks, so that all cores can work on one file.
 
     Args:
         path: The file.
         chunk: Bytes of a chunk.
+        of_chunk: Hash of a chunk.
         from_disk: Whether to forget first what the system holds of it in memory.
         advance: Called with the bytes of each chunk that is done.
 
@@ -44,7 +61,7 @@ def hash_file(
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
         def digest_of(start: int) -> bytes:
-            return blake2b(os.pread(file.fileno(), chunk, start), digest_size=32).digest()
+            return of_chunk(os.pread(file.fileno(), chunk, start))
 
         whole, starts = blake2b(digest_size=32), range(0, size, chunk)
         for start, found in zip(starts, pool.map(digest_of, starts), strict=True):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from fire_llm.core.atomic import step_of, write_json
 from fire_llm.core.errors import UserError
-from fire_llm.core.hashing import CHUNK, hash_file
+from fire_llm.core.hashing import CHUNK, digest, hash_file
 
 MANIFEST = "manifest.json"
 """File in a checkpoint that lists the others; written last."""
+
+WEIGHTS = "model*.safetensors"
+"""Names of the files that hold a checkpoint's weights."""
 
 
 def write_manifest(folder: Path) -> int:
@@ -49,6 +53,22 @@ def damage(folder: Path, *, contents: bool = True, from_disk: bool = False) -> s
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
     return None
+
+
+def weights_hash(checkpoint: Path, *, read: bool = False) -> str | None:
+    """Return what a checkpoint's weights are, by the hashes of their files; None where its manifest has none.
+
+    Args:
+        checkpoint: With a manifest.
+        read: Hash the files; otherwise what the manifest lists is taken, which takes no time.
+    """
+    manifest = _read(checkpoint / MANIFEST) or {}
+    try:
+        files = {name: listed["blake2b"] for name, listed in manifest["files"].items() if fnmatch(name, WEIGHTS)}
+        found = {n: hash_file(checkpoint / n, manifest["piece_bytes"]) for n in files} if read else files
+    except (AttributeError, OSError, KeyError, TypeError):
+        return None
+    return digest(json.dumps(found, sort_keys=True), 16) if found else None
 
 
 def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:

@@ -63,7 +63,7 @@ def file_corpus(name: str, spec: CorpusSpec, root: Path) -> Corpus:
     paths = train + validation
 
     def identity() -> str:
-        held = zip(content_hashes(name, paths), paths, strict=True)
+        held = zip(content_hashes(f"corpus '{name}'", paths), paths, strict=True)
         state = [(content, path in validation, *file_kind(path)) for content, path in held]
         settings = f"text={spec.text} document={spec.document} holdout={None if validation else holdout}"
         return f"files {digest(repr(state), 16)} {settings}"
@@ -74,7 +74,8 @@ def file_corpus(name: str, spec: CorpusSpec, root: Path) -> Corpus:
         else split_by_hash(lambda: read_files(name, train, spec), holdout)
     )
     plain = all(path.suffix.lower() in (".txt", ".jsonl", ".json") for path in train)
-    return Corpus(name, identity, read, sum(path.stat().st_size for path in train) if plain else None)
+    size = sum(path.stat().st_size for path in train) if plain else None
+    return Corpus(name, identity, read, size, paths)
 
 
 def _find(name: str, setting: str, patterns: Files, root: Path) -> list[Path]:
@@ -117,7 +118,7 @@ def read_files(name: str, paths: Iterable[Path], spec: CorpusSpec) -> Iterator[s
     column = spec.text or "text"
     for path in paths:
         suffix, compression = file_kind(path)
-        with reporting(name, path), _in_memory(name, path):
+        with reporting(f"corpus '{name}'", path), _in_memory(name, path):
             if suffix == ".parquet":
                 yield from _read_parquet(name, path, column)
                 continue

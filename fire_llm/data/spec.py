@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Literal, get_args
 
 import pydantic
 
 from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.core.hashing import digest
+from fire_llm.data.cache import file_state, refuse_changed, reporting
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[str, ...] = get_args(Split)
@@ -63,17 +66,45 @@ class Corpus:
         identity: the fingerprint, or what computes it.
         read: opens a split again and yields its documents. Called by `documents`.
         approximate_bytes: about how many bytes of text there are, for progress bars; None where that is not known.
+        files: the local files that `read` reads.
+        expected: the fingerprint that the text has to have; what it has, by default.
     """
 
     name: str
     identity: str | Callable[[], str] = field(repr=False)
     read: Callable[[str], Iterable[str]] = field(repr=False, compare=False)
     approximate_bytes: int | None = field(default=None, repr=False, compare=False)
+    files: Sequence[Path] = field(default=(), repr=False, compare=False)
+    expected: str | None = field(default=None, repr=False)
 
     @cached_property
     def fingerprint(self) -> str:
         """Return text that changes whenever the documents would; local files are hashed for it, on the first call."""
+        return self.expected or self._found()
+
+    def _found(self) -> str:
         return self.identity if isinstance(self.identity, str) else self.identity()
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Read documents in the block: they are those of the fingerprint, from the first to the last.
+
+        Raises:
+            UserError: before the block, where files hold other text than the fingerprint says; after it, where one was
+                written to meanwhile.
+        """
+        what = f"corpus '{self.name}'"
+        states = {}
+        for path in self.files:
+            with reporting(what, path):
+                states[path] = file_state(path)
+        if self._found() != self.fingerprint:
+            raise UserError(
+                f"{what}: its text has changed since this command began. Put it back, or give the command again: "
+                "what was begun with the old text is then named."
+            )
+        yield
+        refuse_changed(what, states)
 
     def documents(self, split: str) -> Iterator[str]:
         """Yield the documents of a split, always in the same order; those of white space alone are left out.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from fire_llm.core.errors import UserError
@@ -30,7 +31,7 @@ def train_tokenizer(corpora: Sequence[Corpus], vocab_size: int, *, progress: boo
         progress: whether to show progress bars.
 
     Raises:
-        UserError: for a vocabulary below 257 entries, or corpora without any text.
+        UserError: for a vocabulary below 257 entries, or corpora without any text or whose text changes meanwhile.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -49,7 +50,10 @@ def train_tokenizer(corpora: Sequence[Corpus], vocab_size: int, *, progress: boo
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=progress,
     )
-    tokenizer.train_from_iterator(_sample(corpora), trainer)
+    with ExitStack() as unchanged:
+        for corpus in corpora:
+            unchanged.enter_context(corpus.unchanged())
+        tokenizer.train_from_iterator(_sample(corpora), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,

@@ -8,8 +8,9 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,22 +18,27 @@ import numpy as np
 
 from fire_llm.core.atomic import STAGING_SUFFIX, renamed, sync
 from fire_llm.core.errors import UserError, system_reason
-from fire_llm.core.hashing import digest
+from fire_llm.core.hashing import crc32, digest, hash_file
 from fire_llm.core.locks import held
 from fire_llm.core.progress import progress_bar
-from fire_llm.data.cache import CACHE_VARIABLE, cache_folder
+from fire_llm.data.cache import CACHE_VARIABLE, cache_folder, file_state
 from fire_llm.data.corpora import Corpus
 from fire_llm.data.encode import Encoder, batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Raised whenever the files below would be laid out or filled differently."""
 BAR_DELAY = 1.0
 """Seconds before a progress bar shows; what is done by then needs none."""
-DOCUMENT_BYTES = 24
-"""What documents.bin holds of each: three uint64."""
+META, TOKENS, DOCUMENTS = "meta.json", "tokens.bin", "documents.bin"
+FILES = (TOKENS, DOCUMENTS)
+"""What meta.json lists."""
+
+
+class ChangedTokens(UserError):
+    """Report a token file with other bytes than were written: a disk fails, or somebody wrote there."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class TokenFile:
         n_bytes: UTF-8 bytes of the documents' text; nothing is counted for the end of text.
         n_words: parts of the documents' text between runs of white space, as `count_words` counts them.
         n_documents: documents.
+        content: hash of the whole file's tokens and of where its documents end; empty where that is not known.
     """
 
     path: Path
@@ -54,35 +61,57 @@ class TokenFile:
     n_bytes: int
     n_words: int
     n_documents: int
+    content: str = field(default="", compare=False)
+    _ends: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def open(cls, path: str | Path) -> TokenFile:
-        """Map a token file.
+    def open(cls, path: str | Path, *, of: Mapping[str, Any] | None = None, verify: bool = True) -> TokenFile:
+        """Map a token file; the first time in a process, all of it is read and found to be what was written.
+
+        Args:
+            path: its folder.
+            of: what meta.json is to say of it: the corpus's fingerprint, the split, the tokenizer.
+            verify: read it; otherwise only sizes are compared.
 
         Raises:
-            UserError: where the folder is not a whole token file: no or broken meta.json, another file cut short.
+            UserError: where the folder is not a whole token file: something is missing or cut short.
+            ChangedTokens: where it has other bytes than were written, or is of something else.
         """
         path = Path(path)
+
+        def said(why: object) -> str:
+            return f"{path} is no readable token file ({why}). Delete the folder: the same command tokenises again."
+
         try:
-            meta = json.loads((path / "meta.json").read_text())
-            dtype = np.dtype(meta["dtype"])
-            for name, expected in (
-                ("tokens.bin", meta["n_tokens"] * dtype.itemsize),
-                ("documents.bin", meta["n_documents"] * DOCUMENT_BYTES),
-            ):
-                size = (path / name).stat().st_size
-                if size != expected:
-                    raise ValueError(f"{name} has {size} bytes where {expected} belong")
-            tokens = np.memmap(path / "tokens.bin", dtype=dtype, mode="r", shape=(meta["n_tokens"],))
-            return cls(path, tokens, *(meta[n] for n in ("n_tokens", "n_bytes", "n_words", "n_documents")))
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} is no readable token file ({error}). Delete the folder.") from error
+            meta = json.loads((path / META).read_text(encoding="utf-8"))
+            if meta.pop("digest") != _digest(meta):
+                raise ChangedTokens(said(f"{META} is not what was written"))
+            for key, value in (of or {}).items():
+                if meta[key] != value:
+                    raise ChangedTokens(said(f"it is of another {key}, {meta[key]!r}"))
+            for name, written in meta["files"].items():
+                if (size := (path / name).stat().st_size) != written["bytes"]:
+                    raise ValueError(f"{name} has {size} bytes where {written['bytes']} belong")
+                if verify and _checksum(path / name, file_state(path / name)) != written["crc32"]:
+                    raise ChangedTokens(said(f"{name} is not what was written"))
+            tokens = np.memmap(path / TOKENS, dtype=meta["dtype"], mode="r", shape=(meta["n_tokens"],))
+            ends = np.memmap(path / DOCUMENTS, dtype=np.uint64, mode="r", shape=(meta["n_documents"], 3))
+            n_tokens, n_bytes, n_words, n_documents = (
+                int(meta[n]) for n in ("n_tokens", "n_bytes", "n_words", "n_documents")
+            )
+            content = digest("".join(meta["files"][n]["blake2b"] for n in FILES), 16)
+            return cls(path, tokens, n_tokens, n_bytes, n_words, n_documents, content, ends)
+        except UserError:
+            raise
+        except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise UserError(said(error)) from error
 
     @property
     def ends(self) -> np.ndarray:
         """Return (n_documents, 3) uint64, mapped: tokens, bytes and words up to each document's end."""
-        every = np.memmap(self.path / "documents.bin", dtype=np.uint64, mode="r").reshape(-1, 3)
-        return every[: self.n_documents]
+        if self._ends is None:
+            raise ValueError(f"the token file '{self.path}' was not opened: it has no documents")
+        return self._ends[: self.n_documents]
 
     def first(self, limit: int | None) -> TokenFile:
         """Return the leading documents that hold at most `limit` tokens together; all of them for None.
@@ -100,7 +129,7 @@ class TokenFile:
                 "Raise the limit, or cut the corpus into smaller documents."
             )
         n_tokens, n_bytes, n_words = (int(end) for end in ends[whole - 1])
-        return TokenFile(self.path, self.tokens[:n_tokens], n_tokens, n_bytes, n_words, whole)
+        return TokenFile(self.path, self.tokens[:n_tokens], n_tokens, n_bytes, n_words, whole, self.content, self._ends)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A pickled memmap is a copy of all its tokens: a DataLoader's workers would each receive the whole corpus.
@@ -110,7 +139,7 @@ class TokenFile:
 
 
 def _reopen(path: Path, n_tokens: int) -> TokenFile:
-    return TokenFile.open(path).first(n_tokens)
+    return TokenFile.open(path, verify=False).first(n_tokens)
 
 
 def tokenize_corpus(
@@ -137,7 +166,8 @@ def tokenize_corpus(
 
     Raises:
         UserError: for a tokenizer without an end-of-text token, a split without documents, a cache folder that cannot
-            be written to, and whatever is wrong with the corpus.
+            be written to, tokens in it that are not what was written, text that changes while it is read, and whatever
+            is wrong with the corpus.
     """
     end = tokenizer.eos_token_id
     if not isinstance(end, int):
@@ -149,23 +179,67 @@ def tokenize_corpus(
     identity = json.dumps([corpus.fingerprint, split, encoder.identity, end, FORMAT_VERSION])
     label = re.sub(r"[^A-Za-z0-9._-]+", "-", corpus.name).strip("-.")[:60]
     folder = cache_folder(cache) / f"{label}-{split}-{digest(identity, 8)}"
+    of = {"fingerprint": corpus.fingerprint, "split": split, "tokenizer": encoder.identity, "end_of_text": end}
     # Looked for before any lock is taken: a finished cache may well be read-only.
-    with contextlib.suppress(UserError):
-        return TokenFile.open(folder)
+    if (found := _whole(folder, of)) is not None:
+        return found
     with _writing(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
         _lock(folder.parent, folder.name).open("ab").close()  # a cache that cannot be written to is reported as such
         _clear_leftovers(folder.parent)
     with _locked(folder, progress):
-        with contextlib.suppress(UserError):
-            return TokenFile.open(folder)
+        if (found := _whole(folder, of)) is not None:
+            return found
         partial = folder.with_name(f".{folder.name}{STAGING_SUFFIX}")
-        with _writing(folder.parent), renamed(partial, folder):
+        with _writing(folder.parent), renamed(partial, folder), corpus.unchanged():
             _write(partial, corpus, split, encoder, end, progress)
             if folder.exists():  # it is damaged
                 shutil.rmtree(folder)
         sync(folder.parent, below=False)
-    return TokenFile.open(folder)
+    return TokenFile.open(folder, of=of)
+
+
+def _whole(folder: Path, of: Mapping[str, Any]) -> TokenFile | None:
+    """Return a token file, None where it is to be made: there is none, or files of it are missing or cut short.
+
+    Raises:
+        ChangedTokens: where it has other bytes than were written.
+    """
+    try:
+        return TokenFile.open(folder, of=of)
+    except ChangedTokens:
+        raise
+    except UserError:
+        return None
+
+
+def seal(folder: Path, meta: Mapping[str, Any]) -> None:
+    """Write meta.json: what a folder's tokens are, with sizes and hashes of the other files and of itself.
+
+    Args:
+        folder: with tokens.bin and documents.bin.
+        meta: dtype, n_tokens, n_bytes, n_words, n_documents, and what else is to be known.
+    """
+    files = {
+        name: {
+            "bytes": (folder / name).stat().st_size,
+            "crc32": hash_file(folder / name, of_chunk=crc32),
+            "blake2b": hash_file(folder / name),
+        }
+        for name in FILES
+    }
+    content = {**meta, "files": files}
+    (folder / META).write_text(json.dumps({**content, "digest": _digest(content)}, indent=1), encoding="utf-8")
+
+
+def _digest(meta: Mapping[str, Any]) -> str:
+    return digest(json.dumps(meta, sort_keys=True), 16)
+
+
+@cache
+def _checksum(path: Path, state: str) -> str:
+    """Return the checksum of a file, read once a process for as long as nothing writes to it."""
+    return hash_file(path, of_chunk=crc32)
 
 
 def _write(partial: Path, corpus: Corpus, split: str, encoder: Encoder, end: int, progress: bool) -> None:
@@ -182,8 +256,8 @@ def _write(partial: Path, corpus: Corpus, split: str, encoder: Encoder, end: int
     n_tokens = n_bytes = n_words = n_documents = 0
     begun = time.monotonic()
     with (
-        open(partial / "tokens.bin", "wb") as file,
-        open(partial / "documents.bin", "wb") as index,
+        open(partial / TOKENS, "wb") as file,
+        open(partial / DOCUMENTS, "wb") as index,
         progress_bar(f"tokenising {corpus.name} ({split})", total, "B", shown=progress, delay=BAR_DELAY) as bar,
     ):
         for texts, sizes in batches(corpus.documents(split)):
@@ -220,7 +294,7 @@ def _write(partial: Path, corpus: Corpus, split: str, encoder: Encoder, end: int
         "n_words": n_words,
         "n_documents": n_documents,
     }
-    (partial / "meta.json").write_text(json.dumps(meta, indent=1))
+    seal(partial, meta)
 
 
 def count_words(text: str) -> int:

@@ -19,11 +19,14 @@ import torch
 import fire_llm
 from fire_llm.core.atomic import CONTINUAL_STATE, step_of
 from fire_llm.core.compat import installed
+from fire_llm.core.errors import UserError
 from fire_llm.core.hardware import resolve_precision
+from fire_llm.core.hashing import hash_file
+from fire_llm.core.manifest import weights_hash
 from fire_llm.evaluation.diagnose import LOG_PREFIX
 from fire_llm.evaluation.measurement import first_token, token_text
 from fire_llm.experiment.context import RunContext
-from fire_llm.experiment.stages import Stage, final_checkpoint, labelled_checkpoint
+from fire_llm.experiment.stages import REPORT, Stage, final_checkpoint, kept_checkpoints, labelled_checkpoint, read_unit
 from fire_llm.models import describe, model_on_meta
 from fire_llm.reporting.schema import (
     SCHEMA_VERSION,
@@ -119,7 +122,9 @@ def _run(stage: Stage) -> Run:
         start = Start(phase=parent.phase.name, arm=parent.arm, checkpoint=stage.start, step=step_of(origin))
         if stage.arm:
             jump = _loss_jump(measured_nll(origin), curve, run.config.get_text_config().vocab_size)
-    report = path / "reset.json"
+    report = path / REPORT
+    if report.exists() and (read_unit(path) or {}).get("reset", hash_file(report)) != hash_file(report):
+        raise UserError(f"'{report}' is not what was written: put back a copy, or delete '{path}' to train it again")
     return Run(
         phase=stage.phase.name,
         arm=stage.arm,
@@ -130,6 +135,7 @@ def _run(stage: Stage) -> Run:
         seconds=round(own["seconds"], 2),
         batches_hash=f"{own['batches_hash'] & (2**64 - 1):016x}",
         checkpoint=str(final.relative_to(run.folder)),
+        weights=_weights(stage),
         curve=curve,
         diagnosed_on=run.recipe.diagnosed(stage.phase) if run.recipe.evaluate.diagnostics_every_steps else None,
         final=next(entry.eval for entry in reversed(curve) if entry.eval),
@@ -143,6 +149,15 @@ def _run(stage: Stage) -> Run:
         loss_jump=jump,
         reset=ResetEntry.model_validate_json(report.read_bytes()) if report.exists() else None,
     )
+
+
+def _weights(stage: Stage) -> dict[str, str]:
+    """Return the hashes of the weights that a finished stage kept, by checkpoint."""
+    kept: dict[str, str] = {}
+    for path in kept_checkpoints(stage):
+        if (found := weights_hash(path)) is not None:
+            kept[str(path.relative_to(stage.run.folder))] = found
+    return kept
 
 
 def measured_nll(checkpoint: Path) -> dict[str, float]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from fire_llm.core.atomic import write_json
 from fire_llm.core.errors import UserError
 from fire_llm.core.hardware import resolve_precision
 from fire_llm.core.locks import held, lock_of
+from fire_llm.core.manifest import MANIFEST, damage, write_manifest
 from fire_llm.core.staging import staged
 from fire_llm.data.corpora import Corpus, resolve
 from fire_llm.data.tokenizer import train_tokenizer
@@ -19,6 +23,7 @@ from fire_llm.data.tokens import TokenFile, tokenize_corpus
 from fire_llm.distributed import ranks
 from fire_llm.experiment.recipe import Recipe
 from fire_llm.experiment.recipe.sections import as_list
+from fire_llm.experiment.sources import MODEL, TOKENIZER, Hashes, changes, hashes, place_of
 from fire_llm.models import PRESETS, config_for, load_tokenizer
 from fire_llm.resets import ResetSpec
 
@@ -30,13 +35,22 @@ class RunContext:
         recipe: From `load_recipe`.
         folder: The run's; `runs/NAME` by default.
         progress: Show what takes long. Of several ranks, the first one alone does.
+        known: What another context of the same command found, from `known`: all of it reads the same.
     """
 
-    def __init__(self, recipe: Recipe, folder: str | Path | None = None, progress: bool = False) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: str | Path | None = None,
+        progress: bool = False,
+        known: Mapping[str, Any] | None = None,
+    ) -> None:
         self.recipe, self.folder = recipe, Path(folder or Path("runs") / recipe.name)
         self._progress = progress
+        self._known = known or {}
         self._corpora: dict[str, Corpus] = {}
         self._tokens: dict[tuple[str, str], TokenFile] = {}
+        self._places: dict[str, str] = dict(self._known.get("places", {}))
 
     @property
     def progress(self) -> bool:
@@ -46,8 +60,61 @@ class RunContext:
     def corpus(self, name: str) -> Corpus:
         """Return the corpus of a name; its text is neither read nor hashed here."""
         if name not in self._corpora:
-            self._corpora[name] = resolve(name, self.recipe.corpora.get(name), Path(self.recipe.data_root))
+            found = resolve(name, self.recipe.corpora.get(name), Path(self.recipe.data_root))
+            self._corpora[name] = replace(found, expected=self._known.get("corpora", {}).get(name))
         return self._corpora[name]
+
+    def known(self) -> dict[str, Any]:
+        """Return what the run reads from outside, by content, as plain data: it is the same for as long as it runs."""
+        names = dict.fromkeys([*self.recipe.corpus_names(), *self.tokenizer_corpora])
+        corpora = {name: self.corpus(name).fingerprint for name in names}
+        return {"files": self.files, "places": self._places, "corpora": corpora}
+
+    @cached_property
+    def _names(self) -> dict[str, tuple[str, tuple[str, ...]]]:
+        """What the model and the tokenizer are read from, where that is not the run's own: a folder or a Hub id."""
+        model, tokenizer = self.recipe.model.checkpoint, self.recipe.tokenizer
+        own = tokenizer is not None and tokenizer.train is not None
+        words = None if own else (tokenizer and tokenizer.path) or model
+        found = {"model": (model, MODEL), "tokenizer": (words, TOKENIZER)}
+        return {what: (name, patterns) for what, (name, patterns) in found.items() if name}
+
+    @cached_property
+    def files(self) -> dict[str, Hashes]:
+        """The hashes of the files of {model, tokenizer}, without what is the run's own; read when first asked for."""
+        known: dict[str, Hashes] | None = self._known.get("files")
+        return known if known is not None else {what: self._hashes(what) for what in self._names}
+
+    def _hashes(self, what: str) -> Hashes:
+        name, patterns = self._names[what]
+        return hashes(f"{what} '{name}'", self._place(what), patterns)
+
+    def _place(self, what: str) -> str:
+        name, _ = self._names[what]
+        if name not in self._places:
+            if what == "model":
+                _ = self.planned_config  # a name that is none is told best there
+            self._places[name] = place_of(what, name)
+        return self._places[name]
+
+    @contextmanager
+    def reading(self, what: str) -> Iterator[str]:
+        """Yield where the model or the tokenizer is loaded from, and see that its files are the run's `files`.
+
+        Args:
+            what: `model` or `tokenizer`.
+
+        Raises:
+            UserError: A file holds something else than when the command began, before the block or after it.
+        """
+        for look in ("before", "after"):
+            for change in changes({what: self.files[what]}, {what: self._hashes(what)}):
+                raise UserError(
+                    f"'{self._names[what][0]}' is not what it was when this command began: {change}. Put it back, or "
+                    "give the command again: what was begun with the old one is then named"
+                )
+            if look == "before":
+                yield self._place(what)
 
     @cached_property
     def arms(self) -> dict[str, dict[str, tuple[ResetSpec, ...]]]:
@@ -93,7 +160,8 @@ class RunContext:
         """The tokenizer: given, the model's own, or trained here once."""
         section = self.recipe.tokenizer
         if section is None or section.train is None:
-            return load_tokenizer(section.path if section and section.path else str(self.recipe.model.checkpoint))
+            with self.reading("tokenizer") as place:
+                return load_tokenizer(place)
         own = self.folder / "tokenizer"
         corpora = [self.corpus(name) for name in self.tokenizer_corpora]
         origin = {"vocabulary": section.train, "corpora": {c.name: c.fingerprint for c in corpora}}
@@ -104,7 +172,12 @@ class RunContext:
                     with staged(own) as partial:
                         trained.save_pretrained(partial)
                         write_json(partial / "trained_on.json", origin)
+                        write_manifest(partial)
         ranks().wait_for_everyone()
+        if (own / MANIFEST).exists() and (wrong := damage(own)):  # the first versions listed no files
+            raise UserError(
+                f"'{own}' is damaged: {wrong}. Put back a copy of it, or delete it: the same command trains it again"
+            )
         if json.loads((own / "trained_on.json").read_text(encoding="utf-8")) != origin:
             raise UserError(
                 f"'{own}' was trained for another recipe or on other text: choose another --output, "
@@ -116,16 +189,37 @@ class RunContext:
     def config(self) -> Any:
         """The transformers config of the model."""
         model = self.recipe.model
-        name = str(model.preset or model.checkpoint)
-        return config_for(name, tokenizer=self.tokenizer, context=model.context, overrides=model.config)
+        options = {"tokenizer": self.tokenizer, "context": model.context, "overrides": model.config}
+        if model.preset:
+            return config_for(model.preset, **options)
+        with self.reading("model") as place:
+            return config_for(place, **options)
 
     def tokens(self, corpus: str, split: str) -> TokenFile:
         """Return a corpus as tokens, tokenising it where no cache holds it."""
         key = (corpus, split)
         _ = self.config  # which refuses a tokenizer that does not fit the model, before text is tokenised for hours
         if key not in self._tokens:
-            self._tokens[key] = tokenize_corpus(self.corpus(corpus), self.tokenizer, split, progress=self.progress)
+            found = tokenize_corpus(self.corpus(corpus), self.tokenizer, split, progress=self.progress)
+            if self.recorded.get(corpus, {}).get(split, found.content) != found.content:
+                raise UserError(
+                    f"corpus '{corpus}' ({split}): '{found.path}' holds other tokens than a stage of '{self.folder}' "
+                    "was begun with, of the same text: the tokenizer, or the library that it comes with, has changed. "
+                    "Put it back and delete that folder of the cache, or choose another --output"
+                )
+            self._tokens[key] = found
         return self._tokens[key]
+
+    @cached_property
+    def recorded(self) -> dict[str, dict[str, str]]:
+        """The hashes of the tokens that the run's stages were begun with: {corpus: {split: hash}}."""
+        found: dict[str, dict[str, str]] = {}
+        for path in [*self.folder.glob("*/seed-*/unit.json"), *self.folder.glob("*/*/seed-*/unit.json")]:
+            # What is damaged is refused by `stages`.
+            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                for corpus, splits in json.loads(path.read_text(encoding="utf-8"))["tokens"].items():
+                    found.setdefault(corpus, {}).update(splits)
+        return found
 
     def held_out(self, corpus: str) -> TokenFile:
         """Return the part of a corpus's held-out text that the recipe measures on."""

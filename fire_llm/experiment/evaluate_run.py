@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
@@ -15,6 +14,8 @@ import torch
 
 from fire_llm.core.atomic import is_run, step_of, write_json
 from fire_llm.core.errors import UserError, did_you_mean
+from fire_llm.core.hashing import digest
+from fire_llm.core.manifest import weights_hash
 from fire_llm.data.corpora import CORPORA
 from fire_llm.distributed import is_first
 from fire_llm.evaluation.measurement import WORDS, first_token, token_text
@@ -23,7 +24,16 @@ from fire_llm.evaluation.statistics import BOOTSTRAP, standard_errors
 from fire_llm.evaluation.texts import EvaluationSet, score
 from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.recipe import Recipe, load_recipe
-from fire_llm.experiment.stages import Stage, expand, final_checkpoint, labelled_checkpoint
+from fire_llm.experiment.sources import changes
+from fire_llm.experiment.stages import (
+    Stage,
+    expand,
+    final_checkpoint,
+    kept_checkpoints,
+    labelled_checkpoint,
+    read_unit,
+    refuse_links,
+)
 from fire_llm.experiment.transfer import PhaseRun, transfer
 from fire_llm.models import find_device, fresh_model, load_model
 from fire_llm.reporting.schema import EVALUATION_VERSION, Bootstrap, Evaluation, EvaluationRow, EvaluationSettings
@@ -45,6 +55,8 @@ class Row:
     labels: list[str]
     """init, start, final, best, or a number of steps."""
     load: Callable[[], Any] = field(repr=False)
+    weights: str | None = None
+    """Hash of its weights; None for step-0 weights, which the recipe gives."""
 
     def names(self) -> dict[str, object]:
         """Return what tells the row from others, as plain data."""
@@ -84,11 +96,12 @@ def evaluate_run(
     folder = Path(run_dir)
     run, stages = _run_and_stages(folder, progress)
     recipe = run.recipe
+    refuse_links(folder, stages)
     finished = [stage for stage in stages if final_checkpoint(folder / stage.folder)]
     if not finished:
         raise UserError(f"'{folder}' has no finished phase to evaluate: finish it with `fire-llm run`")
     names = _names(recipe, data)
-    _refuse_changed_text(folder, finished, names)
+    _refuse_changed(folder, finished, names)
     where = find_device(device)
     texts, left_out = _texts(run, names, required=names if data else recipe.evaluated())
     found, passed = rows_and_phase_runs(finished, run)
@@ -96,6 +109,11 @@ def evaluate_run(
     matrix: dict[str, dict[str, Scores]] = {}
     rows: list[EvaluationRow] = []
     for row in found:
+        if row.phase and weights_hash(folder / row.checkpoint, read=True) != row.weights:
+            raise UserError(
+                f"'{folder / row.checkpoint}' is damaged: its weights are not what was written. Put back a copy of it, "
+                "or delete it and run the recipe again"
+            )
         model = row.load().to(where)
         measured = score(
             model,
@@ -173,16 +191,18 @@ def _names(recipe: Recipe, data: Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys(data)) if data else recipe.corpus_names()
 
 
-def _refuse_changed_text(folder: Path, finished: Sequence[Stage], names: Sequence[str]) -> None:
-    """Refuse text that is not what the run was trained with: what is held out now may have been trained on.
+def _refuse_changed(folder: Path, finished: Sequence[Stage], names: Sequence[str]) -> None:
+    """Refuse what is not what the run was trained with: text (what is held out now may have been trained on), files.
 
     Raises:
-        UserError: Naming the corpus.
+        UserError: Naming the corpus, or the file of the model or tokenizer.
     """
     for stage in finished:
-        before = json.loads((folder / stage.folder / "unit.json").read_text(encoding="utf-8"))["corpora"]
+        before = read_unit(folder / stage.folder) or {}
+        for change in changes(before.get("files"), stage.run.files):
+            raise UserError(f"{change} since '{folder / stage.folder}' was begun: put back what it was")
         for name, now in stage.spec["corpora"].items():
-            if name in names and before.get(name, now) != now:
+            if name in names and before.get("corpora", {}).get(name, now) != now:
                 raise UserError(
                     f"corpus '{name}' has changed since '{folder / stage.folder}' was trained, so that its held-out "
                     "text may be text that was trained on: put it back, or name other corpora with --data"
@@ -225,19 +245,15 @@ def rows_and_phase_runs(finished: Sequence[Stage], run: RunContext) -> tuple[lis
     for seed in recipe.seed:
         given = recipe.model.checkpoint
         name = given or f"init/seed-{seed}"
-        load = partial(load_model, given, torch.float32) if given else partial(_fresh, run, seed)
-        rows[name] = Row(name, None, None, None if given else seed, 0, ["start" if given else "init"], load)
+        load = partial(_given, run) if given else partial(_fresh, run, seed)
+        weights = digest(str(run.files["model"]), 16) if given else None
+        rows[name] = Row(name, None, None, None if given else seed, 0, ["start" if given else "init"], load, weights)
     for stage in finished:
-        own: dict[int, tuple[Path, list[str]]] = {}
-        for label in [*map(str, stage.phase.keep), "final"]:
-            with suppress(UserError):  # a checkpoint that the recipe was told to keep after the phase had ended
-                path = labelled_checkpoint(folder / stage.folder, label)
-                own.setdefault(step_of(path) or 0, (path, []))[1].append(label)
-        for step, (path, labels) in sorted(own.items()):
-            key = str(path.relative_to(folder))
+        for path, labels in kept_checkpoints(stage).items():
+            last = str(path.relative_to(folder))
             load = partial(load_model, path, torch.float32)
-            rows[key] = Row(key, stage.phase.name, stage.arm, stage.seed, step, labels, load)
-        last = str(own[max(own)][0].relative_to(folder))
+            step, weights = step_of(path) or 0, weights_hash(path)
+            rows[last] = Row(last, stage.phase.name, stage.arm, stage.seed, step, labels, load, weights)
         start = recipe.model.checkpoint or f"init/seed-{stage.seed}"
         if stage.parent is not None:
             start = str(labelled_checkpoint(folder / stage.parent.folder, stage.start).relative_to(folder))
@@ -245,6 +261,11 @@ def rows_and_phase_runs(finished: Sequence[Stage], run: RunContext) -> tuple[lis
         names = (stage.phase.name, stage.arm, stage.seed, tuple(stage.phase.data))
         passed[stage.folder] = PhaseRun(*names, start, last, parent)
     return [*rows.values()], [*passed.values()]
+
+
+def _given(run: RunContext) -> Any:
+    with run.reading("model") as place:
+        return load_model(place, torch.float32)
 
 
 def _fresh(run: RunContext, seed: int) -> Any:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from fire_llm.core.atomic import checkpoints, write_json
 from fire_llm.core.errors import UserError, explained, redact
@@ -69,16 +70,23 @@ class Job:
         return self.folder.exists() or self.source() is not None or not begun_elsewhere
 
 
-def jobs_of(trials: Sequence[Trial], output: Path, progress: bool = False) -> list[Job]:
+def jobs_of(
+    trials: Sequence[Trial], output: Path, progress: bool = False, known: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[Job]:
     """Return the jobs of all trials, those of one trial after those of the one before, parents before children.
 
-    Local text is hashed for them.
+    Args:
+        trials: Of the command.
+        output: Its folder.
+        progress: Show what takes long.
+        known: By trial, what the command's `RunContext.known` said; otherwise text, models and tokenizers are hashed.
     """
     jobs: list[Job] = []
     by_key: dict[str, list[Job]] = {}
     for trial in trials:
         own: dict[str, Job] = {}
-        for stage in expand(RunContext(trial.recipe, trial.folder(output), progress)):
+        run = RunContext(trial.recipe, trial.folder(output), progress, (known or {}).get(trial.name))
+        for stage in expand(run):
             parent = own[stage.parent.folder] if stage.parent else None
             own[stage.folder] = job = Job(trial, stage, stage.key(stage.spec), parent)
             by_key.setdefault(job.key, []).append(job)
@@ -119,7 +127,7 @@ def link_duplicate(job: Job, source: Job) -> None:
 
 def lock_for(output: Path, job: Job) -> Path:
     """Return the lock's file that whoever trains a job, or a duplicate of it, holds."""
-    return lock_of(output, job.key)
+    return lock_of(output, job.stage.lock)
 
 
 @contextmanager

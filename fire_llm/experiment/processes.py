@@ -38,6 +38,7 @@ class Workers:
         output: The command's folder.
         failures: Where they write what failed.
         options: Of `worker.work`; and `progress`: whether they say anything, which is passed on.
+        known: By trial, what its stages read from outside: workers read the same.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Workers:
         output: Path,
         failures: Failures,
         options: Mapping[str, Any],
+        known: Mapping[str, Mapping[str, Any]],
     ) -> None:
         self.trials, self.output, self.failures, self.options = trials, output, failures, options
         self.instructions = {
@@ -56,6 +58,7 @@ class Workers:
             "arms": list(arms),
             "trials": [{**vars(trial), "recipe": trial.recipe.model_dump(mode="json")} for trial in trials],
             "options": dict(options),
+            "known": dict(known),
         }
         self.logs = [output / ".workers" / f"{socket.gethostname()}-{n + 1}.log" for n in range(number)]
         self.processes: list[subprocess.Popen[bytes]] = []

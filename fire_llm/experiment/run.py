@@ -31,7 +31,7 @@ from fire_llm.experiment.processes import Workers
 from fire_llm.experiment.progress import Overview, StepReport
 from fire_llm.experiment.recipe import Recipe, Trial
 from fire_llm.experiment.resources import registered_here, small, threads_asked_for, worker_count
-from fire_llm.experiment.stages import refuse_links, refuse_other_recipe
+from fire_llm.experiment.stages import Stage, refuse_links, refuse_other_recipe
 from fire_llm.experiment.train import mixture_of, train
 from fire_llm.experiment.worker import work
 from fire_llm.reporting.schema import Results
@@ -156,6 +156,7 @@ class _Command:
                     _check_tasks(name)
                 else:
                     os.environ.pop(name, None)
+        refuse_links(self.output, [])
         jobs = jobs_of(self.trials, self.output, self.progress)
         wanted = of_arms(jobs, self.arms)
         if ranks().num_processes > 1 or launched():
@@ -165,7 +166,7 @@ class _Command:
                 self.output.mkdir(parents=True, exist_ok=True)
             stack.enter_context(signals_handled())
             stack.enter_context(only_run(self.output, shared=not self.alone))
-            _prepare(self.trials, wanted if self.alone else jobs, self.output, self.alone)
+            _prepare(self.trials, wanted, jobs, self.output, self.alone)
             own = self.output / ".workers" / uuid.uuid4().hex
             stack.callback(shutil.rmtree, own, ignore_errors=True)
             failures = Failures(own)
@@ -201,7 +202,8 @@ class _Command:
                 return []
             overview.say(f"{number} worker(s); what they say is kept in '{self.output / '.workers'}'")
             options["progress"] = self.alone and self.progress
-            return Workers(number, self.trials, self.arms, self.output, failures, options).train(overview)
+            known = {job.trial.name: job.run.known() for job in wanted}
+            return Workers(number, self.trials, self.arms, self.output, failures, options, known).train(overview)
 
     def _tokenised(self, wanted: Sequence[Job]) -> dict[str, int]:
         """Make tokenizers and tokens before training wants them, with all cores, and return the jobs' steps by key."""
@@ -237,9 +239,9 @@ class _Command:
             folder, own = trial.folder(self.output), [job for job in wanted if job.trial is trial]
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
+            refuse_links(folder, [job.stage for job in own])
             with signals_handled(), only_run(folder):
-                refuse_links(folder, [job.stage for job in own])
-                refuse_other_recipe(folder, [job.stage for job in own])
+                refuse_other_recipe(folder, [job.stage for job in own], _stages(trial, jobs))
                 keep_freed_memory()
                 if state.is_main_process:
                     write_json(folder / "recipe.json", trial.recipe.model_dump(mode="json"))
@@ -274,16 +276,20 @@ def _check_tasks(name: str) -> None:
     )
 
 
-def _prepare(trials: Sequence[Trial], jobs: Sequence[Job], output: Path, alone: bool) -> None:
+def _stages(trial: Trial, jobs: Sequence[Job]) -> list[Stage]:
+    return [job.stage for job in jobs if job.trial is trial]
+
+
+def _prepare(trials: Sequence[Trial], wanted: Sequence[Job], jobs: Sequence[Job], output: Path, alone: bool) -> None:
     """Compare the folders of all trials with what they were begun with, and say in them what they are."""
     with held(lock_of(output, "recipes"), wait=True):
         for trial in trials:
             folder = trial.folder(output)
-            stages = [job.stage for job in jobs if job.trial is trial]
+            stages = _stages(trial, jobs)
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
             refuse_links(folder, stages)
-            refuse_other_recipe(folder, stages)
+            refuse_other_recipe(folder, _stages(trial, wanted) if alone else stages, stages)
         for trial in trials:
             with nullcontext() if alone else only_run(trial.folder(output), shared=True):
                 write_json(trial.folder(output) / "recipe.json", trial.recipe.model_dump(mode="json"))
@@ -304,7 +310,7 @@ def described(trials: Sequence[Trial]) -> dict[str, Any]:
 
 def _gather(trial: Trial, jobs: Sequence[Job], first: bool = True) -> Results:
     """Return a trial's results, of the stages that are finished; the first rank writes them."""
-    stages = [job.stage for job in jobs if job.trial is trial]
+    stages = _stages(trial, jobs)
     run = stages[0].run
     results = collect(stages, run)
     if first:

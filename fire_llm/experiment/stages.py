@@ -14,19 +14,22 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fire_llm.core.atomic import checkpoints
+from fire_llm.core.atomic import checkpoints, step_of
 from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.core.hashing import digest
-from fire_llm.core.manifest import damage
+from fire_llm.core.manifest import damage, weights_hash
 from fire_llm.experiment.batch import split_batch
 from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.recipe import PhaseSection, Recipe, optimizer_of
+from fire_llm.experiment.sources import changes
 from fire_llm.resets import FORMER, ResetSpec
 
 MOST_STAGES = 2_000
@@ -37,6 +40,15 @@ LONGEST_NAME = 255
 
 STORED = {name: former for former, name in FORMER.items()}
 """Methods that `unit.json` holds under their former name: older runs stored it, and digests of later stages hold it."""
+
+PASSES = {"batch": None, "evaluate": None}
+"""Sections whose `sequences_per_device` cuts the same tokens into smaller or larger forward passes."""
+
+RECORDED = {"files", "tokens", "weights", "reset"}
+"""Keys of `unit.json` beside the recipe's: hashes of what the stage was begun with, and of what it wrote."""
+
+REPORT = "reset.json"
+"""File in a stage's folder with what its reset did."""
 
 _ABSENT = object()
 """Marks a key that a stage's folder, or the recipe, does not have."""
@@ -64,13 +76,24 @@ class Stage:
 
     @cached_property
     def spec(self) -> dict[str, Any]:
-        """Everything that the weights depend on: the content of `unit.json`. Local text is hashed for it."""
-        fingerprints = {name: self.run.corpus(name).fingerprint for name in self._corpora}
-        return self._described(fingerprints, self.parent.spec if self.parent else None)
+        """Everything that the weights depend on: the content of `unit.json`. Text, model and tokenizer are hashed."""
+        described = self._described(self._fingerprints(), self.parent.spec if self.parent else None)
+        return {**described, "files": self.run.files} if self.run.files else described
+
+    def spec_in_passes(self, passes: Mapping[str, int | None]) -> dict[str, Any]:
+        """Return `spec` as it would be with these `sequences_per_device` of the sections in `PASSES`."""
+        parent = self.parent.spec_in_passes(passes) if self.parent else None
+        described = self._described(self._fingerprints(), parent, passes)
+        return {**described, "files": self.run.files} if self.run.files else described
+
+    @cached_property
+    def lock(self) -> str:
+        """Return what is the same for all that would write this stage's checkpoints, or those of a duplicate."""
+        return self.key(self.spec_in_passes(PASSES))
 
     @cached_property
     def outline(self) -> dict[str, Any]:
-        """The same with the settings of the corpora in the place of what they hold, so that no text is hashed."""
+        """`spec` with the settings of the corpora in the place of what they hold, so that nothing is hashed."""
         given, root = self.run.recipe.corpora, self.run.recipe.data_root
         settings = {name: [root, given[name].model_dump() if name in given else None] for name in self._corpora}
         return self._described(settings, self.parent.outline if self.parent else None)
@@ -89,10 +112,20 @@ class Stage:
     def _corpora(self) -> Iterable[str]:
         return dict.fromkeys([*self.phase.data, *self.run.recipe.evaluated(), *self.run.tokenizer_corpora])
 
-    def _described(self, corpora: Mapping[str, Any], parent: dict[str, Any] | None) -> dict[str, Any]:
-        origin = digest(json.dumps(parent, sort_keys=True), 16) if parent else None
+    def _fingerprints(self) -> dict[str, str]:
+        return {name: self.run.corpus(name).fingerprint for name in self._corpora}
+
+    def _described(
+        self, corpora: Mapping[str, Any], parent: dict[str, Any] | None, passes: Mapping[str, int | None] | None = None
+    ) -> dict[str, Any]:
+        # Files are compared stage by stage; without them, the digest is that of runs whose stages list none.
+        known = {key: value for key, value in (parent or {}).items() if key != "files"}
+        origin = digest(json.dumps(known, sort_keys=True), 16) if parent else None
+        settings = self.run.settings
+        cut = {s: {**settings[s], "sequences_per_device": n} for s, n in (passes or {}).items()}
         spec = {
-            **self.run.settings,
+            **settings,
+            **cut,
             "optimizer": optimizer_of(self.run.recipe, self.phase).model_dump(mode="json"),
             "phase": self.phase.model_dump(mode="json", exclude={"arms", "keep", "start_from", "optimizer"}),
             "corpora": corpora,
@@ -151,7 +184,10 @@ def refuse_links(folder: Path, stages: Iterable[Stage]) -> None:
         UserError: Naming the place and where it leads.
     """
     root = folder.resolve()
-    for place in [folder / "tokenizer", *(folder / stage.folder for stage in stages)]:
+    places = [folder / n for n in ("tokenizer", ".locks", ".workers", *(stage.folder for stage in stages))]
+    own = [folder / ".lock", *folder.glob("*.json"), *folder.glob("*.html"), *folder.glob("*.partial")]
+    below = (Path(at, n) for place in places for at, folders, files in os.walk(place) for n in (*folders, *files))
+    for place in itertools.chain(own, places, filter(Path.is_symlink, below)):
         if not place.resolve().is_relative_to(root):
             raise UserError(
                 f"'{place}' leads out of the run's folder, to '{place.resolve()}': remove the link. A whole run may "
@@ -159,26 +195,71 @@ def refuse_links(folder: Path, stages: Iterable[Stage]) -> None:
             )
 
 
-def refuse_other_recipe(folder: Path, stages: list[Stage]) -> None:
-    """Compare each stage with what its folder was begun with.
+def refuse_other_recipe(folder: Path, stages: Sequence[Stage], beside: Iterable[Stage] = ()) -> None:
+    """Compare each stage with what its folder was begun with: the recipe, the files, the weights of its parent.
+
+    Fewer or more sequences a forward pass are no difference: a step has the same tokens.
+
+    Args:
+        folder: The run's.
+        stages: Those that are to be trained or skipped.
+        beside: Those whose results stand beside theirs: they are of the same text, files and parents, if of another
+            recipe.
 
     Raises:
-        UserError: Naming the first stage that differs and every key that changed.
+        UserError: Naming the first stage that differs and everything that changed.
     """
-    for stage in stages:
-        path = folder / stage.folder / "unit.json"
-        if not path.exists():
+    chosen = {stage.folder for stage in stages}
+    for stage in (*stages, *(stage for stage in beside if stage.folder not in chosen)):
+        before = read_unit(folder / stage.folder)
+        if before is None:
             continue
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"'{path}' is damaged: delete '{path.parent}' to train that stage again") from error
-        changed = list(_differences(before, stage.spec))
+        changed = _changed_settings(before, stage) if stage.folder in chosen else _changed_text(before, stage)
+        recipe = "another recipe" if changed else "other files"
+        changed += changes(before.get("files"), stage.run.files)
+        if stage.parent is not None and "weights" in before:
+            with suppress(UserError):  # of a parent that is to be trained again nothing is known yet
+                start = labelled_checkpoint(folder / stage.parent.folder, stage.start)
+                if weights_hash(start) != before["weights"]:
+                    changed.append(f"'{start}', which it starts from, has other weights")
         if changed:
             raise UserError(
-                f"'{folder / stage.folder}' was begun with another recipe:\n  " + "\n  ".join(changed) + "\n"
-                "Choose another --output, put the recipe back, or delete that folder to train it again"
+                f"'{folder / stage.folder}' was begun with {recipe}:\n  " + "\n  ".join(changed) + "\n"
+                "Choose another --output, put back what it was, or delete that folder to train it again"
             )
+
+
+def _changed_settings(before: dict[str, Any], stage: Stage) -> list[str]:
+    now = stage.spec
+    with suppress(KeyError, TypeError):  # what has no such sections differs anyway
+        passes = {section: before[section]["sequences_per_device"] for section in PASSES}
+        if passes != {section: now[section]["sequences_per_device"] for section in PASSES}:
+            now = stage.spec_in_passes(passes)
+    own, now = ({key: value for key, value in of.items() if key not in RECORDED} for of in (before, now))
+    return list(_differences(own, now))
+
+
+def _changed_text(before: dict[str, Any], stage: Stage) -> list[str]:
+    own, now = before.get("corpora"), stage.spec["corpora"]
+    return list(_differences({**now, **own}, {**own, **now}, "corpora")) if isinstance(own, dict) else []
+
+
+def read_unit(folder: Path) -> dict[str, Any] | None:
+    """Return the `unit.json` of a stage's folder, None where it was not begun.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    path = folder / "unit.json"
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"'{path}' is damaged: delete '{folder}' to train that stage again")
+    return found
 
 
 def _differences(before: Any, after: Any, at: str = "") -> Iterator[str]:
@@ -259,6 +340,15 @@ def labelled_checkpoint(folder: Path, label: str) -> Path:
     if not path.is_dir():
         raise UserError(f"'{folder}' kept no checkpoint '{label}': add it to that phase's keep, and run it again")
     return path
+
+
+def kept_checkpoints(stage: Stage) -> dict[Path, list[str]]:
+    """Return the checkpoints of a finished stage that its recipe keeps, and their labels, by step."""
+    kept: dict[Path, list[str]] = {}
+    for label in [*map(str, stage.phase.keep), "final"]:
+        with suppress(UserError):  # a checkpoint that the recipe was told to keep after the phase had ended
+            kept.setdefault(labelled_checkpoint(stage.run.folder / stage.folder, label), []).append(label)
+    return dict(sorted(kept.items(), key=lambda item: step_of(item[0]) or 0))
 
 
 def check_processes(recipe: Recipe, world: int, arms: Iterable[str] = ()) -> None:

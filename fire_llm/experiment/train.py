@@ -16,6 +16,8 @@ from fire_llm.architectures.matrices import logical_matrices
 from fire_llm.core.atomic import BYTES_A_PARAMETER, free_bytes, write_json
 from fire_llm.core.errors import UserError
 from fire_llm.core.hardware import resolve_precision
+from fire_llm.core.hashing import hash_file
+from fire_llm.core.manifest import weights_hash
 from fire_llm.data import Mixture
 from fire_llm.distributed import ranks
 from fire_llm.evaluation.measurement import first_token
@@ -23,7 +25,7 @@ from fire_llm.experiment.batch import phase_steps, split_batch
 from fire_llm.experiment.collect import measured_nll
 from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.recipe import optimizer_of
-from fire_llm.experiment.stages import Stage, final_checkpoint, labelled_checkpoint
+from fire_llm.experiment.stages import REPORT, Stage, final_checkpoint, labelled_checkpoint
 from fire_llm.models import fresh_model, load_model
 from fire_llm.training import (
     ContinualArguments,
@@ -74,7 +76,7 @@ def train(stage: Stage, run: RunContext, callbacks: Sequence[Any] = ()) -> None:
         )
     if ranks().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "unit.json", stage.spec)
+        write_json(folder / "unit.json", unit := {**stage.spec, **_begun_with(stage, run)})
     sets = evaluation_sets(run)
     arguments = _arguments(stage, run, folder, steps)
     arguments.disable_tqdm = bool(callbacks)
@@ -90,6 +92,19 @@ def train(stage: Stage, run: RunContext, callbacks: Sequence[Any] = ()) -> None:
     trainer.train(resume_from_checkpoint=resume)
     if final_checkpoint(folder) is None:
         raise RuntimeError(f"{stage.title}: training ended before its last step")
+    if ranks().is_main_process and (folder / REPORT).exists():
+        write_json(folder / "unit.json", {**unit, "reset": hash_file(folder / REPORT)})
+
+
+def _begun_with(stage: Stage, run: RunContext) -> dict[str, Any]:
+    """Return what `unit.json` records beside the stage's spec: the hashes of its tokens and of its parent's weights."""
+    splits = {"train": stage.phase.data, "validation": run.recipe.evaluated()}
+    names = dict.fromkeys([*stage.phase.data, *run.recipe.evaluated()])
+    tokens = {name: {s: run.tokens(name, s).content for s, own in splits.items() if name in own} for name in names}
+    if stage.parent is None:
+        return {"tokens": tokens}
+    parent = labelled_checkpoint(run.folder / stage.parent.folder, stage.start)
+    return {"tokens": tokens, "weights": weights_hash(parent)}
 
 
 def mixture_of(stage: Stage, run: RunContext) -> Mixture:
@@ -121,7 +136,8 @@ def starting_model(stage: Stage, run: RunContext) -> Any:
         parent = labelled_checkpoint(run.folder / stage.parent.folder, stage.start)
         return load_model(verified(parent), torch.float32)
     if run.recipe.model.checkpoint is not None:
-        return load_model(run.recipe.model.checkpoint, torch.float32)
+        with run.reading("model") as place:
+            return load_model(place, torch.float32)
     return fresh_model(run.config, stage.seed)
 
 
@@ -148,7 +164,7 @@ def _resetting(stage: Stage, run: RunContext) -> list[Any]:
         ResetCallback(
             once or "none",
             initial=initial,
-            report_file=run.folder / stage.folder / "reset.json",
+            report_file=run.folder / stage.folder / REPORT,
             spectra=run.config.get_text_config().hidden_size <= SPECTRA_WIDTH,
             training=[*penalties, *recycling],
         )

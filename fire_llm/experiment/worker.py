@@ -141,7 +141,7 @@ def main(instructions: str, n: str, log: str) -> int:
     try:
         with standard_streams(), signals_handled():  # a log on a full disk ends no stage
             options = given["options"]
-            jobs = of_arms(jobs_of(trials, output, options.pop("progress")), given["arms"])
+            jobs = of_arms(jobs_of(trials, output, options.pop("progress"), given["known"]), given["arms"])
             work(jobs, output, failures, **options, log=log, report=report)
     except KeyboardInterrupt as stopped:
         return stopped.code if isinstance(stopped, Stopped) else 130

@@ -149,7 +149,7 @@ def section(results: Results, index: int) -> Section:
         tables=every_table(c),
         legend=c.legend(),
         agree=agree,
-        note=note,
+        note=" ".join(filter(None, (note, results.evaluation_note))),
         chips=list(looks.items()),
         blocks=numbered(blocks, f"r{index}"),
         made=Table("", MADE, tuple(_made(c, arm, reports.get(arm)) for arm in c.arms), ("arm", "reset")),

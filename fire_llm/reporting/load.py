@@ -17,6 +17,9 @@ RENAMED = {"spike": "loss_jump", "speed": "throughput", "recycled": "recycled_un
 
 AGAIN = "Run the recipe again with 'fire-llm run': it trains nothing that is finished and writes the file again."
 
+STALE = "evaluation.json is not shown"
+UNTIED = "evaluation.json does not say which weights it measured: an earlier fire-llm wrote it"
+
 SHOWN = 5
 """Faults that a message names; the rest are counted."""
 
@@ -32,7 +35,8 @@ Part = TypeVar("Part", bound=Record)
 def load_results(path: str | Path) -> Results:
     """Read a results.json, or the one in a run's folder, of schema version 1 or 2.
 
-    An evaluation.json beside it, which `fire-llm eval RUN_DIR` writes, becomes the attribute `evaluation`.
+    An evaluation.json beside it, which `fire-llm eval RUN_DIR` writes, becomes the attribute `evaluation` if it
+    measured the checkpoints of these results; `evaluation_note` says where it did not, or does not tell.
 
     Raises:
         UserError: For a missing or unreadable file, text that is not JSON, a schema version that is not known here, or
@@ -54,7 +58,27 @@ def load_results(path: str | Path) -> Results:
             "Install the fire_llm that wrote the file, or run the recipe again with this one."
         )
     results = _checked(Results, upgraded(data) if version == 1 else data, file, "run", AGAIN)
-    return results.model_copy(update={"evaluation": _evaluation(file.with_name("evaluation.json"))})
+    evaluation = _evaluation(file.with_name("evaluation.json"))
+    note = _note(results, evaluation, file.parent) if evaluation else ""
+    shown = None if note.startswith(STALE) else evaluation
+    return results.model_copy(update={"evaluation": shown, "evaluation_note": note})
+
+
+def _note(results: Results, evaluation: Evaluation, folder: Path) -> str:
+    """Return what is to be said of an evaluation whose rows are not all of the weights that the results are of."""
+    runs = [*results.phases, *(run for arm in results.arms.values() for run in arm.runs)]
+    weights = {checkpoint: found for run in runs for checkpoint, found in run.weights.items()}
+    stages = {checkpoint.rpartition("/")[0] for checkpoint in weights}
+    of_stages = [row for row in evaluation.rows if row.checkpoint.rpartition("/")[0] in stages]
+    stale = dict.fromkeys(r.checkpoint for r in of_stages if r.weights and weights.get(r.checkpoint) != r.weights)
+    if stale:
+        return (
+            f"{STALE}: it measured other weights than {', '.join([*stale][:SHOWN])} has now. "
+            f"Measure again: fire-llm eval {folder}"
+        )
+    if any(row.weights is None for row in of_stages):
+        return f"{UNTIED}. Measure again: fire-llm eval {folder}"
+    return ""
 
 
 def _evaluation(file: Path) -> Evaluation | None:

@@ -229,6 +229,7 @@ class Run(Record):
         None, description="Hash of the token ids in the order trained on: equal where two runs saw the same batches"
     )
     checkpoint: str | None = Field(None, description="The last checkpoint, relative to the run's folder")
+    weights: dict[str, str] = Field({}, description="By checkpoint that is kept: the hash of its weights")
     curve: list[CurveEntry] = Field([], description="By step")
     diagnosed_on: str | None = Field(
         None, description="Corpus whose held-out text `diagnostics` are measured on; null where there are none"
@@ -287,6 +288,7 @@ class EvaluationRow(Record):
     seed: int | None = Field(None, description="Its seed; null for a checkpoint that the run began with")
     step: int = Field(0, description="Optimizer steps behind it, within its phase")
     labels: list[str] = Field([], description="`init` or `start`, `final`, `best`, or steps that the recipe keeps")
+    weights: str | None = Field(None, description="Hash of its weights; null for initial weights")
     data: str = Field(description="Corpus")
     split: str | None = Field(None, description="Always `validation`")
     prefix_text: str | None = Field(None, description="The token read first, as the tokenizer writes it")
@@ -371,6 +373,9 @@ class Results(Record):
     )
     evaluation: Evaluation | None = Field(
         None, exclude=True, description="Read from evaluation.json beside it, not stored"
+    )
+    evaluation_note: str = Field(
+        "", exclude=True, description="What is to be known of evaluation.json, not stored: of other weights, or unknown"
     )
 
 

@@ -52,12 +52,15 @@ def print_table(results: Results, console: Console | None = None) -> None:
         out.print(legend, markup=False, highlight=False, style="dim")
     out.print(" ".join(comparison.reading()), markup=False, highlight=False)
     out.print(note, markup=False, highlight=False, style="bold red" if agree is False else "dim")
+    if results.evaluation_note:
+        out.print(results.evaluation_note, markup=False, highlight=False, style="bold red")
 
 
 def markdown_table(results: Results) -> str:
     """Return the tables, the reading and the note on batches as Markdown."""
     comparison = Comparison(results)
     said = [plain(comparison.legend()), plain(" ".join(comparison.reading())), comparison.batches()[1]]
+    said.append(plain(results.evaluation_note))
     return "\n\n".join([*(table.markdown() for table in every_table(comparison)), *filter(None, said)]) + "\n"
 
 

@@ -130,6 +130,17 @@ def test_fingerprint_follows_the_file_and_the_settings(tmp_path: Path) -> None:
     path.write_text("one\n\ntwo\n\nTHREE")
     os.utime(path, ns=(2, 2))
     assert len({first, longer, fingerprint()}) == 3
+    for text in ("one", "two"):  # in place, of the same size, with the time that it had
+        path.write_text(text)
+        os.utime(path, ns=(3, 3))
+        assert fingerprint() == resolve("a.txt", CorpusSpec(), _copied(path)).fingerprint
+
+
+def _copied(path: Path) -> Path:
+    copy = path.parent / path.read_text()
+    copy.mkdir()
+    (copy / path.name).write_bytes(path.read_bytes())
+    return copy
 
 
 def test_a_corpus_is_what_its_files_hold(tmp_path: Path) -> None:
@@ -160,10 +171,13 @@ def test_a_hash_is_remembered_and_a_spoiled_note_is_not_believed(tmp_path: Path,
     wanted = [hashlib.blake2b(piece, digest_size=32).hexdigest()]
     assert content_hashes("a", [path]) == wanted
     (note,) = (tmp_path / "cache" / "hashes").iterdir()
-    note.write_text("0" * 64)
-    assert content_hashes("a", [path]) == ["0" * 64]
-    note.write_text("0" * 63)
-    assert content_hashes("a", [path]) == wanted and note.read_text() == wanted[0]
+    written = note.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr("fire_llm.data.cache.hash_file", lambda *_, **__: pytest.fail("hashed again"))
+        assert content_hashes("a", [path]) == wanted
+    for spoiled in ("0" * 64, "0" * 64 + written[64:], written[:-1], ""):
+        note.write_text(spoiled)
+        assert content_hashes("a", [path]) == wanted and note.read_text() == written
     monkeypatch.setenv("FIRE_LLM_CACHE", str(path / "no-folder"))
     assert content_hashes("a", [path]) == wanted
 

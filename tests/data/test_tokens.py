@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import itertools
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -339,6 +340,77 @@ def test_a_damaged_file_is_noticed_and_made_anew(
         TokenFile.open(file.path)
     again = tokenize_corpus(corpus_of(TEXTS), tokenizer, "train", cache=cache, progress=False)
     assert again.path == file.path and again.tokens.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("tokens.bin", lambda data: bytes(len(data) // 2) + data[len(data) // 2 :]),
+        ("tokens.bin", lambda data: data[::-1]),
+        ("tokens.bin", lambda data: b"\xff\xff" + data[2:]),
+        ("documents.bin", lambda data: data[:-8] + bytes([data[-8] ^ 1]) + data[-7:]),
+        ("meta.json", lambda data: data.replace(b'"n_bytes": ', b'"n_bytes": 1')),
+        ("meta.json", lambda data: data.replace(b"uint16", b"int16")),
+    ],
+)
+def test_other_bytes_than_were_written_are_refused(
+    tokenizer: PreTrainedTokenizerFast, cache: Path, name: str, damage: Callable[[bytes], bytes]
+) -> None:
+    file = tokenize_corpus(corpus_of(TEXTS), tokenizer, "train", cache=cache, progress=False)
+    data = (file.path / name).read_bytes()
+    assert damage(data) != data
+    (file.path / name).write_bytes(damage(data))
+    with pytest.raises(UserError, match=rf"{name} is not what was written.*Delete the folder"):
+        tokenize_corpus(corpus_of(TEXTS), tokenizer, "train", cache=cache, progress=False)
+    (file.path / name).write_bytes(data)
+    assert tokenize_corpus(corpus_of(TEXTS), tokenizer, "train", cache=cache, progress=False).content == file.content
+
+
+def test_the_tokens_of_another_split_are_not_taken_for_these(tokenizer: PreTrainedTokenizerFast, cache: Path) -> None:
+    train, other = (
+        tokenize_corpus(corpus_of(TEXTS), tokenizer, split, cache=cache, progress=False).path
+        for split in ("train", "validation")
+    )
+    shutil.rmtree(train)
+    shutil.copytree(other, train)
+    with pytest.raises(UserError, match="it is of another split, 'validation'"):
+        tokenize_corpus(corpus_of(TEXTS), tokenizer, "train", cache=cache, progress=False)
+
+
+@pytest.mark.parametrize("restored", [False, True])
+def test_a_text_that_changes_while_it_is_tokenised_leaves_no_tokens(
+    tokenizer: PreTrainedTokenizerFast, cache: Path, tmp_path: Path, restored: bool
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n".join(TEXTS))
+    whole = path.read_bytes()
+    corpus = resolve("a.txt", CorpusSpec(), tmp_path)
+    assert corpus.fingerprint.startswith("files ")  # hashed here, as by the command that begins
+
+    def growing(split: str) -> Iterator[str]:
+        path.write_bytes(whole + b"\n\nmore")
+        yield from corpus.read(split)
+        if restored:
+            path.write_bytes(whole)
+
+    with pytest.raises(UserError, match=r"a\.txt was changed while it was read"):
+        tokenize_corpus(dataclasses.replace(corpus, read=growing), tokenizer, "train", cache=cache, progress=False)
+    assert contents(cache) == []
+    if not restored:
+        with pytest.raises(UserError, match="its text has changed since this command began"):
+            tokenize_corpus(corpus, tokenizer, "train", cache=cache, progress=False)
+    fresh = tokenize_corpus(resolve("a.txt", CorpusSpec(), tmp_path), tokenizer, "train", cache=cache, progress=False)
+    path.write_bytes(whole)
+    again = tokenize_corpus(corpus, tokenizer, "train", cache=cache, progress=False)
+    assert (again.content == fresh.content) is restored
+
+
+def test_open_tokens_outlive_their_folder(tokenizer: PreTrainedTokenizerFast, cache: Path) -> None:
+    file = tokenize_corpus(corpus_of(TEXTS), tokenizer, "train", cache=cache, progress=False)
+    ids = file.tokens.tolist()
+    shutil.rmtree(file.path)
+    part = file.first(file.n_tokens // 2)
+    assert part.tokens.tolist() == ids[: part.n_tokens] and part.ends[-1, 0] == part.n_tokens
 
 
 def test_a_cache_that_cannot_be_written(

@@ -975,7 +975,7 @@ def test_the_verb_reads_both_versions_and_prints_the_schema(tmp_path: Path, caps
     assert printed[0] == printed[1] and (V1 / "report.md").read_text(encoding="utf-8") in printed[0]
     assert main(["report", "--schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
-    assert set(schema["properties"]) == {name for name in Results.model_fields if name != "evaluation"}
+    assert set(schema["properties"]) == {name for name, field in Results.model_fields.items() if not field.exclude}
     assert main(["report"]) == 2 and "name the folder of a finished run" in capsys.readouterr().err
     (tmp_path / "results.json").write_text('{"schema_version": 3}')
     assert main(["report", str(tmp_path)]) == 2

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from fire_llm import ContinualTrainer, UserError, load_recipe, perplexity, run_recipe
 from fire_llm.data import Mixture, TokenFile
 from fire_llm.data.documents import Boundaries
+from fire_llm.data.tokens import seal
 from fire_llm.training import ContinualArguments
 from fire_llm.training.masking import check_document_mask
 
@@ -37,7 +38,7 @@ def token_file(folder: Path, lengths: list[int]) -> TokenFile:
     tokens.tofile(folder / "tokens.bin")
     ends.tofile(folder / "documents.bin")
     meta = {"dtype": "uint16", "n_tokens": len(tokens), "n_bytes": 0, "n_words": 0, "n_documents": len(lengths)}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    seal(folder, meta)
     return TokenFile.open(folder)
 
 
