@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from fire_llm.core.atomic import step_of, write_json
+from fire_llm.core.atomic import CONTINUAL_STATE, step_of, write_json
 from fire_llm.core.errors import UserError
 from fire_llm.core.hashing import CHUNK, hash_file
 
 MANIFEST = "manifest.json"
 """File in a checkpoint that lists the others; written last."""
+
+TRAINER_STATE = "trainer_state.json"
+"""File in a checkpoint that holds transformers' `TrainerState`: the step, the log."""
+
+STATES = (TRAINER_STATE, CONTINUAL_STATE)
+"""What every checkpoint holds, and what is read of one without loading it."""
+
+_PIECES = range(2**16, 2**30 + 1)
+"""Bytes of a piece that can have been meant."""
 
 
 def write_manifest(folder: Path) -> int:
@@ -23,32 +33,60 @@ def write_manifest(folder: Path) -> int:
     return sum(sizes.values())
 
 
-def damage(folder: Path, *, contents: bool = True, from_disk: bool = False) -> str | None:
+def damage(
+    folder: Path, *, contents: bool = True, from_disk: bool = False, only: Collection[str] | None = None
+) -> str | None:
     """Return what is wrong with a checkpoint, naming the file; None for nothing. Files not listed do not count.
 
     Args:
         folder: A checkpoint.
-        contents: Read and hash every file; otherwise only sizes are compared, which takes no time.
+        contents: Read and hash every file. Otherwise that is done for its states, which are small and which results
+            are read from, and for files that were written to after they were listed; of the others, which takes no
+            time, sizes are compared.
         from_disk: Read what the disk holds, not what memory still has of it, as far as the system lets us choose.
+        only: Names of the files to look at; all by default.
     """
-    if not (folder / MANIFEST).exists():
+    path = folder / MANIFEST
+    if not path.exists():
         return f"{MANIFEST} is missing"
-    manifest = _read(folder / MANIFEST)
-    if manifest is None or not {"files", "piece_bytes"} <= set(manifest):
+    manifest = _read(path)
+    files, piece = (manifest or {}).get("files"), (manifest or {}).get("piece_bytes")
+    if not isinstance(files, dict) or not set(STATES) <= set(files) or type(piece) is not int or piece not in _PIECES:
         return f"{MANIFEST} is damaged"
-    for name, listed in manifest["files"].items():
-        path = folder / name
-        try:
-            size = path.stat().st_size
-            if size != listed["bytes"]:
-                return f"{name} has {size} bytes instead of {listed['bytes']}"
-            if contents and hash_file(path, manifest["piece_bytes"], from_disk=from_disk) != listed["blake2b"]:
+    try:
+        listed_at = path.stat().st_mtime_ns
+        for name, listed in files.items() if only is None else ((name, files.get(name)) for name in only):
+            path = folder / name
+            size, hashed = listed["bytes"], listed["blake2b"]
+            found = path.stat()
+            if found.st_size != size:
+                return f"{name} has {found.st_size} bytes instead of {size}"
+            read = contents or name in STATES or found.st_mtime_ns > listed_at
+            if read and hash_file(path, piece, from_disk=from_disk) != hashed:
                 return f"{name} is not what was written: its hash differs"
-        except FileNotFoundError:
-            return f"{name} is missing"
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror}"
+    except (KeyError, TypeError, ValueError):  # of an entry, or of a name that no file can have
+        return f"{MANIFEST} is damaged"
     return None
+
+
+def read_state(checkpoint: Path, name: str) -> dict[str, Any]:
+    """Return the content of one of a checkpoint's `STATES`, if it is what was written.
+
+    Raises:
+        UserError: It is not; what is wrong is named.
+    """
+    wrong = damage(checkpoint, only=[name])
+    state = None if wrong else _read(checkpoint / name)
+    if state is None:
+        raise UserError(
+            f"'{checkpoint}' is damaged: {wrong or f'{name} cannot be read'}. Put back a copy of it, or run the recipe "
+            "again, which goes on from an older checkpoint that is whole"
+        )
+    return state
 
 
 def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
@@ -77,6 +115,6 @@ def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

@@ -36,6 +36,7 @@ class RunContext:
         self._progress = progress
         self._corpora: dict[str, Corpus] = {}
         self._tokens: dict[tuple[str, str], TokenFile] = {}
+        self._states: dict[Path, tuple[int, ...]] = {}
 
     @property
     def progress(self) -> bool:
@@ -123,7 +124,23 @@ class RunContext:
         key = (corpus, split)
         if key not in self._tokens:
             self._tokens[key] = tokenize_corpus(self.corpus(corpus), self.tokenizer, split, progress=self.progress)
+            files = self._tokens[key].path.glob("*.bin")
+            self._states |= {path: state for path in files if (state := _state(path)) is not None}
         return self._tokens[key]
+
+    def refuse_changed_tokens(self) -> None:
+        """Refuse to go on where tokens in use were written to; those that were deleted or replaced are still held.
+
+        Raises:
+            UserError: Naming the file.
+        """
+        for path, before in self._states.items():
+            now = _state(path)
+            if now is not None and now[:2] == before[:2] and now != before:
+                raise UserError(
+                    f"'{path}' was written to while it was in use. Nothing was saved since: the same command makes the "
+                    "tokens anew, and goes on from the newest checkpoint"
+                )
 
     def held_out(self, corpus: str) -> TokenFile:
         """Return the part of a corpus's held-out text that the recipe measures on."""
@@ -132,5 +149,15 @@ class RunContext:
     def release(self) -> None:
         """Forget what takes memory; it is made again when it is asked for."""
         self._tokens.clear()
+        self._states.clear()
         for name in ("tokenizer", "config", "planned_config"):
             self.__dict__.pop(name, None)
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    """Return which file a path names, its size and when it was written to; None for none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-from fire_llm.core.atomic import checkpoints, staged, write_json
+from fire_llm.core.atomic import STAGING_SUFFIX, checkpoints, clear_leftovers, partial_of, staged, write_json
 from fire_llm.core.errors import UserError, redact
 from fire_llm.core.locks import held, lock_of
 from fire_llm.distributed import ranks
@@ -114,6 +114,17 @@ def link_duplicate(job: Job, source: Job) -> None:
 
     with staged(job.folder) as partial:
         shutil.copytree(source.folder, partial, copy_function=link, dirs_exist_ok=True)
+
+
+def clear_jobs(jobs: Sequence[Job], output: Path) -> None:
+    """Delete what processes that died left half-written in stages' folders and beside them; the living hold locks."""
+    for job in jobs:
+        beside = partial_of(job.folder)
+        if beside.is_dir() or any(job.folder.glob(f"checkpoint-*{STAGING_SUFFIX}")):
+            with held(lock_for(output, job)) as had:
+                if had:
+                    clear_leftovers(job.folder)
+                    shutil.rmtree(beside, ignore_errors=True)
 
 
 def lock_for(output: Path, job: Job) -> Path:
