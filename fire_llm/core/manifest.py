@@ -36,10 +36,12 @@ def write_manifest(folder: Path) -> int:
 def damage(
     folder: Path, *, contents: bool = True, from_disk: bool = False, only: Collection[str] | None = None
 ) -> str | None:
-    """Return what is wrong with a checkpoint, naming the file; None for nothing. Files not listed do not count.
+    """Return what is wrong with a folder that has a manifest, naming the file; None for nothing.
+
+    Files not listed do not count; a checkpoint lists its `STATES`.
 
     Args:
-        folder: A checkpoint.
+        folder: A checkpoint, or another folder that `write_manifest` was called with.
         contents: Read and hash every file. Otherwise that is done for its states, which are small and which results
             are read from, and for files that were written to after they were listed; of the others, which takes no
             time, sizes are compared.
@@ -51,13 +53,13 @@ def damage(
         return f"{MANIFEST} is missing"
     manifest = _read(path)
     files, piece = (manifest or {}).get("files"), (manifest or {}).get("piece_bytes")
-    if not isinstance(files, dict) or not set(STATES) <= set(files) or type(piece) is not int or piece not in _PIECES:
+    lacking = step_of(folder) is not None and isinstance(files, dict) and not set(STATES) <= set(files)
+    if not isinstance(files, dict) or lacking or type(piece) is not int or piece not in _PIECES:
         return f"{MANIFEST} is damaged"
     try:
         listed_at = path.stat().st_mtime_ns
-        for name, listed in files.items() if only is None else ((name, files.get(name)) for name in only):
-            path = folder / name
-            size, hashed = listed["bytes"], listed["blake2b"]
+        for name in files if only is None else only:
+            path, size, hashed = folder / name, files[name]["bytes"], files[name]["blake2b"]
             found = path.stat()
             if found.st_size != size:
                 return f"{name} has {found.st_size} bytes instead of {size}"
