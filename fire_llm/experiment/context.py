@@ -138,8 +138,8 @@ class RunContext:
             now = _state(path)
             if now is not None and now[:2] == before[:2] and now != before:
                 raise UserError(
-                    f"'{path}' was written to while it was in use. Nothing was saved since: the same command makes the "
-                    "tokens anew, and goes on from the newest checkpoint"
+                    f"'{path}' was written to while it was in use, and nothing was saved since. Delete the folder: the "
+                    "same command tokenises again, and goes on from the newest checkpoint"
                 )
 
     def held_out(self, corpus: str) -> TokenFile:
