@@ -9,7 +9,7 @@ from typing import Any
 
 from fire_llm.core.atomic import CONTINUAL_STATE, step_of, write_json
 from fire_llm.core.errors import UserError
-from fire_llm.core.hashing import CHUNK, hash_file
+from fire_llm.core.hashing import CHUNK, digest, hash_file
 
 MANIFEST = "manifest.json"
 """File in a checkpoint that lists the others; written last."""
@@ -25,11 +25,12 @@ _PIECES = range(2**16, 2**30 + 1)
 
 
 def write_manifest(folder: Path) -> int:
-    """List every file below a folder with its size and hash; return their bytes together."""
+    """List every file below a folder with its size and hash, and the hash of that list; return their bytes together."""
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
     sizes = {name: (folder / name).stat().st_size for name in names}
     files = {name: {"bytes": size, "blake2b": hash_file(folder / name)} for name, size in sizes.items()}
-    write_json(folder / MANIFEST, {"piece_bytes": CHUNK, "files": files})
+    listed = {"piece_bytes": CHUNK, "files": files}
+    write_json(folder / MANIFEST, {**listed, "digest": _digest(listed)})
     return sum(sizes.values())
 
 
@@ -54,7 +55,9 @@ def damage(
     manifest = _read(path)
     files, piece = (manifest or {}).get("files"), (manifest or {}).get("piece_bytes")
     lacking = step_of(folder) is not None and isinstance(files, dict) and not set(STATES) <= set(files)
-    if not isinstance(files, dict) or lacking or type(piece) is not int or piece not in _PIECES:
+    # Manifests of older versions have no hash of their own. It is taken out before the rest is hashed.
+    changed = manifest is not None and manifest.pop("digest", None) not in (None, _digest(manifest))
+    if not isinstance(files, dict) or lacking or changed or type(piece) is not int or piece not in _PIECES:
         return f"{MANIFEST} is damaged"
     try:
         listed_at = path.stat().st_mtime_ns
@@ -112,6 +115,10 @@ def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
             "Put back a copy of one, or delete that folder to train the stage again"
         )
     return None, said
+
+
+def _digest(listed: dict[str, Any]) -> str:
+    return digest(json.dumps(listed, sort_keys=True), 16)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

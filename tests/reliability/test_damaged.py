@@ -218,7 +218,9 @@ def test_what_is_said_of_a_damaged_parent_can_be_done(label, quick, tmp_path):
     assert outcome(tmp_path / "run")["first/seed-1/checkpoint-4"] == outcome(run)["first/seed-1/checkpoint-4"]
 
 
-@pytest.mark.parametrize("way", ["cut", "a list", "deep", "deleted"])
+@pytest.mark.parametrize(
+    "way", ["deep", *(pytest.param(w, marks=pytest.mark.slow) for w in ("cut", "a list", "deleted"))]
+)
 def test_what_lies_beside_the_checkpoints_is_named_too(way, quick, tmp_path):
     shutil.copytree(quick[1], tmp_path / "run")
     for name, damages in (("unit.json", way), ("reset.json", way)):
