@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import random
 import re
@@ -32,7 +31,6 @@ SAMPLE = random.Random(5).sample(EVERY, 3)
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> tuple[Path, Path, Path]:
     """Run a recipe of half a second; return the recipe's path, the cache and the run's folder."""
-    gc.freeze()  # or else each collection goes through everything that is imported
     folder = tmp_path_factory.mktemp("whole")
     path = quick_recipe(folder)
     with pytest.MonkeyPatch.context() as patch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import itertools
 import json
 import os
@@ -113,7 +112,6 @@ def test_a_finished_unit_that_lost_a_file_is_trained_again_from_where_it_can(who
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory) -> tuple[Path, Path]:
     """Run a recipe of half a second with `keep_last: 2`; return the recipe's path and the run's folder."""
-    gc.freeze()  # or else each collection goes through everything that is imported
     folder = tmp_path_factory.mktemp("quick")
     path = quick_recipe(folder)
     path.write_text(path.read_text() + "keep_last: 2\n")

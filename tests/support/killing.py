@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import json
 import os
 import random
@@ -122,7 +121,6 @@ def _live(
     asynchronous: bool,
 ) -> None:
     """Be one rank of a command."""
-    gc.freeze()  # or else each collection goes through everything that is imported
     with (folder / f"{rank}.said").open("w") as said:
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)

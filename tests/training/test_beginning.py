@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 from support.models import tiny_gpt2
@@ -15,12 +13,6 @@ from fire_llm.training import RecyclingCallback
 
 ROWS = [{"input_ids": ids, "labels": ids} for ids in [torch.arange(1, 17)] * 16]
 """All the same, so that the order in which they are drawn does not matter."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _small_heap() -> None:
-    """Keep collections, of which `Trainer` asks for several, from going through everything that is imported."""
-    gc.freeze()
 
 
 class OutOfMemory(Trainer):
