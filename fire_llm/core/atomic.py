@@ -100,7 +100,18 @@ def checkpoints(folder: Path) -> list[tuple[Path, int]]:
 def step_of(checkpoint: Path) -> int | None:
     """Return the step in a checkpoint's name; None where the name is not a checkpoint's."""
     number = checkpoint.name.removeprefix("checkpoint-")
-    return int(number) if number.isdigit() else None
+    return int(number) if number.isdecimal() else None
+
+
+def clear_partial_checkpoints(folder: Path) -> None:
+    """Delete what processes that died left half-written among a stage's checkpoints; links are not followed."""
+    for left in folder.glob(f"checkpoint-*{STAGING_SUFFIX}"):
+        if step_of(left.with_suffix("")) is None:
+            continue
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
 
 
 def is_run(folder: Path) -> bool:

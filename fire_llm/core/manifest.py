@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from fire_llm.core.atomic import step_of, write_json
+from fire_llm.core.atomic import CONTINUAL_STATE, step_of, write_json
 from fire_llm.core.errors import UserError
 from fire_llm.core.hashing import CHUNK, digest, hash_file
 
@@ -16,42 +17,67 @@ MANIFEST = "manifest.json"
 
 WEIGHTS = "model*.safetensors"
 """Names of the files that hold a checkpoint's weights."""
+TRAINER_STATE = "trainer_state.json"
+"""File in a checkpoint that holds transformers' `TrainerState`: the step, the log."""
+
+STATES = (TRAINER_STATE, CONTINUAL_STATE)
+"""What every checkpoint holds, and what is read of one without loading it."""
+
+_PIECES = range(2**16, 2**30 + 1)
+"""Bytes of a piece that can have been meant."""
 
 
 def write_manifest(folder: Path) -> int:
-    """List every file below a folder with its size and hash; return their bytes together."""
+    """List every file below a folder with its size and hash, and the hash of that list; return their bytes together."""
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
     sizes = {name: (folder / name).stat().st_size for name in names}
     files = {name: {"bytes": size, "blake2b": hash_file(folder / name)} for name, size in sizes.items()}
-    write_json(folder / MANIFEST, {"piece_bytes": CHUNK, "files": files})
+    listed = {"piece_bytes": CHUNK, "files": files}
+    write_json(folder / MANIFEST, {**listed, "digest": _digest(listed)})
     return sum(sizes.values())
 
 
-def damage(folder: Path, *, contents: bool = True, from_disk: bool = False) -> str | None:
-    """Return what is wrong with a checkpoint, naming the file; None for nothing. Files not listed do not count.
+def damage(
+    folder: Path, *, contents: bool = True, from_disk: bool = False, only: Collection[str] | None = None
+) -> str | None:
+    """Return what is wrong with a folder that has a manifest, naming the file; None for nothing.
+
+    Files not listed do not count; a checkpoint lists its `STATES`.
 
     Args:
-        folder: A checkpoint.
-        contents: Read and hash every file; otherwise only sizes are compared, which takes no time.
+        folder: A checkpoint, or another folder that `write_manifest` was called with.
+        contents: Read and hash every file. Otherwise that is done for its states, which are small and which results
+            are read from, and for files that were written to after they were listed; of the others, which takes no
+            time, sizes are compared.
         from_disk: Read what the disk holds, not what memory still has of it, as far as the system lets us choose.
+        only: Names of the files to look at; all by default.
     """
-    if not (folder / MANIFEST).exists():
+    path = folder / MANIFEST
+    if not path.exists():
         return f"{MANIFEST} is missing"
-    manifest = _read(folder / MANIFEST)
-    if manifest is None or not {"files", "piece_bytes"} <= set(manifest):
+    manifest = _read(path)
+    files, piece = (manifest or {}).get("files"), (manifest or {}).get("piece_bytes")
+    lacking = step_of(folder) is not None and isinstance(files, dict) and not set(STATES) <= set(files)
+    # Manifests of older versions have no hash of their own. It is taken out before the rest is hashed.
+    changed = manifest is not None and manifest.pop("digest", None) not in (None, _digest(manifest))
+    if not isinstance(files, dict) or lacking or changed or type(piece) is not int or piece not in _PIECES:
         return f"{MANIFEST} is damaged"
-    for name, listed in manifest["files"].items():
-        path = folder / name
-        try:
-            size = path.stat().st_size
-            if size != listed["bytes"]:
-                return f"{name} has {size} bytes instead of {listed['bytes']}"
-            if contents and hash_file(path, manifest["piece_bytes"], from_disk=from_disk) != listed["blake2b"]:
+    try:
+        listed_at = path.stat().st_mtime_ns
+        for name in files if only is None else only:
+            path, size, hashed = folder / name, files[name]["bytes"], files[name]["blake2b"]
+            found = path.stat()
+            if found.st_size != size:
+                return f"{name} has {found.st_size} bytes instead of {size}"
+            read = contents or name in STATES or found.st_mtime_ns > listed_at
+            if read and hash_file(path, piece, from_disk=from_disk) != hashed:
                 return f"{name} is not what was written: its hash differs"
-        except FileNotFoundError:
-            return f"{name} is missing"
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror}"
+    except (KeyError, TypeError, ValueError):  # of an entry, or of a name that no file can have
+        return f"{MANIFEST} is damaged"
     return None
 
 
@@ -69,6 +95,22 @@ def weights_hash(checkpoint: Path, *, read: bool = False) -> str | None:
     except (AttributeError, OSError, KeyError, TypeError):
         return None
     return digest(json.dumps(found, sort_keys=True), 16) if found else None
+
+
+def read_state(checkpoint: Path, name: str) -> dict[str, Any]:
+    """Return the content of one of a checkpoint's `STATES`, if it is what was written.
+
+    Raises:
+        UserError: It is not; what is wrong is named.
+    """
+    wrong = damage(checkpoint, only=[name])
+    state = None if wrong else _read(checkpoint / name)
+    if state is None:
+        raise UserError(
+            f"'{checkpoint}' is damaged: {wrong or f'{name} cannot be read'}. Put back a copy of it, or run the recipe "
+            "again, which goes on from an older checkpoint that is whole"
+        )
+    return state
 
 
 def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
@@ -94,9 +136,13 @@ def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
     return None, said
 
 
+def _digest(listed: dict[str, Any]) -> str:
+    return digest(json.dumps(listed, sort_keys=True), 16)
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -17,12 +16,12 @@ import numpy as np
 import torch
 
 import fire_llm
-from fire_llm.core.atomic import CONTINUAL_STATE, step_of
+from fire_llm.core.atomic import step_of
 from fire_llm.core.compat import installed
 from fire_llm.core.errors import UserError
 from fire_llm.core.hardware import resolve_precision
 from fire_llm.core.hashing import hash_file
-from fire_llm.core.manifest import weights_hash
+from fire_llm.core.manifest import STATES, TRAINER_STATE, read_state, weights_hash
 from fire_llm.evaluation.diagnose import LOG_PREFIX
 from fire_llm.evaluation.measurement import first_token, token_text
 from fire_llm.experiment.context import RunContext
@@ -55,7 +54,10 @@ from fire_llm.training.throughput import MEASURES
 def collect(stages: list[Stage], run: RunContext) -> Results:
     """Read the results of every finished stage of a run off its checkpoints (schema: docs/results-schema.md)."""
     recipe = run.recipe
-    finished = [stage for stage in stages if final_checkpoint(run.folder / stage.folder)]
+    finished: list[Stage] = []
+    for stage in stages:  # parents before children
+        if final_checkpoint(run.folder / stage.folder) and (stage.parent is None or stage.parent in finished):
+            finished.append(stage)
     armed = [phase for phase in recipe.phases if phase.arms]
     last = armed[-1] if armed else None
     compared = [stage for stage in finished if last is not None and stage.phase.name == last.name]
@@ -111,8 +113,7 @@ def _run(stage: Stage) -> Run:
     path = run.folder / stage.folder
     final = final_checkpoint(path)
     assert final is not None
-    state = json.loads((final / "trainer_state.json").read_text(encoding="utf-8"))
-    own = json.loads((final / CONTINUAL_STATE).read_text(encoding="utf-8"))
+    state, own = (read_state(final, name) for name in STATES)
     history, per_step = state["log_history"], stage.spec["batch"]["tokens_per_step"]
     curve = _curve(history, per_step)
     start, jump = None, {}
@@ -147,7 +148,7 @@ def _run(stage: Stage) -> Run:
         skipped_steps=max((log.get(SKIPPED, 0) for log in history), default=0),
         recycled_units=max((log.get(RECYCLED, 0) for log in history), default=0),
         loss_jump=jump,
-        reset=ResetEntry.model_validate_json(report.read_bytes()) if report.exists() else None,
+        reset=_reset_entry(report) if report.exists() else None,
     )
 
 
@@ -160,9 +161,18 @@ def _weights(stage: Stage) -> dict[str, str]:
     return kept
 
 
+def _reset_entry(report: Path) -> ResetEntry:
+    try:
+        return ResetEntry.model_validate_json(report.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"'{report}' is damaged: put back a copy of it, or delete '{report.parent}' to train that stage again"
+        ) from error
+
+
 def measured_nll(checkpoint: Path) -> dict[str, float]:
     """Return the NLL that a checkpoint was measured at when it was written, by corpus; empty where it was not."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    state = read_state(checkpoint, TRAINER_STATE)
     entries = [entry for entry in _curve(state["log_history"], 0) if entry.step == state["global_step"]]
     return {c: scores.nll for entry in entries for c, scores in entry.eval.items() if scores.nll is not None}
 

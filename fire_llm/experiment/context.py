@@ -51,6 +51,7 @@ class RunContext:
         self._corpora: dict[str, Corpus] = {}
         self._tokens: dict[tuple[str, str], TokenFile] = {}
         self._places: dict[str, str] = dict(self._known.get("places", {}))
+        self._states: dict[Path, tuple[int, ...]] = {}
 
     @property
     def progress(self) -> bool:
@@ -208,6 +209,7 @@ class RunContext:
                     "Put it back and delete that folder of the cache, or choose another --output"
                 )
             self._tokens[key] = found
+            self._states |= {path: state for path in found.path.glob("*.bin") if (state := _state(path)) is not None}
         return self._tokens[key]
 
     @cached_property
@@ -221,6 +223,20 @@ class RunContext:
                     found.setdefault(corpus, {}).update(splits)
         return found
 
+    def refuse_changed_tokens(self) -> None:
+        """Refuse to go on where tokens in use were written to; those that were deleted or replaced are still held.
+
+        Raises:
+            UserError: Naming the file.
+        """
+        for path, before in self._states.items():
+            now = _state(path)
+            if now is not None and now[:2] == before[:2] and now != before:
+                raise UserError(
+                    f"'{path}' was written to while it was in use, and nothing was saved since. Delete the folder: the "
+                    "same command tokenises again, and goes on from the newest checkpoint"
+                )
+
     def held_out(self, corpus: str) -> TokenFile:
         """Return the part of a corpus's held-out text that the recipe measures on."""
         return self.tokens(corpus, "validation").first(self.recipe.evaluate.max_tokens)
@@ -228,5 +244,15 @@ class RunContext:
     def release(self) -> None:
         """Forget what takes memory; it is made again when it is asked for."""
         self._tokens.clear()
+        self._states.clear()
         for name in ("tokenizer", "config", "planned_config"):
             self.__dict__.pop(name, None)
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    """Return which file a path names, its size and when it was written to; None for none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

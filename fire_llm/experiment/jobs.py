@@ -6,16 +6,16 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from fire_llm.core.atomic import checkpoints, write_json
+from fire_llm.core.atomic import STAGING_SUFFIX, checkpoints, clear_partial_checkpoints, write_json
 from fire_llm.core.errors import UserError, explained, redact
 from fire_llm.core.locks import held, lock_of
-from fire_llm.core.staging import staged
+from fire_llm.core.staging import clear_leftovers, staged
 from fire_llm.distributed import ranks
 from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.recipe import Trial
@@ -123,6 +123,17 @@ def link_duplicate(job: Job, source: Job) -> None:
 
     with staged(job.folder) as partial:
         shutil.copytree(source.folder, partial, copy_function=link, dirs_exist_ok=True)
+
+
+def clear_jobs(jobs: Sequence[Job], output: Path) -> None:
+    """Delete what processes that died left half-written in stages' folders and beside them; the living hold locks."""
+    for job in jobs:
+        if any(job.folder.glob(f"checkpoint-*{STAGING_SUFFIX}")):
+            with held(lock_for(output, job)) as had:
+                if had:
+                    clear_partial_checkpoints(job.folder)
+        with suppress(UserError):  # somebody is at it
+            clear_leftovers(job.folder)
 
 
 def lock_for(output: Path, job: Job) -> Path:

@@ -16,6 +16,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from fire_llm.core.atomic import CONTINUAL_STATE, checkpoints
+from fire_llm.core.errors import UserError
+from fire_llm.core.manifest import read_state
 from fire_llm.core.terminal import console
 from fire_llm.experiment.collect import measured_nll
 from fire_llm.experiment.jobs import Failures, Job
@@ -136,7 +138,7 @@ class Overview:
             with suppress(OSError, ValueError):
                 self._take(path.stem, *json.loads(path.read_text(encoding="utf-8")))
         for job in [*self.left]:
-            with suppress(OSError):  # another process may be deleting what is read here
+            with suppress(OSError, UserError):  # another process may be deleting what is read here
                 if (final := final_checkpoint(job.folder)) is not None:
                     ended = _ended(final)
                     self.left.remove(job)
@@ -216,6 +218,6 @@ def _newest_step(job: Job) -> int:
 
 def _ended(final: Path) -> str:
     """Return in words how long a stage took and what it ended at."""
-    seconds = json.loads((final / CONTINUAL_STATE).read_text(encoding="utf-8"))["seconds"]
+    seconds = read_state(final, CONTINUAL_STATE)["seconds"]
     nll = [f"{corpus} {value:.3f}" for corpus, value in measured_nll(final).items()]
     return f"{seconds:.1f} s, NLL {', '.join(nll)}" if nll else f"{seconds:.1f} s"

@@ -9,8 +9,8 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from fire_llm.distributed import ranks
 from fire_llm.experiment.batch import phase_steps
 from fire_llm.experiment.collect import collect
 from fire_llm.experiment.context import RunContext
-from fire_llm.experiment.jobs import Failures, Job, jobs_of, link_duplicate, of_arms, only_run
+from fire_llm.experiment.jobs import Failures, Job, clear_jobs, jobs_of, link_duplicate, of_arms, only_run
 from fire_llm.experiment.processes import Workers
 from fire_llm.experiment.progress import Overview, StepReport
 from fire_llm.experiment.recipe import Recipe, Trial
@@ -167,9 +167,7 @@ class _Command:
             stack.enter_context(signals_handled())
             stack.enter_context(only_run(self.output, shared=not self.alone))
             _prepare(self.trials, wanted, jobs, self.output, self.alone)
-            own = self.output / ".workers" / uuid.uuid4().hex
-            stack.callback(shutil.rmtree, own, ignore_errors=True)
-            failures = Failures(own)
+            failures = Failures(stack.enter_context(_own(self.output)))
             ended = self._train(wanted, failures, workers)
             failed = [*failures.all()]
             left = [job.title for job in wanted if not job.done() and job.title not in {f["stage"] for f in failed}]
@@ -247,6 +245,7 @@ class _Command:
                     write_json(folder / "recipe.json", trial.recipe.model_dump(mode="json"))
                     if self.trials[0].name:
                         write_json(self.output / "sweep.json", described(self.trials))
+                    clear_jobs(own, self.output)
                     for job in own:
                         # Earlier trials are finished.
                         if not job.done() and (source := job.source()):
@@ -293,8 +292,30 @@ def _prepare(trials: Sequence[Trial], wanted: Sequence[Job], jobs: Sequence[Job]
         for trial in trials:
             with nullcontext() if alone else only_run(trial.folder(output), shared=True):
                 write_json(trial.folder(output) / "recipe.json", trial.recipe.model_dump(mode="json"))
+                clear_jobs([job for job in jobs if job.trial is trial], output)
         if trials[0].name:
             write_json(output / "sweep.json", described(trials))
+
+
+@contextmanager
+def _own(output: Path) -> Iterator[Path]:
+    """Yield a folder for what the workers of one command say; those of commands that died are deleted."""
+
+    def clear(name: str) -> None:
+        shutil.rmtree(output / ".workers" / name, ignore_errors=True)
+        (output / ".workers" / f"{name}.todo").unlink(missing_ok=True)
+        lock_of(output, name).unlink(missing_ok=True)  # nobody waits for this one
+
+    for lock in lock_of(output, "").parent.glob("command-*.lock"):
+        with held(lock) as had:
+            if had:
+                clear(lock.stem)
+    name = f"command-{uuid.uuid4().hex}"
+    with held(lock_of(output, name), wait=True):
+        try:
+            yield output / ".workers" / name
+        finally:
+            clear(name)
 
 
 def described(trials: Sequence[Trial]) -> dict[str, Any]:

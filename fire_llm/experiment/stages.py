@@ -25,7 +25,7 @@ from typing import Any
 from fire_llm.core.atomic import checkpoints, step_of
 from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.core.hashing import digest
-from fire_llm.core.manifest import damage, weights_hash
+from fire_llm.core.manifest import STATES, TRAINER_STATE, damage, read_state, weights_hash
 from fire_llm.experiment.batch import split_batch
 from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.recipe import PhaseSection, Recipe, optimizer_of
@@ -185,12 +185,12 @@ def refuse_links(folder: Path, stages: Iterable[Stage]) -> None:
     """
     root = folder.resolve()
     places = [folder / n for n in ("tokenizer", ".locks", ".workers", *(stage.folder for stage in stages))]
-    own = [folder / ".lock", *folder.glob("*.json"), *folder.glob("*.html"), *folder.glob("*.partial")]
+    own = [folder / ".lock", *folder.glob("*.json*"), *folder.glob("*.html"), *folder.glob("*.partial")]
     below = (Path(at, n) for place in places for at, folders, files in os.walk(place) for n in (*folders, *files))
     for place in itertools.chain(own, places, filter(Path.is_symlink, below)):
-        if not place.resolve().is_relative_to(root):
+        if not (target := Path(os.path.realpath(place))).is_relative_to(root):
             raise UserError(
-                f"'{place}' leads out of the run's folder, to '{place.resolve()}': remove the link. A whole run may "
+                f"'{place}' leads out of the run's folder, to '{target}': remove the link. A whole run may "
                 "lie elsewhere (--output), parts of it may not"
             )
 
@@ -313,30 +313,35 @@ def select(stages: list[Stage], arms: Iterable[str]) -> list[Stage]:
 
 
 def final_checkpoint(folder: Path) -> Path | None:
-    """Return the last checkpoint of a stage if it is finished."""
+    """Return the last checkpoint of a stage if it is finished; None where its states are not what was written."""
     whole = checkpoints(folder)
     if not whole:
         return None
     newest, step = whole[-1]
-    state = json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))
-    return newest if step >= state["max_steps"] else None
+    if damage(newest, only=STATES):
+        return None
+    return newest if step >= read_state(newest, TRAINER_STATE)["max_steps"] else None
 
 
 def finished(folder: Path) -> bool:
-    """Return whether a stage's last checkpoint is there, all of its files with the sizes they should have."""
+    """Return whether a stage's last checkpoint is there, none of its files lost, cut or written to since."""
     final = final_checkpoint(folder)
     return final is not None and damage(final, contents=False) is None
 
 
 def labelled_checkpoint(folder: Path, label: str) -> Path:
-    """Return a finished stage's checkpoint by its label: final, best or a number of steps."""
+    """Return a finished stage's checkpoint by its label: final, best or a number of steps.
+
+    Raises:
+        UserError: The stage is not finished, or it kept no such checkpoint.
+    """
     final = final_checkpoint(folder)
     if final is None:
-        raise UserError(f"'{folder}' is not finished: run its phase first")
+        raise UserError(f"'{folder}' is not finished, or its last checkpoint is damaged: run its phase first")
     if label == "final":
         return final
-    state = json.loads((final / "trainer_state.json").read_text(encoding="utf-8"))
-    path = folder / f"checkpoint-{state['best_global_step'] if label == 'best' else label}"
+    step = read_state(final, TRAINER_STATE)["best_global_step"] if label == "best" else label
+    path = folder / f"checkpoint-{step}"
     if not path.is_dir():
         raise UserError(f"'{folder}' kept no checkpoint '{label}': add it to that phase's keep, and run it again")
     return path

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import TrainerCallback
 
 from fire_llm.architectures.matrices import logical_matrices
 from fire_llm.core.atomic import BYTES_A_PARAMETER, free_bytes, write_json
@@ -81,7 +82,12 @@ def train(stage: Stage, run: RunContext, callbacks: Sequence[Any] = ()) -> None:
     arguments = _arguments(stage, run, folder, steps)
     arguments.disable_tqdm = bool(callbacks)
     trainer = ContinualTrainer(
-        model, arguments, mixture, sets, [*callbacks, *_stage_callbacks(stage, run)], processing_class=run.tokenizer
+        model,
+        arguments,
+        mixture,
+        sets,
+        [*callbacks, _TokensInUse(run), *_stage_callbacks(stage, run)],
+        processing_class=run.tokenizer,
     )
     if every := recipe.evaluate.diagnostics_every_steps:
         # Kept as they are now: before the reset, and before a resumption puts the newest checkpoint in their place.
@@ -105,6 +111,21 @@ def _begun_with(stage: Stage, run: RunContext) -> dict[str, Any]:
         return {"tokens": tokens}
     parent = labelled_checkpoint(run.folder / stage.parent.folder, stage.start)
     return {"tokens": tokens, "weights": weights_hash(parent)}
+
+
+class _TokensInUse(TrainerCallback):
+    """End training before anything is saved that was trained or measured on tokens that somebody wrote to."""
+
+    def __init__(self, run: RunContext) -> None:
+        self.run = run
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Look at the files' times."""
+        self.run.refuse_changed_tokens()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The same, before the save."""
+        self.run.refuse_changed_tokens()
 
 
 def mixture_of(stage: Stage, run: RunContext) -> Mixture:

@@ -66,6 +66,11 @@ class ContinualArguments(TrainingArguments):
                 "bf16_params cannot be had with checkpointed activations, which are computed again from parameters in "
                 "fp32: leave one of them out"
             )
+        if self.auto_find_batch_size:
+            raise UserError(
+                "auto_find_batch_size would change how many tokens a step trains on: set per_device_train_batch_size, "
+                "and gradient_accumulation_steps for the rest of a step's sequences"
+            )
         # With torch_compile, transformers turns TF32 on, in the whole process, unless `tf32` is given.
         with settings_kept() if self.tf32 is None else nullcontext():
             super().__post_init__()

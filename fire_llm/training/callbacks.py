@@ -15,6 +15,7 @@ from fire_llm.core.errors import UserError
 from fire_llm.models import fresh_model
 from fire_llm.resets import ResetReport, ResetsLike, apply_reset, parse_resets
 from fire_llm.resets.spec import ResetSpec, refuse_kinds
+from fire_llm.training.beginning import Beginning
 from fire_llm.training.gradients import gather_gradient
 from fire_llm.training.sharding import load_optimizer, refuse_engines
 
@@ -68,14 +69,21 @@ class ResetCallback(TrainerCallback):
         self.report_file = Path(report_file) if report_file else None
         self.reports: list[ResetReport] = []
         self._trainer: Any = None
+        self._beginning, self._reported = Beginning(), 0
 
     def attach(self, trainer: Any) -> None:
         """Note the `ContinualTrainer` that this runs in, which calls it."""
         self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Reset at the start of training, unless this is a resumption; refuse engines that no reset can reach."""
+        """Reset at the start of training, unless this is a resumption; refuse engines that no reset can reach.
+
+        Where `auto_find_batch_size` begins training again, it begins with the weights from before the reset.
+        """
         refuse_engines(args)
+        if self._beginning.again(args, state, kwargs.get("model"), kwargs.get("optimizer")):
+            del self.reports[self._reported :]
+        self._reported = len(self.reports)
         if not self.at_steps and state.global_step == 0:
             self._apply(args, **kwargs)
 
@@ -83,6 +91,10 @@ class ResetCallback(TrainerCallback):
         """Reset after a listed step; the checkpoint of that step holds the result."""
         if state.global_step in self.at_steps:
             self._apply(args, **kwargs)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Let go of the weights that training began with."""
+        self._beginning.end()
 
     def _apply(self, args: Any, model: Any = None, optimizer: Any = None, **_: Any) -> None:
         seed = args.seed if self.seed is None else self.seed

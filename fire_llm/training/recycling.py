@@ -23,6 +23,7 @@ from fire_llm.models import fresh_model
 from fire_llm.resets import RESETS, ResetSpec
 from fire_llm.resets.recycling import Recycler
 from fire_llm.resets.spec import refuse_kinds
+from fire_llm.training.beginning import Beginning
 
 RECYCLED = "recycled"
 """Key of a trainer's log: hidden units recycled so far, over all layers."""
@@ -82,6 +83,7 @@ class RecyclingCallback(TrainerCallback):
         self._scales: dict[str, float] = {}
         self._saved: dict[str, Tensor] = {}
         self._checked = False
+        self._beginning = Beginning()
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what lasts from step to step, by name."""
@@ -105,14 +107,17 @@ class RecyclingCallback(TrainerCallback):
         for key, tensor in own.items():
             tensor.copy_(saved[key])
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+    ) -> None:
         """Find the units, the scales at which they are drawn, and what a checkpoint kept; hook into the model."""
-        self.on_train_end(args, state, control)
+        self._unhook()
         if fsdp_modules(model) or any(hasattr(p, "placements") for p in model.parameters()) or args.n_gpu > 1:
             raise UserError(
                 f"'{self.spec.method}' needs whole weights, which FSDP2 shards and DataParallel copies: train "
                 "replicas, one process a device"
             )
+        self._beginning.again(args, state, model, optimizer)
         model = unwrap(model)
         self.layers = recycled_layers(model, self.spec)
         make = RESETS[self.spec.method].function
@@ -188,7 +193,11 @@ class RecyclingCallback(TrainerCallback):
                 entry[RECYCLED] = entry.get(RECYCLED, 0) + self.recycled
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Take the hooks out of the model."""
+        """Take the hooks out of the model, and let go of the weights that training began with."""
+        self._unhook()
+        self._beginning.end()
+
+    def _unhook(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

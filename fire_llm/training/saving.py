@@ -9,7 +9,6 @@ thread writes the copies and does the rest while training goes on. The files are
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
@@ -30,6 +29,7 @@ from fire_llm.core.atomic import (
     CONTINUAL_STATE,
     STAGING_SUFFIX,
     checkpoints,
+    clear_partial_checkpoints,
     free_bytes,
     partial_of,
     remove,
@@ -38,7 +38,7 @@ from fire_llm.core.atomic import (
     writing,
 )
 from fire_llm.core.errors import UserError
-from fire_llm.core.manifest import damage, newest_intact, write_manifest
+from fire_llm.core.manifest import damage, newest_intact, read_state, write_manifest
 from fire_llm.core.signals import asked
 from fire_llm.distributed import active, gather_objects, is_first
 from fire_llm.training.preemption import Stopping
@@ -78,7 +78,7 @@ class Saver:
         if not checkpoint:
             return 0
         folder, trainer = Path(str(checkpoint)), self.trainer
-        self._resumed = json.loads((folder / CONTINUAL_STATE).read_text(encoding="utf-8"))
+        self._resumed = read_state(folder, CONTINUAL_STATE)
         kept = load_file(folder / RECYCLING) if (folder / RECYCLING).exists() else {}
         for number, callback in enumerate(self._recycling()):
             start = f"{number}."
@@ -229,8 +229,7 @@ class Saver:
 
     def _make_room(self, output: Path) -> None:
         """Remove what a killed process left half-written, and see that there is room before anything is written."""
-        for left in output.glob(f"checkpoint-*{STAGING_SUFFIX}"):
-            remove(left)
+        clear_partial_checkpoints(output)
         needed = self._bytes or BYTES_A_PARAMETER * self.trainer.model.num_parameters()
         if (free := free_bytes(output)) < needed:
             raise UserError(
@@ -256,8 +255,9 @@ class Saver:
     def _prune(self, output: Path, newest: Path, step: int, best: int | None) -> None:
         """Delete older checkpoints that nothing keeps, once the new one was read back from the disk."""
         args = self.trainer.args
-        # One with a higher number was skipped when this training was resumed: it is left to be looked at.
-        older = [(folder, n) for folder, n in checkpoints(output) if n < step]
+        # One that was skipped when this training was resumed is left to be looked at, and is none of those that stay.
+        whole = [(folder, n) for folder, n in checkpoints(output) if damage(folder, contents=False) is None]
+        older = [(folder, n) for folder, n in whole if n < step]
         kept = {*args.keep_steps, *(n for _, n in older[max(0, len(older) - args.keep_last + 1) :])}
         if args.keep_best:
             kept.add(best)
@@ -290,9 +290,12 @@ def verified(checkpoint: Path) -> Path:
         UserError: On every rank, with what is wrong and what to do.
     """
     if wrong := _together(lambda: damage(checkpoint), first_only=True):
+        last = checkpoint in [path for path, _ in checkpoints(checkpoint.parent)[-1:]]
+        again = "delete it" if last else f"delete '{checkpoint.parent}'"
+        where = "its newest checkpoint that is whole" if last else "its beginning"
         raise UserError(
-            f"'{checkpoint}' is damaged: {wrong}. Put back a copy of it, or delete it: the same command then trains "
-            "that phase again, from its newest checkpoint that is whole"
+            f"'{checkpoint}' is damaged: {wrong}. Put back a copy of it, or {again}: the same command then trains "
+            f"that phase again, from {where}"
         )
     return checkpoint
 

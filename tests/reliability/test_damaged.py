@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
+import random
 import shutil
 import subprocess
 import time
@@ -13,11 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 from support.killing import beside, outcome
-from support.tiny_recipe import recipe
+from support.tiny_recipe import quick_recipe, recipe
 
 from fire_llm import UserError, load_recipe, run_recipe
 from fire_llm.core.atomic import checkpoints
+from fire_llm.core.hashing import CHUNK
+from fire_llm.core.locks import held
 from fire_llm.core.manifest import MANIFEST, damage, newest_intact, write_manifest
+from fire_llm.experiment.jobs import clear_jobs, jobs_of, lock_for
+from fire_llm.experiment.recipe import Trial
+from fire_llm.experiment.stages import labelled_checkpoint
 from fire_llm.training import ContinualTrainer, saving
 
 FIRST, SECOND = Path("first") / "seed-1", Path("second") / "fire" / "seed-1"
@@ -99,6 +106,211 @@ def test_a_finished_unit_that_lost_a_file_is_trained_again_from_where_it_can(who
     assert outcome(tmp_path / "run") == outcome(whole[1])
 
 
+# ---- every file, every way
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory) -> tuple[Path, Path]:
+    """Run a recipe of half a second with `keep_last: 2`; return the recipe's path and the run's folder."""
+    folder = tmp_path_factory.mktemp("quick")
+    path = quick_recipe(folder)
+    path.write_text(path.read_text() + "keep_last: 2\n")
+    run_recipe(load_recipe(path), folder / "run", progress=False)
+    return path, folder / "run"
+
+
+EMPTY = {"piece_bytes": CHUNK, "files": {}}
+DAMAGES = {
+    "deleted": None,
+    "cut": lambda data: data[: len(data) // 2],
+    "emptied": lambda data: b"",
+    "zeroed": lambda data: bytes(len(data)),
+    "flipped": lambda data: flipped(data, len(data) // 2),
+    "flipped early": lambda data: flipped(data, len(data) // 7),
+    "flipped late": lambda data: flipped(data, len(data) - 3),
+    "nothing": lambda data: b"null",
+    "a list": lambda data: b"[]",
+    "an object": lambda data: b"{}",
+    "deep": lambda data: b"[" * 100_000,
+    "no text": lambda data: b"\xff\xfe{}",
+    "no files": lambda data: json.dumps(EMPTY).encode(),
+    "entries of another kind": lambda data: data.replace(b'"blake2b"', b'"blake2c"').replace(
+        b'"bytes": ', b'"bytes": 1'
+    ),
+    "a piece of nothing": lambda data: data.replace(b'"piece_bytes": 16777216', b'"piece_bytes": 0'),
+    "a piece of text": lambda data: data.replace(b'"piece_bytes": 16777216', b'"piece_bytes": "many"'),
+}
+OF_MANIFESTS = [*DAMAGES][-4:]
+FILES = [
+    "config.json", "continual_state.json", "generation_config.json", "manifest.json", "model.safetensors",
+    "optimizer.pt", "rng_state.pth", "scheduler.pt", "tokenizer.json", "tokenizer_config.json", "trainer_state.json",
+]  # fmt: skip
+EVERY = [(f, d) for f, d in itertools.product(FILES, DAMAGES) if f == MANIFEST or d not in OF_MANIFESTS]
+SAMPLE = random.Random(3).sample(EVERY, 4)
+
+
+def flipped(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+def spoil(file: Path, way: str) -> None:
+    """Damage a file; whatever wrote to it, it was later than the rest."""
+    data, change = file.read_bytes(), DAMAGES[way]
+    file.unlink() if change is None else file.write_bytes(change(data))
+
+
+def test_these_are_the_files_of_a_checkpoint(quick):
+    assert sorted(path.name for path in (quick[1] / SECOND / "checkpoint-3").iterdir()) == FILES
+
+
+@pytest.mark.parametrize(
+    ("name", "way"), [p if p in SAMPLE else pytest.param(*p, marks=pytest.mark.slow) for p in EVERY]
+)
+def test_any_damage_to_the_newest_checkpoint_goes_on_from_the_older_one(name, way, quick, tmp_path, capsys):
+    """The run was finished, so that nothing but the damage makes it train again; its end is the same bit for bit."""
+    path, run = quick
+    shutil.copytree(run, tmp_path / "run")
+    newest = tmp_path / "run" / SECOND / "checkpoint-3"
+    spoil(newest / name, way)
+    run_recipe(load_recipe(path), tmp_path / "run", progress=False)
+    (said,) = (line for line in capsys.readouterr().err.splitlines() if "skipped" in line)
+    assert said.startswith("second / fire: checkpoint-3 is skipped: ")
+    assert name in said or name == MANIFEST  # one flipped letter there may be another file's name or hash
+    assert outcome(tmp_path / "run") == outcome(run)
+    files = [{str(p.relative_to(at)) for p in at.rglob("*")} for at in (run, tmp_path / "run")]
+    assert files[0] == files[1] and damage(newest) is None
+
+
+def test_any_damage_to_all_checkpoints_is_refused_and_nothing_is_lost(quick, tmp_path):
+    path, run = quick
+    shutil.copytree(run, tmp_path / "run")
+    for name, way in random.Random(4).sample(EVERY, 12):
+        stage = tmp_path / "run" / SECOND
+        shutil.rmtree(stage)
+        shutil.copytree(run / SECOND, stage)
+        for checkpoint in stage.glob("checkpoint-*"):
+            spoil(checkpoint / name, way)
+        before = {p: p.read_bytes() for p in stage.rglob("*") if p.is_file()}
+        with pytest.raises(
+            UserError, match=r"has no checkpoint that is whole:\n  checkpoint-3 is skipped: .*\n  checkpoint-2"
+        ):
+            run_recipe(load_recipe(path), tmp_path / "run", progress=False)
+        assert {p: p.read_bytes() for p in stage.rglob("*") if p.is_file()} == before, (name, way)
+
+
+@pytest.mark.parametrize("label", ["final", "best"])
+def test_what_is_said_of_a_damaged_parent_can_be_done(label, quick, tmp_path):
+    """With its old time, as a failing disk leaves it, damage is found before the next stage starts from it."""
+    path, run = quick
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / SECOND)
+    given = load_recipe(path, [f"phases.1.start_from={{first: [{label}]}}"])
+    parent = labelled_checkpoint(tmp_path / "run" / FIRST, label)
+    times = (parent / "model.safetensors").stat()
+    spoil(parent / "model.safetensors", "flipped")
+    os.utime(parent / "model.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(UserError, match=r"is damaged: model.safetensors .* or delete (it|'[^']*')") as error:
+        run_recipe(given, tmp_path / "run", progress=False)
+    shutil.rmtree(parent if "delete it" in str(error.value) else str(error.value).split("delete '")[1].split("'")[0])
+    run_recipe(given, tmp_path / "run", progress=False)
+    assert outcome(tmp_path / "run")["first/seed-1/checkpoint-4"] == outcome(run)["first/seed-1/checkpoint-4"]
+
+
+@pytest.mark.parametrize(
+    "way", ["deep", *(pytest.param(w, marks=pytest.mark.slow) for w in ("cut", "a list", "deleted"))]
+)
+def test_what_lies_beside_the_checkpoints_is_named_too(way, quick, tmp_path):
+    shutil.copytree(quick[1], tmp_path / "run")
+    for name, damages in (("unit.json", way), ("reset.json", way)):
+        file = tmp_path / "run" / SECOND / name
+        before = file.read_bytes()
+        spoil(file, damages)
+        if damages == "deleted":
+            run_recipe(load_recipe(quick[0]), tmp_path / "run", progress=False)
+        else:
+            with pytest.raises(UserError, match=r"fire/seed-1.*delete"):
+                run_recipe(load_recipe(quick[0]), tmp_path / "run", progress=False)
+        file.write_bytes(before)
+    run_recipe(load_recipe(quick[0]), tmp_path / "run", progress=False)
+    assert outcome(tmp_path / "run") == outcome(quick[1])
+
+
+def test_a_skipped_checkpoint_is_none_of_those_that_stay(quick, tmp_path):
+    """It may lie there for good, saved by a signal; `keep_last: 2` means two to go on from."""
+    path, run = quick
+    shutil.copytree(run, tmp_path / "run")
+    stage = tmp_path / "run" / SECOND
+    shutil.copytree(stage / "checkpoint-2", stage / "checkpoint-1")
+    spoil(stage / "checkpoint-3" / "optimizer.pt", "deleted")
+    spoil(stage / "checkpoint-1" / "optimizer.pt", "cut")
+    run_recipe(load_recipe(path), tmp_path / "run", progress=False)
+    assert {p.name for p in stage.glob("checkpoint-*") if damage(p) is None} == {"checkpoint-2", "checkpoint-3"}
+    assert (stage / "checkpoint-1").is_dir()
+
+
+# ---- what dead processes left
+
+
+def left_by_a_save(stage: Path) -> Path:
+    staging = stage / "checkpoint-2.partial"
+    shutil.copytree(stage / "checkpoint-3", staging / "checkpoint-2")
+    return staging
+
+
+def left_by_taking_over(stage: Path) -> Path:
+    return shutil.copytree(stage, stage.with_name(f"{stage.name}.partial"))
+
+
+def left_by_workers(stage: Path) -> Path:
+    run = stage.parents[2]
+    left = run / ".workers" / "command-0" / "1.step"
+    left.parent.mkdir(parents=True)
+    left.write_text("{}")
+    (run / ".locks" / "command-0.lock").touch()
+    return left.parent
+
+
+@pytest.mark.parametrize("leave", [left_by_a_save, left_by_taking_over, left_by_workers])
+def test_what_dead_processes_left_is_cleared_at_the_next_start(leave, quick, tmp_path):
+    shutil.copytree(quick[1], tmp_path / "run")
+    stage = tmp_path / "run" / SECOND
+    left = leave(stage)
+    mine = [stage / "checkpoint-mine.partial", stage / "mine.partial", tmp_path / "run" / ".workers" / "mine"]
+    for folder in mine:
+        folder.mkdir(parents=True)
+    run_recipe(load_recipe(quick[0]), tmp_path / "run", progress=False)
+    assert not left.exists() and all(folder.is_dir() for folder in mine)
+    assert outcome(tmp_path / "run") == outcome(quick[1])
+
+
+def test_what_a_living_process_is_writing_stays(quick, tmp_path):
+    shutil.copytree(quick[1], tmp_path / "run")
+    left = left_by_a_save(tmp_path / "run" / SECOND)
+    trial = Trial("", {}, load_recipe(quick[0]))
+    jobs = jobs_of([trial], tmp_path / "run")
+    with held(lock_for(tmp_path / "run", jobs[1])):
+        clear_jobs(jobs, tmp_path / "run")
+        assert left.is_dir()
+    clear_jobs(jobs, tmp_path / "run")
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("name", ["checkpoint-2.partial", "checkpoint-3", "unit.json.partial"])
+def test_links_that_lead_out_of_a_run_are_refused_and_not_followed(name, quick, tmp_path):
+    shutil.copytree(quick[1], tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    link = tmp_path / "run" / SECOND / name
+    shutil.rmtree(link, ignore_errors=True)
+    link.symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match=rf"{name}' leads out of the run's folder, to '.*mine': remove the link"):
+        run_recipe(load_recipe(quick[0]), tmp_path / "run", progress=False)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years" and link.is_symlink()
+
+
+# ---- none is whole
+
+
 def test_no_whole_checkpoint_is_an_error_that_names_each_and_deletes_none(whole, cut):
     flip(cut / SECOND / "checkpoint-6")
     lose(MANIFEST)(cut / SECOND / "checkpoint-3")
@@ -111,14 +323,12 @@ def test_no_whole_checkpoint_is_an_error_that_names_each_and_deletes_none(whole,
     assert {p.name for p in (cut / SECOND).glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
 
 
-def test_a_damaged_parent_is_refused_and_trained_again_once_deleted(whole, cut):
+def test_a_damaged_parent_is_trained_again_before_another_stage_starts_from_it(whole, cut):
     shutil.rmtree(cut / SECOND)
     parent = cut / FIRST / "checkpoint-10"
     flip(parent, "model.safetensors")
-    with pytest.raises(UserError, match=r"checkpoint-10' is damaged: model.safetensors is not .* or delete it"):
-        run_recipe(load_recipe(whole[0]), cut, progress=False)
-    shutil.rmtree(parent)
     run_recipe(load_recipe(whole[0]), cut, progress=False)
+    assert damage(parent) is None
     assert outcome(cut) == outcome(whole[1])
 
 
@@ -160,7 +370,9 @@ def test_what_is_kept(whole, tmp_path):
 
 
 def test_older_ones_stay_where_the_new_one_cannot_be_read_back(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(saving, "damage", lambda folder, **_: "optimizer.pt is gone" if _ else None)
+    monkeypatch.setattr(
+        saving, "damage", lambda folder, from_disk=False, **_: "optimizer.pt is gone" * from_disk or None
+    )
     with pytest.raises(UserError, match=r"checkpoint-6' cannot be read back as it was written: optimizer.pt is gone"):
         run_recipe(load_recipe(whole[0], ["phases.0.keep=[]"]), tmp_path / "run", progress=False)
     assert steps(tmp_path / "run" / FIRST) == [3, 6]

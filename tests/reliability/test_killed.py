@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import random
+import shutil
 import signal
+import time
+from collections import Counter
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support.killing import KINDS, draw, outcome, run
-from support.tiny_recipe import recipe
+from support.killing import KINDS, Instant, command, draw, outcome, run
+from support.tiny_recipe import quick_recipe, recipe
 
 from fire_llm.core.atomic import checkpoints
 from fire_llm.core.manifest import damage
@@ -106,3 +112,123 @@ def test_killed_twice_and_killed_while_it_goes_on(whole, tmp_path):
         assert codes[0] in (143, -9), f"{instant}: {codes}\n{said}"
     codes, said, _ = run(1, tmp_path / "said", path, tmp_path / "out", cache)
     assert codes == [0] and outcome(tmp_path / "out") == wanted, said
+
+
+# ---- commands of half a second, hundreds of times
+
+
+def every_file(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+class Command:
+    """A command, what it ends with where nothing interrupts it, and how many events it comes to.
+
+    Args:
+        folder: For what belongs to it.
+        argv: Behind `fire-llm`, without the place of its output.
+        end: Returns what must be the same, of the output.
+        kinds: Of the instants that are drawn.
+        cache: A filled cache; an empty one a try where there is none.
+        asynchronous: Write checkpoints beside training.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        argv: list[str],
+        end: Any,
+        kinds: tuple[str, ...],
+        cache: Path | None,
+        asynchronous: bool = False,
+    ) -> None:
+        self.folder, self.argv, self.end, self.kinds, self.filled = folder, argv, end, kinds, cache
+        self.asynchronous = asynchronous
+        folder.mkdir()
+        code, said, self.counts = self.call("whole")
+        assert code == 0, said
+        self.wanted, self.files = self.state("whole")
+
+    def call(self, name: str, instant: Instant | None = None) -> tuple[int, str, Counter]:
+        place = self.folder / name
+        argv = [part.replace("OUTPUT", str(place / "out")) for part in self.argv]
+        (place / "out").parent.mkdir(exist_ok=True)
+        cache = self.filled or place / "cache"
+        codes, said, counts = command(argv, self.folder, place, cache, instant, asynchronous=self.asynchronous)
+        return codes[0], said, counts[0]
+
+    def state(self, name: str) -> tuple[Any, set[str]]:
+        return self.end(self.folder / name / "out"), every_file(self.folder / name)
+
+    def kill(self, chance: random.Random, seed: int) -> str:
+        """Kill it at an instant, call it again, and see that it ends as if nothing had been; return the instant."""
+        kind = chance.choice([kind for kind in self.kinds if self.counts[kind]])
+        number = chance.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
+        instant, name = Instant(kind, chance.randint(1, self.counts[kind]), number), f"try-{seed}"
+        code, said, _ = self.call(name, instant)
+        where = f"{self.argv[0]}, {instant}, try {seed}: {code}\n{said}"
+        assert code in (-number, 128 + number), where
+        assert "Traceback" not in said, where
+        out = self.folder / name / "out"
+        if not (self.argv[0] == "apply" and out.exists()):  # which is whole then, and refuses to be made again
+            code, said, _ = self.call(name)
+            assert code == 0, f"{where}\nthen {code}: {said}"
+        found, files = self.state(name)
+        assert found == self.wanted, where
+        assert files == self.files, f"{where}\nleft: {files - self.files}, lost: {self.files - files}"
+        shutil.rmtree(self.folder / name)
+        return f"{kind} {number.name}"
+
+
+def trials(output: Path) -> dict[str, Any]:
+    return {path.parent.name: outcome(path.parent) for path in output.glob("*/results.json")}
+
+
+def weights(folder: Path) -> dict[str, str]:
+    return {path.name: sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
+
+
+def commands(folder: Path) -> dict[str, Command]:
+    """Return run, sweep, apply, and a run that is killed while it saves beside training, or while it tokenises."""
+    path = quick_recipe(folder)
+    runs = ["run", str(path), "--output", "OUTPUT"]
+    tokenising = Command(folder / "tokenise", runs, outcome, ("tokenising",), None)
+    cache = folder / "tokenise" / "whole" / "cache"
+    checkpoint = next((folder / "tokenise" / "whole" / "out" / "first" / "seed-1").glob("checkpoint-4"))
+    swept = [
+        "sweep",
+        str(path),
+        "--workers",
+        "1",
+        "--grid",
+        "phases.1.arms.fire.iterations=[1,2]",
+        "--output",
+        "OUTPUT",
+    ]
+    return {
+        "run": Command(folder / "run", runs, outcome, ("step", "reset", "saving"), cache),
+        "sweep": Command(folder / "sweep", swept, trials, ("step", "reset", "saving"), cache),
+        "apply": Command(folder / "apply", ["apply", str(checkpoint), "OUTPUT"], weights, ("reset", "saving"), cache),
+        "save": Command(folder / "save", runs, outcome, ("saving",), cache, True),
+        "tokenise": tokenising,
+    }
+
+
+TIMES = {"run": 60, "sweep": 30, "apply": 50, "save": 40, "tokenise": 40}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_two_hundred_killed_commands_end_as_if_nothing_had_been(tmp_path, capsys):
+    """Weights and results are equal bit for bit, exit codes right, and nothing is left behind."""
+    began, chance, killed, wrong = time.monotonic(), random.Random(1), Counter(), []
+    for name, one in commands(tmp_path).items():
+        for seed in range(TIMES[name]):
+            try:
+                killed[f"{name}: {one.kill(chance, seed)}"] += 1
+            except AssertionError as error:
+                wrong.append(str(error))
+    with capsys.disabled():
+        print(f"\n{killed.total()} instants held in {time.monotonic() - began:.0f} s: {dict(sorted(killed.items()))}")
+    assert not wrong, f"{len(wrong)} did not hold:\n" + "\n\n".join(wrong)
+    assert killed.total() >= 200

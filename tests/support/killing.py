@@ -52,7 +52,31 @@ def run(
     *more: str,
     asynchronous: bool = False,
 ) -> tuple[list[int], str, list[Counter]]:
-    """Run a recipe on `world` ranks until all have ended.
+    """Run a recipe on `world` ranks until all have ended; return as `command` does."""
+    argv = ["run", str(path), "--output", str(output), *more]
+    return command(argv, folder, output, cache, instant, world=world, asynchronous=asynchronous)
+
+
+def command(
+    argv: list[str],
+    folder: Path,
+    output: Path,
+    cache: Path,
+    instant: Instant | None = None,
+    *,
+    world: int = 1,
+    asynchronous: bool = False,
+) -> tuple[list[int], str, list[Counter]]:
+    """Run a command line on `world` ranks, forked from a process that has imported everything, until all have ended.
+
+    Args:
+        argv: Behind `fire-llm`.
+        folder: For what is said.
+        output: What is written below it counts as saving.
+        cache: The cache folder; what is written below it counts as tokenising.
+        instant: When one of them sends itself a signal.
+        world: Ranks.
+        asynchronous: Write checkpoints beside training.
 
     Returns:
         Exit code of each rank, negative for a signal; what they said; how many events of each kind each came to.
@@ -63,7 +87,6 @@ def run(
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.counts"):
         old.unlink()
-    argv = ["run", str(path), "--output", str(output), *more]
     processes = [
         PROCESSES.Process(
             target=_live, args=(r, world, store and store.port, folder, argv, cache, output, instant, asynchronous)
@@ -74,7 +97,7 @@ def run(
         process.start()
     deadline, ended = time.monotonic() + 200, None
     while any(process.is_alive() for process in processes):
-        time.sleep(0.02)
+        time.sleep(0.01)
         ended = ended or (time.monotonic() if any(process.exitcode for process in processes) else None)
         # As launchers do: what is left of a broken run is asked to end, and made to.
         late = time.monotonic() - (ended or time.monotonic())
@@ -97,7 +120,7 @@ def _live(
     at: Any,
     asynchronous: bool,
 ) -> None:
-    """Be one rank of `fire-llm run`."""
+    """Be one rank of a command."""
     with (folder / f"{rank}.said").open("w") as said:
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
@@ -111,8 +134,10 @@ def _live(
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     import fire_llm.cli.run
+    import fire_llm.experiment.sweep_report
 
     fire_llm.cli.run.show_results = lambda *_: None  # the page takes longer than the run
+    fire_llm.experiment.sweep_report.show = lambda *_: None
     if asynchronous:
         beside(pytest.MonkeyPatch())
     counts = _count_events(output, cache, at if at is not None and at.rank == rank else None)

@@ -15,8 +15,12 @@ from typing import Any
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["hypothesis", "pytest", "torch.distributed.fsdp", "transformers", "fire_llm.experiment.train"]
-)
+    [
+        "hypothesis", "pytest", "torch.distributed.fsdp", "transformers.models.gpt2.modeling_gpt2",
+        "fire_llm.cli.apply", "fire_llm.cli.run", "fire_llm.cli.sweep", "fire_llm.checkpoint.rewrite",
+        "fire_llm.experiment.run", "rich.progress", "rich.table", "transformers.trainer",
+    ]
+)  # fmt: skip
 """Starts processes that find everything heavy imported."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -11,8 +12,13 @@ import yaml
 WORDS = ["fire", "resets", "the", "weights", "of", "a", "model", "so", "that", "it", "may", "learn", "again"]
 
 
-def recipe(folder: Path) -> Path:
-    """Write a recipe of a second: two phases of two corpora, an arm with a reset, saves in the middle of intervals."""
+def recipe(folder: Path, **changes: Any) -> Path:
+    """Write a recipe of a second: two phases of two corpora, an arm with a reset, saves in the middle of intervals.
+
+    Args:
+        folder: For the recipe and the corpora.
+        changes: Keys of the recipe to put in the place of these.
+    """
     for name, seed in (("a", 1), ("b", 2)):
         generator = torch.Generator().manual_seed(seed)
         picks = torch.multinomial(torch.linspace(1, 5, len(WORDS)) ** seed, 4000, True, generator=generator)
@@ -36,5 +42,21 @@ def recipe(folder: Path) -> Path:
         "save_every_steps": 4,
     }
     path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(data))
+    path.write_text(yaml.safe_dump({**data, **changes}))
     return path
+
+
+def quick_recipe(folder: Path) -> Path:
+    """Write a recipe of the same stages that takes half a second: 4 and 3 steps of one micro-batch."""
+    arms = {"fire": {"method": "fire"}}
+    return recipe(
+        folder,
+        batch={"tokens_per_step": 32, "sequences_per_device": 2},
+        phases=[
+            {"name": "first", "data": {"a": 1.0}, "steps": 4, "keep": ["best"]},
+            {"name": "second", "data": {"b": 0.75, "a": 0.25}, "steps": 3, "arms": arms},
+        ],
+        evaluate={"every_steps": 2, "max_tokens": 200},
+        log_every_steps=2,
+        save_every_steps=2,
+    )
