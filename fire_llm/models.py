@@ -6,13 +6,15 @@ Adding a preset is one entry in `PRESETS`.
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fire_llm.architectures.context import choose_context, longest_context
-from fire_llm.core.errors import UserError, did_you_mean, first_line
+from fire_llm.core.errors import UserError, did_you_mean, first_line, reading
 
 _GPT: dict[str, Any] = {
     # nn.GELU, not GPT-2's tanh form, as in the paper's code. Hugging Face draws N(0, 0.02) and residual projections
@@ -35,6 +37,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 MOST_LAYERS, MOST_ENTRIES = 2_000, 10**8
 """Of layers, and of rows, columns or positions; a config beyond these is a slip, and would only take long to fail."""
+MOST_PARTS = 100_000
+"""Of experts and labels."""
+_COUNTS = re.compile(r"(num_|n_)?(\w*layers?|\w*blocks?|\w*experts|labels)")
+_KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 _CODE = ("auto_map", "trust_remote_code")
 VOCABULARY_MULTIPLE = 64
 """A vocabulary that no preset fixes is padded to a multiple of this, which GEMM kernels like."""
@@ -65,7 +71,7 @@ def config_for(
         eos = tokenizer.eos_token_id if tokenizer is not None else None
         config: Any = GPT2Config(**settings, bos_token_id=eos, eos_token_id=eos, use_cache=False)
     else:
-        config = _pretrained_config(name)
+        config = read_config(name)
     if overrides:
         _override(config, overrides)
     check_fits(config, tokenizer, context)
@@ -104,18 +110,69 @@ def _override(config: Any, overrides: dict[str, Any]) -> None:
         raise UserError(f"model.config: {error}") from error
 
 
-def _pretrained_config(name: str) -> Any:
-    from transformers import AutoConfig
+def read_config(name: str | Path) -> Any:
+    """Return the transformers config of a folder or a Hub id; no code of its own is run, and none fetched for it.
 
-    if not Path(name).is_dir() and name.count("/") != 1:
+    Raises:
+        UserError: There is none, or nothing can be made of it: it is damaged, an adapter's, or of sizes that only a
+            slip explains.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    place = _place(str(name))
+    if place is None:
         raise UserError(
             f"model: '{name}' is neither a preset ({', '.join(PRESETS)}), nor a folder, nor a Hub id (owner/name)."
-            + did_you_mean(name, PRESETS)
+            + did_you_mean(str(name), PRESETS)
+            + _neighbour(str(name))
         )
+    if os.path.isfile(os.path.join(place, "adapter_config.json")):
+        raise UserError(
+            f"model: '{name}' is an adapter (adapter_config.json), which holds what to change in another model's "
+            "weights: merge it first, with peft: AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
+            ".save_pretrained(MERGED)"
+        )
+    with reading(_unread("model: no config could be read from", name, place)):
+        settings, _ = PreTrainedConfig.get_config_dict(place)
+        for key, value in _entries(settings):
+            if key in _KERNELS and "/" in str(value):
+                raise UserError(f"model: {key} in the config of '{name}' names code on the Hub, {value!r}: remove it")
+            most = MOST_PARTS if key.endswith(("experts", "labels")) else MOST_LAYERS
+            if _COUNTS.fullmatch(key) and isinstance(value, int) and value > most:
+                raise UserError(f"model: {key} is {value} in the config of '{name}'; at most {most:,} are allowed")
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        longest_context(config)  # what the sizes are asked for
+        return config
+
+
+def _place(name: str) -> str | None:
+    """Return the folder or the Hub id that a name stands for, `~` being the home folder; None where it is neither."""
+    place = os.path.expanduser(name)
+    return place if os.path.isdir(place) or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) else None
+
+
+def _unread(said: str, name: str | Path, place: str) -> str:
+    """Return the beginning of a message about what could not be read, with what a misspelt folder wants to know."""
+    where = f"{said} '{name}'"
+    return where if os.path.isdir(place) else f"{where}, which is no folder here.{_neighbour(place)} The Hub"
+
+
+def _neighbour(name: str) -> str:
+    """Return which folder was meant, where one of nearly that name is beside the place."""
+    path = Path(os.path.expanduser(name))
     try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model: no config could be read from '{name}': {first_line(error)}") from error
+        beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    except OSError:
+        return ""
+    return did_you_mean(path.name, beside)
+
+
+def _entries(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield (key, value) of a config and of the configs in it."""
+    for key, value in settings.items():
+        yield str(key), value
+        if isinstance(value, dict) and key.endswith("config"):
+            yield from _entries(value)
 
 
 def check_fits(config: Any, tokenizer: Any, context: int | None) -> None:
@@ -191,17 +248,15 @@ def load_model(folder: str | Path, dtype: torch.dtype | str = "auto") -> Any:
     Raises:
         UserError: Where the checkpoint is missing, truncated, pickled or not a causal LM.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    _pretrained_config(str(folder))
-    _refuse_pickles(Path(folder))
-    try:
+    read_config(folder)
+    place = os.path.expanduser(folder)
+    _refuse_pickles(Path(place))
+    with reading(f"checkpoint '{folder}' cannot be read"):
         model, loading = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False
+            place, dtype=dtype, output_loading_info=True, use_safetensors=True, trust_remote_code=False
         )
-    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"checkpoint '{folder}' cannot be read: {first_line(error)}") from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise UserError(
@@ -229,15 +284,16 @@ def load_tokenizer(name: str | Path) -> Any:
     """
     from transformers import AutoTokenizer, GPT2TokenizerFast
 
-    if not Path(name).is_dir() and str(name).count("/") > 1:
-        raise UserError(f"tokenizer: there is no folder '{name}'")
+    place = os.path.expanduser(name)
+    if not os.path.isdir(place) and place.count("/") > 1:
+        raise UserError(f"tokenizer: there is no folder '{name}'.{_neighbour(place)}")
     # From GPT-2's two files alone AutoTokenizer does not know whose they are.
-    bare = (Path(name) / "merges.txt").is_file() and not list(Path(name).glob("tokenizer*.json"))
-    try:
-        tokenizer = (GPT2TokenizerFast if bare else AutoTokenizer).from_pretrained(str(name), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"tokenizer: none could be read from '{name}': {first_line(error)}") from error
-    if len(tokenizer) < 2:
+    bare = (Path(place) / "merges.txt").is_file() and not list(Path(place).glob("tokenizer*.json"))
+    with reading(_unread("tokenizer: none could be read from", name, place)):
+        tokenizer = (GPT2TokenizerFast if bare else AutoTokenizer).from_pretrained(place, trust_remote_code=False)
+        size = len(tokenizer)
+        tokenizer("a", add_special_tokens=False)  # some are found out only when they are to do something
+    if size < 2:
         raise UserError(f"tokenizer: '{name}' gives an empty vocabulary; the folder should hold tokenizer.json")
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer: '{name}' has no end-of-text token, which separates documents")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -17,14 +16,15 @@ import numpy as np
 import torch
 
 import fire_llm
-from fire_llm.core.atomic import CONTINUAL_STATE, step_of
+from fire_llm.core.atomic import CONTINUAL_STATE, read_json, step_of
 from fire_llm.core.compat import installed
 from fire_llm.core.hardware import resolve_precision
 from fire_llm.evaluation.diagnose import LOG_PREFIX
 from fire_llm.evaluation.measurement import first_token, token_text
 from fire_llm.experiment.context import RunContext
-from fire_llm.experiment.stages import Stage, final_checkpoint, labelled_checkpoint
-from fire_llm.models import describe, model_on_meta
+from fire_llm.experiment.estimate import state_of
+from fire_llm.experiment.stages import Stage, final_checkpoint, labelled_checkpoint, trainer_state
+from fire_llm.models import describe, model_on_meta, read_config
 from fire_llm.reporting.schema import (
     SCHEMA_VERSION,
     Arm,
@@ -49,8 +49,14 @@ from fire_llm.training.recycling import RECYCLED
 from fire_llm.training.throughput import MEASURES
 
 
-def collect(stages: list[Stage], run: RunContext) -> Results:
-    """Read the results of every finished stage of a run off its checkpoints (schema: docs/results-schema.md)."""
+def collect(stages: list[Stage], run: RunContext, *, texts: bool = True) -> Results:
+    """Read the results of every finished stage of a run off its checkpoints (schema: docs/results-schema.md).
+
+    Args:
+        stages: All stages of the run.
+        run: That they belong to.
+        texts: Look at the tokenizer and the texts too, which are made where they are not there yet.
+    """
     recipe = run.recipe
     finished = [stage for stage in stages if final_checkpoint(run.folder / stage.folder)]
     armed = [phase for phase in recipe.phases if phase.arms]
@@ -59,7 +65,7 @@ def collect(stages: list[Stage], run: RunContext) -> Results:
     arms: dict[str, list[Stage]] = {}
     for stage in compared:
         arms.setdefault(stage.arm or "", []).append(stage)
-    model = model_on_meta(run.config)
+    model = model_on_meta(run.config if texts else run.planned_config)
     heaviest = {p.name: max(p.data, key=p.data.__getitem__) for p in recipe.phases}
     return Results(
         schema_version=SCHEMA_VERSION,
@@ -69,14 +75,15 @@ def collect(stages: list[Stage], run: RunContext) -> Results:
         versions=versions(),
         hardware=hardware(),
         model=ModelSummary(parameters=sum(p.numel() for p in model.parameters()), description=describe(model)),
-        corpora={name: _corpus_size(name, run) for name in recipe.corpus_names()},
-        measurement=_measurement(run),
+        corpora={name: _corpus_size(name, run) for name in recipe.corpus_names()} if texts else {},
+        measurement=_measurement(run) if texts else None,
         phase_corpus=heaviest,
         phases=[_run(stage) for stage in finished if stage not in compared],
         arms_phase=last.name if last else None,
         first_corpus=heaviest[recipe.phases[0].name],
         new_corpus=heaviest[(last or recipe.phases[-1]).name],
         arms={name: _arm(stages) for name, stages in arms.items()},
+        unfinished={s.folder: state_of(run.folder / s.folder) for s in stages if s not in finished},
     )
 
 
@@ -108,9 +115,9 @@ def _run(stage: Stage) -> Run:
     path = run.folder / stage.folder
     final = final_checkpoint(path)
     assert final is not None
-    state = json.loads((final / "trainer_state.json").read_text(encoding="utf-8"))
-    own = json.loads((final / CONTINUAL_STATE).read_text(encoding="utf-8"))
-    history, per_step = state["log_history"], stage.spec["batch"]["tokens_per_step"]
+    state = trainer_state(final)
+    own = read_json(final / CONTINUAL_STATE, f"delete '{final}', and run the recipe again")
+    history, per_step = state["log_history"], run.recipe.batch.tokens_per_step
     curve = _curve(history, per_step)
     start, jump = None, {}
     if stage.parent is not None:
@@ -118,7 +125,7 @@ def _run(stage: Stage) -> Run:
         parent = stage.parent
         start = Start(phase=parent.phase.name, arm=parent.arm, checkpoint=stage.start, step=step_of(origin))
         if stage.arm:
-            jump = _loss_jump(measured_nll(origin), curve, run.config.get_text_config().vocab_size)
+            jump = _loss_jump(measured_nll(origin), curve, read_config(final).get_text_config().vocab_size)
     report = path / "reset.json"
     return Run(
         phase=stage.phase.name,
@@ -147,7 +154,7 @@ def _run(stage: Stage) -> Run:
 
 def measured_nll(checkpoint: Path) -> dict[str, float]:
     """Return the NLL that a checkpoint was measured at when it was written, by corpus; empty where it was not."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    state = trainer_state(checkpoint)
     entries = [entry for entry in _curve(state["log_history"], 0) if entry.step == state["global_step"]]
     return {c: scores.nll for entry in entries for c, scores in entry.eval.items() if scores.nll is not None}
 

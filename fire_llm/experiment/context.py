@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fire_llm.architectures.context import choose_context
-from fire_llm.core.atomic import staged, write_json
+from fire_llm.core.atomic import read_json, staged, write_json
 from fire_llm.core.errors import UserError
 from fire_llm.core.hardware import resolve_precision
 from fire_llm.core.locks import held, lock_of
@@ -104,7 +103,7 @@ class RunContext:
                         trained.save_pretrained(partial)
                         write_json(partial / "trained_on.json", origin)
         ranks().wait_for_everyone()
-        if json.loads((own / "trained_on.json").read_text(encoding="utf-8")) != origin:
+        if read_json(own / "trained_on.json", f"delete '{own}', which is then trained again") != origin:
             raise UserError(
                 f"'{own}' was trained for another recipe or on other text: choose another --output, "
                 "or delete the run's folder"

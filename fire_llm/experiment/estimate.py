@@ -17,7 +17,7 @@ from fire_llm.core.flops import PEAK_FLOPS, flops_per_token
 from fire_llm.core.hardware import resolve_precision
 from fire_llm.experiment.batch import kept_a_token, phase_steps, split_batch
 from fire_llm.experiment.context import RunContext
-from fire_llm.experiment.recipe import OptimizerSection, PhaseSection, Recipe, optimizer_of
+from fire_llm.experiment.recipe import OptimizerSection, PhaseSection, Recipe, doubts, optimizer_of
 from fire_llm.experiment.stages import Stage, expand, final_checkpoint, select
 from fire_llm.models import describe, model_on_meta
 
@@ -205,6 +205,8 @@ def print_plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[
             row["stage"], row["reset"], steps, tokens, f"{row['flops']:.2g}" if row["flops"] else "", row["state"]
         )
     console.print(f"recipe {recipe.name}: no fault found")
+    for doubt in doubts(recipe):
+        console.print(doubt, markup=False, highlight=False)
     console.print(f"model: {planned['model']}; precision {planned['precision']}; seeds {recipe.seed}")
     console.print(f"optimizer: {planned['optimizer']}")
     console.print(f"schedule {planned['schedule']}")

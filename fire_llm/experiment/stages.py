@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fire_llm.core.atomic import checkpoints
+from fire_llm.core.atomic import checkpoints, read_json
 from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.core.hashing import digest
 from fire_llm.core.manifest import damage
@@ -166,19 +166,23 @@ def refuse_other_recipe(folder: Path, stages: list[Stage]) -> None:
         UserError: Naming the first stage that differs and every key that changed.
     """
     for stage in stages:
-        path = folder / stage.folder / "unit.json"
-        if not path.exists():
+        if not (folder / stage.folder / "unit.json").exists():
             continue
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"'{path}' is damaged: delete '{path.parent}' to train that stage again") from error
-        changed = list(_differences(before, stage.spec))
+        changed = list(_differences(begun_with(folder / stage.folder), stage.spec))
         if changed:
             raise UserError(
                 f"'{folder / stage.folder}' was begun with another recipe:\n  " + "\n  ".join(changed) + "\n"
                 "Choose another --output, put the recipe back, or delete that folder to train it again"
             )
+
+
+def begun_with(folder: Path) -> dict[str, Any]:
+    """Return what a stage's folder was begun with, as its `unit.json` has it.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    return read_json(folder / "unit.json", f"delete '{folder}' to train that stage again")
 
 
 def _differences(before: Any, after: Any, at: str = "") -> Iterator[str]:
@@ -237,8 +241,17 @@ def final_checkpoint(folder: Path) -> Path | None:
     if not whole:
         return None
     newest, step = whole[-1]
-    state = json.loads((newest / "trainer_state.json").read_text(encoding="utf-8"))
-    return newest if step >= state["max_steps"] else None
+    last = trainer_state(newest).get("max_steps")
+    return newest if isinstance(last, int) and step >= last else None
+
+
+def trainer_state(checkpoint: Path) -> dict[str, Any]:
+    """Return what a checkpoint's trainer_state.json holds.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    return read_json(checkpoint / "trainer_state.json", f"delete '{checkpoint}', and run the recipe again")
 
 
 def finished(folder: Path) -> bool:
@@ -254,8 +267,8 @@ def labelled_checkpoint(folder: Path, label: str) -> Path:
         raise UserError(f"'{folder}' is not finished: run its phase first")
     if label == "final":
         return final
-    state = json.loads((final / "trainer_state.json").read_text(encoding="utf-8"))
-    path = folder / f"checkpoint-{state['best_global_step'] if label == 'best' else label}"
+    step = trainer_state(final).get("best_global_step") if label == "best" else label
+    path = folder / f"checkpoint-{step}"
     if not path.is_dir():
         raise UserError(f"'{folder}' kept no checkpoint '{label}': add it to that phase's keep, and run it again")
     return path
