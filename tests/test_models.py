@@ -201,11 +201,16 @@ def changed(folder: Path, **keys: object) -> None:
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
 def test_files_that_hold_no_object_are_told_in_one_sentence(name, content, copy):
     (copy / name).write_bytes(content)
-    with pytest.raises(UserError, match=re.escape(str(copy))) as caught:
-        load_tokenizer(copy)
-        load_model(copy)
-        pytest.skip("transformers reads this as if it were not there")
-    assert "\n" not in str(caught.value)
+    said = []
+    for load in (load_tokenizer, load_model):
+        with suppress(UserError):
+            load(copy)
+            continue
+        with pytest.raises(UserError, match=re.escape(str(copy))) as caught:
+            load(copy)
+        said.append(str(caught.value))
+    assert not any("\n" in each for each in said)
+    assert said or name in ("tokenizer_config.json", "generation_config.json")  # which transformers may read over
 
 
 @pytest.mark.parametrize(
@@ -247,7 +252,7 @@ def test_a_checkpoint_edited_by_chance_is_measured_or_told(number, whole, tmp_pa
         except UserError as error:
             assert "\n" not in str(error), (seed, path.name)  # noqa: PT017
         except FloatingPointError:
-            assert path.name == "model.safetensors", seed  # noqa: PT017  weights that are not finite
+            assert path.name == "model.safetensors", seed
 
 
 def test_an_adapter_is_told_what_to_do(copy):
@@ -275,7 +280,7 @@ class PanicException(BaseException):
 
 @pytest.mark.parametrize("error", [PanicException("range end out of bounds"), Exception("no model"), KeyError("x")])
 def test_whatever_readers_raise_becomes_one_sentence(error):
-    with pytest.raises(UserError, match="'f' cannot be read: ."), reading("'f' cannot be read"):
+    with pytest.raises(UserError, match=r"'f' cannot be read: ."), reading("'f' cannot be read"):
         raise error
 
 

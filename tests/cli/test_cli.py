@@ -77,9 +77,9 @@ def test_the_flags_are_frozen():
         ],
         "inspect": ["--against", "--device", "--html", "--json", "--native", "--role"],
         "eval": [
-            "--batch-size", "--column", "--compile", "--context", "--data", "--device", "--diagnostics", "--document",
-            "--dtype", "--json", "--limit", "--num-fewshot", "--num-processes", "--per-document", "--prefix", "--split",
-            "--stride", "--tasks",
+            "--again", "--batch-size", "--column", "--compile", "--context", "--data", "--device", "--diagnostics",
+            "--document", "--dtype", "--json", "--limit", "--max-tokens", "--num-fewshot", "--num-processes",
+            "--per-document", "--prefix", "--split", "--stride", "--tasks",
         ],
         "report": ["--markdown", "--output", "--schema"],
         "demo": ["--accelerate-config", "--num-processes", "--output", "--set", "--workers"],

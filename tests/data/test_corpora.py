@@ -246,7 +246,7 @@ def test_text_of_two_or_four_bytes_a_character_is_told_with_the_right_advice(
     raw = text.encode(encoding)
     (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
     with pytest.raises(
-        UserError, match=f"iconv -f {encoding.upper().replace('-LE', 'LE').replace('-BE', 'BE')} -t UTF-8"
+        UserError, match=rf"iconv -f {encoding.upper().replace('-LE', 'LE').replace('-BE', 'BE')} -t UTF-8"
     ):
         documents(tmp_path, name)
 
@@ -276,7 +276,7 @@ def test_the_home_folder_is_known_everywhere(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "t.txt").write_text("eins\n\nzwei")
     assert [*resolve("~/t.txt", CorpusSpec(holdout=0.0)).documents("train")] == ["eins", "zwei"]
     assert [*resolve("t.txt", CorpusSpec(holdout=0.0), Path("~")).documents("train")] == ["eins", "zwei"]
-    with pytest.raises(UserError, match="there is no file '~nobody-here/t.txt'"):
+    with pytest.raises(UserError, match=r"there is no file '~nobody-here/t\.txt'"):
         resolve("~nobody-here/t.txt")
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import random
 import re
 import shutil
-import random
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path

@@ -38,7 +38,7 @@ def _parent(value: Any, place: tuple[Any, ...]) -> Any:
 
 
 def edited(data: Any, random: Random) -> Any:
-    """Return a copy of JSON data with one to four places deleted, doubled, renamed, swapped or set to something else."""
+    """Return a copy of JSON data with one to four places deleted, doubled, renamed, swapped or set to another value."""
     data = json.loads(json.dumps(data))
     for _ in range(random.choice([1, 1, 1, 2, 4])):
         places = [*_places(data)]
