@@ -268,7 +268,7 @@ def test_a_misspelt_folder_is_told_its_neighbour_and_the_home_folder_is_known(co
         with pytest.raises(UserError, match=r"'runs/modle', which is no folder here\. Did you mean 'model'\?"):
             load("runs/modle")
         with pytest.raises(UserError, match=r"Did you mean 'model'\?"):
-            load("./a/../runs/modle")
+            load("./runs/modle")
     monkeypatch.setenv("HOME", str(copy.parent))
     assert load_model("~/m").config.vocab_size == load_model(copy).config.vocab_size
     assert len(load_tokenizer("~/m")) == 257

@@ -144,8 +144,8 @@ def _lines(name: str, path: Path, stream: io.BufferedReader) -> Iterator[tuple[i
     """Yield (number from 1, text without its line break) of the lines of UTF-8 text."""
     if encoding := _wide(stream.peek(4096)[:4096]):
         raise UserError(
-            f"corpus '{name}': {path} is not UTF-8, it looks like {encoding}. Convert the file: "
-            f"iconv -f {encoding} -t UTF-8 '{path.name}' > converted{''.join(path.suffixes)}"
+            f"corpus '{name}': {path} is not UTF-8, it looks like {encoding}. Convert its text: "
+            f"iconv -f {encoding} -t UTF-8."
         )
     for number, line in enumerate(stream, start=1):
         if number == 1:
@@ -168,7 +168,7 @@ def _wide(head: bytes) -> str | None:
         return "UTF-32"
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "UTF-16"
-    for encoding, places in (("UTF-32LE", head[2::4]), ("UTF-32BE", head[1::4])):
+    for encoding, places in (("UTF-32LE", head[2::4] + head[3::4]), ("UTF-32BE", head[::4] + head[1::4])):
         if len(places) > 1 and not any(places):
             return encoding
     for encoding, places in (("UTF-16LE", head[1::2]), ("UTF-16BE", head[::2])):

@@ -70,7 +70,8 @@ class Measured:
 def weights_digest(model: torch.nn.Module) -> str:
     """Return the hash of a model's config, and of the name, dtype, shape and bytes of each tensor."""
     config: Any = model.config
-    found = blake2b(config.to_json_string().encode(), digest_size=16)
+    settings = {key: value for key, value in config.to_dict().items() if key != "_name_or_path"}
+    found = blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)
     for name, tensor in model.state_dict().items():
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -261,7 +261,7 @@ MISTAKES = [
     (["eval", "{c}", "--tasks", "{t}/none.yaml"], "there is no file or folder"),
     (["eval", "{c}", "--data", "owner/name-1.0"], "cannot load 'owner/name-1.0' from the Hugging Face Hub"),
     (["eval", "{c}", "--data", "{t}/r.jsonl", "--column", "content"], "--column with eval"),
-    (["eval", "{c}", "--data", "{t}/w.txt"], "iconv -f UTF-16 -t UTF-8 'w.txt'"),
+    (["eval", "{c}", "--data", "{t}/w.txt"], "Convert its text: iconv -f UTF-16 -t UTF-8"),
     (["eval", "{c}", "--data", "{t}/x.txt", "--max-tokens", "1"], "--max-tokens 1: at least 2"),
     (["eval", "{c}", "--data", "{t}/x.txt", "--max-tokens", "2"], "more than the limit of 2"),
     (["eval", "{c}", "--tasks", "x.yaml", "--max-tokens", "9"], "for --tasks, give --limit"),

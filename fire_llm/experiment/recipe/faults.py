@@ -153,9 +153,10 @@ def contradictions(recipe: Recipe) -> Iterable[str]:
 def doubts(recipe: Recipe) -> Iterable[str]:
     """Yield what of a recipe without a fault may not be meant: text that one corpus trains on and another holds out."""
     trained = dict.fromkeys(name for phase in recipe.phases for name in phase.data)
+    root = Path(recipe.data_root)
+    corpora = {name: resolve(name, recipe.corpora.get(name), root) for name in recipe.corpus_names()}
     for one, other in itertools.product(trained, recipe.evaluated()):
-        first, second = (resolve(name, recipe.corpora.get(name), Path(recipe.data_root)) for name in (one, other))
-        if file := first.trains_on_held_out(second):
+        if file := corpora[one].trains_on_held_out(corpora[other]):
             yield (
                 f"'{one}' trains on a part of {file.name} that '{other}' holds out and is measured on: give both the "
                 "same holdout, document and text, unless that is meant"
