@@ -240,7 +240,7 @@ def test_what_was_measured_is_not_measured_again_but_where_something_differs(run
     again = evaluate_run(copy, progress=False)
     assert again["reused"] == number and without_time(again) == without_time(evaluation)
     # Other settings, and being asked to, measure everything; so does what somebody changed in what is kept.
-    assert evaluate_run(copy, ["a"], context=16, progress=False)["reused"] == 0
+    assert evaluate_run(copy, ["a"], stride=16, progress=False)["reused"] == 0
     for kept in (copy / ".measured").iterdir():
         content = json.loads(kept.read_text())
         content["scores"]["nll"][0] += 1.0
@@ -254,7 +254,7 @@ def test_what_was_measured_is_not_measured_again_but_where_something_differs(run
     assert other["reused"] == number  # they are known from the other arm
     base, fire = (trials(other)[f"second/{arm}/seed-1/checkpoint-4", "b"]["nll"] for arm in ("base", "fire"))
     assert base == fire != trials(evaluation)["second/fire/seed-1/checkpoint-4", "b"]["nll"]
-    assert evaluate_run(copy, again=True, progress=False)["reused"] == 0
+    assert evaluate_run(copy, ["a"], again=True, progress=False)["reused"] == 0
 
 
 def test_an_unfinished_run_is_reported_as_far_as_it_is(run, tmp_path, capsys):

@@ -966,7 +966,7 @@ def test_a_results_file_of_damaged_structure_never_ends_in_a_traceback(tmp_path:
             assert "results.json" in str(error)  # noqa: PT017  some changes are allowed
 
 
-@pytest.mark.parametrize("number", [40, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [20, pytest.param(500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["results.json", "evaluation.json"])
 def test_files_edited_by_chance_give_one_sentence_or_a_whole_page(name: str, number: int, tmp_path: Path) -> None:
     files = {one: json.loads((V1 / one).read_text(encoding="utf-8")) for one in ("results.json", "evaluation.json")}
