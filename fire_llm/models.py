@@ -6,6 +6,7 @@ Adding a preset is one entry in `PRESETS`.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 
 from fire_llm.architectures.configs import CONFIG, MOST_ENTRIES, MOST_LAYERS, read_config, read_settings, refuse_sizes
 from fire_llm.architectures.context import choose_context, longest_context
-from fire_llm.core.errors import UserError, did_you_mean, first_line
+from fire_llm.core.errors import UserError, did_you_mean, first_line, reading
 from fire_llm.core.files import refuse_irregular
 from fire_llm.core.hub import no_folder, settle_hub
 from fire_llm.data.encode import vocabulary_size
@@ -110,18 +111,31 @@ def _override(config: Any, overrides: dict[str, Any]) -> None:
         raise UserError(f"model.config: {error}") from error
 
 
-def pretrained_config(name: str) -> Any:
-    """Return the transformers config of a folder or a Hub id.
+def pretrained_config(name: str | Path) -> Any:
+    """Return the transformers config of a folder or a Hub id; no code of its own is run, and none fetched for it.
 
     Raises:
-        UserError: There is none that can be read.
+        UserError: There is none, or nothing can be made of it: it is damaged, an adapter's, or of sizes that only a
+            slip explains.
     """
-    if not Path(name).is_dir() and name.count("/") != 1:
+    place = os.path.expanduser(name)
+    local = os.path.isdir(place)
+    if not local and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", place):
         raise UserError(
             f"model: '{name}' is neither a preset ({', '.join(PRESETS)}), nor a folder, nor a Hub id (owner/name)."
-            + did_you_mean(name, PRESETS)
+            + did_you_mean(str(name), PRESETS)
+            + (f" {no_folder(place)}" if "/" in place else "")
         )
-    return read_config(name)
+    if os.path.isfile(os.path.join(place, "adapter_config.json")):
+        raise UserError(
+            f"model: '{name}' is an adapter (adapter_config.json), which holds what to change in another model's "
+            "weights: merge it first, with peft: AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
+            ".save_pretrained(MERGED)"
+        )
+    config = read_config(place)
+    with reading(f"model: the config of '{name}' gives no length of context"):
+        longest_context(config)
+    return config
 
 
 def check_fits(config: Any, tokenizer: Any, context: int | None) -> None:
@@ -199,17 +213,14 @@ def load_model(folder: str | Path, dtype: torch.dtype | str = "auto") -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    config = pretrained_config(str(folder))
-    _refuse_pickles(Path(folder))
+    place = os.path.expanduser(folder)
+    config = pretrained_config(place)
+    _refuse_pickles(Path(place))
     options = {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}  # named below
-    try:
+    with reading(f"checkpoint '{folder}' cannot be read"):
         model, loading = AutoModelForCausalLM.from_pretrained(
-            str(folder), config=config, dtype=dtype, output_loading_info=True, **options
+            place, config=config, dtype=dtype, output_loading_info=True, **options
         )
-    except MemoryError:
-        raise
-    except Exception as error:  # whatever files and classes lead the libraries to
-        raise UserError(f"checkpoint '{folder}' cannot be read: {first_line(error)}") from error
     if loading["mismatched_keys"]:
         apart = [f"'{n}' {tuple(stored)}, not {tuple(wanted)}" for n, stored, wanted in loading["mismatched_keys"]]
         more = f" and {len(apart) - 5} more" if len(apart) > 5 else ""
@@ -255,23 +266,24 @@ def load_tokenizer(name: str | Path) -> Any:
     """
     from transformers import AutoTokenizer, GPT2TokenizerFast
 
-    if not Path(name).is_dir() and str(name).count("/") > 1:
-        raise UserError(f"tokenizer: {no_folder(str(name))}")
-    local = Path(name).is_dir()
+    place = os.path.expanduser(name)
+    local = os.path.isdir(place)
+    if not local and place.count("/") > 1:
+        raise UserError(f"tokenizer: {no_folder(place)}")
     if local:
-        refuse_irregular(Path(name))
-        if (Path(name) / CONFIG).is_file():  # AutoTokenizer builds the config too
-            read_settings(Path(name))
+        refuse_irregular(Path(place))
+        if (Path(place) / CONFIG).is_file():  # AutoTokenizer builds the config too
+            read_settings(Path(place))
     else:
         settle_hub()
     # From GPT-2's two files alone AutoTokenizer does not know whose they are.
-    bare = (Path(name) / "merges.txt").is_file() and not list(Path(name).glob("tokenizer*.json"))
-    try:
-        tokenizer = (GPT2TokenizerFast if bare else AutoTokenizer).from_pretrained(str(name), trust_remote_code=False)
-    except Exception as error:  # tokenizers' own errors have no class of their own
-        missing = "" if local else f"{no_folder(str(name))}, and "
-        raise UserError(f"tokenizer: {missing}none could be read from '{name}': {first_line(error)}") from error
-    if len(tokenizer) < 2:
+    bare = (Path(place) / "merges.txt").is_file() and not list(Path(place).glob("tokenizer*.json"))
+    missing = "" if local else f"{no_folder(place)}, and "
+    with reading(f"tokenizer: {missing}none could be read from '{name}'"):
+        tokenizer = (GPT2TokenizerFast if bare else AutoTokenizer).from_pretrained(place, trust_remote_code=False)
+        size = len(tokenizer)
+        tokenizer("a", add_special_tokens=False)  # some are found out only when they are to do something
+    if size < 2:
         raise UserError(f"tokenizer: '{name}' gives an empty vocabulary; the folder should hold tokenizer.json")
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer: '{name}' has no end-of-text token, which separates documents")

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
+import shutil
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.edits import NO_OBJECTS, damaged, edited
 from support.models import tiny_gpt2, tiny_llama
-from transformers import XLNetConfig
+from transformers import PreTrainedTokenizerFast, XLNetConfig
 
 from fire_llm import UserError, reset_checkpoint
-from fire_llm.models import PRESETS, config_for, describe, fresh_model, load_model, load_tokenizer, model_on_meta
+from fire_llm.core.errors import reading
+from fire_llm.evaluation.checkpoints import score_checkpoints
+from fire_llm.models import (
+    PRESETS,
+    config_for,
+    describe,
+    fresh_model,
+    load_model,
+    load_tokenizer,
+    model_on_meta,
+    pretrained_config,
+)
 
 
 def test_gpt_0_1b_is_the_papers_model():
@@ -170,3 +186,151 @@ def test_descriptions():
         "GPT2LMHeadModel, 4 layers, width 128, vocabulary 2048, 1.07 M parameters"
     )
     assert set(PRESETS) == {"gpt-0.1b", "gpt-small", "gpt-tiny"}
+
+
+# ---- what lies outside
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """Return a checkpoint of seconds: a model, its tokenizer of bytes, and a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("outside")
+    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))} | {"<end>": 256}
+    bytes_alone = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    bytes_alone.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_alone.decoder = decoders.ByteLevel()
+    bytes_alone.add_special_tokens(["<end>"])
+    PreTrainedTokenizerFast(tokenizer_object=bytes_alone, eos_token="<end>").save_pretrained(folder / "m")
+    tiny_gpt2(vocab_size=260).save_pretrained(folder / "m")
+    (folder / "t.txt").write_text("one text\n\nand another")
+    return folder
+
+
+@pytest.fixture
+def copy(whole, tmp_path) -> Path:
+    return shutil.copytree(whole / "m", tmp_path / "m")
+
+
+def changed(folder: Path, **keys: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+
+
+@pytest.mark.parametrize("content", NO_OBJECTS, ids=range(len(NO_OBJECTS)))
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_files_that_hold_no_object_are_told_in_one_sentence(name, content, copy):
+    (copy / name).write_bytes(content)
+    said = []
+    for load in (load_tokenizer, load_model):
+        with suppress(UserError):
+            load(copy)
+            continue
+        with pytest.raises(UserError, match=re.escape(str(copy))) as caught:
+            load(copy)
+        said.append(str(caught.value))
+    assert not any("\n" in each for each in said)
+    assert said or name in ("tokenizer_config.json", "generation_config.json")  # which transformers may read over
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"n_layer": "many"}, "no config could be read"),
+        ({"dtype": "nope"}, "no config could be read|cannot be read"),
+        ({"n_layer": 10**9}, "n_layer is 1000000000 in the config of .*; at most 2,000 are allowed"),
+        ({"num_labels": 10**9}, "num_labels is 1000000000 in the config of .*; at most 100,000 are allowed"),
+        ({"attn_implementation": "someone/kernel@main"}, "names code on the Hub, 'someone/kernel@main': remove it"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "cannot be read"),
+        ({"model_type": "vit"}, "is no causal language model|cannot be read"),
+    ],
+)
+def test_hostile_configs_are_told_in_one_sentence(keys, said, copy):
+    changed(copy, **keys)
+    with pytest.raises(UserError, match=said) as caught:
+        load_model(copy)
+    assert "\n" not in str(caught.value) and str(copy) in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [25, pytest.param(500, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+def test_a_checkpoint_edited_by_chance_is_measured_or_told(number, whole, tmp_path):
+    names = ["config.json", "config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+    for seed in range(number):
+        chance = random.Random(seed)
+        folder = tmp_path / "m"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(whole / "m", folder)
+        path = folder / chance.choice([*names, "model.safetensors"])
+        if path.suffix == ".json" and chance.random() < 0.7:
+            path.write_text(json.dumps(edited(json.loads(path.read_text()), chance)))
+        else:
+            path.write_bytes(damaged(path.read_bytes(), chance))
+        with suppress(UserError):
+            model_on_meta(config_for(str(folder)))
+        try:
+            score_checkpoints([str(folder)], [str(whole / "t.txt")], progress=False)
+        except UserError as error:
+            assert "\n" not in str(error), (seed, path.name)  # noqa: PT017
+        except FloatingPointError:
+            assert path.name == "model.safetensors", seed
+
+
+def test_an_adapter_is_told_what_to_do(copy):
+    (copy / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is an adapter \(adapter_config.json\).*merge_and_unload"):
+        load_model(copy)
+
+
+def test_a_misspelt_folder_is_told_its_neighbour_and_the_home_folder_is_known(copy, monkeypatch):
+    monkeypatch.chdir(copy.parent)
+    (copy.parent / "runs" / "model").mkdir(parents=True)
+    for load in (pretrained_config, load_tokenizer):
+        with pytest.raises(UserError, match=r"'runs/modle', which is no folder here\. Did you mean 'model'\?"):
+            load("runs/modle")
+        with pytest.raises(UserError, match=r"Did you mean 'model'\?"):
+            load("./runs/modle")
+    monkeypatch.setenv("HOME", str(copy.parent))
+    assert load_model("~/m").config.vocab_size == load_model(copy).config.vocab_size
+    assert len(load_tokenizer("~/m")) == 257
+
+
+class PanicException(BaseException):
+    """What pyo3 raises where Rust panics: no `Exception`."""
+
+
+@pytest.mark.parametrize("error", [PanicException("range end out of bounds"), Exception("no model"), KeyError("x")])
+def test_whatever_readers_raise_becomes_one_sentence(error):
+    with pytest.raises(UserError, match=r"'f' cannot be read: ."), reading("'f' cannot be read"):
+        raise error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1), MemoryError(), torch.OutOfMemoryError("x")])
+def test_what_is_not_the_files_fault_goes_through(error):
+    with pytest.raises(type(error)), reading("'f' cannot be read"):
+        raise error
+
+
+def test_a_document_without_tokens_is_left_out_where_documents_are_read_alone(copy, tmp_path, capfd):
+    """A vocabulary of letters alone makes no token of digits."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    letters = Tokenizer(
+        models.BPE(vocab={c: i for i, c in enumerate("abcdefghijklmnopqrstuvwxyz")} | {"<end>": 26}, merges=[])
+    )
+    letters.pre_tokenizer = pre_tokenizers.Whitespace()
+    letters.add_special_tokens(["<end>"])
+    PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<end>").save_pretrained(copy)
+    (tmp_path / "t.txt").write_text("some text\n\n12 34\n\nmore")
+    (tmp_path / "without.txt").write_text("some text\n\nmore")
+    (tmp_path / "none.txt").write_text("12\n\n34")
+    kept, plain = (
+        score_checkpoints([str(copy)], [str(tmp_path / name)], per_document=True, progress=False).rows[0]
+        for name in ("t.txt", "without.txt")
+    )
+    assert kept.nll == plain.nll and (kept.tokens, kept.documents, kept.bytes) == (12, 2, plain.bytes)
+    assert "1 of 3 documents of" in capfd.readouterr().err
+    stream = score_checkpoints([str(copy)], [str(tmp_path / "t.txt")], progress=False).rows[0]
+    assert (stream.tokens, stream.documents) == (15, 3)
+    with pytest.raises(UserError, match="the tokenizer makes no token of any document"):
+        score_checkpoints([str(copy)], [str(tmp_path / "none.txt")], per_document=True, progress=False)

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fire_llm.core.errors import UserError, first_line
+from fire_llm.core.errors import UserError, reading
 from fire_llm.core.files import read_file, refuse_irregular
 from fire_llm.core.hub import no_folder, settle_hub
 
@@ -59,19 +59,14 @@ def read_config(name: str) -> Any:
     if folder.is_dir():
         refuse_irregular(folder)
         read_settings(folder)
+        unread = f"'{folder / CONFIG}' is no config that transformers can read"
     else:
         settle_hub()
-    try:
+        unread = f"model: {no_folder(name)}, and no config could be read from '{name}'"
+    with reading(unread):
         if not folder.is_dir():
             refuse_sizes(PreTrainedConfig.get_config_dict(name)[0], f"'{name}'")
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except UserError:
-        raise
-    except Exception as error:  # the classes raise whatever a config leads them to; their checks name it in the cause
-        first = first_line(error.__cause__ or error)
-        if folder.is_dir():
-            raise UserError(f"'{folder / CONFIG}' is no config that transformers can read: {first}") from error
-        raise UserError(f"model: {no_folder(name)}, and no config could be read from '{name}': {first}") from error
     _refuse_kernels(config, name)
     return config
 

@@ -115,8 +115,12 @@ def refusal(kind: str, unknown: list[tuple[Location, tuple[int, ...]]]) -> str:
     pairs = list(dict.fromkeys(f"{s.block_class}.{s.child}" for s, _ in unknown))[1:]
     also = f" Also unknown: {', '.join(pairs[:5])}{' and more' if len(pairs) > 5 else ''}." if pairs else ""
     if any(step.startswith(("lora_", "base_layer")) for s, _ in unknown for step in s.name.split(".")):
-        also += " These are adapters: merge them first (`merge_and_unload()`)."
-    elif (block, child) in TABLE:
+        return (
+            f"{kind}: '{location.name}' belongs to an adapter, whose product is added to weights that stay as they "
+            "are. Reset the base before the adapter is put on it: fire_(model), then get_peft_model(model, config). "
+            "Of a trained adapter, reset the sum: fire_(model.merge_and_unload())"
+        )
+    if (block, child) in TABLE:
         also += f" A layout of that name exists, for transformers' own {block} and a child of class "
         also += f"{TABLE[block, child].module_class}; this {block} is defined in {module}."
     return (

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fire_llm.cli.launching import command_line, device_launch
-from fire_llm.cli.parser import add_device, add_native
+from fire_llm.cli.parser import add_device, add_native, path
 from fire_llm.core.launch import REPEAT, start
 from fire_llm.core.ranks import first_rank, launched
 
@@ -23,8 +23,8 @@ EXAMPLES = (
 
 def add_options(verb: ArgumentParser) -> None:
     """Add the verb's arguments and options."""
-    verb.add_argument("src", metavar="SRC", help="checkpoint folder or Hub id; never written to")
-    verb.add_argument("dst", metavar="DST", help="folder to make")
+    verb.add_argument("src", type=path, metavar="SRC", help="checkpoint folder or Hub id; never written to")
+    verb.add_argument("dst", type=path, metavar="DST", help="folder to make")
     verb.add_argument("--method", default="fire", metavar="NAME", help="the reset (fire)")
     verb.add_argument("--iterations", type=int, metavar="N", help="Newton–Schulz steps (5)")
     verb.add_argument("--solver", metavar="NAME", help="newton-schulz (default) or polar, the true projection")
@@ -33,7 +33,9 @@ def add_options(verb: ArgumentParser) -> None:
     verb.add_argument("--shrink", type=float, metavar="C", help="share of the initial weights in shrink_perturb (0.5)")
     verb.add_argument("--role", action="append", metavar="ROLE", help="add a role to attention and mlp (repeatable)")
     verb.add_argument("--exclude", action="append", metavar="REGEX", help="leave parameters it matches (repeatable)")
-    verb.add_argument("--init", metavar="CKPT", help="initial weights, for shrink_perturb, full_reset, initial_norm")
+    verb.add_argument(
+        "--init", type=path, metavar="CKPT", help="initial weights, for shrink_perturb, full_reset, initial_norm"
+    )
     verb.add_argument("--seed", type=int, metavar="N", help="draw the initial weights from the config and this seed")
     verb.add_argument("--revision", metavar="REV", help="branch, tag or commit, where SRC is a Hub id")
     add_native(verb)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 
 from fire_llm.cli import run
-from fire_llm.cli.parser import add_processes, add_set
+from fire_llm.cli.parser import add_processes, add_set, path
 
 EXAMPLES = (
     "fire-llm demo",
@@ -15,7 +15,7 @@ EXAMPLES = (
 
 def add_options(verb: ArgumentParser) -> None:
     """Add the verb's options."""
-    verb.add_argument("--output", default="runs/demo", metavar="DIR", help="the run's folder (runs/demo)")
+    verb.add_argument("--output", type=path, default="runs/demo", metavar="DIR", help="the run's folder (runs/demo)")
     add_set(verb)
     add_processes(verb)
 

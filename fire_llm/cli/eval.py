@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fire_llm.cli.launching import command_line, device_launch
-from fire_llm.cli.parser import add_device, parser
+from fire_llm.cli.parser import add_device, parser, path
 from fire_llm.core.errors import UserError
 from fire_llm.core.launch import REPEAT, start
 from fire_llm.core.ranks import first_rank, launched
@@ -20,19 +20,22 @@ EXAMPLES = (
     "fire-llm eval openai-community/gpt2 --data notes.txt --per-document --json scores.json",
 )
 
-_OF_A_RUN = ("data", "context", "stride", "batch_size", "device")
+_OF_A_RUN = ("data", "context", "stride", "batch_size", "device", "again")
 """Options that are also for the folder of a run; the run itself has settled the others."""
 
 
 def add_options(verb: ArgumentParser) -> None:
     """Add the verb's arguments and options."""
-    verb.add_argument("checkpoints", metavar="CKPT", nargs="+", help="checkpoints, or the folder of one run")
-    verb.add_argument("--data", nargs="+", metavar="NAME_OR_FILE", help="corpora or local files (a run's own)")
+    verb.add_argument("checkpoints", type=path, metavar="CKPT", nargs="+", help="checkpoints, or the folder of one run")
+    verb.add_argument(
+        "--data", type=path, nargs="+", metavar="NAME_OR_FILE", help="corpora or local files (a run's own)"
+    )
     verb.add_argument("--split", default="validation", choices=("train", "validation"), help="of corpora (validation)")
     verb.add_argument("--column", metavar="NAME", help="column of the text in files and Hub data (text)")
     verb.add_argument(
         "--document", choices=("line", "blank-line", "heading", "file"), help="a document of .txt files (blank-line)"
     )
+    verb.add_argument("--max-tokens", type=int, metavar="N", help="of each text the first documents, N tokens at most")
     verb.add_argument("--context", type=int, metavar="N", help="tokens a window, and the most that tasks read at once")
     verb.add_argument("--stride", type=int, metavar="N", help="tokens between windows (the context)")
     verb.add_argument(
@@ -55,7 +58,8 @@ def add_options(verb: ArgumentParser) -> None:
     verb.add_argument("--limit", type=int, metavar="N", help="documents a task (all)")
     verb.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each (the task's own)")
     verb.add_argument("--diagnostics", action="store_true", help="also features, dormant units, curvature")
-    verb.add_argument("--json", metavar="FILE", help="write the figures as JSON")
+    verb.add_argument("--again", action="store_true", help="of a run: measure again what was measured before")
+    verb.add_argument("--json", type=path, metavar="FILE", help="write the figures as JSON")
 
 
 def main(arguments: Namespace) -> int | None:
@@ -69,6 +73,10 @@ def main(arguments: Namespace) -> int | None:
         _check_run_alone(arguments, of_run[0])
     if not (arguments.data or arguments.tasks or of_run):
         raise UserError("eval: name what to measure on: --data with corpora or files, or --tasks of lm-eval")
+    if arguments.max_tokens is not None and not (arguments.data or of_run):
+        raise UserError("eval: --max-tokens counts those of --data, and there is none; for --tasks, give --limit")
+    if arguments.again and not of_run:
+        raise UserError("eval: --again is for the folder of a run; checkpoints are always measured")
     if arguments.num_processes is not None and arguments.tasks:
         raise UserError("--num-processes shares the work of perplexity, not of --tasks: give them without it")
     if (launch := device_launch(arguments)) is not None:
@@ -105,7 +113,18 @@ def _evaluate(arguments: Namespace, first: bool) -> tuple[dict[str, Any], Callab
     from fire_llm.evaluation.checkpoints import score_checkpoints
     from fire_llm.evaluation.table import print_scores
 
-    names = ("split", "column", "document", "context", "stride", "batch_size", "per_document", "prefix", "dtype")
+    names = (
+        "split",
+        "column",
+        "document",
+        "max_tokens",
+        "context",
+        "stride",
+        "batch_size",
+        "per_document",
+        "prefix",
+        "dtype",
+    )
     found = score_checkpoints(
         arguments.checkpoints,
         arguments.data or [],
@@ -119,7 +138,7 @@ def _evaluate(arguments: Namespace, first: bool) -> tuple[dict[str, Any], Callab
         **{name: getattr(arguments, name) for name in names},
     )
     of_it = partial(print_scores, found.rows, differences=found.differences, diagnostics=found.diagnostics)
-    return found.to_dict(), partial(of_it, tasks=found.tasks)
+    return found.to_dict(), partial(of_it, tasks=found.tasks, max_tokens=arguments.max_tokens)
 
 
 def _evaluate_run(arguments: Namespace, first: bool) -> tuple[dict[str, Any], Callable[[], None]]:
@@ -142,6 +161,9 @@ def _evaluate_run(arguments: Namespace, first: bool) -> tuple[dict[str, Any], Ca
             forward_transfer=found.forward_transfer,
             left_out=found.left_out,
             unfinished=found.unfinished,
+            max_tokens=found.settings.max_tokens,
         )
+        if found.reused:
+            print(f"{found.reused} of {len(found.rows)} rows were measured before, with these weights (--again: anew)")
 
     return evaluation, tell

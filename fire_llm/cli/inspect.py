@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from fire_llm.cli.parser import add_device, add_native
+from fire_llm.cli.parser import add_device, add_native, path
 
 EXAMPLES = (
     "fire-llm inspect openai-community/gpt2",
@@ -15,13 +15,13 @@ EXAMPLES = (
 
 def add_options(verb: ArgumentParser) -> None:
     """Add the verb's arguments and options."""
-    verb.add_argument("checkpoint", metavar="CKPT", help="checkpoint folder or Hub id")
-    verb.add_argument("--against", metavar="CKPT", help="also SFE and cosine against this checkpoint")
+    verb.add_argument("checkpoint", type=path, metavar="CKPT", help="checkpoint folder or Hub id")
+    verb.add_argument("--against", type=path, metavar="CKPT", help="also SFE and cosine against this checkpoint")
     verb.add_argument("--role", action="append", metavar="ROLE", help="these roles instead of attention, mlp, lm_head")
     add_device(verb)
     add_native(verb)
-    verb.add_argument("--json", metavar="FILE", help="write the figures as JSON")
-    verb.add_argument("--html", metavar="FILE", help="write a page with heat maps and spectra")
+    verb.add_argument("--json", type=path, metavar="FILE", help="write the figures as JSON")
+    verb.add_argument("--html", type=path, metavar="FILE", help="write a page with heat maps and spectra")
 
 
 def main(arguments: Namespace) -> None:

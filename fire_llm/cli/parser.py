@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Container
@@ -18,7 +19,7 @@ VERBS = {
     "apply": "apply a reset to a checkpoint and save the result as a new one",
     "inspect": "measure the logical matrices of a checkpoint: spectra, DfI, norms",
     "eval": "measure exact perplexity of checkpoints, or of a run's, on corpora or files",
-    "report": "print the table of finished runs and write the page",
+    "report": "print the table of runs, as far as they are, and write the page",
     "demo": "run the built-in recipe, which needs no network, then report",
 }
 """Each is a module of this package, with `EXAMPLES`, `add_options` and `main`."""
@@ -59,9 +60,16 @@ def parser(verbs: Container[str] = VERBS) -> ArgumentParser:
     return root
 
 
+def path(text: str) -> str:
+    """Read an argument that may be a path: `~` is the home folder, in `--option=~/x` and in quotes too."""
+    return os.path.expanduser(text)
+
+
 def add_recipe(verb: ArgumentParser, nargs: str | None = None) -> None:
     """Add RECIPE and --set."""
-    verb.add_argument("recipe", metavar="RECIPE", nargs=nargs, help="a YAML file, or the name of a built-in recipe")
+    verb.add_argument(
+        "recipe", type=path, metavar="RECIPE", nargs=nargs, help="a YAML file, or the name of a built-in recipe"
+    )
     add_set(verb)
 
 
@@ -89,6 +97,7 @@ def add_processes(verb: ArgumentParser) -> None:
     )
     verb.add_argument(
         "--accelerate-config",
+        type=path,
         metavar="NAME_OR_FILE",
         help="accelerate's settings: one-gpu, multi-gpu, fsdp2, hsdp, multi-node, cpu, or a file of your own",
     )

@@ -1,12 +1,17 @@
-"""`fire-llm report`: print the table of finished runs and write the page."""
+"""`fire-llm report`: print the table of runs, as far as they are, and write the page."""
 
 from __future__ import annotations
 
 import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from fire_llm.cli.parser import path
 from fire_llm.core.errors import UserError
+
+if TYPE_CHECKING:
+    from fire_llm.reporting.schema import Results
 
 EXAMPLES = (
     "fire-llm report runs/demo",
@@ -16,8 +21,8 @@ EXAMPLES = (
 
 def add_options(verb: ArgumentParser) -> None:
     """Add the verb's arguments and options."""
-    verb.add_argument("runs", metavar="RUN_DIR", nargs="*", help="the folder of a run")
-    verb.add_argument("--output", metavar="FILE", help="the page (RUN_DIR/report.html)")
+    verb.add_argument("runs", type=path, metavar="RUN_DIR", nargs="*", help="the folder of a run")
+    verb.add_argument("--output", type=path, metavar="FILE", help="the page (RUN_DIR/report.html)")
     verb.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     verb.add_argument("--schema", action="store_true", help="print the JSON schema of results.json instead")
 
@@ -25,14 +30,14 @@ def add_options(verb: ArgumentParser) -> None:
 def main(arguments: Namespace) -> None:
     """Print a table a run, and write one page."""
     from fire_llm.reporting.schema import results_schema
-    from fire_llm.reporting.tables import load_results, markdown_table, print_table, write_report
+    from fire_llm.reporting.tables import markdown_table, print_table, write_report
 
     if arguments.schema:
         print(json.dumps(results_schema(), indent=1, ensure_ascii=False))
         return
     if not arguments.runs:
         raise UserError("report: name the folder of a finished run, RUN_DIR")
-    results = [load_results(Path(run)) for run in arguments.runs]
+    results = [_results(Path(run)) for run in arguments.runs]
     page = Path(arguments.output) if arguments.output else Path(arguments.runs[0]) / "report.html"
     try:
         page = write_report(results if len(results) > 1 else results[0], page)
@@ -43,3 +48,17 @@ def main(arguments: Namespace) -> None:
             else:
                 print_table(one)
     print(f"report: {page}")
+
+
+def _results(run: Path) -> Results:
+    """Return the results of a run, of one that has none yet what is finished of it."""
+    from fire_llm.core.atomic import is_run
+    from fire_llm.reporting.tables import load_results
+
+    if not is_run(run) or (run / "results.json").exists():
+        return load_results(run)
+    from fire_llm.experiment.collect import collect
+    from fire_llm.experiment.evaluate_run import run_and_stages
+
+    context, stages = run_and_stages(run, progress=False)
+    return collect(stages, context, texts=False)

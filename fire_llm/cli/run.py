@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fire_llm.cli.launching import command_line, training_launch
-from fire_llm.cli.parser import add_processes, add_recipe
+from fire_llm.cli.parser import add_processes, add_recipe, path
 from fire_llm.core.launch import report_failure, start
 from fire_llm.core.ranks import first_rank, launched
 
@@ -30,7 +30,9 @@ def add_options(verb: ArgumentParser) -> None:
         metavar="KEY=V1,V2",
         help="run every point of a grid: this key with each value, or KEY=[V1,V2] (repeatable)",
     )
-    verb.add_argument("--output", metavar="DIR", help="the folder of the run or of the grid's runs (runs/NAME)")
+    verb.add_argument(
+        "--output", type=path, metavar="DIR", help="the folder of the run or of the grid's runs (runs/NAME)"
+    )
     verb.add_argument("--dry-run", action="store_true", help="print what would be run, and run nothing")
     add_processes(verb)
     verb.add_argument("--arm", action="append", default=[], metavar="NAME", help="only this arm (repeatable)")
@@ -38,7 +40,7 @@ def add_options(verb: ArgumentParser) -> None:
 
 def main(arguments: Namespace) -> int | None:
     """Run a recipe, or the trials of its grid: here, in workers, or on the ranks of a launch."""
-    from fire_llm.experiment.recipe import Trial, load_recipe, load_trials
+    from fire_llm.experiment.recipe import Trial, doubts, load_recipe, load_trials
     from fire_llm.experiment.stages import check_processes
 
     launch = training_launch(arguments)
@@ -50,6 +52,8 @@ def main(arguments: Namespace) -> int | None:
     recipe = trials[0].recipe
     if recipe.sweep and not launched():
         sys.stderr.write("fire-llm: this runs the recipe as it is written; fire-llm sweep runs its grid\n")
+    if not launched() and not arguments.dry_run:
+        sys.stderr.writelines(f"fire-llm: {doubt}\n" for doubt in doubts(recipe))
     if launch is not None:
         for trial in trials:
             check_processes(trial.recipe, launch.processes, arguments.arm)

@@ -150,6 +150,25 @@ def check_file(option: str, name: str | None) -> None:
                 parent.rmdir()
 
 
+def read_json(path: Path, advice: str) -> dict[str, Any]:
+    """Return the mapping that a JSON file holds.
+
+    Args:
+        path: The file.
+        advice: The next step, for the message.
+
+    Raises:
+        UserError: It is not there, cannot be read, is no JSON or holds something else.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"'{path}' is damaged ({error}): {advice}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"'{path}' is damaged (it holds no mapping): {advice}")
+    return data
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write JSON in one rename, so that a reader never sees half of it; its folder is made where there is none."""
     partial = path.with_name(path.name + STAGING_SUFFIX)

@@ -6,7 +6,8 @@ import difflib
 import errno
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 _FSDP2 = "fsdp_version: 2 (as --accelerate-config fsdp2 has it)"
 ENGINES = {
@@ -92,6 +93,33 @@ def explained(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, the name of its class where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def reading(said: str) -> Iterator[None]:
+    """Turn whatever transformers, tokenizers and safetensors raise over someone's files into one message.
+
+    They raise exceptions of every kind, and what panics in tokenizers' Rust is no `Exception` at all. Memory that runs
+    out is not the files' fault, and goes through.
+
+    Args:
+        said: What the message begins with: what was read, and that it cannot be.
+
+    Raises:
+        UserError: `said`, and the first line of what was raised.
+    """
+    try:
+        yield
+    except BaseException as error:
+        panic = type(error).__name__ == "PanicException"
+        if isinstance(error, UserError | MemoryError) or not (panic or isinstance(error, Exception)):
+            raise
+        if "OutOfMemory" in type(error).__name__ or "DefaultCPUAllocator" in str(error):
+            raise
+        # A config's own checks name the value in the cause; what fetches files says more itself.
+        cause = error if isinstance(error, OSError) else error.__cause__ or error
+        kind = "" if isinstance(cause, OSError | ValueError | RuntimeError) else f"{type(cause).__name__}, "
+        raise UserError(f"{said}: {kind}{first_line(cause)}") from error
 
 
 def did_you_mean(value: str, allowed: Iterable[str]) -> str:

@@ -22,7 +22,7 @@ _untaken: dict[str, str] = {}  # what the cache folder did not take, for as long
 
 def cache_folder(cache: str | Path | None = None) -> Path:
     """Return the folder of what is computed once: `cache`, else $FIRE_LLM_CACHE, else ~/.cache/fire_llm."""
-    return Path(cache or os.environ.get(CACHE_VARIABLE) or "~/.cache/fire_llm").expanduser()
+    return Path(os.path.expanduser(cache or os.environ.get(CACHE_VARIABLE) or "~/.cache/fire_llm"))
 
 
 @contextmanager

@@ -5,6 +5,7 @@ To add a corpus, add an entry to `CORPORA`: where its text is and what it is.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,7 +67,7 @@ def resolve(name: str, spec: CorpusSpec | None = None, root: Path | None = None)
     Raises:
         UserError: for a name that is none of these, and for settings that do not belong together.
     """
-    root = Path(root) if root else Path.cwd()
+    root = Path(os.path.expanduser(root)) if root else Path.cwd()
     given = spec.model_dump(exclude_unset=True, exclude_none=True) if spec else {}
     known = CORPORA.get(name)
     if known and not given.keys() & {"files", "dataset"}:
@@ -90,7 +91,7 @@ def _guess(name: str, root: Path) -> dict[str, str]:
     """Return the setting that a name which is itself a path, glob or Hub id stands for."""
     if file_kind(name)[0]:
         return {"files": name}
-    path = root / Path(name).expanduser()
+    path = root / os.path.expanduser(name)
     if path.is_dir():
         raise UserError(f"corpus '{name}' is a folder. Name its files: {name.rstrip('/')}/*.jsonl")
     if path.exists():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fire_llm.core.errors import reading
 from fire_llm.core.hashing import digest
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.vocab_size = vocabulary_size(tokenizer)
+        self._failed = f"the tokenizer '{tokenizer.name_or_path}' fails on a document"
         self._slow, self._fast = tokenizer, None
         if getattr(tokenizer, "is_fast", False):
             from tokenizers import Tokenizer
@@ -58,13 +60,18 @@ class Encoder:
         self.identity = digest(description, 16)
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
-        """Return the token ids of each text, as `tokenizer(text, add_special_tokens=False)` gives them."""
-        if self._fast is None:
-            encoded = self._slow(texts, add_special_tokens=False, verbose=False)["input_ids"]
-            return [np.asarray(ids, dtype=np.uint32) for ids in encoded]
-        if len(texts) == 1 and len(texts[0]) > WINDOW:
-            return [self._encode_long(texts[0])]
-        return [_ids(encoding) for encoding in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
+        """Return the token ids of each text, as `tokenizer(text, add_special_tokens=False)` gives them.
+
+        Raises:
+            UserError: The tokenizer fails; its files are damaged or of another one.
+        """
+        with reading(self._failed):
+            if self._fast is None:
+                encoded = self._slow(texts, add_special_tokens=False, verbose=False)["input_ids"]
+                return [np.asarray(ids, dtype=np.uint32) for ids in encoded]
+            if len(texts) == 1 and len(texts[0]) > WINDOW:
+                return [self._encode_long(texts[0])]
+            return [_ids(encoding) for encoding in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _encode_long(self, text: str) -> np.ndarray:
         """Return the ids of a long text from windows that overlap, joined where both agree.

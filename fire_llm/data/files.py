@@ -7,6 +7,7 @@ import glob
 import io
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from pathlib import Path
 from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.core.hashing import digest
 from fire_llm.data.cache import content_hashes, reporting
-from fire_llm.data.spec import Corpus, CorpusSpec, Files, split_by_hash
+from fire_llm.data.spec import Corpus, CorpusSpec, Files, Part, setting, split_by_hash
 
 DEFAULT_HOLDOUT = 0.05
 LONGEST_LINE = 2**30
@@ -75,14 +76,16 @@ def file_corpus(name: str, spec: CorpusSpec, root: Path) -> Corpus:
     )
     plain = all(path.suffix.lower() in (".txt", ".jsonl", ".json") for path in train)
     size = sum(path.stat().st_size for path in train) if plain else None
-    return Corpus(name, identity, read, size, paths)
+    parts = dict.fromkeys(train, Part((spec.document, spec.text), 0.0 if validation else holdout))
+    parts |= dict.fromkeys(validation, Part((spec.document, spec.text), 1.0))
+    return Corpus(name, identity, read, size, parts)
 
 
 def _find(name: str, setting: str, patterns: Files, root: Path) -> list[Path]:
     """Return the files that paths and globs name, sorted, each once."""
     found: set[Path] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        path = root / Path(pattern).expanduser()
+        path = root / os.path.expanduser(pattern)
         if path.is_dir():
             raise UserError(f"corpus '{name}': '{pattern}' is a folder. Name its files: {pattern.rstrip('/')}/*.jsonl")
         # A name that exists is taken as it stands, brackets and all.
@@ -155,6 +158,11 @@ def _open(path: Path, compression: str) -> io.BufferedReader:
 
 def _lines(name: str, path: Path, stream: io.BufferedReader) -> Iterator[tuple[int, str]]:
     """Yield (number from 1, text without its line break) of the lines of UTF-8 text."""
+    if encoding := _wide(stream.peek(4096)[:4096]):
+        raise UserError(
+            f"corpus '{name}': {path} is not UTF-8, it looks like {encoding}. Convert its text: "
+            f"iconv -f {encoding} -t UTF-8."
+        )
     for number, line in enumerate(iter(lambda: stream.readline(LONGEST_LINE + 1), b""), start=1):
         if len(line) > LONGEST_LINE:
             raise UserError(
@@ -168,8 +176,26 @@ def _lines(name: str, path: Path, stream: io.BufferedReader) -> Iterator[tuple[i
         except UnicodeDecodeError as error:
             raise UserError(
                 f"corpus '{name}': {path}, line {number}: not UTF-8 ({error.reason} at its byte {error.start}). "
-                "Convert the file, for example: iconv -f latin1 -t utf-8."
+                "Convert the file from what it is in, for example: iconv -f latin1 -t UTF-8."
             ) from error
+
+
+def _wide(head: bytes) -> str | None:
+    """Return the encoding of two or four bytes a character that a file begins with the signs of; None for none.
+
+    Without a byte-order mark, western text shows it by NULs in every second place, which no text in UTF-8 has.
+    """
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    for encoding, places in (("UTF-32LE", head[2::4] + head[3::4]), ("UTF-32BE", head[::4] + head[1::4])):
+        if len(places) > 1 and not any(places):
+            return encoding
+    for encoding, places in (("UTF-16LE", head[1::2]), ("UTF-16BE", head[::2])):
+        if len(places) > 1 and places.count(0) * 2 > len(places):
+            return encoding
+    return None
 
 
 def _by_line(lines: Iterable[tuple[int, str]]) -> Iterator[str]:
@@ -227,7 +253,7 @@ def _read_json(name: str, path: Path, stream: io.BufferedReader, column: str, ar
         if column not in row:
             raise UserError(
                 f"corpus '{name}': {place}: no '{column}', only: {', '.join(row)}.{did_you_mean(column, row)} "
-                f"Set corpora.{name}.text."
+                f"Set {setting(name, 'text', '--column')}."
             )
         text = row[column]
         if not isinstance(text, str):
@@ -259,7 +285,7 @@ def _read_parquet(name: str, path: Path, column: str) -> Iterator[str]:
             if column not in names:
                 raise UserError(
                     f"corpus '{name}': {path} has no column '{column}', only: {', '.join(names)}."
-                    f"{did_you_mean(column, names)} Set corpora.{name}.text."
+                    f"{did_you_mean(column, names)} Set {setting(name, 'text', '--column')}."
                 )
             kind = file.schema_arrow.field(column).type
             row = 0

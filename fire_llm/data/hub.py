@@ -9,7 +9,7 @@ from typing import Any
 
 from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.core.hub import settle_hub
-from fire_llm.data.spec import Corpus, CorpusSpec, held_out
+from fire_llm.data.spec import Corpus, CorpusSpec, held_out, setting
 
 DEFAULT_HOLDOUT = 0.01
 
@@ -38,7 +38,7 @@ def hub_corpus(name: str, spec: CorpusSpec) -> Corpus:
         if column not in rows.column_names:
             raise UserError(
                 f"corpus '{name}': {spec.dataset} has no column '{column}', only: {', '.join(rows.column_names)}."
-                f"{did_you_mean(column, rows.column_names)} Set corpora.{name}.text."
+                f"{did_you_mean(column, rows.column_names)} Set {setting(name, 'text', '--column')}."
             )
         for batch in rows.select_columns([column]).iter(batch_size=1000):
             for text in batch[column]:
@@ -69,14 +69,14 @@ def _load(name: str, spec: CorpusSpec) -> Any:
         if "scripts are no longer supported" in reason:
             step = (
                 f"It is published as a script; the Hub's own Parquet copy may serve: corpora.{name}.revision: "
-                "refs/convert/parquet (see on its page that the copy is whole, not 'partial-train')."
+                "refs/convert/parquet in a recipe (see on its page that the copy is whole, not 'partial-train')."
             )
         elif "config" in reason.lower():
-            step = f"Set corpora.{name}.config."
+            step = f"Set {setting(name, 'config')}."
         else:
             step = "Check the name and the network."
         raise UserError(
             f"corpus '{name}': cannot load '{spec.dataset}' from the Hugging Face Hub: {reason}. {step} "
-            f"Offline, give local files: corpora.{name}.files: path/to/*.parquet, or use a built-in corpus: "
-            "python-docs, library-docs, python-code."
+            f"Offline, give local files, {setting(name, 'files', '--data')}: path/to/*.parquet, or use a built-in "
+            "corpus: python-docs, library-docs, python-code."
         ) from error

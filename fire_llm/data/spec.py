@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import pydantic
 
@@ -57,6 +57,15 @@ class CorpusSpec(pydantic.BaseModel, extra="forbid"):
     )
 
 
+class Part(NamedTuple):
+    """How a corpus reads one of its files."""
+
+    cut: tuple[str | None, str | None]
+    """What a document is, and the column of the text."""
+    held_out: float
+    """Share of its documents that is held out: 1 for a file of validation text."""
+
+
 @dataclass(frozen=True)
 class Corpus:
     """A named source of documents in two splits.
@@ -66,7 +75,7 @@ class Corpus:
         identity: the fingerprint, or what computes it.
         read: opens a split again and yields its documents. Called by `documents`.
         approximate_bytes: about how many bytes of text there are, for progress bars; None where that is not known.
-        files: the local files that `read` reads.
+        files: local files, and how each is read.
         expected: the fingerprint that the text has to have; what it has, by default.
     """
 
@@ -74,7 +83,7 @@ class Corpus:
     identity: str | Callable[[], str] = field(repr=False)
     read: Callable[[str], Iterable[str]] = field(repr=False, compare=False)
     approximate_bytes: int | None = field(default=None, repr=False, compare=False)
-    files: Sequence[Path] = field(default=(), repr=False, compare=False)
+    files: Mapping[Path, Part] = field(default_factory=dict, repr=False, compare=False)
     expected: str | None = field(default=None, repr=False)
 
     @cached_property
@@ -119,6 +128,19 @@ class Corpus:
             raise UserError(f"unknown split '{split}'; allowed: {', '.join(SPLITS)}.{did_you_mean(split, SPLITS)}")
         return (text for text in self.read(split) if text and not text.isspace())
 
+    def trains_on_held_out(self, other: Corpus) -> Path | None:
+        """Return a file of which this corpus trains on documents that the other one holds out; None for none.
+
+        Documents are held out by their hash: of two shares, the smaller is a part of the larger.
+        """
+        for path, own in self.files.items():
+            theirs = other.files.get(path)
+            if theirs is None or theirs.held_out == 0 or own.held_out == 1:
+                continue
+            if own.held_out < theirs.held_out or own.cut != theirs.cut:
+                return path
+        return None
+
 
 def held_out(text: str, holdout: float) -> bool:
     """Return whether a document belongs to validation: its text's 64-bit hash, as a fraction, is below `holdout`.
@@ -127,6 +149,11 @@ def held_out(text: str, holdout: float) -> bool:
     that occurs twice lands on one side.
     """
     return int(digest(text, 8), 16) / 2**64 < holdout
+
+
+def setting(name: str, key: str, option: str = "") -> str:
+    """Return where a setting of a corpus is given: in a recipe, and by an option of `fire-llm eval`, if it has one."""
+    return f"corpora.{name}.{key} in a recipe" + (f", {option} with eval" if option else "")
 
 
 def split_by_hash(read: Callable[[], Iterable[str]], holdout: float) -> Callable[[str], Iterator[str]]:

@@ -309,8 +309,9 @@ def _empty(name: str, split: str) -> str:
     if split == "train":
         return f"corpus '{name}' has no training documents: it is empty, or all of it is held out. Check its files."
     return (
-        f"corpus '{name}' has no validation documents. Set corpora.{name}.holdout to a larger fraction, give "
-        f"corpora.{name}.validation files, or cut .txt files into more documents with corpora.{name}.document."
+        f"corpus '{name}' has no validation documents: it is empty, or too small. In a recipe, set "
+        f"corpora.{name}.holdout to a larger fraction, give corpora.{name}.validation files, or cut .txt files into "
+        f"more documents with corpora.{name}.document; with eval, give --split train, or --document."
     )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from glob import has_magic
-from pathlib import Path
 
 import torch
 
@@ -12,6 +12,7 @@ from fire_llm.architectures.context import choose_context
 from fire_llm.core.errors import UserError
 from fire_llm.data import tokenize_corpus
 from fire_llm.data.corpora import CORPORA, Corpus, CorpusSpec, resolve
+from fire_llm.data.files import file_kind
 from fire_llm.evaluation.diagnose import diagnose
 from fire_llm.evaluation.measurement import PREFIXES, check_choice, first_token, token_text
 from fire_llm.evaluation.records import (
@@ -36,6 +37,7 @@ def score_checkpoints(
     split: str = "validation",
     column: str | None = None,
     document: str | None = None,
+    max_tokens: int | None = None,
     context: int | None = None,
     stride: int | None = None,
     batch_size: int = 8,
@@ -58,6 +60,7 @@ def score_checkpoints(
         split: `train` or `validation`.
         column: Column of the files that holds the text, where it is not `text`.
         document: What a document is in .txt files: line, blank-line, heading or file.
+        max_tokens: Read of each text the first documents alone that hold at most as many tokens together.
         context: As in `perplexity`, like the next three.
         stride: Positions between the starts of windows.
         batch_size: Windows of full length a forward pass.
@@ -80,6 +83,8 @@ def score_checkpoints(
     """
     check_choice("prefix", prefix, PREFIXES)
     check_choice("dtype", dtype, DTYPES)
+    if max_tokens is not None and max_tokens < 2:
+        raise UserError(f"--max-tokens {max_tokens}: at least 2 are needed, one to predict and one before it")
     where = find_device(device)
     read = (_corpus(name, split, column, document) for name in data)
     corpora = {corpus.name: (corpus, part) for corpus, part in read}
@@ -98,10 +103,11 @@ def score_checkpoints(
         model = load_model(name, "auto" if dtype == "stored" else getattr(torch, dtype)).to(where)
         first = first_token(tokenizer, prefix, name)
         prefix_text = token_text(tokenizer, first)
-        texts = {
-            text: EvaluationSet.of(tokenize_corpus(corpus, tokenizer, part, progress=progress), first, per_document)
+        files = {
+            text: tokenize_corpus(corpus, tokenizer, part, progress=progress).first(max_tokens)
             for text, (corpus, part) in corpora.items()
         }
+        texts = {text: EvaluationSet.of(file, first, per_document) for text, file in files.items()}
         measured = score(
             model,
             texts,
@@ -127,7 +133,7 @@ def score_checkpoints(
                 batch_size=batch_size,
             )
         del model
-    settings = CheckpointSettings(prefix, per_document, str(where))
+    settings = CheckpointSettings(prefix, per_document, str(where), max_tokens=max_tokens)
     return CheckpointEvaluation(settings, rows, _differences(rows), found, answers)
 
 
@@ -149,7 +155,8 @@ def _corpus(name: str, split: str, column: str | None, document: str | None) -> 
     """Return a corpus and the split of it to read."""
     if name in CORPORA and (column or document):
         raise UserError(f"--data {name} is a known corpus: --column and --document are for local files and Hub data")
-    local = name not in CORPORA and (Path(name).exists() or has_magic(name) or Path(name).suffix != "")
+    place = os.path.expanduser(name)
+    local = name not in CORPORA and (os.path.exists(place) or has_magic(place) or file_kind(place) != ("", ""))
     if not local:
         return resolve(name, CorpusSpec(text=column) if column else None), split
     # A file named by hand is measured whole; it is no training corpus with a part held out.

@@ -66,6 +66,8 @@ class CheckpointSettings:
     device: str
     words: str = WORDS
     bootstrap: dict[str, Any] = field(default_factory=lambda: {**BOOTSTRAP})
+    max_tokens: int | None = None
+    """Most tokens of a text, in whole documents from its beginning; None for all."""
 
 
 @dataclass(frozen=True)

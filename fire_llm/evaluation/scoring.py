@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fire_llm.architectures.context import longest_context
-from fire_llm.core.errors import UserError
+from fire_llm.core.errors import UserError, reading
 from fire_llm.core.hardware import device_memory
 from fire_llm.distributed import fsdp_modules
 from fire_llm.evaluation import kernels
@@ -107,7 +107,8 @@ class Scorer:
         if not fsdp_modules(model):
             name = _KNOWN.get(model, False)
             if name is False:
-                name = _KNOWN[model] = _look_at(model, _probe(model, sample)[None])
+                with reading(f"{type(model).__name__} fails on the first tokens of the text"):
+                    name = _KNOWN[model] = _look_at(model, _probe(model, sample)[None])
             self.trunk = model.get_submodule(name) if name is not None else None
         self.unmasked = False
         if context and (compiled or sample.device.type != "cpu") and not fsdp_modules(model):

@@ -73,6 +73,7 @@ def print_scores(
     unfinished: Sequence[str] = (),
     diagnostics: Sequence[CheckpointDiagnostics] = (),
     tasks: Mapping[str, Mapping[str, Any]] | None = None,
+    max_tokens: int | None = None,
     console: Console | None = None,
 ) -> None:
     """Print an evaluation: a row each checkpoint and text, how it was measured, and paired differences.
@@ -86,12 +87,13 @@ def print_scores(
         unfinished: Stages that were not trained to their end.
         diagnostics: How plastic each checkpoint is on each text.
         tasks: By checkpoint, what `run_tasks` returns.
+        max_tokens: Most tokens read of a text; None for all.
         console: Where to; standard output by default.
     """
     out = console or terminal.console()
     prefix = _common_folder([row.checkpoint for row in rows])
     if rows:
-        _print_rows(rows, prefix, out)
+        _print_rows(rows, prefix, out, max_tokens)
     for why in (left_out or {}).values():
         out.print(f"left out: {why}", markup=False, highlight=False)
     if unfinished:
@@ -111,12 +113,14 @@ def print_scores(
         out.print("; ".join(_tasks_described(tasks)), markup=False, highlight=False)
 
 
-def _print_rows(rows: Sequence[_Row], prefix: str, out: Console) -> None:
+def _print_rows(rows: Sequence[_Row], prefix: str, out: Console, max_tokens: int | None) -> None:
     """Print the table of scores, and below it how they were measured."""
     if prefix:
         out.print(f"checkpoints below {prefix}", markup=False, highlight=False)
     terminal.print_table(_scores_table(rows, prefix, _name_width(out)), out)
     notes = all_described({**vars(row), "checkpoint": _below(row.checkpoint, prefix)} for row in rows)
+    if max_tokens is not None:
+        notes.append(f"of each text the first documents, at most {max_tokens:,} tokens")
     if any(row.word_perplexity is not None for row in rows):
         notes.append("word perplexity per piece between runs of white space")
     if any(error is not None for row in rows for error in (row.se or {}).values()):

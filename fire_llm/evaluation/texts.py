@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from fire_llm.core.errors import UserError
+from fire_llm.core.ranks import first_rank
 from fire_llm.data import TokenFile
 from fire_llm.evaluation.perplexity import Perplexity, perplexity
 
@@ -31,13 +34,28 @@ class EvaluationSet:
 
     @classmethod
     def of(cls, file: TokenFile, prefix: int | None, per_document: bool = False) -> EvaluationSet:
-        """Return the documents of a token file, each with the end-of-text token after it unless they are read alone."""
+        """Return the documents of a token file, each with the end-of-text token after it unless they are read alone.
+
+        Read alone, a document of which the tokenizer makes no token has nothing to score: it is left out, and told.
+
+        Raises:
+            UserError: No document has a token.
+        """
         ends = np.asarray(file.ends, dtype=np.int64)
         tokens, limits = file.tokens, ends[:, 0]
+        sizes = np.diff(ends[:, 1:], axis=0, prepend=0)
         if per_document:
             tokens = np.delete(tokens, limits - 1)
             limits = limits - np.arange(1, len(limits) + 1)
-        sizes = np.diff(ends[:, 1:], axis=0, prepend=0)
+            full = np.diff(limits, prepend=0) > 0
+            if not full.any():
+                raise UserError(
+                    f"'{file.path.name}': the tokenizer makes no token of any document: is it the right one?"
+                )
+            if not full.all() and first_rank():
+                said = f"{(~full).sum()} of {len(full)} documents of '{file.path.name}' have no token and are left out"
+                sys.stderr.write(f"fire-llm: {said}\n")
+            limits, sizes = limits[full], sizes[full]
         return cls(tokens, sizes[:, 0], prefix, sizes[:, 1], limits, per_document)
 
 

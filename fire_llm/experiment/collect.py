@@ -25,8 +25,9 @@ from fire_llm.core.manifest import STATES, TRAINER_STATE, read_state, weights_ha
 from fire_llm.evaluation.diagnose import LOG_PREFIX
 from fire_llm.evaluation.measurement import first_token, token_text
 from fire_llm.experiment.context import RunContext
+from fire_llm.experiment.estimate import state_of
 from fire_llm.experiment.stages import REPORT, Stage, final_checkpoint, kept_checkpoints, labelled_checkpoint, read_unit
-from fire_llm.models import describe, model_on_meta
+from fire_llm.models import describe, model_on_meta, pretrained_config
 from fire_llm.reporting.schema import (
     SCHEMA_VERSION,
     Arm,
@@ -51,8 +52,14 @@ from fire_llm.training.recycling import RECYCLED
 from fire_llm.training.throughput import MEASURES
 
 
-def collect(stages: list[Stage], run: RunContext) -> Results:
-    """Read the results of every finished stage of a run off its checkpoints (schema: docs/results-schema.md)."""
+def collect(stages: list[Stage], run: RunContext, *, texts: bool = True) -> Results:
+    """Read the results of every finished stage of a run off its checkpoints (schema: docs/results-schema.md).
+
+    Args:
+        stages: All stages of the run.
+        run: That they belong to.
+        texts: Look at the tokenizer and the texts too, which are made where they are not there yet.
+    """
     recipe = run.recipe
     finished: list[Stage] = []
     for stage in stages:  # parents before children
@@ -64,7 +71,7 @@ def collect(stages: list[Stage], run: RunContext) -> Results:
     arms: dict[str, list[Stage]] = {}
     for stage in compared:
         arms.setdefault(stage.arm or "", []).append(stage)
-    model = model_on_meta(run.config)
+    model = model_on_meta(run.config if texts else run.planned_config)
     heaviest = {p.name: max(p.data, key=p.data.__getitem__) for p in recipe.phases}
     return Results(
         schema_version=SCHEMA_VERSION,
@@ -74,14 +81,15 @@ def collect(stages: list[Stage], run: RunContext) -> Results:
         versions=versions(),
         hardware=hardware(),
         model=ModelSummary(parameters=sum(p.numel() for p in model.parameters()), description=describe(model)),
-        corpora={name: _corpus_size(name, run) for name in recipe.corpus_names()},
-        measurement=_measurement(run),
+        corpora={name: _corpus_size(name, run) for name in recipe.corpus_names()} if texts else {},
+        measurement=_measurement(run) if texts else None,
         phase_corpus=heaviest,
         phases=[_run(stage) for stage in finished if stage not in compared],
         arms_phase=last.name if last else None,
         first_corpus=heaviest[recipe.phases[0].name],
         new_corpus=heaviest[(last or recipe.phases[-1]).name],
         arms={name: _arm(stages) for name, stages in arms.items()},
+        unfinished={s.folder: state_of(run.folder / s.folder) for s in stages if s not in finished},
     )
 
 
@@ -114,7 +122,7 @@ def _run(stage: Stage) -> Run:
     final = final_checkpoint(path)
     assert final is not None
     state, own = (read_state(final, name) for name in STATES)
-    history, per_step = state["log_history"], stage.spec["batch"]["tokens_per_step"]
+    history, per_step = state["log_history"], run.recipe.batch.tokens_per_step
     curve = _curve(history, per_step)
     start, jump = None, {}
     if stage.parent is not None:
@@ -122,7 +130,7 @@ def _run(stage: Stage) -> Run:
         parent = stage.parent
         start = Start(phase=parent.phase.name, arm=parent.arm, checkpoint=stage.start, step=step_of(origin))
         if stage.arm:
-            jump = _loss_jump(measured_nll(origin), curve, run.config.get_text_config().vocab_size)
+            jump = _loss_jump(measured_nll(origin), curve, pretrained_config(final).get_text_config().vocab_size)
     report = path / REPORT
     if report.exists() and (read_unit(path) or {}).get("reset", hash_file(report)) != hash_file(report):
         raise UserError(f"'{report}' is not what was written: put back a copy, or delete '{path}' to train it again")

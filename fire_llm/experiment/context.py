@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fire_llm.architectures.context import choose_context
-from fire_llm.core.atomic import write_json
+from fire_llm.core.atomic import read_json, write_json
 from fire_llm.core.errors import UserError
 from fire_llm.core.hardware import resolve_precision
 from fire_llm.core.locks import held, lock_of
@@ -179,7 +179,7 @@ class RunContext:
             raise UserError(
                 f"'{own}' is damaged: {wrong}. Put back a copy of it, or delete it: the same command trains it again"
             )
-        if json.loads((own / "trained_on.json").read_text(encoding="utf-8")) != origin:
+        if read_json(own / "trained_on.json", f"delete '{own}', which is then trained again") != origin:
             raise UserError(
                 f"'{own}' was trained for another recipe or on other text: choose another --output, "
                 "or delete the run's folder"

@@ -19,7 +19,7 @@ from fire_llm.core.hardware import resolve_precision
 from fire_llm.core.terminal import console, print_table
 from fire_llm.experiment.batch import kept_a_token, phase_steps, split_batch
 from fire_llm.experiment.context import RunContext
-from fire_llm.experiment.recipe import OptimizerSection, PhaseSection, Recipe, optimizer_of
+from fire_llm.experiment.recipe import OptimizerSection, PhaseSection, Recipe, doubts, optimizer_of
 from fire_llm.experiment.stages import Stage, expand, final_checkpoint, select
 from fire_llm.models import describe, model_on_meta
 
@@ -209,6 +209,8 @@ def print_plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[
             row["stage"], row["reset"], steps, tokens, f"{row['flops']:.2g}" if row["flops"] else "", row["state"]
         )
     out.print(f"recipe {recipe.name}: no fault found")
+    for doubt in doubts(recipe):
+        out.print(doubt, markup=False, highlight=False)
     out.print(f"model: {planned['model']}; precision {planned['precision']}; seeds {recipe.seed}")
     out.print(f"optimizer: {planned['optimizer']}")
     out.print(f"schedule {planned['schedule']}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fire_llm.core.atomic import is_run, step_of, write_json
+from fire_llm.core.atomic import is_run, read_json, step_of, write_json
 from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.core.hashing import digest
 from fire_llm.core.manifest import weights_hash
@@ -23,6 +23,7 @@ from fire_llm.evaluation.scores import Scores
 from fire_llm.evaluation.statistics import BOOTSTRAP, standard_errors
 from fire_llm.evaluation.texts import EvaluationSet, score
 from fire_llm.experiment.context import RunContext
+from fire_llm.experiment.measured import Measured, weights_digest
 from fire_llm.experiment.recipe import Recipe, load_recipe
 from fire_llm.experiment.sources import changes
 from fire_llm.experiment.stages import (
@@ -71,11 +72,13 @@ def evaluate_run(
     batch_size: int = 8,
     *,
     device: str = "cpu",
+    again: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Score the checkpoints of a run on its held-out texts, and write and return the matrix.
 
-    Each checkpoint is loaded once, in fp32. Under torch.distributed ranks share the work.
+    Each checkpoint is loaded once, in fp32. What an earlier call measured with the same weights, text and settings is
+    not measured again. Under torch.distributed ranks share the work.
 
     Args:
         run_dir: Folder of a run; what in it is not finished is left out and named.
@@ -84,6 +87,7 @@ def evaluate_run(
         stride: As in `perplexity`.
         batch_size: As in `perplexity`.
         device: `cpu`, `cuda`, `cuda:N`, or `auto`, as in `find_device`.
+        again: Measure everything again.
         progress: Show progress bars.
 
     Returns:
@@ -93,8 +97,8 @@ def evaluate_run(
     Raises:
         UserError: For a folder that is no run or has nothing finished, an unknown corpus, or text that has changed.
     """
-    folder = Path(run_dir)
-    run, stages = _run_and_stages(folder, progress)
+    folder = Path(os.path.expanduser(run_dir))
+    run, stages = run_and_stages(folder, progress)
     recipe = run.recipe
     refuse_links(folder, stages)
     finished = [stage for stage in stages if final_checkpoint(folder / stage.folder)]
@@ -108,21 +112,29 @@ def evaluate_run(
     prefix_text = token_text(run.tokenizer, first_token(run.tokenizer))
     matrix: dict[str, dict[str, Scores]] = {}
     rows: list[EvaluationRow] = []
+    context = run.sequence_length if context is None else context
+    before, reused = Measured(folder, {"context": context, "stride": stride, "device": where.type}), 0
     for row in found:
         if row.phase and weights_hash(folder / row.checkpoint, read=True) != row.weights:
             raise UserError(
                 f"'{folder / row.checkpoint}' is damaged: its weights are not what was written. Put back a copy of it, "
                 "or delete it and run the recipe again"
             )
-        model = row.load().to(where)
-        measured = score(
-            model,
-            texts,
-            context=run.sequence_length if context is None else context,
+        model = row.load()
+        weights = weights_digest(model)
+        keys = {name: before.key(weights, text) for name, text in texts.items()}
+        known = {name: kept for name, key in keys.items() if not again and (kept := before.find(key))}
+        new = score(
+            model.to(where),
+            {name: text for name, text in texts.items() if name not in known},
+            context=context,
             stride=stride,
             batch_size=batch_size,
             progress=f"{row.checkpoint} on" if run.progress else None,
         )
+        for name, result in new.items():
+            before.keep(keys[name], result)
+        measured, reused = {name: (known | new)[name] for name in texts}, reused + len(known)
         matrix[row.checkpoint] = {name: result.scores for name, result in measured.items()}
         for name, result in measured.items():
             named = {"data": name, "split": "validation", "prefix_text": prefix_text}
@@ -143,6 +155,7 @@ def evaluate_run(
         ),
         left_out=left_out,
         unfinished=[stage.folder for stage in stages if stage not in finished],
+        reused=reused,
         rows=rows,
         forgetting=forgetting,
         forward_transfer=forward_transfer,
@@ -152,7 +165,7 @@ def evaluate_run(
     return evaluation
 
 
-def _run_and_stages(folder: Path, progress: bool) -> tuple[RunContext, list[Stage]]:
+def run_and_stages(folder: Path, progress: bool) -> tuple[RunContext, list[Stage]]:
     """Read the recipe that a run's folder was made with.
 
     Raises:
@@ -161,15 +174,12 @@ def _run_and_stages(folder: Path, progress: bool) -> tuple[RunContext, list[Stag
     path = folder / "recipe.json"
     if not is_run(folder):
         raise UserError(f"'{folder}' is no run: it has no recipe.json. Give the folder that `fire-llm run` made")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"'{path}' is damaged ({error}): run the recipe again, which writes it again") from error
+    data = read_json(path, "run the recipe again, which writes it again")
     try:
         run = RunContext(load_recipe(data), folder, progress)
         return run, expand(run)
     except UserError as error:
-        if Path(data.get("data_root", ".")).is_absolute():
+        if os.path.isabs(os.path.expanduser(str(data.get("data_root", ".")))):
             raise
         hint = "the run's data_root counts from the current folder: go to where it was started"
         raise UserError(f"{error}\n({hint})") from error

@@ -100,7 +100,7 @@ def run_recipe(
         UserError: Where the folder belongs to a different recipe or is in use, an arm is unknown, or the disk is full.
         Stopped: A KeyboardInterrupt, after SIGINT or SIGTERM: the step they came in is saved (docs/reliability.md).
     """
-    folder = Path(output or Path("runs") / recipe.name)
+    folder = Path(os.path.expanduser(output or Path("runs") / recipe.name))
     sweep = _Command([Trial("", {}, recipe)], folder, list(arms), progress, alone=True).run(workers)
     return sweep.results[0].model_dump(mode="json")
 
@@ -126,7 +126,7 @@ def run_sweep(
         UserError: Where a folder belongs to another recipe or is in use by `fire-llm run`, or an arm is unknown.
         Stopped: A KeyboardInterrupt, after SIGINT or SIGTERM: every worker saved the step it was in.
     """
-    return _Command(trials, Path(output), list(arms), progress, alone=False).run(workers)
+    return _Command(trials, Path(os.path.expanduser(output)), list(arms), progress, alone=False).run(workers)
 
 
 @dataclass(frozen=True)
@@ -214,9 +214,10 @@ class _Command:
             tokens = 0
             try:
                 if not job.done():
-                    for split, names in (("train", stage.phase.data), ("validation", recipe.evaluated())):
-                        for name in names:
-                            run.tokens(name, split)
+                    for name in recipe.evaluated():  # text that cannot be measured on is told before the longer part
+                        run.held_out(name)
+                    for name in stage.phase.data:
+                        run.tokens(name, "train")
                 if stage.phase.epochs is not None:
                     tokens = mixture_of(stage, run).epoch_tokens
             except Exception:

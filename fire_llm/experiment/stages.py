@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fire_llm.core.atomic import checkpoints, step_of
+from fire_llm.core.atomic import checkpoints, read_json, step_of
 from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.core.hashing import digest
 from fire_llm.core.manifest import STATES, TRAINER_STATE, damage, read_state, weights_hash
@@ -251,15 +251,7 @@ def read_unit(folder: Path) -> dict[str, Any] | None:
         UserError: It is damaged.
     """
     path = folder / "unit.json"
-    if not path.exists():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"'{path}' is damaged: delete '{folder}' to train that stage again")
-    return found
+    return read_json(path, f"delete '{folder}' to train that stage again") if path.exists() else None
 
 
 def _differences(before: Any, after: Any, at: str = "") -> Iterator[str]:

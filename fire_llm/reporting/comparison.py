@@ -22,6 +22,9 @@ BASE = "none"
 LEVEL = 0.95
 """How often an interval over seeds holds the true mean."""
 
+SHOWN = 5
+"""Unfinished stages that are named; the rest are counted."""
+
 _UNKNOWN = Scores(nll=None)
 
 
@@ -78,12 +81,20 @@ class Comparison:
         self.arms = results.arms
         self.new = results.new_corpus
         self.first = results.first_corpus
+        model = (results.recipe or {}).get("model")
+        given = isinstance(model, dict) and "checkpoint" in model
+        self.one_phase = given and self.first == self.new and not results.phases
+        """Whether the arms' phase is the only one, and goes on from a checkpoint that was given."""
+        # What such a run measures beside its new text is what the checkpoint may know.
+        self.old = [c for c in self.corpora if c != self.new and (self.one_phase or c == self.first)]
+        self.first = next(iter(self.old), self.first)
 
     @cached_property
     def corpora(self) -> list[str]:
         """Return the evaluated corpora, the new one first, the first phase's next."""
         seen = [c for arm in self.arms.values() for c in arm.final]
-        return sorted(dict.fromkeys(seen), key=lambda c: (c != self.new, c != self.first, seen.index(c)))
+        first = self.results.first_corpus
+        return sorted(dict.fromkeys(seen), key=lambda c: (c != self.new, c != first, seen.index(c)))
 
     def runs(self, arm: str) -> list[Run]:
         """Return an arm's runs, one a seed."""
@@ -176,9 +187,8 @@ class Comparison:
             at = self.parent(at)
         return found
 
-    def _parent_nll(self, run: Run, arm: str) -> float | None:
-        """Return the first corpus's NLL of the checkpoint a run starts from, there or by the base at step 0."""
-        corpus = self.first or ""
+    def _parent_nll(self, run: Run, arm: str, corpus: str) -> float | None:
+        """Return a corpus's NLL of the checkpoint a run starts from, there or by the base at step 0."""
         if run.start and run.start.step is not None and (parent := self.parent(run)):
             measured = dict(evaluations(parent.curve, corpus))
             if run.start.step in measured:
@@ -189,12 +199,16 @@ class Comparison:
 
     def retention(self, arm: str) -> list[tuple[float, float]]:
         """Return each seed's (final NLL on the new corpus, forgetting: that on the first less the parent's)."""
-        if not self.new or not self.first or self.new == self.first:
+        if not self.new or self.first not in self.old:
             return []
-        new, first = self.by_seed(arm, self.new), self.by_seed(arm, self.first)
-        parents = {run.seed: self._parent_nll(run, arm) for run in self.runs(arm)}
-        pairs = [(new[s], first[s], parents.get(s)) for s in new if s in first]
-        return [(x, y - parent) for x, y, parent in pairs if parent is not None]
+        new, lost = self.by_seed(arm, self.new), self.forgotten(arm, self.first)
+        return [(new[seed], lost[seed]) for seed in new if seed in lost]
+
+    def forgotten(self, arm: str, corpus: str) -> dict[int, float]:
+        """Return, by seed, the final NLL on a corpus less that of the checkpoint that the run started from."""
+        parents = {run.seed: self._parent_nll(run, arm, corpus) for run in self.runs(arm)}
+        final = self.by_seed(arm, corpus)
+        return {seed: final[seed] - nll for seed, nll in parents.items() if nll is not None and seed in final}
 
     def ranked(self) -> list[str]:
         """Return the arms with a finite NLL on the new corpus, best first, and behind those what lacks seeds."""
@@ -206,7 +220,7 @@ class Comparison:
         return [self._table(corpus) for corpus in self.corpora]
 
     def _table(self, corpus: str) -> Table:
-        last = {self.new: "steps saved", self.first: "forgetting"}.get(corpus)
+        last = "steps saved" if corpus == self.new else "forgetting" if corpus in self.old else None
         whole = {arm: nll for arm in self.arms if arm not in self.partial if (nll := self.nll(arm, corpus)) is not None}
         rows = []
         for arm, entry in self.arms.items():
@@ -222,7 +236,7 @@ class Comparison:
                 never = "never" if reference and final.nll is not None else DASH
                 cells.append(DASH if reference == arm else never if value is None else f"{value:.0%}")
             elif last:
-                cells.append(paired([y for _, y in self.retention(arm)]))
+                cells.append(paired([*self.forgotten(arm, corpus).values()]))
             rows.append(Row((arm,), tuple(cells), arm in whole and final.nll == min(whole.values())))
         columns = ("perplexity", "NLL", "bits/byte", "vs base", "vs full reset")
         return Table(corpus, (*columns, last) if last else columns, tuple(rows))
@@ -264,12 +278,12 @@ class Comparison:
 
     def reading(self) -> list[str]:
         """Return sentences that claim no more than the numbers: the outcome, its spread, retention, failures."""
-        ranked = self.ranked()
+        ranked, said = self.ranked(), self._unfinished()
         if not self.arms:
-            return ["No arm was run."]
+            return [*said, "No arm was run."]
         if not ranked or self.new is None:
-            return ["No arm has a finite loss on the new corpus: there is nothing to compare."]
-        best, said = ranked[0], []
+            return [*said, "No arm has a finite loss on the new corpus: there is nothing to compare."]
+        best = ranked[0]
         final = self.arms[best].final[self.new]
         reached = f"{final.nll:.3f} nats per token (perplexity {_plain(final.perplexity, 2)})"
         if len(ranked) == 1:
@@ -280,11 +294,16 @@ class Comparison:
         if len(kept) > 1 and best in kept:
             least = min(kept, key=lambda a: kept[a])
             also = "the least forgetting" if least == best else f"the least: {least}, {_apart(kept[least])}"
-            said.append(
-                f"On {self.first}, the first corpus, it ends {_apart(kept[best])} its parent checkpoint ({also})."
-            )
+            which = "the first of the other texts" if self.one_phase else "the first corpus"
+            said.append(f"On {self.first}, {which}, it ends {_apart(kept[best])} its parent checkpoint ({also}).")
         lost = [arm for arm in self.arms if arm not in ranked]
         return said + ([f"Without a finite loss on {self.new}: {', '.join(lost)}."] if lost else [])
+
+    def _unfinished(self) -> list[str]:
+        """Return what is not trained to its end, in a sentence; nothing where all is."""
+        left = [f"{folder} ({state})" for folder, state in self.results.unfinished.items()]
+        more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
+        return [f"Unfinished, what follows is of the rest: {', '.join(left[:SHOWN])}{more}."] if left else []
 
     def _margins(self, best: str, second: str, reached: str) -> list[str]:
         """Return by how much the best arm leads, and over how many seeds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -42,7 +43,8 @@ def load_results(path: str | Path) -> Results:
         UserError: For a missing or unreadable file, text that is not JSON, a schema version that is not known here, or
             a field that is not as the schema says.
     """
-    file = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
+    place = Path(os.path.expanduser(path))
+    file = place / "results.json" if place.is_dir() else place
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

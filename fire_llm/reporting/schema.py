@@ -344,6 +344,7 @@ class Evaluation(Record):
     settings: EvaluationSettings = Field(EvaluationSettings(), description="What holds for all numbers")
     left_out: dict[str, str] = Field({}, description="Corpora without held-out text: why")
     unfinished: list[str] = Field([], description="Folders of what has not been trained to its end")
+    reused: int = Field(0, description="Rows taken over from an earlier evaluation of the same weights and text")
     rows: list[EvaluationRow] = Field([], description="One a checkpoint and corpus")
     forgetting: list[Transfer] = Field([], description="Empty for a run of one phase; positive is lost")
     forward_transfer: list[Transfer] = Field([], description="Empty for a run of one phase; negative helps")
@@ -370,6 +371,9 @@ class Results(Record):
     new_corpus: str | None = Field(None, description="Heaviest corpus of the arms' phase: plasticity is judged on it")
     arms: dict[str, Arm] = Field(
         description="By name. With several warm starts the names carry them: `fire@best`, `fire@30000`"
+    )
+    unfinished: dict[str, str] = Field(
+        {}, description="By folder, how far what has not been trained to its end is; such runs are in no other field"
     )
     evaluation: Evaluation | None = Field(
         None, exclude=True, description="Read from evaluation.json beside it, not stored"

@@ -721,7 +721,7 @@ def odd_head(model: Any) -> None:
         (foreign_attention, r"LlamaAttention\.q_proj.*this LlamaAttention is defined in transformers_modules\.remote"),
         (stand_in_linear, r"LlamaAttention\.q_proj.*held by Linear4bit.*child of class Linear"),
         (conv1d_projection, r"LlamaMLP\.gate_proj.*held by Conv1D"),
-        (adapter, r"Module\.base_layer.*adapters: merge them first"),
+        (adapter, r"belongs to an adapter.*fire_\(model\), then get_peft_model.*merge_and_unload"),
         (extra_projection, r"LlamaMLP\.gate \('model\.layers\.1\.mlp\.gate\.weight', shape \(4, 16\)"),
         (odd_head, r"LlamaForCausalLM\.lm_head.*held by NormHead"),
     ],

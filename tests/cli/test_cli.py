@@ -80,9 +80,9 @@ def test_the_flags_are_frozen():
         ],
         "inspect": ["--against", "--device", "--html", "--json", "--native", "--role"],
         "eval": [
-            "--batch-size", "--column", "--compile", "--context", "--data", "--device", "--diagnostics", "--document",
-            "--dtype", "--json", "--limit", "--num-fewshot", "--num-processes", "--per-document", "--prefix", "--split",
-            "--stride", "--tasks",
+            "--again", "--batch-size", "--column", "--compile", "--context", "--data", "--device", "--diagnostics",
+            "--document", "--dtype", "--json", "--limit", "--max-tokens", "--num-fewshot", "--num-processes",
+            "--per-document", "--prefix", "--split", "--stride", "--tasks",
         ],
         "report": ["--markdown", "--output", "--schema"],
         "demo": ["--accelerate-config", "--num-processes", "--output", "--set", "--workers"],
@@ -210,6 +210,26 @@ def test_eval_of_two_checkpoints_each_document_by_itself(checkpoint, tmp_path, c
     assert len(found["diagnostics"]) == 2
 
 
+def test_the_first_tokens_of_a_text_alone(checkpoint, tmp_path, capsys, monkeypatch):
+    (tmp_path / "t.txt").write_text("the lazy dog\n\njumps over\n\nthe fox and another dog")
+    (tmp_path / "u.txt").write_text("the lazy dog\n\njumps over")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = []
+    for name in ("t.txt", "u.txt", "t.txt"):
+        limit = ["--max-tokens", found[1]["tokens"] + 1] if len(found) == 2 else []
+        assert run("eval", checkpoint, f"--data=~/{name}", "--context", 8, "--json=~/e.json", *limit) == 0
+        content = json.loads((tmp_path / "e.json").read_text())
+        found.append({**content["rows"][0], "max_tokens": content["settings"]["max_tokens"]})
+    whole, two, first = found
+    assert (whole["documents"], two["documents"], first["documents"]) == (3, 2, 2)
+    assert [first[key] for key in ("nll", "tokens", "bytes", "words")] == [
+        two[k] for k in ("nll", "tokens", "bytes", "words")
+    ]
+    assert (whole["max_tokens"], first["max_tokens"]) == (None, two["tokens"] + 1)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"of each text the first documents, at most {two['tokens'] + 1} tokens" in said
+
+
 def test_a_text_that_is_named_twice_is_measured_once(checkpoint, tmp_path, capsys):
     (tmp_path / "t.txt").write_text("the lazy dog jumps over the fox")
     twice = ["--data", tmp_path / "t.txt", tmp_path / "t.txt", "--context", 4, "--json", tmp_path / "e.json"]
@@ -242,6 +262,14 @@ MISTAKES = [
     (["eval", "{c}", "--data", "{t}/x.txt", "--device", "cuda:7"], "cuda:7"),
     (["eval", "{c}", "--data", "{t}/x.txt", "--num-processes", "0"], "--num-processes 0: at least 1"),
     (["eval", "{c}", "--tasks", "{t}/none.yaml"], "there is no file or folder"),
+    (["eval", "{c}", "--data", "owner/name-1.0"], "cannot load 'owner/name-1.0' from the Hugging Face Hub"),
+    (["eval", "{c}", "--data", "{t}/r.jsonl", "--column", "content"], "--column with eval"),
+    (["eval", "{c}", "--data", "{t}/w.txt"], "Convert its text: iconv -f UTF-16 -t UTF-8"),
+    (["eval", "{c}", "--data", "{t}/x.txt", "--max-tokens", "1"], "--max-tokens 1: at least 2"),
+    (["eval", "{c}", "--data", "{t}/x.txt", "--max-tokens", "2"], "more than the limit of 2"),
+    (["eval", "{c}", "--tasks", "x.yaml", "--max-tokens", "9"], "for --tasks, give --limit"),
+    (["eval", "{c}", "--data", "{t}/x.txt", "--again"], "--again is for the folder of a run"),
+    (["eval", "{t}/run", "--max-tokens", "9"], "--max-tokens is not for the folder of a run"),
     (["eval", "{c}", "--tasks", "x.yaml", "--num-processes", "2"], "not of --tasks"),
     (["eval", "{t}/run", "--per-document"], "--per-document is not for the folder of a run"),
     (["eval", "{t}/run", "{c}"], "give one run alone"),
@@ -271,6 +299,7 @@ MISTAKES = [
 def test_mistakes_get_one_message_exit_2_and_leave_nothing(argv, message, checkpoint, tmp_path, capsys):
     (tmp_path / "x.txt").write_text("the quick brown fox")
     (tmp_path / "e.txt").write_text("")
+    (tmp_path / "w.txt").write_text("the quick brown fox", encoding="utf-16")
     (tmp_path / "r.jsonl").write_text('{"text": "the quick brown fox"}')
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.json").write_text("{}")

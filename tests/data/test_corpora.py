@@ -251,6 +251,65 @@ def test_every_mistake_has_its_message(
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("name", ["t.txt", "t.jsonl", "t.json", "t.txt.gz"])
+def test_text_of_two_or_four_bytes_a_character_is_told_with_the_right_advice(
+    tmp_path: Path, name: str, encoding: str
+) -> None:
+    text = json.dumps([{"text": "eins, zwei"}]) if "json" in name else "eins\r\n\r\nzwei"
+    raw = text.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    with pytest.raises(
+        UserError, match=rf"iconv -f {encoding.upper().replace('-LE', 'LE').replace('-BE', 'BE')} -t UTF-8"
+    ):
+        documents(tmp_path, name)
+
+
+def test_text_with_a_few_nuls_or_a_mark_is_text(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_bytes(b"\xef\xbb\xbfa\x00b\n\nc")
+    assert sorted(documents(tmp_path, "t.txt", holdout=0.0)) == ["a\x00b", "c"]
+
+
+@pytest.mark.parametrize("name", ["e.txt", "e.jsonl", "e.json", "e.txt.gz", "e.parquet"])
+def test_an_empty_file_has_no_documents(tmp_path: Path, name: str) -> None:
+    if name.endswith("parquet"):
+        pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(gzip.compress(b"") if name.endswith(".gz") else b"")
+    assert documents(tmp_path, name) == []
+
+
+def test_a_missing_column_names_both_ways_to_give_it(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"body": "a"}\n')
+    with pytest.raises(UserError, match=r"corpora\.t\.jsonl\.text in a recipe, --column with eval"):
+        documents(tmp_path, "t.jsonl")
+
+
+def test_the_home_folder_is_known_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "t.txt").write_text("eins\n\nzwei")
+    assert [*resolve("~/t.txt", CorpusSpec(holdout=0.0)).documents("train")] == ["eins", "zwei"]
+    assert [*resolve("t.txt", CorpusSpec(holdout=0.0), Path("~")).documents("train")] == ["eins", "zwei"]
+    with pytest.raises(UserError, match=r"there is no file '~nobody-here/t\.txt'"):
+        resolve("~nobody-here/t.txt")
+
+
+def test_text_that_one_corpus_trains_on_and_another_holds_out_is_found(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("eins\n\nzwei")
+    tenth, fifth, whole, lines, given, other = (
+        resolve("x", CorpusSpec(**{"files": "a.txt"} | settings), tmp_path)
+        for settings in (
+            {"holdout": 0.1}, {"holdout": 0.2}, {"holdout": 0.0}, {"holdout": 0.2, "document": "line"},
+            {"files": "b.txt", "validation": "a.txt"}, {"files": "b.txt"},
+        )
+    )  # fmt: skip
+    for own, measured in ((tenth, fifth), (whole, tenth), (lines, fifth), (tenth, given)):
+        assert own.trains_on_held_out(measured) == (tmp_path / "a.txt").resolve()
+    for own, measured in ((fifth, tenth), (fifth, fifth), (fifth, whole), (given, tenth), (other, tenth)):
+        assert own.trains_on_held_out(measured) is None
+
+
 def test_an_unknown_split_and_an_unknown_setting_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(UserError, match=r"unknown split 'valid'.*Did you mean 'validation'"):
@@ -335,7 +394,7 @@ def test_any_hub_id_with_its_settings(hub: SimpleNamespace) -> None:
     ("error", "part"),
     [
         (ConnectionError("Couldn't reach the Hub"), "Check the name and the network"),
-        (ValueError("Config name is missing. Pick one of: ['a', 'b']"), "Set corpora.user/data.config"),
+        (ValueError("Config name is missing. Pick one of: ['a', 'b']"), "Set corpora.user/data.config in a recipe"),
         (RuntimeError("Dataset scripts are no longer supported, but found data.py"), "refs/convert/parquet"),
     ],
 )

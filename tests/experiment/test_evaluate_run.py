@@ -13,6 +13,7 @@ from rich.console import Console
 from support.runs import WORDS
 
 from fire_llm import UserError, load_recipe, run_recipe
+from fire_llm.cli import main
 from fire_llm.core.atomic import is_run
 from fire_llm.evaluation.records import CheckpointDifference
 from fire_llm.evaluation.scores import Scores
@@ -225,6 +226,65 @@ def test_a_run_that_began_with_a_checkpoint_has_it_as_its_first_row(run, tmp_pat
         ("only/seed-1/checkpoint-1", ["final"], 1),
     ]
     assert trials(more)[given, "a"]["nll"] == trials(run[2])["first/seed-1/checkpoint-8", "a"]["nll"]
+
+
+def test_what_was_measured_is_not_measured_again_but_where_something_differs(run, tmp_path):
+    folder, _, evaluation = run
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    number = len(evaluation["rows"])
+    assert evaluation["reused"] == 0
+
+    def without_time(found: dict) -> dict:
+        return {key: value for key, value in found.items() if key not in ("created", "reused")}
+
+    again = evaluate_run(copy, progress=False)
+    assert again["reused"] == number and without_time(again) == without_time(evaluation)
+    # Other settings, and being asked to, measure everything; so does what somebody changed in what is kept.
+    assert evaluate_run(copy, ["a"], stride=16, progress=False)["reused"] == 0
+    for kept in (copy / ".measured").iterdir():
+        content = json.loads(kept.read_text())
+        content["scores"]["nll"][0] += 1.0
+        kept.write_text(json.dumps(content))
+    measured = evaluate_run(copy, progress=False)
+    assert measured["reused"] == 0 and without_time(measured) == without_time(evaluation)
+    # Other weights under a checkpoint's name, of an equal size: its rows alone are measured again.
+    weights = copy / "second" / "fire" / "seed-1" / "checkpoint-4" / "model.safetensors"
+    shutil.copy(copy / "second" / "base" / "seed-1" / "checkpoint-4" / "model.safetensors", weights)
+    other = evaluate_run(copy, progress=False)
+    assert other["reused"] == number  # they are known from the other arm
+    base, fire = (trials(other)[f"second/{arm}/seed-1/checkpoint-4", "b"]["nll"] for arm in ("base", "fire"))
+    assert base == fire != trials(evaluation)["second/fire/seed-1/checkpoint-4", "b"]["nll"]
+    assert evaluate_run(copy, ["a"], again=True, progress=False)["reused"] == 0
+
+
+def test_an_unfinished_run_is_reported_as_far_as_it_is(run, tmp_path, capsys):
+    copy = shutil.copytree(run[0], tmp_path / "copy")
+    (copy / "results.json").unlink()
+    for seed in (1, 2):
+        shutil.rmtree(copy / "second" / "fire" / f"seed-{seed}")
+    before = sorted(copy.rglob("*"))
+    assert main(["report", str(copy), "--output", str(tmp_path / "page.html")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Unfinished, what follows is of the rest: second/fire/seed-1 (to do), second/fire/seed-2 (to do)." in said
+    assert "base" in said and "Unfinished, what follows" in (tmp_path / "page.html").read_text()
+    shutil.rmtree(copy / "first")
+    shutil.rmtree(copy / "second")
+    shutil.rmtree(copy / "tokenizer")
+    assert main(["report", str(copy), "--output", str(tmp_path / "page.html")]) == 0
+    assert "first/seed-1 (to do)" in capsys.readouterr().out and not (copy / "tokenizer").exists()
+    assert {p for p in before if p.exists()} == {*copy.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    "name", ["recipe.json", "first/seed-1/unit.json", "first/seed-1/checkpoint-8/trainer_state.json"]
+)
+def test_a_runs_own_files_edited_by_chance_are_told(name, run, tmp_path):
+    copy = shutil.copytree(run[0], tmp_path / "copy")
+    whole = (copy / name).read_bytes()
+    for content in [b"null", b"[]", b"", b"[" * 2000, whole[: len(whole) // 2]]:
+        (copy / name).write_bytes(content)
+        with pytest.raises(UserError, match=Path(name).name):
+            evaluate_run(copy, progress=False)
 
 
 def test_what_is_no_finished_run_is_refused(run, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,7 +12,7 @@ from support.recipes import GOOD, changed
 
 from fire_llm import UserError, load_recipe
 from fire_llm.experiment.context import RunContext
-from fire_llm.experiment.recipe import Recipe, recipe_schema, recipes_folder
+from fire_llm.experiment.recipe import Recipe, doubts, load_trials, recipe_schema, recipes_folder
 
 
 def test_the_good_one_loads():
@@ -187,3 +188,57 @@ def test_a_recipe_survives_its_own_json():
     recipe = load_recipe(GOOD)
     assert load_recipe(json.loads(json.dumps(recipe.model_dump(mode="json", exclude_none=True)))) == recipe
     assert Path(recipes_folder() / "demo.yaml").exists()
+
+
+# ---- text that is named twice or not held out
+
+
+def texts(folder: Path, **corpora: Any) -> dict:
+    (folder / "t.txt").write_text("\n\n".join(f"document {n}" for n in range(60)))
+    return {
+        **GOOD,
+        "data_root": str(folder),
+        "corpora": {name: {"files": "t.txt", **settings} for name, settings in corpora.items()},
+        "phases": [{"name": "one", "data": dict.fromkeys(corpora, 1.0), "steps": 1}],
+    }
+
+
+def test_text_that_is_measured_on_must_be_held_out(tmp_path):
+    data = texts(tmp_path, a={"holdout": 0.0}, b={})
+    with pytest.raises(UserError, match=r"corpora\.a\.holdout: 0 holds no text out, and 'a' is measured on"):
+        load_recipe(data)
+    assert load_recipe({**data, "evaluate": {"data": "b"}}).evaluated() == ["b"]
+
+
+def test_a_text_that_is_named_twice_is_measured_once_and_a_leak_is_told(tmp_path):
+    data = texts(tmp_path, a={"holdout": 0.1}, b={"holdout": 0.2})
+    data["evaluate"] = {"data": ["b", "b"]}
+    recipe = load_recipe(data)
+    assert recipe.evaluated() == ["b"]
+    (doubt,) = doubts(recipe)
+    assert doubt.startswith("'a' trains on a part of t.txt that 'b' holds out and is measured on")
+    data["corpora"]["a"]["holdout"] = 0.2
+    assert [*doubts(load_recipe(data))] == []
+
+
+def test_the_home_folder_stands_for_models_tokenizers_and_texts(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = {**texts(tmp_path, a={}), "model": "~/m", "tokenizer": "~/tok", "data_root": "~"}
+    recipe = load_recipe(data)
+    assert (recipe.model.checkpoint, recipe.tokenizer.path) == (f"{tmp_path}/m", f"{tmp_path}/tok")
+    assert recipe.data_root == str(tmp_path)
+
+
+def test_a_grid_of_a_million_trials_is_told_at_once():
+    grid = [f"optimizer.lr=[{','.join(str(n + 1) for n in range(1000))}]", f"seed=[{','.join(map(str, range(1000)))}]"]
+    with pytest.raises(UserError, match=r"sweep: 1,000,000 trials, .* at most 500 are allowed"):
+        load_trials(GOOD, grid=grid)
+    with pytest.raises(UserError, match="holds itself"):
+        load_trials(GOOD, grid=["seed=&a [*a, 1]"])
+
+
+def test_a_tag_cannot_steer_the_terminal(tmp_path):
+    (tmp_path / "r.yaml").write_text("model: !%1b[2J x")
+    with pytest.raises(UserError) as caught:
+        load_recipe(tmp_path / "r.yaml")
+    assert "\x1b" not in str(caught.value)

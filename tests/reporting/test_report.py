@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import random
 import re
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 import pytest
+from rich.console import Console
+from support.edits import edited
 
 from fire_llm.cli import main
 from fire_llm.core.errors import UserError
@@ -961,6 +964,67 @@ def test_a_results_file_of_damaged_structure_never_ends_in_a_traceback(tmp_path:
             load_results(tmp_path)
         except UserError as error:
             assert "results.json" in str(error)  # noqa: PT017  some changes are allowed
+
+
+@pytest.mark.parametrize("number", [20, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["results.json", "evaluation.json"])
+def test_files_edited_by_chance_give_one_sentence_or_a_whole_page(name: str, number: int, tmp_path: Path) -> None:
+    files = {one: json.loads((V1 / one).read_text(encoding="utf-8")) for one in ("results.json", "evaluation.json")}
+    newer = load_results(V1).model_dump(mode="json")
+    told = 0
+    for seed in range(number):
+        chance = random.Random(seed)
+        content = files | ({"results.json": newer} if seed % 2 else {})
+        content[name] = edited(content[name], chance)
+        for one, data in content.items():
+            (tmp_path / one).write_text(json.dumps(data))
+        try:
+            results = load_results(tmp_path)
+        except UserError as error:
+            told += 1
+            assert name in str(error) and "\n" not in str(error), seed  # noqa: PT017
+            continue
+        said = io.StringIO()
+        print_table(results, Console(file=said, width=100))
+        assert said.getvalue() and markdown_table(results), seed
+        if seed % 10 == 0 or number > 100:
+            assert "</html>" in write_report(results, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert 0.1 < told / number < 0.95
+
+
+# ---- one phase from a checkpoint
+
+
+def test_one_phase_from_a_checkpoint_forgets_since_its_base_was_measured_at_step_0() -> None:
+    results = fake_results(arms=("base", "fire"))
+    results |= {"phases": [], "arms_phase": "second", "first_corpus": NEW, "new_corpus": NEW}
+    results["recipe"]["model"] = {"checkpoint": "some/model"}
+    for number, arm in enumerate(("base", "fire")):
+        entry = results["arms"][arm]
+        entry["runs"][0]["start"] = None
+        for step, nll in ((0, 4.0 + number), (STEPS, 4.5 + number)):  # after the reset, step 0 is not the checkpoint's
+            for curve in (entry["curve"], entry["runs"][0]["curve"]):
+                at = next(e for e in curve if e["step"] == step)
+                at["eval"][FIRST] = {"nll": nll}
+                at["eval"]["third"] = {"nll": nll - 1}
+        for final in (entry["final"], entry["runs"][0]["final"]):
+            final |= {FIRST: {"nll": 4.5 + number}, "third": {"nll": 3.5 + number}}
+    comparison = compared(results)
+    assert [comparison.retention(arm)[0][1] for arm in ("base", "fire")] == pytest.approx([0.5, 1.5])
+    assert comparison.forgotten("fire", "third") == {1: pytest.approx(1.5)}
+    assert "forgetting" in cells(results, FIRST, "fire") and cells(results, FIRST, "fire")["forgetting"] == "+1.5000"
+    assert cells(results, "third", "base")["forgetting"] == "+0.5000"
+    assert "steps saved" in cells(results, NEW, "base")
+    assert f"On {FIRST}, the first of the other texts, it ends" in " ".join(comparison.reading())
+    results["recipe"]["model"] = {"preset": "gpt-tiny"}  # began with random weights: nothing to forget
+    assert compared(results).retention("base") == []
+
+
+def test_what_is_unfinished_is_told_first() -> None:
+    results = typed(fake_results()).model_copy(update={"unfinished": {f"second/x/seed-{n}": "to do" for n in range(7)}})
+    said = Comparison(results).reading()
+    assert said[0].startswith("Unfinished, what follows is of the rest: second/x/seed-0 (to do), ")
+    assert said[0].endswith("and 2 more.") and len(said) > 1
 
 
 # ---- the verb

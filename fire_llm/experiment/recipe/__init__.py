@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fire_llm.experiment.recipe.faults import doubts
 from fire_llm.experiment.recipe.grid import Trial, load_trials, words
 from fire_llm.experiment.recipe.optimizing import optimizer_of
 from fire_llm.experiment.recipe.reading import load_recipe, recipes_folder
@@ -13,6 +14,7 @@ __all__ = [
     "PhaseSection",
     "Recipe",
     "Trial",
+    "doubts",
     "load_recipe",
     "load_trials",
     "optimizer_of",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -141,6 +142,25 @@ def contradictions(recipe: Recipe) -> Iterable[str]:
             yield f"{place}: {error}"
         except OSError as error:
             yield f"{place}: '{name}' cannot be looked at: {error.strerror or error}"
+    for name in recipe.evaluated():
+        if name in recipe.corpora and recipe.corpora[name].holdout == 0:
+            yield (
+                f"corpora.{name}.holdout: 0 holds no text out, and '{name}' is measured on. Give a share above 0 or "
+                f"validation files, or leave '{name}' out of evaluate.data"
+            )
+
+
+def doubts(recipe: Recipe) -> Iterable[str]:
+    """Yield what of a recipe without a fault may not be meant: text that one corpus trains on and another holds out."""
+    trained = dict.fromkeys(name for phase in recipe.phases for name in phase.data)
+    root = Path(recipe.data_root)
+    corpora = {name: resolve(name, recipe.corpora.get(name), root) for name in recipe.corpus_names()}
+    for one, other in itertools.product(trained, recipe.evaluated()):
+        if file := corpora[one].trains_on_held_out(corpora[other]):
+            yield (
+                f"'{one}' trains on a part of {file.name} that '{other}' holds out and is measured on: give both the "
+                "same holdout, document and text, unless that is meant"
+            )
 
 
 def _context(recipe: Recipe) -> int | None:

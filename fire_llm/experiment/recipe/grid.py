@@ -7,11 +7,13 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from fire_llm.core.errors import UserError
 from fire_llm.core.hashing import digest
+from fire_llm.experiment.recipe.plain import plain_faults
 from fire_llm.experiment.recipe.reading import assignment, checked, read_data, refuse, set_key
 from fire_llm.experiment.recipe.sections import Recipe
 
@@ -59,7 +61,7 @@ def load_trials(
     if not isinstance(swept, dict):
         raise UserError(f"sweep: {json.dumps(swept)[:80]} is no grid; write {{optimizer.lr: [1.0e-3, 3.0e-4]}}")
     swept = {**swept, **dict(assignment("--grid", text) for text in grid)}
-    refuse(source, grid_faults(swept))
+    refuse(source, _too_many(swept) or plain_faults(swept) or grid_faults(swept))
     points = [dict(zip(swept, values, strict=True)) for values in itertools.product(*swept.values())]
     trials: list[Trial] = []
     faults: dict[str, list[str]] = {}
@@ -90,12 +92,14 @@ def grid_faults(swept: Mapping[str, Any]) -> list[str]:
             faults.append(f"sweep.{key}: {json.dumps(values)[:80]} names a value twice")
         if not key or key.partition(".")[0] in ("sweep", "name"):
             faults.append(f"sweep.{key}: '{key}' cannot be swept over; name a key that a run's results depend on")
-    count = 1
-    for values in swept.values():
-        count *= len(values) if isinstance(values, list) else 1
-    if count > MOST_TRIALS:
-        faults.append(f"sweep: {count:,} trials, the product of the lists' lengths; at most {MOST_TRIALS} are allowed")
-    return faults
+    return faults + _too_many(swept)
+
+
+def _too_many(swept: Mapping[str, Any]) -> list[str]:
+    """Return that a grid has too many trials, in a list, which is empty where it has not."""
+    count = prod(len(values) for values in swept.values() if isinstance(values, list))
+    said = f"sweep: {count:,} trials, the product of the lists' lengths; at most {MOST_TRIALS} are allowed"
+    return [said] if count > MOST_TRIALS else []
 
 
 def _located(fault: str, names: list[str], of: int) -> str:

@@ -81,7 +81,7 @@ def read_yaml(text: str) -> Any:
         return yaml.load(text, Loader=Loader)
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        reason = problem or str(error).strip().partition("\n")[0]
+        reason = _UNPRINTABLE.sub("?", problem or str(error).strip().partition("\n")[0])
         raise ValueError(f"line {mark.line + 1}: {reason}" if mark else reason) from error
     except (OverflowError, ValueError) as error:
         raise ValueError(f"a number in it cannot be read: {error}") from error

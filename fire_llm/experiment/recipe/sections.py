@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
@@ -20,6 +21,9 @@ def _as_key(key: str) -> Any:
     return lambda value: {key: value} if isinstance(value, str) else value
 
 
+Place = Annotated[str, BeforeValidator(lambda name: os.path.expanduser(name) if isinstance(name, str) else name)]
+"""A folder, or a Hub id; `~` is the home folder."""
+
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """What NumPy's generator can be seeded with too."""
 
@@ -32,7 +36,7 @@ class ModelSection(_Section):
     """The model: a preset, or an existing checkpoint."""
 
     preset: str | None = Field(None, description=f"One of {', '.join(PRESETS)}")
-    checkpoint: str | None = Field(None, description="A Hub id or a folder to start from instead of a preset")
+    checkpoint: Place | None = Field(None, description="A Hub id or a folder to start from instead of a preset")
     context: int | None = Field(None, ge=2, description="Tokens a sequence; the preset's own by default")
     config: dict[str, Any] = Field(default_factory=dict, description="Attributes of the transformers config to set")
 
@@ -40,7 +44,7 @@ class ModelSection(_Section):
 class TokenizerSection(_Section):
     """The tokenizer: an existing one, or one trained on corpora of the recipe."""
 
-    path: str | None = Field(None, description="A Hub id or a folder")
+    path: Place | None = Field(None, description="A Hub id or a folder")
     train: int | None = Field(None, ge=258, description="Vocabulary size of a byte-level BPE trained before phase 1")
     corpora: list[str] = Field(default_factory=list, description="What it is trained on; the first phase's by default")
 
@@ -168,7 +172,7 @@ class Recipe(_Section):
     seed: Annotated[list[Seed], BeforeValidator(as_list)] = Field([1], min_length=1, description="One seed or several")
     model: Annotated[ModelSection, BeforeValidator(_as_key("checkpoint"))]
     tokenizer: Annotated[TokenizerSection | None, BeforeValidator(_as_key("path"))] = None
-    data_root: str = Field(".", description="Folder from which relative paths of corpora count")
+    data_root: Place = Field(".", description="Folder from which relative paths of corpora count")
     corpora: dict[str, CorpusSpec] = Field(default_factory=dict, description="Corpora of one's own, by name")
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
     batch: BatchSection = Field(default_factory=BatchSection)
@@ -197,7 +201,7 @@ class Recipe(_Section):
 
     def evaluated(self) -> list[str]:
         """Return the corpora that perplexity is measured on."""
-        return self.evaluate.data or self.corpus_names()
+        return list(dict.fromkeys(self.evaluate.data)) or self.corpus_names()
 
     def diagnosed(self, phase: PhaseSection) -> str:
         """Return the corpus that a phase's plasticity is measured on: its heaviest evaluated one, else the first."""

@@ -43,7 +43,7 @@ def corpora_figure(rows: Sequence[EvaluationRow]) -> Figure | None:
     worst = 0.0
     for seed in seeds:
         cells = {(name, row.data): (row, bits) for name, row, bits in measured if row.seed in (seed, None)}
-        best = {c: min(bits for (_, data), (_, bits) in cells.items() if data == c) for c in corpora}
+        best = {c: min((b for (_, data), (_, b) in cells.items() if data == c), default=0.0) for c in corpora}
         apart = {key: bits - best[key[1]] for key, (_, bits) in cells.items()}
         worst = max([worst, *(apart[key] for key, (row, _) in cells.items() if row.phase is not None)])
         grid = [[(name, c) for c in corpora] for name in names]
