@@ -18,6 +18,9 @@ from fire_llm.core.errors import UserError
 WRITABLE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types that a reset can read and write, under the names that safetensors has for them."""
 
+NUMBERS = {**WRITABLE, "I64": torch.int64, "I32": torch.int32}
+"""The same with those of buffers."""
+
 _BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
@@ -60,7 +63,7 @@ class StoredTensor:
         """
         rows = range(self.n_rows) if rows is None else rows
         shape = (len(rows), *self.shape[1:]) if self.shape else ()
-        data = torch.empty(shape, dtype=WRITABLE[self.dtype])
+        data = torch.empty(shape, dtype=NUMBERS[self.dtype])
         start, _ = self._span(rows)
         with self.file.open("rb", buffering=0) as file:
             file.seek(start)
@@ -75,7 +78,7 @@ class StoredTensor:
     def write(self, rows: range, data: Tensor, file: int) -> None:
         """Overwrite rows along the first axis in a copy of the file, opened for writing under a descriptor."""
         start, length = self._span(rows)
-        left = _bytes(data.detach().to(WRITABLE[self.dtype]).contiguous())
+        left = _bytes(data.detach().to(NUMBERS[self.dtype]).contiguous())
         assert len(left) == length
         while left:
             done = os.pwrite(file, left, start)

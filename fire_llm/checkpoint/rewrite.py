@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -85,8 +85,7 @@ def reset_checkpoint(
             an existing `dst` or one inside `src`, or no room.
         RuntimeError: Where a result is not finite.
     """
-    named = cast("ResetsLike", {"method": method, **options})
-    specs = parse_resets(named if isinstance(method, str) else method)
+    specs = parse_resets(method, options)
     refuse_kinds(specs)
     _check_start(specs, init, seed)
     where = find_device(device)
@@ -138,6 +137,8 @@ class _Rewrite:
         elif seed is not None:
             initial, slices = draw_initial(stored.source.config, seed, progress)
         plan = Plan.of(stored.model, specs, initial)
+        # transformers draws a buffer that is not stored: there is nothing to reset.
+        plan.keep(lambda weight: not weight.buffer or weight.parameter in stored.places.of)
         if not plan.wanted:
             raise UserError(_nothing(plan, str(src)))
         for weight in plan.wanted:

@@ -39,9 +39,11 @@ class ResetCallback(TrainerCallback):
         report_file: Where to write the report as JSON.
         spectra: Whether the report holds singular values.
         training: What other callbacks do during training, for the report.
+        **options: Options of the method, where `resets` is its name: `ResetCallback("fire", iterations=10)`.
 
     Raises:
-        UserError: At once, for an unknown reset or option, or a method that acts during training.
+        UserError: At once, for an unknown reset or option, or a method that acts during training; when training begins,
+            for a step that it does not reach.
     """
 
     def __init__(
@@ -54,8 +56,9 @@ class ResetCallback(TrainerCallback):
         report_file: str | Path | None = None,
         spectra: bool = False,
         training: ResetsLike = (),
+        **options: Any,
     ) -> None:
-        self.resets = parse_resets(resets)
+        self.resets = parse_resets(resets, options)
         refuse_kinds(self.resets)
         self.training = parse_resets(training)
         self.at_steps = frozenset(at_steps)
@@ -75,6 +78,10 @@ class ResetCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Reset at the start of training, unless this is a resumption; refuse engines that no reset can reach."""
         refuse_engines(args)
+        if self.at_steps and max(self.at_steps) > state.max_steps:
+            raise UserError(
+                f"at_steps {sorted(self.at_steps)}: training ends at step {state.max_steps}, before the last of them"
+            )
         if not self.at_steps and state.global_step == 0:
             self._apply(args, **kwargs)
 
