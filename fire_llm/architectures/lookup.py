@@ -60,6 +60,8 @@ class Lookup:
         self._modules = plain_modules(model)
         getter = getattr(model, "get_output_embeddings", None)
         head = getter() if callable(getter) else None
+        if head is None and callable(getter):  # transformers looks for it behind a trunk that may be wrapped
+            head = self._modules.get("lm_head")
         heads = list(head) if isinstance(head, nn.ModuleList) else [head]
         self._heads = [unwrap(one) for one in heads if one is not None]
 

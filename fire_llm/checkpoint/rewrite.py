@@ -140,7 +140,7 @@ class _Rewrite:
         # transformers draws a buffer that is not stored: there is nothing to reset.
         plan.keep(lambda weight: not weight.buffer or weight.parameter in stored.places.of)
         if not plan.wanted:
-            raise UserError(_nothing(plan, str(src)))
+            raise UserError(f"{plan.idle(str(src))} Add a role with --role, or take back an --exclude")
         for weight in plan.wanted:
             stored.check_readable(weight)
         if start is not None:
@@ -249,16 +249,6 @@ class _Rewrite:
             device = self.device.type
             write_provenance(folder / PROVENANCE, self.stored, report, hashes, self.origin, device)
             write_card(folder / "README.md", self.stored, report, self.origin, device)
-
-
-def _nothing(plan: Plan, name: str) -> str:
-    """Return the message about a reset that would change nothing."""
-    matrices = sorted({p.role for p in plan.slices if p.matrix})
-    why = sorted({plan.reason(i) for i, p in enumerate(plan.slices) if p.matrix})
-    return (
-        f"nothing to reset in '{name}', whose matrices have the roles {', '.join(matrices)} ({'; '.join(why[:3])}). "
-        "Add a role with --role, or take back an --exclude"
-    )
 
 
 class _Hasher:

@@ -76,6 +76,8 @@ class Plan:
         refuse_engines(model, optimizer)
         make_current(model)
         plan = cls.of(model, specs, initial, whole=whole)
+        if whole and not plan.wanted and any(spec.method != "none" for spec in specs):
+            raise UserError(f"{plan.idle(type(model).__name__)} Name another role, or take back a pattern of exclude")
         plan._check_values()
         return plan
 
@@ -157,6 +159,18 @@ class Plan:
         report = TensorReport.of(weight) if apart else describe(weight, held(weight), spectra, measures)
         report.reason = self.reason(index) if not self.actions[index] else None
         return report
+
+    def idle(self, name: str) -> str:
+        """Return the message about resets that would change nothing.
+
+        Args:
+            name: What the model is called.
+        """
+        matrices = sorted({p.role for p in self.slices if p.matrix})
+        why = sorted({self.reason(i) for i, p in enumerate(self.slices) if p.matrix})
+        return (
+            f"nothing to reset in '{name}', whose matrices have the roles {', '.join(matrices)} ({'; '.join(why[:3])})."
+        )
 
     def reason(self, index: int) -> str:
         """Return why a slice is left alone."""
