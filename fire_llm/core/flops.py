@@ -59,7 +59,7 @@ def flops_per_token(model: PreTrainedModel, context: int) -> float | None:
     head = getattr(model.get_output_embeddings(), "weight", None)
     tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not head}
     weights = sum(p.numel() for p in model.parameters() if p not in tables)
-    return 6.0 * weights + attention
+    return float(6.0 * weights + attention)
 
 
 def layer_configs(text: Any) -> list[Any]:

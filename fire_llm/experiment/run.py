@@ -155,10 +155,10 @@ class _Command:
                 os.environ.pop(name, None)
         jobs = jobs_of(self.trials, self.output, self.progress)
         wanted = of_arms(jobs, self.arms)
-        left = [job.stage for job in wanted if not job.done()]
-        check_resets(left)
+        ahead = [job.stage for job in wanted if not job.done()]
+        check_resets(ahead)
         if self.progress and ranks().is_main_process:
-            sys.stderr.writelines(f"warning: {warning}\n" for warning in norm_warnings(left))
+            sys.stderr.writelines(f"warning: {warning}\n" for warning in norm_warnings(ahead))
         if ranks().num_processes > 1 or launched():
             return Sweep(list(self.trials), self._on_ranks(jobs, wanted), [], [])
         with ExitStack() as stack:

@@ -169,7 +169,7 @@ def parse_resets(resets: ResetsLike, options: Mapping[str, Any] | None = None) -
                 f"{', '.join(options)}: options stand beside a method's name alone; write them into the spec, such as "
                 f"{{'method': 'fire', {next(iter(options))!r}: …}}"
             )
-        resets = {"method": resets, **options}
+        return [ResetSpec.parse({"method": resets, **options})]
     many = [resets] if isinstance(resets, str | Mapping | ResetSpec) else list(resets)
     return [ResetSpec.parse(r) for r in many]
 
