@@ -30,7 +30,7 @@ from fire_llm.experiment.recipe import PhaseSection, Recipe, optimizer_of
 from fire_llm.models import model_on_meta
 from fire_llm.resets import FORMER, ResetSpec
 from fire_llm.resets.plan import slices_of
-from fire_llm.resets.selection import refuse_unfound
+from fire_llm.resets.unfound import refuse_unfound
 
 MOST_STAGES = 2_000
 """Of a recipe: a few lines of warm starts and seeds multiply."""

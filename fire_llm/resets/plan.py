@@ -14,8 +14,8 @@ from fire_llm.core.errors import UserError
 from fire_llm.distributed import Block, blocks_of, make_current, refuse_engines
 from fire_llm.resets.methods import RESETS, Kind
 from fire_llm.resets.report import Measures, Spectra, TensorReport, describe, fetch
-from fire_llm.resets.selection import refuse_unfound
 from fire_llm.resets.spec import FROZEN, ResetSpec, refuse_kinds
+from fire_llm.resets.unfound import refuse_unfound
 
 
 @dataclass

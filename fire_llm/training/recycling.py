@@ -24,8 +24,8 @@ from fire_llm.models import fresh_model
 from fire_llm.resets import RESETS, ResetSpec, parse_resets
 from fire_llm.resets.plan import slices_of
 from fire_llm.resets.recycling import Recycler
-from fire_llm.resets.selection import refuse_unfound
 from fire_llm.resets.spec import refuse_kinds
+from fire_llm.resets.unfound import refuse_unfound
 
 RECYCLED = "recycled"
 """Key of a trainer's log: hidden units recycled so far, over all layers."""
