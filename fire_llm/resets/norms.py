@@ -18,7 +18,7 @@ from fire_llm.resets.spec import ResetSpec
 LEAST, MOST = 0.5, 1.5
 """Bounds of the factor by which the norm of all touched matrices together may change without a word."""
 
-_DRAWN = (0.4, 1.25)
+_DRAWN = (0.4, 2.0)
 """Bounds of the root mean square of newly drawn weights over the config's; GPT-2 draws some of its matrices smaller."""
 
 
@@ -50,10 +50,11 @@ def norm_warning(specs: Sequence[ResetSpec], touched: Sequence[TensorReport]) ->
 
 
 def newly_drawn(config: Any, report: ResetReport) -> bool:
-    """Return whether weights look as their initialisation drew them: there is nothing to lose then.
+    """Return whether weights look as their initialisation drew them, or a little trained: there is little to lose then.
 
-    Their entries are as large as the config says, and their spectra are those of noise: of the squared singular values
-    of a Gaussian (m, n), n ≤ m, the mean square is 1 + n/m times the squared mean.
+    Their entries are as large as the config says. Where norms fall, as in wide models, whose trained weights may be no
+    larger, their spectra are those of noise too: of the squared singular values of a Gaussian (m, n), n ≤ m, the mean
+    square is 1 + n/m times the squared mean.
     """
     rows = [row for row in report.touched if row.norm_before and row.dfi_before is not None]
     if not rows:
@@ -61,7 +62,7 @@ def newly_drawn(config: Any, report: ResetReport) -> bool:
     size = math.sqrt(sum((row.norm_before or 0) ** 2 for row in rows) / sum(math.prod(row.shape) for row in rows))
     spread = [_spread(row) / (1 + min(row.shape) / max(row.shape)) for row in rows]
     drawn = size / (getattr(config, "initializer_range", None) or 0.02)
-    return _DRAWN[0] < drawn < _DRAWN[1] and sum(spread) / len(spread) < 1.1
+    return _DRAWN[0] < drawn < _DRAWN[1] and (_factor(rows) > 1 or sum(spread) / len(spread) < 1.1)
 
 
 def _spread(row: TensorReport) -> float:
