@@ -13,6 +13,7 @@ from torch import nn
 
 from fire_llm.architectures.lookup import Lookup
 from fire_llm.architectures.matrices import ParameterSlice, logical_matrices
+from fire_llm.architectures.names import plain_parameters
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def hidden_layers(
         The layers, and for MLPs whose units lie elsewhere than in rows and columns of matrices: why, by the name of
         their last parameter.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(plain_parameters(model))
     layers, unreached = [], {}
     for matrices, outgoing, found in _mlps(model):
         if not all(wanted(matrix) for matrix in matrices):

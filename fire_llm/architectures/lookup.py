@@ -8,6 +8,7 @@ from torch import nn
 
 from fire_llm.architectures.families import TABLE
 from fire_llm.architectures.grammar import WHOLE_SUBTREE, Layout, Table
+from fire_llm.architectures.names import plain_modules, unwrap
 
 REGISTERED: Table = {}
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList)
@@ -19,7 +20,7 @@ class Location:
     """Where one name of a parameter lives.
 
     Args:
-        name: Full name in the model.
+        name: Full plain name in the model.
         owner: Module that holds it.
         block: Nearest module that is no container, above the owner of a `weight`, else the owner itself.
         child: Path from the block to the owner of a `weight`, else to the parameter; indices as `*`.
@@ -56,10 +57,13 @@ class Lookup:
     """Find the locations of a model's parameters and what the tables hold about them."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._modules = plain_modules(model)
         getter = getattr(model, "get_output_embeddings", None)
         head = getter() if callable(getter) else None
-        self._heads = list(head) if isinstance(head, nn.ModuleList) else [head]
+        if head is None and callable(getter):  # transformers looks for it behind a trunk that may be wrapped
+            head = self._modules.get("lm_head")
+        heads = list(head) if isinstance(head, nn.ModuleList) else [head]
+        self._heads = [unwrap(one) for one in heads if one is not None]
 
     def location(self, name: str) -> Location:
         """Find the block and the child path of a parameter."""
@@ -113,12 +117,23 @@ def refusal(kind: str, unknown: list[tuple[Location, tuple[int, ...]]]) -> str:
     location, shape = unknown[0]
     block, child, module = location.block_class, location.child, class_of(location.block).__module__
     pairs = list(dict.fromkeys(f"{s.block_class}.{s.child}" for s, _ in unknown))[1:]
+    others = [other for name, other in REGISTERED if name == block and other != child]
     also = f" Also unknown: {', '.join(pairs[:5])}{' and more' if len(pairs) > 5 else ''}." if pairs else ""
+    if others:
+        also += f" Registered for {block}: {', '.join(others)}."
     if any(step.startswith(("lora_", "base_layer")) for s, _ in unknown for step in s.name.split(".")):
         return (
             f"{kind}: '{location.name}' belongs to an adapter, whose product is added to weights that stay as they "
             "are. Reset the base before the adapter is put on it: fire_(model), then get_peft_model(model, config). "
             "Of a trained adapter, reset the sum: fire_(model.merge_and_unload())"
+        )
+    if (block, child) in REGISTERED:
+        layout = REGISTERED[block, child]
+        return (
+            f"{kind}: the layout registered for {block}.{child} is for a {layout.module_class}, and '{location.name}' "
+            f"(shape {shape}) is held by a {class_of(location.owner).__name__}.{also} If it fits all the same, name "
+            f"that class, or None for any: fire_llm.register_layout('{block}', '{child}', role='{layout.role}', "
+            f"module_class='{class_of(location.owner).__name__}')"
         )
     if (block, child) in TABLE:
         also += f" A layout of that name exists, for transformers' own {block} and a child of class "

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fire_llm.architectures.families import TYPES
 from fire_llm.architectures.grammar import MATRIX_ROLES, ROLES, Layout, Part, PartLike, Sizes, SliceSpec
 from fire_llm.architectures.lookup import REGISTERED, Location, Lookup, Match, class_of, refusal
+from fire_llm.architectures.names import plain_buffers, plain_parameters, unwrap
 from fire_llm.core.compat import left_out
 from fire_llm.core.errors import UserError, did_you_mean
 
@@ -43,11 +44,13 @@ class ParameterSlice:
     """One slice of a model: a logical (out, in) matrix, or a parameter that is kept whole.
 
     Args:
-        parameter: Full name in the unwrapped model, as in `named_parameters()`.
+        parameter: Full plain name, as `named_parameters()` of the model without wrappers has it.
         tensor: The parameter itself, or the rows of it that `within` was given.
         roles: Roles it plays; a tied embedding and head play two.
         block: Class name of the block that holds it.
         spec: Where the matrix lies in the parameter; None where the parameter is kept whole.
+        buffer: Whether it is a buffer: numbers that training moves by other means than gradients, kept whole.
+        frozen: Whether training leaves a buffer alone; a parameter's own `requires_grad` says so.
     """
 
     parameter: str
@@ -55,6 +58,8 @@ class ParameterSlice:
     roles: frozenset[str]
     block: str
     spec: SliceSpec | None = None
+    buffer: bool = False
+    frozen: bool = False
 
     @property
     def matrix(self) -> bool:
@@ -85,8 +90,8 @@ class ParameterSlice:
 
     @property
     def trainable(self) -> bool:
-        """Return whether gradients reach it."""
-        return self.tensor.requires_grad
+        """Return whether training moves it."""
+        return not self.frozen if self.buffer else self.tensor.requires_grad
 
     @property
     def rows(self) -> range:
@@ -197,22 +202,6 @@ def supported_types() -> list[str]:
     return [name for name in TYPES if name in known]
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """Peel what DistributedDataParallel, DataParallel and torch.compile put around a model."""
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
-
-
-def plain_name(name: str) -> str:
-    """Strip what activation checkpointing and torch.compile put into a parameter's name."""
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
-
-
 def logical_matrices(model: nn.Module, roles: Iterable[str] = ("attention", "mlp")) -> Iterator[ParameterSlice]:
     """Yield the logical (out, in) matrices that play one of the roles, in the order of `named_parameters()`.
 
@@ -250,7 +239,7 @@ def parameter_slices(model: nn.Module, *, strict: bool = True) -> list[Parameter
             the role `other`, which serves a reset that treats all parameters alike.
 
     Returns:
-        Each parameter exactly once (a tied one under its first name), in the order of `named_parameters()`.
+        Each parameter exactly once (a tied one under its first plain name), in the order of `named_parameters()`.
 
     Raises:
         UserError: A weight is quantised, unknown (`strict`), or does not fit its layout; or there are no weights.
@@ -260,7 +249,7 @@ def parameter_slices(model: nn.Module, *, strict: bool = True) -> list[Parameter
     if getattr(model, "is_quantized", False):
         raise UserError(f"{kind} is quantised, its weights are codes: load it in float32, float16 or bfloat16")
     names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in plain_parameters(model):
         names.setdefault(parameter, []).append(name)
     if not names:
         raise UserError(f"{kind} has no parameters: nothing to cut into matrices")
@@ -283,6 +272,31 @@ def parameter_slices(model: nn.Module, *, strict: bool = True) -> list[Parameter
         raise UserError(
             f"{kind} holds no attention, MLP or SSM matrix: is it a language model with at least one layer?"
         )
+    return result
+
+
+def buffer_slices(model: nn.Module) -> list[ParameterSlice]:
+    """List the buffers that a checkpoint holds, each whole: running statistics, what steers a router's balance.
+
+    Args:
+        model: As in `parameter_slices`.
+
+    Returns:
+        Those that hold numbers, not yes or no, under their first plain names. One is frozen where the module that holds
+        it has parameters, and all of them are.
+    """
+    model = unwrap(model)
+    lookup = Lookup(model)
+    result = []
+    for name, buffer in plain_buffers(model):
+        if buffer.dtype == torch.bool or buffer.is_complex():
+            continue
+        location = lookup.location(name)
+        match = lookup.classify(location, 1)
+        beside = [p.requires_grad for p in location.owner.parameters()]
+        frozen = bool(beside) and not any(beside)
+        role = match.role if match is not None else "other"
+        result.append(ParameterSlice(name, buffer, frozenset({role}), location.block_class, buffer=True, frozen=frozen))
     return result
 
 

@@ -213,7 +213,8 @@ def _command(report: ResetReport, name: str, origin: Mapping[str, Any], device: 
         return f"fire_llm.reset_checkpoint({name!r}, 'DST', {[asdict(s) for s in report.resets]}, device={device!r})"
     spec = report.resets[0]
     flags = [f"--method {spec.method}"]
-    flags += [f"--{key.replace('_', '-')} {value}" for key, value in spec.options.items() if value is not None]
-    flags += [f"--exclude '{pattern}'" for pattern in spec.exclude]
+    flags += [f"--{key.replace('_', '-')} {value}" for key, value in spec.read.items() if value is not None]
+    flags += [f"--{key} '{pattern}'" for key in ("include", "exclude") for pattern in getattr(spec, key)]
+    flags += [f"--layers {spec.layers}"] if spec.layers else []
     flags += [f"--{key} {value}" for key, value in {**origin, "device": device}.items() if value is not None]
     return f"fire-llm apply {name} DST {' '.join(flags)}"

@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fire_llm.architectures.matrices import ParameterSlice, parameter_slices
+from fire_llm.architectures.matrices import ParameterSlice, buffer_slices, parameter_slices
+from fire_llm.architectures.names import plain_buffers
 from fire_llm.checkpoint.stored import Slices
 from fire_llm.core.errors import UserError
 from fire_llm.core.hardware import free_memory
@@ -122,7 +123,7 @@ class Drawn(Slices):
                 self.model = fresh_model(copy.deepcopy(config), seed)
         except RuntimeError as error:  # NotImplementedError among them, and reading a number of a hollow tensor
             raise NotImplementedError(str(error)) from error
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in [*self.model.named_parameters(), *plain_buffers(self.model)]:
             if parameter.is_meta and parameter.untyped_storage()._cdata not in self._recorder.steps:
                 raise NotImplementedError(f"{name} is made from the numbers of another weight")
         self._last: tuple[int, Tensor | None] = (0, None)
@@ -178,4 +179,4 @@ def draw_initial(config: Any, seed: int, progress: bool = False) -> tuple[Any, M
                 "folder as --init"
             ) from None
     model = fresh_model(copy.deepcopy(config), seed)
-    return model, {weight.name: weight for weight in parameter_slices(model, strict=False)}
+    return model, {weight.name: weight for weight in [*parameter_slices(model, strict=False), *buffer_slices(model)]}

@@ -20,6 +20,9 @@ from fire_llm.core.files import LONGEST, Reader, SourceFile, read_file
 WRITABLE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types that a reset can read and write, under the names that safetensors has for them."""
 
+NUMBERS = {**WRITABLE, "I64": torch.int64, "I32": torch.int32}
+"""The same with those of buffers."""
+
 _BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
@@ -66,7 +69,7 @@ class StoredTensor:
         """
         rows = range(self.n_rows) if rows is None else rows
         shape = (len(rows), *self.shape[1:]) if self.shape else ()
-        data = torch.empty(shape, dtype=WRITABLE[self.dtype])
+        data = torch.empty(shape, dtype=NUMBERS[self.dtype])
         with self.file.opened() if copy is None else nullcontext(copy) as reader:
             reader.read_into(_bytes(data), self._span(rows)[0])
         return data
@@ -74,7 +77,7 @@ class StoredTensor:
     def write(self, rows: range, data: Tensor, file: int) -> None:
         """Overwrite rows along the first axis in a copy of the file, opened for writing under a descriptor."""
         start, length = self._span(rows)
-        left = _bytes(data.detach().to(WRITABLE[self.dtype]).contiguous())
+        left = _bytes(data.detach().to(NUMBERS[self.dtype]).contiguous())
         assert len(left) == length
         while left:
             done = os.pwrite(file, left, start)

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fire_llm.checkpoint.headers import WRITABLE, StoredTensor
+from fire_llm.architectures.names import plain_buffers
+from fire_llm.checkpoint.headers import NUMBERS, StoredTensor
 from fire_llm.checkpoint.refusals import names
 from fire_llm.core.errors import UserError
 from fire_llm.core.files import Reader
@@ -109,7 +110,7 @@ class Places:
         found = [(place, overlap) for place in self.of[name] if (overlap := place.overlap(rows))]
         if len(found) == 1 and found[0][0].inner is None and found[0][1] == rows:
             return read(found[0][0], rows)
-        kinds = {WRITABLE[place.tensor.dtype] for place, _ in found}
+        kinds = {NUMBERS[place.tensor.dtype] for place, _ in found}
         dtype = kinds.pop()
         for other in kinds:
             dtype = torch.promote_types(dtype, other)
@@ -155,6 +156,10 @@ def places_of(model: nn.Module, tensors: Mapping[str, StoredTensor]) -> Places:
             else:
                 _untie(model, name)
                 result.of[name] = found[name]
+    for name, buffer in plain_buffers(model):
+        if name in found:
+            _check_shape(name, buffer.shape, found[name])
+            result.of[name] = found[name]
     if missing:
         raise UserError(
             f"the checkpoint lacks {len(missing)} of the tensors of {type(model).__name__}: {names(missing)}. "

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -87,8 +87,7 @@ def reset_checkpoint(
             an existing `dst` or one inside `src`, or no room.
         RuntimeError: Where a result is not finite.
     """
-    named = cast("ResetsLike", {"method": method, **options})
-    specs = parse_resets(named if isinstance(method, str) else method)
+    specs = parse_resets(method, options)
     refuse_kinds(specs)
     _check_start(specs, init, seed)
     where = find_device(device)
@@ -144,8 +143,10 @@ class _Rewrite:
         elif seed is not None:
             initial, slices = draw_initial(stored.source.config, seed, progress)
         plan = Plan.of(stored.model, specs, initial)
+        # transformers draws a buffer that is not stored: there is nothing to reset.
+        plan.keep(lambda weight: not weight.buffer or weight.parameter in stored.places.of)
         if not plan.wanted:
-            raise UserError(_nothing(plan, str(src)))
+            raise UserError(f"{plan.idle(str(src))} Add a role with --role, or take back an --exclude")
         for weight in plan.wanted:
             stored.check_readable(weight)
         if start is not None:
@@ -250,16 +251,6 @@ class _Rewrite:
             device = self.device.type
             write_provenance(folder / PROVENANCE, self.stored, report, hashes, self.origin, device)
             write_card(folder / "README.md", self.stored, report, self.origin, device)
-
-
-def _nothing(plan: Plan, name: str) -> str:
-    """Return the message about a reset that would change nothing."""
-    matrices = sorted({p.role for p in plan.slices if p.matrix})
-    why = sorted({plan.reason(i) for i, p in enumerate(plan.slices) if p.matrix})
-    return (
-        f"nothing to reset in '{name}', whose matrices have the roles {', '.join(matrices)} ({'; '.join(why[:3])}). "
-        "Add a role with --role, or take back an --exclude"
-    )
 
 
 class _Hasher:

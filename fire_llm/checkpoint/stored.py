@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fire_llm.architectures.matrices import ParameterSlice, parameter_slices
-from fire_llm.checkpoint.headers import WRITABLE
+from fire_llm.architectures.matrices import ParameterSlice, buffer_slices, parameter_slices
+from fire_llm.checkpoint.headers import NUMBERS, WRITABLE
 from fire_llm.checkpoint.mapping import Places, places_of
 from fire_llm.checkpoint.refusals import names
 from fire_llm.checkpoint.source import Source
@@ -63,7 +63,7 @@ class Stored:
         if weight.parameter not in self.places.of:
             raise UserError(f"'{self.source.name}' does not store '{weight.parameter}': leave it out with --exclude")
         for place in self.places.of[weight.parameter]:
-            if place.tensor.dtype not in WRITABLE:
+            if place.tensor.dtype not in (NUMBERS if weight.buffer else WRITABLE):
                 stored = f"'{place.tensor.name}' in '{place.tensor.file.name}' is {place.tensor.dtype}"
                 raise UserError(
                     f"{stored}; a reset needs one of {', '.join(WRITABLE)}. Quantised? Take the checkpoint it was made "
@@ -102,7 +102,7 @@ class Slices(Mapping[str, ParameterSlice]):
 
     def __init__(self, model: nn.Module, load: Callable[[ParameterSlice], ParameterSlice]) -> None:
         self._load = load
-        self._all = {weight.name: weight for weight in parameter_slices(model, strict=False)}
+        self._all = {weight.name: weight for weight in [*parameter_slices(model, strict=False), *buffer_slices(model)]}
 
     def __getitem__(self, name: str) -> ParameterSlice:
         return self._load(self._all[name])

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 EXAMPLES = (
     "fire-llm apply openai-community/gpt2 gpt2-fire --dry-run",
     "fire-llm apply trained trained-fire --iterations 10 --role lm_head",
+    "fire-llm apply trained trained-fire --layers 4-11 --exclude 'self_attn\\.[qk]_proj'",
     "fire-llm apply trained trained-shrunk --method shrink_perturb --shrink 0.5 --init step-0",
 )
 
@@ -32,7 +33,13 @@ def add_options(verb: ArgumentParser) -> None:
     verb.add_argument("--scale", metavar="NAME", help="sqrt (default), keep-norm or none")
     verb.add_argument("--shrink", type=float, metavar="C", help="share of the initial weights in shrink_perturb (0.5)")
     verb.add_argument("--role", action="append", metavar="ROLE", help="add a role to attention and mlp (repeatable)")
-    verb.add_argument("--exclude", action="append", metavar="REGEX", help="leave parameters it matches (repeatable)")
+    verb.add_argument(
+        "--include", action="append", metavar="REGEX", help="only names in which it is found (repeatable)"
+    )
+    verb.add_argument(
+        "--exclude", action="append", metavar="REGEX", help="leave names in which it is found (repeatable)"
+    )
+    verb.add_argument("--layers", metavar="N-M", help="only these layers, counted from 0: 4, 4-11 or 0-3,8")
     verb.add_argument(
         "--init", type=path, metavar="CKPT", help="initial weights, for shrink_perturb, full_reset, initial_norm"
     )
@@ -50,6 +57,7 @@ def main(arguments: Namespace) -> int | None:
     from fire_llm.checkpoint import check_repository, reset_checkpoint
     from fire_llm.models import find_device
     from fire_llm.resets import RESETS
+    from fire_llm.resets.norms import norm_warning
 
     if arguments.push_to_hub is not None:
         check_repository(arguments.push_to_hub)
@@ -58,7 +66,7 @@ def main(arguments: Namespace) -> int | None:
         if code == 0:
             _push(arguments)
         return code
-    names = ("iterations", "solver", "tolerance", "scale", "shrink", "exclude")
+    names = ("iterations", "solver", "tolerance", "scale", "shrink", "include", "exclude", "layers")
     options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.role:
         method = RESETS.get(arguments.method)
@@ -90,6 +98,8 @@ def main(arguments: Namespace) -> int | None:
         print(f"{len(report.touched)} to reset, {len(report.untouched)} to leave; nothing written (--dry-run)")
     else:
         print(f"{report}; computed on {find_device(arguments.device).type}\nsaved: {arguments.dst}")
+        if (said := norm_warning(report.resets, report.touched)) is not None:
+            print(f"warning: {said}")
         _push(arguments)
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,12 @@ PEAK_FLOPS = {
 Source: NVIDIA's data sheets and architecture papers, without sparsity, with fp32 accumulation.
 """
 
+_ATTENTION = {
+    "": "", "attention": "", "full_attention": "", "sliding_attention": "sliding_window",
+    "chunked_attention": "attention_chunk_size",
+}  # fmt: skip
+"""What configs call layers with attention, and where they hold how many tokens such a layer sees, if not all."""
+
 
 def peak_flops(device: torch.device, half: bool) -> float | None:
     """Return a device's peak FLOP/s, None where it is not known.
@@ -38,20 +45,43 @@ def peak_flops(device: torch.device, half: bool) -> float | None:
 def flops_per_token(model: PreTrainedModel, context: int) -> float | None:
     """Return the floating-point operations of one token, forward and backward; None where this does not count them.
 
-    6 for every weight that is multiplied, and 12·layers·width·context for attention. Tables that are only looked up
-    do not count, a head does. Stacked experts, of which a token sees a few, and models without attention are not
-    counted.
+    6 for every weight that is multiplied, and 12·width·context for the attention of each layer, or 12·width·window
+    where that is shorter. Tables that are only looked up do not count, a head does. Stacked experts, of which a token
+    sees a few, and models that have layers without attention are not counted.
 
     Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """
     config: Any = model.config
-    text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None)
+    attention = _attention(config.get_text_config(), context)
     stacked = any(p.ndim == 3 for p in model.parameters())
-    if heads is None or stacked:
+    if attention is None or stacked:
         return None
     head = getattr(model.get_output_embeddings(), "weight", None)
     tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not head}
     weights = sum(p.numel() for p in model.parameters() if p not in tables)
-    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
-    return float(6.0 * weights + 12.0 * text.num_hidden_layers * width * context)
+    return float(6.0 * weights + attention)
+
+
+def layer_configs(text: Any) -> list[Any]:
+    """Return the config of each layer of a text model: one and the same, unless layers differ in what can be read."""
+    each = getattr(text, "per_layer_config", None)
+    return list(each) if isinstance(each, Sequence) else [text] * text.num_hidden_layers
+
+
+def _attention(text: Any, context: int) -> float | None:
+    """Return the operations of a token's attention in all layers; None where one has another kind of it, or none."""
+    layers = layer_configs(text)
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or [""] * len(layers)
+    total = 0.0
+    for layer, kind in zip(layers, kinds, strict=False):
+        heads, width = getattr(layer, "num_attention_heads", None), getattr(layer, "hidden_size", None)
+        if kind not in _ATTENTION or not isinstance(heads, int) or not isinstance(width, int):
+            return None
+        window = getattr(layer, _ATTENTION[kind], None) if _ATTENTION[kind] else None
+        key = getattr(layer, "qk_nope_head_dim", 0) + getattr(layer, "qk_rope_head_dim", 0)
+        size = getattr(layer, "head_dim", None) or width // heads
+        sizes = (key or size, getattr(layer, "v_head_dim", None) or size)  # of scores, of what they weigh
+        if not all(isinstance(number, int) for number in (*sizes, window or 0)):
+            return None
+        total += 6.0 * heads * sum(sizes) * min(context, window or context)
+    return total

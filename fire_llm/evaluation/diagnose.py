@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fire_llm.architectures.hidden_layers import down_projections
-from fire_llm.architectures.matrices import ParameterSlice, logical_matrices, plain_name, unwrap
+from fire_llm.architectures.matrices import ParameterSlice, logical_matrices
+from fire_llm.architectures.names import plain_name, plain_parameters, unwrap
 from fire_llm.core.errors import UserError
 from fire_llm.distributed import refuse_engines
 from fire_llm.evaluation.network import Network, sample, undisturbed
@@ -215,7 +216,7 @@ def _distances(
 ) -> tuple[list[float], float | None]:
     """Return the DfI of every matrix, and their total SFE; shards are gathered, one parameter at a time."""
     if isinstance(reference, nn.Module):
-        reference = dict(unwrap(reference).named_parameters(remove_duplicate=False))
+        reference = dict(plain_parameters(unwrap(reference)))
     if reference is not None:
         reference = {plain_name(name): tensor for name, tensor in reference.items()}
     deviations, total = [], 0.0
@@ -224,7 +225,7 @@ def _distances(
         if matrix.parameter != parameter:
             parameter, whole = matrix.parameter, _whole(matrix.tensor)
             if reference is not None:
-                other = _whole(_counterpart(reference, plain_name(parameter), whole))
+                other = _whole(_counterpart(reference, parameter, whole))
         rows = slice(matrix.rows.start, matrix.rows.stop)
         here = matrix.within(whole[rows]).read()
         deviation = dfi(here)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fire_llm.architectures.context import choose_context
-from fire_llm.architectures.matrices import unwrap
+from fire_llm.architectures.names import unwrap
 from fire_llm.core.errors import UserError
 from fire_llm.core.progress import progress_bar
 from fire_llm.distributed import active, fsdp_modules

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from fire_llm.core.errors import UserError
+from fire_llm.core.flops import layer_configs
 from fire_llm.core.hardware import accelerator_memory, resolve_precision
 from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.recipe import PhaseSection
@@ -81,6 +82,9 @@ def kept_a_token(text: Any) -> int | None:
     width, layers = getattr(text, "hidden_size", None), getattr(text, "num_hidden_layers", None)
     if width is None or layers is None:
         return None
-    inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * width
-    inner = max(inner) if isinstance(inner, list) else inner  # one a layer
-    return int(layers * (22 * width + 4 * inner))
+    inners = [
+        getattr(one, "intermediate_size", None) or getattr(one, "n_inner", None) or 4 * width
+        for one in layer_configs(text)
+    ]
+    widest = max(max(inner) if isinstance(inner, list) else inner for inner in inners)  # a list holds one a layer
+    return int(layers * (22 * width + 4 * widest))

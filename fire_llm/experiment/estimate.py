@@ -19,8 +19,9 @@ from fire_llm.core.hardware import resolve_precision
 from fire_llm.core.terminal import console, print_table
 from fire_llm.experiment.batch import kept_a_token, phase_steps, split_batch
 from fire_llm.experiment.context import RunContext
+from fire_llm.experiment.norms import norm_warnings
 from fire_llm.experiment.recipe import OptimizerSection, PhaseSection, Recipe, doubts, optimizer_of
-from fire_llm.experiment.stages import Stage, expand, final_checkpoint, select
+from fire_llm.experiment.stages import Stage, check_resets, expand, final_checkpoint, select
 from fire_llm.models import describe, model_on_meta
 
 TRAINING_BYTES = BYTES_A_PARAMETER + 4
@@ -64,6 +65,7 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
     # Where a token's operations are not counted exactly (experts, state spaces), 6 a parameter is not too few.
     flops_a_token = flops_per_token(model, run.sequence_length) or 6 * parameters
     stages = select(expand(run), arms)
+    check_resets(stages)
     if recycling := [r for stage in stages for r in stage.resets if r.kind == "recycling"]:
         from fire_llm.training.recycling import recycled_layers  # the trainer takes seconds to import
 
@@ -93,6 +95,7 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
         "schedule": _schedule(recipe.optimizer),
         "own": [own for phase in recipe.phases if (own := _own(recipe, phase, model))],
         "stages": rows,
+        "warnings": norm_warnings(stages),
         "machines": _machines(run, parameters, sum(row["flops"] or 0 for row in rows)),
         "disk_bytes": kept * parameters * BYTES_A_PARAMETER,
         "memory_bytes": parameters * TRAINING_BYTES,
@@ -216,6 +219,8 @@ def print_plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[
     out.print(f"schedule {planned['schedule']}")
     for own in planned["own"]:
         out.print(own)
+    for warning in planned["warnings"]:
+        out.print(f"warning: {warning}", markup=False)
     print_table(table, out)
     out.print(
         f"{totals(planned['stages'])}; "

@@ -27,11 +27,12 @@ from fire_llm.experiment.batch import phase_steps
 from fire_llm.experiment.collect import collect
 from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.jobs import Failures, Job, clear_jobs, jobs_of, link_duplicate, of_arms, only_run
+from fire_llm.experiment.norms import norm_warnings
 from fire_llm.experiment.processes import Workers
 from fire_llm.experiment.progress import Overview, StepReport
 from fire_llm.experiment.recipe import Recipe, Trial
 from fire_llm.experiment.resources import registered_here, small, threads_asked_for, worker_count
-from fire_llm.experiment.stages import Stage, refuse_links, refuse_other_recipe
+from fire_llm.experiment.stages import Stage, check_resets, refuse_links, refuse_other_recipe
 from fire_llm.experiment.train import mixture_of, train
 from fire_llm.experiment.worker import work
 from fire_llm.reporting.schema import Results
@@ -159,6 +160,10 @@ class _Command:
         refuse_links(self.output, [])
         jobs = jobs_of(self.trials, self.output, self.progress)
         wanted = of_arms(jobs, self.arms)
+        ahead = [job.stage for job in wanted if not job.done()]
+        check_resets(ahead)
+        if self.progress and ranks().is_main_process:
+            sys.stderr.writelines(f"warning: {warning}\n" for warning in norm_warnings(ahead))
         if ranks().num_processes > 1 or launched():
             return Sweep(list(self.trials), self._on_ranks(jobs, wanted), [], [])
         with ExitStack() as stack:

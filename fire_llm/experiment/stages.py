@@ -30,7 +30,10 @@ from fire_llm.experiment.batch import split_batch
 from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.recipe import PhaseSection, Recipe, optimizer_of
 from fire_llm.experiment.sources import changes
+from fire_llm.models import model_on_meta
 from fire_llm.resets import FORMER, ResetSpec
+from fire_llm.resets.plan import slices_of
+from fire_llm.resets.unfound import refuse_unfound
 
 MOST_STAGES = 2_000
 """Of a recipe: a few lines of warm starts and seeds multiply."""
@@ -49,6 +52,8 @@ RECORDED = {"files", "tokens", "weights", "reset"}
 
 REPORT = "reset.json"
 """File in a stage's folder with what its reset did."""
+_LATER = {"include": (), "layers": ""}
+"""Fields that older runs' `unit.json` lacks, and what they are where nobody gives them: they are left out there."""
 
 _ABSENT = object()
 """Marks a key that a stage's folder, or the recipe, does not have."""
@@ -130,11 +135,16 @@ class Stage:
             "phase": self.phase.model_dump(mode="json", exclude={"arms", "keep", "start_from", "optimizer"}),
             "corpora": corpora,
             "seed": self.seed,
-            "resets": [{**vars(r), "method": STORED.get(r.method, r.method)} for r in self.resets],
+            "resets": [_stored(r) for r in self.resets],
             "start": origin and {"from": origin, "checkpoint": self.start},
         }
         plain: dict[str, Any] = json.loads(json.dumps(spec))
         return plain
+
+
+def _stored(reset: ResetSpec) -> dict[str, Any]:
+    fields = {key: value for key, value in vars(reset).items() if key not in _LATER or value != _LATER[key]}
+    return {**fields, "method": STORED.get(reset.method, reset.method)}
 
 
 def expand(run: RunContext) -> list[Stage]:
@@ -162,6 +172,23 @@ def expand(run: RunContext) -> list[Stage]:
         previous = phase
     _refuse_folders(stages)
     return stages
+
+
+def check_resets(stages: Iterable[Stage]) -> None:
+    """Refuse resets whose patterns or layers find nothing in the model, as its config describes it.
+
+    Raises:
+        UserError: Naming the arm, the pattern and the names nearest to it.
+    """
+    models: dict[RunContext, Any] = {}
+    for stage in {(stage.run, stage.phase.name, stage.arm): stage for stage in stages}.values():
+        for reset in (reset for reset in stage.resets if reset.selection):
+            if stage.run not in models:
+                models[stage.run] = model_on_meta(stage.run.planned_config)
+            try:
+                refuse_unfound([reset], slices_of(models[stage.run], [reset], reset.kind))
+            except UserError as error:
+                raise UserError(f"phase '{stage.phase.name}', arm '{stage.arm}': {error}") from error
 
 
 def _refuse_folders(stages: list[Stage]) -> None:

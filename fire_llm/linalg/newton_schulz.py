@@ -30,7 +30,7 @@ from fire_llm.linalg.matmul import (
     step,
     store,
 )
-from fire_llm.linalg.stack_maps import LOW_PRECISION_SHARE, Coefficients, gaussian_root, polynomial_map, share
+from fire_llm.linalg.stack_maps import LOW_PRECISION_SHARE, Growth, gaussian_root, polynomial_map, share
 
 CUBIC = (1.5, -0.5)  # x -> 1.5 x - 0.5 x^3
 
@@ -67,10 +67,17 @@ def reference_newton_schulz(w: Tensor, iterations: int = 5, dtype: torch.dtype =
 # GPT-2's blocks take 3.4 ms in bf16 and 12 ms in fp32, the authors' loop 55 ms (docs/newton-schulz.md).
 # Where the interval is too long, the sides are small, or in fp64, the steps are taken one by one.
 STEPS_AT_ONCE = 5  # more of them need too high a degree
-DEGREES = range(2, 13, 2)  # beyond, monomials lose digits and steps one by one cost little more
+DEGREES = range(2, 13, 2)  # beyond, steps one by one cost little more
+CENTRED = 10  # degree from which powers are of t less the middle of the interval: their terms are at most 4 times q,
+# where those of powers of t are 200 times q at degree 10, and 4000 times at 12, and cost as many times the rounding
 INTERPOLATION_ERROR = 2e-7  # relative, on the whole interval
 BOUND_MARGIN = 1.01  # on the largest eigenvalue, for the rounding of the Gram matrix that bounds it
 SPREAD = 1.05  # what a Gaussian's bound may exceed the expected one by
+SINGLE_STEPS = (
+    10,
+    12,
+)  # the last ones, in fp32, of small and of larger sides: what rounding adds where a singular value is
+# 0 grows by 1.5 a step, and begins with 1 / sqrt(n)
 GRAM_RATIO = 1.5  # m / n from which iterating on the n x n Gram matrix costs less
 GRAM_STEPS = 5  # steps before the Gram matrix is formed again: its rounding grows by 2.25 a step
 
@@ -146,9 +153,11 @@ def _by_stacks(
             an accelerator the host then waits after the last product; on a CPU a wrong guess costs half the time.
     """
     first = min(iterations, STEPS_AT_ONCE)
-    if first < 2 or products == torch.float64 or min(w.shape[-2:]) <= CPU_BATCH_SIDE:
+    small = min(w.shape[-2:]) <= CPU_BATCH_SIDE
+    double = max(0, iterations - SINGLE_STEPS[not small]) if products == torch.float32 else 0
+    if first < 2 or products == torch.float64 or small:
         for chunk, x, _ in chunks(w, torch.promote_types(products, torch.float32), name, own=False):
-            store(out, chunk, _cubics(_normalised(x), iterations))
+            store(out, chunk, _one_by_one(x, iterations, double))
         return
     choose = partial(_polynomial_of, first)
     guess = _fixed(first, *sorted(w.shape[-2:]), products != torch.float32) if ahead else None
@@ -171,20 +180,20 @@ def _by_stacks(
             wide += [heavy[i] for i in again[0]]
         if wide:
             at = positions(wide, x)
-            y.index_copy_(0, at, _cubics(_normalised(x.index_select(0, at)), first))
+            y.index_copy_(0, at, _one_by_one(x.index_select(0, at), first, min(first, double)))
         if iterations > first:
             y.copy_(_cubics(y, iterations - first))
         if y.dtype != out.dtype:
             store(out, chunk, y)
 
 
-def _polynomial_of(steps: int, bound: float) -> Coefficients | None:
+def _polynomial_of(steps: int, bound: float) -> Growth | None:
     """Return the polynomial of least degree that replaces steps on a spectrum within the bound; None for none."""
-    return next((coefficients for coefficients, end in _polynomials(steps) if bound <= end), None)
+    return next((growth for growth, end in _polynomials(steps) if bound <= end), None)
 
 
 @cache
-def _fixed(steps: int, n: int, m: int, low: bool) -> tuple[Coefficients, float] | None:
+def _fixed(steps: int, n: int, m: int, low: bool) -> tuple[Growth, float] | None:
     """Return the polynomial that Gaussians (n, m) need, and the largest bound that it serves.
 
     None where there is none, or where a Gaussian's correction is too large for 16 bits, if these are asked for (`low`).
@@ -195,24 +204,27 @@ def _fixed(steps: int, n: int, m: int, low: bool) -> tuple[Coefficients, float] 
 
 
 @cache
-def _polynomials(steps: int) -> tuple[tuple[Coefficients, float], ...]:
+def _polynomials(steps: int) -> tuple[tuple[Growth, float], ...]:
     """Return a polynomial of each degree in `DEGREES`, and the largest bound (sum t^4)^(1/4) that it serves."""
     found, end = [], 1.0
     for degree in reversed(DEGREES):
-        while (powers := _interpolated(steps, end, degree)) is None:
+        while (growth := _interpolated(steps, end, degree)) is None:
             end *= 2 ** (-1 / 16)
-        found.append((tuple(c / end**power for power, c in enumerate(powers)), end / BOUND_MARGIN))
+        found.append((growth, end / BOUND_MARGIN))
     return tuple(reversed(found))
 
 
-def _interpolated(steps: int, end: float, degree: int) -> Coefficients | None:
-    """Return a polynomial for q on [0, end], in powers of t / end; None where it is off by too much on a grid."""
+def _interpolated(steps: int, end: float, degree: int) -> Growth | None:
+    """Return a polynomial for q on [0, end]; None where it is off by too much on a grid."""
     grid = np.linspace(0, end, 2001)
     found = Chebyshev.interpolate(lambda t: _growth(t, steps), degree, domain=[0, end])
     if not np.max(np.abs(found(grid) / _growth(grid, steps) - 1)) < INTERPOLATION_ERROR:
         return None
-    powers = found.convert(kind=Polynomial, domain=[0, end], window=[0, 1]).coef
-    return tuple(float(c) for c in np.pad(powers, (0, degree + 1 - len(powers))))
+    middle = 0.5 if degree >= CENTRED else 0.0
+    powers = found.convert(kind=Polynomial, domain=[0, end], window=[-middle, 1 - middle]).coef  # of t / end - middle
+    powers = np.pad(powers, (0, degree + 1 - len(powers)))
+    coefficients = tuple(float(c) / end**power for power, c in enumerate(powers))
+    return Growth(coefficients, middle * end, float(abs(found.deriv()(0) / found(0))))
 
 
 def _growth(t: np.ndarray, steps: int) -> np.ndarray:
@@ -227,6 +239,13 @@ def _growth(t: np.ndarray, steps: int) -> np.ndarray:
 def _normalised(x: Tensor) -> Tensor:
     """Return x / ||x||_F, the norm accumulated in fp64: an fp32 sum of squares is off by 2e-3 on 50304 x 768."""
     return x / positive(torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64)).to(x.dtype)
+
+
+def _one_by_one(x: Tensor, iterations: int, double: int) -> Tensor:
+    """Return cubic steps of x / ||x||_F (B, n, m) in its dtype, but for the first ones, which are in fp64."""
+    if not double:
+        return _cubics(_normalised(x), iterations)
+    return _cubics(_cubics(_normalised(x.double()), double).to(x.dtype), iterations - double)
 
 
 def _cubics(x: Tensor, iterations: int) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -24,8 +25,17 @@ from fire_llm.linalg.accelerated import (
     within,
 )
 
-Coefficients = tuple[float, ...]
-"""Of a polynomial q in powers of t, an odd number: a singular value of square t is multiplied by q(t)."""
+
+@dataclass(frozen=True)
+class Growth:
+    """A polynomial q: a singular value of square t is multiplied by q(t) = sum_k c_k (t - centre)^k."""
+
+    coefficients: tuple[float, ...]
+    """c_0, c_1, …, an odd number of them."""
+    centre: float
+    slope: float
+    """|q'(0) / q(0)|."""
+
 
 LOW_PRECISION_SHARE = 0.07  # largest correction, relative to what it corrects, that is computed in 16 bits
 
@@ -36,21 +46,21 @@ def gaussian_root(n: int, m: int) -> float:
     return (1 + 6 * ratio + 6 * ratio**2 + ratio**3) / n**3
 
 
-def share(coefficients: Coefficients, root: float) -> float:
+def share(growth: Growth, root: float) -> float:
     """Return the most that the correction can be of what it corrects, with root = (sum t^4)^(1/2).
 
-    The correction is all of q but its constant. Its share is at most kappa (sum t^3)^(1/2), kappa its slope at 0 over
-    the constant, and sum t^3 at most (sum t^4)^(2/3), as sum t = 1.
+    The correction is all of q but q(0). Its share is at most kappa (sum t^3)^(1/2), kappa the slope at 0 over q(0), and
+    sum t^3 at most (sum t^4)^(2/3), as sum t = 1.
     """
-    return float(abs(coefficients[1] / coefficients[0]) * root ** (2 / 3))
+    return growth.slope * float(root ** (2 / 3))
 
 
 def polynomial_map(
     x: Tensor,
     y: Tensor,
     dtype: torch.dtype | None,
-    choose: Callable[[float], Coefficients | None],
-    guess: tuple[Coefficients, float] | None = None,
+    choose: Callable[[float], Growth | None],
+    guess: tuple[Growth, float] | None = None,
     *,
     sound: bool = False,
 ) -> tuple[list[int], list[int]] | None:
@@ -85,16 +95,22 @@ def polynomial_map(
     g = _operand(gram, dtype)
     square = square_of(g, g, kept, alpha=1 / u)  # u G^2
 
-    def write(coefficients: Coefficients, at: Tensor | None = None) -> None:
-        """Write q(G) x, of all matrices or of some, by Horner's scheme in G^2: one product for two degrees.
+    def write(growth: Growth, at: Tensor | None = None) -> None:
+        """Write q(G) x, of all matrices or of some, by Horner's scheme in H^2, H = G - centre: a product a two degrees.
 
-        M = (q(G) - q(0)) / c_1 comes first. The large q(0) is kept apart: in a product it would cost M a digit.
+        M = (q(G) - c_0) / c_1 comes first. The large c_0 is kept apart: in a product it would cost M a digit.
         """
+        coefficients, centre = growth.coefficients, growth.centre
 
         def part(one: Tensor) -> Tensor:
             return one if at is None else one.index_select(0, at)
 
         g1, g2, start, by = part(gram), part(square), part(x), part(inverse)
+        if centre:
+            g2 = torch.add(g2, g1, alpha=-2 * centre)
+            g1 = g1.clone()
+            for h, constant in ((g1, -centre), (g2, centre**2)):  # u H, u H^2
+                h.diagonal(dim1=-2, dim2=-1).add_(u * constant)
         factor = _operand(g2, dtype)
         odds, evens = coefficients[1::2], coefficients[2::2]
         rest = torch.add(g1, g2, alpha=evens[-1] / odds[-1])
@@ -118,7 +134,7 @@ def polynomial_map(
         return None
     wide: list[int] = []
     heavy: list[int] = []
-    others: dict[Coefficients, list[int]] = {}
+    others: dict[Growth, list[int]] = {}
     for i, root in enumerate(length / u for length in lengths_found):  # (sum t^4)^(1/2)
         own = choose(math.sqrt(root)) if math.isfinite(root) else None
         if own is None:
@@ -127,8 +143,8 @@ def polynomial_map(
             heavy.append(i)
         elif guess is None or math.sqrt(root) > guess[1]:
             others.setdefault(own, []).append(i)
-    for coefficients, members in others.items():
-        write(coefficients, None if len(members) == len(x) else positions(members, x))
+    for growth, members in others.items():
+        write(growth, None if len(members) == len(x) else positions(members, x))
     return wide, heavy
 
 

@@ -168,6 +168,8 @@ class ResetSetting(Record):
     options: dict[str, JsonValue] = Field({}, description="All options, defaults included")
     roles: list[str] = Field([], description="Roles of the parameters that it acts on")
     exclude: list[str] = Field([], description="Regular expressions of parameters that it leaves alone")
+    include: list[str] = Field([], description="Regular expressions of those that it acts on alone; of all where empty")
+    layers: str = Field("", description="Layers that it acts on alone, such as `4-11`; all where empty")
 
 
 class TensorEntry(Record):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from fire_llm.architectures.matrices import unwrap
-from fire_llm.distributed import AGREE_SECONDS, together
+from fire_llm.architectures.names import plain_parameters, unwrap
+from fire_llm.distributed import AGREE_SECONDS, is_first, together
 from fire_llm.resets.execute import ResetExecutor
 from fire_llm.resets.methods import ComputeDtype, Scale, Solver
+from fire_llm.resets.norms import newly_drawn, norm_warning
 from fire_llm.resets.plan import Plan
 from fire_llm.resets.report import ResetReport, Spectra
 from fire_llm.resets.spec import ResetsLike, parse_resets
@@ -29,6 +31,7 @@ def apply_reset(
     progress: bool = False,
     process_group: Any = None,
     timeout: float = AGREE_SECONDS,
+    **options: Any,
 ) -> ResetReport:
     """Apply one reset, or several in order, to a model in place.
 
@@ -44,20 +47,26 @@ def apply_reset(
         optimizer: Its state of exactly the touched parameters is cleared.
         spectra: Also report quantiles of the singular values (an eigendecomposition a matrix), or only their `range`.
         progress: Show a progress bar.
-        process_group: Ranks that hold this model, None for all; give one where ranks hold different layers.
+        process_group: Ranks that hold this model, None for all; give one where ranks hold different layers. What a
+            pattern or a number of a layer does not find here is then taken to be elsewhere.
         timeout: Seconds that a rank waits for the others to call it too.
+        **options: Options of the method, where `resets` is its name: `apply_reset(model, "fire", iterations=10)`.
 
     Returns:
         What was touched, what was left and why; the same on every rank, but for measures of what was left in shards.
 
     Raises:
-        UserError: For an unknown reset, option, role or architecture, a method that acts during training, missing or
+        UserError: For an unknown reset, option, role or architecture, an option that is not read, a pattern or a layer
+            that finds nothing, a method that acts during training, missing or
             unlike initial weights, missing or sharded gradients, a tensor that is not finite, parameters that are
             frozen or out of reach (FSDP1, DeepSpeed), or a rank that did not come. On every rank alike.
         RuntimeError: Where a result is not finite (those tensors are as they were), or a reset failed on another rank.
     """
     plan = together(
-        process_group, lambda: Plan.make(model, parse_resets(resets), initial, optimizer), Plan.request, timeout
+        process_group,
+        lambda: Plan.make(model, parse_resets(resets, options), initial, optimizer, whole=process_group is None),
+        Plan.request,
+        timeout,
     )
     executor = ResetExecutor(plan, spectra)
     began = time.perf_counter()
@@ -74,20 +83,23 @@ def _clear_states(model: nn.Module, optimizer: Any, names: set[str]) -> int:
     """Drop the optimizer's state of the named parameters; the optimizer makes it again at their next step."""
     if optimizer is None:
         return 0
-    parameters = dict(unwrap(model).named_parameters(remove_duplicate=False))
-    return sum(optimizer.state.pop(parameters[name], None) is not None for name in names)
+    parameters = dict(plain_parameters(unwrap(model)))
+    touched = [parameters[name] for name in names if name in parameters]  # a buffer has no state
+    return sum(optimizer.state.pop(parameter, None) is not None for parameter in touched)
 
 
 def fire_(
     model: nn.Module,
     *,
-    iterations: int = 5,
+    iterations: int | None = None,
     solver: Solver = "newton-schulz",
-    tolerance: float = 1e-3,
+    tolerance: float | None = None,
     scale: Scale = "sqrt",
     compute_dtype: ComputeDtype = None,
-    roles: Iterable[str] = ("attention", "mlp"),
-    exclude: Iterable[str] = (),
+    roles: str | Iterable[str] = ("attention", "mlp"),
+    include: str | Iterable[str] = (),
+    exclude: str | Iterable[str] = (),
+    layers: str | int | None = None,
     optimizer: Any = None,
     process_group: Any = None,
     timeout: float = AGREE_SECONDS,
@@ -96,28 +108,39 @@ def fire_(
 
     Args:
         model: Any causal LM whose layout is known (q, k and v are separate matrices even where they are stored as one).
-        iterations: Number of cubic Newton–Schulz steps; 5 is the paper's choice for language models.
+        iterations: Number of cubic Newton–Schulz steps, 5 by default: the paper's choice for language models.
         solver: `newton-schulz`, or `polar` for the true projection to `tolerance`.
-        tolerance: Largest relative Frobenius distance to the polar factor that `polar` may leave.
+        tolerance: Largest relative Frobenius distance to the polar factor that `polar` may leave, 1e-3 by default.
         scale: `sqrt` for √(d_out/d_in), `keep-norm`, or `none`.
         compute_dtype: Precision of the matrix products; the iterate stays in fp32.
         roles: Which matrices; add `lm_head` (and with it a tied embedding) to mirror the paper's code.
+        include: Regular expressions, looked for anywhere in a name: what none of them finds is left alone.
         exclude: Regular expressions of names to leave alone.
+        layers: Act on these layers alone: 4, "4-11" or "0-3,8", counted from 0.
         optimizer: Its state of exactly the touched parameters is cleared.
         process_group: See `apply_reset`; under torch.distributed every rank calls this.
         timeout: See `apply_reset`.
+
+    Warns:
+        UserWarning: The norm of all touched matrices together falls or grows by more than half, and they are not as
+            their initialisation drew them.
 
     Raises:
         UserError, RuntimeError: See `apply_reset`.
 
     Source: arXiv 2602.08040.
     """
-    options = {"iterations": iterations, "solver": solver, "tolerance": tolerance, "scale": scale}
+    given = {"iterations": iterations, "tolerance": tolerance, "compute_dtype": compute_dtype, "layers": layers}
+    names = {"roles": roles, "include": include, "exclude": exclude}
     spec = {
         "method": "fire",
-        **options,
-        "compute_dtype": compute_dtype,
-        "roles": tuple(roles),
-        "exclude": tuple(exclude),
+        "solver": solver,
+        "scale": scale,
+        **{key: value for key, value in given.items() if value is not None},
+        **{key: (value,) if isinstance(value, str) else tuple(value) for key, value in names.items()},
     }
-    return apply_reset(model, spec, optimizer=optimizer, process_group=process_group, timeout=timeout)
+    report = apply_reset(model, spec, optimizer=optimizer, process_group=process_group, timeout=timeout)
+    said = norm_warning(report.resets, report.touched)
+    if said is not None and is_first() and not newly_drawn(getattr(unwrap(model), "config", None), report):
+        warnings.warn(said, stacklevel=2)
+    return report

@@ -155,7 +155,8 @@ class ResetExecutor:
         """Reset slices of one shape, dtype and list of resets together."""
         stacked = len(group) > 1
         before = torch.stack([p.read() for _, p in group]) if stacked else group[0][1].read()
-        x = before.to(torch.promote_types(before.dtype, torch.float32))  # rounded once, when it is written
+        wide = torch.promote_types(before.dtype, torch.float32) if before.is_floating_point() else before.dtype
+        x = before.to(wide)  # rounded once, when it is written
         for spec in self.plan.actions[group[0][0]]:
             arguments = []
             for read in self.plan.inputs(spec):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import torch
@@ -21,8 +21,19 @@ from fire_llm.architectures.matrices import MATRIX_ROLES, ROLES
 from fire_llm.linalg.newton_schulz import newton_schulz, newton_schulz_factor
 from fire_llm.linalg.polar import polar
 
+Buffers = Literal["none", "floats", "all"]
 Kind = Literal["transition", "penalty", "recycling"]
 """How a method acts: once on the weights, on the gradients of every step, or on the hidden units while training."""
+
+
+@dataclass(frozen=True)
+class ReadWhen:
+    """Mark an option, in its annotation, that is read only where another option has a certain value."""
+
+    option: str
+    value: str
+    among: tuple[str, ...] = ()
+    """The values of the marked option that this is true of; of all where there are none."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +52,14 @@ class ResetMethod:
     batched: bool
     """Whether the function also takes matrices of one shape stacked, (B, out, in)."""
     options: type[BaseModel]
-    """The options, validated: the keyword-only arguments of the function, plus `roles` and `exclude`."""
+    """The options, validated: the keyword-only arguments of the function, plus those that say what it acts on."""
     kind: Kind = "transition"
     elementwise: bool = False
     """Whether a penalty looks at each element by itself, so that it may be given any part of a parameter."""
+    reads: Mapping[str, ReadWhen] = field(default_factory=dict)
+    """Options that are not always read, by name."""
+    buffers: Buffers = "none"
+    """Which buffers it acts on, beside parameters."""
 
     @property
     def when(self) -> Literal["transition", "training"]:
@@ -55,6 +70,24 @@ class ResetMethod:
     def matrices_only(self) -> bool:
         """Return whether the method is defined for (out, in) matrices alone."""
         return set(self.roles) <= set(MATRIX_ROLES)
+
+    def ignores(self, key: str, options: Mapping[str, Any]) -> str | None:
+        """Return why an option has no effect beside the others, None where it has one."""
+        if self.name == "none":
+            return "'none' leaves every weight as it is, whatever its options: leave it out"
+        when = self.reads.get(key)
+        if when is None or options[when.option] == when.value or (when.among and options[key] not in when.among):
+            return None
+        what = f"'{options[key]}' is" if when.among else "it is"
+        return f"{what} read with {when.option} {when.value} alone, not with {options[when.option]}: leave it out"
+
+    def leaves(self, buffer: Tensor) -> str | None:
+        """Return why a buffer is left alone, None where it is not."""
+        if self.buffers == "none":
+            return f"a buffer, and '{self.name}' acts on parameters"
+        if self.buffers == "floats" and not buffer.is_floating_point():
+            return f"a buffer of whole numbers, which '{self.name}' does not mix"
+        return None
 
 
 RESETS: dict[str, ResetMethod] = {}
@@ -69,6 +102,7 @@ def register_reset(
     roles: tuple[str, ...] = ROLES,
     options_of: Callable[..., Tensor] | None = None,
     batched: bool = False,
+    buffers: Buffers = "none",
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a reset: `f(w, *, option=default, …)`, `f(w, initial, *, …)` or `f(w, gradient, *, …)`.
 
@@ -80,10 +114,12 @@ def register_reset(
             only ever given 2-D matrices oriented (out, in).
         batched: Whether `f` also takes matrices of one shape stacked, (B, out, in), which accelerators are faster at.
         options_of: A reset whose options this one takes too, as `**options`; its own are its keyword-only arguments.
+        buffers: Whether `f` is also given the buffers that checkpoints hold, such as running statistics: `floats`
+            those of floating-point numbers, `all` also those of whole numbers, in their own dtype.
     """
 
     def add(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        _register(name, function, options_of or function, roles, "transition", batched)
+        _register(name, function, options_of or function, roles, "transition", batched, buffers=buffers)
         return function
 
     return add
@@ -125,6 +161,7 @@ def _register(
     kind: Kind,
     batched: bool,
     elementwise: bool = False,
+    buffers: Buffers = "none",
 ) -> None:
     """Put an entry in the registry, its options read off the keyword-only arguments of `schema_of`."""
     typed: Any = schema_of.__init__ if inspect.isclass(schema_of) else schema_of
@@ -137,12 +174,23 @@ def _register(
     # mypy wants the literals spelt out; pydantic takes them from the tuple that is the one list of roles.
     options["roles"] = (tuple[Literal[ROLES], ...], Field(roles, min_length=1))  # type: ignore[valid-type]
     options["exclude"] = (tuple[str, ...], Field((), description="Regular expressions of parameter names to leave"))
+    options["include"] = (
+        tuple[str, ...],
+        Field((), description="Regular expressions: act on the names they find alone"),
+    )
+    options["layers"] = (int | str | None, Field(None, description="Act on these layers alone: 4, 4-11 or 0-3,8"))
+    reads = {
+        key: mark
+        for key, hint in hints.items()
+        for mark in getattr(hint, "__metadata__", ())
+        if isinstance(mark, ReadWhen)
+    }
     schema = create_model(
         f"{name}_options", __config__=ConfigDict(extra="forbid", strict=True), __doc__=entry.__doc__, **options
     )
     taken = inspect.signature(entry).parameters
     RESETS[name] = ResetMethod(
-        name, entry, roles, "initial" in taken, "gradient" in taken, batched, schema, kind, elementwise
+        name, entry, roles, "initial" in taken, "gradient" in taken, batched, schema, kind, elementwise, reads, buffers
     )
 
 
@@ -152,13 +200,13 @@ def none(w: Tensor) -> Tensor:
     return w
 
 
-@register_reset("full_reset")
+@register_reset("full_reset", buffers="all")
 def full_reset(w: Tensor, initial: Tensor) -> Tensor:
     """Return to the run's own initial weights."""
     return initial
 
 
-@register_reset("shrink_perturb")
+@register_reset("shrink_perturb", buffers="floats")
 def shrink_perturb(w: Tensor, initial: Tensor, *, shrink: Annotated[float, Field(ge=0, le=1)] = 0.5) -> Tensor:
     """Shrink towards the initial weights: θ ← (1−c)·θ + c·θ₀, with c = `shrink`.
 
@@ -169,9 +217,12 @@ def shrink_perturb(w: Tensor, initial: Tensor, *, shrink: Annotated[float, Field
 
 Solver = Literal["newton-schulz", "polar"]
 Scale = Literal["sqrt", "keep-norm", "none"]
-ComputeDtype = Literal["float64", "float32", "float16", "bfloat16"] | None
-Iterations = Annotated[int, Field(ge=0, le=1000)]
-Tolerance = Annotated[float, Field(gt=0, le=0.1)]
+ComputeDtype = Annotated[
+    Literal["float64", "float32", "float16", "bfloat16"] | None,
+    ReadWhen("solver", "newton-schulz", among=("float16", "bfloat16")),
+]
+Iterations = Annotated[int, Field(ge=0, le=1000), ReadWhen("solver", "newton-schulz")]
+Tolerance = Annotated[float, Field(gt=0, le=0.1), ReadWhen("solver", "polar")]
 
 
 @register_reset("fire", roles=("attention", "mlp"), batched=True)

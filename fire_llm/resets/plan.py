@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fire_llm.architectures.matrices import ROLES, ParameterSlice, parameter_slices
+from fire_llm.architectures.matrices import ROLES, ParameterSlice, buffer_slices, parameter_slices
 from fire_llm.core.errors import UserError
 from fire_llm.distributed import Block, blocks_of, make_current, refuse_engines
 from fire_llm.resets.methods import RESETS, Kind
 from fire_llm.resets.report import Measures, Spectra, TensorReport, describe, fetch
 from fire_llm.resets.spec import FROZEN, ResetSpec, refuse_kinds
+from fire_llm.resets.unfound import refuse_unfound
 
 
 @dataclass
@@ -29,16 +30,32 @@ class Plan:
     """Initial slices by name; empty where no reset wants them."""
 
     @classmethod
-    def of(cls, model: nn.Module, specs: list[ResetSpec], initial: nn.Module | None, kind: Kind = "transition") -> Plan:
+    def of(
+        cls,
+        model: nn.Module,
+        specs: list[ResetSpec],
+        initial: nn.Module | None,
+        kind: Kind = "transition",
+        *,
+        whole: bool = True,
+    ) -> Plan:
         """Return what is done to each slice; names and shapes alone are looked at, so that `meta` will do.
 
+        Args:
+            model: What is reset.
+            specs: How.
+            initial: The initial weights, where a reset wants them.
+            kind: Of the resets.
+            whole: Whether the model is all there is: then patterns and layers that find nothing are refused.
+
         Raises:
-            UserError: There is nothing to do, a method is of another kind, the initial weights are missing or of
-                another architecture, or a gradient is missing.
+            UserError: There is nothing to do, a pattern or a layer finds nothing, a method is of another kind, the
+                initial weights are missing or of another architecture, or a gradient is missing.
         """
         refuse_kinds(specs, kind)
-        by_role = any(set(s.roles) != set(ROLES) for s in specs)
-        cut = parameter_slices(model, strict=by_role)
+        cut = slices_of(model, specs, kind)
+        if whole:
+            refuse_unfound(specs, cut)
         plan = cls(specs, cut, [[s for s in specs if s.why_not(p) is None] for p in cut])
         wanting = [s.method for s in specs if s.needs_initial]
         if wanting and initial is None:
@@ -47,16 +64,20 @@ class Plan:
                 "--seed)"
             )
         if wanting and initial is not None:
-            plan.start = {p.name: p for p in parameter_slices(initial, strict=by_role)}
+            plan.start = {p.name: p for p in slices_of(initial, specs, kind)}
         plan._check_names()
         return plan
 
     @classmethod
-    def make(cls, model: nn.Module, specs: list[ResetSpec], initial: nn.Module | None, optimizer: Any) -> Plan:
+    def make(
+        cls, model: nn.Module, specs: list[ResetSpec], initial: nn.Module | None, optimizer: Any, *, whole: bool = True
+    ) -> Plan:
         """Return the plan for a model in memory; refuse what cannot be done before anything is done."""
         refuse_engines(model, optimizer)
         make_current(model)
-        plan = cls.of(model, specs, initial)
+        plan = cls.of(model, specs, initial, whole=whole)
+        if whole and not plan.wanted and any(spec.method != "none" for spec in specs):
+            raise UserError(f"{plan.idle(type(model).__name__)} Name another role, or take back a pattern of exclude")
         plan._check_values()
         return plan
 
@@ -70,6 +91,11 @@ class Plan:
         """List the runs of rows that are worked on, in the order of the parameters."""
         costly = [any(RESETS[s.method].matrices_only for s in actions) for actions in self.actions]
         return [b for b in blocks_of(self.slices, costly) if any(self.actions[i] for i in b.members)]
+
+    def keep(self, wanted: Callable[[ParameterSlice], bool]) -> None:
+        """Leave slices out of the plan altogether."""
+        rows = [row for row in zip(self.slices, self.actions, strict=True) if wanted(row[0])]
+        self.slices, self.actions = [weight for weight, _ in rows], [actions for _, actions in rows]
 
     def _check_names(self) -> None:
         """Refuse a plan that would touch nothing but frozen parameters, or whose initial weights do not match."""
@@ -134,9 +160,31 @@ class Plan:
         report.reason = self.reason(index) if not self.actions[index] else None
         return report
 
+    def idle(self, name: str) -> str:
+        """Return the message about resets that would change nothing.
+
+        Args:
+            name: What the model is called.
+        """
+        matrices = sorted({p.role for p in self.slices if p.matrix})
+        why = sorted({self.reason(i) for i, p in enumerate(self.slices) if p.matrix})
+        return (
+            f"nothing to reset in '{name}', whose matrices have the roles {', '.join(matrices)} ({'; '.join(why[:3])})."
+        )
+
     def reason(self, index: int) -> str:
         """Return why a slice is left alone."""
         return "; ".join(dict.fromkeys(str(s.why_not(self.slices[index])) for s in self.specs))
+
+
+def slices_of(model: nn.Module, specs: list[ResetSpec], kind: Kind = "transition") -> list[ParameterSlice]:
+    """List the slices of a model that some resets of a kind choose from: of parameters, and once also of buffers.
+
+    Raises:
+        UserError: See `parameter_slices`; a weight without a layout may be kept whole where no roles are named.
+    """
+    cut = parameter_slices(model, strict=any(set(spec.roles) != set(ROLES) for spec in specs))
+    return [*cut, *buffer_slices(model)] if kind == "transition" else cut
 
 
 def all_finite(tensors: Iterable[Tensor]) -> list[bool]:

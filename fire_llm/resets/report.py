@@ -160,7 +160,8 @@ def describe(
     """
     report, later = TensorReport.of(weight), measures or Measures()
     if not weight.matrix:
-        later.add(report._normed, torch.linalg.vector_norm(tensor, dtype=torch.float64))
+        numbers = tensor if tensor.is_floating_point() else tensor.double()
+        later.add(report._normed, torch.linalg.vector_norm(numbers, dtype=torch.float64))
     else:
         g = gram(tensor if tensor.shape[0] >= tensor.shape[1] else tensor.mT, quick=True)
         later.add(report._measured, g.trace(), dfi_of_gram(g))

@@ -12,11 +12,12 @@ from pydantic import ValidationError
 from fire_llm.architectures.matrices import MATRIX_ROLES, ROLES, ParameterSlice
 from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.resets.methods import FORMER, RESETS, Kind, ResetMethod
+from fire_llm.resets.selection import LAYERS, compiles, layer_of, parse_layers
 
 FROZEN = "frozen: requires_grad is off"
 """Why a reset leaves a parameter alone that could not learn again what it loses."""
 
-_ALWAYS_SHOWN = ("iterations", "shrink", "floor", "strength")
+_ALWAYS_SHOWN = ("iterations", "tolerance", "shrink", "floor", "strength")
 """Options that a label shows at their defaults too."""
 
 _PLACES = {"transition": "ResetCallback", "penalty": "PenaltyCallback", "recycling": "RecyclingCallback"}
@@ -31,6 +32,19 @@ class ResetSpec:
     options: dict[str, Any] = field(default_factory=dict)
     roles: tuple[str, ...] = ROLES
     exclude: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    layers: str = ""
+    """Such as `4-11`; all of them, and what lies outside of layers, where it is empty."""
+
+    @property
+    def read(self) -> dict[str, Any]:
+        """Return the options that the method reads, given what the others are."""
+        return {key: self.options[key] for key in self.options if not RESETS[self.method].ignores(key, self.options)}
+
+    @property
+    def selection(self) -> dict[str, Any]:
+        """Return what of `include`, `exclude` and `layers` narrows what is touched, by name."""
+        return {key: value for key in ("layers", "include", "exclude") if (value := getattr(self, key))}
 
     @property
     def needs_initial(self) -> bool:
@@ -79,13 +93,19 @@ class ResetSpec:
             options = method.options.model_validate(given).model_dump()
         except ValidationError as error:
             return list(dict(_fault(e, method) for e in error.errors()).items()), None
-        roles, exclude = options.pop("roles"), options.pop("exclude")
-        faults = [("exclude", f"'{e}' is not a regular expression") for e in exclude if not _compiles(e)]
+        faults = [(key, why) for key in given if (why := method.ignores(key, options))]
+        roles, chosen = options.pop("roles"), {key: options.pop(key) for key in ("exclude", "include")}
+        layers = "" if (numbers := options.pop("layers")) is None else str(numbers)
+        faults += [
+            (key, f"'{e}' is not a regular expression") for key in chosen for e in chosen[key] if not compiles(e)
+        ]
+        if numbers is not None and parse_layers(layers) is None:
+            faults.append(("layers", f"'{layers}' is not allowed: give {LAYERS}"))
         wrong = [r for r in roles if r not in MATRIX_ROLES]
         if method.matrices_only and wrong:
             allowed = ", ".join(MATRIX_ROLES)
             faults.append(("roles", f"'{name}' acts on matrices ({allowed}); {', '.join(wrong)} are not. Remove them"))
-        return faults, None if faults else cls(name, options, roles, exclude)
+        return faults, None if faults else cls(name, options, roles, **chosen, layers=layers)
 
     def why_not(self, weight: ParameterSlice) -> str | None:
         """Return why this reset leaves a slice alone, or None where it acts."""
@@ -93,6 +113,12 @@ class ResetSpec:
             return "the reset is none"
         if not weight.roles & set(self.roles):
             return f"role {'/'.join(sorted(weight.roles))} is not among {', '.join(self.roles)}"
+        if weight.buffer and (why := RESETS[self.method].leaves(weight.tensor)):
+            return why
+        if self.layers and not any(layer_of(weight) in numbers for numbers in parse_layers(self.layers) or ()):
+            return f"not in layers {self.layers}"
+        if self.include and not any(re.search(e, weight.name) for e in self.include):
+            return f"found by no pattern of include ({', '.join(self.include)})"
         pattern = next((e for e in self.exclude if re.search(e, weight.name)), None)
         if pattern is not None:
             return f"excluded by '{pattern}'"
@@ -102,20 +128,11 @@ class ResetSpec:
         """Return the reset in one line: `fire, iterations 5, roles attention mlp`."""
         method = RESETS[self.method]
         defaults = method.options()
-        shown = [f"{k} {v}" for k, v in self.options.items() if v != getattr(defaults, k) or k in _ALWAYS_SHOWN]
-        if self.options.get("solver") == "polar":
-            shown = [s for s in shown if not s.startswith("iterations")] + [f"tolerance {self.options['tolerance']:g}"]
+        shown = [f"{k} {v}" for k, v in self.read.items() if v != getattr(defaults, k) or k in _ALWAYS_SHOWN]
         if self.roles != ROLES:
             shown.append(f"roles {' '.join(self.roles)}")
+        shown += [f"{k} {v if isinstance(v, str) else ' '.join(v)}" for k, v in self.selection.items()]
         return ", ".join([self.method, *shown])
-
-
-def _compiles(pattern: str) -> bool:
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError):
-        return False
-    return True
 
 
 def _fault(error: Any, method: ResetMethod) -> tuple[str, str]:
@@ -127,6 +144,8 @@ def _fault(error: Any, method: ResetMethod) -> tuple[str, str]:
         return key, f"unknown option of '{method.name}'.{did_you_mean(key, allowed)} Known: {', '.join(allowed)}"
     if loc[0] == "roles":
         return "roles", f"unknown role {value!r}.{did_you_mean(str(value), ROLES)} Known: {', '.join(ROLES)}"
+    if loc[0] == "layers":
+        return "layers", f"{value!r} is not allowed: give {LAYERS}"
     message = error["msg"][0].lower() + error["msg"][1:]
     return key, f"{value!r} is not allowed: {message}"
 
@@ -134,8 +153,23 @@ def _fault(error: Any, method: ResetMethod) -> tuple[str, str]:
 ResetsLike = str | Mapping[str, Any] | ResetSpec | Iterable["str | Mapping[str, Any] | ResetSpec"]
 
 
-def parse_resets(resets: ResetsLike) -> list[ResetSpec]:
-    """Read one reset or a list of them."""
+def parse_resets(resets: ResetsLike, options: Mapping[str, Any] | None = None) -> list[ResetSpec]:
+    """Read one reset or a list of them.
+
+    Args:
+        resets: A method's name, a spec, or a list of these.
+        options: Of the method, where `resets` is its name alone.
+
+    Raises:
+        UserError: A method or an option is wrong, or options stand beside a spec, which holds its own.
+    """
+    if options:
+        if not isinstance(resets, str):
+            raise UserError(
+                f"{', '.join(options)}: options stand beside a method's name alone; write them into the spec, such as "
+                f"{{'method': 'fire', {next(iter(options))!r}: …}}"
+            )
+        return [ResetSpec.parse({"method": resets, **options})]
     many = [resets] if isinstance(resets, str | Mapping | ResetSpec) else list(resets)
     return [ResetSpec.parse(r) for r in many]
 

@@ -41,9 +41,11 @@ class ResetCallback(TrainerCallback):
         report_file: Where to write the report as JSON.
         spectra: Whether the report holds singular values.
         training: What other callbacks do during training, for the report.
+        **options: Options of the method, where `resets` is its name: `ResetCallback("fire", iterations=10)`.
 
     Raises:
-        UserError: At once, for an unknown reset or option, or a method that acts during training.
+        UserError: At once, for an unknown reset or option, or a method that acts during training; when training begins,
+            for a step that it does not reach.
     """
 
     def __init__(
@@ -56,8 +58,9 @@ class ResetCallback(TrainerCallback):
         report_file: str | Path | None = None,
         spectra: bool = False,
         training: ResetsLike = (),
+        **options: Any,
     ) -> None:
-        self.resets = parse_resets(resets)
+        self.resets = parse_resets(resets, options)
         refuse_kinds(self.resets)
         self.training = parse_resets(training)
         self.at_steps = frozenset(at_steps)
@@ -81,6 +84,10 @@ class ResetCallback(TrainerCallback):
         Where `auto_find_batch_size` begins training again, it begins with the weights from before the reset.
         """
         refuse_engines(args)
+        if self.at_steps and max(self.at_steps) > state.max_steps:
+            raise UserError(
+                f"at_steps {sorted(self.at_steps)}: training ends at step {state.max_steps}, before the last of them"
+            )
         if self._beginning.again(args, state, kwargs.get("model"), kwargs.get("optimizer")):
             del self.reports[self._reported :]
         self._reported = len(self.reports)

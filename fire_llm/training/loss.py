@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fire_llm.architectures.matrices import unwrap
+from fire_llm.architectures.names import unwrap
 from fire_llm.core.errors import UserError
 from fire_llm.core.hardware import device_memory
 from fire_llm.distributed import fsdp_modules

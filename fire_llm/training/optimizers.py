@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from fire_llm.architectures.matrices import hidden_matrices, unwrap
+from fire_llm.architectures.matrices import hidden_matrices
+from fire_llm.architectures.names import plain_parameters, unwrap
 from fire_llm.core.errors import UserError
 from fire_llm.distributed import Block, Placement, Redistribution, cost, placement_of
 from fire_llm.training.arguments import ContinualArguments
@@ -31,7 +32,10 @@ def muon_adamw(model: nn.Module, args: ContinualArguments) -> MuonAdamW:
         UserError: The layout of the model is unknown, or none of its matrices is trained.
     """
     hidden = hidden_matrices(model)
-    trained = {name: p for name, p in unwrap(model).named_parameters() if p.requires_grad}
+    names: dict[nn.Parameter, str] = {}
+    for name, p in plain_parameters(unwrap(model)):
+        names.setdefault(p, name)  # a tied one goes by its first
+    trained = {name: p for p, name in names.items() if p.requires_grad}
     matrices = [p for name, p in trained.items() if name in hidden]
     if not matrices:
         raise UserError(

@@ -34,14 +34,15 @@ class PenaltyCallback(TrainerCallback):
         initial: A model with the run's initial weights; where it is wanted and not given, drawn from the model's
             config and `seed`. A copy of what is penalised stays on the model's device.
         seed: Seed of those weights; the trainer's own by default.
+        **options: Options of the method, where `penalties` is its name: `PenaltyCallback("l2_init", strength=1e-4)`.
 
     Raises:
         UserError: At once, for an unknown method or option, or one that is no penalty; when training begins, where
             FSDP2 shards what has to be whole; at the first step, in another `Trainer`.
     """
 
-    def __init__(self, penalties: ResetsLike, *, initial: Any = None, seed: int | None = None) -> None:
-        self.penalties = parse_resets(penalties)
+    def __init__(self, penalties: ResetsLike, *, initial: Any = None, seed: int | None = None, **options: Any) -> None:
+        self.penalties = parse_resets(penalties, options)
         refuse_kinds(self.penalties, "penalty")
         self.initial, self.seed = initial, seed
         self._terms: list[tuple[ParameterSlice, Callable[[Tensor], Tensor]]] = []

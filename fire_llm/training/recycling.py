@@ -16,13 +16,16 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from fire_llm.architectures.hidden_layers import HiddenLayer, hidden_layers
-from fire_llm.architectures.matrices import ParameterSlice, unwrap
+from fire_llm.architectures.matrices import ParameterSlice
+from fire_llm.architectures.names import plain_parameters, unwrap
 from fire_llm.core.errors import UserError
 from fire_llm.distributed import active, fsdp_modules
 from fire_llm.models import fresh_model
-from fire_llm.resets import RESETS, ResetSpec
+from fire_llm.resets import RESETS, ResetSpec, parse_resets
+from fire_llm.resets.plan import slices_of
 from fire_llm.resets.recycling import Recycler
 from fire_llm.resets.spec import refuse_kinds
+from fire_llm.resets.unfound import refuse_unfound
 from fire_llm.training.beginning import Beginning
 
 RECYCLED = "recycled"
@@ -39,6 +42,7 @@ def recycled_layers(model: nn.Module, spec: ResetSpec) -> list[HiddenLayer]:
     Raises:
         UserError: There is none, or units of an MLP lie elsewhere than in rows and columns of matrices (experts).
     """
+    refuse_unfound([spec], slices_of(model, [spec], "recycling"))
     layers, unreached = hidden_layers(model, lambda matrix: spec.why_not(matrix) is None)
     if unreached or not layers:
         name, reason = next(iter(unreached.items()), ("every MLP", "excluded or frozen, in part at least"))
@@ -65,14 +69,15 @@ class RecyclingCallback(TrainerCallback):
     Args:
         spec: A method's name, or a spec.
         seed: With the step and the layer it decides what is drawn; no other generator is touched.
+        **options: Options of the method, where `spec` is its name: `RecyclingCallback("redo", seed=1, every=100)`.
 
     Raises:
         UserError: At once, for an unknown method or option, or one of another kind; when training begins, for a model
             whose units are out of reach (experts, FSDP2's shards), or a checkpoint without this method's state.
     """
 
-    def __init__(self, spec: str | Mapping[str, Any] | ResetSpec, *, seed: int) -> None:
-        self.spec = ResetSpec.parse(spec)
+    def __init__(self, spec: str | Mapping[str, Any] | ResetSpec, *, seed: int, **options: Any) -> None:
+        [self.spec] = parse_resets(spec, options)
         refuse_kinds([self.spec], "recycling")
         self.seed = seed
         self.recycled = 0
@@ -217,7 +222,7 @@ def _guard_hooks() -> None:
 
 def _scales(fresh: nn.Module, layers: list[HiddenLayer]) -> dict[str, float]:
     """Return the root mean square that newly drawn weights have, by slice: transformers draws them about zero."""
-    weights = dict(fresh.named_parameters())
+    weights = dict(plain_parameters(fresh))
     slices = [slice_ for layer in layers for slice_ in layer.incoming]
     return {p.name: float(_within(p, weights[p.parameter]).read().square().mean().sqrt()) for p in slices}
 

@@ -18,7 +18,7 @@ import torch
 from accelerate import DistributedType, PartialState
 from torch import Tensor, nn
 
-from fire_llm.architectures.matrices import plain_name
+from fire_llm.architectures.names import plain_name
 from fire_llm.core.errors import ENGINES, UserError
 from fire_llm.distributed import is_first, make_current
 from fire_llm.models import load_model

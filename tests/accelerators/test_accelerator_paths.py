@@ -152,13 +152,13 @@ def test_scales_steps_and_small_sides(iterations: int, scale: float) -> None:
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 3e-4), (torch.float16, 4e-5), (torch.float32, 3e-7)])
 def test_a_gaussian_stack_takes_one_polynomial_and_one_wait(dtype, bound: float, waits: Waits) -> None:
     n = 768
-    coefficients, end = paper_map._fixed(5, n, n, True)
+    growth, end = paper_map._fixed(5, n, n, True)
     t = torch.linspace(0, end, 999, dtype=torch.float64)
     s = t.sqrt()
     for _ in range(5):
         s = 1.5 * s - 0.5 * s**3
-    q = sum(c * t**power for power, c in enumerate(coefficients))
-    assert len(coefficients) == 5 and (q[1:] / (s / t.sqrt())[1:] - 1).abs().max() < 3e-7
+    q = sum(c * t**power for power, c in enumerate(growth.coefficients))
+    assert len(growth.coefficients) == 5 and not growth.centre and (q[1:] / (s / t.sqrt())[1:] - 1).abs().max() < 3e-7
     w = gaussian(1, n, n).float() * 0.02
     accelerated.accumulates("cpu", dtype)
     with waits:

@@ -1,0 +1,66 @@
+"""The plain names of a model's modules and tensors: those that they have without what is wrapped around them.
+
+DistributedDataParallel, torch.compile and activation checkpointing put modules of their own around a model or its
+blocks, and steps of their own into every name below: `layers.0._orig_mod.mlp.up_proj.weight`. Options, initial weights
+and reports speak of `layers.0.mlp.up_proj.weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+_STEPS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""Attributes that hold what torch.compile, activation checkpointing and FSDP1 wrap; no model has such names itself."""
+
+
+def _inner(module: nn.Module) -> str | None:
+    """Return the attribute under which a wrapper holds what it wraps; None of any other module."""
+    if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return "module"
+    # Wrappers pass on what they are asked for: only their own attributes tell.
+    own = {**vars(module), **dict(module.named_children())}
+    return next((step for step in _STEPS if isinstance(own.get(step), nn.Module)), None)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Peel what DistributedDataParallel, DataParallel, torch.compile and the like put around a model."""
+    while (step := _inner(model)) is not None:
+        model = getattr(model, step)
+    return model
+
+
+def plain_name(name: str) -> str:
+    """Strip what torch.compile and activation checkpointing put into the name of a stored tensor."""
+    return ".".join(step for step in name.split(".") if step not in _STEPS)
+
+
+def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of an unwrapped model by every plain name, parents first; wrappers within have none."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    plain: dict[str, str] = {}
+    found: dict[str, nn.Module] = {}
+    for name, module in modules.items():
+        parent, _, step = name.rpartition(".")
+        wrapped = name and step == _inner(modules[parent])
+        plain[name] = plain[parent] if wrapped else ".".join(filter(None, (plain.get(parent), step)))
+        found[plain[name]] = module
+    return found
+
+
+def plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters of an unwrapped model under every plain name, in the order of `named_parameters()`."""
+    for owner, module in plain_modules(model).items():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            yield f"{owner}.{name}" if owner else name, parameter
+
+
+def plain_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the buffers of an unwrapped model that a checkpoint holds, each under its first plain name."""
+    seen: set[Tensor] = set()
+    for owner, module in plain_modules(model).items():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set and buffer not in seen:
+                seen.add(buffer)
+                yield f"{owner}.{name}" if owner else name, buffer

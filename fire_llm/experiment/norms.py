@@ -1,0 +1,67 @@
+"""What the arms of a recipe do to the norms of the checkpoint that it starts from, told before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from fire_llm.checkpoint import Stored
+from fire_llm.core.errors import UserError
+from fire_llm.distributed.balance import FLOPS_PER_COST, cost
+from fire_llm.experiment.stages import Stage
+from fire_llm.resets import RESETS, ResetSpec
+from fire_llm.resets.norms import norm_warning, sets_norms
+from fire_llm.resets.plan import Plan
+from fire_llm.resets.report import TensorReport
+
+MOST_MATRICES = 16
+"""That are looked at of an arm, evenly spread over those that it resets."""
+
+MOST_FLOPS = 1e12
+"""Of all of them together, a few seconds on a CPU: larger matrices are not looked at."""
+
+
+def norm_warnings(stages: Iterable[Stage]) -> list[str]:
+    """Return what is to be said of arms that change the norms of a checkpoint in a folder by more than half.
+
+    Args:
+        stages: Of one run or several.
+    """
+    stored: dict[str, Stored] = {}
+    said: dict[str, None] = {}
+    for stage in {(stage.run, stage.phase.name, stage.arm): stage for stage in stages if stage.arm}.values():
+        folder = str(stage.run.recipe.model.checkpoint)
+        specs = [spec for spec in stage.resets if spec.kind == "transition"]
+        if not sets_norms(specs) or not Path(folder).is_dir():
+            continue
+        try:
+            if folder not in stored:
+                stored[folder] = Stored.open(folder)
+            found = norm_warning(specs, _sample(stored[folder], specs))
+        except UserError:  # whatever cannot be read here is refused where it is needed
+            continue
+        if found is not None:
+            said[f"phase '{stage.phase.name}', arm '{stage.arm}', by the weights of '{folder}': {found}"] = None
+    return list(said)
+
+
+@torch.no_grad()
+def _sample(stored: Stored, specs: list[ResetSpec]) -> list[TensorReport]:
+    """Reset some of the matrices in memory, and report their norms before and after."""
+    plan = Plan.of(stored.model, specs, None)
+    wanted = [(weight, actions) for weight, actions in zip(plan.slices, plan.actions, strict=True) if actions]
+    rows = []
+    each = MOST_FLOPS / MOST_MATRICES
+    for weight, actions in wanted[:: max(1, -(-len(wanted) // MOST_MATRICES))]:
+        if FLOPS_PER_COST * cost(weight.shape) > each or weight.parameter not in stored.places.of:
+            continue
+        x = stored.loaded(weight).read().float()
+        row = TensorReport.of(weight)
+        row.norm_before = float(torch.linalg.vector_norm(x))
+        for spec in actions:
+            x = RESETS[spec.method].function(x, **spec.options)
+        row.norm_after = float(torch.linalg.vector_norm(x))
+        rows.append(row)
+    return rows

@@ -1,0 +1,42 @@
+"""How a reset names what it acts on: patterns of names, and numbers of layers."""
+
+from __future__ import annotations
+
+import re
+from typing import Protocol
+
+LAYERS = "numbers of layers, counted from 0: 4, 4-11 or 0-3,8"
+
+
+class Named(Protocol):
+    """A slice of a model, or what is reported of it."""
+
+    @property
+    def role(self) -> str:
+        """Return the one role it is listed under."""
+
+    @property
+    def parameter(self) -> str:
+        """Return the plain name of the parameter."""
+
+
+def compiles(pattern: str) -> bool:
+    """Return whether a text is a regular expression."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
+
+
+def parse_layers(text: str) -> list[range] | None:
+    """Return the ranges that `0-3,8` names; None of a text that names none."""
+    found = [re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip(), re.ASCII) for part in text.split(",")]
+    ranges = [range(int(one[1]), int(one[2] or one[1]) + 1) for one in found if one]
+    return ranges if len(ranges) == len(found) and all(ranges) else None
+
+
+def layer_of(weight: Named) -> int | None:
+    """Return the number of the layer that holds a slice, the first in its name; None outside of layers."""
+    numbers = (int(step) for step in weight.parameter.split(".") if step.isdecimal())
+    return None if weight.role in ("embedding", "lm_head") else next(numbers, None)

@@ -1,0 +1,65 @@
+"""Refuse names that find nothing: what is misspelt would be done to other weights than were meant."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from difflib import SequenceMatcher
+
+from fire_llm.architectures.matrices import ParameterSlice
+from fire_llm.core.errors import UserError
+from fire_llm.resets.selection import layer_of, parse_layers
+from fire_llm.resets.spec import ResetSpec
+
+
+def refuse_unfound(specs: Iterable[ResetSpec], slices: Sequence[ParameterSlice]) -> None:
+    """Refuse patterns and layers that find nothing in a model.
+
+    Args:
+        specs: Resets.
+        slices: All of the model.
+
+    Raises:
+        UserError: Naming the pattern and the names nearest to it, or the layers that there are.
+    """
+    for spec in specs:
+        for pattern in spec.exclude:
+            if not any(re.search(pattern, weight.name) for weight in slices):
+                raise UserError(_unfound("exclude", pattern, slices))
+        for pattern in spec.include:
+            found = [weight for weight in slices if re.search(pattern, weight.name)]
+            if not found:
+                raise UserError(_unfound("include", pattern, slices))
+            _refuse_idle(spec, f"include '{pattern}'", found)
+        _refuse_layers(spec, slices)
+
+
+def _refuse_layers(spec: ResetSpec, slices: Sequence[ParameterSlice]) -> None:
+    there = {layer for weight in slices if (layer := layer_of(weight)) is not None}
+    for numbers in parse_layers(spec.layers) or ():
+        if missing := [number for number in numbers if number not in there]:
+            known = f"{min(there)} to {max(there)}" if there else "none"
+            raise UserError(f"layers '{spec.layers}': the model has no layer {missing[0]}; its layers are {known}")
+        _refuse_idle(spec, f"layers '{spec.layers}'", [weight for weight in slices if layer_of(weight) in numbers])
+
+
+def _refuse_idle(spec: ResetSpec, named: str, found: Sequence[ParameterSlice]) -> None:
+    """Refuse a name of which everything found is left alone for another reason."""
+    reasons = [spec.why_not(weight) for weight in found]
+    if reasons and None not in reasons:
+        raise UserError(
+            f"{named} finds nothing that '{spec.method}' would touch: '{found[0].name}' is left alone ({reasons[0]})"
+        )
+
+
+def _unfound(option: str, pattern: str, slices: Sequence[ParameterSlice]) -> str:
+    names = list(dict.fromkeys(weight.name for weight in slices))
+
+    def likeness(name: str) -> int:
+        return sum(block.size for block in SequenceMatcher(None, pattern, name, autojunk=False).get_matching_blocks())
+
+    near = ", ".join(f"'{name}'" for name in sorted(names, key=likeness, reverse=True)[:3])
+    return (
+        f"{option} '{pattern}' finds no name in the model. The nearest are {near}. It is a regular expression, looked "
+        "for anywhere in a name; --dry-run and inspect list all of them"
+    )
