@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fire_llm.core.console import open_console, show_table
 from fire_llm.evaluation.measurement import all_described, each_once
 from fire_llm.evaluation.records import CheckpointDiagnostics, CheckpointDifference
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-
-WIDTH = 100
-"""Columns where the output is no terminal, which would say its own."""
 
 SCORES = {
     # key of a row: heading, decimals at least, decimals where no standard error says how many matter
@@ -91,9 +89,7 @@ def print_scores(
         tasks: By checkpoint, what `run_tasks` returns.
         console: Where to; standard output by default.
     """
-    from rich.console import Console
-
-    out = console or Console(width=None if sys.stdout.isatty() else WIDTH)
+    out = console or open_console()
     prefix = _common_folder([row.checkpoint for row in rows])
     if rows:
         _print_rows(rows, prefix, out)
@@ -109,10 +105,10 @@ def print_scores(
             _print_differences(out, transfer, title, [(name, prefix) for name in ("data", "after", "before")])
     if diagnostics:
         out.print("Plasticity", style="bold", highlight=False)
-        out.print(_diagnostics_table(diagnostics))
+        _print(out, partial(_diagnostics_table, diagnostics))
     if tasks:
         out.print("Tasks of lm-eval", style="bold", highlight=False)
-        out.print(_tasks_table(tasks))
+        _print(out, partial(_tasks_table, tasks))
         out.print("; ".join(_tasks_described(tasks)), markup=False, highlight=False)
 
 
@@ -120,7 +116,7 @@ def _print_rows(rows: Sequence[_Row], prefix: str, out: Console) -> None:
     """Print the table of scores, and below it how they were measured."""
     if prefix:
         out.print(f"checkpoints below {prefix}", markup=False, highlight=False)
-    out.print(_scores_table(rows, prefix))
+    _print(out, partial(_scores_table, rows, prefix))
     notes = all_described({**vars(row), "checkpoint": _below(row.checkpoint, prefix)} for row in rows)
     if any(row.word_perplexity is not None for row in rows):
         notes.append("word perplexity per piece between runs of white space")
@@ -161,7 +157,12 @@ def _table(names: Iterable[str], numbers: Iterable[str]) -> Table:
     return table
 
 
-def _scores_table(rows: Sequence[_Row], prefix: str) -> Table:
+def _print(out: Console, build: Callable[[int | None], Table]) -> None:
+    """Print a table, its long names broken behind their slashes where it is too wide as it is."""
+    show_table(out, build(None), build(16))
+
+
+def _scores_table(rows: Sequence[_Row], prefix: str, width: int | None) -> Table:
     """Build the table of scores; what no row has gets no column."""
     from rich.markup import escape
 
@@ -170,18 +171,24 @@ def _scores_table(rows: Sequence[_Row], prefix: str) -> Table:
     for checkpoint, of_it in groupby(rows, lambda row: row.checkpoint):
         group = list(of_it)
         # The lines of a long name stand beside the rows of its texts, and need none of their own.
-        lines = _broken(_below(checkpoint, prefix), 16).split("\n")
+        lines = _broken(_below(checkpoint, prefix), width).split("\n")
         names = [*lines[: len(group) - 1], "\n".join(lines[len(group) - 1 :])] + [""] * (len(group) - 1 - len(lines))
         for name, row in zip(names, group, strict=True):
             errors = row.se or {}
             cells = [plus_minus(getattr(row, key), errors.get(key), *look[1:]) for key, look in kept.items()]
             sizes = [f"{size:,}" for size in (row.tokens, row.documents)]
-            table.add_row(escape(name), escape(_broken(row.data, 16)), *cells, *sizes)
+            table.add_row(escape(name), escape(_broken(row.data, width)), *cells, *sizes)
     return table
 
 
 def _print_differences(out: Console, found: Sequence[_Compared], title: str, names: Sequence[tuple[str, str]]) -> None:
     """Print a table of differences; those whose interval leaves out 0 are bold."""
+    out.print(title, style="bold", markup=False, highlight=False)
+    _print(out, partial(_differences_table, found, names))
+
+
+def _differences_table(found: Sequence[_Compared], names: Sequence[tuple[str, str]], width: int | None) -> Table:
+    """Build a table of differences."""
     from rich.markup import escape
 
     levels = " and ".join(dict.fromkeys(f"{d.level:.0%}" for d in found))
@@ -190,12 +197,10 @@ def _print_differences(out: Console, found: Sequence[_Compared], title: str, nam
         interval, sure = "", False
         if d.low is not None and d.high is not None:
             interval, sure = f"{d.low:+.5f} to {d.high:+.5f}", not d.low <= 0 <= d.high
-        cells = [escape(_broken(_below(getattr(d, name), prefix), 20)) for name, prefix in names]
+        cells = [escape(_broken(_below(getattr(d, name), prefix), width)) for name, prefix in names]
         cells += [plus_minus(d.mean, d.se, 5, 6, "+"), interval, d.unit]
         table.add_row(*cells, style="bold" if sure else "")
-    # A table's own title would be folded to its width.
-    out.print(title, style="bold", markup=False, highlight=False)
-    out.print(table)
+    return table
 
 
 PLASTICITY = {
@@ -208,20 +213,20 @@ PLASTICITY = {
 }
 
 
-def _diagnostics_table(found: Sequence[CheckpointDiagnostics]) -> Table:
+def _diagnostics_table(found: Sequence[CheckpointDiagnostics], width: int | None) -> Table:
     """Build a table of diagnostics (docs/diagnostics.md); what was not measured is an empty cell."""
     from rich.markup import escape
 
     table = _table(("checkpoint", "data"), PLASTICITY.values())
     prefix = _common_folder([row.checkpoint for row in found])
     for row in found:
-        names = [escape(_broken(_below(name, prefix), 16)) for name in (row.checkpoint, row.data)]
+        names = [escape(_broken(_below(name, prefix), width)) for name in (row.checkpoint, row.data)]
         values = (getattr(row, key) for key in PLASTICITY)
         table.add_row(*names, *("" if value is None else f"{value:.4g}" for value in values))
     return table
 
 
-def _tasks_table(answers: Mapping[str, Mapping[str, Any]]) -> Table:
+def _tasks_table(answers: Mapping[str, Mapping[str, Any]], width: int | None) -> Table:
     """Build a table of what lm_eval measured: a row each checkpoint, task and metric, with its standard error."""
     from rich.markup import escape
 
@@ -236,7 +241,7 @@ def _tasks_table(answers: Mapping[str, Mapping[str, Any]]) -> Table:
                 error = values.get(f"{metric}_stderr,{how_read}")
                 shown = plus_minus(value, error if isinstance(error, float) else None)
                 name = metric if how_read in ("none", "") else f"{metric} ({how_read})"
-                table.add_row(escape(_broken(_below(checkpoint, prefix), 16)), escape(task), escape(name), shown)
+                table.add_row(escape(_broken(_below(checkpoint, prefix), width)), escape(task), escape(name), shown)
     return table
 
 
@@ -264,8 +269,10 @@ def _below(name: str, prefix: str) -> str:
     return name.removeprefix(prefix)
 
 
-def _broken(name: str, width: int) -> str:
+def _broken(name: str, width: int | None) -> str:
     """Break a path into lines of at most `width` behind its slashes, where rich would break it anywhere."""
+    if width is None:
+        return name
     lines = [""]
     for part in re.findall(r"[^/]*/|[^/]+", name):
         if lines[-1] and len(lines[-1]) + len(part) > width:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from fire_llm.core.console import open_console, show_table
 from fire_llm.experiment.estimate import plan, totals
 from fire_llm.experiment.recipe import Trial, words
 from fire_llm.experiment.run import Sweep
@@ -34,11 +35,9 @@ def show(sweep: Sweep, output: Path) -> None:
 
 def print_summary(summary: Summary) -> None:
     """Print a table a corpus, a row for each arm of each trial, of the two columns that 80 characters have room for."""
-    from rich.console import Console
-
-    console = Console()
+    console = open_console()
     for table in summary.tables():
-        console.print(table.only(("NLL", "vs base")).rich({"trial": 16, "arm": 10}))
+        show_table(console, table.only(("NLL", "vs base")).rich({"trial": 16, "arm": 10}))
     said = " ".join(filter(None, [*summary.reading(), summary.legend()]))
     console.print(said, markup=False, highlight=False)
 
@@ -97,7 +96,6 @@ def _trade_off(summary: Summary, looks: dict[str, Style]) -> Block:
 def print_trials(trials: Sequence[Trial], output: Path, arms: Sequence[str] = ()) -> None:
     """Print the trials and what is to do in each: the stages' states."""
     from rich import box
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -110,6 +108,6 @@ def print_trials(trials: Sequence[Trial], output: Path, arms: Sequence[str] = ()
         first, same = once.setdefault(row["key"], (trial, row))
         state = f"as in {first.name}" if same is not row and row["state"] == "to do" else row["state"]
         table.add_row(escape(trial.name or "–"), escape(row["stage"]), escape(state))
-    Console().print(table)
+    show_table(open_console(), table)
     print(f"{len(trials)} trials of {len(rows)} stages, {len(once)} of them different: each is trained once")
     print(totals([row for _, row in once.values()]))
