@@ -21,7 +21,7 @@ from fire_llm.evaluation.records import (
     CheckpointSettings,
 )
 from fire_llm.evaluation.statistics import paired_difference, standard_errors
-from fire_llm.evaluation.tasks import run_tasks
+from fire_llm.evaluation.tasks import refuse_prefix, run_tasks
 from fire_llm.evaluation.texts import EvaluationSet, score
 from fire_llm.models import check_fits, find_device, load_model, load_tokenizer
 
@@ -65,7 +65,7 @@ def score_checkpoints(
         dtype: Of the weights and their products; `stored` keeps the checkpoint's.
         device: `cpu`, `cuda`, `cuda:N`, or `auto`, as in `find_device`.
         compiled: As in `perplexity`.
-        tasks: Also tasks of lm-eval, as in `run_tasks`, which get `context` too.
+        tasks: Also tasks of lm-eval, as in `run_tasks`, which get `context` and `prefix` too.
         limit: As in `run_tasks`.
         num_fewshot: As in `run_tasks`.
         diagnostics: Also diagnose each model on each text, as in `diagnose`, at this `context`.
@@ -78,6 +78,8 @@ def score_checkpoints(
         UserError: For an unknown corpus, an unreadable checkpoint or file, or tokens that do not fit the model.
     """
     check_choice("prefix", prefix, PREFIXES)
+    if tasks:
+        refuse_prefix(prefix)
     check_choice("dtype", dtype, DTYPES)
     where = find_device(device)
     read = (_corpus(name, split, column, document) for name in data)
@@ -117,6 +119,7 @@ def score_checkpoints(
                 limit=limit,
                 num_fewshot=num_fewshot,
                 batch_size=batch_size,
+                prefix=prefix,
             )
         del model
     settings = CheckpointSettings(prefix, per_document, str(where))
