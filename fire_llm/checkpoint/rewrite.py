@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from fire_llm.architectures.matrices import ParameterSlice
 from fire_llm.checkpoint.card import PROVENANCE, write_card, write_provenance
 from fire_llm.checkpoint.drawn import draw_initial
+from fire_llm.checkpoint.recast import cast_bytes, cast_of, cast_tensors, check_dtype, settle, torch_dtype, write_casts
 from fire_llm.checkpoint.refusals import refuse_destination
 from fire_llm.checkpoint.stored import Slices, Stored
 from fire_llm.core.atomic import free_bytes, partial_of, staged, writing
@@ -55,6 +56,8 @@ def reset_checkpoint(
     device: str = "cpu",
     progress: bool = False,
     dry_run: bool = False,
+    measures: bool = True,
+    dtype: str = "keep",
     **options: Any,
 ) -> ResetReport:
     """Apply a reset to a checkpoint and write the result, tokenizer and all, as a new one.
@@ -75,6 +78,9 @@ def reset_checkpoint(
             two devices are equal to rounding.
         progress: Show progress bars.
         dry_run: Only report what would be done; no weight is read, nothing is written.
+        measures: Measure every tensor before and after: SFE, DfI, norm, the largest and the smallest singular value.
+        dtype: Of all floating-point weights that are written: `fp32`, `bf16`, `fp16`, or `keep` for each tensor's own.
+            The reset itself is computed in fp32 or finer from the source's numbers, and rounded once.
         **options: Options of `method` where it is a name.
 
     Returns:
@@ -89,10 +95,13 @@ def reset_checkpoint(
     specs = parse_resets(named if isinstance(method, str) else method)
     refuse_kinds(specs)
     _check_start(specs, init, seed)
+    check_dtype(dtype)
     where = find_device(device)
     job = together(
         None,
-        lambda: _Rewrite.prepare(src, Path(dst), specs, init, seed, revision, native, where, progress, dry_run),
+        lambda: _Rewrite.prepare(
+            src, Path(dst), specs, init, seed, revision, native, where, progress, dry_run, measures, dtype
+        ),
         lambda job: job.plan.request(),
         _PATIENCE,
     )
@@ -108,8 +117,10 @@ class _Rewrite:
     plan: Plan
     device: torch.device
     progress: bool
-    origin: Mapping[str, Any]
-    """Where the initial weights come from, for the provenance."""
+    measures: bool
+    dtype: str
+    call: Mapping[str, Any]
+    """The arguments that decide on the bytes, for the provenance, as in `write_card`."""
 
     @classmethod
     def prepare(
@@ -124,12 +135,15 @@ class _Rewrite:
         device: torch.device,
         progress: bool,
         dry_run: bool,
+        measures: bool,
+        dtype: str,
     ) -> _Rewrite:
         for given in (src, init):
             if given is not None and os.path.isdir(given):
                 refuse_destination(dst, Path(given), 0, 0)
         stored = Stored.open(src, revision, native=native)
-        refuse_destination(dst, stored.source.folder, stored.source.n_bytes, free_bytes(dst.parent))
+        more = cast_bytes(stored.source.tensors.values(), dtype) if dtype != "keep" else 0
+        refuse_destination(dst, stored.source.folder, stored.source.n_bytes + more, free_bytes(dst.parent))
         start = Stored.open(init, native=native) if init is not None else None
         initial: Any = start.model if start is not None else None
         slices: Mapping[str, ParameterSlice] | None = Slices(start.model, start.loaded) if start is not None else None
@@ -147,7 +161,11 @@ class _Rewrite:
                 start.check_readable(plan.start[weight.name])
         if slices is not None:
             plan.start = slices
-        return cls(stored, dst, plan, device, progress, {"init": str(init) if init is not None else None, "seed": seed})
+        call = {
+            "src": str(src), "init": str(init) if init is not None else None, "seed": seed,
+            "revision": stored.source.revision, "native": native, "device": device.type, "dtype": dtype,
+        }  # fmt: skip
+        return cls(stored, dst, plan, device, progress, measures, dtype, call)
 
     def describe(self) -> ResetReport:
         """Return the report of what would be done: which slices are touched, which are not and why."""
@@ -186,19 +204,27 @@ class _Rewrite:
             for name in [*source.companions, *([source.index] if source.index else [])]:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source.folder / name, folder / name)
+            if self.dtype != "keep":
+                write_casts(folder, source.shards, self.dtype)
 
     # ---- resetting
 
     def _reset(self, folder: Path) -> tuple[ResetExecutor, float, int]:
         """Reset this rank's blocks; return the work, its seconds and the number of ranks."""
-        executor = ResetExecutor(self.plan, "range")
+        kept = self.dtype == "keep"
+        executor = ResetExecutor(self.plan, "range", self.measures, None if kept else torch_dtype(self.dtype))
+        shards = self.stored.source.shards
+        target, paths = self.stored, [folder / name for name in shards]
+        if not kept:
+            target = replace(self.stored, places=self.stored.places.over(cast_tensors(folder, shards)))
+            paths = [cast_of(folder, name) for name in shards]
         blocks = self.plan.blocks
         ranks, rank = (dist.get_world_size(), dist.get_rank()) if active() else (1, 0)
         owners = assign([max(1, b.cost) for b in blocks], ranks)
         mine = [b for b, owner in zip(blocks, owners, strict=True) if owner == rank]
         began = time.perf_counter()
         with ExitStack() as stack, self._bar("resetting", sum(len(b.members) for b in mine), "tensor") as bar:
-            files = {n: _opened(stack, folder / n) for n in self.stored.source.shards}
+            files = {path.name: _opened(stack, path) for path in paths}
             # Worked on together: a bounded bucket; on a CPU a single block.
             limit = 0 if self.device.type == "cpu" else BUCKET_BYTES
             for jobs in buckets([b.n_bytes for b in mine], [0] * len(mine), 1, limit):
@@ -211,13 +237,15 @@ class _Rewrite:
                     break
                 with writing(folder):
                     for block, rows in held:
-                        self.stored.write(self._any(block), rows.cpu(), files)
+                        target.write(self._any(block), rows.cpu(), files)
                 bar.update(sum(len(block.members) for block in batch))
         return executor, time.perf_counter() - began - executor.measuring, ranks
 
     def _read(self, block: Block) -> Tensor:
         """Read a block's rows and refuse them where a slice to be reset is not finite."""
         rows = self.stored.rows(self._any(block)).to(self.device)
+        if self.dtype != "keep":
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         touched = [self.plan.slices[index] for index in block.members if self.plan.actions[index]]
         for weight in touched:
             if not torch.isfinite(weight.within(rows).read()).all():
@@ -238,6 +266,8 @@ class _Rewrite:
     def _finish(self, folder: Path, report: ResetReport, hasher: _Hasher) -> None:
         """Hash the result and write down what was done."""
         source, hashes = self.stored.source, {}
+        if self.dtype != "keep":
+            settle(folder, source.shards, source.index, self.dtype)
         for name in source.shards:
             hasher.begin(folder / name)
         with self._bar("hashing", 2 * source.shard_bytes) as bar:
@@ -245,9 +275,8 @@ class _Rewrite:
                 hashes[name] = {"source": hasher.of(source.folder / name), "result": hasher.of(folder / name)}
                 bar.update(2 * (folder / name).stat().st_size)
         with writing(folder):
-            device = self.device.type
-            write_provenance(folder / PROVENANCE, self.stored, report, hashes, self.origin, device)
-            write_card(folder / "README.md", self.stored, report, self.origin, device)
+            write_provenance(folder / PROVENANCE, self.stored, report, hashes, self.call)
+            write_card(folder / "README.md", self.stored, report, self.call)
 
 
 def _nothing(plan: Plan, name: str) -> str:

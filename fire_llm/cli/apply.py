@@ -33,6 +33,7 @@ def add_options(verb: ArgumentParser) -> None:
     verb.add_argument("--shrink", type=float, metavar="C", help="share of the initial weights in shrink_perturb (0.5)")
     verb.add_argument("--role", action="append", metavar="ROLE", help="add a role to attention and mlp (repeatable)")
     verb.add_argument("--exclude", action="append", metavar="REGEX", help="leave parameters it matches (repeatable)")
+    verb.add_argument("--dtype", default="keep", metavar="NAME", help="of the result: fp32, bf16, fp16 or keep (keep)")
     verb.add_argument("--init", metavar="CKPT", help="initial weights, for shrink_perturb, full_reset, initial_norm")
     verb.add_argument("--seed", type=int, metavar="N", help="draw the initial weights from the config and this seed")
     verb.add_argument("--revision", metavar="REV", help="branch, tag or commit, where SRC is a Hub id")
@@ -40,12 +41,14 @@ def add_options(verb: ArgumentParser) -> None:
     add_device(verb)
     verb.add_argument("--num-processes", type=int, metavar="N", help="processes that share the work (one)")
     verb.add_argument("--push-to-hub", metavar="REPO", help="also upload the result to owner/name")
+    verb.add_argument("--no-measures", action="store_true", help="do not measure the matrices before and after")
     verb.add_argument("--dry-run", action="store_true", help="print what would be done, read and write no weights")
 
 
 def main(arguments: Namespace) -> int | None:
     """Reset a checkpoint on the disk: here, or on the ranks of a launch."""
     from fire_llm.checkpoint import check_repository, reset_checkpoint
+    from fire_llm.checkpoint.card import COMMAND_OPTIONS
     from fire_llm.models import find_device
     from fire_llm.resets import RESETS
 
@@ -56,7 +59,7 @@ def main(arguments: Namespace) -> int | None:
         if code == 0:
             _push(arguments)
         return code
-    names = ("iterations", "solver", "tolerance", "scale", "shrink", "exclude")
+    names = (*COMMAND_OPTIONS, "exclude")
     options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.role:
         method = RESETS.get(arguments.method)
@@ -77,6 +80,8 @@ def main(arguments: Namespace) -> int | None:
         device=arguments.device,
         progress=True,
         dry_run=arguments.dry_run,
+        measures=not arguments.no_measures,
+        dtype=arguments.dtype,
         **options,
     )
     if not first_rank():
