@@ -65,7 +65,7 @@ def write_gguf(path: Path, model: Any) -> None:
 @pytest.mark.filterwarnings("default")  # transformers' own, about what it reads
 def test_the_way_round_that_the_page_gives(tmp_path, monkeypatch):
     pytest.importorskip("transformers.integrations.gguf.reader")
-    from transformers import AutoModelForCausalLM, Lfm2Config, Lfm2ForCausalLM
+    from transformers import Lfm2Config, Lfm2ForCausalLM
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 61}
@@ -74,9 +74,6 @@ def test_the_way_round_that_the_page_gives(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()
     write_gguf(Path("folder/model.gguf"), model)
-    read = AutoModelForCausalLM.from_pretrained("folder", gguf_file="model.gguf")
-    with pytest.raises(ValueError, match="not serializable"):
-        read.save_pretrained("refused")
     with pytest.raises(UserError, match="GGUF"):
         reset_checkpoint("folder", "dst")
     block = next(b for b in re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL) if "gguf" in b)
