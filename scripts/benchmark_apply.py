@@ -1,11 +1,14 @@
 """Reset a large synthetic checkpoint on the disk: peak memory and time, beside loading it whole and beside `cp`.
 
     python scripts/benchmark_apply.py [--model llama-3-8b] [--folder DIR] [--only apply cp load] [--keep]
+    python scripts/benchmark_apply.py --model gpt-0.1b --only apply no-measures before cp --before CLONE --repeat 3
 
-Writes a sharded bf16 checkpoint of random weights (the model's real shapes), then runs, each in a process of its own:
-`fire-llm apply`; `cp -r` and a flush to the disk; and from_pretrained + fire_ + save_pretrained, the baseline, which
-needs the memory of the whole model. Afterwards every tensor is compared: those that FIRE leaves must be the source's to
-the byte, the others the baseline's. Free disk needed: three times the checkpoint (48 GB for 8 B parameters).
+Writes a sharded bf16 checkpoint of random weights (the model's real shapes), then runs, each in a process of its own
+and in turns: `fire-llm apply`, and the same with --no-measures, whose difference is what measuring takes; `fire-llm
+apply` of another clone of the package; `cp -r` and a flush to the disk; and from_pretrained + fire_ + save_pretrained,
+the baseline, which needs the memory of the whole model. Of each, the least seconds of all turns are told.
+Afterwards every tensor is compared: those that FIRE leaves must be the source's to the byte, the others the
+baseline's. Free disk needed: three times the checkpoint (48 GB for 8 B parameters).
 """
 
 from __future__ import annotations
@@ -36,6 +39,14 @@ MODELS = {
     "llama-3-1b": (
         "llama",
         {**LLAMA, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "tie_word_embeddings": True},
+    ),
+    "gpt-0.1b": ("gpt2", {"vocab_size": 50304, "n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024}),
+    "qwen2-1.5b": (
+        "qwen2",
+        {
+            "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+            "num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True,
+        },
     ),
     # Experts lie one by one on the disk and stacked in memory; 36 layers of 32 make 8 B parameters.
     "qwen3-moe-8b": (
@@ -117,9 +128,10 @@ def write_checkpoint(folder: Path, model: str, shard_bytes: int = 4 * 10**9) -> 
     return total // 2
 
 
-def timed(command: list[str]) -> tuple[int, float, float]:
-    """Run a command; return its exit code, wall seconds and the peak resident memory of it and its children in GiB."""
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])})
+def timed(command: list[str], package: Path) -> tuple[int, float, float, float]:
+    """Run a command; return its exit code, wall and CPU seconds, and the peak resident memory of it all in GiB."""
+    used = os.times()
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(package)})
     peak, watched = [0], psutil.Process(process.pid)
 
     def watch() -> None:
@@ -135,7 +147,9 @@ def timed(command: list[str]) -> tuple[int, float, float]:
     watcher.start()
     code = process.wait()
     watcher.join()
-    return code, time.perf_counter() - began, peak[0] / 2**30
+    now = os.times()
+    cpu = now.children_user + now.children_system - used.children_user - used.children_system
+    return code, time.perf_counter() - began, cpu, peak[0] / 2**30
 
 
 def compare(source: Path, result: Path, baseline: Path | None) -> None:
@@ -157,7 +171,10 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="llama-3-8b")
     parser.add_argument("--layers", type=int, help="fewer layers than the model has, for a shorter run")
     parser.add_argument("--folder", type=Path, help="where to work (a temporary folder)")
-    parser.add_argument("--only", nargs="+", choices=("apply", "cp", "load"), default=("apply", "cp", "load"))
+    kinds = ("apply", "no-measures", "before", "cp", "load")
+    parser.add_argument("--only", nargs="+", choices=kinds, default=("apply", "cp", "load"))
+    parser.add_argument("--before", type=Path, help="another clone of the package, for the kind `before`")
+    parser.add_argument("--repeat", type=int, default=1, help="turns")
     parser.add_argument("--device", default="cpu", help="for apply")
     parser.add_argument("--num-processes", type=int, default=1, help="for apply")
     parser.add_argument("--keep", action="store_true", help="do not delete what was written")
@@ -165,28 +182,45 @@ def main() -> None:
     folder = args.folder or Path(tempfile.mkdtemp(prefix="fire-llm-apply-"))
     if args.layers:
         MODELS[args.model][1]["num_hidden_layers"] = args.layers
-    source, results = folder / args.model, {n: folder / f"{args.model}-{n}" for n in ("apply", "cp", "load")}
+    source, results = folder / args.model, {n: folder / f"{args.model}-{n}" for n in kinds}
     if not source.exists():
         print(f"writing {source}")
         print(f"{write_checkpoint(source, args.model) / 1e9:.2f} B parameters")
+    if "before" in args.only and args.before is None:
+        parser.error("before: name the other clone with --before")
+    more = ["--device", args.device, *(["--num-processes", str(args.num_processes)] if args.num_processes > 1 else [])]
+    applied = {
+        name: [sys.executable, "-m", "fire_llm", "apply", str(source), str(results[name]), *more] for name in kinds
+    }
     commands = {
-        "apply": [
-            sys.executable, "-m", "fire_llm", "apply", str(source), str(results["apply"]), "--device", args.device,
-            *(["--num-processes", str(args.num_processes)] if args.num_processes > 1 else []),
-        ],
+        "apply": applied["apply"],
+        "no-measures": [*applied["no-measures"], "--no-measures"],
+        "before": applied["before"],
         "cp": ["sh", "-c", f"cp -r '{source}' '{results['cp']}' && sync"],
         "load": [sys.executable, "-c", BASELINE, str(source), str(results["load"])],
     }  # fmt: skip
-    figures = {}
-    for name in args.only:
+    own, figures, resets = Path(__file__).parents[1], {}, {}
+    for name in [*args.only] * args.repeat:
         shutil.rmtree(results[name], ignore_errors=True)
-        code, seconds, peak = timed(commands[name])
+        code, seconds, cpu, peak = timed(commands[name], args.before if name == "before" else own)
         ended = "" if code == 0 else f", ended with {code}"
-        print(f"{name}: {seconds:.0f} s, peak resident memory {peak:.2f} GiB{ended}", flush=True)
+        print(f"{name}: {seconds:.0f} s, {cpu:.0f} s of CPU, peak resident memory {peak:.2f} GiB{ended}", flush=True)
         if code == 0:
-            figures[name] = seconds
-        if name == "cp":
-            shutil.rmtree(results[name])
+            figures[name] = min(cpu, figures.get(name, cpu))
+        if code == 0 and name in ("apply", "no-measures", "before"):
+            took = json.loads((results[name] / "fire.json").read_text())["seconds"]
+            resets[name] = min(took, resets.get(name, took))
+        if name not in ("apply", "load"):
+            shutil.rmtree(results[name], ignore_errors=True)
+    if "apply" in figures and "no-measures" in figures:
+        measuring = figures["apply"] - figures["no-measures"]
+        print(
+            f"of apply's {figures['apply']:.0f} s of CPU, measuring takes {measuring:.0f} "
+            f"({measuring / figures['apply']:.0%})"
+        )
+        print(f"the resets take {resets['apply']:.0f} s (wall)")
+    if "apply" in figures and "before" in figures:
+        print(f"apply takes {figures['apply'] / figures['before']:.2f} of the other clone's CPU time")
     if "load" in figures and "apply" in figures:
         print(f"apply takes {figures['apply'] / figures['load']:.2f} of the baseline's time")
     if results["apply"].exists():

@@ -287,6 +287,13 @@ def test_commands_in_prose_name_verbs_and_options_that_are_there(page: Path) -> 
             assert re.match(r"--[a-z-]+", span)[0] in set().union(*FLAGS.values()), span
 
 
+@pytest.mark.parametrize(("verb", "after"), [("apply", "## Options"), ("inspect", "## `inspect`")])
+def test_the_page_on_checkpoints_lists_every_option(verb: str, after: str) -> None:
+    section = text_of(ROOT / "docs" / "checkpoints.md").partition(f"{after}\n")[2].partition("\n## ")[0]
+    told = [flag for option, _ in rows(section) for flag in re.findall(r"`(--[a-z-]+)", option)]
+    assert sorted(told) == sorted(FLAGS[verb] - {"-h", "--help"})
+
+
 @pages
 def test_targets_of_make_are_there(page: Path) -> None:
     targets = re.findall(r"^([a-z-]+):", text_of(ROOT / "Makefile"), re.MULTILINE)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
@@ -18,10 +18,17 @@ from fire_llm.core.atomic import write_json
 from fire_llm.core.compat import installed
 from fire_llm.core.errors import UserError, first_line
 from fire_llm.core.files import leads_out, read_file
-from fire_llm.resets import ResetReport, TensorReport
+from fire_llm.resets import RESETS, ResetReport, ResetSpec, TensorReport
 
 PROVENANCE = "fire.json"
+COMMAND_OPTIONS = ("iterations", "solver", "tolerance", "scale", "shrink")
+"""Options of resets that `fire-llm apply` has; others are given in Python."""
+
 _INHERITED = ("license", "license_name", "license_link", "language")
+
+_MEASURED = """\
+Medians over the matrices of a row. DfI is the deviation from isometry of a matrix W (out × in) by its smaller Gram
+matrix: ‖WᵀW − I‖²_F where W is tall, ‖WWᵀ − I‖²_F where it is wide. """
 
 _BODY = """\
 # {title}
@@ -38,9 +45,10 @@ worse than its source's until it has been trained on.
 |---|---|---|---|---|---|---|---|---|
 {rows}
 
-Medians over the matrices of a row. DfI is ‖WᵀW − I‖²_F, the distance from isometry. {touched} tensors were
-changed; {untouched} were left alone ({roles}), and are the source's to the byte, like every header and the index.
+{measured}{touched} tensors were
+changed; {untouched} were left alone ({roles}), and {left}.
 {ignored}`fire.json` has the figures of every matrix, and the SHA-256 of every shard before and after.
+Computed on `{device}`. Kinds of devices round differently: bytes are equal on the same kind only.
 
 ## How to go on
 
@@ -52,11 +60,7 @@ model = AutoModelForCausalLM.from_pretrained("{folder}")  # then train: Trainer,
 
 ## How it was made
 
-```
-{command}
-```
-
-Computed on `{device}`. Kinds of devices round differently: bytes are equal on the same kind only.
+{made}
 """
 
 
@@ -65,8 +69,7 @@ def write_provenance(
     stored: Stored,
     report: ResetReport,
     hashes: Mapping[str, Mapping[str, str]],
-    origin: Mapping[str, Any],
-    device: str,
+    call: Mapping[str, Any],
 ) -> None:
     """Write fire.json: what was done to which checkpoint, with what, and what came out (docs/checkpoints.md)."""
     source = stored.source
@@ -81,20 +84,30 @@ def write_provenance(
             "model_type": source.config.model_type,
             "class": type(stored.model).__name__,
         },
-        "initial": dict(origin),
-        "device": device,
+        "initial": {key: call[key] for key in ("init", "seed")},
+        "device": call["device"],
+        "dtype": call["dtype"],
         "shards": {name: dict(values) for name, values in hashes.items()},
         **report.to_dict(),
     }
     write_json(path, data)
 
 
-def write_card(path: Path, stored: Stored, report: ResetReport, origin: Mapping[str, Any], device: str) -> None:
-    """Write the model card, with what the Hub reads (base_model, license, tags) at its head."""
+def write_card(path: Path, stored: Stored, report: ResetReport, call: Mapping[str, Any]) -> None:
+    """Write the model card, with what the Hub reads (base_model, license, tags) at its head.
+
+    Args:
+        path: Where to.
+        stored: What was read.
+        report: What became of it.
+        call: The arguments of `reset_checkpoint` on which the bytes depend, beside the resets: `src`, `init`, `seed`,
+            `revision`, `native`, `device`, `dtype`.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
     source = stored.source
-    base = _hub_id(stored)
+    base, own = _hub_id(stored), Path(os.path.abspath(source.name)).name
+    alike = "are the source's to the byte, like every header and the index"
     methods = list(dict.fromkeys(spec.method for spec in report.resets))
     data = ModelCardData(
         base_model=base,
@@ -106,18 +119,20 @@ def write_card(path: Path, stored: Stored, report: ResetReport, origin: Mapping[
     )
     ignored = f"{len(report.kept_unread)} stored tensors that the class does not load were kept as they are.\n"
     body = _BODY.format(
-        title=f"{Path(base or source.name).name}, {' + '.join(methods)}",
-        source=f"[{base}](https://huggingface.co/{base})" if base else f"`{Path(source.name).name}`",
+        title=f"{own}, {' + '.join(methods)}",
+        source=f"[{source.name}](https://huggingface.co/{source.name})" if source.revision else f"`{own}`",
         label="; ".join(spec.label() for spec in report.resets),
         version=__version__,
         rows="\n".join(_rows(report.touched)),
         touched=len(report.touched),
         untouched=len(report.untouched),
         roles=", ".join(sorted({t.role for t in report.untouched})) or "none",
+        measured=_MEASURED if any(t.dfi_after is not None for t in report.touched) else "",
+        left=alike if call["dtype"] == "keep" else f"hold the source's numbers in {call['dtype']}, like the others",
         ignored=ignored if report.kept_unread else "",
         folder="this repository or folder",
-        command=_command(report, base or Path(source.name).name, origin, device),
-        device=device,
+        made=how_made(report.resets, call),
+        device=call["device"],
     )
     text = str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}"))
     path.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be no text
@@ -207,14 +222,56 @@ def _median(values: Iterable[float | None]) -> str:
     return f"{median(known):.4g}" if known else "–"
 
 
-def _command(report: ResetReport, name: str, origin: Mapping[str, Any], device: str) -> str:
-    """Return the command line that repeats the reset, or the call where there were several."""
-    if len(report.resets) != 1:
-        return f"fire_llm.reset_checkpoint({name!r}, 'DST', {[asdict(s) for s in report.resets]}, device={device!r})"
-    spec = report.resets[0]
-    flags = [f"--method {spec.method}"]
-    flags += [f"--{key.replace('_', '-')} {value}" for key, value in spec.read.items() if value is not None]
-    flags += [f"--{key} '{pattern}'" for key in ("include", "exclude") for pattern in getattr(spec, key)]
-    flags += [f"--layers {spec.layers}"] if spec.layers else []
-    flags += [f"--{key} {value}" for key, value in {**origin, "device": device}.items() if value is not None]
-    return f"fire-llm apply {name} DST {' '.join(flags)}"
+def how_made(specs: Sequence[ResetSpec], call: Mapping[str, Any]) -> str:
+    """Return what makes the same weights again, as a block of Markdown: a command, or Python where one is not enough.
+
+    Args:
+        specs: The resets.
+        call: As in `write_card`.
+    """
+    given = {k: v for k, v in call.items() if v is not None and v is not False and v != "keep"}
+    source = str(given.pop("src"))
+    flags = _flags(specs[0]) if len(specs) == 1 else None
+    if flags is None:
+        own = [repr(s.method) for s in specs if not _built_in(s)]
+        said = f"# {', '.join(own)}: to be registered first, with register_reset\n" if own else ""
+        arguments = [repr(source), "'DST'", repr([_as_given(spec) for spec in specs])]
+        arguments += [f"{key}={value!r}" for key, value in given.items()]
+        call_again = f"reset_checkpoint({', '.join(arguments)})"
+        return f"```python\nfrom fire_llm import reset_checkpoint\n\n{said}{call_again}\n```"
+    words = [f"./{source}" if source.startswith("-") else source, "DST", *flags]
+    for key, value in given.items():
+        words += [f"--{key}"] if value is True else _option(key, value)
+    return f"```\nfire-llm apply {shlex.join(words)}\n```"
+
+
+def _as_given(spec: ResetSpec) -> dict[str, Any]:
+    """Return a reset as a mapping that is read back to it, options that had no effect left out."""
+    method = RESETS[spec.method]
+    idle = {"polar": "iterations", "newton-schulz": "tolerance"}.get(spec.options.get("solver", ""))
+    given = {"method": spec.method, **{k: v for k, v in spec.options.items() if v is not None and k != idle}}
+    named = {key: list(value) for key, value in (("roles", spec.roles), ("exclude", spec.exclude))}
+    usual = {"roles": list(method.roles), "exclude": []}
+    return {**given, **{key: value for key, value in named.items() if value != usual[key]}}
+
+
+def _flags(spec: ResetSpec) -> list[str] | None:
+    """Return a reset as options of the command line; None where it has none for them."""
+    method, given = RESETS[spec.method], _as_given(spec)
+    base = method.roles if method.matrices_only else ()
+    roles, patterns = given.pop("roles", []), given.pop("exclude", [])
+    others = {key: given.pop(key) for key in {*given} - {"method", *COMMAND_OPTIONS}}
+    usual = method.options().model_dump()
+    if not _built_in(spec) or (roles and not {*base} <= {*roles}) or any(v != usual[k] for k, v in others.items()):
+        return None
+    pairs = [*given.items(), *(("role", r) for r in roles if r not in base), *(("exclude", p) for p in patterns)]
+    return [word for key, value in pairs for word in _option(key, value)]
+
+
+def _built_in(spec: ResetSpec) -> bool:
+    return RESETS[spec.method].function.__module__.startswith("fire_llm.")
+
+
+def _option(key: str, value: Any) -> list[str]:
+    """Return an option and its value as the command line reads them, a value that looks like an option too."""
+    return [f"--{key}={value}"] if str(value).startswith("-") else [f"--{key}", str(value)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +12,53 @@ import torch
 
 from fire_llm.architectures.matrices import ParameterSlice, logical_matrices
 from fire_llm.checkpoint import Stored
+from fire_llm.checkpoint.source import Source
 from fire_llm.core.errors import UserError
 from fire_llm.core.progress import progress_bar
-from fire_llm.core.terminal import console, print_table
 from fire_llm.linalg.measures import dfi, effective_rank, sfe
 from fire_llm.linalg.singular_values import singular_values
 from fire_llm.models import find_device
 from fire_llm.resets import sigma_quantiles
 
-COLUMNS = ("sigma_min", "sigma_median", "sigma_max", "dfi", "effective_rank", "norm")
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """A checkpoint that was read."""
+
+    name: str
+    """As it was given: a folder or a Hub id."""
+    revision: str | None
+    """The Hub's commit; None for a folder."""
+    sha256: str
+    """Of the bytes of its weights' files, one after another in the order of their names."""
+
+    @classmethod
+    def of(cls, source: Source) -> Inspected:
+        """Read the weights' files once more for their hash."""
+        digest = hashlib.sha256()
+        for name in source.shards:
+            with (source.folder / name).open("rb") as file:
+                while chunk := file.read(1 << 24):
+                    digest.update(chunk)
+        return cls(source.name, source.revision, digest.hexdigest())
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was measured of a checkpoint, alone or against another."""
+
+    checkpoint: Inspected
+    against: Inspected | None
+    """What `sfe` and `cosine` compare it with."""
+    device: str
+    rows: list[dict[str, Any]]
+    """One a logical matrix: shape, singular values, DfI, effective rank and norm."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `fire-llm inspect --json` writes."""
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
 
 @torch.no_grad()
@@ -29,8 +69,8 @@ def inspect_checkpoint(
     progress: bool = True,
     device: str = "cpu",
     native: bool = False,
-) -> list[dict[str, Any]]:
-    """Return one row a logical matrix: shape, singular values, DfI, effective rank and norm.
+) -> Inspection:
+    """Measure each logical matrix: shape, singular values, DfI, effective rank and norm.
 
     Memory holds one matrix (and what is fused with it) of either checkpoint at a time.
 
@@ -72,7 +112,8 @@ def inspect_checkpoint(
         rows.append(row)
         bar.update()
     bar.close()
-    return rows
+    reference = Inspected.of(other.source) if other is not None else None
+    return Inspection(Inspected.of(stored.source), reference, str(where), rows)
 
 
 def _weights(stored: Stored, matrix: ParameterSlice, device: torch.device) -> torch.Tensor:
@@ -94,18 +135,3 @@ def _measures(w: torch.Tensor) -> dict[str, Any]:
         "norm": float(torch.linalg.vector_norm(sigma)),
         "sigma": sigma_quantiles(sigma),
     }
-
-
-def print_inspection(rows: list[dict[str, Any]]) -> None:
-    """Print the rows as a table."""
-    from rich.table import Table
-
-    columns = [*COLUMNS, *(c for c in ("sfe", "cosine") if c in rows[0])]
-    table = Table(box=None, pad_edge=False)
-    table.add_column("matrix", overflow="fold")
-    for column in ("shape", *columns):
-        table.add_column(column.replace("_", " ").replace("sigma", "σ"), justify="right")
-    for row in rows:
-        shape = "×".join(map(str, row["shape"]))
-        table.add_row(row["name"], shape, *(f"{row[c]:.4g}" for c in columns))
-    print_table(table, console())

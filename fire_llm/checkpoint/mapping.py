@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -93,6 +93,14 @@ class Places:
     """Keys that the class does not load: kept as they are."""
     unmapped: dict[str, str] = field(default_factory=dict)
     """Parameters whose conversion is not followed here, with its name; they can be kept, but not reset."""
+
+    def over(self, tensors: Mapping[str, StoredTensor]) -> Places:
+        """Return the same places in other tensors of these names and shapes."""
+        of, copies = (
+            {name: [replace(place, tensor=tensors[place.tensor.name]) for place in places] for name, places in all_of}
+            for all_of in (self.of.items(), self.copies.items())
+        )
+        return Places(of, copies)
 
     def read(self, name: str, rows: range, shape: Sequence[int], copies: Mapping[str, Reader] | None = None) -> Tensor:
         """Read rows of a parameter along its first axis.

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from fire_llm.architectures.matrices import ParameterSlice
 from fire_llm.checkpoint.card import PROVENANCE, write_card, write_provenance
 from fire_llm.checkpoint.drawn import draw_initial
+from fire_llm.checkpoint.recast import cast_bytes, cast_tensors, check_dtype, settle, torch_dtype, write_casts
 from fire_llm.checkpoint.refusals import refuse_destination
 from fire_llm.checkpoint.stored import Slices, Stored
 from fire_llm.core.atomic import free_bytes, writing
@@ -57,6 +58,8 @@ def reset_checkpoint(
     device: str = "cpu",
     progress: bool = False,
     dry_run: bool = False,
+    measures: bool = True,
+    dtype: str = "keep",
     **options: Any,
 ) -> ResetReport:
     """Apply a reset to a checkpoint and write the result, tokenizer and all, as a new one.
@@ -77,6 +80,9 @@ def reset_checkpoint(
             two devices are equal to rounding.
         progress: Show progress bars.
         dry_run: Only report what would be done; no weight is read, nothing is written.
+        measures: Measure every tensor before and after: SFE, DfI, norm, the largest and the smallest singular value.
+        dtype: Of all floating-point weights that are written: `fp32`, `bf16`, `fp16`, or `keep` for each tensor's own.
+            The reset itself is computed in fp32 or finer from the source's numbers, and rounded once.
         **options: Options of `method` where it is a name.
 
     Returns:
@@ -90,10 +96,13 @@ def reset_checkpoint(
     specs = parse_resets(method, options)
     refuse_kinds(specs)
     _check_start(specs, init, seed)
+    check_dtype(dtype)
     where = find_device(device)
     job = together(
         None,
-        lambda: _Rewrite.prepare(src, Path(dst), specs, init, seed, revision, native, where, progress, dry_run),
+        lambda: _Rewrite.prepare(
+            src, Path(dst), specs, init, seed, revision, native, where, progress, dry_run, measures, dtype
+        ),
         lambda job: job.plan.request(),
         _PATIENCE,
     )
@@ -109,8 +118,10 @@ class _Rewrite:
     plan: Plan
     device: torch.device
     progress: bool
-    origin: Mapping[str, Any]
-    """Where the initial weights come from, for the provenance."""
+    measures: bool
+    dtype: str
+    call: Mapping[str, Any]
+    """The arguments that decide on the bytes, for the provenance, as in `write_card`."""
     copies: Mapping[str, Reader] = field(default_factory=dict)
     """The copied shards by name; the source is not read again once it is copied, and may change."""
 
@@ -127,6 +138,8 @@ class _Rewrite:
         device: torch.device,
         progress: bool,
         dry_run: bool,
+        measures: bool,
+        dtype: str,
     ) -> _Rewrite:
         for given in (src, init):
             if given is not None and os.path.isdir(given):
@@ -134,7 +147,8 @@ class _Rewrite:
         if not dry_run and is_first():
             clear_leftovers(dst)
         stored = Stored.open(src, revision, native=native)
-        refuse_destination(dst, stored.source.folder, stored.source.n_bytes, free_bytes(dst.parent))
+        more = cast_bytes(stored.source.tensors.values(), dtype) if dtype != "keep" else 0
+        refuse_destination(dst, stored.source.folder, stored.source.n_bytes + more, free_bytes(dst.parent))
         start = Stored.open(init, native=native) if init is not None else None
         initial: Any = start.model if start is not None else None
         slices: Mapping[str, ParameterSlice] | None = Slices(start.model, start.loaded) if start is not None else None
@@ -154,7 +168,11 @@ class _Rewrite:
                 start.check_readable(plan.start[weight.name])
         if slices is not None:
             plan.start = slices
-        return cls(stored, dst, plan, device, progress, {"init": str(init) if init is not None else None, "seed": seed})
+        call = {
+            "src": str(src), "init": str(init) if init is not None else None, "seed": seed,
+            "revision": stored.source.revision, "native": native, "device": device.type, "dtype": dtype,
+        }  # fmt: skip
+        return cls(stored, dst, plan, device, progress, measures, dtype, call)
 
     def describe(self) -> ResetReport:
         """Return the report of what would be done: which slices are touched, which are not and why."""
@@ -192,13 +210,21 @@ class _Rewrite:
             for name, file in source.copied.items():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 hashes[name] = hasher.begin(file, folder / name, bar.update)
-            return {name: hashes[name].result() for name in hashes}
+            before = {name: hashes[name].result() for name in hashes}
+            if self.dtype != "keep":
+                write_casts(folder, source.shards, self.dtype)
+            return before
 
     # ---- resetting
 
     def _reset(self, folder: Path) -> tuple[ResetExecutor, float, int]:
         """Reset this rank's blocks; return the work, its seconds and the number of ranks."""
-        executor = ResetExecutor(self.plan, "range")
+        kept = self.dtype == "keep"
+        executor = ResetExecutor(self.plan, "range", self.measures, None if kept else torch_dtype(self.dtype))
+        target = self.stored
+        if not kept:
+            casts = cast_tensors(folder, self.stored.source.shards)
+            target = replace(self.stored, places=self.stored.places.over(casts))
         blocks = self.plan.blocks
         ranks, rank = (dist.get_world_size(), dist.get_rank()) if active() else (1, 0)
         owners = assign([max(1, b.cost) for b in blocks], ranks)
@@ -217,13 +243,15 @@ class _Rewrite:
                     break
                 with writing(folder):
                     for block, rows in held:
-                        self.stored.write(self._any(block), rows.cpu(), self.copies)
+                        target.write(self._any(block), rows.cpu(), self.copies)
                 bar.update(sum(len(block.members) for block in batch))
         return executor, time.perf_counter() - began - executor.measuring, ranks
 
     def _read(self, block: Block) -> Tensor:
         """Read a block's rows and refuse them where a slice to be reset is not finite."""
         rows = self.stored.rows(self._any(block), self.copies).to(self.device)
+        if self.dtype != "keep":
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         touched = [self.plan.slices[index] for index in block.members if self.plan.actions[index]]
         for weight in touched:
             if not torch.isfinite(weight.within(rows).read()).all():
@@ -244,13 +272,14 @@ class _Rewrite:
     def _finish(self, folder: Path, report: ResetReport, hasher: _Hasher, before: Mapping[str, str]) -> None:
         """Hash the result and write down what was done."""
         source = self.stored.source
+        if self.dtype != "keep":
+            settle(folder, source.shards, source.index, self.dtype)
         with self._bar("hashing", source.shard_bytes) as bar:
             after = {name: hasher.begin(SourceFile.of(folder / name), None, bar.update) for name in source.shards}
             hashes = {name: {"source": before[name], "result": after[name].result()} for name in source.shards}
         with writing(folder):
-            device = self.device.type
-            write_provenance(folder / PROVENANCE, self.stored, report, hashes, self.origin, device)
-            write_card(folder / "README.md", self.stored, report, self.origin, device)
+            write_provenance(folder / PROVENANCE, self.stored, report, hashes, self.call)
+            write_card(folder / "README.md", self.stored, report, self.call)
 
 
 class _Hasher:

@@ -40,6 +40,7 @@ def add_options(verb: ArgumentParser) -> None:
         "--exclude", action="append", metavar="REGEX", help="leave names in which it is found (repeatable)"
     )
     verb.add_argument("--layers", metavar="N-M", help="only these layers, counted from 0: 4, 4-11 or 0-3,8")
+    verb.add_argument("--dtype", default="keep", metavar="NAME", help="of the result: fp32, bf16, fp16 or keep (keep)")
     verb.add_argument(
         "--init", type=path, metavar="CKPT", help="initial weights, for shrink_perturb, full_reset, initial_norm"
     )
@@ -49,12 +50,14 @@ def add_options(verb: ArgumentParser) -> None:
     add_device(verb)
     verb.add_argument("--num-processes", type=int, metavar="N", help="processes that share the work (one)")
     verb.add_argument("--push-to-hub", metavar="REPO", help="also upload the result to owner/name")
+    verb.add_argument("--no-measures", action="store_true", help="do not measure the matrices before and after")
     verb.add_argument("--dry-run", action="store_true", help="print what would be done, read and write no weights")
 
 
 def main(arguments: Namespace) -> int | None:
     """Reset a checkpoint on the disk: here, or on the ranks of a launch."""
     from fire_llm.checkpoint import check_repository, reset_checkpoint
+    from fire_llm.checkpoint.card import COMMAND_OPTIONS
     from fire_llm.models import find_device
     from fire_llm.resets import RESETS
     from fire_llm.resets.norms import norm_warning
@@ -66,7 +69,7 @@ def main(arguments: Namespace) -> int | None:
         if code == 0:
             _push(arguments)
         return code
-    names = ("iterations", "solver", "tolerance", "scale", "shrink", "include", "exclude", "layers")
+    names = (*COMMAND_OPTIONS, "include", "exclude", "layers")
     options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.role:
         method = RESETS.get(arguments.method)
@@ -87,6 +90,8 @@ def main(arguments: Namespace) -> int | None:
         device=arguments.device,
         progress=True,
         dry_run=arguments.dry_run,
+        measures=not arguments.no_measures,
+        dtype=arguments.dtype,
         **options,
     )
     if not first_rank():

@@ -20,28 +20,34 @@ def add_options(verb: ArgumentParser) -> None:
     verb.add_argument("--role", action="append", metavar="ROLE", help="these roles instead of attention, mlp, lm_head")
     add_device(verb)
     add_native(verb)
+    verb.add_argument("--all", action="store_true", help="list each matrix in a terminal too (by part and by layer)")
     verb.add_argument("--json", type=path, metavar="FILE", help="write the figures as JSON")
     verb.add_argument("--html", type=path, metavar="FILE", help="write a page with heat maps and spectra")
 
 
 def main(arguments: Namespace) -> None:
     """Print the table of matrices, and write what was asked for."""
-    from fire_llm.checkpoint.inspection import inspect_checkpoint, print_inspection
+    from fire_llm.checkpoint.inspection import inspect_checkpoint
     from fire_llm.core.atomic import check_file, write_json
     from fire_llm.models import find_device
 
     check_file("--json", arguments.json)
     check_file("--html", arguments.html)
-    if arguments.html:
-        from fire_llm.reporting.tables import check_page, inspect_page
+    from fire_llm.reporting.inspection import about, inspect_page, print_inspection
+    from fire_llm.reporting.tables import check_page
 
+    if arguments.html:
         check_page()
     device = str(find_device(arguments.device))
     roles = arguments.role or ("attention", "mlp", "lm_head")
-    rows = inspect_checkpoint(arguments.checkpoint, arguments.against, roles, device=device, native=arguments.native)
+    inspection = inspect_checkpoint(
+        arguments.checkpoint, arguments.against, roles, device=device, native=arguments.native
+    )
+    found = inspection.to_dict()
     if arguments.json:
-        write_json(Path(arguments.json), rows)
+        write_json(Path(arguments.json), found)
     if arguments.html:
-        inspect_page(rows, Path(arguments.html), str(arguments.checkpoint))
-    print_inspection(rows)
+        names = [arguments.checkpoint, *([arguments.against] if arguments.against is not None else [])]
+        inspect_page(found["rows"], Path(arguments.html), " against ".join(names), about(found))
+    print_inspection(found, arguments.all)
     print(f"computed on {device}")

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
 WIDE = 10_000
 """Columns where there is no terminal: a log has lines as long as they are, and whoever reads it searches it."""
@@ -135,7 +134,7 @@ def standard_streams() -> Iterator[list[OSError]]:
         sys.stdout, sys.stderr = before
 
 
-def console(*, stderr: bool = False) -> Console:
+def open_console(*, stderr: bool = False) -> Console:
     """Return rich's console on a standard stream; `WIDE` where it is no terminal."""
     from rich.console import Console
     from rich.segment import Segment
@@ -154,19 +153,3 @@ def console(*, stderr: bool = False) -> Console:
     if not out.is_terminal and not out.is_jupyter:
         out.width = WIDE
     return out
-
-
-def print_table(table: Table, out: Console) -> None:
-    """Print a table; on a terminal that is too narrow for it each row as lines of `heading: cell`, nothing cut."""
-    wide = out.options.update(max_width=WIDE)
-    if out.measure(table, options=wide).minimum <= out.width:
-        out.print(table)
-        return
-    if table.title:
-        out.print(table.title, style="bold", highlight=False, soft_wrap=True)
-    columns = [(column.header, *column.cells) for column in table.columns]
-    heads, *rows = zip(*columns, strict=True)
-    for row, cells in zip(table.rows, rows, strict=True):
-        for n, (head, cell) in enumerate(zip(heads, cells, strict=True)):
-            if cell:
-                out.print(f"{'  ' * (n > 0)}{head}: {cell}", style=row.style, highlight=False, soft_wrap=True)

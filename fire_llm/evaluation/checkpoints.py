@@ -23,7 +23,7 @@ from fire_llm.evaluation.records import (
     CheckpointSettings,
 )
 from fire_llm.evaluation.statistics import paired_difference, standard_errors
-from fire_llm.evaluation.tasks import find_tasks, run_tasks
+from fire_llm.evaluation.tasks import find_tasks, refuse_prefix, run_tasks
 from fire_llm.evaluation.texts import EvaluationSet, score
 from fire_llm.models import check_fits, find_device, load_model, load_tokenizer, pretrained_config
 
@@ -69,7 +69,7 @@ def score_checkpoints(
         dtype: Of the weights and their products; `stored` keeps the checkpoint's.
         device: `cpu`, `cuda`, `cuda:N`, or `auto`, as in `find_device`.
         compiled: As in `perplexity`.
-        tasks: Also tasks of lm-eval, as in `run_tasks`, which get `context` too.
+        tasks: Also tasks of lm-eval, as in `run_tasks`, which get `context` and `prefix` too.
         limit: As in `run_tasks`.
         num_fewshot: As in `run_tasks`.
         diagnostics: Also diagnose each model on each text, as in `diagnose`, at this `context`.
@@ -82,6 +82,8 @@ def score_checkpoints(
         UserError: For an unknown corpus, an unreadable checkpoint or file, or tokens that do not fit the model.
     """
     check_choice("prefix", prefix, PREFIXES)
+    if tasks:
+        refuse_prefix(prefix)
     check_choice("dtype", dtype, DTYPES)
     if max_tokens is not None and max_tokens < 2:
         raise UserError(f"--max-tokens {max_tokens}: at least 2 are needed, one to predict and one before it")
@@ -131,6 +133,7 @@ def score_checkpoints(
                 limit=limit,
                 num_fewshot=num_fewshot,
                 batch_size=batch_size,
+                prefix=prefix,
             )
         del model
     settings = CheckpointSettings(prefix, per_document, str(where), max_tokens=max_tokens)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fire_llm.core import terminal
+from fire_llm.core.console import show_table
+from fire_llm.core.terminal import open_console
 from fire_llm.evaluation.measurement import all_described, each_once
 from fire_llm.evaluation.records import CheckpointDiagnostics, CheckpointDifference
 
@@ -90,7 +92,7 @@ def print_scores(
         max_tokens: Most tokens read of a text; None for all.
         console: Where to; standard output by default.
     """
-    out = console or terminal.console()
+    out = console or open_console()
     prefix = _common_folder([row.checkpoint for row in rows])
     if rows:
         _print_rows(rows, prefix, out, max_tokens)
@@ -106,10 +108,10 @@ def print_scores(
             _print_differences(out, transfer, title, [(name, prefix) for name in ("data", "after", "before")])
     if diagnostics:
         out.print("Plasticity", style="bold", highlight=False)
-        terminal.print_table(_diagnostics_table(diagnostics, _name_width(out)), out)
+        _print(out, partial(_diagnostics_table, diagnostics))
     if tasks:
         out.print("Tasks of lm-eval", style="bold", highlight=False)
-        terminal.print_table(_tasks_table(tasks, _name_width(out)), out)
+        _print(out, partial(_tasks_table, tasks))
         out.print("; ".join(_tasks_described(tasks)), markup=False, highlight=False)
 
 
@@ -117,7 +119,7 @@ def _print_rows(rows: Sequence[_Row], prefix: str, out: Console, max_tokens: int
     """Print the table of scores, and below it how they were measured."""
     if prefix:
         out.print(f"checkpoints below {prefix}", markup=False, highlight=False)
-    terminal.print_table(_scores_table(rows, prefix, _name_width(out)), out)
+    _print(out, partial(_scores_table, rows, prefix))
     notes = all_described({**vars(row), "checkpoint": _below(row.checkpoint, prefix)} for row in rows)
     if max_tokens is not None:
         notes.append(f"of each text the first documents, at most {max_tokens:,} tokens")
@@ -160,12 +162,12 @@ def _table(names: Iterable[str], numbers: Iterable[str]) -> Table:
     return table
 
 
-def _name_width(out: Console) -> int:
-    """Return at how many characters names are broken: where there is no terminal, never."""
-    return 16 if out.width < terminal.WIDE else terminal.WIDE
+def _print(out: Console, build: Callable[[int | None], Table]) -> None:
+    """Print a table, its long names broken behind their slashes where it is too wide as it is."""
+    show_table(out, build(None), build(16))
 
 
-def _scores_table(rows: Sequence[_Row], prefix: str, width: int) -> Table:
+def _scores_table(rows: Sequence[_Row], prefix: str, width: int | None) -> Table:
     """Build the table of scores; what no row has gets no column."""
     from rich.markup import escape
 
@@ -186,6 +188,12 @@ def _scores_table(rows: Sequence[_Row], prefix: str, width: int) -> Table:
 
 def _print_differences(out: Console, found: Sequence[_Compared], title: str, names: Sequence[tuple[str, str]]) -> None:
     """Print a table of differences; those whose interval leaves out 0 are bold."""
+    out.print(title, style="bold", markup=False, highlight=False)
+    _print(out, partial(_differences_table, found, names))
+
+
+def _differences_table(found: Sequence[_Compared], names: Sequence[tuple[str, str]], width: int | None) -> Table:
+    """Build a table of differences."""
     from rich.markup import escape
 
     levels = " and ".join(dict.fromkeys(f"{d.level:.0%}" for d in found))
@@ -194,12 +202,10 @@ def _print_differences(out: Console, found: Sequence[_Compared], title: str, nam
         interval, sure = "", False
         if d.low is not None and d.high is not None:
             interval, sure = f"{d.low:+.5f} to {d.high:+.5f}", not d.low <= 0 <= d.high
-        cells = [escape(_broken(_below(getattr(d, name), prefix), _name_width(out))) for name, prefix in names]
+        cells = [escape(_broken(_below(getattr(d, name), prefix), width)) for name, prefix in names]
         cells += [plus_minus(d.mean, d.se, 5, 6, "+"), interval, d.unit]
         table.add_row(*cells, style="bold" if sure else "")
-    # A table's own title would be folded to its width.
-    out.print(title, style="bold", markup=False, highlight=False)
-    terminal.print_table(table, out)
+    return table
 
 
 PLASTICITY = {
@@ -212,7 +218,7 @@ PLASTICITY = {
 }
 
 
-def _diagnostics_table(found: Sequence[CheckpointDiagnostics], width: int) -> Table:
+def _diagnostics_table(found: Sequence[CheckpointDiagnostics], width: int | None) -> Table:
     """Build a table of diagnostics (docs/diagnostics.md); what was not measured is an empty cell."""
     from rich.markup import escape
 
@@ -225,7 +231,7 @@ def _diagnostics_table(found: Sequence[CheckpointDiagnostics], width: int) -> Ta
     return table
 
 
-def _tasks_table(answers: Mapping[str, Mapping[str, Any]], width: int) -> Table:
+def _tasks_table(answers: Mapping[str, Mapping[str, Any]], width: int | None) -> Table:
     """Build a table of what lm_eval measured: a row each checkpoint, task and metric, with its standard error."""
     from rich.markup import escape
 
@@ -268,8 +274,10 @@ def _below(name: str, prefix: str) -> str:
     return name.removeprefix(prefix)
 
 
-def _broken(name: str, width: int) -> str:
+def _broken(name: str, width: int | None) -> str:
     """Break a path into lines of at most `width` behind its slashes, where rich would break it anywhere."""
+    if width is None:
+        return name
     lines = [""]
     for part in re.findall(r"[^/]*/|[^/]+", name):
         if lines[-1] and len(lines[-1]) + len(part) > width:

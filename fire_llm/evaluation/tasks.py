@@ -12,7 +12,7 @@ import torch
 
 from fire_llm.architectures.context import choose_context, longest_context
 from fire_llm.core.errors import UserError, did_you_mean, first_line
-from fire_llm.evaluation.measurement import token_text
+from fire_llm.evaluation.measurement import PREFIXES, check_choice, first_token, token_text
 from fire_llm.evaluation.precision import evaluating, own_precision, precision_of
 from fire_llm.models import find_device, load_model, load_tokenizer
 
@@ -29,6 +29,7 @@ def run_tasks(
     num_fewshot: int | None = None,
     batch_size: int = 8,
     device: str = "cpu",
+    prefix: str = "auto",
 ) -> dict[str, Any]:
     """Return what `lm_eval.simple_evaluate` says of a checkpoint on some tasks.
 
@@ -44,6 +45,7 @@ def run_tasks(
         num_fewshot: Examples before each question; the task's own number by default.
         batch_size: Sequences a forward pass.
         device: Where a checkpoint is loaded to.
+        prefix: Token read before a text: `bos`, `eos`, or `auto`, as in `first_token`.
 
     Returns:
         JSON data: `KEPT`, and `settings` (lm_eval's version, the arguments, the `precision` of weights and products,
@@ -54,6 +56,7 @@ def run_tasks(
         UserError: lm_eval is not installed, a task is unknown or cannot be loaded (its data not within reach, a
             package that it needs missing), an argument is out of range, or the checkpoint cannot be read.
     """
+    refuse_prefix(prefix)
     if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit == int(limit))):
         raise UserError(f"limit {limit} is neither a number of documents, 1 or more, nor a share of them, below 1")
     if num_fewshot is not None and num_fewshot < 0:
@@ -69,6 +72,7 @@ def run_tasks(
         tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint, torch.float32).to(place)
     longest = longest_context(model.config) if context is None else choose_context(model.config, context)
     chosen = _load(manager, names)
+    first = None if prefix == "auto" else first_token(tokenizer, prefix)
     log = logging.getLogger("lm_eval.models.huggingface")
     level = log.level
     log.setLevel(logging.ERROR)  # it warns of a model that comes loaded, which is meant
@@ -76,7 +80,9 @@ def run_tasks(
         with evaluating(model), own_precision(model):
             # Left to itself it takes XLNet's -1, and the two positions that RoBERTa keeps free.
             most = longest or HFLM._DEFAULT_MAX_LENGTH
-            lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=most)
+            lm = HFLM(
+                pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=most, prefix_token_id=first
+            )
             answer = lm_eval.simple_evaluate(
                 lm, tasks=chosen, task_manager=manager, limit=limit, num_fewshot=num_fewshot, log_samples=False
             )
@@ -96,6 +102,17 @@ def run_tasks(
         "prefix_text": token_text(tokenizer, lm.prefix_token_id),
     }
     return {"settings": settings, **{key: _plain(answer[key]) for key in KEPT if key in answer}}
+
+
+def refuse_prefix(prefix: str) -> None:
+    """Refuse a token read first that lm_eval has no way to read.
+
+    Raises:
+        UserError: It is none of `PREFIXES`, or none.
+    """
+    check_choice("prefix", prefix, PREFIXES)
+    if prefix == "none":
+        raise UserError("--prefix none: lm_eval reads a token before every text: with --tasks give auto, bos or eos")
 
 
 def find_tasks(tasks: Sequence[str | Path]) -> tuple[Any, list[str]]:

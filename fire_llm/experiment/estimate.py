@@ -13,10 +13,11 @@ import torch
 from fire_llm.architectures.matrices import hidden_matrices, logical_matrices
 from fire_llm.core import hardware
 from fire_llm.core.atomic import BYTES_A_PARAMETER, checkpoints
+from fire_llm.core.console import show_table
 from fire_llm.core.errors import UserError
 from fire_llm.core.flops import PEAK_FLOPS, flops_per_token
 from fire_llm.core.hardware import resolve_precision
-from fire_llm.core.terminal import console, print_table
+from fire_llm.core.terminal import open_console
 from fire_llm.experiment.batch import kept_a_token, phase_steps, split_batch
 from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.norms import norm_warnings
@@ -195,34 +196,33 @@ def state_of(folder: Path) -> str:
 
 def print_plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] = ()) -> None:
     """Print the plan as a table with totals."""
+    from rich.markup import escape
     from rich.table import Table
 
     planned = plan(recipe, output, arms)
-    out = console()
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "reset"):
         table.add_column(column, overflow="fold")
     for column in ("steps", "tokens", "FLOPs"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     table.add_column("state")
     for row in planned["stages"]:
         steps = "by corpus size" if row["steps"] is None else f"{'≈ ' if row['estimated'] else ''}{row['steps']:,}"
         tokens = "" if row["tokens"] is None else f"{row['tokens']:,}"
-        table.add_row(
-            row["stage"], row["reset"], steps, tokens, f"{row['flops']:.2g}" if row["flops"] else "", row["state"]
-        )
-    out.print(f"recipe {recipe.name}: no fault found")
+        flops = f"{row['flops']:.2g}" if row["flops"] else ""
+        table.add_row(escape(row["stage"]), escape(row["reset"]), steps, tokens, flops, escape(row["state"]))
+    print(f"recipe {recipe.name}: no fault found")
     for doubt in doubts(recipe):
-        out.print(doubt, markup=False, highlight=False)
-    out.print(f"model: {planned['model']}; precision {planned['precision']}; seeds {recipe.seed}")
-    out.print(f"optimizer: {planned['optimizer']}")
-    out.print(f"schedule {planned['schedule']}")
+        print(doubt)
+    print(f"model: {planned['model']}; precision {planned['precision']}; seeds {recipe.seed}")
+    print(f"optimizer: {planned['optimizer']}")
+    print(f"schedule {planned['schedule']}")
     for own in planned["own"]:
-        out.print(own)
+        print(own)
     for warning in planned["warnings"]:
-        out.print(f"warning: {warning}", markup=False)
-    print_table(table, out)
-    out.print(
+        print(f"warning: {warning}")
+    show_table(open_console(), table)
+    print(
         f"{totals(planned['stages'])}; "
         f"disk ≈ {planned['disk_bytes'] / 1e9:.2g} GB of checkpoints; "
         f"memory ≈ {planned['memory_bytes'] / 1e9:.2g} GB a process, without activations"
@@ -233,7 +233,7 @@ def print_plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[
         if machine["hours"] * 60 >= 1
     ]
     if hours:
-        out.print(f"at {MFU:.0%} of the 16-bit peak, evaluation left out: {'; '.join(hours)}")
+        print(f"at {MFU:.0%} of the 16-bit peak, evaluation left out: {'; '.join(hours)}")
 
 
 def totals(rows: Sequence[dict[str, Any]]) -> str:

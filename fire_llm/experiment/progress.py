@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from fire_llm.core.atomic import CONTINUAL_STATE, checkpoints
 from fire_llm.core.errors import UserError
 from fire_llm.core.manifest import read_state
-from fire_llm.core.terminal import console
+from fire_llm.core.terminal import open_console
 from fire_llm.experiment.collect import measured_nll
 from fire_llm.experiment.jobs import Failures, Job
 from fire_llm.experiment.stages import final_checkpoint
@@ -203,7 +203,7 @@ def _bars() -> Any:
     """Return bars on the standard error, drawn at `refresh` alone and removed at the end; None where none can be."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    out = console(stderr=True)
+    out = open_console(stderr=True)
     if not (find_spec("ipywidgets") if out.is_jupyter else out.is_interactive):
         return None
     title, facts = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[facts]"))

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from fire_llm.core.terminal import console
-from fire_llm.core.terminal import print_table as print_rich
+from fire_llm.core.console import show_table
+from fire_llm.core.terminal import open_console
 from fire_llm.experiment.estimate import plan, totals
 from fire_llm.experiment.recipe import Trial, words
 from fire_llm.experiment.run import Sweep
@@ -36,9 +36,9 @@ def show(sweep: Sweep, output: Path) -> None:
 
 def print_summary(summary: Summary) -> None:
     """Print a table a corpus, a row for each arm of each trial, of the two columns that 80 characters have room for."""
-    out = console()
+    out = open_console()
     for table in summary.tables():
-        print_rich(table.only(("NLL", "vs base")).rich({"trial": 16, "arm": 10}), out)
+        show_table(out, table.only(("NLL", "vs base")).rich({"trial": 16, "arm": 10}))
     said = " ".join(filter(None, [*summary.reading(), summary.legend()]))
     out.print(said, markup=False, highlight=False)
 
@@ -109,6 +109,6 @@ def print_trials(trials: Sequence[Trial], output: Path, arms: Sequence[str] = ()
         first, same = once.setdefault(row["key"], (trial, row))
         state = f"as in {first.name}" if same is not row and row["state"] == "to do" else row["state"]
         table.add_row(escape(trial.name or "–"), escape(row["stage"]), escape(state))
-    print_rich(table, console())
+    show_table(open_console(), table)
     print(f"{len(trials)} trials of {len(rows)} stages, {len(once)} of them different: each is trained once")
     print(totals([row for _, row in once.values()]))

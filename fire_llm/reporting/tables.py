@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fire_llm.core import terminal
+from fire_llm.core.console import show_table
 from fire_llm.core.errors import UserError, system_reason
+from fire_llm.core.terminal import open_console
 from fire_llm.reporting.comparison import Comparison, steps_saved
-from fire_llm.reporting.html import Block, drawn, numbered, section
+from fire_llm.reporting.html import section
 from fire_llm.reporting.load import load_results
-from fire_llm.reporting.schema import InspectedMatrix, Results
+from fire_llm.reporting.schema import Results
 from fire_llm.reporting.sequence import every_table
-from fire_llm.reporting.table import DASH, Row, Table, plain
+from fire_llm.reporting.table import plain
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_page",
-    "inspect_page",
     "load_results",
     "markdown_table",
     "page_fault",
@@ -44,9 +44,9 @@ def render_table(results: Results) -> list[RichTable]:
 
 def print_table(results: Results, console: Console | None = None) -> None:
     """Print the tables, then what they say and whether all arms saw the same batches."""
-    out, comparison = console or terminal.console(), Comparison(results)
+    out, comparison = console or open_console(), Comparison(results)
     for table in render_table(results):
-        terminal.print_table(table, out)
+        show_table(out, table)
     agree, note = comparison.batches()
     if legend := comparison.legend():
         out.print(legend, markup=False, highlight=False, style="dim")
@@ -96,51 +96,10 @@ def write_report(results: Results | Sequence[Results], output: Path) -> Path:
     return write_page("report.html.j2", output, title=title, sections=[section(run, i) for i, run in enumerate(runs)])
 
 
-def inspect_page(rows: Sequence[Mapping[str, object]], output: Path, title: str) -> Path:
-    """Write one self-contained HTML page about a checkpoint's matrices: heat maps of layer x part, spectra, a table.
-
-    Args:
-        rows: a mapping a matrix, with the keys of `InspectedMatrix`; `sfe` and `cosine` where two checkpoints are
-            compared. Missing values are None or absent.
-        output: the file, or an existing folder in which `report.html` is written.
-        title: heading of the page.
-
-    Raises:
-        UserError: where the file cannot be written, or plotly is not installed.
-    """
-    check_page()
-    from fire_llm.reporting.plots.matrices import METRICS, layer_spectra_figure, metric_figure
-
-    found = [InspectedMatrix.model_validate(row) for row in rows]
-    shades = "From the largest to the smallest; from dark (first layer) to light (last)."
-    blocks = [
-        Block("Matrices by layer and part", "", drawn(("", metric_figure(found))), "metric"),
-        Block("Singular values", shades, drawn(("", layer_spectra_figure(found))), "part"),
-    ]
-    keys = [key for key in METRICS if any(getattr(matrix, key) is not None for matrix in found)]
-    table = [
-        Row((m.name, m.role or ""), (" × ".join(map(str, m.shape)), *(_short(getattr(m, key)) for key in keys)))
-        for m in found
-    ]
-    columns = ("shape", *(METRICS[key] for key in keys))
-    return write_page(
-        "inspect.html.j2",
-        output,
-        title=title,
-        blocks=numbered(blocks, "m"),
-        matrices=Table("", columns, tuple(table), ("matrix", "role")),
-    )
-
-
 def check_page() -> None:
     """Raise a UserError where no page can be made here."""
     if fault := page_fault():
         raise UserError(fault)
-
-
-def _short(value: float | None) -> str:
-    """Write a number with four significant digits, a dash where there is none."""
-    return DASH if value is None else f"{value:.4g}"
 
 
 def write_page(template: str, output: Path, **context: object) -> Path:

@@ -7,7 +7,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,10 @@ class ResetExecutor:
 
     plan: Plan
     spectra: Spectra
+    measured: bool = True
+    """Whether slices are measured before and after."""
+    rounded_to: torch.dtype | None = None
+    """What results are rounded to before they are measured and written; None for the dtype of the tensor."""
     reports: dict[int, TensorReport] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
     """Names of slices whose result is not finite."""
@@ -142,9 +146,11 @@ class ResetExecutor:
             for index in block.members:
                 weight, actions = self.plan.slices[index].within(tensor), self.plan.actions[index]
                 if not actions:
-                    with self._measured():
-                        self.reports[index] = describe(self.plan.slices[index], weight.read(), self.spectra)
-                    self.reports[index].reason = self.plan.reason(index)
+                    with self._measuring():
+                        own = self.plan.slices[index]
+                        report = describe(own, weight.read(), self.spectra) if self.measured else TensorReport.of(own)
+                    report.reason = self.plan.reason(index)
+                    self.reports[index] = report
                     continue
                 batched = together(tensor) and all(RESETS[s.method].batched for s in actions)
                 key = (weight.shape, tensor.dtype, *map(id, actions)) if batched else index
@@ -163,21 +169,22 @@ class ResetExecutor:
                 beside = [read(index).to(x) for index, _ in group]
                 arguments.append(torch.stack(beside) if stacked else beside[0])
             x = RESETS[spec.method].function(x, *arguments, **spec.options)
+        x = x.to(self.rounded_to or before.dtype).to(before.dtype)
         rows = list(zip(group, before if stacked else (before,), x.unbind() if stacked else (x,), strict=True))
         sound = all_finite(new for *_, new in rows)
         self.failed |= {self.plan.slices[i].name for ((i, _), *_), good in zip(rows, sound, strict=True) if not good}
-        done = [
-            (i, weight, old, new.to(old.dtype))
-            for ((i, weight), old, new), good in zip(rows, sound, strict=True)
-            if good
-        ]
-        with self._measured():  # before anything is written, because `old` may be a view of what is written to
+        done = [(i, weight, old, new) for ((i, weight), old, new), good in zip(rows, sound, strict=True) if good]
+        with self._measuring():  # before anything is written, because `old` may be a view of what is written to
             self._report([(i, old, after) for i, _, old, after in done])
         for _, weight, _, after in done:
             weight.write_(after)
 
     def _report(self, done: list[tuple[int, Tensor, Tensor]]) -> None:
         """Report on slices before and after, and wait once for all that is measured but spectra."""
+        if not self.measured:
+            for index, *_ in done:
+                self._done(index, replace(TensorReport.of(self.plan.slices[index]), sfe=None))
+            return
         measures = Measures()
         pairs = []
         for index, before, after in done:
@@ -197,7 +204,7 @@ class ResetExecutor:
             self.bar.update()
 
     @contextmanager
-    def _measured(self) -> Iterator[None]:
+    def _measuring(self) -> Iterator[None]:
         """Count the time of what is inside as measuring."""
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()

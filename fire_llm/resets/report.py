@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fire_llm.architectures.matrices import ParameterSlice
 from fire_llm.linalg.measures import dfi_of_gram, gram
-from fire_llm.linalg.singular_values import singular_range, singular_values
+from fire_llm.linalg.singular_values import extent, singular_values
 from fire_llm.resets.spec import ResetSpec
 
 SIGMA_QUANTILES = 64
@@ -31,15 +31,18 @@ class TensorReport:
     shape: list[int]
     reason: str | None = None
     """Why it was left alone; None where it was touched."""
-    sfe: float = 0.0
-    """Squared Frobenius distance between before and after."""
+    sfe: float | None = 0.0
+    """Squared Frobenius distance between before and after; None where it was not measured."""
     dfi_before: float | None = None
     dfi_after: float | None = None
     norm_before: float | None = None
     norm_after: float | None = None
-    sigma_before: list[float] | None = None
-    """Singular values, descending: `SIGMA_QUANTILES` of them, or the largest and the smallest alone."""
-    sigma_after: list[float] | None = None
+    sigma_before: list[float | None] | None = None
+    """Singular values, descending: `SIGMA_QUANTILES` of them, or the largest and the smallest alone.
+
+    The smallest of a matrix in shards is None where it is lost in the rounding of its Gram matrix.
+    """
+    sigma_after: list[float | None] | None = None
 
     @classmethod
     def of(cls, weight: ParameterSlice) -> TensorReport:
@@ -99,17 +102,19 @@ class ResetReport:
     def __str__(self) -> str:
         """Return in two lines what was done."""
         matrices = [t for t in self.touched if t.dfi_after is not None]
+        moved = [t.sfe for t in self.touched if t.sfe is not None]
+        measured = len(moved) == len(self.touched)
         among = f" on {self.shared_by} ranks" if self.shared_by > 1 else ""
         left = ", ".join(sorted({t.role for t in self.untouched})) or "nothing"
         return (
             f"{'; '.join(r.label() for r in self.resets)}: "
-            f"{len(self.touched)} tensors touched ({len(matrices)} matrices) in {self.seconds:.2f} s{among}; "
-            f"SFE {sum(t.sfe for t in self.touched):.4g}; "
+            f"{len(self.touched)} tensors touched{f' ({len(matrices)} matrices)' if measured else ''} in "
+            f"{self.seconds:.2f} s{among}; {f'SFE {sum(moved):.4g}' if measured else 'not measured'}; "
             f"{len(self.untouched)} left alone ({left}); {self.optimizer_states_cleared} optimizer states cleared"
         )
 
 
-def sigma_quantiles(sigma: Tensor) -> list[float]:
+def sigma_quantiles(sigma: Tensor) -> list[float | None]:
     """Return at most `SIGMA_QUANTILES` of a spectrum, evenly spread over the ranks, the ends included."""
     at = torch.linspace(0, len(sigma) - 1, min(SIGMA_QUANTILES, len(sigma))).round().long()
     return sigma[at.to(sigma.device)].tolist()
@@ -162,12 +167,14 @@ def describe(
     if not weight.matrix:
         numbers = tensor if tensor.is_floating_point() else tensor.double()
         later.add(report._normed, torch.linalg.vector_norm(numbers, dtype=torch.float64))
+    elif spectra == "range":
+        found = extent(tensor)
+        report._measured(found.norm**2, found.dfi)
+        report.sigma_before = report.sigma_after = [found.largest, found.smallest]
     else:
         g = gram(tensor if tensor.shape[0] >= tensor.shape[1] else tensor.mT, quick=True)
         later.add(report._measured, g.trace(), dfi_of_gram(g))
-        if spectra == "range":
-            report.sigma_before = report.sigma_after = list(singular_range(g))
-        elif spectra:
+        if spectra:
             report.sigma_before = report.sigma_after = sigma_quantiles(singular_values(tensor))
     if measures is None:
         later.fetch()

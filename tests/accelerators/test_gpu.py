@@ -469,7 +469,7 @@ def test_apply_writes_what_it_writes_on_a_cpu(checkpoint, tmp_path):
 
 @solving
 def test_inspect_measures_what_it_measures_on_a_cpu(checkpoint):
-    there, here = (inspect_checkpoint(checkpoint, progress=False, device=device) for device in (DEVICE, "cpu"))
+    there, here = (inspect_checkpoint(checkpoint, progress=False, device=device).rows for device in (DEVICE, "cpu"))
     for a, b in zip(there, here, strict=True):
         for column, value in b.items():
             near = isinstance(value, float | list)  # numbers, and the quantiles of a spectrum

@@ -398,8 +398,8 @@ def test_apply_and_inspect_give_what_the_cpu_gives(method, tmp_path, log):
     spec = {"method": method, **OPTIONS.get(method, {})}
     for device in ("cpu", "cuda"):
         reset_checkpoint(tmp_path / "model", tmp_path / device, spec, device=device, progress=False, **start)
-    against = [inspect_checkpoint(tmp_path / d, tmp_path / "model", device=d, progress=False) for d in ("cpu", "cuda")]
-    for a, b in zip(*against, strict=True):
+    found = [inspect_checkpoint(tmp_path / d, tmp_path / "model", device=d, progress=False) for d in ("cpu", "cuda")]
+    for a, b in zip(*(one.rows for one in found), strict=True):
         assert a.pop("sigma") == pytest.approx(b.pop("sigma"), abs=1e-4)
         names = [a.pop(key) == b.pop(key) for key in ("name", "role", "shape")]
         assert all(names) and a == pytest.approx(b, rel=1e-3, abs=1e-4)

@@ -279,7 +279,7 @@ def test_the_card_is_one_that_the_hub_reads(source, tmp_path):
     reset_checkpoint(source, tmp_path / "dst")
     card = ModelCard.load(tmp_path / "dst" / "README.md")
     assert card.data.base_model == "owner/model" and card.data.license == "apache-2.0" and "fire" in card.data.tags
-    assert "not a model to use as it is" in card.text and "fire-llm apply owner/model DST --method fire" in card.text
+    assert "not a model to use as it is" in card.text and f"fire-llm apply {source} DST --method fire" in card.text
     assert "| attention | q_proj | 2 |" in card.text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -75,10 +76,11 @@ def test_the_flags_are_frozen():
             "--accelerate-config", "--arm", "--dry-run", "--grid", "--num-processes", "--output", "--set", "--workers",
         ],
         "apply": [
-            "--device", "--dry-run", "--exclude", "--init", "--iterations", "--method", "--native", "--num-processes",
-            "--push-to-hub", "--revision", "--role", "--scale", "--seed", "--shrink", "--solver", "--tolerance",
+            "--device", "--dry-run", "--dtype", "--exclude", "--init", "--iterations", "--method", "--native",
+            "--no-measures", "--num-processes", "--push-to-hub", "--revision", "--role", "--scale", "--seed",
+            "--shrink", "--solver", "--tolerance",
         ],
-        "inspect": ["--against", "--device", "--html", "--json", "--native", "--role"],
+        "inspect": ["--against", "--all", "--device", "--html", "--json", "--native", "--role"],
         "eval": [
             "--again", "--batch-size", "--column", "--compile", "--context", "--data", "--device", "--diagnostics",
             "--document", "--dtype", "--json", "--limit", "--max-tokens", "--num-fewshot", "--num-processes",
@@ -165,9 +167,16 @@ def test_inspect(checkpoint, tmp_path, capsys):
         )
         == 0
     )
-    assert "σ max" in capsys.readouterr().out
-    rows = json.loads((tmp_path / "i.json").read_text())
-    assert len(rows) == 13
+    out = capsys.readouterr().out
+    assert "σ max" in out and "transformer.h.0.attn.c_attn.weight[k]" in out  # brackets are no markup
+    told = json.loads((tmp_path / "i.json").read_text())
+    rows = told["rows"]
+    assert told["schema_version"] == 1 and len(rows) == 13
+    for key, folder in (("checkpoint", tmp_path / "out"), ("against", checkpoint)):
+        digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        assert told[key] == {"name": str(folder), "revision": None, "sha256": digest}
+        for text in (out, (tmp_path / "i.html").read_text()):
+            assert str(folder) in text and digest[:16] in text
     before, after = load_model(checkpoint), load_model(tmp_path / "out")
     row = next(r for r in rows if r["name"] == "transformer.h.0.attn.c_attn.weight[k]")
     old, new = (m.transformer.h[0].attn.c_attn.weight.detach()[:, 32:64].T.double() for m in (before, after))

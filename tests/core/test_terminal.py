@@ -10,11 +10,11 @@ import sys
 import unicodedata
 
 import pytest
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fire_llm.core.terminal import console, fitting, print_table, shown, standard_streams
+from fire_llm.core.console import show_table
+from fire_llm.core.terminal import fitting, open_console, shown, standard_streams
 
 HOSTILE = {
     "clear": "\x1b[2J",
@@ -39,10 +39,10 @@ def test_what_a_terminal_obeys_is_escaped_wherever_it_is_printed(text, capsys):
         print(text)
         print(text, file=sys.stderr)
         sys.stderr.writelines([f"{text}\n"])
-        out = console()
+        out = open_console()
         out.print(text, markup=False)
         out.print(Text(text))
-        print_table(table, out)
+        show_table(out, table)
     told = capsys.readouterr()
     for said in (told.out, told.err):
         assert not [c for c in said if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl") and c != "\n"]
@@ -72,7 +72,7 @@ def test_an_encoding_that_lacks_characters_gets_others(encoding, wanted, monkeyp
     table.add_row("x" * 30)
     with standard_streams():
         print("σ 1±2 3×4 ☃")
-        print_table(table, console())
+        show_table(open_console(), table)
     lines = raw.getvalue().decode(encoding).splitlines()
     assert lines[0] == wanted and lines[1].rstrip() == f" {wanted}" and len(lines[1]) == len(lines[2])
     assert fitting("σ", encoding) == "sigma"
@@ -91,7 +91,7 @@ def test_a_reader_that_left_is_no_failure(monkeypatch):
     with standard_streams() as lost:
         for _ in range(3):
             print("x" * 100_000)
-        console().print("yes " * 30_000)
+        open_console().print("yes " * 30_000)
     assert not lost
     stream.close()  # what is still in its memory goes nowhere
 
@@ -117,23 +117,3 @@ def test_without_a_standard_stream_no_file_takes_its_place(closed, tmp_path):
     command = f'exec "{sys.executable}" -c "$0" "$1" {closed}'
     done = subprocess.run(["bash", "-c", command, code, str(tmp_path / "f")], capture_output=True)
     assert done.returncode > 2 and (tmp_path / "f").read_text() == ""
-
-
-def _table(figure: str) -> Table:
-    table = Table(title="scores", box=None)
-    table.add_column("arm", overflow="fold")
-    for name in ("NLL", "perplexity", "versus base"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_row("a-long-name/of.a.matrix.k", figure, figure, "")
-    return table
-
-
-@pytest.mark.parametrize("width", [20, 60, 100, None])
-def test_a_table_is_whole_in_a_log_and_on_any_terminal(width, capsys):
-    figure = "123.4567±0.0012"
-    out = console() if width is None else Console(width=width, file=sys.stdout)
-    print_table(_table(figure), out)
-    said = capsys.readouterr().out
-    assert said.count(figure) == 2 and "a-long-name/of.a.matrix.k" in said and "…" not in said and "scores" in said
-    if width in (20, 60):
-        assert f"  NLL: {figure}" in said and "versus base:" not in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -23,6 +24,7 @@ from transformers import RobertaConfig, RobertaForCausalLM
 
 from fire_llm import UserError, perplexity
 from fire_llm.data import train_tokenizer
+from fire_llm.evaluation.checkpoints import score_checkpoints
 from fire_llm.evaluation.table import print_scores
 from fire_llm.evaluation.tasks import run_tasks
 
@@ -339,6 +341,35 @@ def test_a_model_that_gives_nan_gives_null(tokenizer, tmp_path):
     torch.nn.init.constant_(model.transformer.ln_f.weight, math.nan)
     answer = run_tasks((model, tokenizer), [task])
     assert answer["results"]["nan_wikitext"]["bits_per_byte,none"] is None
+
+
+@pytest.mark.parametrize("prefix", ["auto", "bos", "eos"])
+def test_one_command_reads_one_first_token(prefix, tokenizer, tmp_path):
+    """A tokenizer whose beginning of text is another token than its end: texts and tasks read the same one."""
+    own = copy.deepcopy(tokenizer)
+    own.bos_token = own.convert_ids_to_tokens(7)
+    tiny_gpt2(vocab_size=400).save_pretrained(tmp_path / "model")
+    own.save_pretrained(tmp_path / "model")
+    text = " ".join(prose(80).split())
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    lines = "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\nmetric_list:\n- metric: "
+    task = write_task(tmp_path / "task", "whole", [{"text": text}], f"{lines}bits_per_byte\n")
+    names, data = [str(tmp_path / "model")], [str(tmp_path / "text.jsonl")]
+    found = score_checkpoints(names, data, per_document=True, prefix=prefix, tasks=[str(task)], progress=False)
+    row, answer = found.rows[0], found.tasks[names[0]]
+    assert (row.prefix == 7) == (prefix != "eos")
+    assert {key: answer["settings"][key] for key in ("prefix", "prefix_text")} == {
+        "prefix": row.prefix, "prefix_text": row.prefix_text,
+    }  # fmt: skip
+    assert answer["results"]["whole"]["bits_per_byte,none"] == pytest.approx(row.bits_per_byte, rel=RELATIVE)
+    out = StringIO()
+    print_scores(found.rows, tasks=found.tasks, console=Console(file=out, width=200))
+    assert out.getvalue().count(f"after {row.prefix_text}") == 2
+
+
+def test_a_first_token_that_tasks_cannot_do_without_is_refused_before_anything_is_measured(tmp_path):
+    with pytest.raises(UserError, match="--prefix none: lm_eval reads a token before every text"):
+        score_checkpoints([str(tmp_path / "nowhere")], [], prefix="none", tasks=["x.yaml"])
 
 
 def test_a_checkpoint_in_bf16_is_asked_in_fp32_and_the_table_says_so(tokenizer, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -19,6 +20,7 @@ from fire_llm.linalg import measures
 from fire_llm.linalg.activations import Activity, Features, dormant_scores, dormant_share, feature_srank
 from fire_llm.linalg.curvature import gradient_norm, top_hessian_eigenvalue
 from fire_llm.linalg.measures import dfi, effective_rank, sfe, srank
+from fire_llm.linalg.singular_values import extent
 
 
 @pytest.fixture(params=[1 << 20, 7], ids=["one chunk", "many chunks"])
@@ -347,3 +349,53 @@ def test_theorem_4_says_nothing_of_tall_matrices() -> None:
     w = torch.cat([torch.eye(3), torch.zeros(2, 3)])
     z = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0))
     assert dfi(w) == 0 and dormant_share(dormant_scores((z @ w.mT).relu())) == pytest.approx(2 / 5)
+
+
+# ---- norm, DfI and the range of singular values, without the whole spectrum
+
+SPECTRA = {
+    "flat": lambda n: torch.ones(n),
+    "linear": lambda n: torch.linspace(2, 1, n),
+    "one large": lambda n: torch.cat([torch.tensor([100.0]), torch.ones(n - 1)]),
+    "one small": lambda n: torch.cat([torch.ones(n - 1), torch.tensor([1e-5])]),
+    **{
+        f"down to 1e-{power}": partial(lambda n, power: torch.logspace(0, -power, n), power=power)
+        for power in (1, 3, 5)
+    },
+}
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (300, 300), (300, 500), (1000, 280)])
+@pytest.mark.parametrize("key", [*SPECTRA, "Gaussian"])
+def test_the_extent_is_that_of_the_svd(key: str, shape: tuple[int, int]) -> None:
+    """The smallest singular value of a square Gaussian is 1e-4 of the largest: no float32 product holds that."""
+    generator, k = torch.Generator().manual_seed(3), min(shape)
+    w = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    if key != "Gaussian":
+        u, _, vh = torch.linalg.svd(w, full_matrices=False)
+        w = 7 * (u * SPECTRA[key](k).double()) @ vh
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        rounded = w.to(dtype)
+        sigma = torch.linalg.svdvals(rounded.double())
+        found = extent(rounded)
+        assert found.largest == pytest.approx(float(sigma[0]), rel=2e-3)
+        assert found.smallest == pytest.approx(float(sigma[-1]), rel=2e-2)
+        assert found.norm == pytest.approx(float(sigma.norm()), rel=1e-6)
+        assert found.dfi == pytest.approx(float((sigma.square() - 1).square().sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(300, 300), (900, 300), (20, 40)])
+def test_what_a_gram_matrix_loses_is_found_in_the_matrix_itself(shape: tuple[int, int]) -> None:
+    u, _, vh = torch.linalg.svd(torch.randn(*shape, dtype=torch.float64), full_matrices=False)
+    for smallest in (1e-8, 1e-11):
+        w = (u * torch.logspace(0, math.log10(smallest), min(shape), dtype=torch.float64)) @ vh
+        assert extent(w).smallest == pytest.approx(float(torch.linalg.svdvals(w)[-1]), rel=0.05)
+    w = (u * torch.linspace(1, 0, min(shape), dtype=torch.float64)) @ vh
+    assert extent(w).smallest < 1e-13
+    assert extent(torch.zeros(*shape)) == (0, min(shape), 0, 0)
+
+
+def test_dfi_near_an_isometry_is_no_rounding() -> None:
+    """A rectangle in float32, whose Gram matrix of float32 products would be 1e-6 off the identity."""
+    w = torch.linalg.qr(torch.randn(900, 300, dtype=torch.float64)).Q * (1 + 1e-5)
+    assert extent(w.float()).dfi == pytest.approx(dfi(w.float()), rel=1e-3)

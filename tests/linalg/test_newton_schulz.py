@@ -545,7 +545,7 @@ def test_the_range_is_that_of_the_svd(shape: tuple[int, int], spread: float) -> 
     n = min(shape)
     w = with_spectrum(*shape, 7 * torch.logspace(0, -math.log10(spread), n, dtype=torch.float64))
     gram = w.mT @ w if shape[0] >= shape[1] else w @ w.mT
-    assert singular_range(gram) == pytest.approx((7, 7 / spread), rel=2e-3)
+    assert singular_range(gram) == pytest.approx((7, 7 / spread), rel=1e-2)
 
 
 @pytest.mark.parametrize("side", [30, 300])
@@ -553,7 +553,7 @@ def test_the_range_of_what_has_no_smallest_value(side: int) -> None:
     low_rank = gaussian(side, 5) @ gaussian(5, side)
     largest, smallest = singular_range(low_rank @ low_rank.mT)
     assert largest == pytest.approx(float(torch.linalg.matrix_norm(low_rank, 2)), rel=1e-3)
-    assert smallest < 1e-5 * largest
+    assert smallest is None
     assert singular_range(torch.zeros(side, side, dtype=torch.float64)) == (0, 0)
     assert singular_range(torch.eye(side, dtype=torch.float64)) == pytest.approx((1, 1))
 

@@ -21,6 +21,7 @@ from support.edits import edited
 from fire_llm.cli import main
 from fire_llm.core.errors import UserError
 from fire_llm.reporting.comparison import Comparison
+from fire_llm.reporting.inspection import inspect_page
 from fire_llm.reporting.load import upgraded
 from fire_llm.reporting.plots.base import palette
 from fire_llm.reporting.plots.diagnostics import measure_figure
@@ -28,7 +29,6 @@ from fire_llm.reporting.plots.matrices import parse_name
 from fire_llm.reporting.schema import CurveEntry, EvaluationRow, Results
 from fire_llm.reporting.table import Row, Table
 from fire_llm.reporting.tables import (
-    inspect_page,
     load_results,
     markdown_table,
     print_table,
