@@ -78,8 +78,6 @@ class ContinualArguments(TrainingArguments):
                 f"keep_last={self.keep_last} and save_total_limit={self.save_total_limit} say the same twice, and "
                 "differently: give one of them"
             )
-        if self.keep_last is None and self.save_total_limit is None:
-            self.keep_last = 1
         # With torch_compile, transformers turns TF32 on, in the whole process, unless `tf32` is given.
         with settings_kept() if self.tf32 is None else nullcontext():
             try:

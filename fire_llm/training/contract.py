@@ -27,7 +27,6 @@ class Given:
     sets: Mapping[str, Any]
     """Evaluation sets."""
     eval_dataset: Any = None
-    model_init: Any = None
     optimizers: tuple[Any, Any] = (None, None)
     optimizer_cls_and_kwargs: Any = None
 
@@ -82,7 +81,7 @@ def _unknown_metric(value: Any, given: Given) -> bool:
 
 def metric_names(given: Given) -> list[str]:
     """Return the metrics of the evaluation sets, without their prefix."""
-    names = [f"{name}_{key}" for name in given.sets for key in MEASURED]
+    names = [f"{name}_{key}" if name else key for name in given.sets for key in MEASURED]
     return ["nll", *names] if set(given.args.best_corpora or ()) & set(given.sets) else names
 
 
@@ -102,7 +101,7 @@ OPTIONS: dict[str, Rule] = dict.fromkeys(
         "eval_delay", "per_device_eval_batch_size", "prediction_loss_only", "eval_do_concat_batches",
         "eval_use_gather_object", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics",
         "save_steps", "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_always_push",
-        "hub_revision", "load_best_model_at_end", "greater_is_better",
+        "hub_revision", "greater_is_better",
         "restore_callback_states_from_checkpoint", "full_determinism", "seed", "data_seed", "use_cpu",
         "dataloader_drop_last", "dataloader_num_workers", "dataloader_pin_memory",
         "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
@@ -153,6 +152,10 @@ OPTIONS: dict[str, Rule] = dict.fromkeys(
     "hub_strategy": Rule(
         "`checkpoint` and `all_checkpoints` are refused: they would upload from a folder that is about to be renamed",
         lambda value, given: bool(given.args.push_to_hub) and value in ("checkpoint", "all_checkpoints"),
+    ),
+    "load_best_model_at_end": Rule(
+        "without evaluations (`eval_strategy`) nothing says which is the best: refused",
+        lambda value, given: bool(value) and given.args.eval_strategy == "no",
     ),
     "metric_for_best_model": Rule(
         "a metric of the evaluation sets (`eval_<name>_nll`, …), of `best_corpora` (`eval_nll`) or of the "
@@ -219,7 +222,7 @@ PARAMETERS: dict[str, Rule] = {
 METHODS: dict[str, Rule] = dict.fromkeys(
     [
         "add_callback", "autocast_smart_context_manager", "call_model_init", "compute_loss_context_manager",
-        "create_model_card", "create_optimizer_and_scheduler", "end", "evaluation_loop", "get_cp_size",
+        "create_model_card", "create_optimizer_and_scheduler", "end", "get_cp_size",
         "get_eval_dataloader", "get_learning_rates", "get_num_trainable_parameters",
         "get_optimizer_cls_and_kwargs", "get_optimizer_group", "get_sp_size", "get_test_dataloader",
         "get_total_train_batch_size", "get_tp_size", "init_hf_repo", "is_local_process_zero",
@@ -242,6 +245,7 @@ METHODS: dict[str, Rule] = dict.fromkeys(
         "measures the evaluation sets and the `eval_dataset`, or what it is given: a dataset, an `EvaluationSet`, or "
         "either by name"
     ),
+    "evaluation_loop": Rule("labels are taken as the evaluated data have them"),
     "floating_point_ops": Rule("parameters are counted once a training"),
     "get_batch_samples": Rule("hashes the batches' tokens"),
     "get_decay_parameter_names": Rule("tensors of two dimensions and more"),

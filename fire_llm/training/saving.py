@@ -293,7 +293,7 @@ class Saver:
         if args.save_total_limit is not None and args.save_total_limit <= 0:  # no limit, as in `Trainer`
             return
         if args.save_total_limit is None:
-            others = args.keep_last - 1
+            others = (args.keep_last or 1) - 1
         else:  # the best one is among them
             others = args.save_total_limit - 1
             others -= best not in {step, None, *(n for _, n in older[max(0, len(older) - others) :])} and others > 0

@@ -7,8 +7,8 @@ Shapes: B = sequences a micro-batch, T = tokens a sequence.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from transformers.training_args import OptimizerNames
 from fire_llm.architectures.context import choose_context
 from fire_llm.architectures.matrices import unwrap
 from fire_llm.core.compat import check_trainer
-from fire_llm.core.errors import UserError
+from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.core.signals import set_step_near
 from fire_llm.evaluation import token_nll
 from fire_llm.evaluation.scoring import IGNORE
@@ -32,7 +32,7 @@ from fire_llm.linalg.matmul import settings_kept
 from fire_llm.training.arguments import adopted
 from fire_llm.training.batches import FromStep, Windows, hash_batch, labels_are_shifted, order_of, targets_of
 from fire_llm.training.callbacks import Keeping, ResetCallback
-from fire_llm.training.contract import METHODS, Given, refuse_options
+from fire_llm.training.contract import METHODS, PARAMETERS, Given, refuse_options
 from fire_llm.training.loss import smoothed_nll, summed_loss
 from fire_llm.training.nonfinite import SKIPPED, FiniteGuard, propagate_nonfinite
 from fire_llm.training.optimizers import muon_adamw, scheduled
@@ -81,6 +81,7 @@ class ContinualTrainer(Trainer):
         _get_grad_norm †                    what is not finite does not reach the weights
         _maybe_log_save_evaluate            faults of the last step and the last save are raised before the next
         log                                 speed beside each loss, and the share of the phase that is done
+        evaluation_loop                     labels may be of another kind than the training set's
         evaluate                            exact perplexity a corpus too; the best checkpoint is saved
         _get_output_dir                     a checkpoint is written under another name
         _save_checkpoint                    it is listed, flushed and renamed once, by all ranks or by none
@@ -114,17 +115,20 @@ class ContinualTrainer(Trainer):
         self.evaluation_sets = {**(evaluation_sets or {}), **sets}
         if wrong := [name for name, text in self.evaluation_sets.items() if not isinstance(text, EvaluationSet)]:
             raise UserError(f"evaluation_sets: {wrong} are no EvaluationSets; give datasets as eval_dataset=…")
-        self.causal = is_causal(kwargs["model_init"]() if model is None and kwargs.get("model_init") else model)
-        """Whether the loss is taken here, and not by the model."""
-        known = {
-            name: kwargs[name] for name in ("model_init", "optimizers", "optimizer_cls_and_kwargs") if name in kwargs
-        }
-        refuse_options(Given(args, self.order, self.causal, self.evaluation_sets, eval_dataset, **known))
+        if unknown := [name for name in kwargs if name not in PARAMETERS]:
+            near = did_you_mean(unknown[0], [*PARAMETERS, "evaluation_sets"])
+            raise UserError(f"ContinualTrainer has no parameter '{unknown[0]}'; a tokenizer is processing_class.{near}")
+        if (model is None) == (kwargs.get("model_init") is None):
+            raise UserError("ContinualTrainer takes a model or a model_init, one of them")
+        known = {name: kwargs[name] for name in ("optimizers", "optimizer_cls_and_kwargs") if name in kwargs}
+        causal = model is None or is_causal(model)
+        refuse_options(Given(args, self.order, causal, self.evaluation_sets, eval_dataset, **known))
         self.saver = Saver(self)
         self.guard = FiniteGuard(self)
         self._resumed_step = self._resumed_samples = 0
-        self._shifted = args.labels_shifted
-        self._counted_by_shape = False
+        self._shifted: bool | None = None
+        """What the first training batch showed of its labels, where `args.labels_shifted` is None."""
+        self._evaluating = self._windows = False
         if self.order == "numbered" or not _pads(kwargs.get("processing_class")):
             # Samples are full: nothing is padded, and tokenizers such as GPT-2's have no token to pad with.
             kwargs["data_collator"] = kwargs.get("data_collator") or default_data_collator
@@ -138,6 +142,8 @@ class ContinualTrainer(Trainer):
         except ValueError as error:
             raise UserError(str(error)) from error
         self.eval_dataset = eval_dataset
+        self.causal = is_causal(self.model)
+        """Whether the loss is taken here, and not by the model."""
         if self.causal:
             # `compute_loss` divides by the tokens of the whole accumulated batch; this is how `Trainer` learns of it.
             self.model_accepts_loss_kwargs = True
@@ -168,6 +174,7 @@ class ContinualTrainer(Trainer):
             FloatingPointError: A loss or gradient is not finite, and `nonfinite` is halt.
             Stopped: A signal ended training; the checkpoint of its last step is written.
         """
+        self.order = order_of(self.train_dataset)
         if self.order is None:
             raise UserError("train: there is no train_dataset; give one when the trainer is made")
         if trial is not None:
@@ -177,7 +184,7 @@ class ContinualTrainer(Trainer):
         for name in ("_summed_loss", "_throughput", "_weights"):
             self.__dict__.pop(name, None)  # of a model that `model_init` has replaced, or of other settings
         self.batches_hash.zero_()
-        self._shifted = args.labels_shifted
+        self._shifted = None
         self._resumed_step = self.saver.begin(checkpoint)
         self._resumed_samples = self.saver.resumed_samples()
         start, args.eval_on_start = args.eval_on_start, args.eval_on_start and checkpoint is None
@@ -285,7 +292,6 @@ class ContinualTrainer(Trainer):
             UserError: Numbered data end before `max_steps`; samples have no labels, or labels that are neither the
                 tokens at the positions nor those after them.
         """
-        self._counted_by_shape = getattr(self.train_dataset, "every_label_counts", False)
         try:
             with self._throughput.waiting():
                 batches, items = super().get_batch_samples(*args, **kwargs)
@@ -297,8 +303,6 @@ class ContinualTrainer(Trainer):
                 f"train_dataset ends before max_steps={self.args.max_steps}, which reads samples 0 to {needed - 1} "
                 f"({error}). Lower max_steps, or give the dataset a length (__len__): it is then read in epochs"
             ) from error
-        finally:
-            self._counted_by_shape = False
         ids = [batch["input_ids"] for batch in batches if "input_ids" in batch]
         self._throughput.count(sum(i.numel() for i in ids) * self.args.world_size)
         together = [torch.cat(ids)] if len({i.shape[1:] for i in ids}) == 1 else ids
@@ -316,7 +320,7 @@ class ContinualTrainer(Trainer):
 
         Where every label counts, these are the labels there are: nothing is read and no rank is asked.
         """
-        if self._counted_by_shape:
+        if not self._evaluating and getattr(self.train_dataset, "every_label_counts", False):
             return sum(batch["labels"].numel() for batch in batches)
         if self.compute_loss_func is not None and not all("labels" in batch for batch in batches):
             return None  # it may do without
@@ -340,17 +344,19 @@ class ContinualTrainer(Trainer):
                 f"a batch has no labels, only {', '.join(inputs)}: give samples with labels, or a collator that makes "
                 "them, such as DataCollatorForLanguageModeling(tokenizer, mlm=False)"
             )
-        if "shift_labels" not in inputs and self.args.labels_shifted is None and not self._windows:
-            # An evaluation set may be of another kind than the training set: each of its batches is looked at.
-            if self._shifted is None or not self.model.training:
-                found = labels_are_shifted(inputs)
-                self._shifted = self._shifted if found is None else found
-            if self._shifted is None:
+        shifted = False if self._windows else self.args.labels_shifted
+        if shifted is None and "shift_labels" not in inputs:
+            # What is evaluated may be of another kind than the training set: each of its batches is looked at.
+            found = labels_are_shifted(inputs) if self._evaluating or self._shifted is None else None
+            shifted = self._shifted if found is None else found
+            if not self._evaluating:
+                self._shifted = shifted
+            if shifted is None:
                 raise UserError(
                     "labels: those of the first batch are not clearly the tokens at the positions (as Trainer has "
                     "them) nor those after them. Set labels_shifted in ContinualArguments: False for at, True for after"
                 )
-        return targets_of(inputs, bool(self._shifted) and not self._windows)
+        return targets_of(inputs, bool(shifted))
 
     def training_step(self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         """Run one micro-batch forward and backward; return its loss, (), detached."""
@@ -468,26 +474,21 @@ class ContinualTrainer(Trainer):
                 self.control.should_save = True
             self.log(dict(metrics))
             self.control = self.callback_handler.on_evaluate(self.args, state, self.control, metrics)
-        if sets and self.compute_metrics is not None:
+        for name, text in sets.items() if self.compute_metrics is not None else ():
             context = choose_context(self.model.config, self.args.eval_context)
-            with self._measuring_windows():
-                for name, text in sets.items():
-                    prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
-                    metrics |= super().evaluate(Windows(text, context), ignore_keys, prefix)
+            prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
+            metrics |= super().evaluate(Windows(text, context), ignore_keys, prefix)
         if rest is not None:
             metrics |= super().evaluate(None if own else rest, ignore_keys, metric_key_prefix)
         return metrics
 
-    _windows = False
-
-    @contextmanager
-    def _measuring_windows(self) -> Iterator[None]:
-        """Take labels as `Windows` has them."""
-        self._windows = True
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run `Trainer`'s loop, labels as this data has them, whatever the training set has."""
+        self._evaluating, self._windows = True, isinstance(getattr(dataloader, "dataset", None), Windows)
         try:
-            yield
+            return super().evaluation_loop(dataloader, *args, **kwargs)
         finally:
-            self._windows = False
+            self._evaluating = self._windows = False
 
     # ---- checkpoints
 
