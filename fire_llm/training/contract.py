@@ -46,6 +46,8 @@ class Rule:
     """Whether a value is refused; None: none is."""
     always: bool = False
     """Whether any use of it is refused."""
+    instead: str = ""
+    """What the message of a refusal says in place of the text."""
 
     @property
     def status(self) -> str:
@@ -86,6 +88,7 @@ def metric_names(given: Given) -> list[str]:
 
 
 _EPOCHS = "`epoch` is refused for numbered data, which have none: use `steps`"
+_STEPS = "numbered data (by index, without a length) have no epochs: use 'steps', or give the dataset a __len__"
 
 OPTIONS: dict[str, Rule] = dict.fromkeys(
     [
@@ -114,6 +117,7 @@ OPTIONS: dict[str, Rule] = dict.fromkeys(
     "max_steps": Rule(
         "numbered data need it: they have no length that epochs could be counted by",
         lambda value, given: value <= 0 and given.numbered,
+        instead="the train_dataset has no length, so num_train_epochs says no end: give max_steps, or a __len__",
     ),
     "lr_scheduler_type": Rule("`schedule`, where it is given, takes its place"),
     "weight_decay": Rule("every tensor of two dimensions and more decays, and no other"),
@@ -130,7 +134,9 @@ OPTIONS: dict[str, Rule] = dict.fromkeys(
         "its fused loss would not be used: the loss is taken in slices, which hold no logits either", _on, always=True
     ),
     "logging_strategy": Rule(
-        f"a loss is also logged wherever something is saved or measured, unless this is `no`; {_EPOCHS}", _epochs
+        f"a loss is also logged wherever something is saved or measured, unless this is `no`; {_EPOCHS}",
+        _epochs,
+        instead=_STEPS,
     ),
     "logging_nan_inf_filter": Rule("no loss is hidden: `nonfinite` says what becomes of one that is not finite"),
     "disable_tqdm": Rule("one bar a phase, or lines where there is no terminal; with True nothing is printed"),
@@ -140,10 +146,11 @@ OPTIONS: dict[str, Rule] = dict.fromkeys(
         lambda value, given: (
             _epochs(value, given) or (value != "no" and not given.sets and given.eval_dataset is None)
         ),
+        instead=f"there is nothing to measure, or nothing to count: give evaluation_sets or an eval_dataset; {_STEPS}",
     ),
     "eval_on_start": Rule("not again where training goes on from a checkpoint"),
     "save_only_model": Rule("such a checkpoint is refused by `resume_from_checkpoint`: the moments are not in it"),
-    "save_strategy": Rule(f"a checkpoint appears whole or not at all; {_EPOCHS}", _epochs),
+    "save_strategy": Rule(f"a checkpoint appears whole or not at all; {_EPOCHS}", _epochs, instead=_STEPS),
     "save_on_each_node": Rule("checkpoints are written once, by the first process", _on, always=True),
     "save_total_limit": Rule("None: `keep_last` checkpoints stay, 1 by default; `keep_steps` stay in any case"),
     "enable_jit_checkpoint": Rule(
@@ -272,7 +279,7 @@ def refuse_options(given: Given) -> None:
     for name, rule in (OPTIONS | OWN_OPTIONS).items():
         value = getattr(given.args, name, None)
         if rule.refused is not None and rule.refused(value, given):
-            wrong.append(f"{name}={_shown(value)}: {rule.text.replace('`', '')}")
+            wrong.append(f"{name}={_shown(value)}: {rule.instead or rule.text.replace('`', '')}")
             if name == "metric_for_best_model" and not given.args.keep_best:
                 names = metric_names(given)
                 wrong[-1] += f". Measured are {', '.join(names)}.{did_you_mean(str(value), names)}"

@@ -324,7 +324,7 @@ class ContinualTrainer(Trainer):
             return sum(batch["labels"].numel() for batch in batches)
         if self.compute_loss_func is not None and not all("labels" in batch for batch in batches):
             return None  # it may do without
-        items = sum((self.targets(batch) != IGNORE).sum() for batch in batches)
+        items = torch.stack([(self.targets(batch) != IGNORE).sum() for batch in batches]).sum()
         if self._ranks > 1:
             items = self.accelerator.reduce(items.to(self.args.device, torch.float64), "mean")
         return items.clamp(min=1)  # a batch in which nothing is scored teaches nothing

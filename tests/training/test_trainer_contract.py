@@ -420,9 +420,9 @@ def test_a_second_training_begins_again_and_a_model_is_made_anew(tmp_path):
 # ---- what is refused, and how
 
 REFUSED = [
-    ({"max_steps": -1, "num_train_epochs": 2}, {}, "max_steps=-1"),
-    ({"eval_strategy": "steps", "eval_steps": 2}, {}, "eval_strategy='steps'.*has to be given"),
-    ({"save_strategy": "epoch"}, {}, "save_strategy='epoch'.*use steps"),
+    ({"max_steps": -1, "num_train_epochs": 2}, {}, "max_steps=-1.*num_train_epochs"),
+    ({"eval_strategy": "steps", "eval_steps": 2}, {}, "eval_strategy='steps'.*give evaluation_sets or an eval_dataset"),
+    ({"save_strategy": "epoch"}, {}, "save_strategy='epoch'.*use 'steps'"),
     ({"logging_strategy": "epoch"}, {}, "logging_strategy='epoch'"),
     ({"train_sampling_strategy": "group_by_length"}, {}, "train_sampling_strategy='group_by_length'"),
     ({"train_sampling_strategy": "sequential"}, {"train_dataset": Stream()}, "an order of its own"),
