@@ -279,8 +279,8 @@ def test_failures_come_back_as_what_they_were(path, tmp_path):
 def running(path, tmp_path):
     """Start `fire-llm run` of two seeds, each with a long first phase, on two workers; leave nothing behind."""
     data = yaml.safe_load(path.read_text())
-    data["phases"][0]["steps"], data["save_every_steps"], data["seed"] = 280, 40, [1, 2]
-    data["evaluate"]["every_steps"] = 140
+    data["phases"][0]["steps"], data["save_every_steps"], data["seed"] = 160, 16, [1, 2]
+    data["evaluate"]["every_steps"] = 80
     (tmp_path / "slow.yaml").write_text(yaml.safe_dump(data))
     started = []
 

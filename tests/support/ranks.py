@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,17 @@ PROCESSES.set_forkserver_preload(
     ["hypothesis", "pytest", "torch.distributed.fsdp", "transformers", "fire_llm.experiment.train"]
 )
 """Starts processes that find everything heavy imported."""
+
+
+class _Process(ForkServerProcess):
+    """Leave what is imported out of searches for cycles, as `conftest.py` does."""
+
+    def run(self) -> None:
+        gc.freeze()
+        super().run()
+
+
+PROCESSES.Process = _Process
 
 
 class Raised(str):
