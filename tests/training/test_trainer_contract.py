@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -215,6 +216,7 @@ def test_masked_labels_are_left_out_of_the_divisor(tmp_path):
 
 
 def _masked_rank(rank, world, folder):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # transformers looks whether they are set
     args = arguments(folder, save_strategy="no", max_steps=4, gradient_accumulation_steps=3 // world or 1)
     trainer = ContinualTrainer(tiny_gpt2(), args, Half())
     trainer.train()
