@@ -41,6 +41,9 @@ class Mixture(Dataset[dict[str, Tensor]]):
     block of every sample are independent draws, as in the authors' code.
     """
 
+    every_label_counts = True
+    """No label is -100: a batch has as many as it has positions, and none has to be read to count them."""
+
     def __init__(
         self,
         sources: Mapping[str, TokenFile],

@@ -80,7 +80,7 @@ def train(stage: Stage, run: RunContext, callbacks: Sequence[Any] = ()) -> None:
         write_json(folder / "unit.json", unit := {**stage.spec, **_begun_with(stage, run)})
     sets = evaluation_sets(run)
     arguments = _arguments(stage, run, folder, steps)
-    arguments.disable_tqdm = bool(callbacks)
+    arguments.disable_tqdm = bool(callbacks) or not run.progress
     trainer = ContinualTrainer(
         model,
         arguments,
@@ -231,6 +231,8 @@ def _arguments(stage: Stage, run: RunContext, folder: Path, steps: int) -> Conti
         seed=stage.seed,
         data_seed=stage.seed,
         ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        labels_shifted=True,
         log_level_replica="error",
         report_to="none",
     )

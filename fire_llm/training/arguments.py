@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
@@ -21,8 +22,11 @@ def _option(default: Any, text: str) -> Any:
 class ContinualArguments(TrainingArguments):
     """Add Muon, schedules, exact evaluation and what becomes of checkpoints to `TrainingArguments`.
 
+    What `ContinualTrainer` makes of the options of `TrainingArguments` is in docs/trainer.md.
+
     Raises:
-        UserError: An unknown `eval_precision`; `bf16_params` without `bf16`, or with checkpointed activations.
+        UserError: What `TrainingArguments` refuses; an unknown `eval_precision` or `nonfinite`; `bf16_params` without
+            `bf16`, or with checkpointed activations; `keep_last` beside another `save_total_limit`.
     """
 
     muon: bool = _option(False, "Train the matrices of attention and MLPs with Muon, the rest with AdamW.")
@@ -42,7 +46,7 @@ class ContinualArguments(TrainingArguments):
         metadata={"help": "Weights, by corpus, of the mean NLL (nats a token) that decides the best checkpoint."},
     )
     keep_best: bool = _option(False, "Keep the checkpoint with the lowest validation NLL.")
-    keep_last: int = _option(1, "Number of the newest checkpoints that stay.")
+    keep_last: int | None = _option(None, "Number of the newest checkpoints that stay; None: save_total_limit, else 1.")
     keep_steps: list[int] = field(
         default_factory=list, metadata={"help": "Optimizer steps, from 1, whose checkpoints are written and stay."}
     )
@@ -50,13 +54,14 @@ class ContinualArguments(TrainingArguments):
         None, "Write checkpoints while training goes on; None: on accelerators, one process, FSDP2 never."
     )
     nonfinite: str = _option("halt", "Where a loss or gradient is not finite: halt, or skip the step.")
-    title: str | None = _option(None, "Title of the progress bar and of lines on stderr; None: no bar.")
+    title: str | None = _option(None, "Title of the progress bar and of lines on stderr; None: a bar without one.")
+    labels_shifted: bool | None = _option(
+        None, "Whether label t is the token after position t, not the one at it; None: as the first batch shows."
+    )
 
     def __post_init__(self) -> None:
         """Set what makes losses exact and resumption arithmetic."""
         self.logging_nan_inf_filter = False  # it hides bad losses, and costs a host sync a micro-batch
-        self.ignore_data_skip = True  # the sampler starts where the checkpoint stopped: nothing to skip
-        self.remove_unused_columns = False
         if self.eval_precision not in PRECISIONS:
             raise UserError(f"eval_precision '{self.eval_precision}': it must be one of {', '.join(PRECISIONS)}")
         if self.bf16_params and not self.bf16:
@@ -71,11 +76,53 @@ class ContinualArguments(TrainingArguments):
                 "auto_find_batch_size would change how many tokens a step trains on: set per_device_train_batch_size, "
                 "and gradient_accumulation_steps for the rest of a step's sequences"
             )
+        if self.nonfinite not in ("halt", "skip"):
+            raise UserError(f"nonfinite '{self.nonfinite}': it must be one of halt, skip")
+        if None not in (self.keep_last, self.save_total_limit) and self.keep_last != self.save_total_limit:
+            raise UserError(
+                f"keep_last={self.keep_last} and save_total_limit={self.save_total_limit} say the same twice, and "
+                "differently: give one of them"
+            )
         # With torch_compile, transformers turns TF32 on, in the whole process, unless `tf32` is given.
         with settings_kept() if self.tf32 is None else nullcontext():
-            super().__post_init__()
+            try:
+                super().__post_init__()
+            except UserError:
+                raise
+            except ValueError as error:
+                raise UserError(str(error)) from error
 
     @property
     def n_gpu(self) -> int:
         """One GPU a process: `Trainer` would take all that it sees, by DataParallel, with a batch for each."""
         return min(1, int(super().n_gpu))
+
+
+OWN = tuple(f for f in fields(ContinualArguments) if f.name not in {known.name for known in fields(TrainingArguments)})
+"""Fields that `TrainingArguments` does not have."""
+
+
+def adopted(args: TrainingArguments | None) -> Any:
+    """Return arguments that a `ContinualTrainer` can read: plain `TrainingArguments` get the options they lack.
+
+    Args:
+        args: As a user gave them; None: `Trainer`'s own folder, `tmp_trainer`.
+
+    Returns:
+        The same object. Plain arguments keep every checkpoint where `save_total_limit` is None, as in `Trainer`.
+    """
+    if args is None:
+        return ContinualArguments("tmp_trainer")
+    if not isinstance(args, TrainingArguments):
+        raise UserError(f"args: {args!r:.80} is no TrainingArguments; give ContinualArguments(output_dir, max_steps=…)")
+    if not isinstance(args, ContinualArguments):
+        given: Any = args
+        for own in OWN:
+            default = own.default if own.default_factory is MISSING else own.default_factory()
+            if not hasattr(given, own.name):
+                setattr(given, own.name, default)
+        if given.keep_last is None and given.save_total_limit is None:
+            given.keep_last = sys.maxsize
+        given.logging_nan_inf_filter = False
+        given._n_gpu = min(1, given.n_gpu)
+    return args

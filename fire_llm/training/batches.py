@@ -1,21 +1,60 @@
-"""Which samples a phase is trained on: their order, which no resumption changes, and a hash of what was seen."""
+"""Which samples a phase is trained on: their order, which no resumption changes, their labels, and a hash of them.
+
+Shapes: B = sequences a batch, T = tokens a sequence.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers.trainer_utils import has_length
+
+from fire_llm.core.errors import UserError
+from fire_llm.evaluation.scoring import IGNORE
+from fire_llm.evaluation.texts import EvaluationSet
+
+Order = Literal["numbered", "sized", "stream"]
+
+
+def order_of(dataset: Any) -> Order | None:
+    """Return how a training set gives its samples; None for no set.
+
+    - `numbered`: by index, without a length: sample i for any i ≥ 0, read once each in that order.
+    - `sized`: by index below a length, in epochs, as `Trainer` samples them.
+    - `stream`: an `IterableDataset`, as `Trainer` reads it.
+
+    Raises:
+        UserError: It is none of these.
+    """
+    if dataset is None:
+        return None
+    if isinstance(dataset, torch.utils.data.IterableDataset):
+        return "stream"
+    if not hasattr(dataset, "__getitem__"):
+        raise UserError(
+            f"train_dataset: a {type(dataset).__name__} has neither samples by index (__getitem__) nor is it a torch "
+            "IterableDataset. Give such a dataset; data_collator and others are given by name (data_collator=…)"
+        )
+    return "sized" if has_length(dataset) else "numbered"
 
 
 class FromStep(torch.utils.data.Sampler[int]):
-    """Yield sample indices in order from a start, but count them all: a resumed phase is the rest of a whole one."""
+    """Yield sample indices in order from a start, but count them all: a resumed phase is the rest of a whole one.
 
-    def __init__(self, start: int, total: int) -> None:
-        self.start, self.total = start, total
+    Args:
+        start: First index.
+        stop: The one after the last.
+        total: Samples of the whole phase; None: `stop`.
+    """
+
+    def __init__(self, start: int, stop: int, total: int | None = None) -> None:
+        self.start, self.stop, self.total = start, stop, stop if total is None else total
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.start, self.total))
+        return iter(range(self.start, self.stop))
 
     def __len__(self) -> int:
         return self.total
@@ -41,3 +80,65 @@ def hash_batch(ids: Tensor, step: int) -> Tensor:
     place = torch.arange(1, ids.shape[-1] + 1, device=ids.device) * -7046029254386353131
     when = ((step + 1) * 0x9E3779B97F4A7C15 + 2**63) % 2**64 - 2**63  # wrapped around, as the tensors' products are
     return mix(mix(ids + place).sum(-1) + when).sum()
+
+
+# ---- labels
+
+
+def labels_are_shifted(inputs: Mapping[str, Tensor]) -> bool | None:
+    """Return whether the labels of a batch are the tokens after the positions (True) or at them (False).
+
+    Every label that counts is compared with the ids; the last position of a row has no token after it.
+
+    Args:
+        inputs: `input_ids` and `labels`, (B, T).
+
+    Returns:
+        None where both hold (a text of one repeated token) or neither does.
+    """
+    ids, labels = inputs["input_ids"], inputs["labels"]
+    if ids.shape != labels.shape:
+        return None
+    at = (labels == ids) | (labels == IGNORE)
+    after = at[..., :0] if ids.shape[-1] < 2 else (labels[..., :-1] == ids[..., 1:]) | (labels[..., :-1] == IGNORE)
+    here, following = bool(at.all()), bool(after.all())
+    return None if here == following else following
+
+
+def targets_of(inputs: Mapping[str, Tensor], shifted: bool) -> Tensor:
+    """Return the token that is to follow each position, (B, T); `IGNORE` where none is scored.
+
+    Args:
+        inputs: `labels` (B, T), or `shift_labels`, as collators without padding give them, which need no shift.
+        shifted: Whether `labels` are these tokens.
+    """
+    if "shift_labels" in inputs:
+        return inputs["shift_labels"]
+    labels = inputs["labels"]
+    return labels if shifted else torch.nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORE)
+
+
+class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """The windows of an evaluation set as samples of `Trainer`: labels are the ids, and the model shifts them.
+
+    Two windows share one token, so that every token after the first is scored once.
+
+    Args:
+        text: Its documents are read as one text.
+        context: Tokens a window.
+    """
+
+    def __init__(self, text: EvaluationSet, context: int) -> None:
+        tokens = torch.as_tensor(text.tokens, dtype=torch.long)
+        self.tokens = tokens if text.prefix is None else torch.cat([torch.tensor([text.prefix]), tokens])
+        self.context = context
+
+    def __len__(self) -> int:
+        return max(1, -(-(len(self.tokens) - 1) // (self.context - 1)))
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        """Return `input_ids` and `labels`, (context,); behind the end of the text are zeros that are not scored."""
+        first = i * (self.context - 1)
+        ids = self.tokens[first : first + self.context]
+        rest = (0, self.context - len(ids))
+        return {name: torch.nn.functional.pad(ids, rest, value=v) for name, v in (("input_ids", 0), ("labels", IGNORE))}

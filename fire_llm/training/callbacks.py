@@ -159,11 +159,15 @@ class Keeping(TrainerCallback):
                 ) from error
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Measure and save at the last step too."""
+        """Measure and save at the last step too, where either is done by steps."""
         last = state.global_step >= state.max_steps
-        control.should_evaluate |= last
-        control.should_save |= last or state.global_step in args.keep_steps
-        if control.should_save or control.should_evaluate:
+        control.should_evaluate |= last and args.eval_strategy == "steps"
+        control.should_save |= (last and args.save_strategy == "steps") or state.global_step in args.keep_steps
+        self.on_epoch_end(args, state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Log where something is saved or measured, unless nothing is to be logged."""
+        if (control.should_save or control.should_evaluate) and args.logging_strategy != "no":
             control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:

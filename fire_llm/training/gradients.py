@@ -22,13 +22,19 @@ def gather_gradient(trainer: Any, specs: list[ResetSpec]) -> None:
             and 1.0 where they have none: the next step's gradient alone.
 
     Raises:
-        UserError: Two of them want different `batches` or `alpha`, or the model is sharded (FSDP2).
+        UserError: Two of them want different `batches` or `alpha`, the model is sharded (FSDP2), or the batches to come
+            are not known by number.
     """
     wanted = {(s.options.get("batches", 1), s.options.get("alpha", 1.0)) for s in specs if s.needs_gradient}
     if len(wanted) > 1:
         raise UserError(f"resets of one arm share a gradient: give them the same batches and alpha, not {wanted}")
     if trainer.is_fsdp_enabled:
         raise UserError("a reset that reads gradients needs them whole, and FSDP2 shards them: train replicas")
+    if trainer.order != "numbered":
+        raise UserError(
+            "a reset that reads gradients needs the batches to come by their number: give a train_dataset that returns "
+            "sample i for any i, without a length, or call backward() on data of your choice and then apply_reset"
+        )
     [(batches, alpha)] = wanted
     args, model = trainer.args, trainer.model
     model.zero_grad()
@@ -38,11 +44,13 @@ def gather_gradient(trainer: Any, specs: list[ResetSpec]) -> None:
             for parameter in model.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(1 - alpha)
-            for number in range(step * accumulation, (step + 1) * accumulation):
-                first = (number * args.world_size + args.process_index) * micro
+            inputs = []
+            for number in range(accumulation):
+                first = trainer.first_sample(step) + (number * args.world_size + args.process_index) * micro
                 samples = [trainer.train_dataset[i] for i in range(first, first + micro)]
-                inputs = trainer._prepare_inputs(trainer.data_collator(samples))
+                inputs.append(trainer._prepare_inputs(trainer.data_collator(samples)))
+            items = trainer.count_items(inputs)
+            for batch in inputs:
                 with trainer.compute_loss_context_manager():
-                    tokens = accumulation * inputs["labels"].numel()
-                    loss = trainer.compute_loss(trainer.model_wrapped, inputs, num_items_in_batch=tokens)
+                    loss = trainer.compute_loss(trainer.model_wrapped, batch, num_items_in_batch=items)
                 trainer.accelerator.backward(alpha * loss)

@@ -286,6 +286,20 @@ def _nll(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     return -log_p.gather(-1, at).masked_fill(ignored, 0.0).sum(), log_p, at, ignored
 
 
+def smoothed_nll(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    """Return Σ (1 − ε) · nll + ε · mean over the vocabulary of −log p, (), over the positions that are scored.
+
+    Args:
+        logits: (B, T, V).
+        targets: (B, T); `IGNORE` where none is scored.
+        smoothing: ε.
+    """
+    log_p = torch.log_softmax(logits.float(), -1)
+    of_target = -log_p.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
+    smoothed = (1 - smoothing) * of_target - smoothing * log_p.mean(-1)
+    return smoothed.masked_fill(targets == IGNORE, 0.0).sum()
+
+
 def _leaves(result: Tensor) -> list[Tensor]:
     """Return the tensors that a result's gradient would arrive at."""
     found: dict[int, Tensor] = {}

@@ -150,11 +150,12 @@ class FiniteGuard:
     def _halt(self, step: int, losses: list[float]) -> None:
         trainer, args = self.trainer, self.trainer.args
         micro, world = args.train_batch_size, args.world_size
-        first = (step - 1) * len(losses) * world * micro
+        numbered = trainer.order == "numbered"
+        first = trainer.first_sample(step - 1)
         batches = []
         for number, loss in enumerate(losses):
             begin = first + (number * world + args.process_index) * micro
-            samples = [describe(trainer.train_dataset, i) for i in range(begin, begin + micro)]
+            samples = [describe(trainer.train_dataset, i) for i in range(begin, begin + micro)] if numbered else []
             finite = math.isfinite(loss)
             batches.append({"loss": loss if finite else None, "finite": finite, "samples": samples})
         found = gather_objects(None, {"rank": args.process_index, "batches": batches})

@@ -52,12 +52,13 @@ class Progress(TrainerCallback):
     """Show one bar a phase, with the latest training loss and validation perplexities, or a line now and then."""
 
     bar: Any = None
+    """Made when training begins: what is measured or logged before has none."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Make the bar, where one is shown, at the step that training goes on from."""
         from tqdm.auto import tqdm
 
-        shown = args.title is not None and not args.disable_tqdm and state.is_world_process_zero
+        shown = not args.disable_tqdm and state.is_world_process_zero
         self.lines = shown and not interactive()
         self.bar = tqdm(
             total=state.max_steps,
@@ -83,6 +84,8 @@ class Progress(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         """Show the latest values."""
+        if self.bar is None:
+            return
         for key, name, form in (("loss", "loss", ".3f"), ("tokens_per_second", "tok/s", ",.0f"), ("mfu", "MFU", ".0%")):
             if key in logs:
                 self.shown[name] = format(logs[key], form)

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from fire_llm.core.atomic import (
     BYTES_A_PARAMETER,
@@ -75,6 +75,7 @@ class Saver:
     def begin(self, checkpoint: str | bool | None) -> int:
         """Start the clock, and take over a checkpoint's state where one is given; return the step of it, or 0."""
         self._began = time.monotonic()
+        self._resumed = {}
         if not checkpoint:
             return 0
         folder, trainer = Path(str(checkpoint)), self.trainer
@@ -90,6 +91,26 @@ class Saver:
         if trainer.args.title is not None:
             report_line(trainer.args, f"goes on from step {step}{changed}")
         return int(step)
+
+    def resumed_samples(self) -> int:
+        """Return how many samples the checkpoint had seen that training goes on from.
+
+        Raises:
+            UserError: Its steps were of another number of samples, in data that are skipped by whole batches.
+        """
+        trainer, found = self.trainer, self._resumed
+        a_step, step = trainer.samples_a_step, found.get("step", 0)
+        before, samples = found.get("samples_a_step", a_step), found.get("samples", step * a_step)
+        if before != a_step:
+            if trainer.order != "numbered" and not trainer.args.ignore_data_skip:
+                raise UserError(
+                    f"the checkpoint's steps had {before} samples and these have {a_step}: data in epochs would go on "
+                    "elsewhere. Keep batch size x accumulation x processes, or begin the data again with "
+                    "ignore_data_skip=True"
+                )
+            if trainer.order == "numbered":
+                report_line(trainer.args, f"{a_step} samples a step instead of {before}: goes on from sample {samples}")
+        return int(samples)
 
     def restore_unlogged(self) -> None:
         """Restore what of an interval's losses was summed but not logged."""
@@ -133,6 +154,7 @@ class Saver:
             beside = self.copies is not None
             try:
                 _together(guarded(write_all))
+                self._name_best(output, staging / name)
             finally:
                 self.staging, self.copies, later, self._later = None, None, self._later, []
             if not beside:
@@ -151,6 +173,15 @@ class Saver:
                 raise RuntimeError(f"step {step} was not saved: {error!r}") from error
 
         self.writer.start(write)
+
+    def _name_best(self, output: Path, written: Path) -> None:
+        """Note the best checkpoint under the name that it will have, not the one it is written under."""
+        state = self.trainer.state
+        best = output / f"checkpoint-{state.best_global_step}"
+        if state.best_global_step and (best.is_dir() or best.name == written.name):
+            state.best_model_checkpoint = str(best)
+            if self.trainer.args.should_save:
+                state.save_to_json(str(written / TRAINER_STATE_NAME))
 
     def save_model_later(self, folder: Path) -> None:
         """Leave the weights that were copied to the thread."""
@@ -220,6 +251,8 @@ class Saver:
             "batches_hash": self.hash_over_ranks(),
             "seconds": self._resumed.get("seconds", 0.0) + time.monotonic() - self._began,
             "world_size": trainer.args.world_size,
+            "samples": trainer.first_sample(trainer.state.global_step),
+            "samples_a_step": trainer.samples_a_step,
             # A signal saves in the middle of a logged interval; its mean must come out as if it had not.
             "unlogged": {
                 "since": trainer._globalstep_last_logged,
@@ -258,9 +291,14 @@ class Saver:
         # One that was skipped when this training was resumed is left to be looked at, and is none of those that stay.
         whole = [(folder, n) for folder, n in checkpoints(output) if damage(folder, contents=False) is None]
         older = [(folder, n) for folder, n in whole if n < step]
-        kept = {*args.keep_steps, *(n for _, n in older[max(0, len(older) - args.keep_last + 1) :])}
-        if args.keep_best:
-            kept.add(best)
+        if args.save_total_limit is not None and args.save_total_limit <= 0:  # no limit, as in `Trainer`
+            return
+        if args.save_total_limit is None:
+            others = (args.keep_last or 1) - 1
+        else:  # the best one is among them
+            others = args.save_total_limit - 1
+            others -= best not in {step, None, *(n for _, n in older[max(0, len(older) - others) :])} and others > 0
+        kept = {*args.keep_steps, best, *(n for _, n in older[max(0, len(older) - others) :])}
         unwanted = [folder for folder, n in older if n not in kept]
         if unwanted and (wrong := damage(newest, from_disk=True)):
             raise UserError(f"'{newest}' cannot be read back as it was written: {wrong}. Nothing older was deleted")
@@ -269,6 +307,53 @@ class Saver:
 
 
 # ---- before a trainer is made
+
+
+class Verified(str):
+    """A checkpoint's folder whose files were read and are what was written."""
+
+
+def checkpoint_to_resume(args: Any, asked: str | bool | None) -> str | None:
+    """Return the checkpoint that `Trainer.train` is asked to go on from, verified; None for none; collective.
+
+    Args:
+        args: `TrainingArguments`.
+        asked: A folder, or True for the newest whole one in `output_dir`.
+
+    Raises:
+        UserError: On every rank, where there is none, it is damaged, or it cannot be gone on from.
+    """
+    if asked is None or asked is False:
+        return None
+    if asked is True:
+        newest, skipped = _together(lambda: newest_intact(Path(args.output_dir)), first_only=True)
+        for line in skipped:
+            report_line(args, line)
+        if newest is None:
+            raise UserError(
+                f"resume_from_checkpoint=True: '{args.output_dir}' holds no checkpoint; leave it out to begin"
+            )
+        folder = Path(newest)
+    else:
+        folder = Path(asked)
+        if not (folder / CONTINUAL_STATE).is_file():
+            held = "is no checkpoint of a ContinualTrainer" if folder.is_dir() else "does not exist"
+            raise UserError(
+                f"resume_from_checkpoint='{folder}' {held}: {CONTINUAL_STATE} is missing. Give a folder "
+                "checkpoint-<step> of a ContinualTrainer, True for the newest one, or begin from its weights with "
+                "from_pretrained"
+            )
+        if not isinstance(asked, Verified) and (wrong := _together(lambda: damage(folder), first_only=True)):
+            raise UserError(
+                f"resume_from_checkpoint='{folder}' is damaged: {wrong}. Put back a copy of it, or give True for the "
+                "newest checkpoint that is whole"
+            )
+    if not (folder / OPTIMIZER).is_file():
+        raise UserError(
+            f"resume_from_checkpoint='{folder}' has no {OPTIMIZER} (save_only_model?): training cannot go on as it "
+            "was. Begin a new one from its weights with from_pretrained"
+        )
+    return str(folder)
 
 
 def resumption(folder: Path, title: str) -> str | None:
@@ -280,7 +365,7 @@ def resumption(folder: Path, title: str) -> str | None:
     newest, skipped = _together(lambda: newest_intact(folder), first_only=True)
     if is_first():
         sys.stderr.writelines(f"{title}: {line}\n" for line in skipped)
-    return str(newest) if newest else None
+    return Verified(newest) if newest else None
 
 
 def verified(checkpoint: Path) -> Path:

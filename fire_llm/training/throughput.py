@@ -69,11 +69,13 @@ class Throughput:
 
 
 def throughput(trainer: Any) -> Throughput:
-    """Return the measurement of a `ContinualTrainer`'s phase, on its device and at its length of sequences."""
-    args, context = trainer.args, len(trainer.train_dataset[0]["input_ids"])
+    """Return the measurement of a `ContinualTrainer`'s phase, on its device, with MFU where every sample is as long."""
+    args, flops = trainer.args, None
+    if trainer.order == "numbered":  # the others' lengths may vary
+        flops = flops_per_token(trainer.model, len(trainer.train_dataset[0]["input_ids"]))
     peak = peak_flops(args.device, half=args.bf16 or args.fp16)
     total = None if peak is None else peak * args.world_size
-    return Throughput(flops_per_token(trainer.model, context), total, args.device)
+    return Throughput(flops, total, args.device)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -7,7 +7,7 @@ Shapes: B = sequences a micro-batch, T = tokens a sequence.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,56 +15,65 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, default_data_collator
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer import SCHEDULER_NAME
 from transformers.training_args import OptimizerNames
 
+from fire_llm.architectures.context import choose_context
+from fire_llm.architectures.matrices import unwrap
 from fire_llm.core.compat import check_trainer
-from fire_llm.core.errors import UserError
+from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.core.signals import set_step_near
 from fire_llm.evaluation import token_nll
+from fire_llm.evaluation.scoring import IGNORE
 from fire_llm.evaluation.texts import EvaluationSet
 from fire_llm.linalg.matmul import settings_kept
-from fire_llm.training.arguments import ContinualArguments
-from fire_llm.training.batches import FromStep, hash_batch
+from fire_llm.training.arguments import adopted
+from fire_llm.training.batches import FromStep, Windows, hash_batch, labels_are_shifted, order_of, targets_of
 from fire_llm.training.callbacks import Keeping, ResetCallback
-from fire_llm.training.loss import summed_loss
+from fire_llm.training.contract import METHODS, PARAMETERS, Given, refuse_options
+from fire_llm.training.loss import smoothed_nll, summed_loss
 from fire_llm.training.nonfinite import SKIPPED, FiniteGuard, propagate_nonfinite
 from fire_llm.training.optimizers import muon_adamw, scheduled
 from fire_llm.training.penalties import add_penalties
 from fire_llm.training.preemption import Stopping
 from fire_llm.training.progress import Progress, report_line
-from fire_llm.training.saving import Saver
+from fire_llm.training.saving import Saver, checkpoint_to_resume
 from fire_llm.training.sharding import load_optimizer, load_weights, refuse_engines, sharding, whole_weights
 from fire_llm.training.throughput import throughput
 from fire_llm.training.validation import validate
 
 
 class ContinualTrainer(Trainer):
-    """Pretrain a causal LM on one phase's mixture.
+    """Pretrain a causal LM on one phase's mixture, or on whatever `Trainer` trains on.
 
     Args:
-        model: A causal LM from transformers.
-        args: `ContinualArguments` with `max_steps` set.
-        train_dataset: Returns `{"input_ids": (T,), "labels": (T,)}` for any index ≥ 0, labels already shifted.
+        model: A causal LM from transformers. Another model is trained by its own loss, as by `Trainer`.
+        args: `ContinualArguments`, or plain `TrainingArguments`.
+        train_dataset: Numbered data return `{"input_ids": (T,), "labels": (T,)}` for any index ≥ 0 and have no
+            length: sample i of the phase is the i-th, and `max_steps` ends it. Data with a length, and
+            `IterableDataset`s, are sampled as by `Trainer`. `args.labels_shifted` says which token a label is.
         evaluation_sets: Corpora by name; metrics are `eval_<name>_nll`, `…_perplexity`, `…_bits_per_byte`.
-        callbacks, processing_class, optimizers: As in `Trainer`.
+        callbacks: As in `Trainer`, any iterable of them.
+        **kwargs: The other parameters of `Trainer`; an `eval_dataset` may hold `EvaluationSet`s too.
 
     Raises:
-        UserError: The installed `Trainer` does not call what is overridden here, or its engine cannot be reset.
+        UserError: An option that would not be done (docs/trainer.md lists what becomes of each); the installed
+            `Trainer` does not call what is overridden here, or its engine cannot be reset.
 
-    Overridden, beside `__init__` and `train`; † is in transformers from 5.3 on, the others are older, and
-    `core/compat.py` checks that the installed `Trainer` calls each of them:
+    Overridden, beside `__init__`, `train` and `hyperparameter_search`; † is in transformers from 5.3 on, the others
+    are older, and `core/compat.py` checks that the installed `Trainer` calls each of them:
 
         create_accelerator_and_postprocess  FSDP2 and fp16 on CPUs too; engines that no reset reaches are refused
-        _get_train_sampler                  sample i of the phase is the i-th, at any world size, after any resumption
+        _get_train_sampler                  numbered data come in order, at any world size, resumed or not
         get_train_dataloader                the loader draws from a generator of its own: dropout is as it would be
         create_optimizer                    Muon for matrices
         create_scheduler                    infinite and WSD schedules
         get_decay_parameter_names           tensors of two dimensions and more decay, as in the paper
-        _init_training_state †              steps left out are counted on from the checkpoint
+        _init_training_state †              steps left out are counted on; numbered data need no skipping
         get_batch_samples                   the batches' hash, their tokens, and the wait for data
-        _get_num_items_in_batch             known without reading labels or asking other ranks: samples are full
+        _get_num_items_in_batch             labels that are scored, over all ranks; known where every label counts
         training_step                       the guard against what is not finite keeps each micro-batch's loss
         compute_loss                        the exact mean over the accumulated batch, without holding its logits
         floating_point_ops                  `Trainer` counts the parameters again at every micro-batch
@@ -72,67 +81,118 @@ class ContinualTrainer(Trainer):
         _get_grad_norm †                    what is not finite does not reach the weights
         _maybe_log_save_evaluate            faults of the last step and the last save are raised before the next
         log                                 speed beside each loss, and the share of the phase that is done
-        evaluate                            exact perplexity a corpus; the best checkpoint is saved
+        evaluation_loop                     labels may be of another kind than the training set's
+        evaluate                            exact perplexity a corpus too; the best checkpoint is saved
         _get_output_dir                     a checkpoint is written under another name
         _save_checkpoint                    it is listed, flushed and renamed once, by all ranks or by none
+        _load_best_model                    it waits until that is written; shards are loaded from that format
         save_model                          one format for replicas and shards; copies may be written later
         _save_optimizer_and_scheduler       the same
-        _load_from_checkpoint               shards are loaded from that format
+        _load_from_checkpoint               the same
         _load_optimizer_and_scheduler       the same
         _load_rng_state                     losses that were summed but not logged are restored too
     """
 
-    args: ContinualArguments
+    args: Any
     control: Any
     optimizer: Any
     lr_scheduler: Any
 
     def __init__(
         self,
-        model: Any,
-        args: ContinualArguments,
-        train_dataset: Any,
-        evaluation_sets: dict[str, EvaluationSet] | None = None,
-        callbacks: Iterable[TrainerCallback] = (),
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        train_dataset: Any = None,
+        evaluation_sets: Mapping[str, EvaluationSet] | None = None,
+        callbacks: Iterable[TrainerCallback] | None = None,
         **kwargs: Any,
     ) -> None:
         check_trainer(Trainer)
-        self.evaluation_sets = evaluation_sets or {}
+        args = adopted(args)
+        self.order = order_of(train_dataset)
+        """How `train_dataset` gives its samples: numbered, sized, stream; None without one."""
+        sets, eval_dataset = split_sets(kwargs.pop("eval_dataset", None))
+        self.evaluation_sets = {**(evaluation_sets or {}), **sets}
+        if wrong := [name for name, text in self.evaluation_sets.items() if not isinstance(text, EvaluationSet)]:
+            raise UserError(f"evaluation_sets: {wrong} are no EvaluationSets; give datasets as eval_dataset=…")
+        if unknown := [name for name in kwargs if name not in PARAMETERS]:
+            near = did_you_mean(unknown[0], [*PARAMETERS, "evaluation_sets"])
+            raise UserError(f"ContinualTrainer has no parameter '{unknown[0]}'; a tokenizer is processing_class.{near}")
+        if (model is None) == (kwargs.get("model_init") is None):
+            raise UserError("ContinualTrainer takes a model or a model_init, one of them")
+        known = {name: kwargs[name] for name in ("optimizers", "optimizer_cls_and_kwargs") if name in kwargs}
+        causal = model is None or is_causal(model)
+        refuse_options(Given(args, self.order, causal, self.evaluation_sets, eval_dataset, **known))
         self.saver = Saver(self)
         self.guard = FiniteGuard(self)
-        self._resumed_step = 0
-        # Samples are full: nothing is padded, and tokenizers such as GPT-2's have no token to pad with.
-        kwargs.setdefault("data_collator", default_data_collator)
-        # `Trainer` insists on a dataset wherever an evaluation strategy is set; ours are in `evaluation_sets`.
-        datasets = {"train_dataset": train_dataset, "eval_dataset": self.evaluation_sets}
-        super().__init__(model, args, callbacks=[*callbacks], **datasets, **kwargs)
-        # `compute_loss` divides by the tokens of the whole accumulated batch; this is how `Trainer` learns of it.
-        self.model_accepts_loss_kwargs = True
+        self._resumed_step = self._resumed_samples = 0
+        self._shifted: bool | None = None
+        """What the first training batch showed of its labels, where `args.labels_shifted` is None."""
+        self._evaluating = self._windows = False
+        if self.order == "numbered" or not _pads(kwargs.get("processing_class")):
+            # Samples are full: nothing is padded, and tokenizers such as GPT-2's have no token to pad with.
+            kwargs["data_collator"] = kwargs.get("data_collator") or default_data_collator
+        # `Trainer` insists on a dataset wherever an evaluation strategy is set; ours may be in `evaluation_sets`.
+        asked = self.evaluation_sets if eval_dataset is None and self.evaluation_sets else eval_dataset
+        given = None if callbacks is None else [*callbacks]
+        try:
+            super().__init__(model, args, train_dataset=train_dataset, eval_dataset=asked, callbacks=given, **kwargs)
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self.eval_dataset = eval_dataset
+        self.causal = is_causal(self.model)
+        """Whether the loss is taken here, and not by the model."""
+        if self.causal:
+            # `compute_loss` divides by the tokens of the whole accumulated batch; this is how `Trainer` learns of it.
+            self.model_accepts_loss_kwargs = True
         self.batches_hash = torch.zeros((), dtype=torch.int64, device=args.device)
         """Hash of every token id trained on, the step it was seen at included; order within a step does not count."""
-        for callback in (PrinterCallback, ProgressCallback):
-            self.remove_callback(callback)
+        self.callback_handler.callbacks.pop()  # `Trainer`'s own bar or printer, which it adds last
         self._progress = Progress()
         # Stopping is behind what asks for a log where something is saved: a signal's save has none.
         for callback in (Keeping(), Stopping(), self._progress):
             self.add_callback(callback)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train to `max_steps`, from a checkpoint folder where one is given.
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Train to `max_steps` or through `num_train_epochs`, from a checkpoint where one is asked for.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's folder; True for the newest whole one in `output_dir`.
+            trial: None: searches are refused.
+            ignore_keys_for_eval: As in `Trainer`.
 
         Raises:
-            UserError: A checkpoint could not be written, or a callback's settings do not fit the model.
+            UserError: The checkpoint is damaged or none of a `ContinualTrainer`; one could not be written; data and
+                labels are not what was said; or a callback's settings do not fit the model.
             FloatingPointError: A loss or gradient is not finite, and `nonfinite` is halt.
             Stopped: A signal ended training; the checkpoint of its last step is written.
         """
-        self._resumed_step = self.saver.begin(resume_from_checkpoint)
-        if resume_from_checkpoint:
-            self.args.eval_on_start = False
+        self.order = order_of(self.train_dataset)
+        if self.order is None:
+            raise UserError("train: there is no train_dataset; give one when the trainer is made")
+        if trial is not None:
+            self.hyperparameter_search()
+        args = self.args
+        checkpoint = checkpoint_to_resume(args, resume_from_checkpoint)
+        for name in ("_summed_loss", "_throughput", "_weights"):
+            self.__dict__.pop(name, None)  # of a model that `model_init` has replaced, or of other settings
+        self.batches_hash.zero_()
+        self._shifted = None
+        self._resumed_step = self.saver.begin(checkpoint)
+        self._resumed_samples = self.saver.resumed_samples()
+        start, args.eval_on_start = args.eval_on_start, args.eval_on_start and checkpoint is None
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ResetCallback):
                 callback.attach(self)
         try:
-            trained = super().train(resume_from_checkpoint, *args, **kwargs)
+            trained = super().train(checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
             self.guard.settle()  # of the last step, where a callback ended training and nothing was logged
             self.settle()
             return trained
@@ -140,8 +200,13 @@ class ContinualTrainer(Trainer):
             self.settle(report=True)
             raise
         finally:
+            args.eval_on_start = start
             set_step_near(False)
             self._progress.close()
+
+    def hyperparameter_search(self, *_: Any, **__: Any) -> Any:
+        """Refuse: a checkpoint is written in one folder, and a search wants one for each trial."""
+        raise UserError(f"hyperparameter_search is refused: {METHODS['hyperparameter_search'].text.replace('`', '')}")
 
     # ---- before the first step
 
@@ -156,14 +221,29 @@ class ContinualTrainer(Trainer):
             self.accelerator.native_amp = True
             self.accelerator.scaler = torch.amp.GradScaler("cpu")
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
-        a_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return FromStep(self._resumed_step * a_step, self.args.max_steps * a_step)
+    @property
+    def samples_a_step(self) -> int:
+        """Samples of one optimizer step, over all ranks."""
+        return int(self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size)
+
+    def first_sample(self, step: int) -> int:
+        """Return the number of the first sample of a step, counted from zero; of numbered data it is the index."""
+        return self._resumed_samples + (step - self._resumed_step) * self.samples_a_step
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.order != "numbered":
+            return super()._get_train_sampler(train_dataset)
+        steps = self.args.max_steps
+        return FromStep(self._resumed_samples, self.first_sample(steps), steps * self.samples_a_step)
 
     def get_train_dataloader(self) -> Any:
-        """Return the loader, with a generator of its own: a seed from torch's would move dropout on resumption."""
+        """Return the loader; that of numbered data with a generator of its own.
+
+        A seed from torch's would move dropout on resumption.
+        """
         loader = super().get_train_dataloader()
-        getattr(loader, "base_dataloader", loader).generator = torch.Generator()
+        if self.order == "numbered":
+            getattr(loader, "base_dataloader", loader).generator = torch.Generator()
         return loader
 
     def create_optimizer(self, model: Any = None) -> Any:
@@ -192,9 +272,9 @@ class ContinualTrainer(Trainer):
         return [name for name, p in model.named_parameters() if p.ndim >= 2]
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
-        begin = super()._init_training_state(*args, **kwargs)
+        epochs, batches = super()._init_training_state(*args, **kwargs)
         self.guard.resume(self.state.log_history)
-        return begin
+        return epochs, 0 if self.order == "numbered" else batches
 
     # ---- a step: its batches, its losses, its gradients
 
@@ -206,17 +286,77 @@ class ContinualTrainer(Trainer):
         return int(self.model.num_parameters(exclude_embeddings=True))
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Tensor]], Any]:
-        """Fetch a step's micro-batches, with an eye on the clock, and count their tokens into the hash."""
-        with self._throughput.waiting():
-            batches, items = super().get_batch_samples(*args, **kwargs)
-        self._throughput.count(items * self.args.world_size)
-        if batches:
-            ids = torch.cat([batch["input_ids"] for batch in batches]).to(self.batches_hash.device)
-            self.batches_hash += hash_batch(ids, self.state.global_step)
+        """Fetch a step's micro-batches, with an eye on the clock, and count their tokens into the hash.
+
+        Raises:
+            UserError: Numbered data end before `max_steps`; samples have no labels, or labels that are neither the
+                tokens at the positions nor those after them.
+        """
+        try:
+            with self._throughput.waiting():
+                batches, items = super().get_batch_samples(*args, **kwargs)
+        except IndexError as error:
+            if self.order != "numbered":
+                raise
+            needed = self.first_sample(self.args.max_steps)
+            raise UserError(
+                f"train_dataset ends before max_steps={self.args.max_steps}, which reads samples 0 to {needed - 1} "
+                f"({error}). Lower max_steps, or give the dataset a length (__len__): it is then read in epochs"
+            ) from error
+        ids = [batch["input_ids"] for batch in batches if "input_ids" in batch]
+        self._throughput.count(sum(i.numel() for i in ids) * self.args.world_size)
+        together = [torch.cat(ids)] if len({i.shape[1:] for i in ids}) == 1 else ids
+        for rows in together:
+            self.batches_hash += hash_batch(rows.to(self.batches_hash.device), self.state.global_step)
         return batches, items
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> int:
-        return sum(batch["labels"].numel() for batch in batch_samples)
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Any:
+        if not self.causal:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        return self.count_items(batch_samples) if batch_samples else None
+
+    def count_items(self, batches: list[dict[str, Tensor]]) -> Any:
+        """Return what the sum of a step's losses is divided by: its scored tokens, as many as a rank has on average.
+
+        Where every label counts, these are the labels there are: nothing is read and no rank is asked.
+        """
+        if not self._evaluating and getattr(self.train_dataset, "every_label_counts", False):
+            return sum(batch["labels"].numel() for batch in batches)
+        if self.compute_loss_func is not None and not all("labels" in batch for batch in batches):
+            return None  # it may do without
+        items = torch.stack([(self.targets(batch) != IGNORE).sum() for batch in batches]).sum()
+        if self._ranks > 1:
+            items = self.accelerator.reduce(items.to(self.args.device, torch.float64), "mean")
+        return items.clamp(min=1)  # a batch in which nothing is scored teaches nothing
+
+    @property
+    def _ranks(self) -> int:
+        return self.args.world_size if self.args.average_tokens_across_devices else 1
+
+    def targets(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Return the token that is to follow each position of a batch, (B, T); `IGNORE` where none is scored.
+
+        Raises:
+            UserError: There are no labels, or they do not show whether they are shifted.
+        """
+        if not {"labels", "shift_labels"} & set(inputs):
+            raise UserError(
+                f"a batch has no labels, only {', '.join(inputs)}: give samples with labels, or a collator that makes "
+                "them, such as DataCollatorForLanguageModeling(tokenizer, mlm=False)"
+            )
+        shifted = False if self._windows else self.args.labels_shifted
+        if shifted is None and "shift_labels" not in inputs:
+            # What is evaluated may be of another kind than the training set: each of its batches is looked at.
+            found = labels_are_shifted(inputs) if self._evaluating or self._shifted is None else None
+            shifted = self._shifted if found is None else found
+            if not self._evaluating:
+                self._shifted = shifted
+            if shifted is None:
+                raise UserError(
+                    "labels: those of the first batch are not clearly the tokens at the positions (as Trainer has "
+                    "them) nor those after them. Set labels_shifted in ContinualArguments: False for at, True for after"
+                )
+        return targets_of(inputs, bool(shifted))
 
     def training_step(self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         """Run one micro-batch forward and backward; return its loss, (), detached."""
@@ -230,17 +370,39 @@ class ContinualTrainer(Trainer):
     ) -> Any:
         """Return Σ nll over the tokens of the accumulated batch: the exact mean once accumulated and averaged by ranks.
 
-        Models of transformers divide by counts of their own (GPT-2's includes a token it never predicts).
+        Models of transformers divide by counts of their own (GPT-2's includes a token it never predicts). A model that
+        is no causal LM has its own loss.
         """
-        read = {name: value for name, value in inputs.items() if name != "labels"}
-        labels = inputs["labels"]
-        outputs = model(**read, use_cache=False) if return_outputs else None  # under autocast, whatever `bf16_params`
-        nll = self._summed_loss(model, labels, **read) if outputs is None else token_nll(outputs.logits, labels).sum()
-        loss = propagate_nonfinite(nll / (labels.numel() if num_items_in_batch is None else num_items_in_batch))
-        return loss if outputs is None else (loss, outputs)
+        if not self.causal:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        read = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
+        smoothing, given, items = self.args.label_smoothing_factor, self.compute_loss_func, num_items_in_batch
+        whole = return_outputs or smoothing or given is not None
+        outputs = model(**read, use_cache=False) if whole else None  # under autocast, whatever `bf16_params`
+        if given is not None:
+            total = None if items is None else items * self._ranks
+            loss = given(outputs, inputs.get("labels"), num_items_in_batch=total)
+            if not isinstance(loss, Tensor):
+                raise UserError(
+                    f"compute_loss_func returned {loss!r:.80}; it must return the loss, a tensor of one number"
+                )
+            loss = loss if items is None else loss * self._ranks
+        else:
+            targets = self.targets(inputs)
+            if outputs is None:
+                nll = self._summed_loss(model, targets, **read)
+            elif smoothing:
+                nll = smoothed_nll(outputs.logits, targets, smoothing)
+            else:
+                nll = token_nll(outputs.logits, targets).sum()
+            loss = nll / ((targets != IGNORE).sum().clamp(min=1) if items is None else items)
+        loss = propagate_nonfinite(loss)
+        return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Tensor]) -> int:
         """Return 6 operations a token and weight, as `Trainer` does."""
+        if not self.causal:
+            return int(super().floating_point_ops(inputs))
         return 6 * inputs["input_ids"].numel() * self._weights
 
     def _clip_grad_norm(self, model: Any) -> Any:
@@ -266,29 +428,67 @@ class ContinualTrainer(Trainer):
             self._throughput.stop()  # what was just evaluated and saved is no part of the next measurement
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log with the speed beside each loss, and with the share of the phase that is done as the epoch."""
-        if "loss" in logs:
+        """Log with the speed beside each loss; the epoch of numbered data is the share of the phase that is done."""
+        if "loss" in logs and self.is_in_train:
             logs |= self._throughput.read()
         if self.guard.skipped:
             logs[SKIPPED] = self.guard.skipped
-        self.state.epoch = self.state.global_step / self.state.max_steps  # `Trainer` counts it from the resumption
+        if self.order == "numbered" and self.state.max_steps > 0:  # `Trainer` counts it from the resumption
+            self.state.epoch = self.state.global_step / self.state.max_steps
         super().log(logs, start_time)
 
-    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
-        """Measure and log perplexity on every evaluation set, and ask for a save where it is the best so far.
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measure and log perplexity on every evaluation set and the loss on the `eval_dataset`.
+
+        While training, ask for a save where it is the best so far.
+
+        Args:
+            eval_dataset: What is measured instead: a dataset, an `EvaluationSet`, or some of either by name.
+            ignore_keys: As in `Trainer`.
+            metric_key_prefix: First word of each metric.
 
         Returns:
-            The metrics, as in `validate`.
+            The metrics: those of `validate`, and those of `Trainer`.
+
+        Raises:
+            UserError: There is nothing to measure.
         """
-        metrics = validate(self.model, self.evaluation_sets, self.args, metric_key_prefix)
-        state, best = self.state, self.state.best_metric
-        nll = metrics.get(f"{metric_key_prefix}_nll", math.inf) if self.args.keep_best else math.inf
-        if state.global_step > 0 and nll < (math.inf if best is None else best):
-            state.best_metric, state.best_global_step = nll, state.global_step
-            self.control.should_save = True
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, state, self.control, metrics)
+        own = eval_dataset is None
+        if isinstance(eval_dataset, str) and eval_dataset in self.evaluation_sets:
+            eval_dataset = {eval_dataset: self.evaluation_sets[eval_dataset]}
+        sets, rest = (self.evaluation_sets, self.eval_dataset) if own else split_sets(eval_dataset)
+        if not sets and rest is None:
+            raise UserError(
+                "evaluate: there is nothing to measure; give evaluation_sets or an eval_dataset, here or when the "
+                "trainer is made"
+            )
+        metrics: dict[str, float] = {}
+        if sets:
+            metrics = validate(self.model, sets, self.args, metric_key_prefix)
+            state, best = self.state, self.state.best_metric
+            nll = metrics.get(f"{metric_key_prefix}_nll", math.inf) if self.args.keep_best and own else math.inf
+            if state.global_step > 0 and nll < (math.inf if best is None else best):
+                state.best_metric, state.best_global_step = nll, state.global_step
+                self.control.should_save = True
+            self.log(dict(metrics))
+            self.control = self.callback_handler.on_evaluate(self.args, state, self.control, metrics)
+        for name, text in sets.items() if self.compute_metrics is not None else ():
+            context = choose_context(self.model.config, self.args.eval_context)
+            prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
+            metrics |= super().evaluate(Windows(text, context), ignore_keys, prefix)
+        if rest is not None:
+            metrics |= super().evaluate(None if own else rest, ignore_keys, metric_key_prefix)
         return metrics
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run `Trainer`'s loop, labels as this data has them, whatever the training set has."""
+        self._evaluating, self._windows = True, isinstance(getattr(dataloader, "dataset", None), Windows)
+        try:
+            return super().evaluation_loop(dataloader, *args, **kwargs)
+        finally:
+            self._evaluating = self._windows = False
 
     # ---- checkpoints
 
@@ -297,6 +497,13 @@ class ContinualTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.saver.save(partial(super()._save_checkpoint, model, trial))
+
+    def _load_best_model(self) -> None:
+        self.settle()
+        if self.is_fsdp_enabled:
+            load_weights(self.model, Path(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as an ordinary folder, the same for replicas and shards."""
@@ -350,3 +557,32 @@ class ContinualTrainer(Trainer):
     def hash_of_batches(self) -> str:
         """Return the hash over all ranks of every batch so far, 16 hexadecimal digits; collective."""
         return f"{self.saver.hash_over_ranks() & (2**64 - 1):016x}"
+
+
+def is_causal(model: Any) -> bool:
+    """Return whether a model is a causal LM of transformers, adapters and wrappers around it left aside."""
+    inner = unwrap(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    names = {kind.__name__ for kind in type(inner).__mro__}
+    return (
+        bool(names & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()))
+        or getattr(inner, "loss_type", "") == "ForCausalLM"
+    )
+
+
+def split_sets(given: Any) -> tuple[dict[str, EvaluationSet], Any]:
+    """Return the evaluation sets among what is given to evaluate, by name, and the rest, None for none.
+
+    Args:
+        given: As `eval_dataset`: a dataset, an `EvaluationSet` (its name is then ""), or a dict of either.
+    """
+    if isinstance(given, EvaluationSet):
+        return {"": given}, None
+    if not isinstance(given, dict):
+        return {}, given
+    sets = {name: text for name, text in given.items() if isinstance(text, EvaluationSet)}
+    return sets, {name: data for name, data in given.items() if name not in sets} or None
+
+
+def _pads(processing_class: Any) -> bool:
+    """Return whether `Trainer`'s collator for a tokenizer can pad."""
+    return not isinstance(processing_class, PreTrainedTokenizerBase) or processing_class.pad_token_id is not None

@@ -18,7 +18,7 @@ def validate(
 
     Args:
         model: As it is trained; measured in fp32 unless `args.eval_precision` says otherwise.
-        sets: Corpora by name.
+        sets: Corpora by name; "" for one that needs none: its keys are `<prefix>_nll` and so on.
         args: Its `best_corpora` weighs the mean.
         prefix: First word of each key.
 
@@ -27,7 +27,7 @@ def validate(
         `<prefix>_nll`, the weighted mean over `best_corpora`, where some of these are measured.
     """
     metrics: dict[str, float] = {}
-    shown = args.title and not args.disable_tqdm and args.process_index == 0 and interactive()
+    shown = not args.disable_tqdm and args.process_index == 0 and interactive()
     measured = score(
         model,
         sets,
@@ -38,7 +38,7 @@ def validate(
     )
     for name, result in measured.items():
         for key in ("nll", "perplexity", "bits_per_byte", "tokens", "bytes"):
-            metrics[f"{prefix}_{name}_{key}"] = getattr(result, key)
+            metrics[f"{prefix}_{name}_{key}" if name else f"{prefix}_{key}"] = getattr(result, key)
     weights = {name: weight for name, weight in (args.best_corpora or {}).items() if name in sets}
     if weights:
         total = sum(weight * metrics[f"{prefix}_{name}_nll"] for name, weight in weights.items())

@@ -28,8 +28,9 @@ def private(source: str) -> set[str]:
 def test_the_hooks_are_the_methods_that_are_overridden():
     own = [kind for kind in ContinualTrainer.__mro__ if kind.__module__.startswith("fire_llm.")]
     defined = {name for kind in own for name in vars(kind) if not name.startswith("__")}
-    # `train` is what a user calls; no method of `Trainer` has to.
-    assert {name for name in defined if hasattr(Trainer, name)} - {"train"} == set(TRAINER_HOOKS)
+    # These are what a user calls; no method of `Trainer` has to.
+    called = {"train", "hyperparameter_search"}
+    assert {name for name in defined if hasattr(Trainer, name)} - called == set(TRAINER_HOOKS)
 
 
 def test_the_class_lists_what_it_overrides_and_since_when_it_can():
