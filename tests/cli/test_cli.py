@@ -406,8 +406,8 @@ def test_run_with_a_grid_is_a_sweep(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture(params=["reader left", "ascii", "full disk"])
-def lost_output(request, monkeypatch):
-    """Make standard output one that does not take what is printed."""
+def lost_output(request, monkeypatch, capsys):
+    """Make standard output one that does not take what is printed; return the exit code that follows."""
     if request.param == "ascii":
         stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     else:
