@@ -216,10 +216,15 @@ def load_model(folder: str | Path, dtype: torch.dtype | str = "auto") -> Any:
     place = os.path.expanduser(folder)
     config = pretrained_config(place)
     _refuse_pickles(Path(place))
-    options = {"use_safetensors": True, "trust_remote_code": False, "ignore_mismatched_sizes": True}  # named below
     with reading(f"checkpoint '{folder}' cannot be read"):
         model, loading = AutoModelForCausalLM.from_pretrained(
-            place, config=config, dtype=dtype, output_loading_info=True, **options
+            place,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are named below
         )
     if loading["mismatched_keys"]:
         apart = [f"'{n}' {tuple(stored)}, not {tuple(wanted)}" for n, stored, wanted in loading["mismatched_keys"]]

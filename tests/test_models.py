@@ -82,6 +82,9 @@ def test_a_vocabulary_that_follows_the_tokenizer_is_padded():
         def __len__(self):
             return 2049
 
+        def get_vocab(self):
+            return {"a": 0}
+
     assert config_for("gpt-tiny", tokenizer=Tokenizer()).vocab_size == 2112
     with pytest.raises(UserError, match="the tokenizer has 2049 tokens and the model's embedding 1000 rows"):
         config_for("gpt-tiny", tokenizer=Tokenizer(), overrides={"vocab_size": 1000})
@@ -237,11 +240,10 @@ def test_files_that_hold_no_object_are_told_in_one_sentence(name, content, copy)
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"n_layer": "many"}, "no config could be read"),
-        ({"dtype": "nope"}, "no config could be read|cannot be read"),
-        ({"n_layer": 10**9}, "n_layer is 1000000000 in the config of .*; at most 2,000 are allowed"),
-        ({"num_labels": 10**9}, "num_labels is 1000000000 in the config of .*; at most 100,000 are allowed"),
-        ({"attn_implementation": "someone/kernel@main"}, "names code on the Hub, 'someone/kernel@main': remove it"),
+        ({"n_layer": "many"}, "is no config that transformers can read"),
+        ({"dtype": "nope"}, "is no config that transformers can read|cannot be read"),
+        ({"n_layer": 10**9}, "n_layer is 1000000000; at most 2,000 is allowed"),
+        ({"num_labels": 10**9}, "num_labels is 1000000000; at most 100,000 is allowed"),
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "cannot be read"),
         ({"model_type": "vit"}, "is no causal language model|cannot be read"),
     ],
@@ -286,9 +288,9 @@ def test_a_misspelt_folder_is_told_its_neighbour_and_the_home_folder_is_known(co
     monkeypatch.chdir(copy.parent)
     (copy.parent / "runs" / "model").mkdir(parents=True)
     for load in (pretrained_config, load_tokenizer):
-        with pytest.raises(UserError, match=r"'runs/modle', which is no folder here\. Did you mean 'model'\?"):
+        with pytest.raises(UserError, match=r"there is no folder 'runs/modle' \(did you mean 'runs/model'\?\)"):
             load("runs/modle")
-        with pytest.raises(UserError, match=r"Did you mean 'model'\?"):
+        with pytest.raises(UserError, match=r"did you mean 'runs/model'\?"):
             load("./runs/modle")
     monkeypatch.setenv("HOME", str(copy.parent))
     assert load_model("~/m").config.vocab_size == load_model(copy).config.vocab_size

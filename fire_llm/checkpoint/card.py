@@ -247,24 +247,23 @@ def how_made(specs: Sequence[ResetSpec], call: Mapping[str, Any]) -> str:
 
 def _as_given(spec: ResetSpec) -> dict[str, Any]:
     """Return a reset as a mapping that is read back to it, options that had no effect left out."""
-    method = RESETS[spec.method]
-    idle = {"polar": "iterations", "newton-schulz": "tolerance"}.get(spec.options.get("solver", ""))
-    given = {"method": spec.method, **{k: v for k, v in spec.options.items() if v is not None and k != idle}}
-    named = {key: list(value) for key, value in (("roles", spec.roles), ("exclude", spec.exclude))}
-    usual = {"roles": list(method.roles), "exclude": []}
-    return {**given, **{key: value for key, value in named.items() if value != usual[key]}}
+    roles = {} if spec.roles == tuple(RESETS[spec.method].roles) else {"roles": list(spec.roles)}
+    chosen = {key: list(value) if isinstance(value, tuple) else value for key, value in spec.selection.items()}
+    options = {key: value for key, value in spec.read.items() if value is not None}
+    return {"method": spec.method, **options, **roles, **chosen}
 
 
 def _flags(spec: ResetSpec) -> list[str] | None:
     """Return a reset as options of the command line; None where it has none for them."""
     method, given = RESETS[spec.method], _as_given(spec)
     base = method.roles if method.matrices_only else ()
-    roles, patterns = given.pop("roles", []), given.pop("exclude", [])
-    others = {key: given.pop(key) for key in {*given} - {"method", *COMMAND_OPTIONS}}
+    roles, patterns = given.pop("roles", []), {key: given.pop(key, []) for key in ("include", "exclude")}
+    others = {key: given.pop(key) for key in {*given} - {"method", "layers", *COMMAND_OPTIONS}}
     usual = method.options().model_dump()
     if not _built_in(spec) or (roles and not {*base} <= {*roles}) or any(v != usual[k] for k, v in others.items()):
         return None
-    pairs = [*given.items(), *(("role", r) for r in roles if r not in base), *(("exclude", p) for p in patterns)]
+    pairs = [*given.items(), *(("role", role) for role in roles if role not in base)]
+    pairs += [(key, pattern) for key, of_it in patterns.items() for pattern in of_it]
     return [word for key, value in pairs for word in _option(key, value)]
 
 

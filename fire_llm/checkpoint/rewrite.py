@@ -40,7 +40,7 @@ from fire_llm.resets.execute import ResetExecutor
 from fire_llm.resets.plan import Plan, not_finite
 from fire_llm.resets.spec import refuse_kinds
 
-_CHUNK = 1 << 24
+_CHUNK = 1 << 22  # in each of a few threads
 _MOST_OPEN = 16  # shards open at once
 _PATIENCE = 86400.0  # seconds that a rank waits for the others, while one of them copies, say
 

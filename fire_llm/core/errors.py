@@ -118,7 +118,7 @@ def reading(said: str) -> Iterator[None]:
             raise
         # A config's own checks name the value in the cause; what fetches files says more itself.
         cause = error if isinstance(error, OSError) else error.__cause__ or error
-        kind = "" if isinstance(cause, OSError | ValueError | RuntimeError) else f"{type(cause).__name__}, "
+        kind = "" if isinstance(cause, OSError | ValueError | RuntimeError | TypeError) else f"{type(cause).__name__}, "
         raise UserError(f"{said}: {kind}{first_line(cause)}") from error
 
 

@@ -122,6 +122,7 @@ def find_tasks(tasks: Sequence[str | Path]) -> tuple[Any, list[str]]:
         UserError: There is no such task, file or folder, or lm_eval is not installed.
     """
     try:
+        import lm_eval  # noqa: F401  # its parts may be in memory where it is not to be had
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UserError(f"tasks are run by lm_eval: pip install 'fire-llm[tasks]' ({error})") from error

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fire_llm.core.errors import UserError, first_line
+from fire_llm.core.hub import no_folder, settle_hub
 from fire_llm.data.cache import content_hashes
 
 MODEL = ("config.json", "model*.safetensors", "model*.safetensors.index.json")
@@ -34,15 +35,15 @@ def place_of(what: str, name: str) -> str:
     if path.is_dir():
         return str(path)
     if name.count("/") != 1:
-        raise UserError(f"{what}: there is no folder '{name}', and a Hub id has the form owner/name")
+        raise UserError(f"{what}: {no_folder(name)}, and a Hub id has the form owner/name")
     from huggingface_hub import snapshot_download
 
+    settle_hub()
     try:
         return snapshot_download(name, allow_patterns=[*MODEL, *TOKENIZER, *COMPANIONS], ignore_patterns=["*/*"])
     except Exception as error:  # the Hub's clients raise dozens of kinds; none of them is a fault of this program
-        raise UserError(
-            f"{what}: there is no folder '{name}', and the Hub gives none of that name: {first_line(error)}"
-        ) from error
+        why = first_line(error)
+        raise UserError(f"{what}: {no_folder(name)}, and the Hub gives none of that name: {why}") from error
 
 
 def hashes(what: str, place: str, patterns: tuple[str, ...]) -> Hashes:

@@ -98,7 +98,7 @@ OPTIONS: dict[str, Rule] = dict.fromkeys(
         "label_smoothing_factor", "bf16", "fp16", "activation_checkpointing", "activation_checkpointing_kwargs",
         "gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_compile_backend",
         "torch_compile_mode", "liger_kernel_config", "use_cache", "neftune_noise_alpha",
-        "torch_empty_cache_steps", "auto_find_batch_size", "logging_steps", "logging_first_step",
+        "torch_empty_cache_steps", "logging_steps", "logging_first_step",
         "log_on_each_node", "include_num_input_tokens_seen", "log_level", "log_level_replica", "report_to",
         "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "eval_steps",
         "eval_delay", "per_device_eval_batch_size", "prediction_loss_only", "eval_do_concat_batches",
@@ -119,6 +119,7 @@ OPTIONS: dict[str, Rule] = dict.fromkeys(
         lambda value, given: value <= 0 and given.numbered,
         instead="the train_dataset has no length, so num_train_epochs says no end: give max_steps, or a __len__",
     ),
+    "auto_find_batch_size": Rule("a step would train on another number of tokens", _on, always=True),
     "lr_scheduler_type": Rule("`schedule`, where it is given, takes its place"),
     "weight_decay": Rule("every tensor of two dimensions and more decays, and no other"),
     "bf16_full_eval": Rule(

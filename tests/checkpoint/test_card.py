@@ -36,6 +36,7 @@ COMMANDS = [
     ["--method", "shrink_perturb", "--init", "the start/it"],
     ["--method", "full_reset", "--seed", "7"],
     ["--method", "initial_norm", "--seed", "7", "--role", "lm_head"],
+    ["--layers", "1", "--include", "(up|down)_proj", "--include", "v_proj"],
     ["--no-measures"],
     ["--dtype", "bf16"],
 ]

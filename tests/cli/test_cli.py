@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from importlib import import_module
 from pathlib import Path
 
@@ -76,9 +77,9 @@ def test_the_flags_are_frozen():
             "--accelerate-config", "--arm", "--dry-run", "--grid", "--num-processes", "--output", "--set", "--workers",
         ],
         "apply": [
-            "--device", "--dry-run", "--dtype", "--exclude", "--init", "--iterations", "--method", "--native",
-            "--no-measures", "--num-processes", "--push-to-hub", "--revision", "--role", "--scale", "--seed",
-            "--shrink", "--solver", "--tolerance",
+            "--device", "--dry-run", "--dtype", "--exclude", "--include", "--init", "--iterations", "--layers",
+            "--method", "--native", "--no-measures", "--num-processes", "--push-to-hub", "--revision", "--role",
+            "--scale", "--seed", "--shrink", "--solver", "--tolerance",
         ],
         "inspect": ["--against", "--all", "--device", "--html", "--json", "--native", "--role"],
         "eval": [
@@ -405,40 +406,47 @@ def test_run_with_a_grid_is_a_sweep(tmp_path, monkeypatch, capsys):
 # ---- what is behind the work
 
 
-@pytest.fixture(params=["reader left", "ascii", "full disk"])
-def lost_output(request, monkeypatch, capsys):
-    """Make standard output one that does not take what is printed; return the exit code that follows."""
-    if request.param == "ascii":
+def losing(how: str, *argv: object) -> int:
+    """Run a verb whose standard output does not take what is printed; return its exit code."""
+    if how == "ascii":
         stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    elif how == "full disk":
+        stream = Path("/dev/full").open("w", encoding="utf-8")
     else:
         reader, writer = os.pipe()
         os.close(reader)
-        stream = os.fdopen(writer if request.param == "reader left" else os.open("/dev/full", os.O_WRONLY), "w")
-    monkeypatch.setattr(sys, "stdout", stream)
-    yield 1 if request.param == "full disk" else 0
-    stream.close()
+        stream = os.fdopen(writer, "w", encoding="utf-8")
+    with stream, redirect_stdout(stream):
+        return run(*argv)
 
 
-def test_results_are_written_whatever_becomes_of_what_is_printed(checkpoint, tmp_path, lost_output, capsys):
+LOSSES = pytest.mark.parametrize("how", ["reader left", "ascii", "full disk"])
+
+
+@LOSSES
+def test_results_are_written_whatever_becomes_of_what_is_printed(how, checkpoint, tmp_path, capsys):
+    code = int(how == "full disk")
     (tmp_path / "t.txt").write_text("the lazy dog jumps over the fox\n\na second document")
     scored, inspected, page = (tmp_path / name for name in ("e.json", "i.json", "i.html"))
-    assert run("eval", checkpoint, "--data", tmp_path / "t.txt", "--json", scored) == lost_output
-    assert run("inspect", checkpoint, "--json", inspected, "--html", page) == lost_output
-    assert run("apply", checkpoint, tmp_path / "out") == lost_output
+    assert losing(how, "eval", checkpoint, "--data", tmp_path / "t.txt", "--json", scored) == code
+    assert losing(how, "inspect", checkpoint, "--json", inspected, "--html", page) == code
+    assert losing(how, "apply", checkpoint, tmp_path / "out") == code
     assert json.loads(scored.read_text())["rows"] and json.loads(inspected.read_text()) and page.stat().st_size
     assert (tmp_path / "out" / "model.safetensors").exists()
     said = capsys.readouterr().err
-    assert said.count("the work is done, and what it prints could not be written: the disk is full") == 3 * lost_output
+    assert said.count("the work is done, and what it prints could not be written: the disk is full") == 3 * code
     assert "Traceback" not in said
 
 
-def test_a_run_and_its_report_are_written_before_they_are_printed(tmp_path, lost_output, capsys):
+@LOSSES
+def test_a_run_and_its_report_are_written_before_they_are_printed(how, tmp_path, capsys):
+    code = int(how == "full disk")
     short = ["--set=phases.0.steps=1", "--set=phases.1.steps=1", "--set=phases.0.keep=[]", "--workers=1"]
     folder = tmp_path / "run"
-    assert run("run", recipe(tmp_path), *short, "--output", folder) == lost_output
+    assert losing(how, "run", recipe(tmp_path), *short, "--output", folder) == code
     assert (folder / "results.json").exists() and (folder / "report.html").exists()
     (folder / "report.html").unlink()
-    assert run("report", folder) == lost_output and (folder / "report.html").exists()
+    assert losing(how, "report", folder) == code and (folder / "report.html").exists()
     assert "Traceback" not in capsys.readouterr().err
 
 

@@ -44,7 +44,7 @@ def test_the_demo_compares_eight_arms_on_two_corpora(tmp_path, capsys, monkeypat
     for name in ("python-docs", "library-docs"):  # a twentieth of their files: reading all takes half of the test
         of_all = CORPORA[name].builtin
         monkeypatch.setitem(CORPORA, name, replace(CORPORA[name], builtin=replace(of_all, share=of_all.share / 20)))
-    short = ["phases.0.steps=3", "phases.1.steps=2", "batch.tokens_per_step=256", "evaluate.max_tokens=1024"]
+    short = ["phases.0.steps=3", "phases.1.steps=2", "batch.tokens_per_step=256", "evaluate.max_tokens=2048"]
     assert main(["demo", "--workers", "1", "--output", str(tmp_path / "demo"), *shortened(*short)]) == 0
     arms = arms_of(tmp_path / "demo")
     assert list(arms) == list(TOUCHED)

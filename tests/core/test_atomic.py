@@ -23,7 +23,7 @@ from fire_llm.models import load_model
         (errno.EACCES, "permission denied"),
         (errno.EDQUOT, "quota"),
         (errno.ENOTDIR, "is a file"),
-        (errno.EIO, "the disk reports an error"),
+        (errno.EIO, "the disk, or the network to it, failed"),
         (errno.EFBIG, "ulimit -f"),
         (errno.EMFILE, "ulimit -n"),
         (errno.ENOTEMPTY, "appeared meanwhile"),

@@ -260,9 +260,8 @@ def check(room: Path, data: bytes, changes: list[str]) -> None:
         return
     assert code == 2, said
     assert not out.getvalue()
-    place = (
-        r"fire-llm: (('r\.yaml' (is|holds) no)|('r\.yaml' is not YAML: ..)|(--set .*: ..)|([a-z_]+[\w\[\].+-]*: ..))"
-    )
+    recipes = r"('r\.yaml' (is|holds) no)|('r\.yaml' is not YAML: ..)"
+    place = rf"fire-llm: ({recipes}|(--set .*: ..)|(phase '.*: ..)|([a-z_]+[\w\[\].+-]*: ..))"
     if re.match(r"fire-llm: (one fault|\d+ faults) in 'r\.yaml':\n", said):
         for line in said.splitlines()[1:]:
             assert re.match(r"  \S.*: \S", line) or not line.startswith("  "), said
@@ -358,7 +357,7 @@ def test_dates_are_text_and_aliases_are_copies(tmp_path):
         (
             "model/config",
             {"n_layer": 10**6},
-            "model.config: num_hidden_layers is 1000000; a whole number from 1 to 2,000",
+            "model.config: n_layer is 1000000; at most 2,000 is allowed",
         ),
         ("model/config", {"n_head": 7}, "model.config: transformers cannot build GPT2 from this config"),
         ("model/config", {"n_embd": "wide"}, "model.config"),

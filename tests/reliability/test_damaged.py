@@ -22,6 +22,7 @@ from fire_llm.core.atomic import checkpoints
 from fire_llm.core.hashing import CHUNK
 from fire_llm.core.locks import held
 from fire_llm.core.manifest import MANIFEST, damage, newest_intact, write_manifest
+from fire_llm.core.staging import staging_of
 from fire_llm.experiment.jobs import clear_jobs, jobs_of, lock_for
 from fire_llm.experiment.recipe import Trial
 from fire_llm.experiment.stages import labelled_checkpoint
@@ -258,7 +259,9 @@ def left_by_a_save(stage: Path) -> Path:
 
 
 def left_by_taking_over(stage: Path) -> Path:
-    return shutil.copytree(stage, stage.with_name(f"{stage.name}.partial"))
+    left = shutil.copytree(stage, staging_of(stage, "0a1b2c3d"))
+    stage.with_name(f".{stage.name}.fire_llm.lock").write_text(left.name)
+    return left
 
 
 def left_by_workers(stage: Path) -> Path:

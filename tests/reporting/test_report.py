@@ -619,7 +619,7 @@ def test_page_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full_disk)
-    with pytest.raises(UserError, match="No space left on device"):
+    with pytest.raises(UserError, match="the disk is full"):
         write_report(results, tmp_path)
     assert (tmp_path / "report.html").read_bytes() == old
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "report.html"]

@@ -152,7 +152,8 @@ def test_apply_and_check_tell_of_norms(tmp_path, capsys) -> None:
     text.write_text("word " * 2000)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"model: {{checkpoint: {tmp_path / 'src'}, context: 32}}\nbatch: {{tokens_per_step: 64}}\n"
+        f"model: {{checkpoint: {tmp_path / 'src'}, context: 32}}\ntokenizer: {{train: 300}}\n"
+        "batch: {tokens_per_step: 64}\n"
         f"phases: [{{name: one, data: {{{text}: 1.0}}, steps: 2, arms: "
         "{fire: fire, kept: {method: fire, scale: keep-norm}}}]\n"
     )

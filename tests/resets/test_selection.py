@@ -259,7 +259,7 @@ def test_apply_takes_names_and_layers_and_refuses_what_finds_nothing(tmp_path, c
         assert message in capsys.readouterr().err and not (tmp_path / "dst").exists()
     assert main(["apply", src, dst, "--layers", "1", "--include", "mlp", "--exclude", "up_proj"]) == 0
     card = (tmp_path / "dst" / "README.md").read_text(encoding="utf-8")
-    assert "--include 'mlp' --exclude 'up_proj' --layers 1" in card
+    assert "--layers 1 --include mlp --exclude up_proj" in card
     from fire_llm.models import load_model
 
     model = tiny_llama()

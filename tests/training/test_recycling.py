@@ -296,6 +296,7 @@ def test_a_recipe_whose_model_cannot_be_recycled_is_refused_before_it_runs(tmp_p
     (tmp_path / "recipe.yaml").write_text(f"""
         name: experts
         model: {{checkpoint: {tmp_path / "model"}, context: 32}}
+        tokenizer: {{train: 300}}
         batch: {{tokens_per_step: 64}}
         phases:
           - {{name: a, data: {{python-docs: 1.0}}, steps: 1, arms: {{base: {{method: keep}}, redo: {{method: redo}}}}}}
