@@ -411,7 +411,7 @@ def losing(how: str, *argv: object) -> int:
     if how == "ascii":
         stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     elif how == "full disk":
-        stream = Path("/dev/full").open("w", encoding="utf-8")
+        stream = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w", encoding="utf-8")
     else:
         reader, writer = os.pipe()
         os.close(reader)
