@@ -20,7 +20,7 @@ MOST_LAYERS, MOST_PARTS, MOST_ENTRIES = 2_000, 10**5, 10**8
 
 _BOUNDS = (
     (r"(^|_)(layers?|depths?|blocks?|stages?|repeats)$", MOST_LAYERS),
-    (r"^n_(positions|ctx|embd|inner)$|_(size|embeddings|dim)$", MOST_ENTRIES),
+    (r"^n_(positions|ctx|embd|inner|words|vocab)$|_(size|embeddings|dim)$", MOST_ENTRIES),
     (r"^(n|num)_|(experts|heads|labels|classes)$", MOST_PARTS),
 )
 _DEEPEST = 50
@@ -98,15 +98,24 @@ def refuse_sizes(settings: Any, where: str, *, key: str = "", depth: int = 0) ->
 
 
 def _refuse_kernels(config: Any, name: str) -> None:
-    """Take back an attention that transformers would fetch from the Hub as code, or does not find here."""
+    """Refuse an attention that transformers would fetch from the Hub as code; leave out one that is not here.
+
+    Raises:
+        UserError: Naming the attention.
+    """
     for part in _parts(config):
         given = part._attn_implementation
+        if "/" in str(given):
+            raise UserError(
+                f"'{name}': attn_implementation {given!r} of its config names code on the Hub, which is never fetched: "
+                f"take it out of {CONFIG}, or write one of {', '.join(_ATTENTION)}"
+            )
         here = given is None or given in _ATTENTION or (given == "flash_attention_2" and find_spec("flash_attn"))
         if not here:
             part._attn_implementation = None
             warnings.warn(
                 f"'{name}': attn_implementation {given!r} of its config is left out: it is no attention of this "
-                "machine, and code is never fetched. transformers' own is taken, which differs by rounding alone",
+                "machine. transformers' own is taken, which differs by rounding alone",
                 stacklevel=3,
             )
 

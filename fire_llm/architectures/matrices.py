@@ -7,12 +7,14 @@ which is no mere container, the child is the path from there with indices writte
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from fire_llm.architectures.families import TYPES
 from fire_llm.architectures.grammar import MATRIX_ROLES, ROLES, Layout, Part, PartLike, Sizes, SliceSpec
@@ -265,6 +267,8 @@ def parameter_slices(model: nn.Module, *, strict: bool = True) -> list[Parameter
         unknown += [
             (location, tuple(parameter.shape)) for location, k in zip(locations, known, strict=True) if k is None
         ]
+        if strict:
+            _refuse_convolution(parameter, [match for match in known if match is not None])
         result += _cut(parameter, [k or Match("other", location) for location, k in zip(locations, known, strict=True)])
     if strict and unknown:
         raise UserError(refusal(kind, unknown))
@@ -273,6 +277,21 @@ def parameter_slices(model: nn.Module, *, strict: bool = True) -> list[Parameter
             f"{kind} holds no attention, MLP or SSM matrix: is it a language model with at least one layer?"
         )
     return result
+
+
+def _refuse_convolution(parameter: nn.Parameter, matches: Sequence[Match]) -> None:
+    """Refuse a kernel of a convolution that is to be a matrix: the paper takes one at each position, none flattened.
+
+    Raises:
+        UserError: Naming the weight.
+    """
+    for match in matches:
+        kernel = tuple(parameter.shape[2:])
+        if match.role in MATRIX_ROLES and isinstance(match.location.owner, _ConvNd) and math.prod(kernel) > 1:
+            raise UserError(
+                f"'{match.location.name}' is a convolution's kernel of {' × '.join(map(str, kernel))}, which is no "
+                "(out, in) matrix: resets of matrices know none. Register it with role='other', which is left alone"
+            )
 
 
 def buffer_slices(model: nn.Module) -> list[ParameterSlice]:

@@ -35,13 +35,15 @@ class Inspected:
     """Of the bytes of its weights' files, one after another in the order of their names."""
 
     @classmethod
-    def of(cls, source: Source) -> Inspected:
-        """Read the weights' files once more for their hash."""
-        digest = hashlib.sha256()
-        for name in source.shards:
-            with (source.folder / name).open("rb") as file:
-                while chunk := file.read(1 << 24):
-                    digest.update(chunk)
+    def of(cls, source: Source, progress: bool = False) -> Inspected:
+        """Read the weights' files once more for their hash; they are still what was measured, or it is refused."""
+        digest, bar = hashlib.sha256(), progress_bar("hashing", source.shard_bytes, "B", shown=progress)
+        with bar:
+            for name in source.shards:
+                with source.copied[name].opened() as file:
+                    while chunk := file.read(1 << 24):
+                        digest.update(chunk)
+                        bar.update(len(chunk))
         return cls(source.name, source.revision, digest.hexdigest())
 
 
@@ -112,8 +114,8 @@ def inspect_checkpoint(
         rows.append(row)
         bar.update()
     bar.close()
-    reference = Inspected.of(other.source) if other is not None else None
-    return Inspection(Inspected.of(stored.source), reference, str(where), rows)
+    reference = Inspected.of(other.source, progress) if other is not None else None
+    return Inspection(Inspected.of(stored.source, progress), reference, str(where), rows)
 
 
 def _weights(stored: Stored, matrix: ParameterSlice, device: torch.device) -> torch.Tensor:

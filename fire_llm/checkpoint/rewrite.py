@@ -250,7 +250,7 @@ class _Rewrite:
     def _read(self, block: Block) -> Tensor:
         """Read a block's rows and refuse them where a slice to be reset is not finite."""
         rows = self.stored.rows(self._any(block), self.copies).to(self.device)
-        if self.dtype != "keep":
+        if self.dtype != "keep" and rows.is_floating_point():
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         touched = [self.plan.slices[index] for index in block.members if self.plan.actions[index]]
         for weight in touched:
@@ -273,7 +273,8 @@ class _Rewrite:
         """Hash the result and write down what was done."""
         source = self.stored.source
         if self.dtype != "keep":
-            settle(folder, source.shards, source.index, self.dtype)
+            with writing(folder):
+                settle(folder, source.shards, source.index, self.dtype)
         with self._bar("hashing", source.shard_bytes) as bar:
             after = {name: hasher.begin(SourceFile.of(folder / name), None, bar.update) for name in source.shards}
             hashes = {name: {"source": before[name], "result": after[name].result()} for name in source.shards}

@@ -30,8 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("USE_HUB_KERNELS", "0")  # else the package kernels fetches code for some model types
-        with signals_handled():
-            code = exit_code(lambda: _work(arguments), RESUME if arguments.verb in RESUMED else REPEAT)
+        code = exit_code(settle_launcher, REPEAT)  # by what it leaves, signals are handled in another way
+        if not code:
+            with signals_handled():
+                code = exit_code(lambda: _work(arguments), RESUME if arguments.verb in RESUMED else REPEAT)
         sys.stdout.flush()
         return code or lost_output(lost)
 
@@ -41,6 +43,5 @@ RESUMED = ("run", "sweep", "demo")
 
 
 def _work(arguments: Namespace) -> int | None:
-    settle_launcher()
     code: int | None = import_module(f"fire_llm.cli.{arguments.verb}").main(arguments)
     return code

@@ -34,7 +34,7 @@ def _done(work: Callable[[], int | None]) -> int:
         report_failure(2, str(error) or explained(error))
         return 2
     except (OSError, ImportError, FloatingPointError, MemoryError, RuntimeError) as error:
-        code = 2 if isinstance(error, (OSError, ModuleNotFoundError)) and not isinstance(error, MemoryError) else 1
+        code = 2 if isinstance(error, (OSError, ModuleNotFoundError)) else 1
         report_failure(code, f"the work failed: {explained(error)}")
         if os.environ.get("FIRE_LLM_DEBUG"):
             raise

@@ -106,12 +106,8 @@ def step_of(checkpoint: Path) -> int | None:
 def clear_partial_checkpoints(folder: Path) -> None:
     """Delete what processes that died left half-written among a stage's checkpoints; links are not followed."""
     for left in folder.glob(f"checkpoint-*{STAGING_SUFFIX}"):
-        if step_of(left.with_suffix("")) is None:
-            continue
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left)
-        else:
-            left.unlink()
+        if step_of(left.with_suffix("")) is not None:
+            remove(left)
 
 
 def is_run(folder: Path) -> bool:

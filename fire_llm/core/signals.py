@@ -134,10 +134,10 @@ def set_step_near(near: bool) -> None:
     """Set whether a step's end is near, where `asked` is looked at; elsewhere a signal ends the work at once."""
     if not handled() or threading.current_thread() is not threading.main_thread():
         return
-    _asked.near_a_step = near
+    before, _asked.near_a_step = _asked.near_a_step, near
     if "RANK" in os.environ:
         _install(near)
-    elif near and _asked.number is not None:
+    elif near and not before and _asked.number is not None:
         raise Stopped(_asked.number)  # it came before, and something caught it
 
 

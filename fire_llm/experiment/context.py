@@ -91,12 +91,11 @@ class RunContext:
         return hashes(f"{what} '{name}'", self._place(what), patterns)
 
     def _place(self, what: str) -> str:
-        name, _ = self._names[what]
-        if name not in self._places:
+        if what not in self._places:
             if what == "model":
                 _ = self.planned_config  # a name that is none is told best there
-            self._places[name] = place_of(what, name)
-        return self._places[name]
+            self._places[what] = place_of(what, *self._names[what])
+        return self._places[what]
 
     @contextmanager
     def reading(self, what: str) -> Iterator[str]:
@@ -219,8 +218,11 @@ class RunContext:
         for path in [*self.folder.glob("*/seed-*/unit.json"), *self.folder.glob("*/*/seed-*/unit.json")]:
             # What is damaged is refused by `stages`.
             with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                for corpus, splits in json.loads(path.read_text(encoding="utf-8"))["tokens"].items():
-                    found.setdefault(corpus, {}).update(splits)
+                unit = json.loads(path.read_text(encoding="utf-8"))
+                if unit["tokenizer"] == self.settings["tokenizer"]:
+                    for corpus, splits in unit["tokens"].items():
+                        if unit["corpora"].get(corpus) == self.corpus(corpus).fingerprint:
+                            found.setdefault(corpus, {}).update(splits)
         return found
 
     def refuse_changed_tokens(self) -> None:

@@ -15,15 +15,17 @@ import torch
 from fire_llm.core.atomic import is_run, read_json, step_of, write_json
 from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.core.hashing import digest
+from fire_llm.core.locks import held, lock_of
 from fire_llm.core.manifest import weights_hash
 from fire_llm.data.corpora import CORPORA
 from fire_llm.distributed import is_first
 from fire_llm.evaluation.measurement import WORDS, first_token, token_text
+from fire_llm.evaluation.perplexity import Perplexity
 from fire_llm.evaluation.scores import Scores
 from fire_llm.evaluation.statistics import BOOTSTRAP, standard_errors
 from fire_llm.evaluation.texts import EvaluationSet, score
 from fire_llm.experiment.context import RunContext
-from fire_llm.experiment.measured import Measured, weights_digest
+from fire_llm.experiment.measured import Measured, text_digest, weights_digest
 from fire_llm.experiment.recipe import Recipe, load_recipe
 from fire_llm.experiment.sources import changes
 from fire_llm.experiment.stages import (
@@ -114,6 +116,7 @@ def evaluate_run(
     rows: list[EvaluationRow] = []
     context = run.sequence_length if context is None else context
     before, reused = Measured(folder, {"context": context, "stride": stride, "device": where.type}), 0
+    digests = {name: text_digest(text) for name, text in texts.items()}
     for row in found:
         if row.phase and weights_hash(folder / row.checkpoint, read=True) != row.weights:
             raise UserError(
@@ -122,18 +125,22 @@ def evaluate_run(
             )
         model = row.load()
         weights = weights_digest(model)
-        keys = {name: before.key(weights, text) for name, text in texts.items()}
+        keys = {name: before.key(weights, text) for name, text in digests.items()}
         known = {name: kept for name, key in keys.items() if not again and (kept := before.find(key))}
-        new = score(
-            model.to(where),
-            {name: text for name, text in texts.items() if name not in known},
-            context=context,
-            stride=stride,
-            batch_size=batch_size,
-            progress=f"{row.checkpoint} on" if run.progress else None,
-        )
-        for name, result in new.items():
-            before.keep(keys[name], result)
+        unknown = {name: text for name, text in texts.items() if name not in known}
+        new: dict[str, Perplexity] = {}
+        if unknown:
+            new = score(
+                model.to(where),
+                unknown,
+                context=context,
+                stride=stride,
+                batch_size=batch_size,
+                progress=f"{row.checkpoint} on" if run.progress else None,
+            )
+        with held(lock_of(folder, "evaluation"), wait=True):
+            for name, result in new.items():
+                before.keep(keys[name], result)
         measured, reused = {name: (known | new)[name] for name in texts}, reused + len(known)
         matrix[row.checkpoint] = {name: result.scores for name, result in measured.items()}
         for name, result in measured.items():
@@ -161,7 +168,8 @@ def evaluate_run(
         forward_transfer=forward_transfer,
     ).model_dump(mode="json")
     if is_first():
-        write_json(folder / "evaluation.json", evaluation)
+        with held(lock_of(folder, "evaluation"), wait=True):
+            write_json(folder / "evaluation.json", evaluation)
     return evaluation
 
 

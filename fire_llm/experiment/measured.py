@@ -40,14 +40,14 @@ class Measured:
         self.folder = folder / ".measured"
         self._how = [FORMAT, torch.__version__, transformers.__version__, dict(how)]
 
-    def key(self, weights: str, text: EvaluationSet) -> str:
+    def key(self, weights: str, text: str) -> str:
         """Return the name of a model's perplexity on a text.
 
         Args:
             weights: Hash of the model (`weights_digest`).
-            text: What is measured.
+            text: Hash of what is measured (`text_digest`).
         """
-        return digest(json.dumps([weights, text_digest(text), *self._how], sort_keys=True), 16)
+        return digest(json.dumps([weights, text, *self._how], sort_keys=True), 16)
 
     def find(self, key: str) -> Perplexity | None:
         """Return what was kept under a key, None where nothing was, or not what was written."""

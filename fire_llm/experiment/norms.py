@@ -58,6 +58,8 @@ def _sample(stored: Stored, specs: list[ResetSpec]) -> list[TensorReport]:
         if FLOPS_PER_COST * cost(weight.shape) > each or weight.parameter not in stored.places.of:
             continue
         x = stored.loaded(weight).read().float()
+        if not torch.isfinite(x).all():  # which the reset itself refuses
+            continue
         row = TensorReport.of(weight)
         row.norm_before = float(torch.linalg.vector_norm(x))
         for spec in actions:

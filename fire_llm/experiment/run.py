@@ -145,12 +145,12 @@ class _Command:
         """Train what is not finished, here, in workers or on the ranks of a launcher, and gather the results."""
         if workers is not None and workers < 1:
             raise UserError(f"--workers {workers}: at least 1 is needed")
+        settle_launcher()
         if launched() and workers is not None:
             raise UserError(
                 f"--workers {workers}: a launcher started this process (RANK or WORLD_SIZE is set), and its ranks "
                 "train each stage together. Leave --workers out, or start without a launcher"
             )
-        settle_launcher()
         if not launched():
             for name in _TASKS:
                 if self.alone:

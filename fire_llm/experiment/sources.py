@@ -25,8 +25,13 @@ Hashes = dict[str, str]
 """The hash of each file, by its name."""
 
 
-def place_of(what: str, name: str) -> str:
+def place_of(what: str, name: str, patterns: tuple[str, ...]) -> str:
     """Return the folder that a model or tokenizer is loaded from: for a Hub id, the snapshot in the Hub's cache.
+
+    Args:
+        what: For messages: `model`.
+        name: A folder or a Hub id.
+        patterns: Of the files that are fetched; another's weights are not, where its tokenizer is wanted.
 
     Raises:
         UserError: There is no such folder, and the Hub has none of that id or cannot be asked.
@@ -40,7 +45,7 @@ def place_of(what: str, name: str) -> str:
 
     settle_hub()
     try:
-        return snapshot_download(name, allow_patterns=[*MODEL, *TOKENIZER, *COMPANIONS], ignore_patterns=["*/*"])
+        return snapshot_download(name, allow_patterns=[*patterns, *COMPANIONS], ignore_patterns=["*/*"])
     except Exception as error:  # the Hub's clients raise dozens of kinds; none of them is a fault of this program
         why = first_line(error)
         raise UserError(f"{what}: {no_folder(name)}, and the Hub gives none of that name: {why}") from error

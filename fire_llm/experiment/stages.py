@@ -52,6 +52,7 @@ RECORDED = {"files", "tokens", "weights", "reset"}
 
 REPORT = "reset.json"
 """File in a stage's folder with what its reset did."""
+
 _LATER = {"include": (), "layers": ""}
 """Fields that older runs' `unit.json` lacks, and what they are where nobody gives them: they are left out there."""
 

@@ -169,7 +169,8 @@ class ResetExecutor:
                 beside = [read(index).to(x) for index, _ in group]
                 arguments.append(torch.stack(beside) if stacked else beside[0])
             x = RESETS[spec.method].function(x, *arguments, **spec.options)
-        x = x.to(self.rounded_to or before.dtype).to(before.dtype)
+        rounded_to = self.rounded_to if before.is_floating_point() else None
+        x = x.to(rounded_to or before.dtype).to(before.dtype)
         rows = list(zip(group, before if stacked else (before,), x.unbind() if stacked else (x,), strict=True))
         sound = all_finite(new for *_, new in rows)
         self.failed |= {self.plan.slices[i].name for ((i, _), *_), good in zip(rows, sound, strict=True) if not good}

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from fire_llm.core.errors import UserError
 from fire_llm.evaluation.measurement import PRECISIONS
 from fire_llm.linalg.matmul import settings_kept
+from fire_llm.training.contract import LESS_IS_BETTER
 
 
 def _option(default: Any, text: str) -> Any:
@@ -83,6 +84,8 @@ class ContinualArguments(TrainingArguments):
                 f"keep_last={self.keep_last} and save_total_limit={self.save_total_limit} say the same twice, and "
                 "differently: give one of them"
             )
+        if self.greater_is_better is None and str(self.metric_for_best_model or "").endswith(LESS_IS_BETTER):  # type: ignore[has-type]
+            self.greater_is_better = False  # transformers knows this of names that end in "loss" alone
         # With torch_compile, transformers turns TF32 on, in the whole process, unless `tf32` is given.
         with settings_kept() if self.tf32 is None else nullcontext():
             try:

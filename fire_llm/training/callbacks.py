@@ -146,11 +146,13 @@ class Keeping(TrainerCallback):
             UserError: A config can be read, but not written.
         """
         for name in ("config", "generation_config"):
-            written = getattr(model, name, None)
+            written: Any = getattr(model, name, None)
             try:
                 with TemporaryDirectory() as folder:
-                    if written is not None and (name == "config" or model.can_generate()):
+                    if hasattr(written, "save_pretrained") and (name == "config" or model.can_generate()):
                         written.save_pretrained(folder)
+            except OSError:  # of the place for temporary files, where no checkpoint goes
+                continue
             except Exception as error:  # the classes' own checks raise what they like
                 said = " ".join(str(error).split())
                 raise UserError(

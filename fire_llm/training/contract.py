@@ -15,6 +15,9 @@ from fire_llm.training.batches import Order
 MEASURED = ("nll", "perplexity", "bits_per_byte", "tokens", "bytes")
 """What is measured of each evaluation set."""
 
+LESS_IS_BETTER = MEASURED[:3]
+"""Ends of the names of metrics of which a smaller value is the better one."""
+
 
 @dataclass(frozen=True)
 class Given:
@@ -104,7 +107,7 @@ OPTIONS: dict[str, Rule] = dict.fromkeys(
         "eval_delay", "per_device_eval_batch_size", "prediction_loss_only", "eval_do_concat_batches",
         "eval_use_gather_object", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics",
         "save_steps", "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_always_push",
-        "hub_revision", "greater_is_better",
+        "hub_revision",
         "restore_callback_states_from_checkpoint", "full_determinism", "seed", "data_seed", "use_cpu",
         "dataloader_drop_last", "dataloader_num_workers", "dataloader_pin_memory",
         "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context",
@@ -120,6 +123,11 @@ OPTIONS: dict[str, Rule] = dict.fromkeys(
         instead="the train_dataset has no length, so num_train_epochs says no end: give max_steps, or a __len__",
     ),
     "auto_find_batch_size": Rule("a step would train on another number of tokens", _on, always=True),
+    "greater_is_better": Rule(
+        "False where it is not given and the metric ends in `nll`, `perplexity` or `bits_per_byte`; True is refused "
+        "for those",
+        lambda value, given: bool(value) and str(given.args.metric_for_best_model or "").endswith(LESS_IS_BETTER),
+    ),
     "lr_scheduler_type": Rule("`schedule`, where it is given, takes its place"),
     "weight_decay": Rule("every tensor of two dimensions and more decays, and no other"),
     "bf16_full_eval": Rule(

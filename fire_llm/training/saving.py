@@ -33,6 +33,7 @@ from fire_llm.core.atomic import (
     free_bytes,
     partial_of,
     remove,
+    step_of,
     sync,
     write_json,
     writing,
@@ -69,6 +70,8 @@ class Saver:
         self._resumed: dict[str, Any] = {}
         self._began = time.monotonic()
         self._bytes: int | None = None
+        self._sound: set[Path] = set()
+        """Checkpoints that were looked at: a copy without times would be hashed at each save."""
 
     # ---- reading
 
@@ -263,7 +266,7 @@ class Saver:
     def _make_room(self, output: Path) -> None:
         """Remove what a killed process left half-written, and see that there is room before anything is written."""
         clear_partial_checkpoints(output)
-        needed = self._bytes or BYTES_A_PARAMETER * self.trainer.model.num_parameters()
+        needed = self._bytes or BYTES_A_PARAMETER * sum(p.numel() for p in self.trainer.model.parameters())
         if (free := free_bytes(output)) < needed:
             raise UserError(
                 f"'{output}' has {free / 1e9:.3g} GB free and a checkpoint takes {needed / 1e9:.3g} GB: "
@@ -281,6 +284,7 @@ class Saver:
         final = output / written.name
         if final.exists():  # one of this step that was damaged; it goes only when the new one has its name
             final.rename(written.parent / "damaged")
+            self._sound.discard(final)
         written.rename(final)
         sync(output, below=False)
         shutil.rmtree(written.parent)
@@ -289,16 +293,20 @@ class Saver:
         """Delete older checkpoints that nothing keeps, once the new one was read back from the disk."""
         args = self.trainer.args
         # One that was skipped when this training was resumed is left to be looked at, and is none of those that stay.
-        whole = [(folder, n) for folder, n in checkpoints(output) if damage(folder, contents=False) is None]
-        older = [(folder, n) for folder, n in whole if n < step]
+        there = checkpoints(output)
+        self._sound |= {path for path, _ in there if path not in self._sound and damage(path, contents=False) is None}
+        older = [(folder, n) for folder, n in there if n < step and folder in self._sound]
         if args.save_total_limit is not None and args.save_total_limit <= 0:  # no limit, as in `Trainer`
             return
+        named = self.trainer.state.best_model_checkpoint  # an older one, where the best step was not saved
+        bests = {best, step_of(Path(named)) if named else None} - {None}
         if args.save_total_limit is None:
             others = (args.keep_last or 1) - 1
         else:  # the best one is among them
             others = args.save_total_limit - 1
-            others -= best not in {step, None, *(n for _, n in older[max(0, len(older) - others) :])} and others > 0
-        kept = {*args.keep_steps, best, *(n for _, n in older[max(0, len(older) - others) :])}
+            newest_ones = {step, *(n for _, n in older[max(0, len(older) - others) :])}
+            others -= bool(bests & {n for _, n in older} - newest_ones) and others > 0
+        kept = {*args.keep_steps, *bests, *(n for _, n in older[max(0, len(older) - others) :])}
         unwanted = [folder for folder, n in older if n not in kept]
         if unwanted and (wrong := damage(newest, from_disk=True)):
             raise UserError(f"'{newest}' cannot be read back as it was written: {wrong}. Nothing older was deleted")

@@ -271,15 +271,31 @@ def test_what_shards_hold_counts_and_not_what_the_index_says(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value"),
     [("attn_implementation", "owner/kernel"), ("_attn_implementation", "owner/kernel@abc:f"),
-     ("attn_implementation", {"": "owner/kernel"}), ("attn_implementation", "paged|owner/kernel"),
-     ("attn_implementation", "flash_attention_3")],
+     ("attn_implementation", {"": "owner/kernel"}), ("attn_implementation", "paged|owner/kernel")],
 )  # fmt: skip
-def test_an_attention_from_elsewhere_is_left_out_with_a_word(key, value, source, tmp_path, monkeypatch):
+def test_an_attention_that_is_code_of_the_hub_is_refused(key, value, source, tmp_path, monkeypatch):
+    import transformers.modeling_utils as asked
+
+    monkeypatch.setattr(asked, "lazy_import_flash_attention", lambda *_, **__: pytest.fail("code was asked for"))
+    changed(source / "config.json", (key, value))
+    for read in (
+        lambda: load_model(source),
+        lambda: reset_checkpoint(source, tmp_path / "dst"),
+        lambda: inspect_checkpoint(source, progress=False),
+        lambda: config_for(str(source)),
+    ):
+        with pytest.raises(UserError, match="names code on the Hub, which is never fetched: take it out of"):
+            read()
+    with pytest.raises(UserError, match="has no attribute '_attn_implementation'"):
+        config_for("gpt-tiny", overrides={"_attn_implementation": "owner/kernel"})
+
+
+def test_an_attention_that_is_not_here_is_left_out_with_a_word(source, tmp_path, monkeypatch):
     import transformers.modeling_utils as asked
 
     monkeypatch.setattr(asked, "lazy_import_flash_attention", lambda *_, **__: pytest.fail("code was asked for"))
     plain = load_model(source)
-    changed(source / "config.json", (key, value))
+    changed(source / "config.json", ("attn_implementation", "flash_attention_3"))
     text = torch.arange(8)[None]
     with pytest.warns(UserWarning, match="attn_implementation '.*' of its config is left out"):
         model = load_model(source)
@@ -289,10 +305,8 @@ def test_an_attention_from_elsewhere_is_left_out_with_a_word(key, value, source,
         lambda: inspect_checkpoint(source, progress=False),
         lambda: config_for(str(source)),
     ):
-        with pytest.warns(UserWarning, match="code is never fetched"):
+        with pytest.warns(UserWarning, match="it is no attention of this machine"):
             read()
-    with pytest.raises(UserError, match="has no attribute '_attn_implementation'"):
-        config_for("gpt-tiny", overrides={"_attn_implementation": "owner/kernel"})
 
 
 def test_an_attention_of_this_machine_is_kept(source):

@@ -271,9 +271,9 @@ def test_apply_takes_names_and_layers_and_refuses_what_finds_nothing(tmp_path, c
 
 
 class Net(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, kernel: int = 2) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(4, 8, 2)
+        self.conv = nn.Conv2d(4, 8, kernel)
 
 
 def test_a_registered_layout_that_does_not_fit_is_named_in_the_refusal() -> None:
@@ -284,7 +284,9 @@ def test_a_registered_layout_that_does_not_fit_is_named_in_the_refusal() -> None
         ):
             fire_(Net())
         register_layout("Net", "conv", role="mlp", module_class="Conv2d")
-        assert [t.name for t in fire_(Net()).touched] == ["conv.weight"]
+        with pytest.raises(UserError, match=r"'conv\.weight' is a convolution's kernel of 2 × 2, .* role='other'"):
+            fire_(Net())
+        assert [t.name for t in fire_(Net(1), scale="keep-norm").touched] == ["conv.weight"]
         del REGISTERED["Net", "conv"]
         register_layout("Net", "covn", role="mlp")
         with pytest.raises(UserError, match=r"no layout is known for Net\.conv .* Registered for Net: covn\."):

@@ -315,7 +315,7 @@ class Spoil(TrainerCallback):
 
 def test_the_best_model_is_there_at_the_end_and_its_checkpoint_by_its_name(tmp_path):
     settings = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_steps": 8, "eval_context": 16}
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "c_nll", "greater_is_better": False}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "c_nll"}
     args = arguments(tmp_path, save_total_limit=2, **settings, **best)
     trainer = ContinualTrainer(tiny_gpt2(), args, Samples(), {"c": EvaluationSet(TOKENS)}, [Spoil(3)])
     trainer.train()
@@ -326,6 +326,27 @@ def test_the_best_model_is_there_at_the_end_and_its_checkpoint_by_its_name(tmp_p
     assert [step for _, step in checkpoints(tmp_path)] == sorted({first, 8})
     state = json.loads((tmp_path / "checkpoint-8" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(tmp_path / f"checkpoint-{first}")
+
+
+def test_the_best_that_was_saved_stays_where_a_better_step_was_not(tmp_path):
+    """Step 3 is better than step 2, and not one that is saved; all later ones are worse."""
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 2, "max_steps": 6, "eval_context": 16}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "c_nll"}
+    args = arguments(tmp_path, save_total_limit=1, **settings, **best)
+    trainer = ContinualTrainer(tiny_gpt2(), args, Samples(), {"c": EvaluationSet(TOKENS)}, [Spoil(1), Spoil(4)])
+    trainer.train()
+    measured = {e["step"]: e["eval_c_nll"] for e in trainer.state.log_history if "eval_c_nll" in e}
+    assert min(measured, key=measured.get) == 3 and measured[2] < min(measured[step] for step in (4, 5, 6))
+    assert trainer.evaluate()["eval_c_nll"] == pytest.approx(measured[2], rel=1e-9)
+
+
+@pytest.mark.parametrize("metric", ["c_nll", "c_perplexity", "c_bits_per_byte"])
+def test_less_is_better_of_what_is_measured(metric, tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "metric_for_best_model": metric}
+    assert arguments(tmp_path, **settings).greater_is_better is False
+    given = arguments(tmp_path, greater_is_better=True, **settings)
+    with pytest.raises(UserError, match="greater_is_better"):
+        ContinualTrainer(tiny_gpt2(), given, Samples(), {"c": EvaluationSet(TOKENS)})
 
 
 @pytest.mark.parametrize(
