@@ -128,10 +128,12 @@ def link_duplicate(job: Job, source: Job) -> None:
 def clear_jobs(jobs: Sequence[Job], output: Path) -> None:
     """Delete what processes that died left half-written in stages' folders and beside them; the living hold locks."""
     for job in jobs:
-        if any(job.folder.glob(f"checkpoint-*{STAGING_SUFFIX}")):
+        if any(job.folder.glob(f"*{STAGING_SUFFIX}")):
             with held(lock_for(output, job)) as had:
                 if had:
                     clear_partial_checkpoints(job.folder)
+                    for left in job.folder.glob(f"*.json{STAGING_SUFFIX}"):
+                        left.unlink()
         with suppress(UserError):  # somebody is at it
             clear_leftovers(job.folder)
 

@@ -258,6 +258,12 @@ def left_by_a_save(stage: Path) -> Path:
     return staging
 
 
+def left_by_a_record(stage: Path) -> Path:
+    left = stage / "unit.json.partial"
+    left.write_text("{")
+    return left
+
+
 def left_by_taking_over(stage: Path) -> Path:
     left = shutil.copytree(stage, staging_of(stage, "0a1b2c3d"))
     stage.with_name(f".{stage.name}.fire_llm.lock").write_text(left.name)
@@ -273,7 +279,7 @@ def left_by_workers(stage: Path) -> Path:
     return left.parent
 
 
-@pytest.mark.parametrize("leave", [left_by_a_save, left_by_taking_over, left_by_workers])
+@pytest.mark.parametrize("leave", [left_by_a_save, left_by_a_record, left_by_taking_over, left_by_workers])
 def test_what_dead_processes_left_is_cleared_at_the_next_start(leave, quick, tmp_path):
     shutil.copytree(quick[1], tmp_path / "run")
     stage = tmp_path / "run" / SECOND
