@@ -15,6 +15,7 @@ import torch
 
 from fire_llm.architectures.configs import CONFIG, MOST_ENTRIES, MOST_LAYERS, read_config, read_settings, refuse_sizes
 from fire_llm.architectures.context import choose_context, longest_context
+from fire_llm.architectures.names import STEPS
 from fire_llm.core.errors import UserError, did_you_mean, first_line, reading
 from fire_llm.core.files import refuse_irregular
 from fire_llm.core.hub import no_folder, settle_hub
@@ -40,7 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt-tiny": {**_GPT, "n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 128, "vocab_size": None},
 }
 _CODE = ("auto_map", "trust_remote_code")
-WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+WRAPPERS = tuple(f"{step}." for step in (*STEPS, "module"))
 """What torch.compile, data parallelism and other wrappers put into the names of the tensors they hold."""
 VOCABULARY_MULTIPLE = 64
 """A vocabulary that no preset fixes is padded to a multiple of this, which GEMM kernels like."""
@@ -115,8 +116,8 @@ def pretrained_config(name: str | Path) -> Any:
     """Return the transformers config of a folder or a Hub id; no code of its own is run, and none fetched for it.
 
     Raises:
-        UserError: There is none, or nothing can be made of it: it is damaged, an adapter's, or of sizes that only a
-            slip explains.
+        UserError: There is none, or nothing can be made of it: it is damaged, an adapter's, or of sizes beyond
+            `architectures.configs`' bounds.
     """
     place = os.path.expanduser(name)
     local = os.path.isdir(place)

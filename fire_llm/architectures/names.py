@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-_STEPS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+STEPS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Attributes that hold what torch.compile, activation checkpointing and FSDP1 wrap; no model has such names itself."""
 
 
@@ -21,7 +21,7 @@ def _inner(module: nn.Module) -> str | None:
         return "module"
     # Wrappers pass on what they are asked for: only their own attributes tell.
     own = {**vars(module), **dict(module.named_children())}
-    return next((step for step in _STEPS if isinstance(own.get(step), nn.Module)), None)
+    return next((step for step in STEPS if isinstance(own.get(step), nn.Module)), None)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -33,7 +33,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def plain_name(name: str) -> str:
     """Strip what torch.compile and activation checkpointing put into the name of a stored tensor."""
-    return ".".join(step for step in name.split(".") if step not in _STEPS)
+    return ".".join(step for step in name.split(".") if step not in STEPS)
 
 
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -12,9 +12,9 @@ from typing import Any
 from fire_llm.architectures.configs import CONFIG, read_config, read_settings
 from fire_llm.checkpoint.headers import StoredTensor, read_header, read_index
 from fire_llm.checkpoint.refusals import INDEX, WEIGHTS, refuse_config, refuse_files, refuse_tensors
-from fire_llm.core.errors import UserError, first_line
+from fire_llm.core.errors import UserError
 from fire_llm.core.files import SourceFile, leads_out
-from fire_llm.core.hub import no_folder, settle_hub
+from fire_llm.core.hub import asking_hub, no_folder
 
 COMPANIONS = (
     "config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
@@ -128,30 +128,13 @@ def _folder(name: str, revision: str | None) -> Path:
     if len(parts) != 2 or not all(parts) or name.startswith((".", "~")):
         raise UserError(f"{no_folder(name)}, and a Hub id has the form owner/name: check the spelling")
     from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     wanted = ["*.safetensors", "*.safetensors.index.json", "README.md", *COMPANIONS]
-    settle_hub()
     ignored = ["consolidated*.safetensors", "*/*.safetensors"]
-    try:
+    with asking_hub(name):
         if not constants.HF_HUB_OFFLINE:  # look before gigabytes are fetched
             refuse_files(name, [s.rfilename for s in HfApi().model_info(name, revision=revision).siblings or []])
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=ignored))
-    except GatedRepoError as error:
-        raise UserError(f"'{name}' is gated: accept its terms on its page, then `hf auth login`") from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"{no_folder(name)} and no Hub model of that name: check the spelling; for a private one, `hf auth login`"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{no_folder(name)}, and the Hub's cache, which is all there is without a network, holds no model of that "
-            "name: check the spelling, or download it first: hf download"
-        ) from error
-    except Exception as error:  # the Hub's clients raise dozens of kinds
-        raise UserError(
-            f"{no_folder(name)}, and the Hub could not be asked for a model of that name: {first_line(error)}"
-        ) from error
 
 
 def _indexed(folder: Path, index: Path) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,13 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Delete those of some folders that hold nothing, in the order given: the innermost first."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
 def free_bytes(folder: Path) -> int:
     """Return the bytes free for a folder that need not exist yet."""
     while not folder.exists() and folder != folder.parent:
@@ -141,9 +148,7 @@ def check_file(option: str, name: str | None) -> None:
     finally:
         with suppress(OSError):
             tried.unlink()
-        for parent in absent:  # the nearest first
-            with suppress(OSError):
-                parent.rmdir()
+        remove_empty(absent)
 
 
 def read_json(path: Path, advice: str) -> dict[str, Any]:

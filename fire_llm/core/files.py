@@ -53,7 +53,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A regular file as it was when it was first looked at.
+    """A regular file as it was when it was opened first.
 
     Args:
         path: Where it is.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from fire_llm.core.errors import did_you_mean, first_line
+from fire_llm.core.errors import UserError, did_you_mean, first_line
 
 SECONDS = 10.0
 """To wait for the Hub's first answer."""
@@ -46,3 +48,37 @@ def no_folder(name: str) -> str:
         beside = []
     near = did_you_mean(name, beside).strip().replace("Did", "did")
     return f"there is no folder '{name}'" + (f" ({near})" if near else "")
+
+
+@contextmanager
+def asking_hub(name: str) -> Iterator[None]:
+    """Turn what the Hub's clients raise about a model, none of it a fault of this program, into one message.
+
+    Args:
+        name: The Hub id.
+
+    Raises:
+        UserError: It is gated, there is none, or the Hub, or without a network its cache, does not give it.
+    """
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    settle_hub()
+    try:
+        yield
+    except UserError:
+        raise
+    except GatedRepoError as error:
+        raise UserError(f"'{name}' is gated: accept its terms on its page, then `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"{no_folder(name)} and no Hub model of that name: check the spelling; for a private one, `hf auth login`"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise UserError(
+            f"{no_folder(name)}, and the Hub's cache, which is all there is without a network, holds no model of that "
+            "name: check the spelling, or download it first: hf download"
+        ) from error
+    except Exception as error:  # the Hub's clients raise dozens of kinds
+        raise UserError(
+            f"{no_folder(name)}, and the Hub could not be asked for a model of that name: {first_line(error)}"
+        ) from error

@@ -54,9 +54,9 @@ def settle_launcher() -> None:
     left = {name: os.environ.pop(name) for name in (*given, *_SETTINGS) if name in os.environ}
     if fault:
         raise UserError(fault)
-    told = [f"{name}={value}" for name, value in left.items() if name in given or value.lower() not in _OFF]
-    if told and sys.stderr is not None:
-        sys.stderr.write(f"fire-llm: {', '.join(told)} in the environment, and no launcher: ignored\n")
+    ignored = [f"{name}={value}" for name, value in left.items() if name in given or value.lower() not in _OFF]
+    if ignored and sys.stderr is not None:
+        sys.stderr.write(f"fire-llm: {', '.join(ignored)} in the environment, and no launcher: ignored\n")
 
 
 def _fault(given: Mapping[str, str]) -> str | None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fire_llm.core.atomic import STAGING_SUFFIX, remove, renamed, writing
+from fire_llm.core.atomic import STAGING_SUFFIX, remove, remove_empty, renamed, writing
 from fire_llm.core.errors import UserError
 from fire_llm.core.locks import held
 
@@ -40,9 +40,7 @@ def staged(destination: Path) -> Iterator[Path]:
                 with renamed(staging, destination) as folder:
                     yield folder
         except BaseException:
-            for parent in absent:  # the nearest first
-                with suppress(OSError):
-                    parent.rmdir()
+            remove_empty(absent)
             raise
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 WIDE = 10_000
-"""Columns where there is no terminal: a log has lines as long as they are, and whoever reads it searches it."""
+"""Columns where there is no terminal: a log keeps its lines whole, so that they can be searched."""
 
 _LINE_UP = "\x1b[A"
 """By which tqdm draws a bar above another."""

@@ -95,7 +95,7 @@ def score_checkpoints(
     rows: list[CheckpointRow] = []
     found, answers = [], {}
     tokenizers = {name: load_tokenizer(name) for name in names}
-    for name, tokenizer in tokenizers.items():  # what is wrong with the last one is told before the first is scored
+    for name, tokenizer in tokenizers.items():  # a fault of the last one is reported before the first is scored
         config = pretrained_config(name)
         check_fits(config, tokenizer, None)
         choose_context(config, context)

@@ -46,6 +46,7 @@ from fire_llm.reporting.schema import (
     Throughput,
     Versions,
 )
+from fire_llm.training.contract import MEASURED
 from fire_llm.training.loss_jump import loss_jump
 from fire_llm.training.nonfinite import SKIPPED
 from fire_llm.training.recycling import RECYCLED
@@ -216,7 +217,7 @@ def _curve(history: list[dict[str, Any]], tokens_per_step: int) -> list[CurveEnt
 
 
 def _split_key(key: str) -> tuple[str, str]:
-    for measure in ("nll", "perplexity", "bits_per_byte", "tokens", "bytes"):
+    for measure in MEASURED:
         if key.endswith(f"_{measure}"):
             return key[len("eval_") : -len(measure) - 1], measure
     return key, ""

@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fire_llm.architectures.context import choose_context
 from fire_llm.core.atomic import read_json, write_json
 from fire_llm.core.errors import UserError
@@ -24,7 +26,7 @@ from fire_llm.distributed import ranks
 from fire_llm.experiment.recipe import Recipe
 from fire_llm.experiment.recipe.sections import as_list
 from fire_llm.experiment.sources import MODEL, TOKENIZER, Hashes, changes, hashes, place_of
-from fire_llm.models import PRESETS, config_for, load_tokenizer
+from fire_llm.models import PRESETS, config_for, fresh_model, load_model, load_tokenizer
 from fire_llm.resets import ResetSpec
 
 
@@ -93,7 +95,7 @@ class RunContext:
     def _place(self, what: str) -> str:
         if what not in self._places:
             if what == "model":
-                _ = self.planned_config  # a name that is none is told best there
+                _ = self.planned_config  # which has the better message for an unknown name
             self._places[what] = place_of(what, *self._names[what])
         return self._places[what]
 
@@ -194,6 +196,13 @@ class RunContext:
             return config_for(model.preset, **options)
         with self.reading("model") as place:
             return config_for(place, **options)
+
+    def first_model(self, seed: int) -> Any:
+        """Return the weights that the run begins with, in fp32: those of its checkpoint, else new ones of a seed."""
+        if self.recipe.model.checkpoint is None:
+            return fresh_model(self.config, seed)
+        with self.reading("model") as place:
+            return load_model(place, torch.float32)
 
     def tokens(self, corpus: str, split: str) -> TokenFile:
         """Return a corpus as tokens, tokenising it where no cache holds it."""

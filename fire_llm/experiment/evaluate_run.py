@@ -38,7 +38,7 @@ from fire_llm.experiment.stages import (
     refuse_links,
 )
 from fire_llm.experiment.transfer import PhaseRun, transfer
-from fire_llm.models import find_device, fresh_model, load_model
+from fire_llm.models import find_device, load_model
 from fire_llm.reporting.schema import EVALUATION_VERSION, Bootstrap, Evaluation, EvaluationRow, EvaluationSettings
 
 LEVEL = 0.95
@@ -263,7 +263,7 @@ def rows_and_phase_runs(finished: Sequence[Stage], run: RunContext) -> tuple[lis
     for seed in recipe.seed:
         given = recipe.model.checkpoint
         name = given or f"init/seed-{seed}"
-        load = partial(_given, run) if given else partial(_fresh, run, seed)
+        load = partial(run.first_model, seed)
         weights = digest(str(run.files["model"]), 16) if given else None
         rows[name] = Row(name, None, None, None if given else seed, 0, ["start" if given else "init"], load, weights)
     for stage in finished:
@@ -279,12 +279,3 @@ def rows_and_phase_runs(finished: Sequence[Stage], run: RunContext) -> tuple[lis
         names = (stage.phase.name, stage.arm, stage.seed, tuple(stage.phase.data))
         passed[stage.folder] = PhaseRun(*names, start, last, parent)
     return [*rows.values()], [*passed.values()]
-
-
-def _given(run: RunContext) -> Any:
-    with run.reading("model") as place:
-        return load_model(place, torch.float32)
-
-
-def _fresh(run: RunContext, seed: int) -> Any:
-    return fresh_model(run.config, seed)

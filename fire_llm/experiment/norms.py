@@ -1,4 +1,4 @@
-"""What the arms of a recipe do to the norms of the checkpoint that it starts from, told before anything is trained."""
+"""What the arms of a recipe do to the norms of the checkpoint that it starts from, computed before training."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fire_llm.resets.plan import Plan
 from fire_llm.resets.report import TensorReport
 
 MOST_MATRICES = 16
-"""That are looked at of an arm, evenly spread over those that it resets."""
+"""Sampled of an arm, evenly spread over those that it resets."""
 
 MOST_FLOPS = 1e12
-"""Of all of them together, a few seconds on a CPU: larger matrices are not looked at."""
+"""Of all of them together, a few seconds on a CPU: larger matrices are left out."""
 
 
 def norm_warnings(stages: Iterable[Stage]) -> list[str]:
-    """Return what is to be said of arms that change the norms of a checkpoint in a folder by more than half.
+    """Return a warning for each arm that changes the norms of a checkpoint in a folder by more than half.
 
     Args:
         stages: Of one run or several.

@@ -219,7 +219,7 @@ class _Command:
             tokens = 0
             try:
                 if not job.done():
-                    for name in recipe.evaluated():  # text that cannot be measured on is told before the longer part
+                    for name in recipe.evaluated():  # the shorter part first: a fault of it is found soon
                         run.held_out(name)
                     for name in stage.phase.data:
                         run.tokens(name, "train")

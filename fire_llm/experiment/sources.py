@@ -7,8 +7,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from fire_llm.core.errors import UserError, first_line
-from fire_llm.core.hub import no_folder, settle_hub
+from fire_llm.core.errors import UserError
+from fire_llm.core.hub import asking_hub, no_folder
 from fire_llm.data.cache import content_hashes
 
 MODEL = ("config.json", "model*.safetensors", "model*.safetensors.index.json")
@@ -43,12 +43,8 @@ def place_of(what: str, name: str, patterns: tuple[str, ...]) -> str:
         raise UserError(f"{what}: {no_folder(name)}, and a Hub id has the form owner/name")
     from huggingface_hub import snapshot_download
 
-    settle_hub()
-    try:
+    with asking_hub(name):
         return snapshot_download(name, allow_patterns=[*patterns, *COMPANIONS], ignore_patterns=["*/*"])
-    except Exception as error:  # the Hub's clients raise dozens of kinds; none of them is a fault of this program
-        why = first_line(error)
-        raise UserError(f"{what}: {no_folder(name)}, and the Hub gives none of that name: {why}") from error
 
 
 def hashes(what: str, place: str, patterns: tuple[str, ...]) -> Hashes:

@@ -27,7 +27,7 @@ from fire_llm.experiment.collect import measured_nll
 from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.recipe import optimizer_of
 from fire_llm.experiment.stages import REPORT, Stage, final_checkpoint, labelled_checkpoint
-from fire_llm.models import fresh_model, load_model
+from fire_llm.models import load_model
 from fire_llm.training import (
     ContinualArguments,
     ContinualTrainer,
@@ -156,10 +156,7 @@ def starting_model(stage: Stage, run: RunContext) -> Any:
     if stage.parent is not None:
         parent = labelled_checkpoint(run.folder / stage.parent.folder, stage.start)
         return load_model(verified(parent), torch.float32)
-    if run.recipe.model.checkpoint is not None:
-        with run.reading("model") as place:
-            return load_model(place, torch.float32)
-    return fresh_model(run.config, stage.seed)
+    return run.first_model(stage.seed)
 
 
 def _stage_callbacks(stage: Stage, run: RunContext) -> list[Any]:

@@ -84,6 +84,7 @@ class ContinualArguments(TrainingArguments):
                 f"keep_last={self.keep_last} and save_total_limit={self.save_total_limit} say the same twice, and "
                 "differently: give one of them"
             )
+        # mypy comes here before it knows the types of the parent's fields, hence the ignore.
         if self.greater_is_better is None and str(self.metric_for_best_model or "").endswith(LESS_IS_BETTER):  # type: ignore[has-type]
             self.greater_is_better = False  # transformers knows this of names that end in "loss" alone
         # With torch_compile, transformers turns TF32 on, in the whole process, unless `tf32` is given.

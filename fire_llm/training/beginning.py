@@ -62,7 +62,7 @@ class Beginning:
 
     def end(self) -> None:
         """Let go of what is held: training has ended."""
-        self.__init__()  # type: ignore[misc]
+        self._weights, self._moments, self._at = {}, {}, None
 
 
 def _local(tensor: Any) -> Tensor:

@@ -71,7 +71,7 @@ class Saver:
         self._began = time.monotonic()
         self._bytes: int | None = None
         self._sound: set[Path] = set()
-        """Checkpoints that were looked at: a copy without times would be hashed at each save."""
+        """Checkpoints that were verified once: a copy without times would be hashed at each save."""
 
     # ---- reading
 
@@ -292,7 +292,7 @@ class Saver:
     def _prune(self, output: Path, newest: Path, step: int, best: int | None) -> None:
         """Delete older checkpoints that nothing keeps, once the new one was read back from the disk."""
         args = self.trainer.args
-        # One that was skipped when this training was resumed is left to be looked at, and is none of those that stay.
+        # One that was skipped when this training was resumed is left for inspection, and does not count as kept.
         there = checkpoints(output)
         self._sound |= {path for path, _ in there if path not in self._sound and damage(path, contents=False) is None}
         older = [(folder, n) for folder, n in there if n < step and folder in self._sound]

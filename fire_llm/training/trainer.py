@@ -170,7 +170,7 @@ class ContinualTrainer(Trainer):
 
         Raises:
             UserError: The checkpoint is damaged or none of a `ContinualTrainer`; one could not be written; data and
-                labels are not what was said; or a callback's settings do not fit the model.
+                labels are not as `labels_shifted` says; or a callback's settings do not fit the model.
             FloatingPointError: A loss or gradient is not finite, and `nonfinite` is halt.
             Stopped: A signal ended training; the checkpoint of its last step is written.
         """
@@ -346,7 +346,7 @@ class ContinualTrainer(Trainer):
             )
         shifted = False if self._windows else self.args.labels_shifted
         if shifted is None and "shift_labels" not in inputs:
-            # What is evaluated may be of another kind than the training set: each of its batches is looked at.
+            # What is evaluated may be of another kind than the training set: each of its batches is checked.
             found = labels_are_shifted(inputs) if self._evaluating or self._shifted is None else None
             shifted = self._shifted if found is None else found
             if not self._evaluating:

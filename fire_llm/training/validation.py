@@ -8,6 +8,7 @@ from torch import nn
 
 from fire_llm.evaluation.texts import EvaluationSet, score
 from fire_llm.training.arguments import ContinualArguments
+from fire_llm.training.contract import MEASURED
 from fire_llm.training.progress import interactive
 
 
@@ -37,7 +38,7 @@ def validate(
         progress="evaluating" if shown else None,
     )
     for name, result in measured.items():
-        for key in ("nll", "perplexity", "bits_per_byte", "tokens", "bytes"):
+        for key in MEASURED:
             metrics[f"{prefix}_{name}_{key}" if name else f"{prefix}_{key}"] = getattr(result, key)
     weights = {name: weight for name, weight in (args.best_corpora or {}).items() if name in sets}
     if weights:

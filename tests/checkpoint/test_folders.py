@@ -56,15 +56,16 @@ def test_a_source_that_changes_while_it_is_copied_is_refused(file, replaced, sou
     real, other = os.read, tmp_path / "other"
     data = (source / file).read_bytes()
     other.write_bytes(data[:-1] + b" ")
-    began = threading.Event()
+    began, first = threading.Event(), threading.Lock()
 
     def read(descriptor: int, size: int) -> bytes:
-        if list(tmp_path.glob(".dst.*.partial")) and not began.is_set():
-            began.set()
-            if replaced:
-                os.replace(other, source / file)
-            else:
-                (source / file).write_bytes(other.read_bytes())
+        with first:  # no other thread is done with the file before the change
+            if list(tmp_path.glob(".dst.*.partial")) and not began.is_set():
+                began.set()
+                if replaced:
+                    os.replace(other, source / file)
+                else:
+                    (source / file).write_bytes(other.read_bytes())
         return real(descriptor, size)
 
     monkeypatch.setattr(os, "read", read)
