@@ -42,6 +42,7 @@ from fire_llm.training.progress import Progress, report_line
 from fire_llm.training.saving import Saver, checkpoint_to_resume
 from fire_llm.training.sharding import load_optimizer, load_weights, refuse_engines, sharding, whole_weights
 from fire_llm.training.throughput import throughput
+from fire_llm.training.trackers import guard_trackers
 from fire_llm.training.validation import validate
 
 
@@ -150,6 +151,8 @@ class ContinualTrainer(Trainer):
         self.batches_hash = torch.zeros((), dtype=torch.int64, device=args.device)
         """Hash of every token id trained on, the step it was seen at included; order within a step does not count."""
         self.callback_handler.callbacks.pop()  # `Trainer`'s own bar or printer, which it adds last
+        self.trackers = guard_trackers(self)
+        """Of `args.report_to`, and of `callbacks`."""
         self._progress = Progress()
         # Stopping is behind what asks for a log where something is saved: a signal's save has none.
         for callback in (Keeping(), Stopping(), self._progress):
