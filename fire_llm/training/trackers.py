@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import TrainerCallback
+from transformers.integrations import integration_utils
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from fire_llm.core.atomic import read_json, write_json
@@ -39,6 +41,8 @@ FINISH_SECONDS = 300.0
 _EVENTS = [name for name in vars(TrainerCallback) if name.startswith("on_")]
 _OWN_EVENTS = ("on_train_begin", "on_log", "on_train_end")
 _NOTHING = (-1, 0)
+_SIZES = ("_tokens", "_bytes")
+"""What a stage's evaluations log beside scores: lengths of the texts, which make no curves."""
 
 
 def name_faults(names: Iterable[str]) -> Iterator[str]:
@@ -66,14 +70,22 @@ def check_trackers(names: Iterable[str], project: str, *, begin: bool = False) -
     faults = []
     for name in names:
         try:
+            if not _available(name):
+                raise UserError(f"it is not installed, or not set up: {_HINTS.get(name, f'pip install {name}')}")
             INTEGRATION_TO_CALLBACK[name]()
             if name in _CHECKS:
                 _CHECKS[name](project, begin)
         except Exception as error:  # each library raises its own
-            hint = f". Install it: pip install {name}" if name == "tensorboard" else ""
-            faults.append(f"report_to: {name} cannot be used: {redact(first_line(error)).rstrip('.')}{hint}")
+            faults.append(f"report_to: {name} cannot be used: {redact(first_line(error))}")
     if faults:
         raise UserError("\n  ".join(faults))
+
+
+def _available(name: str) -> bool:
+    """Return whether transformers finds what an integration needs; True where it has no test for that."""
+    stems = (name, name.replace("_", ""), name.removesuffix("_ml"), f"{name}kit")
+    tests = (getattr(integration_utils, f"is_{stem}_available", None) for stem in stems)
+    return next((bool(test()) for test in tests if test is not None), True)
 
 
 def _check_wandb(project: str, begin: bool) -> None:
@@ -96,6 +108,14 @@ def _check_trackio(project: str, begin: bool) -> None:
             f"'{TRACKIO_DIR}' cannot be written ({first_line(error)}). Set TRACKIO_DIR to a folder of yours"
         ) from error
 
+
+_HINTS = {
+    "azure_ml": "pip install azureml-sdk",
+    "comet_ml": "pip install comet-ml, and set COMET_API_KEY",
+    "flyte": "pip install flytekit",
+    "kubeflow": "it reports from a job of Kubeflow's trainer alone, which sets KUBEFLOW_TRAINER_SERVER_URL",
+}
+"""What to do where it is not to install the package of an integration's name."""
 
 _CHECKS: dict[str, Callable[[str, bool], None]] = {"wandb": _check_wandb, "trackio": _check_trackio}
 
@@ -151,11 +171,16 @@ class Tracker:
     def _guarded(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.failed:
             return
-        act = {"on_train_begin": self._begin, "on_log": self._log, "on_train_end": self._end}.get(event)
+        own: dict[str, Callable[..., Any]] = {
+            "on_train_begin": self._begin,
+            "on_log": self._log,
+            "on_train_end": self._end,
+        }
+        act = own.get(event, self._original[event])
         try:
             # Trackio prints; W&B puts a wrapper around stdout, which has to be the real one.
             with _generators_kept(), nullcontext() if self.name == "wandb" else redirect_stdout(sys.stderr):
-                (act or self._original[event])(args, state, control, **kwargs)
+                act(args, state, control, **kwargs)
         except Exception as error:
             self.failed = True
             said = redact(first_line(error))
@@ -198,6 +223,7 @@ class Tracker:
             # Noted first: a log that is lost leaves a gap, one that comes twice may differ in what is measured in time.
             self._record["sent"] = list(self._at)
             self._write()
+            logs = {key: value for key, value in logs.items() if not (key.startswith("eval_") and key.endswith(_SIZES))}
         known = {key: value for key, value in logs.items() if value is not None}
         self._original["on_log"](args, state, control, logs=known, **kwargs)
 
@@ -233,9 +259,9 @@ class Tracker:
     def _tensorboard(self, stage: Tracked, args: Any, step: int) -> None:
         """Write into the stage's folder; what was written after the step that training goes on from is dropped."""
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            writers = import_module("torch.utils.tensorboard")
         except ImportError:
-            from tensorboardX import SummaryWriter
+            writers = import_module("tensorboardX")
 
         asked = self.callback.logging_dir  # TENSORBOARD_LOGGING_DIR
         folder = stage.folder if asked is None else Path(asked, *stage.path)
@@ -243,7 +269,7 @@ class Tracker:
         if sent := self._record.get("sent"):
             purge = step + 1 if step else 0
             self._record["sent"] = list(min(tuple(sent), (step, sys.maxsize) if step else _NOTHING))
-        self.callback.tb_writer = SummaryWriter(log_dir=str(folder), purge_step=purge)
+        self.callback.tb_writer = writers.SummaryWriter(log_dir=str(folder), purge_step=purge)
 
     def _wandb(self, stage: Tracked, args: Any, step: int) -> None:
         """Open the stage's run, unless the caller opened one, which the integration goes on with."""
@@ -272,7 +298,9 @@ class Tracker:
         import trackio
 
         if "name" not in self._record:
-            taken = {run.name for run in trackio.Api().runs(stage.project)}
+            taken: set[str] = set()
+            with suppress(ValueError):  # there is no such project yet
+                taken = {run.name for run in trackio.Api().runs(stage.project)}
             marked = f"{stage.name} / {secrets.token_hex(2)}"
             self._record["name"] = marked if stage.name in taken else stage.name
             self._write()
@@ -314,8 +342,8 @@ def report_figures(report: Any) -> dict[str, float]:
 
 def guard_trackers(trainer: Any) -> list[Tracker]:
     """Return a guard for each integration among a trainer's callbacks."""
-    known = tuple(INTEGRATION_TO_CALLBACK.values())
-    return [Tracker(callback, trainer) for callback in trainer.callback_handler.callbacks if isinstance(callback, known)]
+    known, callbacks = tuple(INTEGRATION_TO_CALLBACK.values()), trainer.callback_handler.callbacks
+    return [Tracker(callback, trainer) for callback in callbacks if isinstance(callback, known)]
 
 
 @contextmanager

@@ -193,7 +193,8 @@ class Recipe(_Section):
     keep_last: int = Field(1, ge=1, description="Newest checkpoints of a phase that stay, beside those it keeps")
     log_every_steps: int = Field(10, ge=1, description="Optimizer steps a logged training loss is the mean of")
     report_to: Annotated[list[str], BeforeValidator(_trackers)] = Field(
-        default_factory=list, description="Trackers that show the run's curves: tensorboard, trackio, wandb, ..., or none"
+        default_factory=list,
+        description="Trackers that show the curves: tensorboard, trackio, wandb, ..., or none",
     )
     phases: list[PhaseSection] = Field(min_length=1)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
