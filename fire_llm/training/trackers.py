@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from fire_llm.core.atomic import read_json, write_json
+from fire_llm.core.atomic import read_json, remove, write_json
 from fire_llm.core.errors import UserError, did_you_mean, first_line, redact
 from fire_llm.training.callbacks import ResetCallback
 from fire_llm.training.loss_jump import LossJumpCallback, loss_jump
@@ -88,10 +88,16 @@ def _available(name: str) -> bool:
     return next((bool(test()) for test in tests if test is not None), True)
 
 
+def _offline() -> bool:
+    import wandb
+
+    return wandb.setup().settings.mode not in ("online", "shared")
+
+
 def _check_wandb(project: str, begin: bool) -> None:
     import wandb
 
-    if wandb.setup().settings.mode in ("online", "shared") and not wandb.login(verify=begin, prompt=False):
+    if not _offline() and not wandb.login(verify=begin, prompt=False):
         raise UserError("nobody is logged in. Run `wandb login`, or set WANDB_MODE=offline and `wandb sync` later")
 
 
@@ -277,21 +283,31 @@ class Tracker:
 
         if wandb.run is not None:
             return
-        self._record.setdefault("id", secrets.token_hex(4))
+        run_id = self._record.setdefault("id", secrets.token_hex(4))
         self._write()
         given = os.environ
+        folder = given.get("WANDB_DIR", str(stage.run_folder))
         wandb.init(
             project=given.get("WANDB_PROJECT", stage.project),
             group=given.get("WANDB_RUN_GROUP", stage.group),
             name=stage.name,
             job_type=stage.phase,
-            id=self._record["id"],
-            resume="allow" if "sent" in self._record else None,
+            id=run_id,
+            resume="allow" if "sent" in self._record and not _offline() else None,
             config=dict(stage.config),
-            dir=given.get("WANDB_DIR", str(stage.run_folder)),
+            dir=folder,
             settings=wandb.Settings(finish_timeout=FINISH_SECONDS),
         )
         self._opened = True
+        if _offline():
+            # What a file that was never closed holds is not known: the new one gets all of the log, and stands alone.
+            self._record["sent"] = list(_NOTHING)
+            own = Path(wandb.run.settings.sync_dir).resolve()
+            for earlier in Path(folder).glob(f"wandb/offline-run-*-{run_id}"):
+                if earlier.resolve() != own:
+                    remove(earlier)
+        elif (reached := wandb.run.summary.get("train/global_step")) is not None:
+            self._record["sent"] = [int(reached), sys.maxsize]  # what the server has
 
     def _trackio(self, stage: Tracked, args: Any, step: int) -> None:
         """Choose the run's name, by which Trackio goes on with one: another stage's of that name is left alone."""
@@ -305,6 +321,13 @@ class Tracker:
             self._record["name"] = marked if stage.name in taken else stage.name
             self._write()
         args.run_name = self._record["name"]
+        if not (args.trackio_space_id or os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL")):
+            from trackio.sqlite_storage import SQLiteStorage
+
+            rows = SQLiteStorage.get_logs(stage.project, args.run_name)
+            steps = [int(row["train/global_step"]) for row in rows if "train/global_step" in row]
+            last = max(steps, default=None)
+            self._record["sent"] = list(_NOTHING) if last is None else [last, steps.count(last) - 1]
 
     def _figures(self, state: Any, logs: Mapping[str, Any]) -> dict[str, float]:
         """Return what resets did, as numbers, where this is the first log since: SFE, DfI, norms; the loss jump."""

@@ -8,6 +8,7 @@ import random
 import struct
 from argparse import Namespace
 from collections import Counter, defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +194,19 @@ def test_another_run_of_the_same_name_gets_a_name_of_its_own(runs, tmp_path):
     name = json.loads((again / STAGES[0] / RECORD).read_text())["trackio"]["name"]
     assert name.startswith("tracked / output / first / seed-1 / ")
     assert {"tracked / output / first / seed-1", name} <= {known.name for known in trackio.Api().runs("tracked")}
+
+
+def test_a_tracker_that_is_named_later_is_sent_what_it_missed(tmp_path):
+    path = recipe(tmp_path)
+    for settings, callbacks in (([], [Interrupt(7)]), (["report_to=tensorboard"], [])):
+        run = RunContext(load_recipe(path, settings), tmp_path / "out")
+        with pytest.raises(KeyboardInterrupt) if callbacks else nullcontext():
+            train(expand(run)[0], run, callbacks)
+    state = json.loads((tmp_path / "out" / STAGES[0] / "checkpoint-10" / "trainer_state.json").read_text())
+    shown = of_tensorboard(tmp_path / "out", STAGES[0])
+    for tag, key in (("train/loss", "loss"), ("eval/a_nll", "eval_a_nll")):
+        known = [(log["step"], pytest.approx(log[key], rel=1e-6)) for log in state["log_history"] if key in log]
+        assert shown[tag] == known and known[0][0] < 4
 
 
 class Broken:
