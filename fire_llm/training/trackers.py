@@ -306,8 +306,9 @@ class Tracker:
             for earlier in Path(folder).glob(f"wandb/offline-run-*-{run_id}"):
                 if earlier.resolve() != own:
                     remove(earlier)
-        elif (reached := wandb.run.summary.get("train/global_step")) is not None:
-            self._record["sent"] = [int(reached), sys.maxsize]  # what the server has
+        else:  # what the server has
+            reached = wandb.run.summary.get("train/global_step")
+            self._record["sent"] = list(_NOTHING) if reached is None else [int(reached), sys.maxsize]
 
     def _trackio(self, stage: Tracked, args: Any, step: int) -> None:
         """Choose the run's name, by which Trackio goes on with one: another stage's of that name is left alone."""
