@@ -287,7 +287,7 @@ class Tracker:
         self._write()
         given = os.environ
         folder = given.get("WANDB_DIR", str(stage.run_folder))
-        wandb.init(
+        opened = wandb.init(
             project=given.get("WANDB_PROJECT", stage.project),
             group=given.get("WANDB_RUN_GROUP", stage.group),
             name=stage.name,
@@ -302,12 +302,12 @@ class Tracker:
         if _offline():
             # What a file that was never closed holds is not known: the new one gets all of the log, and stands alone.
             self._record["sent"] = list(_NOTHING)
-            own = Path(wandb.run.settings.sync_dir).resolve()
+            own = Path(opened.settings.sync_dir).resolve()
             for earlier in Path(folder).glob(f"wandb/offline-run-*-{run_id}"):
                 if earlier.resolve() != own:
                     remove(earlier)
         else:  # what the server has
-            reached = wandb.run.summary.get("train/global_step")
+            reached = opened.summary.get("train/global_step")
             self._record["sent"] = list(_NOTHING) if reached is None else [int(reached), sys.maxsize]
 
     def _trackio(self, stage: Tracked, args: Any, step: int) -> None:
