@@ -21,7 +21,7 @@ from fire_llm.core.files import leads_out, read_file
 from fire_llm.resets import RESETS, ResetReport, ResetSpec, TensorReport
 
 PROVENANCE = "fire.json"
-COMMAND_OPTIONS = ("iterations", "solver", "tolerance", "scale", "shrink")
+COMMAND_OPTIONS = ("iterations", "solver", "tolerance", "scale", "shrink", "strength")
 """Options of resets that `fire-llm apply` has; others are given in Python."""
 
 _INHERITED = ("license", "license_name", "license_link", "language")

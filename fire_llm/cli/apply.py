@@ -31,6 +31,7 @@ def add_options(verb: ArgumentParser) -> None:
     verb.add_argument("--solver", metavar="NAME", help="newton-schulz (default) or polar, the true projection")
     verb.add_argument("--tolerance", type=float, metavar="T", help="relative distance polar may leave (1e-3)")
     verb.add_argument("--scale", metavar="NAME", help="sqrt (default), keep-norm or none")
+    verb.add_argument("--strength", type=float, metavar="C", help="how far fire goes from the old weights, 0 to 1 (1)")
     verb.add_argument("--shrink", type=float, metavar="C", help="share of the initial weights in shrink_perturb (0.5)")
     verb.add_argument("--role", action="append", metavar="ROLE", help="add a role to attention and mlp (repeatable)")
     verb.add_argument(
