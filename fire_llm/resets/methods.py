@@ -296,7 +296,8 @@ def flatten_spectrum(w: Tensor, *, strength: Strength = 0.5) -> Tensor:
     """
     u, sigma, vh = torch.linalg.svd(w.double(), full_matrices=False)
     mean = sigma.mean(-1, keepdim=True)
-    return ((u * (sigma ** (1 - strength) * mean**strength).unsqueeze(-2)) @ vh).to(w.dtype)
+    flattened: Tensor = (u * (sigma ** (1 - strength) * mean**strength).unsqueeze(-2)) @ vh
+    return flattened.to(w.dtype)
 
 
 @register_reset("dash", roles=("attention", "mlp"), batched=True)
