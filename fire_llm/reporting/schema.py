@@ -215,6 +215,9 @@ class ResetEntry(Record):
         [], description="In `fire.json`: stored tensors that the model's class does not load"
     )
     not_copied: list[str] = Field([], description="In `fire.json`: files that do not belong to a model")
+    nll: dict[str, list[float]] = Field(
+        {}, description="In `fire.json`: by text of `--measure-on`, NLL before and after, nats per token"
+    )
 
 
 class Run(Record):

@@ -88,6 +88,8 @@ class ResetReport:
     """Of a checkpoint on disk: stored tensors that the model's class does not load."""
     not_copied: list[str] = field(default_factory=list)
     """Of a checkpoint on disk: files that are neither weights nor go with them."""
+    nll: dict[str, list[float]] = field(default_factory=dict)
+    """Of a checkpoint on disk, by text that it was to be measured on: NLL before and after, nats a token."""
     training: list[ResetSpec] = field(default_factory=list)
     """Of an arm: what acts during the phase that follows."""
 
