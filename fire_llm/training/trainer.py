@@ -150,9 +150,9 @@ class ContinualTrainer(Trainer):
         self.batches_hash = torch.zeros((), dtype=torch.int64, device=args.device)
         """Hash of every token id trained on, the step it was seen at included; order within a step does not count."""
         self.callback_handler.callbacks.pop()  # `Trainer`'s own bar or printer, which it adds last
-        self._progress = Progress()
+        self._progress, self._stopping = Progress(), Stopping()
         # Stopping is behind what asks for a log where something is saved: a signal's save has none.
-        for callback in (Keeping(), Stopping(), self._progress):
+        for callback in (Keeping(), self._stopping, self._progress):
             self.add_callback(callback)
 
     def train(
@@ -195,6 +195,7 @@ class ContinualTrainer(Trainer):
             trained = super().train(checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
             self.guard.settle()  # of the last step, where a callback ended training and nothing was logged
             self.settle()
+            self._stopping.end(args, self.state)
             return trained
         except BaseException:
             self.settle(report=True)

@@ -18,6 +18,7 @@ from support.killing import beside, outcome
 from support.tiny_recipe import quick_recipe, recipe
 
 from fire_llm import UserError, load_recipe, run_recipe
+from fire_llm.core import manifest
 from fire_llm.core.atomic import checkpoints
 from fire_llm.core.hashing import CHUNK
 from fire_llm.core.locks import held
@@ -264,6 +265,12 @@ def left_by_a_record(stage: Path) -> Path:
     return left
 
 
+def left_by_a_last_save(stage: Path) -> Path:
+    """Leave the older checkpoint that the last one replaced: the kill came before it was deleted."""
+    left = shutil.copytree(stage / "checkpoint-2", stage / "checkpoint-1")
+    return left
+
+
 def left_by_taking_over(stage: Path) -> Path:
     left = shutil.copytree(stage, staging_of(stage, "0a1b2c3d"))
     stage.with_name(f".{stage.name}.fire_llm.lock").write_text(left.name)
@@ -380,7 +387,7 @@ def test_what_is_kept(whole, tmp_path):
 
 def test_older_ones_stay_where_the_new_one_cannot_be_read_back(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        saving, "damage", lambda folder, from_disk=False, **_: "optimizer.pt is gone" * from_disk or None
+        manifest, "damage", lambda folder, from_disk=False, **_: "optimizer.pt is gone" * from_disk or None
     )
     with pytest.raises(UserError, match=r"checkpoint-6' cannot be read back as it was written: optimizer.pt is gone"):
         run_recipe(load_recipe(whole[0], ["phases.0.keep=[]"]), tmp_path / "run", progress=False)
