@@ -265,12 +265,6 @@ def left_by_a_record(stage: Path) -> Path:
     return left
 
 
-def left_by_a_last_save(stage: Path) -> Path:
-    """Leave the older checkpoint that the last one replaced: the kill came before it was deleted."""
-    left = shutil.copytree(stage / "checkpoint-2", stage / "checkpoint-1")
-    return left
-
-
 def left_by_taking_over(stage: Path) -> Path:
     left = shutil.copytree(stage, staging_of(stage, "0a1b2c3d"))
     stage.with_name(f".{stage.name}.fire_llm.lock").write_text(left.name)
@@ -297,6 +291,34 @@ def test_what_dead_processes_left_is_cleared_at_the_next_start(leave, quick, tmp
     run_recipe(load_recipe(quick[0]), tmp_path / "run", progress=False)
     assert not left.exists() and all(folder.is_dir() for folder in mine)
     assert outcome(tmp_path / "run") == outcome(quick[1])
+
+
+@pytest.mark.parametrize("asked", [[], ["phases.0.keep=[best,2]"]])
+def test_what_a_last_save_did_not_come_to_delete_is_deleted_at_the_next_start(asked, quick, tmp_path, monkeypatch):
+    """The kill came between the new name and the end of the older one; what today's recipe keeps stays all the same."""
+    path, output = quick[0], tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "prune", lambda *_: None)
+        run_recipe(load_recipe(path, ["keep_last=1", "phases.0.keep=[]"]), output, progress=False)
+    assert steps(output / FIRST) == [2, 4] and steps(output / SECOND) == [2, 3]
+    mine = shutil.copytree(output / FIRST / "checkpoint-2", output / FIRST / "checkpoint-1")
+    run_recipe(load_recipe(path, ["keep_last=1", *(asked or ["phases.0.keep=[]"])]), output, progress=False)
+    assert steps(output / FIRST) == [1, *([2] if asked else []), 4] and steps(output / SECOND) == [3]
+    assert mine.is_dir() and not list(output.rglob("*.partial"))
+    assert outcome(output).keys() == outcome(quick[1]).keys()
+
+
+def test_what_a_last_save_replaced_stays_where_that_is_damaged(quick, tmp_path, monkeypatch):
+    path, output = quick[0], tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "prune", lambda *_: None)
+        run_recipe(load_recipe(path, ["keep_last=1"]), output, progress=False)
+    weights = output / SECOND / "checkpoint-3" / "model.safetensors"
+    times = weights.stat()
+    weights.write_bytes(flipped(weights.read_bytes(), 2000))
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a disk does
+    run_recipe(load_recipe(path, ["keep_last=1"]), output, progress=False)
+    assert steps(output / SECOND) == [2, 3]
 
 
 def test_what_a_living_process_is_writing_stays(quick, tmp_path):
