@@ -110,7 +110,15 @@ class ResetExecutor:
         rows = [self.reports.get(i) or plan.untouched(i, self.spectra, measures) for i in range(len(plan.slices))]
         measures.fetch()
         touched, untouched = [r for r in rows if r.reason is None], [r for r in rows if r.reason is not None]
-        return ResetReport(plan.specs, touched, untouched, seconds, 0, shared, self.gathered_whole)
+        return ResetReport(
+            plan.specs,
+            touched,
+            untouched,
+            seconds,
+            self.measuring,
+            shared_by=shared,
+            gathered_whole=self.gathered_whole,
+        )
 
     def _gather_whole(self, blocks: list[Block]) -> None:
         """Reset parameters of placements without a plan of their own, each whole on every rank, one at a time."""

@@ -78,6 +78,10 @@ class ResetReport:
     untouched: list[TensorReport]
     seconds: float
     """Time of the reset itself, without the measuring before and after."""
+    measuring_seconds: float = 0.0
+    """Time of measuring before and after."""
+    copying_seconds: float | None = None
+    """Of a checkpoint on disk: time of copying its files, and of hashing them before and after."""
     optimizer_states_cleared: int = 0
     shared_by: int = 1
     """Ranks among which the work was shared."""
@@ -108,7 +112,8 @@ class ResetReport:
         return (
             f"{'; '.join(r.label() for r in self.resets)}: "
             f"{len(self.touched)} tensors touched{f' ({len(matrices)} matrices)' if measured else ''} in "
-            f"{self.seconds:.2f} s{among}; {f'SFE {sum(moved):.4g}' if measured else 'not measured'}; "
+            f"{self.seconds:.2f} s{among}; "
+            f"{f'SFE {sum(moved):.4g}, measured in {self.measuring_seconds:.2f} s' if measured else 'not measured'}; "
             f"{len(self.untouched)} left alone ({left}); {self.optimizer_states_cleared} optimizer states cleared"
         )
 
