@@ -60,9 +60,10 @@ def dfi(w: Tensor) -> float:
 
 def dfi_of_gram(g: Tensor) -> Tensor:
     """Return ||g - I||_F^2 of a Gram matrix (n, n), which is as it was afterwards; its device is not waited for."""
+    diagonal = g.diagonal().clone()  # 1 taken away and added again would leave little of a small one
     g.diagonal().sub_(1)
     deviation = torch.dot(g.reshape(-1), g.reshape(-1))
-    g.diagonal().add_(1)
+    g.diagonal().copy_(diagonal)
     return deviation
 
 

@@ -21,8 +21,9 @@ LANCZOS_STEPS = 96
 LANCZOS_ERROR = 1e-3  # of the eigenvalue
 HELD = {torch.float32: 1e-4, torch.float64: 1e-12}
 """Least square of smallest over largest that a Gram matrix keeps to a relative 1e-3, by the dtype of its products."""
-HELD_SQUARE = 1e-6  # smallest over largest below which LU factors in float32 say nothing
-AGREES = 2e-2  # relative
+HELD_SQUARE = {False: 1e-4, True: 3e-6}
+"""Least smallest over largest that LU factors in float32 keep to a relative 1e-3, without and with a refinement."""
+AGREES = 1e-2  # relative
 TILE = 256  # side of the blocks of a Gram matrix, of which those above the diagonal are not computed
 ROWS_ELEMENTS = 1 << 22  # entries whose products are summed in one go, 32 MB in float64
 
@@ -141,8 +142,8 @@ def _square_range(x: Tensor, gram: Tensor) -> tuple[float, float | None]:
     """Return the largest and the smallest singular value of a square matrix; None for one that float32 does not hold.
 
     Lanczos on the inverse, by LU factors, gives the smallest one and its vector. The length of x times that vector is
-    off by the square of the vector's error alone: it is right to 1e-3 where the two agree to `AGREES`. Where they do
-    not, each solution is refined by a step.
+    off by the square of the vector's error alone. Where it is too small for that, or the two do not agree to `AGREES`,
+    each solution is refined by a step.
 
     Args:
         x: (n, n).
@@ -156,7 +157,7 @@ def _square_range(x: Tensor, gram: Tensor) -> tuple[float, float | None]:
         factors, pivots, failed = torch.linalg.lu_factor_ex(a)
 
         def solve(v: Tensor, refined: bool, adjoint: bool) -> Tensor:
-            found = torch.linalg.lu_solve(factors, pivots, v, adjoint=adjoint)
+            found: Tensor = torch.linalg.lu_solve(factors, pivots, v, adjoint=adjoint)
             if refined:
                 left = v - (a.mT if adjoint else a) @ found
                 found += torch.linalg.lu_solve(factors, pivots, left, adjoint=adjoint)
@@ -165,13 +166,13 @@ def _square_range(x: Tensor, gram: Tensor) -> tuple[float, float | None]:
         def inverse(v: Tensor, refined: bool) -> Tensor:
             return solve(solve(v[:, None], refined, True), refined, False)[:, 0]
 
-        for refined in () if int(failed) else (False, True):
+        for refined, held in HELD_SQUARE.items() if not int(failed) else ():
             found, vector = _lanczos(partial(inverse, refined=refined), len(a), a)
             first = math.sqrt(squared / found) if found > 0 else math.inf
             vector = inverse(vector, refined).double()  # which leaves nothing of large singular values
             vector /= vector.norm()
             smallest = math.sqrt(sum(float((part.double() @ vector).square().sum()) for part in rows))
-            if smallest > HELD_SQUARE * top and abs(first - smallest) < AGREES * smallest:
+            if smallest > held * top and abs(first - smallest) < AGREES * smallest:
                 return top, smallest
     return top, None
 
