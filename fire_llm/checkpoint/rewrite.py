@@ -198,13 +198,16 @@ class _Rewrite:
                 None, lambda: stack.enter_context(staged(self.destination)) if first else None, "staged", _PATIENCE
             )
             folder = Path(gather_objects(None, made)[0])
+            began = time.perf_counter()
             hashes = together(None, lambda: self._copy(folder, hasher) if first else {}, "copied", _PATIENCE)
+            copying = time.perf_counter() - began
             executor, seconds, shared = together(None, lambda: self._reset(folder), "reset", _PATIENCE)
             if shared > 1:
                 executor.join(None)
             report = self._report(executor, seconds, shared)
             after = self.texts.nll(folder, self.progress and first)
             report.nll = {text: [before, after[text]] for text, before in nll.items()}
+            report.copying_seconds = copying
             together(
                 None, lambda: self._finish(folder, report, hasher, hashes) if first else None, "described", _PATIENCE
             )
@@ -289,9 +292,11 @@ class _Rewrite:
         if self.dtype != "keep":
             with writing(folder):
                 settle(folder, source.shards, source.index, self.dtype)
+        began = time.perf_counter()
         with self._bar("hashing", source.shard_bytes) as bar:
             after = {name: hasher.begin(SourceFile.of(folder / name), None, bar.update) for name in source.shards}
             hashes = {name: {"source": before[name], "result": after[name].result()} for name in source.shards}
+        report.copying_seconds = (report.copying_seconds or 0) + time.perf_counter() - began
         with writing(folder):
             write_provenance(folder / PROVENANCE, self.stored, report, hashes, self.call)
             write_card(folder / "README.md", self.stored, report, self.call)

@@ -114,7 +114,8 @@ def main(arguments: Namespace) -> int | None:
     if arguments.dry_run:
         print(f"{len(report.touched)} to reset, {len(report.untouched)} to leave; nothing written (--dry-run)")
     else:
-        print(f"{report}; computed on {find_device(arguments.device).type}\nsaved: {arguments.dst}")
+        copied = f"copied and hashed in {report.copying_seconds:.2f} s"
+        print(f"{report}; {copied}; computed on {find_device(arguments.device).type}\nsaved: {arguments.dst}")
         if (said := norm_warning(report.resets, report.touched)) is not None:
             print(f"warning: {said}")
         if report.nll:

@@ -60,6 +60,8 @@ class ResetMethod:
     """Options that are not always read, by name."""
     buffers: Buffers = "none"
     """Which buffers it acts on, beside parameters."""
+    gives_grams: bool = False
+    """Whether the function takes a list `grams`, for the Gram matrices that it forms on the way."""
 
     @property
     def when(self) -> Literal["transition", "training"]:
@@ -190,8 +192,9 @@ def _register(
     )
     taken = inspect.signature(entry).parameters
     RESETS[name] = ResetMethod(
-        name, entry, roles, "initial" in taken, "gradient" in taken, batched, schema, kind, elementwise, reads, buffers
-    )
+        name, entry, roles, "initial" in taken, "gradient" in taken, batched, schema, kind, elementwise, reads, buffers,
+        "grams" in taken,
+    )  # fmt: skip
 
 
 @register_reset("none")
@@ -229,6 +232,7 @@ Strength = Annotated[float, Field(ge=0, le=1)]
 @register_reset("fire", roles=("attention", "mlp"), batched=True)
 def fire(
     w: Tensor,
+    grams: list[Tensor] | None = None,
     *,
     iterations: Iterations = 5,
     solver: Solver = "newton-schulz",
@@ -248,7 +252,7 @@ def fire(
     if solver == "polar":
         x = polar(w, tolerance, compute_dtype=dtype)
     else:
-        x = newton_schulz(w, iterations, compute_dtype=dtype)
+        x = newton_schulz(w, iterations, compute_dtype=dtype, grams=grams)
     if scale == "sqrt":
         x = x * math.sqrt(w.shape[-2] / w.shape[-1])
     elif scale == "keep-norm":

@@ -153,9 +153,9 @@ class ContinualTrainer(Trainer):
         self.callback_handler.callbacks.pop()  # `Trainer`'s own bar or printer, which it adds last
         self.trackers = guard_trackers(self)
         """Of `args.report_to`, and of `callbacks`."""
-        self._progress = Progress()
+        self._progress, self._stopping = Progress(), Stopping()
         # Stopping is behind what asks for a log where something is saved: a signal's save has none.
-        for callback in (Keeping(), Stopping(), self._progress):
+        for callback in (Keeping(), self._stopping, self._progress):
             self.add_callback(callback)
 
     def train(
@@ -198,6 +198,7 @@ class ContinualTrainer(Trainer):
             trained = super().train(checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
             self.guard.settle()  # of the last step, where a callback ended training and nothing was logged
             self.settle()
+            self._stopping.end(args, self.state)
             return trained
         except BaseException:
             self.settle(report=True)
