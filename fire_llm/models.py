@@ -79,6 +79,8 @@ WRAPPERS = tuple(f"{step}." for step in (*STEPS, "module"))
 """What torch.compile, data parallelism and other wrappers put into the names of the tensors they hold."""
 VOCABULARY = 50257
 """Tokens that a tokenizer is taken to have, GPT-2's, before it is known."""
+TRAINED = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+"""What `special_ids` gives for a tokenizer that a run trains."""
 
 
 def config_for(
@@ -142,7 +144,7 @@ def new_config(
     kind = base.pop("model_type", architecture)
     size = vocabulary_size(tokenizer) if tokenizer is not None else vocabulary or VOCABULARY
     longest = context or base.get("n_positions") or base.get("max_position_embeddings")
-    ids = None if tokenizer is None and vocabulary is None else special_ids(tokenizer)
+    ids = special_ids(tokenizer) if tokenizer is not None else None if vocabulary is None else TRAINED
     config = fresh_config(kind, base, given, vocabulary=size, ids=ids, context=longest)
     if kind == "gpt2":
         config.use_cache = False

@@ -22,6 +22,9 @@ _DECODER = ("is_decoder", "causal")
 """Attributes without which encoders, listed as causal LMs too, would read ahead."""
 
 
+_PADDING = {*FROM_PADDING, "modernbert-decoder", "xlm"}
+"""Types that find positions by their padding token, or insist on one."""
+
 _UNFIT = {
     "blt": "reads bytes, and not the tokens of a tokenizer",
     "cpmant": "lets a token see those after it",
@@ -76,7 +79,7 @@ def fresh_config(
 
     Raises:
         UserError: There is no such causal LM, or it reads more than text; the type has no such attribute, or refuses
-            a value; it counts positions by a padding token, and the tokenizer has none.
+            a value; it needs a padding token, and the tokenizer has none.
     """
     from transformers import CONFIG_MAPPING
 
@@ -90,14 +93,15 @@ def fresh_config(
     named = {kind.attribute_map.get(key, key): value for key, value in {**preset, **given}.items()}
     own = {kind.attribute_map.get(key, key) for key in given}
     padded = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    settings = {**(ids or dict.fromkeys(IDS)), "vocab_size": padded}
-    if architecture in (*FROM_PADDING, "xlm") and settings["pad_token_id"] is None:
-        del settings["pad_token_id"]
-        if ids is not None and given.get("pad_token_id") is None:
-            raise UserError(
-                f"model: {name} finds positions by a padding token, and the tokenizer has none: give a tokenizer that "
-                "has one, or the id of a token that no text holds as pad_token_id of model.config"
-            )
+    if ids is None:  # of another tokenizer, and at most too large for this vocabulary
+        unfit = (getattr(standard, "pad_token_id", None) or 0) >= int(given.get("vocab_size") or padded)
+        ids = {"pad_token_id": None} if unfit else {}
+    elif architecture in _PADDING and ids["pad_token_id"] is None and given.get("pad_token_id") is None:
+        raise UserError(
+            f"model: {name} needs a padding token, and the tokenizer has none: give a tokenizer that has one, or the "
+            "id of a token that no text holds as pad_token_id of model.config"
+        )
+    settings = {**ids, "vocab_size": padded}
     settings = {kind.attribute_map.get(key, key): value for key, value in settings.items()} | {
         key: True for key in _DECODER if getattr(standard, key, None) is False
     }

@@ -88,5 +88,5 @@ def kept_a_token(text: Any, checkpointed: bool = False) -> int | None:
         for one in layer_configs(text)
     ]
     widest = max(max(inner) if isinstance(inner, list) else inner for inner in inners)  # a list holds one a layer
-    layer = int(22 * width + 4 * widest)
-    return layer + layers * 4 * width if checkpointed else layers * layer
+    layer = 22 * width + 4 * widest
+    return int(layer + layers * 4 * width if checkpointed else layers * layer)

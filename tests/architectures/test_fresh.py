@@ -64,7 +64,7 @@ def test_no_token_of_the_text_is_taken_for_padding():
 
 
 def test_positions_that_begin_behind_the_padding_token_are_as_many_as_the_context():
-    with pytest.raises(UserError, match="RobertaConfig finds positions by a padding token, and the tokenizer has none"):
+    with pytest.raises(UserError, match="RobertaConfig needs a padding token, and the tokenizer has none"):
         new_config("roberta", tokenizer=Tokenizer(), context=16, overrides=TINY)
     model = fresh_model(new_config("roberta", tokenizer=Tokenizer(pad=7), context=16, overrides=TINY), 1)
     assert model.config.is_decoder
@@ -187,6 +187,13 @@ def test_a_dropout_that_a_class_refuses_is_told():
         new_config("diffllama", tokenizer=Tokenizer(), context=16, overrides=TINY, dropout=0.1)
 
 
+UNBUILT = {
+    "cohere_compass_text", "dbrx", "dots1", "hunyuan_v1_dense", "hunyuan_v1_moe", "lfm2_moe", "ministral", "nemotron",
+    "qwen4_exp_text",
+}  # fmt: skip
+"""Types whose default config transformers itself cannot build."""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", [name for name in SMALL if "+" not in name and architecture_fault(name) is None])
@@ -195,12 +202,12 @@ def test_every_type_is_built_and_drops_what_it_says(name):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            planned = new_config(name)
+            assert describe(model_on_meta(new_config(name)))
     except UserError as error:
-        assert "is no model of text alone" in str(error)  # noqa: PT017
-        return
-    model = model_on_meta(planned)
-    assert describe(model)
+        told = "transformers cannot build" if name in UNBUILT else "is no model of text alone"
+        assert told in str(error)  # noqa: PT017
+        if name not in UNBUILT:
+            return
     config = SMALL[name]()
     try:
         set_dropout(config, 0.5)

@@ -238,13 +238,13 @@ def test_neftune_and_epsilon_are_those_of_transformers(tmp_path):
     options = {"neftune_noise_alpha": 6.0, "adam_epsilon": 1e-3, "max_steps": 4, "gradient_accumulation_steps": 1,
                "save_strategy": "no", "weight_decay": 0.0}  # fmt: skip
     ours = ContinualTrainer(tiny_gpt2(), arguments(tmp_path / "ours", **options), Unshifted())
+    ours.train()
     plain = TrainingArguments(
         str(tmp_path / "theirs"), max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2,
         lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr": 1e-3}, warmup_steps=3, adam_beta2=0.95,
         optim="adamw_torch", report_to="none", use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
         neftune_noise_alpha=6.0, adam_epsilon=1e-3, save_strategy="no",
     )  # fmt: skip
-    ours.train()
     theirs = Trainer(tiny_gpt2(), plain, train_dataset=Unshifted())  # which seeds the noise
     theirs.train()
     for (name, a), b in zip(ours.model.named_parameters(), theirs.model.parameters(), strict=True):
