@@ -94,7 +94,8 @@ def fresh_config(
     own = {kind.attribute_map.get(key, key) for key in given}
     padded = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     if ids is None:  # of another tokenizer, and at most too large for this vocabulary
-        unfit = (getattr(standard, "pad_token_id", None) or 0) >= int(given.get("vocab_size") or padded)
+        size = given.get("vocab_size", padded)
+        unfit = isinstance(size, int) and (getattr(standard, "pad_token_id", None) or 0) >= size
         ids = {"pad_token_id": None} if unfit else {}
     elif architecture in _PADDING and ids["pad_token_id"] is None and given.get("pad_token_id") is None:
         raise UserError(

@@ -235,8 +235,7 @@ class RunContext:
             return self._config(self.tokenizer, None)
         tokenizer = self.tokenizer
         with self.reading("model") as place:
-            file = isinstance(given, str) and os.path.isfile(given)
-            return self._config(tokenizer, given if file else place)
+            return self._config(tokenizer, given if isinstance(given, str) and os.path.isfile(given) else place)
 
     def first_model(self, seed: int, attention: str | None = None) -> Any:
         """Return the weights that the run begins with, in fp32: those of its checkpoint, else new ones of a seed.

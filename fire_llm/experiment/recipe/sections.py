@@ -295,12 +295,11 @@ def recipe_schema() -> dict[str, Any]:
     for section, key in ((schema, "seed"), (sections["PhaseSection"], "keep"), (sections["EvaluateSection"], "data")):
         listed = section["properties"][key]
         section["properties"][key] = {"anyOf": [listed["items"], listed]}
-    # Beside an architecture stand keys of its config.
-    model = sections["ModelSection"]
-    beside = {**model, "required": ["architecture"], "additionalProperties": True}
-    sections["ModelSection"] = {"anyOf": [model, beside]}
     for key in ("model", "tokenizer"):
         schema["properties"][key] = {"anyOf": [{"type": "string"}, schema["properties"][key]]}
+    # Beside an architecture stand keys of its config.
+    beside = {**sections["ModelSection"], "required": ["architecture"], "additionalProperties": True}
+    schema["properties"]["model"]["anyOf"].append(beside)
     for option in schema["$defs"]["PhaseOptimizerSection"]["properties"].values():
         option.pop("default")  # what is not given is the recipe's
     phase = schema["$defs"]["PhaseSection"]["properties"]
