@@ -93,10 +93,11 @@ def fresh_config(
     named = {kind.attribute_map.get(key, key): value for key, value in {**preset, **given}.items()}
     own = {kind.attribute_map.get(key, key) for key in given}
     padded = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    if ids is None:  # of another tokenizer, and at most too large for this vocabulary
-        size = given.get("vocab_size", padded)
-        unfit = isinstance(size, int) and (getattr(standard, "pad_token_id", None) or 0) >= size
-        ids = {"pad_token_id": None} if unfit else {}
+    if ids is None:  # those of the type stay, but for what this vocabulary does not hold
+        size = given.get("vocab_size", preset.get("vocab_size") or padded)
+        own_ids = {key: getattr(standard, key, None) for key in IDS}
+        beyond = [key for key, i in own_ids.items() if isinstance(i, int) and isinstance(size, int) and i >= size]
+        ids = {key: None if key == "pad_token_id" and architecture not in _PADDING else 0 for key in beyond}
     elif architecture in _PADDING and ids["pad_token_id"] is None and given.get("pad_token_id") is None:
         raise UserError(
             f"model: {name} needs a padding token, and the tokenizer has none: give a tokenizer that has one, or the "
