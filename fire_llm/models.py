@@ -1,20 +1,30 @@
-"""Presets and Hub models: a name, a seed and a vocabulary give a causal LM.
+"""Presets, architectures and Hub models: a name, a seed and a vocabulary give a causal LM.
 
 Adding a preset is one entry in `PRESETS`.
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fire_llm.architectures.configs import CONFIG, MOST_ENTRIES, MOST_LAYERS, read_config, read_settings, refuse_sizes
+from fire_llm.architectures.configs import (
+    CONFIG,
+    MOST_ENTRIES,
+    MOST_LAYERS,
+    read_config,
+    read_settings,
+    refuse_attributes,
+)
 from fire_llm.architectures.context import choose_context, longest_context
+from fire_llm.architectures.dropout import set_dropout
+from fire_llm.architectures.fresh import IDS, fresh_config, refuse_other_than_text
 from fire_llm.architectures.names import STEPS
 from fire_llm.core.errors import UserError, did_you_mean, first_line, reading
 from fire_llm.core.files import refuse_irregular
@@ -22,6 +32,7 @@ from fire_llm.core.hub import no_folder, settle_hub
 from fire_llm.data.encode import vocabulary_size
 
 _GPT: dict[str, Any] = {
+    "model_type": "gpt2",
     # nn.GELU, not GPT-2's tanh form, as in the paper's code. Hugging Face draws N(0, 0.02) and residual projections
     # at 0.02/√(2·layers), which is the paper's initialisation; the biases that these classes carry start at zero.
     "activation_function": "gelu",
@@ -32,6 +43,21 @@ _GPT: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 
+_ROTARY: dict[str, Any] = {
+    # 12·768² parameters a layer, as in GPT-0.1B: 85 M without the embeddings. Models of this size tie them.
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "hidden_act": "silu",
+    "max_position_embeddings": 1024,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "initializer_range": 0.02,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": True,
+    "vocab_size": None,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     # GPT-0.1B of arXiv 2602.08040: 50257 tokens padded to a multiple of 128.
     "gpt-0.1b": {**_GPT, "n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50304},
@@ -39,16 +65,32 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt-small": {**_GPT, "n_layer": 6, "n_head": 6, "n_embd": 192, "n_positions": 256, "vocab_size": None},
     # The demo: seconds a phase.
     "gpt-tiny": {**_GPT, "n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 128, "vocab_size": None},
-}
-_CODE = ("auto_map", "trust_remote_code")
+    # Llama's 8/3 of the width in the MLP, and keys and values for every head.
+    "llama-0.1b": {**_ROTARY, "model_type": "llama", "intermediate_size": 2048, "rms_norm_eps": 1e-5},
+    # Two heads a key and three times the width in the MLP, as in Qwen3-0.6B; its norms of queries and keys.
+    "qwen3-0.1b": {
+        **_ROTARY, "model_type": "qwen3", "intermediate_size": 2304, "num_key_value_heads": 6, "head_dim": 64,
+        "rms_norm_eps": 1e-6,
+    },
+}  # fmt: skip
+"""Attributes of the config of a `model_type`; without a `vocab_size`, the tokenizer's is taken."""
+
 WRAPPERS = tuple(f"{step}." for step in (*STEPS, "module"))
 """What torch.compile, data parallelism and other wrappers put into the names of the tensors they hold."""
-VOCABULARY_MULTIPLE = 64
-"""A vocabulary that no preset fixes is padded to a multiple of this, which GEMM kernels like."""
+VOCABULARY = 50257
+"""Tokens that a tokenizer is taken to have, GPT-2's, before it is known."""
+TRAINED = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+"""What `special_ids` gives for a tokenizer that a run trains."""
 
 
 def config_for(
-    name: str, *, tokenizer: Any = None, context: int | None = None, overrides: dict[str, Any] | None = None
+    name: str,
+    *,
+    tokenizer: Any = None,
+    context: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    dropout: float | None = None,
+    vocabulary: int | None = None,
 ) -> Any:
     """Return the transformers config of a preset, a Hub id or a folder.
 
@@ -56,49 +98,154 @@ def config_for(
         name: A preset's name, a Hub id or a local folder.
         tokenizer: Its vocabulary must fit; presets without a fixed vocabulary take its size, padded.
         context: Tokens a block; the preset's own by default.
-        overrides: Attributes of the config to set.
+        overrides: Attributes of the config to set; those of a Hub id or folder may not change a tensor's shape.
+        dropout: Share that every dropout drops; None: as the config has it.
+        vocabulary: Size of the tokenizer, where it is not there yet and has no padding token.
 
     Raises:
         UserError: For an unknown name or attribute, a context or vocabulary that does not fit.
     """
     if name in PRESETS:
-        from transformers import GPT2Config
-
-        settings = dict(PRESETS[name])
-        settings["n_positions"] = context or settings["n_positions"]
-        if settings["vocab_size"] is None:
-            size = len(tokenizer) if tokenizer is not None else 50257
-            settings["vocab_size"] = -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-        eos = tokenizer.eos_token_id if tokenizer is not None else None
-        config: Any = GPT2Config(**settings, bos_token_id=eos, eos_token_id=eos, use_cache=False)
-    else:
-        config = pretrained_config(name)
+        return new_config(
+            None, PRESETS[name], tokenizer=tokenizer, context=context, overrides=overrides, dropout=dropout,
+            vocabulary=vocabulary,
+        )  # fmt: skip
+    config = pretrained_config(name)
     if overrides:
         _override(config, overrides)
+    return _finished(config, tokenizer, context, dropout, overrides)
+
+
+def new_config(
+    architecture: str | None,
+    preset: Mapping[str, Any] | None = None,
+    *,
+    tokenizer: Any = None,
+    context: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    dropout: float | None = None,
+    vocabulary: int | None = None,
+) -> Any:
+    """Return the config of a new model of an architecture, made for the tokenizer and the context.
+
+    Args:
+        architecture: A causal LM type of transformers, such as `llama`; None: the preset's `model_type`.
+        preset: Attributes in the place of transformers' defaults.
+        tokenizer: As in `config_for`, as all that follow.
+        context: Tokens a block.
+        overrides: Attributes of the config.
+        dropout: Share that every dropout drops.
+        vocabulary: Size of the tokenizer, where it is not there yet and has no padding token.
+
+    Raises:
+        UserError: There is no such architecture or attribute, or nothing can be built.
+    """
+    base, given = dict(preset or {}), overrides or {}
+    kind = base.pop("model_type", architecture)
+    size = vocabulary_size(tokenizer) if tokenizer is not None else vocabulary or VOCABULARY
+    longest = context or base.get("n_positions") or base.get("max_position_embeddings")
+    ids = special_ids(tokenizer) if tokenizer is not None else None if vocabulary is None else TRAINED
+    config = fresh_config(kind, base, given, vocabulary=size, ids=ids, context=longest)
+    if kind == "gpt2":
+        config.use_cache = False
+    if given or preset is None:
+        _refuse_unbuildable(config)
+    return _finished(config, tokenizer, context, dropout, given)
+
+
+def copied_config(
+    place: str | Path, *, tokenizer: Any = None, context: int | None = None, dropout: float | None = None
+) -> Any:
+    """Return the config in a file, a folder or a Hub id, for new weights: the special tokens are the tokenizer's.
+
+    Args:
+        place: A config.json, a folder that holds one, or a Hub id.
+        tokenizer: As in `config_for`, as all that follow.
+        context: Tokens a block.
+        dropout: Share that every dropout drops.
+
+    Raises:
+        UserError: There is none, it is of code of its own or of quantised weights, or reads more than text.
+    """
+    config = (
+        read_config(os.path.expanduser(place))
+        if os.path.isfile(os.path.expanduser(place))
+        else (pretrained_config(place))
+    )
+    if getattr(config, "auto_map", None):
+        raise UserError(
+            f"model.config: '{place}' names code of its own (auto_map), which is never run: take auto_map out, and "
+            f"transformers' own {config.model_type} is built"
+        )
+    if getattr(config, "quantization_config", None):
+        raise UserError(f"model.config: '{place}' is of quantised weights: take quantization_config out of it")
+    refuse_other_than_text(type(config), config.model_type)
+    for key, value in special_ids(tokenizer).items() if tokenizer is not None else ():
+        setattr(config, key, value)
+    _refuse_unbuildable(config)
+    return _finished(config, tokenizer, context, dropout)
+
+
+def special_ids(tokenizer: Any) -> dict[str, int | None]:
+    """Return the ids of a tokenizer's special tokens, as a config names them; all None without one.
+
+    A padding token that also ends texts is none: models keep the embedding of padding at zero.
+    """
+    bos, eos, pad = (getattr(tokenizer, key, None) for key in IDS)
+    return dict(zip(IDS, (eos if bos is None else bos, eos, None if pad in (bos, eos) else pad), strict=True))
+
+
+def _finished(
+    config: Any, tokenizer: Any, context: int | None, dropout: float | None, given: Mapping[str, Any] | None = None
+) -> Any:
+    if dropout is not None:
+        set_dropout(config, dropout, given or ())
+        _refuse_unbuildable(config)
     check_fits(config, tokenizer, context)
     return config
 
 
-def _override(config: Any, overrides: dict[str, Any]) -> None:
-    """Set attributes of a config: those that it stores, never its methods or what would bring code.
+def _override(config: Any, overrides: Mapping[str, Any]) -> None:
+    """Set attributes of a checkpoint's config: those that it stores, and that leave its tensors their shapes.
 
     Raises:
         UserError: For an unknown attribute, or a value that the config refuses or that nothing can be built from.
     """
-    name = type(config).__name__
-    positions = [] if longest_context(config) is None else ["max_position_embeddings"]  # XLNet has none to count
-    refuse_sizes(overrides, "model.config")
+    name, before = type(config).__name__, _shapes(config)
+    refuse_attributes(config, overrides)
     for key, value in overrides.items():
-        if key in _CODE or key.startswith("_") or not hasattr(config, key) or callable(getattr(config, key)):
-            known = [k for k in config.to_dict() if not k.startswith("_")]
-            raise UserError(f"model: {name} has no attribute '{key}'.{did_you_mean(key, known)}")
         try:
             setattr(config, key, value)
         except Exception as error:  # the classes' own checks raise what they like
-            raise UserError(f"model.config.{key}: {name} refuses {value!r}: {first_line(error)}") from error
-    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", *positions)
+            raise UserError(
+                f"model.config.{key}: {name} refuses {value!r}: {first_line(error.__cause__ or error)}"
+            ) from error
+    _refuse_unbuildable(config)
+    after = _shapes(config)
+    if changed := sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n)):
+        was, now = (shapes.get(changed[0], "absent") for shapes in (before, after))
+        raise UserError(
+            f"model.config: {', '.join(overrides)} would change {len(changed)} of the checkpoint's tensors, "
+            f"'{changed[0]}' from {was} to {now} among them: set what changes no shape, or begin with new weights "
+            "(config: PATH in the place of checkpoint)"
+        )
+
+
+def _shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model_on_meta(config).state_dict().items()}
+
+
+def _refuse_unbuildable(config: Any) -> None:
+    """Refuse a config that can no longer be read, whose sizes are none, or from which nothing can be built.
+
+    Raises:
+        UserError: Naming it.
+    """
+    name = type(config).__name__
     try:
+        positions = [] if longest_context(config) is None else ["max_position_embeddings"]  # XLNet has none to count
         text = config.get_text_config()
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", *positions)
         found = {size: getattr(text, size) for size in sizes if getattr(text, size, None) is not None}
     except Exception as error:
         raise UserError(f"model.config: {name} can no longer be read: {first_line(error)}") from error
@@ -154,6 +301,15 @@ def check_fits(config: Any, tokenizer: Any, context: int | None) -> None:
     choose_context(config, context, "model.context")
 
 
+def with_attention(config: Any, attention: str | None) -> Any:
+    """Return a config whose models take another `attn_implementation`; the same config for None."""
+    if attention is None:
+        return config
+    config = copy.deepcopy(config)
+    config._attn_implementation = attention
+    return config
+
+
 def fresh_model(config: Any, seed: int) -> Any:
     """Build a model with newly drawn fp32 weights that depend on the config and the seed alone.
 
@@ -202,12 +358,16 @@ def _built(config: Any, **options: Any) -> Any:
     return getattr(transformers, named[0])._from_config(config, **options)
 
 
-def load_model(folder: str | Path, dtype: torch.dtype | str = "auto") -> Any:
+def load_model(
+    folder: str | Path, dtype: torch.dtype | str = "auto", *, config: Any = None, attention: str | None = None
+) -> Any:
     """Load a causal LM from a folder or a Hub id: safetensors, and transformers' own classes.
 
     Args:
         folder: A checkpoint folder or a Hub id.
         dtype: "auto" keeps the checkpoint's; training wants torch.float32.
+        config: In the place of the checkpoint's own.
+        attention: `attn_implementation`; None: transformers' choice.
 
     Raises:
         UserError: Where the checkpoint is missing, truncated, pickled or not a causal LM.
@@ -215,7 +375,7 @@ def load_model(folder: str | Path, dtype: torch.dtype | str = "auto") -> Any:
     from transformers import AutoModelForCausalLM
 
     place = os.path.expanduser(folder)
-    config = pretrained_config(place)
+    config = with_attention(pretrained_config(place) if config is None else config, attention)
     _refuse_pickles(Path(place))
     with reading(f"checkpoint '{folder}' cannot be read"):
         model, loading = AutoModelForCausalLM.from_pretrained(

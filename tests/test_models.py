@@ -188,7 +188,7 @@ def test_descriptions():
     assert describe(model_on_meta(config_for("gpt-tiny", overrides={"vocab_size": 2048}))) == (
         "GPT2LMHeadModel, 4 layers, width 128, vocabulary 2048, 1.07 M parameters"
     )
-    assert set(PRESETS) == {"gpt-0.1b", "gpt-small", "gpt-tiny"}
+    assert set(PRESETS) == {"gpt-0.1b", "gpt-small", "gpt-tiny", "llama-0.1b", "qwen3-0.1b"}
 
 
 # ---- what lies outside

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fire_llm.core.errors import UserError, reading
+from fire_llm.core.errors import UserError, did_you_mean, reading
 from fire_llm.core.files import read_file, refuse_irregular
 from fire_llm.core.hub import no_folder, settle_hub
 
@@ -24,31 +24,33 @@ _BOUNDS = (
     (r"^(n|num)_|(experts|heads|labels|classes)$", MOST_PARTS),
 )
 _DEEPEST = 50
+_NO_ATTRIBUTES = ("auto_map", "model_type", "trust_remote_code")
 _ATTENTION = ("eager", "sdpa", "flex_attention")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Return a folder's config.json as plain data.
+    """Return a folder's config.json, or a file of that kind, as plain data.
 
     Raises:
         UserError: It is missing, no JSON object, or bears what `refuse_sizes` refuses.
     """
-    raw = read_file(folder / CONFIG)
+    path = folder if folder.is_file() else folder / CONFIG
+    raw = read_file(path)
     try:
         settings = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"'{folder / CONFIG}' is not JSON ({error}): download or copy it again") from error
+        raise UserError(f"'{path}' is not JSON ({error}): download or copy it again") from error
     if not isinstance(settings, dict):
-        raise UserError(f"'{folder / CONFIG}' is not a JSON object: download or copy it again")
-    refuse_sizes(settings, f"'{folder / CONFIG}'")
+        raise UserError(f"'{path}' is not a JSON object: download or copy it again")
+    refuse_sizes(settings, f"'{path}'")
     return settings
 
 
 def read_config(name: str) -> Any:
-    """Return the transformers config of a folder or a Hub id, with an attention that is on this machine.
+    """Return the transformers config of a file, a folder or a Hub id, with an attention that is on this machine.
 
     Args:
-        name: A folder or a Hub id.
+        name: A file, a folder or a Hub id.
 
     Raises:
         UserError: There is none, or none that transformers can read; or `read_settings`.
@@ -56,7 +58,10 @@ def read_config(name: str) -> Any:
     from transformers import AutoConfig, PreTrainedConfig
 
     folder = Path(name)
-    if folder.is_dir():
+    if folder.is_file():
+        read_settings(folder)
+        unread = f"'{folder}' is no config that transformers can read"
+    elif folder.is_dir():
         refuse_irregular(folder)
         read_settings(folder)
         unread = f"'{folder / CONFIG}' is no config that transformers can read"
@@ -64,7 +69,7 @@ def read_config(name: str) -> Any:
         settle_hub()
         unread = f"model: {no_folder(name)}, and no config could be read from '{name}'"
     with reading(unread):
-        if not folder.is_dir():
+        if not folder.exists():
             refuse_sizes(PreTrainedConfig.get_config_dict(name)[0], f"'{name}'")
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     _refuse_kernels(config, name)
@@ -95,6 +100,29 @@ def refuse_sizes(settings: Any, where: str, *, key: str = "", depth: int = 0) ->
         most = next((most for pattern, most in _BOUNDS if re.search(pattern, key)), None)
         if most is not None and settings > most:
             raise UserError(f"{where}: {key} is {str(settings)[:30]}; at most {most:,} is allowed. Correct it")
+
+
+def refuse_attributes(config: Any, given: Mapping[str, Any]) -> None:
+    """Refuse what is no attribute that a config stores, what would bring code, and sizes beyond the bounds.
+
+    Args:
+        config: Of the type.
+        given: Attributes by name.
+
+    Raises:
+        UserError: Naming the first of them, and the nearest attribute.
+    """
+    refuse_sizes(given, "model.config")
+    for key in given:
+        try:
+            own = not callable(getattr(config, key))
+        except AttributeError:
+            own = False
+        except Exception:  # of an attribute that layers may have otherwise
+            own = True
+        if key in _NO_ATTRIBUTES or key.startswith("_") or not own:
+            known = [k for k in config.to_dict() if not k.startswith("_")]
+            raise UserError(f"model: {type(config).__name__} has no attribute '{key}'.{did_you_mean(key, known)}")
 
 
 def _refuse_kernels(config: Any, name: str) -> None:

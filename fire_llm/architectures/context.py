@@ -18,7 +18,7 @@ DEFAULT = 1024
 
 _ATTRIBUTES = {"mpt": "max_seq_len", "whisper": "max_target_positions"}
 """What holds the length, where it is not `max_position_embeddings` (which many configs map to another name)."""
-_FROM_PADDING = {
+FROM_PADDING = {
     "camembert", "data2vec-text", "prophetnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl",
     "xmod",
 }  # fmt: skip
@@ -33,16 +33,22 @@ def longest_context(config: Any) -> int | None:
     """
     text = config.get_text_config()
     kind = text.model_type
-    longest: int | None = getattr(text, _ATTRIBUTES.get(kind, "max_position_embeddings"), None)
+    longest: int | None = getattr(text, positions_attribute(text), None)
     if longest is None or longest < 0:  # XLNet says -1
         return None
-    if kind in _FROM_PADDING:
+    if kind in FROM_PADDING:
         longest -= (text.pad_token_id or 0) + 1
     if kind == "prophetnet":
         longest -= 1  # its predicting stream reads the position after the last token's
     if kind == "reformer" and text.axial_pos_embds:
         longest = min(longest, prod(text.axial_pos_shape))
     return max(longest, _stretched(text))
+
+
+def positions_attribute(text: Any) -> str:
+    """Return the name under which the config of a text model stores its number of positions."""
+    name = _ATTRIBUTES.get(text.model_type, "max_position_embeddings")
+    return str(text.attribute_map.get(name, name))
 
 
 def choose_context(config: Any, wanted: int | None, name: str = "context") -> int:

@@ -37,6 +37,15 @@ OTHER_LAYOUTS = {"aria_text": "5.18"}
 """Model types whose matrices lie otherwise below a version of transformers; there they are refused, as unknown ones."""
 
 
+def checkpointing(wanted: bool) -> dict[str, Any]:
+    """Return the `TrainingArguments` for checkpointed activations, by the name that the installed ones have."""
+    from transformers import TrainingArguments
+
+    name = "activation_checkpointing"
+    name = name if hasattr(TrainingArguments, name) else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if wanted else {}
+
+
 def left_out() -> set[str]:
     """Return the model types that the installed transformers lays out in a way that no layout describes."""
     import transformers

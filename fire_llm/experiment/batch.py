@@ -61,14 +61,14 @@ def _tokens_at_once(run: RunContext, memory: int) -> int:
     """Return how many tokens a forward pass takes: more of them fill a GPU better, until its memory is full."""
     if memory == 0:
         return CPU_TOKENS
-    kept = kept_a_token(run.planned_config.get_text_config())
+    kept = kept_a_token(run.planned_config.get_text_config(), run.recipe.gradient_checkpointing)
     if memory < 0 or kept is None:
         return ACCELERATOR_TOKENS
     kept *= 2 if resolve_precision(run.recipe.precision) == "fp32" else 1
     return min(MOST_TOKENS, int(KEPT_SHARE * memory / kept))
 
 
-def kept_a_token(text: Any) -> int | None:
+def kept_a_token(text: Any, checkpointed: bool = False) -> int | None:
     """Return the bytes that the layers of a model keep for the backward pass of a token in 16 bits; None if unknown.
 
     A layer keeps, in fp32, the inputs of two norms; in 16 bits what these give, q, k, v, attention's output (twice:
@@ -76,6 +76,7 @@ def kept_a_token(text: Any) -> int | None:
 
     Args:
         text: A text model's config.
+        checkpointed: Whether each layer keeps its input alone, in fp32, and one at a time is computed again.
 
     Source: counted as Korthikanti et al. do, arXiv 2205.05198, section 4.1, without dropout and scores.
     """
@@ -87,4 +88,5 @@ def kept_a_token(text: Any) -> int | None:
         for one in layer_configs(text)
     ]
     widest = max(max(inner) if isinstance(inner, list) else inner for inner in inners)  # a list holds one a layer
-    return int(layers * (22 * width + 4 * widest))
+    layer = 22 * width + 4 * widest
+    return int(layer + layers * 4 * width if checkpointed else layers * layer)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fire_llm.architectures.configs import CONFIG
 from fire_llm.architectures.context import choose_context
 from fire_llm.core.atomic import read_json, write_json
 from fire_llm.core.errors import UserError
@@ -26,7 +29,16 @@ from fire_llm.distributed import ranks
 from fire_llm.experiment.recipe import Recipe
 from fire_llm.experiment.recipe.sections import as_list
 from fire_llm.experiment.sources import MODEL, TOKENIZER, Hashes, changes, hashes, place_of
-from fire_llm.models import PRESETS, config_for, fresh_model, load_model, load_tokenizer
+from fire_llm.models import (
+    PRESETS,
+    config_for,
+    copied_config,
+    fresh_model,
+    load_model,
+    load_tokenizer,
+    new_config,
+    with_attention,
+)
 from fire_llm.resets import ResetSpec
 
 
@@ -76,10 +88,15 @@ class RunContext:
     @cached_property
     def _names(self) -> dict[str, tuple[str, tuple[str, ...]]]:
         """What the model and the tokenizer are read from, where that is not the run's own: a folder or a Hub id."""
-        model, tokenizer = self.recipe.model.checkpoint, self.recipe.tokenizer
+        section, tokenizer = self.recipe.model, self.recipe.tokenizer
         own = tokenizer is not None and tokenizer.train is not None
-        words = None if own else (tokenizer and tokenizer.path) or model
-        found = {"model": (model, MODEL), "tokenizer": (words, TOKENIZER)}
+        words = None if own else (tokenizer and tokenizer.path) or section.checkpoint
+        model: tuple[str | None, tuple[str, ...]] = section.checkpoint, MODEL
+        if isinstance(section.config, str):
+            folder, file = os.path.split(section.config)
+            alone = os.path.isfile(section.config)
+            model = (folder or ".", (escape(file),)) if alone else (section.config, (CONFIG,))
+        found = {"model": model, "tokenizer": (words, TOKENIZER)}
         return {what: (name, patterns) for what, (name, patterns) in found.items() if name}
 
     @cached_property
@@ -137,20 +154,43 @@ class RunContext:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """What the weights of every stage depend on, as plain data."""
-        named = {"model", "tokenizer", "batch", "evaluate", "log_every_steps"}
+        named = {"tokenizer", "batch", "evaluate", "log_every_steps"}
         common = self.recipe.model_dump(mode="json", include=named)
+        if self.recipe.attention != "auto":
+            common["attention"] = self.recipe.attention
         # "auto" may mean another thing on another machine.
-        return {**common, "precision": resolve_precision(self.recipe.precision)}
+        precision = resolve_precision(self.recipe.precision)
+        return {"model": self.recipe.model.identity(), **common, "precision": precision}
 
     @cached_property
     def planned_config(self) -> Any:
-        """The transformers config of the model before the tokenizer is there: its shapes are those of `config`."""
-        model, tokenizer = self.recipe.model, self.recipe.tokenizer
-        overrides = dict(model.config)
-        preset: dict[str, Any] = PRESETS.get(model.preset or "", {})
-        if tokenizer and tokenizer.train and preset.get("vocab_size", 1) is None:
-            overrides.setdefault("vocab_size", tokenizer.train)
-        return config_for(str(model.preset or model.checkpoint), context=model.context, overrides=overrides)
+        """The transformers config of the model before the tokenizer is there: its shapes are those of `config`.
+
+        A tokenizer of the Hub is not asked for its size: `models.VOCABULARY` is taken for it.
+        """
+        section = self.recipe.model
+        given = section.config if isinstance(section.config, str) else section.checkpoint
+        return self._config(None, given)
+
+    @cached_property
+    def _local_tokenizer(self) -> Any:
+        """The tokenizer where it can be loaded without a network or a training, to plan with; None elsewhere."""
+        path = str(self.recipe.tokenizer and self.recipe.tokenizer.path)
+        return load_tokenizer(path) if os.path.isdir(path) else None
+
+    def _config(self, tokenizer: Any, place: str | None) -> Any:
+        """Return the config of the model, for a tokenizer, with what is read from outside read from a place."""
+        section = self.recipe.model
+        options: dict[str, Any] = {"tokenizer": tokenizer, "context": section.context, "dropout": section.dropout}
+        if isinstance(section.config, str):
+            return copied_config(str(place), **options)
+        options["overrides"] = section.config
+        follows = section.architecture or PRESETS.get(section.preset or "", {}).get("vocab_size", 1) is None
+        if follows and tokenizer is None and self.recipe.tokenizer is not None:
+            options |= {"tokenizer": self._local_tokenizer, "vocabulary": self.recipe.tokenizer.train}
+        if section.architecture is not None:
+            return new_config(section.architecture, **options)
+        return config_for(section.preset or str(place), **options)
 
     @cached_property
     def sequence_length(self) -> int:
@@ -190,19 +230,24 @@ class RunContext:
     @cached_property
     def config(self) -> Any:
         """The transformers config of the model."""
-        model = self.recipe.model
-        options = {"tokenizer": self.tokenizer, "context": model.context, "overrides": model.config}
-        if model.preset:
-            return config_for(model.preset, **options)
+        given = self.recipe.model.config
+        if "model" not in self._names:
+            return self._config(self.tokenizer, None)
+        tokenizer = self.tokenizer
         with self.reading("model") as place:
-            return config_for(place, **options)
+            return self._config(tokenizer, given if isinstance(given, str) and os.path.isfile(given) else place)
 
-    def first_model(self, seed: int) -> Any:
-        """Return the weights that the run begins with, in fp32: those of its checkpoint, else new ones of a seed."""
+    def first_model(self, seed: int, attention: str | None = None) -> Any:
+        """Return the weights that the run begins with, in fp32: those of its checkpoint, else new ones of a seed.
+
+        Args:
+            seed: Of new weights.
+            attention: `attn_implementation`; None: transformers' choice.
+        """
         if self.recipe.model.checkpoint is None:
-            return fresh_model(self.config, seed)
+            return fresh_model(with_attention(self.config, attention), seed)
         with self.reading("model") as place:
-            return load_model(place, torch.float32)
+            return load_model(place, torch.float32, config=self.config, attention=attention)
 
     def tokens(self, corpus: str, split: str) -> TokenFile:
         """Return a corpus as tokens, tokenising it where no cache holds it."""

@@ -23,7 +23,7 @@ from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.norms import norm_warnings
 from fire_llm.experiment.recipe import OptimizerSection, PhaseSection, Recipe, doubts, optimizer_of
 from fire_llm.experiment.stages import Stage, check_resets, expand, final_checkpoint, select
-from fire_llm.models import config_for, describe, load_tokenizer, model_on_meta
+from fire_llm.models import check_fits, describe, load_tokenizer, model_on_meta
 
 TRAINING_BYTES = BYTES_A_PARAMETER + 4
 """Of a parameter while training: the gradient beside what a checkpoint holds, in fp32."""
@@ -61,8 +61,7 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
     model = model_on_meta(run.planned_config)
     words = (recipe.tokenizer and recipe.tokenizer.path) or (None if run.tokenizer_corpora else recipe.model.checkpoint)
     if words and isdir(words):  # one of the Hub's is held against the embedding when it is loaded
-        chosen, section = str(recipe.model.preset or recipe.model.checkpoint), recipe.model
-        config_for(chosen, tokenizer=load_tokenizer(words), context=section.context, overrides=section.config)
+        check_fits(run.planned_config, load_tokenizer(words), recipe.model.context)
     if recipe.report_to:
         from fire_llm.training.trackers import check_trackers  # the trainer takes seconds to import
 
@@ -111,7 +110,7 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
 def _machines(run: RunContext, parameters: int, flops: float) -> list[dict[str, Any]]:
     """Return hours and memory on known devices; of those that the batch divides into, and for 16 bits alone."""
     text, precision = run.planned_config.get_text_config(), run.recipe.precision
-    kept = kept_a_token(text)
+    kept = kept_a_token(text, run.recipe.gradient_checkpointing)
     if precision == "fp32" or kept is None:
         return []
     machines = []

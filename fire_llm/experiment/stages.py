@@ -22,8 +22,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fire_llm.architectures.attention import refuse_attention
 from fire_llm.core.atomic import checkpoints, read_json, step_of
 from fire_llm.core.errors import UserError, did_you_mean
+from fire_llm.core.hardware import resolve_precision
 from fire_llm.core.hashing import digest
 from fire_llm.core.manifest import STATES, TRAINER_STATE, damage, read_state, weights_hash
 from fire_llm.experiment.batch import split_batch
@@ -134,7 +136,7 @@ class Stage:
         spec = {
             **settings,
             **cut,
-            "optimizer": optimizer_of(self.run.recipe, self.phase).model_dump(mode="json"),
+            "optimizer": optimizer_of(self.run.recipe, self.phase).identity(),
             "phase": self.phase.model_dump(mode="json", exclude={"arms", "keep", "start_from", "optimizer"}),
             "corpora": corpora,
             "seed": self.seed,
@@ -183,8 +185,11 @@ def check_resets(stages: Iterable[Stage]) -> None:
     """Refuse resets whose patterns or layers find nothing in the model, as its config describes it.
 
     Raises:
-        UserError: Naming the arm, the pattern and the names nearest to it.
+        UserError: Naming the arm, the pattern and the names nearest to it; or `check_kernels`.
     """
+    stages = list(stages)
+    for run in dict.fromkeys(stage.run for stage in stages):
+        check_kernels(run)
     models: dict[RunContext, Any] = {}
     for stage in {(stage.run, stage.phase.name, stage.arm): stage for stage in stages}.values():
         for reset in (reset for reset in stage.resets if reset.selection):
@@ -194,6 +199,23 @@ def check_resets(stages: Iterable[Stage]) -> None:
                 refuse_unfound([reset], slices_of(models[stage.run], [reset], reset.kind))
             except UserError as error:
                 raise UserError(f"phase '{stage.phase.name}', arm '{stage.arm}': {error}") from error
+
+
+def check_kernels(run: RunContext) -> None:
+    """Refuse an attention and a checkpointing of activations that the model or the machine does not have.
+
+    Raises:
+        UserError: Naming the key, and what to set.
+    """
+    recipe = run.recipe
+    if recipe.attention == "auto" and not recipe.gradient_checkpointing:
+        return
+    model = model_on_meta(run.planned_config)
+    if recipe.attention != "auto":
+        half = resolve_precision(recipe.precision) != "fp32"
+        refuse_attention(recipe.attention, model, half=half, document_mask=recipe.batch.document_mask)
+    if recipe.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise UserError(f"gradient_checkpointing: {type(model).__name__} does not support it; remove the key")
 
 
 def _refuse_folders(stages: list[Stage]) -> None:

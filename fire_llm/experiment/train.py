@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from fire_llm.architectures.matrices import logical_matrices
 from fire_llm.core.atomic import BYTES_A_PARAMETER, free_bytes, write_json
+from fire_llm.core.compat import checkpointing
 from fire_llm.core.errors import UserError
 from fire_llm.core.hardware import resolve_precision
 from fire_llm.core.hashing import hash_file
@@ -87,7 +88,7 @@ def train(stage: Stage, run: RunContext, callbacks: Sequence[Any] = ()) -> None:
         arguments,
         mixture,
         sets,
-        [*callbacks, _TokensInUse(run), *_stage_callbacks(stage, run)],
+        [*callbacks, _TokensInUse(run), _Padding(model.config), *_stage_callbacks(stage, run)],
         processing_class=run.tokenizer,
     )
     if every := recipe.evaluate.diagnostics_every_steps:
@@ -130,6 +131,21 @@ class _TokensInUse(TrainerCallback):
         self.run.refuse_changed_tokens()
 
 
+class _Padding(TrainerCallback):
+    """Keep a config without a padding token, where `Trainer` puts the tokenizer's: it may be the end of text.
+
+    What is built from such a config trains no embedding of the end of text, and draws it as zero.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.config, self.padding = config.get_text_config(), config.get_text_config().pad_token_id
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Put it back before anything is saved."""
+        if self.config.pad_token_id in (self.config.bos_token_id, self.config.eos_token_id):
+            self.config.pad_token_id = self.padding
+
+
 def mixture_of(stage: Stage, run: RunContext) -> Mixture:
     """Return the data of a stage; arms of one phase and seed get the same."""
     phase = stage.phase
@@ -155,10 +171,16 @@ def evaluation_sets(run: RunContext) -> dict[str, EvaluationSet]:
 
 def starting_model(stage: Stage, run: RunContext) -> Any:
     """Return the weights that a stage starts from, in fp32."""
+    attention = None if run.recipe.attention == "auto" else run.recipe.attention
     if stage.parent is not None:
         parent = labelled_checkpoint(run.folder / stage.parent.folder, stage.start)
-        return load_model(verified(parent), torch.float32)
-    return run.first_model(stage.seed)
+        model = load_model(verified(parent), torch.float32, attention=attention)
+    else:
+        model = run.first_model(stage.seed, attention)
+    table = model.get_input_embeddings()
+    if getattr(table, "padding_idx", None) in (run.tokenizer.bos_token_id, run.tokenizer.eos_token_id):
+        table.padding_idx = None  # torch gives a padding token no gradient, and texts hold this one
+    return model
 
 
 def _stage_callbacks(stage: Stage, run: RunContext) -> list[Any]:
@@ -232,6 +254,7 @@ def _arguments(stage: Stage, run: RunContext, folder: Path, steps: int) -> Conti
         bf16=precision.startswith("bf16"),
         bf16_params=precision == "bf16-params",
         fp16=precision == "fp16",
+        **checkpointing(recipe.gradient_checkpointing),
         torch_compile=torch.cuda.is_available() if recipe.compile == "auto" else recipe.compile,
         nonfinite=recipe.nonfinite,
         use_cpu=not torch.accelerator.is_available(),

@@ -56,7 +56,7 @@ def test_the_context_of_a_preset_follows_its_config(name):
         ("seed", [1, 1], "names a seed twice"),
         ("precision", "bf61", "precision: 'bf61' is not allowed. Did you mean 'bf16'?"),
         ("model/preset", "gpt-0.1", "model.preset: unknown preset 'gpt-0.1'. Did you mean 'gpt-0.1b'?"),
-        ("model/checkpoint", "x/y", "model: give one of preset and checkpoint"),
+        ("model/checkpoint", "x/y", "model: give one of preset, checkpoint, architecture, and config as a path"),
         ("model/context", 0, "model.context: 0 is not allowed"),
         ("tokenizer", ..., "tokenizer: a preset brings none"),
         ("tokenizer/path", "x", "tokenizer: give one of path and train"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from fire_llm.architectures.context import DEFAULT
+from fire_llm.architectures.fresh import architecture_fault
 from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.data.corpora import CorpusSpec, resolve
 from fire_llm.experiment.recipe.optimizing import optimizer_faults, optimizer_of
@@ -38,7 +40,7 @@ def path_of(loc: Iterable[Any]) -> str:
     """Write a location as `phases[1].arms.fire`."""
     text = ""
     for part in loc:
-        if part in ("int", "str"):  # branches of a union, which users never wrote
+        if part in ("int", "str", "dict[str,any]"):  # branches of a union, which users never wrote
             continue
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
     return text or "recipe"
@@ -102,18 +104,21 @@ def contradictions(recipe: Recipe) -> Iterable[str]:
     """Yield what is wrong between keys that are each right by themselves."""
     if not _NAME.fullmatch(recipe.name):
         yield f"name: '{recipe.name}' names the folder runs/NAME; {_NAMING}"
-    if (recipe.model.preset is None) == (recipe.model.checkpoint is None):
-        yield "model: give one of preset and checkpoint"
-    elif recipe.model.preset is not None and recipe.model.preset not in PRESETS:
-        near = did_you_mean(recipe.model.preset, PRESETS)
-        yield f"model.preset: unknown preset '{recipe.model.preset}'.{near} Known: {', '.join(PRESETS)}"
-    if recipe.model.checkpoint is not None and recipe.model.config:
-        yield "model.config: a checkpoint has a config of its own; remove this key, or take a preset"
+    yield from _model_contradictions(recipe.model)
     tokenizer = recipe.tokenizer
-    if tokenizer is None and recipe.model.preset is not None:
-        yield "tokenizer: a preset brings none; give a Hub id or folder, or {train: VOCABULARY_SIZE}"
+    if tokenizer is None and recipe.model.checkpoint is None and recipe.model.beginnings:
+        begins = "an" if recipe.model.beginnings[0] == "architecture" else "a"
+        yield (
+            f"tokenizer: {begins} {recipe.model.beginnings[0]} brings none; give a Hub id or folder, or "
+            "{train: VOCABULARY_SIZE}"
+        )
     if tokenizer is not None and (tokenizer.path is None) == (tokenizer.train is None):
         yield "tokenizer: give one of path and train"
+    if recipe.gradient_checkpointing and recipe.precision == "bf16-params":
+        yield (
+            "gradient_checkpointing: layers would be computed again from parameters in fp32, and bf16-params reads "
+            "them in bf16; set precision to bf16, or leave one of them out"
+        )
     if len(set(recipe.seed)) < len(recipe.seed):
         yield f"seed: {recipe.seed} names a seed twice"
     if recipe.report_to:
@@ -154,6 +159,21 @@ def contradictions(recipe: Recipe) -> Iterable[str]:
             )
 
 
+def _model_contradictions(model: ModelSection) -> Iterable[str]:
+    """Yield why a section names no model, or more than one."""
+    if len(model.beginnings) != 1:
+        both = f"; {' and '.join(model.beginnings)} are given" if model.beginnings else ""
+        yield f"model: give one of preset, checkpoint, architecture, and config as a path{both}"
+    elif model.preset is not None and model.preset not in PRESETS:
+        near = did_you_mean(model.preset, PRESETS)
+        yield f"model.preset: unknown preset '{model.preset}'.{near} Known: {', '.join(PRESETS)}"
+    if model.architecture is not None and (fault := architecture_fault(model.architecture)):
+        yield f"model.architecture: {fault}"
+    if isinstance(model.config, str) and model.config.endswith(".json") and not os.path.isfile(model.config):
+        beside = [str(path) for path in Path(model.config).parent.glob("*.json")]
+        yield f"model.config: there is no file '{model.config}'.{did_you_mean(model.config, beside)}"
+
+
 def doubts(recipe: Recipe) -> Iterable[str]:
     """Yield what of a recipe without a fault may not be meant: text that one corpus trains on and another holds out."""
     trained = dict.fromkeys(name for phase in recipe.phases for name in phase.data)
@@ -169,7 +189,7 @@ def doubts(recipe: Recipe) -> Iterable[str]:
 
 def _context(recipe: Recipe) -> int | None:
     """Return the tokens a sequence, None where a checkpoint's config has to be read for it."""
-    settings = {**PRESETS.get(recipe.model.preset or "", {}), **recipe.model.config}
+    settings = {**PRESETS.get(recipe.model.preset or "", {}), **recipe.model.attributes}
     longest = settings.get("max_position_embeddings", settings.get("n_positions"))
     own = min(longest, DEFAULT) if isinstance(longest, int) and longest > 0 else None
     return recipe.model.context or own

@@ -37,7 +37,9 @@ _LIBRARIES = (
     (r"stable_adamw", "optimi"),
     (r".*(8bit|32bit|bnb)|ademamix", "bitsandbytes"),
 )
-_NO_BETAS = ("adafactor", "sgd", "adagrad", "rmsprop")
+_NO_BETAS = r"adafactor|sgd|adagrad|rmsprop.*"
+_LACKS = {"betas": _NO_BETAS, "eps": rf"{_NO_BETAS}|.*lion.*"}
+"""Keys of AdamW, and the names of optimizers that are not given them."""
 
 
 def optimizer_of(recipe: Recipe, phase: PhaseSection) -> OptimizerSection:
@@ -48,8 +50,7 @@ def optimizer_of(recipe: Recipe, phase: PhaseSection) -> OptimizerSection:
     given = {key: getattr(phase.optimizer, key) for key in phase.optimizer.model_fields_set}
     merged = recipe.optimizer.model_copy(update=given)
     useless = {key for key, (chooser, having) in OWN_KEYS.items() if getattr(merged, chooser) not in having}
-    if merged.name.startswith(_NO_BETAS):
-        useless.add("betas")
+    useless |= {key for key, names in _LACKS.items() if re.fullmatch(names, merged.name)}
     return merged.model_copy(update={key: _default(key) for key in useless - given.keys()}) if given else merged
 
 
@@ -58,8 +59,9 @@ def optimizer_faults(section: OptimizerSection) -> Iterable[str]:
     name_fault = _name_fault(section.name)
     if name_fault:
         yield f"optimizer.name: {name_fault}"
-    if section.name.startswith(_NO_BETAS) and section.betas != _default("betas"):
-        yield f"optimizer.betas: '{section.name}' has none; remove the key"
+    for key, names in _LACKS.items():
+        if re.fullmatch(names, section.name) and getattr(section, key) != _default(key):
+            yield f"optimizer.{key}: '{section.name}' has none; remove the key"
     for key, (chooser, having) in OWN_KEYS.items():
         chosen = getattr(section, chooser)
         # At its default a key may stand anywhere, as it does in the recipe.json of every run.

@@ -5,7 +5,15 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from fire_llm.data.corpora import CorpusSpec
 from fire_llm.models import PRESETS
@@ -25,8 +33,15 @@ def _as_key(key: str) -> Any:
     return lambda value: {key: value} if isinstance(value, str) else value
 
 
-Place = Annotated[str, BeforeValidator(lambda name: os.path.expanduser(name) if isinstance(name, str) else name)]
+def _home(value: Any) -> Any:
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+Place = Annotated[str, BeforeValidator(_home)]
 """A folder, or a Hub id; `~` is the home folder."""
+
+LATER = {"architecture", "dropout", "eps", "neftune"}
+"""Keys that older runs' `unit.json` lacks."""
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """What NumPy's generator can be seeded with too."""
@@ -35,14 +50,55 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
+    def identity(self) -> dict[str, Any]:
+        """Return what `unit.json` holds of the section: everything, but for keys in `LATER` at their default."""
+        fields = type(self).model_fields
+        whole = self.model_dump(mode="json")
+        return {key: value for key, value in whole.items() if key not in LATER or value != fields[key].default}
+
 
 class ModelSection(_Section):
-    """The model: a preset, or an existing checkpoint."""
+    """The model: a preset, an existing checkpoint, or new weights of an architecture or of somebody's config."""
 
     preset: str | None = Field(None, description=f"One of {', '.join(PRESETS)}")
     checkpoint: Place | None = Field(None, description="A Hub id or a folder to start from instead of a preset")
+    architecture: str | None = Field(
+        None,
+        description="A causal LM type of transformers, such as llama, with new weights; keys of its config may stand "
+        "beside it",
+    )
     context: int | None = Field(None, ge=2, description="Tokens a sequence; the preset's own by default")
-    config: dict[str, Any] = Field(default_factory=dict, description="Attributes of the transformers config to set")
+    config: Annotated[dict[str, Any] | str, BeforeValidator(_home)] = Field(
+        default_factory=dict,
+        description="Attributes of the transformers config to set; or a config.json, a folder or a Hub id that holds "
+        "one, with new weights",
+    )
+    dropout: float | None = Field(
+        None, ge=0, lt=1, description="Share that every dropout of the model drops; the config's own by default"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _beside(cls, data: Any) -> Any:
+        """Take keys beside `architecture` that are no keys of this section for those of `config`."""
+        if not isinstance(data, dict) or data.get("architecture") is None or isinstance(data.get("config"), str):
+            return data
+        beside = {key: value for key, value in data.items() if key not in cls.model_fields}
+        config = data.get("config") or {}
+        if not beside or not isinstance(config, dict) or beside.keys() & config.keys():
+            return data
+        return {key: value for key, value in data.items() if key in cls.model_fields} | {"config": config | beside}
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Return what is set of the config; nothing where `config` is a place."""
+        return {} if isinstance(self.config, str) else self.config
+
+    @property
+    def beginnings(self) -> list[str]:
+        """Return which of the keys are given of which a model begins with one."""
+        given = {name: getattr(self, name) is not None for name in ("preset", "checkpoint", "architecture")}
+        return [name for name, there in {**given, "config": isinstance(self.config, str)}.items() if there]
 
 
 class TokenizerSection(_Section):
@@ -65,7 +121,11 @@ class OptimizerSection(_Section):
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
         [0.9, 0.95], min_length=2, max_length=2, description="AdamW's decay rates"
     )
+    eps: float = Field(1.0e-8, gt=0, description="AdamW's ε, added to the root of its second moment")
     clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0 for no clipping")
+    neftune: float | None = Field(
+        None, gt=0, description="NEFTune's α: noise of so much on the embeddings while training; none by default"
+    )
     muon_lr: float | None = Field(None, gt=0, description="Peak learning rate of Muon's matrices; lr by default")
     muon_momentum: float = Field(0.95, ge=0, lt=1, description="Share of Muon's momentum that a step keeps")
     schedule: Literal["cosine", "wsd", "infinite", "constant"] = Field("cosine", description="After the warm-up")
@@ -97,6 +157,8 @@ class OptimizerSection(_Section):
             "weight_decay": self.weight_decay,
             "adam_beta1": self.betas[0],
             "adam_beta2": self.betas[1],
+            "adam_epsilon": self.eps,
+            "neftune_noise_alpha": self.neftune,
             "max_grad_norm": self.clip,
         }
 
@@ -185,6 +247,12 @@ class Recipe(_Section):
         description="Autocast to bf16 or fp16; bf16-params: parameters are read in bf16, so that norms and the "
         "residual stream are in it too; auto: bf16 where the hardware multiplies it natively, else fp32",
     )
+    attention: Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"] = Field(
+        "auto", description="Kernels that attention is trained with; auto: transformers' choice, SDPA where it can be"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Keep a layer's input alone, and compute the layer again in the backward pass"
+    )
     compile: Literal["auto", True, False] = Field("auto", description="Use torch.compile; auto: on CUDA alone")
     nonfinite: Literal["halt", "skip"] = Field(
         "halt", description="Where a loss or gradient is not finite: stop before the step, or leave it out and count it"
@@ -239,6 +307,9 @@ def recipe_schema() -> dict[str, Any]:
         section["properties"][key] = {"anyOf": [listed["items"], listed]}
     for key in ("model", "tokenizer"):
         schema["properties"][key] = {"anyOf": [{"type": "string"}, schema["properties"][key]]}
+    # Beside an architecture stand keys of its config.
+    beside = {**sections["ModelSection"], "required": ["architecture"], "additionalProperties": True}
+    schema["properties"]["model"]["anyOf"].append(beside)
     for option in schema["$defs"]["PhaseOptimizerSection"]["properties"].values():
         option.pop("default")  # what is not given is the recipe's
     phase = schema["$defs"]["PhaseSection"]["properties"]
