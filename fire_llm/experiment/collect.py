@@ -41,12 +41,14 @@ from fire_llm.reporting.schema import (
     ResetEntry,
     Results,
     Run,
+    Sample,
     Scores,
     Start,
     Throughput,
     Versions,
 )
 from fire_llm.training.contract import MEASURED
+from fire_llm.training.generating import BEFORE, PROMPTS, SAMPLES
 from fire_llm.training.loss_jump import loss_jump
 from fire_llm.training.nonfinite import SKIPPED
 from fire_llm.training.recycling import RECYCLED
@@ -158,7 +160,18 @@ def _run(stage: Stage) -> Run:
         recycled_units=max((log.get(RECYCLED, 0) for log in history), default=0),
         loss_jump=jump,
         reset=_reset_entry(report) if report.exists() else None,
+        samples=_samples(history),
     )
+
+
+def _samples(history: list[dict[str, Any]]) -> list[Sample]:
+    """Return what a stage's model wrote."""
+    return [
+        Sample(step=log["step"], before_reset=log[BEFORE], prompt=prompt, text=text)
+        for log in history
+        if SAMPLES in log
+        for prompt, text in zip(log[PROMPTS], log[SAMPLES], strict=True)
+    ]
 
 
 def _weights(stage: Stage) -> dict[str, str]:
@@ -202,6 +215,8 @@ def _curve(history: list[dict[str, Any]], tokens_per_step: int) -> list[CurveEnt
     """Turn the trainer's log into one entry a step."""
     entries: dict[int, dict[str, Any]] = {}
     for log in history:
+        if SAMPLES in log:
+            continue
         step = log["step"]
         entry = entries.setdefault(step, {"step": step, "tokens": step * tokens_per_step, "eval": {}})
         if "loss" in log:

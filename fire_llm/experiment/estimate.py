@@ -20,6 +20,7 @@ from fire_llm.core.hardware import resolve_precision
 from fire_llm.core.terminal import open_console
 from fire_llm.experiment.batch import kept_a_token, phase_steps, split_batch
 from fire_llm.experiment.context import RunContext
+from fire_llm.experiment.generation import check_prompts
 from fire_llm.experiment.norms import norm_warnings
 from fire_llm.experiment.recipe import OptimizerSection, PhaseSection, Recipe, doubts, optimizer_of
 from fire_llm.experiment.stages import Stage, check_resets, expand, final_checkpoint, select
@@ -63,6 +64,7 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
     if words and isdir(words):  # one of the Hub's is held against the embedding when it is loaded
         chosen, section = str(recipe.model.preset or recipe.model.checkpoint), recipe.model
         config_for(chosen, tokenizer=load_tokenizer(words), context=section.context, overrides=section.config)
+        check_prompts(run)
     parameters = sum(p.numel() for p in model.parameters())
     # Where a token's operations are not counted exactly (experts, state spaces), 6 a parameter is not too few.
     flops_a_token = flops_per_token(model, run.sequence_length) or 6 * parameters

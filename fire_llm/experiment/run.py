@@ -26,6 +26,7 @@ from fire_llm.distributed import ranks
 from fire_llm.experiment.batch import phase_steps
 from fire_llm.experiment.collect import collect
 from fire_llm.experiment.context import RunContext
+from fire_llm.experiment.generation import check_prompts
 from fire_llm.experiment.jobs import Failures, Job, clear_jobs, jobs_of, link_duplicate, of_arms, only_run
 from fire_llm.experiment.norms import norm_warnings
 from fire_llm.experiment.processes import Workers
@@ -162,6 +163,8 @@ class _Command:
         wanted = of_arms(jobs, self.arms)
         ahead = [job.stage for job in wanted if not job.done()]
         check_resets(ahead)
+        for run in {job.run for job in wanted if not job.done()}:
+            check_prompts(run)
         if self.progress and ranks().is_main_process:
             sys.stderr.writelines(f"warning: {warning}\n" for warning in norm_warnings(ahead))
         if ranks().num_processes > 1 or launched():
@@ -219,6 +222,7 @@ class _Command:
             tokens = 0
             try:
                 if not job.done():
+                    check_prompts(job.run, run.tokenizer)
                     for name in recipe.evaluated():  # the shorter part first: a fault of it is found soon
                         run.held_out(name)
                     for name in stage.phase.data:

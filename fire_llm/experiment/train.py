@@ -25,6 +25,7 @@ from fire_llm.evaluation.measurement import first_token
 from fire_llm.experiment.batch import phase_steps, split_batch
 from fire_llm.experiment.collect import measured_nll
 from fire_llm.experiment.context import RunContext
+from fire_llm.experiment.generation import generation
 from fire_llm.experiment.recipe import optimizer_of
 from fire_llm.experiment.stages import REPORT, Stage, final_checkpoint, labelled_checkpoint
 from fire_llm.models import load_model
@@ -33,6 +34,7 @@ from fire_llm.training import (
     ContinualTrainer,
     DiagnosticsCallback,
     EvaluationSet,
+    GenerationCallback,
     KeptOptimizer,
     LossJumpCallback,
     PenaltyCallback,
@@ -61,6 +63,7 @@ def train(stage: Stage, run: RunContext, callbacks: Sequence[Any] = ()) -> None:
     recipe, folder = run.recipe, run.folder / stage.folder
     resume = resumption(folder, stage.title)
     mixture = mixture_of(stage, run)
+    writing = generation(run, stage.seed)
     steps = phase_steps(stage.phase, recipe.batch.tokens_per_step, mixture.epoch_tokens)
     beyond = [k for k in stage.phase.keep if isinstance(k, int) and k > steps]
     if beyond:
@@ -86,7 +89,7 @@ def train(stage: Stage, run: RunContext, callbacks: Sequence[Any] = ()) -> None:
         arguments,
         mixture,
         sets,
-        [*callbacks, _TokensInUse(run), *_stage_callbacks(stage, run)],
+        [*callbacks, _TokensInUse(run), *_stage_callbacks(stage, run, writing)],
         processing_class=run.tokenizer,
     )
     if every := recipe.evaluate.diagnostics_every_steps:
@@ -159,17 +162,22 @@ def starting_model(stage: Stage, run: RunContext) -> Any:
     return run.first_model(stage.seed)
 
 
-def _stage_callbacks(stage: Stage, run: RunContext) -> list[Any]:
-    """Return what a stage adds to its phase: the parent's optimizer, the reset, what acts while training, the jump."""
+def _stage_callbacks(stage: Stage, run: RunContext, writing: GenerationCallback | None) -> list[Any]:
+    """Return what a stage adds to its phase: the parent's optimizer, the reset, what acts while training, the jump.
+
+    What writes text stands behind all that changes weights, and once before the reset.
+    """
     parent = labelled_checkpoint(run.folder / stage.parent.folder, stage.start) if stage.parent else None
     callbacks: list[Any] = []
     if parent is not None and stage.phase.optimizer_state == "kept":
         callbacks.append(KeptOptimizer(parent))
+    if writing is not None and any(r.kind == "transition" and r.method != "none" for r in stage.resets):
+        callbacks.append(writing.before_reset())
     if stage.arm:
         callbacks += _resetting(stage, run)
         if parent is not None and stage.resets:
             callbacks.append(LossJumpCallback(measured_nll(parent), run.config.get_text_config().vocab_size))
-    return callbacks
+    return callbacks if writing is None else [*callbacks, writing]
 
 
 def _resetting(stage: Stage, run: RunContext) -> list[Any]:
@@ -219,6 +227,7 @@ def _arguments(stage: Stage, run: RunContext, folder: Path, steps: int) -> Conti
         eval_on_start=True,
         save_strategy="steps",
         save_steps=recipe.save_every_steps,
+        save_every_minutes=recipe.save_every_minutes,
         keep_last=recipe.keep_last,
         eval_context=run.sequence_length,
         eval_precision=recipe.evaluate.precision,

@@ -15,6 +15,7 @@ from fire_llm.reporting.plots.diagnostics import MEASURES, measure_figure
 from fire_llm.reporting.plots.matrices import Reading, heat_figure, is_matrix, matrices, spectra_figure, values
 from fire_llm.reporting.plots.sweep import key_figure
 from fire_llm.reporting.plots.transfer import corpora_figure
+from fire_llm.reporting.samples import Prompted, samples
 from fire_llm.reporting.schema import ResetEntry, Results, Run, Transfer
 from fire_llm.reporting.sequence import PhaseSequence, every_table
 from fire_llm.reporting.table import DASH, Row, Table
@@ -116,6 +117,8 @@ class Section:
     chips: list[tuple[str, Style]]
     """A button an arm."""
     blocks: list[Block]
+    samples: list[Prompted]
+    """What the models wrote, by prompt."""
     made: Table
     """How each arm was made."""
     untouched: list[LeftAlone]
@@ -152,6 +155,7 @@ def section(results: Results, index: int) -> Section:
         note=" ".join(filter(None, (note, results.evaluation_note))),
         chips=list(looks.items()),
         blocks=numbered(blocks, f"r{index}"),
+        samples=samples(c),
         made=Table("", MADE, tuple(_made(c, arm, reports.get(arm)) for arm in c.arms), ("arm", "reset")),
         untouched=_untouched(reports),
         recipe=yaml.safe_dump(results.recipe, sort_keys=False, allow_unicode=True) if results.recipe else "",

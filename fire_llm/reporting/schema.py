@@ -217,6 +217,15 @@ class ResetEntry(Record):
     not_copied: list[str] = Field([], description="In `fire.json`: files that do not belong to a model")
 
 
+class Sample(Record):
+    """Text that the model wrote, for people to read."""
+
+    step: int = Field(description="Optimizer steps of this phase")
+    before_reset: bool = Field(False, description="Whether the weights are those from before the reset; step 0 alone")
+    prompt: str = Field(description="What it was written after, as the recipe gives it")
+    text: str = Field(description="What was written, without the prompt")
+
+
 class Run(Record):
     """One phase as one arm and one seed went through it."""
 
@@ -248,6 +257,7 @@ class Run(Record):
         {}, description="Of an arm, by corpus that its parent was measured on at that step"
     )
     reset: ResetEntry | None = Field(None, description="Null in a phase without arms")
+    samples: list[Sample] = Field([], description="What the model wrote, by step and prompt (`generate`)")
 
 
 class Arm(Record):
@@ -407,7 +417,7 @@ class InspectedMatrix(BaseModel):
 
 PARTS: tuple[type[Record], ...] = (
     Results, Versions, Hardware, ModelSummary, Measurement, CorpusSize, Arm, Run, Start, CurveEntry, Scores,
-    Diagnostics, Throughput, LossJump, ResetEntry, ResetSetting, TensorEntry,
+    Diagnostics, Throughput, LossJump, ResetEntry, ResetSetting, TensorEntry, Sample,
 )  # fmt: skip
 """The parts of results.json, in the order of the page."""
 

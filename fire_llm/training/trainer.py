@@ -37,7 +37,7 @@ from fire_llm.training.loss import smoothed_nll, summed_loss
 from fire_llm.training.nonfinite import SKIPPED, FiniteGuard, propagate_nonfinite
 from fire_llm.training.optimizers import muon_adamw, scheduled
 from fire_llm.training.penalties import add_penalties
-from fire_llm.training.preemption import Stopping
+from fire_llm.training.preemption import Stopping, TimedSaves
 from fire_llm.training.progress import Progress, report_line
 from fire_llm.training.saving import Saver, checkpoint_to_resume
 from fire_llm.training.sharding import load_optimizer, load_weights, refuse_engines, sharding, whole_weights
@@ -151,8 +151,8 @@ class ContinualTrainer(Trainer):
         """Hash of every token id trained on, the step it was seen at included; order within a step does not count."""
         self.callback_handler.callbacks.pop()  # `Trainer`'s own bar or printer, which it adds last
         self._progress = Progress()
-        # Stopping is behind what asks for a log where something is saved: a signal's save has none.
-        for callback in (Keeping(), Stopping(), self._progress):
+        # What signals and clocks ask for is behind what asks for a log where something is saved: such a save has none.
+        for callback in (Keeping(), TimedSaves(), Stopping(), self._progress):
             self.add_callback(callback)
 
     def train(
@@ -496,7 +496,8 @@ class ContinualTrainer(Trainer):
         return str(self.saver.staging or self.args.output_dir)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self.saver.save(partial(super()._save_checkpoint, model, trial))
+        with self._throughput.left_out():
+            self.saver.save(partial(super()._save_checkpoint, model, trial))
 
     def _load_best_model(self) -> None:
         self.settle()

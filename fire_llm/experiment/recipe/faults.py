@@ -18,6 +18,7 @@ from fire_llm.experiment.recipe.optimizing import optimizer_faults, optimizer_of
 from fire_llm.experiment.recipe.sections import (
     BatchSection,
     EvaluateSection,
+    GenerateSection,
     ModelSection,
     OptimizerSection,
     PhaseSection,
@@ -72,6 +73,7 @@ def _fields_at(loc: Iterable[Any]) -> list[str]:
     sections: dict[str, type[BaseModel]] = {
         "model": ModelSection, "tokenizer": TokenizerSection, "optimizer": OptimizerSection, "batch": BatchSection,
         "phases": PhaseSection, "evaluate": EvaluateSection, "corpora": CorpusSpec,
+        "generate": GenerateSection,
     }  # fmt: skip
     # A phase's optimizer is the innermost section of its place.
     first = next((part for part in [*loc][::-1] if part in sections), None)
@@ -124,6 +126,11 @@ def contradictions(recipe: Recipe) -> Iterable[str]:
         yield (
             f"batch.tokens_per_step: {recipe.batch.tokens_per_step} is not a multiple of the context, {context}. "
             f"The nearest is {nearest}"
+        )
+    if recipe.generate and context and recipe.generate.max_new_tokens >= context:
+        yield (
+            f"generate.max_new_tokens: {recipe.generate.max_new_tokens} do not fit into the context, {context}, behind "
+            f"the token that is read first; give at most {context - 1}, less what the prompts take"
         )
     earlier: dict[str, list[str]] = {}
     for n, phase in enumerate(recipe.phases):

@@ -164,6 +164,19 @@ class EvaluateSection(_Section):
     )
 
 
+class GenerateSection(_Section):
+    """Text that the model writes while it trains, for people to read; nothing that is measured depends on it."""
+
+    prompts: Annotated[list[str], BeforeValidator(as_list)] = Field(
+        min_length=1, description="Texts to write after; '' for none"
+    )
+    every_steps: int | None = Field(None, ge=1, description="Optimizer steps between two times; at every evaluation")
+    max_new_tokens: int = Field(32, ge=1, description="Most tokens written; with the prompt they fit into the context")
+    temperature: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="0: the likeliest token each time; above: drawn, from one seed"
+    )
+
+
 class Recipe(_Section):
     """A whole experiment: phases in order, and what stands between them."""
 
@@ -186,10 +199,16 @@ class Recipe(_Section):
         "halt", description="Where a loss or gradient is not finite: stop before the step, or leave it out and count it"
     )
     save_every_steps: int = Field(500, ge=1, description="Optimizer steps between the checkpoints a run resumes from")
+    save_every_minutes: float | None = Field(
+        None, gt=0, description="Minutes after which such a checkpoint is written too; by steps alone by default"
+    )
     keep_last: int = Field(1, ge=1, description="Newest checkpoints of a phase that stay, beside those it keeps")
     log_every_steps: int = Field(10, ge=1, description="Optimizer steps a logged training loss is the mean of")
     phases: list[PhaseSection] = Field(min_length=1)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
+    generate: GenerateSection | None = Field(
+        None, description="Text that the model writes at evaluations, before and after resets; none by default"
+    )
     sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         default_factory=dict, description="{dotted key: values}: a grid of runs, for fire-llm sweep"
     )
@@ -224,7 +243,8 @@ def recipe_schema() -> dict[str, Any]:
     schema["$defs"]["PhaseSection"]["properties"]["arms"] = {"type": "object", "additionalProperties": arms}
     # What a validator accepts in shorthand, editors must accept too.
     sections = schema["$defs"]
-    for section, key in ((schema, "seed"), (sections["PhaseSection"], "keep"), (sections["EvaluateSection"], "data")):
+    lists = {"PhaseSection": "keep", "EvaluateSection": "data", "GenerateSection": "prompts"}
+    for section, key in ((schema, "seed"), *((sections[name], key) for name, key in lists.items())):
         listed = section["properties"][key]
         section["properties"][key] = {"anyOf": [listed["items"], listed]}
     for key in ("model", "tokenizer"):
