@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from fire_llm.architectures.matrices import logical_matrices
-from fire_llm.core.atomic import BYTES_A_PARAMETER, free_bytes, write_json
+from fire_llm.core.atomic import AVERAGED_BYTES, BYTES_A_PARAMETER, free_bytes, write_json
 from fire_llm.core.errors import UserError
 from fire_llm.core.hardware import resolve_precision
 from fire_llm.core.hashing import hash_file
@@ -33,6 +33,7 @@ from fire_llm.training import (
     ContinualArguments,
     ContinualTrainer,
     DiagnosticsCallback,
+    EarlyStopCallback,
     EvaluationSet,
     GenerationCallback,
     KeptOptimizer,
@@ -72,7 +73,8 @@ def train(stage: Stage, run: RunContext, callbacks: Sequence[Any] = ()) -> None:
     if recipe.batch.document_mask:
         check_document_mask(model)
     # One checkpoint more than are kept while the newest is written.
-    needed = BYTES_A_PARAMETER * model.num_parameters() * (1 + recipe.keep_last + len(stage.phase.keep))
+    each = BYTES_A_PARAMETER + (AVERAGED_BYTES if stage.phase.ema else 0)
+    needed = each * model.num_parameters() * (1 + recipe.keep_last + len(stage.phase.keep))
     if (free := free_bytes(folder)) < needed:
         raise UserError(
             f"'{folder}' has {free / 1e9:.2g} GB free and the stage's checkpoints take {needed / 1e9:.2g} GB: "
@@ -177,6 +179,8 @@ def _stage_callbacks(stage: Stage, run: RunContext, writing: GenerationCallback 
         callbacks += _resetting(stage, run)
         if parent is not None and stage.resets:
             callbacks.append(LossJumpCallback(measured_nll(parent), run.config.get_text_config().vocab_size))
+    if (stop := stage.phase.stop) is not None:
+        callbacks.append(EarlyStopCallback(stop.corpus, stop.patience, stop.min_delta))
     return callbacks if writing is None else [*callbacks, writing]
 
 
@@ -232,6 +236,7 @@ def _arguments(stage: Stage, run: RunContext, folder: Path, steps: int) -> Conti
         eval_context=run.sequence_length,
         eval_precision=recipe.evaluate.precision,
         best_corpora=dict(stage.phase.data),
+        ema_decay=stage.phase.ema.decay if stage.phase.ema else None,
         keep_best="best" in stage.phase.keep,
         keep_steps=[k for k in stage.phase.keep if isinstance(k, int)],
         seed=stage.seed,

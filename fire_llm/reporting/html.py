@@ -22,6 +22,7 @@ from fire_llm.reporting.table import DASH, Row, Table
 
 LOSS = "The axis first shows what follows the first third of training; double-click to see everything."
 BAND = "The line is the mean over the seeds, the band their range. "
+EMA = " Dotted: the moving average of the weights (EMA)."
 STEPS = "How much sooner an arm first reaches the loss on {} with which full reset ends."
 RETENTION = "Forgetting is the final NLL on {} less that of the checkpoint the arm started from. Positive: lost."
 STREAM = (
@@ -169,11 +170,12 @@ def _outcome(c: Comparison, looks: Mapping[str, Style]) -> list[Block]:
     saved = {arm: c.saved(arm) for arm in c.arms if arm in rivals}
     points = {arm: c.retention(arm) for arm in c.arms}
     several = any(c.seeds(arm) > 1 for arm in c.arms)
+    averaged = any(run.final_ema for arm in c.arms for run in c.runs(arm))
     loss, dots = (BAND + LOSS, " Small markers are seeds.") if several else (LOSS, "")
     held_out = [(corpus, plots.loss_figure(c.arms, corpus, looks)) for corpus in c.corpora]
     retention = plots.retention_figure(points, looks, str(c.new))
     return [
-        Block("Loss on held-out text", loss, drawn(*held_out)),
+        Block("Loss on held-out text", loss + (EMA if averaged else ""), drawn(*held_out)),
         Block("Training loss", loss, drawn(("", plots.loss_figure(c.arms, None, looks, 300)))),
         Block("Steps saved", STEPS.format(c.new) + dots, drawn(("", plots.steps_figure(saved, looks)))),
         Block("Plasticity and retention", RETENTION.format(c.first) + dots, drawn(("", retention))),

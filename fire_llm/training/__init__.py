@@ -7,6 +7,7 @@ from fire_llm.training.arguments import ContinualArguments
 from fire_llm.training.batches import hash_batch
 from fire_llm.training.callbacks import KeptOptimizer, ResetCallback
 from fire_llm.training.diagnosing import DiagnosticsCallback
+from fire_llm.training.early_stop import EarlyStopCallback
 from fire_llm.training.generating import GenerationCallback
 from fire_llm.training.loss_jump import LossJumpCallback
 from fire_llm.training.optimizers import MuonAdamW
@@ -19,6 +20,7 @@ __all__ = [
     "ContinualArguments",
     "ContinualTrainer",
     "DiagnosticsCallback",
+    "EarlyStopCallback",
     "EvaluationSet",
     "GenerationCallback",
     "KeptOptimizer",

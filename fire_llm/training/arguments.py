@@ -46,6 +46,9 @@ class ContinualArguments(TrainingArguments):
         default=None,
         metadata={"help": "Weights, by corpus, of the mean NLL (nats a token) that decides the best checkpoint."},
     )
+    ema_decay: float | None = _option(
+        None, "Share of a moving average of the weights that a step keeps, saved as ema/ in checkpoints; None: none."
+    )
     keep_best: bool = _option(False, "Keep the checkpoint with the lowest validation NLL.")
     keep_last: int | None = _option(None, "Number of the newest checkpoints that stay; None: save_total_limit, else 1.")
     keep_steps: list[int] = field(
@@ -82,6 +85,8 @@ class ContinualArguments(TrainingArguments):
             )
         if self.save_every_minutes is not None and not self.save_every_minutes > 0:
             raise UserError(f"save_every_minutes {self.save_every_minutes}: it must be above 0, or None")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise UserError(f"ema_decay {self.ema_decay}: it must lie between 0 and 1, such as 0.999, or be None")
         if self.nonfinite not in ("halt", "skip"):
             raise UserError(f"nonfinite '{self.nonfinite}': it must be one of halt, skip")
         if None not in (self.keep_last, self.save_total_limit) and self.keep_last != self.save_total_limit:

@@ -30,6 +30,7 @@ from fire_llm.evaluation.scoring import IGNORE
 from fire_llm.evaluation.texts import EvaluationSet
 from fire_llm.linalg.matmul import settings_kept
 from fire_llm.training.arguments import adopted
+from fire_llm.training.averaging import Averaging
 from fire_llm.training.batches import FromStep, Windows, hash_batch, labels_are_shifted, order_of, targets_of
 from fire_llm.training.callbacks import Keeping, ResetCallback
 from fire_llm.training.contract import METHODS, PARAMETERS, Given, refuse_options
@@ -125,6 +126,7 @@ class ContinualTrainer(Trainer):
         refuse_options(Given(args, self.order, causal, self.evaluation_sets, eval_dataset, **known))
         self.saver = Saver(self)
         self.guard = FiniteGuard(self)
+        self.averaging = Averaging(self)
         self._resumed_step = self._resumed_samples = 0
         self._shifted: bool | None = None
         """What the first training batch showed of its labels, where `args.labels_shifted` is None."""
@@ -152,7 +154,7 @@ class ContinualTrainer(Trainer):
         self.callback_handler.callbacks.pop()  # `Trainer`'s own bar or printer, which it adds last
         self._progress = Progress()
         # What signals and clocks ask for is behind what asks for a log where something is saved: such a save has none.
-        for callback in (Keeping(), TimedSaves(), Stopping(), self._progress):
+        for callback in (self.averaging, Keeping(), TimedSaves(), Stopping(), self._progress):
             self.add_callback(callback)
 
     def train(
@@ -473,6 +475,10 @@ class ContinualTrainer(Trainer):
                 state.best_metric, state.best_global_step = nll, state.global_step
                 self.control.should_save = True
             self.log(dict(metrics))
+            if own and self.is_in_train and self.averaging.on and state.global_step > 0:
+                with self.averaging.applied():
+                    averaged = validate(self.model, sets, self.args, "ema")
+                self.log(averaged)
             self.control = self.callback_handler.on_evaluate(self.args, state, self.control, metrics)
         for name, text in sets.items() if self.compute_metrics is not None else ():
             context = choose_context(self.model.config, self.args.eval_context)

@@ -124,6 +124,22 @@ class BatchSection(_Section):
     document_mask: bool = Field(False, description="Attention and positions stay within documents, inside blocks too")
 
 
+class EmaSection(_Section):
+    """An exponential moving average of a phase's weights, one more checkpoint."""
+
+    decay: float = Field(0.999, gt=0, lt=1, description="Share of the average that a step keeps")
+
+
+class StopSection(_Section):
+    """When a phase ends before its last step."""
+
+    corpus: str = Field(description="An evaluated corpus")
+    patience: int = Field(3, ge=1, description="Evaluations in a row without a fall of its NLL that end the phase")
+    min_delta: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="Nats a token below the lowest so far that count as a fall"
+    )
+
+
 class PhaseSection(_Section):
     """One phase of training on one mixture of corpora."""
 
@@ -143,6 +159,8 @@ class PhaseSection(_Section):
     keep: Annotated[list[int | str], BeforeValidator(as_list)] = Field(
         default_factory=list, description="Checkpoints that stay beside the final one: best, or numbers of steps"
     )
+    ema: EmaSection | None = Field(None, description="Average the weights over the steps: one more checkpoint, ema")
+    stop: StopSection | None = Field(None, description="End the phase early; it trains to its last step by default")
     start_from: dict[str, Annotated[list[int | str], BeforeValidator(as_list)]] | None = Field(
         None, description="{phase or phase/arm: checkpoint or checkpoints}; the previous phase's final one by default"
     )
