@@ -67,5 +67,5 @@ class Beginning:
 
 def local(tensor: Any) -> Tensor:
     """Return what this rank holds of a tensor."""
-    local: Tensor = (tensor.tolocal() if hasattr(tensor, "to_local") else tensor).detach()
+    local: Tensor = (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
     return local
