@@ -67,7 +67,7 @@ def continuations(model: Any, prompts: Prompts) -> list[str]:
     Raises:
         UserError: The model has no `generate`.
     """
-    inner = unwrap(model)
+    inner: Any = unwrap(model)
     if not (hasattr(inner, "can_generate") and inner.can_generate()):
         raise UserError(f"generate: {type(inner).__name__} cannot write text; leave generate out")
     device, tokenizer = device_of(inner), prompts.tokenizer

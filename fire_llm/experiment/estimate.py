@@ -101,7 +101,7 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
         "precision": resolve_precision(recipe.precision),
         "optimizer": _optimizer(recipe.optimizer, model),
         "schedule": _schedule(recipe.optimizer),
-        "own": [own for phase in recipe.phases if (own := _own(recipe, phase, model))],
+        "own": [*(own for phase in recipe.phases if (own := _own(recipe, phase, model))), *_pushed(recipe)],
         "stages": rows,
         "warnings": norm_warnings(stages),
         "machines": _machines(run, parameters, TRAINING_BYTES + averaged, sum(row["flops"] or 0 for row in rows)),
@@ -157,6 +157,15 @@ def _own(recipe: Recipe, phase: PhaseSection, model: Any) -> str:
     if (stop := phase.stop) is not None:
         parts.append(f"ends early where the NLL of {stop.corpus} has not fallen for {stop.patience} evaluation(s)")
     return f"phase {phase.name}: {'; '.join(parts)}" if parts else ""
+
+
+def _pushed(recipe: Recipe) -> list[str]:
+    """Return in words what is pushed where; nothing where nothing is."""
+    if (hub := recipe.hub) is None:
+        return []
+    what = {"end": "the final checkpoint", "best": "the best checkpoint", "every save": "every checkpoint"}[hub.push]
+    seen = "private" if hub.private else "public where it is made"
+    return [f"pushed to {hub.repo} ({seen}): {what} of each stage, to a branch {recipe.name}/STAGE"]
 
 
 def _optimizer(section: OptimizerSection, model: Any) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fire_llm.evaluation.generation import Prompts
 from fire_llm.experiment.context import RunContext
-from fire_llm.training.generating import GenerationCallback
+
+if TYPE_CHECKING:
+    from fire_llm.training import GenerationCallback
 
 
 def prompts_of(run: RunContext, tokenizer: Any, seed: int = 0) -> Prompts:
@@ -42,6 +44,8 @@ def check_prompts(run: RunContext, tokenizer: Any = None) -> None:
 
 def generation(run: RunContext, seed: int) -> GenerationCallback | None:
     """Return what writes text in a stage of a seed; None where the recipe asks for none."""
+    from fire_llm.training import GenerationCallback  # the trainer takes seconds to import
+
     section = run.recipe.generate
     if section is None:
         return None

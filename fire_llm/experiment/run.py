@@ -22,7 +22,7 @@ from fire_llm.core.errors import UserError
 from fire_llm.core.locks import held, lock_of
 from fire_llm.core.ranks import launched, settle_launcher
 from fire_llm.core.signals import signals_handled
-from fire_llm.distributed import ranks
+from fire_llm.distributed import ranks, together
 from fire_llm.experiment.batch import phase_steps
 from fire_llm.experiment.collect import collect
 from fire_llm.experiment.context import RunContext
@@ -31,6 +31,7 @@ from fire_llm.experiment.jobs import Failures, Job, clear_jobs, jobs_of, link_du
 from fire_llm.experiment.norms import norm_warnings
 from fire_llm.experiment.processes import Workers
 from fire_llm.experiment.progress import Overview, StepReport
+from fire_llm.experiment.pushing import check_hub, push_stage
 from fire_llm.experiment.recipe import Recipe, Trial
 from fire_llm.experiment.resources import registered_here, small, threads_asked_for, worker_count
 from fire_llm.experiment.stages import Stage, check_resets, refuse_links, refuse_other_recipe
@@ -163,8 +164,9 @@ class _Command:
         wanted = of_arms(jobs, self.arms)
         ahead = [job.stage for job in wanted if not job.done()]
         check_resets(ahead)
-        for run in {job.run for job in wanted if not job.done()}:
+        for run in {stage.run for stage in ahead}:
             check_prompts(run)
+        together(None, lambda: check_hub(ahead) if ranks().is_main_process else None, "hub")
         if self.progress and ranks().is_main_process:
             sys.stderr.writelines(f"warning: {warning}\n" for warning in norm_warnings(ahead))
         if ranks().num_processes > 1 or launched():
@@ -184,6 +186,8 @@ class _Command:
             if self.alone and left:
                 raise RuntimeError(f"{'; '.join(ended)}; the same command goes on from the newest checkpoints")
             failed += [{"stage": "", "message": message, "code": 1, "log": None} for message in ended if left]
+            for job in jobs:
+                push_stage(job.stage)
             with held(lock_of(self.output, "results"), wait=True):
                 results = [_gather(trial, jobs) for trial in self.trials]
         return Sweep(list(self.trials), results, failed, left)
@@ -266,6 +270,8 @@ class _Command:
                         if not job.done():
                             train(job.stage, job.run)
                             release_memory()
+                for stage in _stages(trial, jobs) if state.is_main_process else ():
+                    push_stage(stage)
                 results.append(_gather(trial, jobs, state.is_main_process))
         return results
 

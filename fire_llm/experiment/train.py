@@ -26,6 +26,7 @@ from fire_llm.experiment.batch import phase_steps, split_batch
 from fire_llm.experiment.collect import measured_nll
 from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.generation import generation
+from fire_llm.experiment.pushing import PushCallback, push_stage
 from fire_llm.experiment.recipe import optimizer_of
 from fire_llm.experiment.stages import REPORT, Stage, final_checkpoint, labelled_checkpoint
 from fire_llm.models import load_model
@@ -105,6 +106,8 @@ def train(stage: Stage, run: RunContext, callbacks: Sequence[Any] = ()) -> None:
         raise RuntimeError(f"{stage.title}: training ended before its last step")
     if ranks().is_main_process and (folder / REPORT).exists():
         write_json(folder / "unit.json", {**unit, "reset": hash_file(folder / REPORT)})
+    if ranks().is_main_process:
+        push_stage(stage)
 
 
 def _begun_with(stage: Stage, run: RunContext) -> dict[str, Any]:
@@ -181,6 +184,8 @@ def _stage_callbacks(stage: Stage, run: RunContext, writing: GenerationCallback 
             callbacks.append(LossJumpCallback(measured_nll(parent), run.config.get_text_config().vocab_size))
     if (stop := stage.phase.stop) is not None:
         callbacks.append(EarlyStopCallback(stop.corpus, stop.patience, stop.min_delta))
+    if run.recipe.hub is not None and run.recipe.hub.push == "every save":
+        callbacks.append(PushCallback(stage))
     return callbacks if writing is None else [*callbacks, writing]
 
 

@@ -35,11 +35,11 @@ class Prompted:
 
 def samples(c: Comparison) -> list[Prompted]:
     """Return what was written, by prompt; nothing where a run wrote nothing."""
-    arms = {(run.phase, arm, run.seed): (arm, run) for arm in c.arms for run in c.runs(arm)}
-    others = {(r.phase, r.arm, r.seed): (" / ".join(filter(None, (r.phase, r.arm))), r) for r in c.results.phases}
-    every = [*({**others, **arms}).values()]
-    seeds = [run.seed for _, run in arms.values() or others.values()]
-    chosen = [(name, run) for name, run in arms.values() or others.values() if run.seed == seeds[0]]
+    arms = [(arm, run) for arm in c.arms for run in c.runs(arm)]
+    others = [(" / ".join(filter(None, (run.phase, run.arm))), run) for run in c.results.phases]
+    every = [*others, *arms]
+    seeds = [run.seed for _, run in arms or others]
+    chosen = [(name, run) for name, run in arms or others if run.seed == seeds[0]]
     prompts = dict.fromkeys(sample.prompt for _, run in every for sample in run.samples)
     found = []
     for prompt in prompts:

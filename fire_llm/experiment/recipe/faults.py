@@ -21,6 +21,7 @@ from fire_llm.experiment.recipe.sections import (
     EmaSection,
     EvaluateSection,
     GenerateSection,
+    HubSection,
     ModelSection,
     OptimizerSection,
     PhaseSection,
@@ -33,6 +34,7 @@ from fire_llm.models import PRESETS
 from fire_llm.resets import RESETS, ResetSpec
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _NAMING = "use at most 64 letters, digits, '.', '_', '+' and '-', a letter or digit first"
 _TAKEN = re.compile(r"tokenizer|.*\.(json|html|lock|partial)", re.IGNORECASE)
 """Names in a run's folder that are not phases'."""
@@ -77,6 +79,7 @@ def _fields_at(loc: Iterable[Any]) -> list[str]:
         "model": ModelSection, "tokenizer": TokenizerSection, "optimizer": OptimizerSection, "batch": BatchSection,
         "phases": PhaseSection, "evaluate": EvaluateSection, "corpora": CorpusSpec,
         "generate": GenerateSection, "ema": EmaSection, "stop": StopSection,
+        "hub": HubSection,
     }  # fmt: skip
     # A phase's optimizer is the innermost section of its place.
     first = next((part for part in [*loc][::-1] if part in sections), None)
@@ -135,6 +138,8 @@ def contradictions(recipe: Recipe) -> Iterable[str]:
             f"generate.max_new_tokens: {recipe.generate.max_new_tokens} do not fit into the context, {context}, behind "
             f"the token that is read first; give at most {context - 1}, less what the prompts take"
         )
+    if recipe.hub is not None:
+        yield from _hub_faults(recipe, recipe.hub)
     earlier: dict[str, list[str]] = {}
     for n, phase in enumerate(recipe.phases):
         own = [fault for fault in optimizer_faults(optimizer_of(recipe, phase)) if fault not in common]
@@ -242,6 +247,15 @@ def _phase_contradictions(recipe: Recipe, phase: PhaseSection, earlier: dict[str
         if missing:
             example = f"{armed[-1].name}/{next(iter(armed[-1].arms or {}))}"
             yield f"start_from: the previous phase has arms; say which to go on from, such as {{{example}: final}}"
+
+
+def _hub_faults(recipe: Recipe, hub: HubSection) -> Iterable[str]:
+    """Yield why checkpoints cannot be pushed, as far as the recipe shows it."""
+    if not _REPOSITORY.fullmatch(hub.repo) or "--" in hub.repo or ".." in hub.repo or hub.repo.endswith(".git"):
+        yield f"hub.repo: '{hub.repo}' is no repository of the Hub; write owner/name"
+    for n, phase in enumerate(recipe.phases):
+        if hub.push == "best" and "best" not in phase.keep:
+            yield f"phases[{n}].keep: hub.push is best, and '{phase.name}' keeps no best; add it, or push end"
 
 
 def _stop_contradictions(recipe: Recipe, phase: PhaseSection, stop: StopSection) -> Iterable[str]:

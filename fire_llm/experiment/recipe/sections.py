@@ -195,6 +195,16 @@ class GenerateSection(_Section):
     )
 
 
+class HubSection(_Section):
+    """Where checkpoints are pushed to: a branch NAME/PHASE/ARM/seed-N for each stage."""
+
+    repo: str = Field(description="A model repository of the Hub, owner/name; made where there is none")
+    push: Literal["end", "best", "every save"] = Field(
+        "end", description="Of each stage: the final checkpoint; the best one; each that is written, the final one last"
+    )
+    private: bool = Field(True, description="Make a private repository, and refuse one that is public")
+
+
 class Recipe(_Section):
     """A whole experiment: phases in order, and what stands between them."""
 
@@ -227,6 +237,7 @@ class Recipe(_Section):
     generate: GenerateSection | None = Field(
         None, description="Text that the model writes at evaluations, before and after resets; none by default"
     )
+    hub: HubSection | None = Field(None, description="Push checkpoints to the Hub; none by default")
     sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         default_factory=dict, description="{dotted key: values}: a grid of runs, for fire-llm sweep"
     )
