@@ -74,7 +74,7 @@ def check_hub(stages: Iterable[Stage]) -> None:
         raise UserError(f"{said}: the login was not accepted ({_said(error)}): `hf auth login`, or HF_TOKEN") from error
     try:
         api.create_repo(section.repo, private=section.private, exist_ok=True)
-        there = api.repo_info(section.repo)
+        there = api.model_info(section.repo)
         if section.private and there.private is False:
             raise UserError(
                 f"{said} is public, and hub.private is true: make it private on its page, or write private: false"
