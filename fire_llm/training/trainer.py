@@ -43,6 +43,7 @@ from fire_llm.training.progress import Progress, report_line
 from fire_llm.training.saving import Saver, checkpoint_to_resume
 from fire_llm.training.sharding import load_optimizer, load_weights, refuse_engines, sharding, whole_weights
 from fire_llm.training.throughput import throughput
+from fire_llm.training.trackers import guard_trackers
 from fire_llm.training.validation import validate
 
 
@@ -152,9 +153,11 @@ class ContinualTrainer(Trainer):
         self.batches_hash = torch.zeros((), dtype=torch.int64, device=args.device)
         """Hash of every token id trained on, the step it was seen at included; order within a step does not count."""
         self.callback_handler.callbacks.pop()  # `Trainer`'s own bar or printer, which it adds last
-        self._progress = Progress()
+        self.trackers = guard_trackers(self)
+        """Of `args.report_to`, and of `callbacks`."""
+        self._progress, self._stopping = Progress(), Stopping()
         # What signals and clocks ask for is behind what asks for a log where something is saved: such a save has none.
-        for callback in (self.averaging, Keeping(), TimedSaves(), Stopping(), self._progress):
+        for callback in (self.averaging, Keeping(), TimedSaves(), self._stopping, self._progress):
             self.add_callback(callback)
 
     def train(
@@ -197,6 +200,7 @@ class ContinualTrainer(Trainer):
             trained = super().train(checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
             self.guard.settle()  # of the last step, where a callback ended training and nothing was logged
             self.settle()
+            self._stopping.end(args, self.state)
             return trained
         except BaseException:
             self.settle(report=True)

@@ -17,6 +17,10 @@ def as_list(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
+def _trackers(value: Any) -> Any:
+    return [] if value in (None, "none", ["none"]) else as_list(value)
+
+
 def _as_key(key: str) -> Any:
     return lambda value: {key: value} if isinstance(value, str) else value
 
@@ -232,6 +236,10 @@ class Recipe(_Section):
     )
     keep_last: int = Field(1, ge=1, description="Newest checkpoints of a phase that stay, beside those it keeps")
     log_every_steps: int = Field(10, ge=1, description="Optimizer steps a logged training loss is the mean of")
+    report_to: Annotated[list[str], BeforeValidator(_trackers)] = Field(
+        default_factory=list,
+        description="Trackers that show the curves: tensorboard, trackio, wandb, ..., or none",
+    )
     phases: list[PhaseSection] = Field(min_length=1)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     generate: GenerateSection | None = Field(
@@ -273,7 +281,8 @@ def recipe_schema() -> dict[str, Any]:
     # What a validator accepts in shorthand, editors must accept too.
     sections = schema["$defs"]
     lists = {"PhaseSection": "keep", "EvaluateSection": "data", "GenerateSection": "prompts"}
-    for section, key in ((schema, "seed"), *((sections[name], key) for name, key in lists.items())):
+    own = [(schema, "seed"), (schema, "report_to"), *((sections[name], key) for name, key in lists.items())]
+    for section, key in own:
         listed = section["properties"][key]
         section["properties"][key] = {"anyOf": [listed["items"], listed]}
     for key in ("model", "tokenizer"):
