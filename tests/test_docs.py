@@ -28,10 +28,14 @@ from fire_llm.experiment.recipe import Recipe, recipe_schema
 from fire_llm.experiment.recipe.faults import arm_faults, contradictions
 from fire_llm.experiment.recipe.sections import (
     BatchSection,
+    EmaSection,
     EvaluateSection,
+    GenerateSection,
+    HubSection,
     ModelSection,
     OptimizerSection,
     PhaseSection,
+    StopSection,
     TokenizerSection,
     as_list,
 )
@@ -70,7 +74,9 @@ SECTIONS: dict[str, tuple[type[BaseModel], str]] = {
     "": (Recipe, ""), "model": (ModelSection, "ModelSection"), "tokenizer": (TokenizerSection, "TokenizerSection"),
     "corpora": (CorpusSpec, "CorpusSpec"), "optimizer": (OptimizerSection, "OptimizerSection"),
     "batch": (BatchSection, "BatchSection"), "phases": (PhaseSection, "PhaseSection"),
-    "evaluate": (EvaluateSection, "EvaluateSection"),
+    "evaluate": (EvaluateSection, "EvaluateSection"), "ema": (EmaSection, "EmaSection"),
+    "stop": (StopSection, "StopSection"), "generate": (GenerateSection, "GenerateSection"),
+    "hub": (HubSection, "HubSection"),
 }  # fmt: skip
 KINDS = {"string": "text", "integer": "integer", "number": "number", "array": "list", "object": "mapping"}
 
@@ -92,7 +98,7 @@ def kinds(schema: dict[str, Any]) -> set[str]:
     if "anyOf" in schema:
         return set().union(*map(kinds, schema["anyOf"]))
     if "enum" in schema or "const" in schema:
-        return {f"`{yaml.safe_dump(v).split()[0]}`" for v in schema.get("enum", [schema.get("const")])}
+        return {f"`{yaml.safe_dump(v).splitlines()[0]}`" for v in schema.get("enum", [schema.get("const")])}
     if schema.get("type") == "boolean":
         return {"`true`", "`false`"}
     return set() if schema.get("type") == "null" else {KINDS[schema.get("type", "object")]}
@@ -169,7 +175,7 @@ def test_the_corpora_that_come_with_the_package_are_listed() -> None:
 
 # ---- results-schema.md against what a run writes
 
-NAMES = {"corpora", "arms", "final", "eval", "loss_jump", "phase_corpus", "left_out", "weights"}
+NAMES = {"corpora", "arms", "final", "final_ema", "eval", "ema", "loss_jump", "phase_corpus", "left_out", "weights"}
 """Keys of mappings from names."""
 FREE = {"recipe", "options"}
 """Keys of what other pages tell of."""
@@ -187,7 +193,9 @@ def fields(data: Any, names: bool = False) -> set[str]:
 
 def test_every_field_that_a_run_writes_stands_in_the_page_and_no_other(tmp_path: Path) -> None:
     page = ROOT / "docs" / "results-schema.md"
-    recipe = load_recipe(tiny_recipe.recipe(tmp_path), ["evaluate.diagnostics_every_steps=5"])
+    recipe = load_recipe(
+        tiny_recipe.recipe(tmp_path), ["evaluate.diagnostics_every_steps=5", "generate={prompts: a, max_new_tokens: 4}"]
+    )
     results = run_recipe(recipe, tmp_path / "run", progress=False)
     written = fields(results) | fields(evaluate_run(tmp_path / "run", progress=False))
     told = set(re.findall(r"\w+", " ".join([*spans(page), *blocks(page, "json")])))

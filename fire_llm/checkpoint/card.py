@@ -159,8 +159,12 @@ def push(folder: Path, repository: str) -> str:
     return str(address)
 
 
-def check_repository(repository: str) -> None:
+def check_repository(repository: str, option: str = "--push-to-hub") -> None:
     """Refuse, before any work, a repository that a push could not reach.
+
+    Args:
+        repository: Its id.
+        option: What it was given as, for messages.
 
     Raises:
         UserError: The id has the wrong form, or nobody is logged in.
@@ -174,11 +178,11 @@ def check_repository(repository: str) -> None:
         if "/" not in repository:
             raise HFValidationError("the owner is missing")
     except HFValidationError as error:
-        raise UserError(f"--push-to-hub: '{repository}' is not of the form owner/name: {error}") from error
+        raise UserError(f"{option}: '{repository}' is not of the form owner/name: {error}") from error
     if constants.HF_HUB_OFFLINE:
-        raise UserError(f"--push-to-hub {repository}: HF_HUB_OFFLINE is set: unset it, or leave the option out")
+        raise UserError(f"{option} {repository}: HF_HUB_OFFLINE is set: unset it, or leave that out")
     if get_token() is None:
-        raise UserError(f"--push-to-hub {repository}: nobody is logged in to the Hub: `hf auth login`, or set HF_TOKEN")
+        raise UserError(f"{option} {repository}: nobody is logged in to the Hub: `hf auth login`, or set HF_TOKEN")
 
 
 def _hub_id(stored: Stored) -> str | None:

@@ -73,6 +73,7 @@ def main(arguments: Namespace) -> int | None:
         from fire_llm.core.hardware import resolve_precision
 
         return start(launch, command_line(arguments), resolve_precision(recipe.precision))
+    from fire_llm.experiment.pushing import unpushed
     from fire_llm.experiment.run import run_recipe, run_sweep
 
     workers = arguments.workers if launch is None else 1
@@ -80,6 +81,9 @@ def main(arguments: Namespace) -> int | None:
         results = run_recipe(recipe, folder, arms=arguments.arm, workers=workers)
         if first_rank():
             show_results(results, folder / "report.html")
+            if left := unpushed(recipe, folder):
+                report_failure(1, left)
+                return 1
         return None
     done = run_sweep(trials, folder, arms=arguments.arm, workers=workers)
     if first_rank():

@@ -23,6 +23,13 @@ CONTINUAL_STATE = "continual_state.json"
 """File in a checkpoint that holds what `TrainerState` has no room for."""
 
 
+AVERAGED = "ema"
+"""Folder in a checkpoint with the moving average of its weights, as a model of its own; and the label of that model."""
+
+AVERAGED_BYTES = 4
+"""Of a parameter of that: fp32."""
+
+
 def sync(folder: Path, *, below: bool = True) -> None:
     """Flush every file below a folder, and the folders themselves, to the disk; or the folder's list of names alone."""
     for path in [*(sorted(folder.rglob("*")) if below else ()), folder]:

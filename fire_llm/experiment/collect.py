@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import fire_llm
-from fire_llm.core.atomic import step_of
+from fire_llm.core.atomic import AVERAGED
 from fire_llm.core.compat import installed
 from fire_llm.core.errors import UserError
 from fire_llm.core.hardware import resolve_precision
@@ -26,7 +26,15 @@ from fire_llm.evaluation.diagnose import LOG_PREFIX
 from fire_llm.evaluation.measurement import first_token, token_text
 from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.estimate import state_of
-from fire_llm.experiment.stages import REPORT, Stage, final_checkpoint, kept_checkpoints, labelled_checkpoint, read_unit
+from fire_llm.experiment.stages import (
+    REPORT,
+    Stage,
+    final_checkpoint,
+    kept_checkpoints,
+    labelled_checkpoint,
+    read_unit,
+    step_behind,
+)
 from fire_llm.models import describe, model_on_meta, pretrained_config
 from fire_llm.reporting.schema import (
     SCHEMA_VERSION,
@@ -41,12 +49,14 @@ from fire_llm.reporting.schema import (
     ResetEntry,
     Results,
     Run,
+    Sample,
     Scores,
     Start,
     Throughput,
     Versions,
 )
 from fire_llm.training.contract import MEASURED
+from fire_llm.training.generating import BEFORE, PROMPTS, SAMPLES
 from fire_llm.training.loss_jump import loss_jump
 from fire_llm.training.nonfinite import SKIPPED
 from fire_llm.training.recycling import RECYCLED
@@ -129,7 +139,7 @@ def _run(stage: Stage) -> Run:
     if stage.parent is not None:
         origin = labelled_checkpoint(run.folder / stage.parent.folder, stage.start)
         parent = stage.parent
-        start = Start(phase=parent.phase.name, arm=parent.arm, checkpoint=stage.start, step=step_of(origin))
+        start = Start(phase=parent.phase.name, arm=parent.arm, checkpoint=stage.start, step=step_behind(origin))
         if stage.arm:
             jump = _loss_jump(measured_nll(origin), curve, pretrained_config(final).get_text_config().vocab_size)
     report = path / REPORT
@@ -141,6 +151,7 @@ def _run(stage: Stage) -> Run:
         seed=stage.seed,
         start=start,
         steps=state["global_step"],
+        planned_steps=state["max_steps"] if own.get("stopped") else None,
         tokens_per_step=per_step,
         seconds=round(own["seconds"], 2),
         batches_hash=f"{own['batches_hash'] & (2**64 - 1):016x}",
@@ -149,6 +160,7 @@ def _run(stage: Stage) -> Run:
         curve=curve,
         diagnosed_on=run.recipe.diagnosed(stage.phase) if run.recipe.evaluate.diagnostics_every_steps else None,
         final=next(entry.eval for entry in reversed(curve) if entry.eval),
+        final_ema=next((entry.ema for entry in reversed(curve) if entry.ema), {}),
         throughput=[
             Throughput.model_validate({"step": log["step"], **{measure: log.get(measure) for measure in MEASURES}})
             for log in history
@@ -158,7 +170,18 @@ def _run(stage: Stage) -> Run:
         recycled_units=max((log.get(RECYCLED, 0) for log in history), default=0),
         loss_jump=jump,
         reset=_reset_entry(report) if report.exists() else None,
+        samples=_samples(history),
     )
+
+
+def _samples(history: list[dict[str, Any]]) -> list[Sample]:
+    """Return what a stage's model wrote."""
+    return [
+        Sample(step=log["step"], before_reset=log[BEFORE], prompt=prompt, text=text)
+        for log in history
+        if SAMPLES in log
+        for prompt, text in zip(log[PROMPTS], log[SAMPLES], strict=True)
+    ]
 
 
 def _weights(stage: Stage) -> dict[str, str]:
@@ -181,9 +204,11 @@ def _reset_entry(report: Path) -> ResetEntry:
 
 def measured_nll(checkpoint: Path) -> dict[str, float]:
     """Return the NLL that a checkpoint was measured at when it was written, by corpus; empty where it was not."""
-    state = read_state(checkpoint, TRAINER_STATE)
+    averaged = checkpoint.name == AVERAGED
+    state = read_state(checkpoint.parent if averaged else checkpoint, TRAINER_STATE)
     entries = [entry for entry in _curve(state["log_history"], 0) if entry.step == state["global_step"]]
-    return {c: scores.nll for entry in entries for c, scores in entry.eval.items() if scores.nll is not None}
+    found = (scores for entry in entries for scores in (entry.ema if averaged else entry.eval).items())
+    return {corpus: scores.nll for corpus, scores in found if scores.nll is not None}
 
 
 def _loss_jump(before: dict[str, float], curve: list[CurveEntry], vocabulary: int) -> dict[str, LossJump]:
@@ -202,15 +227,18 @@ def _curve(history: list[dict[str, Any]], tokens_per_step: int) -> list[CurveEnt
     """Turn the trainer's log into one entry a step."""
     entries: dict[int, dict[str, Any]] = {}
     for log in history:
+        if SAMPLES in log:
+            continue
         step = log["step"]
-        entry = entries.setdefault(step, {"step": step, "tokens": step * tokens_per_step, "eval": {}})
+        entry = entries.setdefault(step, {"step": step, "tokens": step * tokens_per_step, "eval": {}, "ema": {}})
         if "loss" in log:
             entry |= {"train_loss": log["loss"], "learning_rate": log.get("learning_rate")}
         for key, value in log.items():
-            if key.startswith("eval_") and key != "eval_nll":
-                corpus, measure = _split_key(key)
+            of, _, rest = key.partition("_")
+            if of in ("eval", "ema") and rest != "nll":
+                corpus, measure = _split_key(rest)
                 if measure:
-                    entry["eval"].setdefault(corpus, {})[measure] = value
+                    entry[of].setdefault(corpus, {})[measure] = value
         if diagnostics := {key[len(LOG_PREFIX) :]: value for key, value in log.items() if key.startswith(LOG_PREFIX)}:
             entry["diagnostics"] = diagnostics
     return [CurveEntry.model_validate(entries[step]) for step in sorted(entries)]
@@ -219,7 +247,7 @@ def _curve(history: list[dict[str, Any]], tokens_per_step: int) -> list[CurveEnt
 def _split_key(key: str) -> tuple[str, str]:
     for measure in MEASURED:
         if key.endswith(f"_{measure}"):
-            return key[len("eval_") : -len(measure) - 1], measure
+            return key[: -len(measure) - 1], measure
     return key, ""
 
 
@@ -271,6 +299,7 @@ def _mean_entry(entries: Sequence[CurveEntry]) -> CurveEntry:
         learning_rate=entries[0].learning_rate,
         train_loss=_mean([e.train_loss for e in entries]),
         eval={c: _mean_scores([e.eval[c] for e in entries]) for c in entries[0].eval},
+        ema={c: _mean_scores([e.ema[c] for e in entries]) for c in entries[0].ema if all(c in e.ema for e in entries)},
         diagnostics=Diagnostics(**measures) if len(diagnostics) == len(entries) else None,
     )
 

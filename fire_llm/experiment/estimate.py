@@ -12,7 +12,7 @@ import torch
 
 from fire_llm.architectures.matrices import hidden_matrices, logical_matrices
 from fire_llm.core import hardware
-from fire_llm.core.atomic import BYTES_A_PARAMETER, checkpoints
+from fire_llm.core.atomic import AVERAGED_BYTES, BYTES_A_PARAMETER, checkpoints
 from fire_llm.core.console import show_table
 from fire_llm.core.errors import UserError
 from fire_llm.core.flops import PEAK_FLOPS, flops_per_token
@@ -20,6 +20,7 @@ from fire_llm.core.hardware import resolve_precision
 from fire_llm.core.terminal import open_console
 from fire_llm.experiment.batch import kept_a_token, phase_steps, split_batch
 from fire_llm.experiment.context import RunContext
+from fire_llm.experiment.generation import check_prompts
 from fire_llm.experiment.norms import norm_warnings
 from fire_llm.experiment.recipe import OptimizerSection, PhaseSection, Recipe, doubts, optimizer_of
 from fire_llm.experiment.stages import Stage, check_resets, expand, final_checkpoint, select
@@ -62,6 +63,7 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
     words = (recipe.tokenizer and recipe.tokenizer.path) or (None if run.tokenizer_corpora else recipe.model.checkpoint)
     if words and isdir(words):  # one of the Hub's is held against the embedding when it is loaded
         check_fits(run.planned_config, load_tokenizer(words), recipe.model.context)
+        check_prompts(run)
     if recipe.report_to:
         from fire_llm.training.trackers import check_trackers  # the trainer takes seconds to import
 
@@ -92,23 +94,34 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
                 "key": stage.key(stage.outline),
             }
         )
-    kept = sum(1 + len(stage.phase.keep) for stage in stages)
+    averaged = AVERAGED_BYTES if any(phase.ema for phase in recipe.phases) else 0
+    disk = sum(
+        (1 + len(stage.phase.keep)) * (BYTES_A_PARAMETER + (AVERAGED_BYTES if stage.phase.ema else 0))
+        for stage in stages
+    )
     return {
         "model": describe(model),
         "precision": resolve_precision(recipe.precision),
         "optimizer": _optimizer(recipe.optimizer, model),
         "schedule": _schedule(recipe.optimizer),
-        "own": [own for phase in recipe.phases if (own := _own(recipe, phase, model))],
+        "own": [*(own for phase in recipe.phases if (own := _own(recipe, phase, model))), *_pushed(recipe)],
         "stages": rows,
         "warnings": norm_warnings(stages),
-        "machines": _machines(run, parameters, sum(row["flops"] or 0 for row in rows)),
-        "disk_bytes": kept * parameters * BYTES_A_PARAMETER,
-        "memory_bytes": parameters * TRAINING_BYTES,
+        "machines": _machines(run, parameters, TRAINING_BYTES + averaged, sum(row["flops"] or 0 for row in rows)),
+        "disk_bytes": disk * parameters,
+        "memory_bytes": parameters * (TRAINING_BYTES + averaged),
     }
 
 
-def _machines(run: RunContext, parameters: int, flops: float) -> list[dict[str, Any]]:
-    """Return hours and memory on known devices; of those that the batch divides into, and for 16 bits alone."""
+def _machines(run: RunContext, parameters: int, each: int, flops: float) -> list[dict[str, Any]]:
+    """Return hours and memory on known devices; of those that the batch divides into, and for 16 bits alone.
+
+    Args:
+        run: The run.
+        parameters: Of its model.
+        each: Bytes of a parameter while training, in fp32.
+        flops: Of all stages.
+    """
     text, precision = run.planned_config.get_text_config(), run.recipe.precision
     kept = kept_a_token(text, run.recipe.gradient_checkpointing)
     if precision == "fp32" or kept is None:
@@ -121,7 +134,7 @@ def _machines(run: RunContext, parameters: int, flops: float) -> list[dict[str, 
             continue
         tokens = sequences * run.sequence_length
         # Replicas hold the gradients once more, in the buckets that they exchange; autocast holds weights in 16 bits.
-        weights = parameters * (TRAINING_BYTES + 2 + (4 if count > 1 else 0))
+        weights = parameters * (each + 2 + (4 if count > 1 else 0))
         logits = tokens * text.vocab_size
         held = logits if precision == "fp16" else min(logits, LOGITS_HELD)
         machines.append(
@@ -135,14 +148,27 @@ def _machines(run: RunContext, parameters: int, flops: float) -> list[dict[str, 
 
 
 def _own(recipe: Recipe, phase: PhaseSection, model: Any) -> str:
-    """Return in words what of a phase's optimizer is its own; nothing where nothing is."""
+    """Return in words what of a phase is its own: its optimizer, its average, its end; nothing where nothing is."""
     section = optimizer_of(recipe, phase)
     parts = []
     if section != recipe.optimizer:
         parts += [_optimizer(section, model), _schedule(section)]
     if phase.optimizer_state == "kept":
         parts.append("begins with the optimizer's state of what it starts from")
+    if phase.ema is not None:
+        parts.append(f"weights averaged (decay {phase.ema.decay:g}), {AVERAGED_BYTES} more bytes a parameter")
+    if (stop := phase.stop) is not None:
+        parts.append(f"ends early where the NLL of {stop.corpus} has not fallen for {stop.patience} evaluation(s)")
     return f"phase {phase.name}: {'; '.join(parts)}" if parts else ""
+
+
+def _pushed(recipe: Recipe) -> list[str]:
+    """Return in words what is pushed where; nothing where nothing is."""
+    if (hub := recipe.hub) is None:
+        return []
+    what = {"end": "the final checkpoint", "best": "the best checkpoint", "every save": "every checkpoint"}[hub.push]
+    seen = "private" if hub.private else "public where it is made"
+    return [f"pushed to {hub.repo} ({seen}): {what} of each stage, to a branch {recipe.name}/STAGE"]
 
 
 def _optimizer(section: OptimizerSection, model: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fire_llm.core.atomic import is_run, read_json, step_of, write_json
+from fire_llm.core.atomic import is_run, read_json, write_json
 from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.core.hashing import digest
 from fire_llm.core.locks import held, lock_of
@@ -36,6 +36,7 @@ from fire_llm.experiment.stages import (
     labelled_checkpoint,
     read_unit,
     refuse_links,
+    step_behind,
 )
 from fire_llm.experiment.transfer import PhaseRun, transfer
 from fire_llm.models import find_device, load_model
@@ -270,7 +271,7 @@ def rows_and_phase_runs(finished: Sequence[Stage], run: RunContext) -> tuple[lis
         for path, labels in kept_checkpoints(stage).items():
             last = str(path.relative_to(folder))
             load = partial(load_model, path, torch.float32)
-            step, weights = step_of(path) or 0, weights_hash(path)
+            step, weights = step_behind(path), weights_hash(path)
             rows[last] = Row(last, stage.phase.name, stage.arm, stage.seed, step, labels, load, weights)
         start = recipe.model.checkpoint or f"init/seed-{stage.seed}"
         if stage.parent is not None:

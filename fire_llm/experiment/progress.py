@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from fire_llm.core.atomic import CONTINUAL_STATE, checkpoints
 from fire_llm.core.errors import UserError
-from fire_llm.core.manifest import read_state
+from fire_llm.core.manifest import TRAINER_STATE, read_state
 from fire_llm.core.terminal import open_console
 from fire_llm.experiment.collect import measured_nll
 from fire_llm.experiment.jobs import Failures, Job
@@ -218,6 +218,9 @@ def _newest_step(job: Job) -> int:
 
 def _ended(final: Path) -> str:
     """Return in words how long a stage took and what it ended at."""
-    seconds = read_state(final, CONTINUAL_STATE)["seconds"]
+    own, state = read_state(final, CONTINUAL_STATE), read_state(final, TRAINER_STATE)
+    took = f"{own['seconds']:.1f} s"
+    if own.get("stopped"):
+        took += f", stopped at step {state['global_step']:,} of {state['max_steps']:,}"
     nll = [f"{corpus} {value:.3f}" for corpus, value in measured_nll(final).items()]
-    return f"{seconds:.1f} s, NLL {', '.join(nll)}" if nll else f"{seconds:.1f} s"
+    return f"{took}, NLL {', '.join(nll)}" if nll else took

@@ -22,15 +22,16 @@ from fire_llm.core.errors import UserError
 from fire_llm.core.locks import held, lock_of
 from fire_llm.core.ranks import launched, settle_launcher
 from fire_llm.core.signals import signals_handled
-from fire_llm.distributed import ranks
-from fire_llm.distributed.agree import together
+from fire_llm.distributed import ranks, together
 from fire_llm.experiment.batch import phase_steps
 from fire_llm.experiment.collect import collect
 from fire_llm.experiment.context import RunContext
+from fire_llm.experiment.generation import check_prompts
 from fire_llm.experiment.jobs import Failures, Job, clear_jobs, jobs_of, link_duplicate, of_arms, only_run
 from fire_llm.experiment.norms import norm_warnings
 from fire_llm.experiment.processes import Workers
 from fire_llm.experiment.progress import Overview, StepReport
+from fire_llm.experiment.pushing import check_hub, push_stage
 from fire_llm.experiment.recipe import Recipe, Trial
 from fire_llm.experiment.resources import registered_here, small, threads_asked_for, worker_count
 from fire_llm.experiment.stages import Stage, check_resets, refuse_links, refuse_other_recipe
@@ -164,6 +165,9 @@ class _Command:
         wanted = of_arms(jobs, self.arms)
         ahead = [job.stage for job in wanted if not job.done()]
         check_resets(ahead)
+        for run in {stage.run for stage in ahead}:
+            check_prompts(run)
+        together(None, lambda: check_hub(ahead) if ranks().is_main_process else None, "hub")
         if ahead:
             together(None, self._check_trackers, "trackers")
         if self.progress and ranks().is_main_process:
@@ -185,6 +189,8 @@ class _Command:
             if self.alone and left:
                 raise RuntimeError(f"{'; '.join(ended)}; the same command goes on from the newest checkpoints")
             failed += [{"stage": "", "message": message, "code": 1, "log": None} for message in ended if left]
+            for job in jobs:
+                push_stage(job.stage)
             with held(lock_of(self.output, "results"), wait=True):
                 results = [_gather(trial, jobs) for trial in self.trials]
         return Sweep(list(self.trials), results, failed, left)
@@ -228,6 +234,7 @@ class _Command:
             tokens = 0
             try:
                 if not job.done():
+                    check_prompts(job.run, run.tokenizer)
                     for name in recipe.evaluated():  # the shorter part first: a fault of it is found soon
                         run.held_out(name)
                     for name in stage.phase.data:
@@ -271,6 +278,8 @@ class _Command:
                         if not job.done():
                             train(job.stage, job.run)
                             release_memory()
+                for stage in _stages(trial, jobs) if state.is_main_process else ():
+                    push_stage(stage)
                 results.append(_gather(trial, jobs, state.is_main_process))
         return results
 

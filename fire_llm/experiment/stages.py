@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from fire_llm.architectures.attention import refuse_attention
-from fire_llm.core.atomic import checkpoints, read_json, step_of
+from fire_llm.core.atomic import AVERAGED, CONTINUAL_STATE, checkpoints, read_json, step_of
 from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.core.hardware import resolve_precision
 from fire_llm.core.hashing import digest
@@ -59,6 +59,9 @@ _LATER = {"include": (), "layers": ""}
 """Fields that older runs' `unit.json` lacks, and what they are where nobody gives them: they are left out there.
 
 So is the strength of `fire` and `rescale` where it is 1."""
+
+_NO_PART = {"arms", "keep", "start_from", "optimizer"}
+"""Keys of a phase that `unit.json` has elsewhere, or not at all."""
 
 _ABSENT = object()
 """Marks a key that a stage's folder, or the recipe, does not have."""
@@ -137,7 +140,7 @@ class Stage:
             **settings,
             **cut,
             "optimizer": optimizer_of(self.run.recipe, self.phase).identity(),
-            "phase": self.phase.model_dump(mode="json", exclude={"arms", "keep", "start_from", "optimizer"}),
+            "phase": self.phase.model_dump(mode="json", exclude=_NO_PART | _not_given(self.phase)),
             "corpora": corpora,
             "seed": self.seed,
             "resets": [_stored(r) for r in self.resets],
@@ -145,6 +148,11 @@ class Stage:
         }
         plain: dict[str, Any] = json.loads(json.dumps(spec))
         return plain
+
+
+def _not_given(phase: PhaseSection) -> set[str]:
+    """Return the keys that older runs' `unit.json` lacks and that a phase does not give: they are left out there."""
+    return {key for key in ("ema", "stop") if getattr(phase, key) is None}
 
 
 def _stored(reset: ResetSpec) -> dict[str, Any]:
@@ -366,7 +374,8 @@ def final_checkpoint(folder: Path) -> Path | None:
     newest, step = whole[-1]
     if damage(newest, only=STATES):
         return None
-    return newest if step >= read_state(newest, TRAINER_STATE)["max_steps"] else None
+    ended = step >= read_state(newest, TRAINER_STATE)["max_steps"]
+    return newest if ended or read_state(newest, CONTINUAL_STATE).get("stopped") else None
 
 
 def finished(folder: Path) -> bool:
@@ -376,7 +385,7 @@ def finished(folder: Path) -> bool:
 
 
 def labelled_checkpoint(folder: Path, label: str) -> Path:
-    """Return a finished stage's checkpoint by its label: final, best or a number of steps.
+    """Return a finished stage's checkpoint by its label: final, best, ema or a number of steps.
 
     Raises:
         UserError: The stage is not finished, or it kept no such checkpoint.
@@ -387,7 +396,7 @@ def labelled_checkpoint(folder: Path, label: str) -> Path:
     if label == "final":
         return final
     step = read_state(final, TRAINER_STATE)["best_global_step"] if label == "best" else label
-    path = folder / f"checkpoint-{step}"
+    path = final / AVERAGED if label == AVERAGED else folder / f"checkpoint-{step}"
     if not path.is_dir():
         raise UserError(f"'{folder}' kept no checkpoint '{label}': add it to that phase's keep, and run it again")
     return path
@@ -396,10 +405,15 @@ def labelled_checkpoint(folder: Path, label: str) -> Path:
 def kept_checkpoints(stage: Stage) -> dict[Path, list[str]]:
     """Return the checkpoints of a finished stage that its recipe keeps, and their labels, by step."""
     kept: dict[Path, list[str]] = {}
-    for label in [*map(str, stage.phase.keep), "final"]:
+    for label in [*map(str, stage.phase.keep), AVERAGED, "final"]:
         with suppress(UserError):  # a checkpoint that the recipe was told to keep after the phase had ended
             kept.setdefault(labelled_checkpoint(stage.run.folder / stage.folder, label), []).append(label)
-    return dict(sorted(kept.items(), key=lambda item: step_of(item[0]) or 0))
+    return dict(sorted(kept.items(), key=lambda item: (step_behind(item[0]), item[0].name != AVERAGED)))
+
+
+def step_behind(checkpoint: Path) -> int:
+    """Return the steps behind a checkpoint, or behind the one that an average of weights lies in."""
+    return step_of(checkpoint.parent if checkpoint.name == AVERAGED else checkpoint) or 0
 
 
 def check_processes(recipe: Recipe, world: int, arms: Iterable[str] = ()) -> None:

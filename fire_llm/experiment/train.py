@@ -14,7 +14,7 @@ import torch
 from transformers import TrainerCallback
 
 from fire_llm.architectures.matrices import logical_matrices
-from fire_llm.core.atomic import BYTES_A_PARAMETER, free_bytes, write_json
+from fire_llm.core.atomic import AVERAGED_BYTES, BYTES_A_PARAMETER, free_bytes, write_json
 from fire_llm.core.compat import checkpointing
 from fire_llm.core.errors import UserError
 from fire_llm.core.hardware import resolve_precision
@@ -26,6 +26,8 @@ from fire_llm.evaluation.measurement import first_token
 from fire_llm.experiment.batch import phase_steps, split_batch
 from fire_llm.experiment.collect import measured_nll
 from fire_llm.experiment.context import RunContext
+from fire_llm.experiment.generation import generation
+from fire_llm.experiment.pushing import PushCallback, push_stage
 from fire_llm.experiment.recipe import optimizer_of
 from fire_llm.experiment.stages import REPORT, Stage, final_checkpoint, labelled_checkpoint
 from fire_llm.models import load_model
@@ -33,7 +35,9 @@ from fire_llm.training import (
     ContinualArguments,
     ContinualTrainer,
     DiagnosticsCallback,
+    EarlyStopCallback,
     EvaluationSet,
+    GenerationCallback,
     KeptOptimizer,
     LossJumpCallback,
     PenaltyCallback,
@@ -63,6 +67,7 @@ def train(stage: Stage, run: RunContext, callbacks: Sequence[Any] = ()) -> None:
     recipe, folder = run.recipe, run.folder / stage.folder
     resume = resumption(folder, stage.title)
     mixture = mixture_of(stage, run)
+    writing = generation(run, stage.seed)
     steps = phase_steps(stage.phase, recipe.batch.tokens_per_step, mixture.epoch_tokens)
     beyond = [k for k in stage.phase.keep if isinstance(k, int) and k > steps]
     if beyond:
@@ -71,7 +76,8 @@ def train(stage: Stage, run: RunContext, callbacks: Sequence[Any] = ()) -> None:
     if recipe.batch.document_mask:
         check_document_mask(model)
     # One checkpoint more than are kept while the newest is written.
-    needed = BYTES_A_PARAMETER * model.num_parameters() * (1 + recipe.keep_last + len(stage.phase.keep))
+    each = BYTES_A_PARAMETER + (AVERAGED_BYTES if stage.phase.ema else 0)
+    needed = each * model.num_parameters() * (1 + recipe.keep_last + len(stage.phase.keep))
     if (free := free_bytes(folder)) < needed:
         raise UserError(
             f"'{folder}' has {free / 1e9:.2g} GB free and the stage's checkpoints take {needed / 1e9:.2g} GB: "
@@ -88,7 +94,7 @@ def train(stage: Stage, run: RunContext, callbacks: Sequence[Any] = ()) -> None:
         arguments,
         mixture,
         sets,
-        [*callbacks, _TokensInUse(run), _Padding(model.config), *_stage_callbacks(stage, run)],
+        [*callbacks, _TokensInUse(run), _Padding(model.config), *_stage_callbacks(stage, run, writing)],
         processing_class=run.tokenizer,
     )
     if every := recipe.evaluate.diagnostics_every_steps:
@@ -103,6 +109,8 @@ def train(stage: Stage, run: RunContext, callbacks: Sequence[Any] = ()) -> None:
         raise RuntimeError(f"{stage.title}: training ended before its last step")
     if ranks().is_main_process and (folder / REPORT).exists():
         write_json(folder / "unit.json", {**unit, "reset": hash_file(folder / REPORT)})
+    if ranks().is_main_process:
+        push_stage(stage)
 
 
 def _begun_with(stage: Stage, run: RunContext) -> dict[str, Any]:
@@ -183,17 +191,26 @@ def starting_model(stage: Stage, run: RunContext) -> Any:
     return model
 
 
-def _stage_callbacks(stage: Stage, run: RunContext) -> list[Any]:
-    """Return what a stage adds to its phase: the parent's optimizer, the reset, what acts while training, the jump."""
+def _stage_callbacks(stage: Stage, run: RunContext, writing: GenerationCallback | None) -> list[Any]:
+    """Return what a stage adds to its phase: the parent's optimizer, the reset, what acts while training, the jump.
+
+    What writes text stands behind all that changes weights, and once before the reset.
+    """
     parent = labelled_checkpoint(run.folder / stage.parent.folder, stage.start) if stage.parent else None
     callbacks: list[Any] = []
     if parent is not None and stage.phase.optimizer_state == "kept":
         callbacks.append(KeptOptimizer(parent))
+    if writing is not None and any(r.kind == "transition" and r.method != "none" for r in stage.resets):
+        callbacks.append(writing.before_reset())
     if stage.arm:
         callbacks += _resetting(stage, run)
         if parent is not None and stage.resets:
             callbacks.append(LossJumpCallback(measured_nll(parent), run.config.get_text_config().vocab_size))
-    return callbacks
+    if (stop := stage.phase.stop) is not None:
+        callbacks.append(EarlyStopCallback(stop.corpus, stop.patience, stop.min_delta))
+    if run.recipe.hub is not None and run.recipe.hub.push == "every save":
+        callbacks.append(PushCallback(stage))
+    return callbacks if writing is None else [*callbacks, writing]
 
 
 def _resetting(stage: Stage, run: RunContext) -> list[Any]:
@@ -266,10 +283,12 @@ def _arguments(stage: Stage, run: RunContext, folder: Path, steps: int) -> Conti
         eval_on_start=True,
         save_strategy="steps",
         save_steps=recipe.save_every_steps,
+        save_every_minutes=recipe.save_every_minutes,
         keep_last=recipe.keep_last,
         eval_context=run.sequence_length,
         eval_precision=recipe.evaluate.precision,
         best_corpora=dict(stage.phase.data),
+        ema_decay=stage.phase.ema.decay if stage.phase.ema else None,
         keep_best="best" in stage.phase.keep,
         keep_steps=[k for k in stage.phase.keep if isinstance(k, int)],
         seed=stage.seed,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from statistics import fmean, stdev
 
+from fire_llm.core.atomic import AVERAGED
 from fire_llm.evaluation.measurement import described
 from fire_llm.evaluation.statistics import student_t
 from fire_llm.reporting.schema import CurveEntry, Results, Run, Scores
@@ -28,9 +29,16 @@ SHOWN = 5
 _UNKNOWN = Scores(nll=None)
 
 
-def evaluations(curve: Sequence[CurveEntry], corpus: str) -> list[tuple[int, float]]:
-    """Return (step, NLL) wherever the curve was evaluated on the corpus with a finite result, by step."""
-    pairs = [(entry.step, entry.eval[corpus].nll) for entry in curve if corpus in entry.eval]
+def evaluations(curve: Sequence[CurveEntry], corpus: str, checkpoint: str = "final") -> list[tuple[int, float]]:
+    """Return (step, NLL) wherever the curve was evaluated on the corpus with a finite result, by step.
+
+    Args:
+        curve: Of a run.
+        corpus: Name of the corpus.
+        checkpoint: Label of the weights meant: those of `ema` have a curve of their own.
+    """
+    scores = [(entry.step, entry.ema if checkpoint == AVERAGED else entry.eval) for entry in curve]
+    pairs = [(step, found[corpus].nll) for step, found in scores if corpus in found]
     return sorted((step, nll) for step, nll in pairs if nll is not None)
 
 
@@ -190,7 +198,7 @@ class Comparison:
     def _parent_nll(self, run: Run, arm: str, corpus: str) -> float | None:
         """Return a corpus's NLL of the checkpoint a run starts from, there or by the base at step 0."""
         if run.start and run.start.step is not None and (parent := self.parent(run)):
-            measured = dict(evaluations(parent.curve, corpus))
+            measured = dict(evaluations(parent.curve, corpus, run.start.checkpoint))
             if run.start.step in measured:
                 return measured[run.start.step]
         base = self.reference(arm, BASE)
@@ -241,6 +249,24 @@ class Comparison:
         columns = ("perplexity", "NLL", "bits/byte", "vs base", "vs full reset")
         return Table(corpus, (*columns, last) if last else columns, tuple(rows))
 
+    def averaged(self) -> list[Table]:
+        """Return a table of the weights' moving averages beside the weights, a row an arm; nothing without any."""
+        measured = {arm: [run.final_ema for run in self.runs(arm) if run.final_ema] for arm in self.arms}
+        measured = {arm: found for arm, found in measured.items() if found}
+        if not measured:
+            return []
+        corpora = [corpus for corpus in self.corpora if all(corpus in one for of in measured.values() for one in of)]
+        rows = []
+        for arm, found in measured.items():
+            cells: list[str] = []
+            for corpus in corpora:
+                own = [nll for one in found if (nll := one[corpus].nll) is not None]
+                whole = fmean(own) if own and len(own) == len(self.runs(arm)) else None
+                cells += [_plain(self.nll(arm, corpus), 4), _plain(whole, 4)]
+            rows.append(Row((arm,), tuple(cells)))
+        columns = tuple(name for corpus in corpora for name in (corpus, f"{corpus} (EMA)"))
+        return [Table("NLL of the last weights and of their moving average (EMA)", columns, tuple(rows))]
+
     def legend(self) -> str:
         """Return how the numbers of the tables were measured, and what ± means where there are several seeds."""
         measurement = self.results.measurement
@@ -265,6 +291,13 @@ class Comparison:
             if len(self.arms) == 1:
                 return None, "One arm alone: there are no batches to compare."
             return None, "Whether the arms saw the same batches is not recorded."
+        steps = {arm: sorted({run.steps for run in self.runs(arm) if run.steps is not None}) for arm in self.arms}
+        if self._stopped() and len({tuple(of) for of in steps.values()}) > 1:
+            told = ", ".join(f"{arm} {' and '.join(f'{n:,}' for n in of)}" for arm, of in steps.items())
+            return None, (
+                f"The arms trained for different numbers of steps ({told}), so that the hashes of their batches cannot "
+                "be compared: differences mix the reset with the length."
+            )
         split = [
             f"seed {seed}: " + " ≠ ".join(", ".join(a) for a in kinds.values())
             for seed, kinds in hashes.items()
@@ -297,13 +330,27 @@ class Comparison:
             which = "the first of the other texts" if self.one_phase else "the first corpus"
             said.append(f"On {self.first}, {which}, it ends {_apart(kept[best])} its parent checkpoint ({also}).")
         lost = [arm for arm in self.arms if arm not in ranked]
-        return said + ([f"Without a finite loss on {self.new}: {', '.join(lost)}."] if lost else [])
+        said += [f"Without a finite loss on {self.new}: {', '.join(lost)}."] if lost else []
+        return [*said, *self._stopped()]
 
     def _unfinished(self) -> list[str]:
         """Return what is not trained to its end, in a sentence; nothing where all is."""
         left = [f"{folder} ({state})" for folder, state in self.results.unfinished.items()]
         more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
         return [f"Unfinished, what follows is of the rest: {', '.join(left[:SHOWN])}{more}."] if left else []
+
+    def _stopped(self) -> list[str]:
+        """Return which runs ended before their last step, in a sentence; nothing where none did."""
+        runs = [*self.results.phases, *(run for arm in self.arms for run in self.runs(arm))]
+        early = [
+            f"{run.arm or run.phase} (seed {run.seed}) at step {run.steps:,} of {run.planned_steps:,}"
+            for run in runs
+            if run.planned_steps is not None and run.steps is not None
+        ]
+        more = f" and {len(early) - SHOWN} more" if len(early) > SHOWN else ""
+        if not early:
+            return []
+        return [f"Stopped early, within the learning rate's schedule: {', '.join(early[:SHOWN])}{more}."]
 
     def _margins(self, best: str, second: str, reached: str) -> list[str]:
         """Return by how much the best arm leads, and over how many seeds."""

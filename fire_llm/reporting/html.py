@@ -15,12 +15,14 @@ from fire_llm.reporting.plots.diagnostics import MEASURES, measure_figure
 from fire_llm.reporting.plots.matrices import Reading, heat_figure, is_matrix, matrices, spectra_figure, values
 from fire_llm.reporting.plots.sweep import key_figure
 from fire_llm.reporting.plots.transfer import corpora_figure
+from fire_llm.reporting.samples import Prompted, samples
 from fire_llm.reporting.schema import ResetEntry, Results, Run, Transfer
 from fire_llm.reporting.sequence import PhaseSequence, every_table
 from fire_llm.reporting.table import DASH, Row, Table
 
 LOSS = "The axis first shows what follows the first third of training; double-click to see everything."
 BAND = "The line is the mean over the seeds, the band their range. "
+EMA = " Dotted: the moving average of the weights (EMA)."
 STEPS = "How much sooner an arm first reaches the loss on {} with which full reset ends."
 RETENTION = "Forgetting is the final NLL on {} less that of the checkpoint the arm started from. Positive: lost."
 STREAM = (
@@ -116,6 +118,8 @@ class Section:
     chips: list[tuple[str, Style]]
     """A button an arm."""
     blocks: list[Block]
+    samples: list[Prompted]
+    """What the models wrote, by prompt."""
     made: Table
     """How each arm was made."""
     untouched: list[LeftAlone]
@@ -152,6 +156,7 @@ def section(results: Results, index: int) -> Section:
         note=" ".join(filter(None, (note, results.evaluation_note))),
         chips=list(looks.items()),
         blocks=numbered(blocks, f"r{index}"),
+        samples=samples(c),
         made=Table("", MADE, tuple(_made(c, arm, reports.get(arm)) for arm in c.arms), ("arm", "reset")),
         untouched=_untouched(reports),
         recipe=yaml.safe_dump(results.recipe, sort_keys=False, allow_unicode=True) if results.recipe else "",
@@ -165,11 +170,12 @@ def _outcome(c: Comparison, looks: Mapping[str, Style]) -> list[Block]:
     saved = {arm: c.saved(arm) for arm in c.arms if arm in rivals}
     points = {arm: c.retention(arm) for arm in c.arms}
     several = any(c.seeds(arm) > 1 for arm in c.arms)
+    averaged = any(run.final_ema for arm in c.arms for run in c.runs(arm))
     loss, dots = (BAND + LOSS, " Small markers are seeds.") if several else (LOSS, "")
     held_out = [(corpus, plots.loss_figure(c.arms, corpus, looks)) for corpus in c.corpora]
     retention = plots.retention_figure(points, looks, str(c.new))
     return [
-        Block("Loss on held-out text", loss, drawn(*held_out)),
+        Block("Loss on held-out text", loss + (EMA if averaged else ""), drawn(*held_out)),
         Block("Training loss", loss, drawn(("", plots.loss_figure(c.arms, None, looks, 300)))),
         Block("Steps saved", STEPS.format(c.new) + dots, drawn(("", plots.steps_figure(saved, looks)))),
         Block("Plasticity and retention", RETENTION.format(c.first) + dots, drawn(("", retention))),

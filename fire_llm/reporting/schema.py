@@ -91,7 +91,7 @@ class Start(Record):
 
     phase: str = Field(description="Phase that wrote it")
     arm: str | None = Field(None, description="Arm of that phase; null where it has none")
-    checkpoint: str = Field(description="`final`, `best`, or the optimizer steps after which it was kept")
+    checkpoint: str = Field(description="`final`, `best`, `ema`, or the optimizer steps after which it was kept")
     step: int | None = Field(None, description="Optimizer steps behind it, within its phase")
 
 
@@ -134,6 +134,9 @@ class CurveEntry(Record):
     learning_rate: Number = Field(None, description="At this step")
     train_loss: Number = Field(None, description="Mean NLL since the last log, nats per token")
     eval: dict[str, Scores] = Field({}, description="By corpus; empty at most steps")
+    ema: dict[str, Scores] = Field(
+        {}, description="The same of the weights' moving average; empty without one, and at step 0, where it is them"
+    )
     diagnostics: Diagnostics | None = Field(None, description="Null at most steps")
 
 
@@ -224,6 +227,15 @@ class ResetEntry(Record):
     )
 
 
+class Sample(Record):
+    """Text that the model wrote, for people to read."""
+
+    step: int = Field(description="Optimizer steps of this phase")
+    before_reset: bool = Field(False, description="Whether the weights are those from before the reset; step 0 alone")
+    prompt: str = Field(description="What it was written after, as the recipe gives it")
+    text: str = Field(description="What was written, without the prompt")
+
+
 class Run(Record):
     """One phase as one arm and one seed went through it."""
 
@@ -232,6 +244,9 @@ class Run(Record):
     seed: int = Field(description="Seed of weights, data and resets")
     start: Start | None = Field(None, description="Null where it began with the run's first weights")
     steps: int | None = Field(None, description="Optimizer steps")
+    planned_steps: int | None = Field(
+        None, description="Steps that it would have had, where it stopped early (`stop`); null where it did not"
+    )
     tokens_per_step: int | None = Field(None, description="Tokens of one optimizer step, over all ranks")
     seconds: Number = Field(None, description="Wall-clock time of training, seconds")
     batches_hash: str | None = Field(
@@ -244,6 +259,9 @@ class Run(Record):
         None, description="Corpus whose held-out text `diagnostics` are measured on; null where there are none"
     )
     final: dict[str, Scores] = Field({}, description="By corpus, the last evaluation")
+    final_ema: dict[str, Scores] = Field(
+        {}, description="The same of the weights' moving average (`ema`); empty without one"
+    )
     throughput: list[Throughput] = Field([], description="One entry a logged training loss")
     skipped_steps: int = Field(
         0, description="Optimizer steps left out because a loss or gradient was not finite (`nonfinite: skip`)"
@@ -255,6 +273,7 @@ class Run(Record):
         {}, description="Of an arm, by corpus that its parent was measured on at that step"
     )
     reset: ResetEntry | None = Field(None, description="Null in a phase without arms")
+    samples: list[Sample] = Field([], description="What the model wrote, by step and prompt (`generate`)")
 
 
 class Arm(Record):
@@ -296,7 +315,7 @@ class EvaluationRow(Record):
     arm: str | None = Field(None, description="Its arm; null where the phase has none")
     seed: int | None = Field(None, description="Its seed; null for a checkpoint that the run began with")
     step: int = Field(0, description="Optimizer steps behind it, within its phase")
-    labels: list[str] = Field([], description="`init` or `start`, `final`, `best`, or steps that the recipe keeps")
+    labels: list[str] = Field([], description="`init` or `start`, `final`, `best`, `ema`, or kept steps")
     weights: str | None = Field(None, description="Hash of its weights; null for initial weights")
     data: str = Field(description="Corpus")
     split: str | None = Field(None, description="Always `validation`")
@@ -414,7 +433,7 @@ class InspectedMatrix(BaseModel):
 
 PARTS: tuple[type[Record], ...] = (
     Results, Versions, Hardware, ModelSummary, Measurement, CorpusSize, Arm, Run, Start, CurveEntry, Scores,
-    Diagnostics, Throughput, LossJump, ResetEntry, ResetSetting, TensorEntry,
+    Diagnostics, Throughput, LossJump, ResetEntry, ResetSetting, TensorEntry, Sample,
 )  # fmt: skip
 """The parts of results.json, in the order of the page."""
 

@@ -49,13 +49,13 @@ class PhaseSequence:
     def _scores(self, arm: str) -> ByPhase:
         scores: ByPhase = {}
         for run in self.of.runs(arm):
-            step = None
+            step, label = None, "final"
             for current in (run, *self.of.ancestors(run)):
-                measured = evaluations(current.curve, self._corpus.get(current.phase, ""))
+                measured = evaluations(current.curve, self._corpus.get(current.phase, ""), label)
                 at = dict(measured).get(step if step is not None else measured[-1][0]) if measured else None
                 if at is not None:
                     scores.setdefault(current.phase, {})[run.seed] = at
-                step = current.start.step if current.start else None
+                step, label = (current.start.step, current.start.checkpoint) if current.start else (None, "final")
         return scores
 
     def against_base(self, arm: str) -> dict[str, list[float]]:
@@ -99,8 +99,8 @@ class PhaseSequence:
 
 
 def every_table(comparison: Comparison) -> list[Table]:
-    """Return the tables of a comparison, and of the phases before it where they have arms too."""
-    return [*comparison.tables(), *PhaseSequence(comparison).tables()]
+    """Return the tables of a comparison, of averaged weights, and of the phases before it where they have arms too."""
+    return [*comparison.tables(), *comparison.averaged(), *PhaseSequence(comparison).tables()]
 
 
 def _spread(by_seed: Mapping[int, float]) -> str:

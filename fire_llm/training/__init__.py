@@ -7,6 +7,8 @@ from fire_llm.training.arguments import ContinualArguments
 from fire_llm.training.batches import hash_batch
 from fire_llm.training.callbacks import KeptOptimizer, ResetCallback
 from fire_llm.training.diagnosing import DiagnosticsCallback
+from fire_llm.training.early_stop import EarlyStopCallback
+from fire_llm.training.generating import GenerationCallback
 from fire_llm.training.loss_jump import LossJumpCallback
 from fire_llm.training.optimizers import MuonAdamW
 from fire_llm.training.penalties import PenaltyCallback
@@ -18,7 +20,9 @@ __all__ = [
     "ContinualArguments",
     "ContinualTrainer",
     "DiagnosticsCallback",
+    "EarlyStopCallback",
     "EvaluationSet",
+    "GenerationCallback",
     "KeptOptimizer",
     "LossJumpCallback",
     "MuonAdamW",

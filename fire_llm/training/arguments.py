@@ -46,10 +46,16 @@ class ContinualArguments(TrainingArguments):
         default=None,
         metadata={"help": "Weights, by corpus, of the mean NLL (nats a token) that decides the best checkpoint."},
     )
+    ema_decay: float | None = _option(
+        None, "Share of a moving average of the weights that a step keeps, saved as ema/ in checkpoints; None: none."
+    )
     keep_best: bool = _option(False, "Keep the checkpoint with the lowest validation NLL.")
     keep_last: int | None = _option(None, "Number of the newest checkpoints that stay; None: save_total_limit, else 1.")
     keep_steps: list[int] = field(
         default_factory=list, metadata={"help": "Optimizer steps, from 1, whose checkpoints are written and stay."}
+    )
+    save_every_minutes: float | None = _option(
+        None, "Minutes, of the first rank's clock, after which a checkpoint is written too; None: by steps alone."
     )
     async_save: bool | None = _option(
         None, "Write checkpoints while training goes on; None: on accelerators, one process, FSDP2 never."
@@ -77,6 +83,10 @@ class ContinualArguments(TrainingArguments):
                 "auto_find_batch_size would change how many tokens a step trains on: set per_device_train_batch_size, "
                 "and gradient_accumulation_steps for the rest of a step's sequences"
             )
+        if self.save_every_minutes is not None and not self.save_every_minutes > 0:
+            raise UserError(f"save_every_minutes {self.save_every_minutes}: it must be above 0, or None")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise UserError(f"ema_decay {self.ema_decay}: it must lie between 0 and 1, such as 0.999, or be None")
         if self.nonfinite not in ("halt", "skip"):
             raise UserError(f"nonfinite '{self.nonfinite}': it must be one of halt, skip")
         if None not in (self.keep_last, self.save_total_limit) and self.keep_last != self.save_total_limit:

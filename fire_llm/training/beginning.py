@@ -39,7 +39,7 @@ class Beginning:
         if not getattr(args, "auto_find_batch_size", False):
             return False
         before, self._at = self._at, (state.global_step, state.train_batch_size)
-        weights = {name: _local(tensor) for name, tensor in model.state_dict().items()}
+        weights = {name: local(tensor) for name, tensor in model.state_dict().items()}
         if before is not None and before[0] == state.global_step:
             if state.global_step:
                 self._at = None
@@ -65,7 +65,7 @@ class Beginning:
         self._weights, self._moments, self._at = {}, {}, None
 
 
-def _local(tensor: Any) -> Tensor:
+def local(tensor: Any) -> Tensor:
     """Return what this rank holds of a tensor."""
     local: Tensor = (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
     return local

@@ -51,6 +51,11 @@ class DiagnosticsCallback(TrainerCallback):
         if state.global_step % self.every_steps == 0 or state.global_step >= state.max_steps:
             self._measure(state, control, **kwargs)
 
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure where an evaluation ends training, before the checkpoint of that step is written."""
+        if control.should_training_stop and state.global_step < state.max_steps:
+            self.on_train_end(args, state, control, **kwargs)
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure where training was stopped early."""
         key = f"{LOG_PREFIX}dfi_mean"

@@ -25,6 +25,8 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from fire_llm.core.atomic import (
+    AVERAGED,
+    AVERAGED_BYTES,
     BYTES_A_PARAMETER,
     CONTINUAL_STATE,
     STAGING_SUFFIX,
@@ -40,6 +42,7 @@ from fire_llm.core.errors import UserError
 from fire_llm.core.manifest import REPLACED, damage, newest_intact, prune, read_state, write_manifest
 from fire_llm.core.signals import asked
 from fire_llm.distributed import active, gather_objects, is_first
+from fire_llm.training.early_stop import EarlyStopCallback
 from fire_llm.training.preemption import Stopping
 from fire_llm.training.progress import report_line
 from fire_llm.training.recycling import RecyclingCallback
@@ -62,8 +65,11 @@ class Saver:
         self.writer = Writer()
         self.staging: Path | None = None
         """Where `Trainer` puts a checkpoint while one is saved."""
-        self.copies: tuple[Any, Any] | None = None
-        """Weights and the optimizer's state on the host, while a checkpoint is saved whose rest a thread will write."""
+        self.copies: tuple[Any, ...] | None = None
+        """Weights, the optimizer's state and, where there is one, the weights' average on the host, while a checkpoint
+        is saved whose rest a thread will write."""
+        self.resumed_from: Path | None = None
+        """The checkpoint that training goes on from."""
         self._later: list[Callable[[], Any]] = []
         self._resumed: dict[str, Any] = {}
         self._began = time.monotonic()
@@ -77,6 +83,7 @@ class Saver:
         """Start the clock, and take over a checkpoint's state where one is given; return the step of it, or 0."""
         self._began = time.monotonic()
         self._resumed = {}
+        self.resumed_from = Path(str(checkpoint)) if checkpoint else None
         if not checkpoint:
             return 0
         folder, trainer = Path(str(checkpoint)), self.trainer
@@ -122,7 +129,10 @@ class Saver:
         trainer._globalstep_last_logged = unlogged["since"]
 
     def _recycling(self) -> list[RecyclingCallback]:
-        return [c for c in self.trainer.callback_handler.callbacks if isinstance(c, RecyclingCallback)]
+        return [c for c in self._callbacks() if isinstance(c, RecyclingCallback)]
+
+    def _callbacks(self) -> list[TrainerCallback]:
+        return list(self.trainer.callback_handler.callbacks)
 
     # ---- one save
 
@@ -156,6 +166,8 @@ class Saver:
             beside = self.copies is not None
             try:
                 _together(guarded(write_all))
+                if trainer.averaging.on:
+                    _together(guarded(lambda: self._save_average(staging / name / AVERAGED)))
                 self._name_best(output, staging / name)
             finally:
                 self.staging, self.copies, later, self._later = None, None, self._later, []
@@ -192,6 +204,15 @@ class Saver:
         weights = self.copies[0]
         self._later.append(lambda: self.trainer._save(str(folder), state_dict=weights))
 
+    def _save_average(self, folder: Path) -> None:
+        """Save the weights' average as a model of its own; a copy is left to the thread."""
+        if self.copies is not None:
+            weights = self.copies[2]
+            self._later.append(lambda: self.trainer._save(str(folder), state_dict=weights))
+            return
+        with self.trainer.averaging.applied():
+            self.trainer.save_model(str(folder), _internal_call=True)
+
     def save_optimizer_and_scheduler(self, folder: Path) -> None:
         """Save the schedule and whole moments; those of shards are gathered, copies are left to the thread."""
         trainer, file = self.trainer, folder / OPTIMIZER
@@ -210,7 +231,7 @@ class Saver:
         wanted, model = args.async_save, trainer.model
         if wanted is None:
             # What others do when something is saved, they may do with the folder.
-            others = [c for c in trainer.callback_handler.callbacks if not isinstance(c, Stopping)]
+            others = [c for c in self._callbacks() if not isinstance(c, Stopping)]
             looked_at = any(type(c).on_save is not TrainerCallback.on_save for c in others)
             wanted = args.device.type not in ("cpu", "xla") and not looked_at
         own = isinstance(model, PreTrainedModel) and not getattr(model, "_hf_peft_config_loaded", False)
@@ -221,11 +242,16 @@ class Saver:
         still = not args.bf16_params
         return bool(wanted and own and not placed and alone and goes_on and still and not args.push_to_hub)
 
-    def _copied(self) -> tuple[Any, Any] | None:
-        """Copy weights and the optimizer's state to the host; None where that cannot be."""
+    def _copied(self) -> tuple[Any, ...] | None:
+        """Copy weights, the optimizer's state and the weights' average to the host; None where that cannot be."""
         trainer = self.trainer
         optimizer = None if trainer.args.save_only_model else trainer.optimizer.state_dict()
-        return on_host(trainer.model.state_dict(), optimizer)
+        copied = on_host(trainer.model.state_dict(), optimizer)
+        if copied is None or not trainer.averaging.on:
+            return copied
+        with trainer.averaging.applied():
+            averaged = on_host(trainer.model.state_dict())
+        return None if averaged is None else (*copied, *averaged)
 
     @contextmanager
     def _undone(self, staging: Path, step: int) -> Iterator[None]:
@@ -255,6 +281,7 @@ class Saver:
             "world_size": trainer.args.world_size,
             "samples": trainer.first_sample(trainer.state.global_step),
             "samples_a_step": trainer.samples_a_step,
+            "stopped": any(isinstance(c, EarlyStopCallback) and c.stopped for c in self._callbacks()),
             # A signal saves in the middle of a logged interval; its mean must come out as if it had not.
             "unlogged": {
                 "since": trainer._globalstep_last_logged,
@@ -265,7 +292,8 @@ class Saver:
     def _make_room(self, output: Path) -> None:
         """Remove what a killed process left half-written, and see that there is room before anything is written."""
         clear_partial_checkpoints(output)
-        needed = self._bytes or BYTES_A_PARAMETER * sum(p.numel() for p in self.trainer.model.parameters())
+        each = BYTES_A_PARAMETER + AVERAGED_BYTES * self.trainer.averaging.on
+        needed = self._bytes or each * sum(p.numel() for p in self.trainer.model.parameters())
         if (free := free_bytes(output)) < needed:
             raise UserError(
                 f"'{output}' has {free / 1e9:.3g} GB free and a checkpoint takes {needed / 1e9:.3g} GB: "
@@ -274,7 +302,10 @@ class Saver:
 
     def _finish(self, output: Path, written: Path, state: dict[str, Any], recycled: dict[str, Tensor]) -> None:
         """Complete, list, flush and rename a checkpoint."""
-        (written / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing reads it
+        for folder in (written, written / AVERAGED):
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing reads it
+        if (written / AVERAGED).is_dir():
+            write_manifest(written / AVERAGED)
         write_json(written / CONTINUAL_STATE, state)
         if recycled:
             save_file(recycled, written / RECYCLING)

@@ -52,6 +52,14 @@ class Throughput:
         yield
         self._waited += time.perf_counter() - began
 
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Leave out the time spent in here: a checkpoint in the middle of a measurement."""
+        began = time.perf_counter()
+        yield
+        if self._began is not None:
+            self._began += time.perf_counter() - began
+
     def count(self, tokens: int) -> None:
         """Count tokens that are about to be trained on, over all ranks."""
         self._tokens += tokens

@@ -30,6 +30,7 @@ from fire_llm.evaluation.scoring import IGNORE
 from fire_llm.evaluation.texts import EvaluationSet
 from fire_llm.linalg.matmul import settings_kept
 from fire_llm.training.arguments import adopted
+from fire_llm.training.averaging import Averaging
 from fire_llm.training.batches import FromStep, Windows, hash_batch, labels_are_shifted, order_of, targets_of
 from fire_llm.training.callbacks import Keeping, ResetCallback
 from fire_llm.training.contract import METHODS, PARAMETERS, Given, refuse_options
@@ -37,7 +38,7 @@ from fire_llm.training.loss import smoothed_nll, summed_loss
 from fire_llm.training.nonfinite import SKIPPED, FiniteGuard, propagate_nonfinite
 from fire_llm.training.optimizers import muon_adamw, scheduled
 from fire_llm.training.penalties import add_penalties
-from fire_llm.training.preemption import Stopping
+from fire_llm.training.preemption import Stopping, TimedSaves
 from fire_llm.training.progress import Progress, report_line
 from fire_llm.training.saving import Saver, checkpoint_to_resume
 from fire_llm.training.sharding import load_optimizer, load_weights, refuse_engines, sharding, whole_weights
@@ -126,6 +127,7 @@ class ContinualTrainer(Trainer):
         refuse_options(Given(args, self.order, causal, self.evaluation_sets, eval_dataset, **known))
         self.saver = Saver(self)
         self.guard = FiniteGuard(self)
+        self.averaging = Averaging(self)
         self._resumed_step = self._resumed_samples = 0
         self._shifted: bool | None = None
         """What the first training batch showed of its labels, where `args.labels_shifted` is None."""
@@ -154,8 +156,8 @@ class ContinualTrainer(Trainer):
         self.trackers = guard_trackers(self)
         """Of `args.report_to`, and of `callbacks`."""
         self._progress, self._stopping = Progress(), Stopping()
-        # Stopping is behind what asks for a log where something is saved: a signal's save has none.
-        for callback in (Keeping(), self._stopping, self._progress):
+        # What signals and clocks ask for is behind what asks for a log where something is saved: such a save has none.
+        for callback in (self.averaging, Keeping(), TimedSaves(), self._stopping, self._progress):
             self.add_callback(callback)
 
     def train(
@@ -477,6 +479,10 @@ class ContinualTrainer(Trainer):
                 state.best_metric, state.best_global_step = nll, state.global_step
                 self.control.should_save = True
             self.log(dict(metrics))
+            if own and self.is_in_train and self.averaging.on and state.global_step > 0:
+                with self.averaging.applied():
+                    averaged = validate(self.model, sets, self.args, "ema")
+                self.log(averaged)
             self.control = self.callback_handler.on_evaluate(self.args, state, self.control, metrics)
         for name, text in sets.items() if self.compute_metrics is not None else ():
             context = choose_context(self.model.config, self.args.eval_context)
@@ -500,7 +506,8 @@ class ContinualTrainer(Trainer):
         return str(self.saver.staging or self.args.output_dir)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self.saver.save(partial(super()._save_checkpoint, model, trial))
+        with self._throughput.left_out():
+            self.saver.save(partial(super()._save_checkpoint, model, trial))
 
     def _load_best_model(self) -> None:
         self.settle()

@@ -14,16 +14,21 @@ from pydantic import BaseModel
 
 from fire_llm.architectures.context import DEFAULT
 from fire_llm.architectures.fresh import architecture_fault
+from fire_llm.core.atomic import AVERAGED
 from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.data.corpora import CorpusSpec, resolve
 from fire_llm.experiment.recipe.optimizing import optimizer_faults, optimizer_of
 from fire_llm.experiment.recipe.sections import (
     BatchSection,
+    EmaSection,
     EvaluateSection,
+    GenerateSection,
+    HubSection,
     ModelSection,
     OptimizerSection,
     PhaseSection,
     Recipe,
+    StopSection,
     TokenizerSection,
     as_list,
 )
@@ -31,6 +36,7 @@ from fire_llm.models import PRESETS
 from fire_llm.resets import RESETS, ResetSpec
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _NAMING = "use at most 64 letters, digits, '.', '_', '+' and '-', a letter or digit first"
 _TAKEN = re.compile(r"tokenizer|.*\.(json|html|lock|partial)", re.IGNORECASE)
 """Names in a run's folder that are not phases'."""
@@ -74,6 +80,8 @@ def _fields_at(loc: Iterable[Any]) -> list[str]:
     sections: dict[str, type[BaseModel]] = {
         "model": ModelSection, "tokenizer": TokenizerSection, "optimizer": OptimizerSection, "batch": BatchSection,
         "phases": PhaseSection, "evaluate": EvaluateSection, "corpora": CorpusSpec,
+        "generate": GenerateSection, "ema": EmaSection, "stop": StopSection,
+        "hub": HubSection,
     }  # fmt: skip
     # A phase's optimizer is the innermost section of its place.
     first = next((part for part in [*loc][::-1] if part in sections), None)
@@ -134,11 +142,18 @@ def contradictions(recipe: Recipe) -> Iterable[str]:
             f"batch.tokens_per_step: {recipe.batch.tokens_per_step} is not a multiple of the context, {context}. "
             f"The nearest is {nearest}"
         )
+    if recipe.generate and context and recipe.generate.max_new_tokens >= context:
+        yield (
+            f"generate.max_new_tokens: {recipe.generate.max_new_tokens} do not fit into the context, {context}, behind "
+            f"the token that is read first; give at most {context - 1}, less what the prompts take"
+        )
+    if recipe.hub is not None:
+        yield from _hub_faults(recipe, recipe.hub)
     earlier: dict[str, list[str]] = {}
     for n, phase in enumerate(recipe.phases):
         own = [fault for fault in optimizer_faults(optimizer_of(recipe, phase)) if fault not in common]
         yield from (f"phases[{n}].{fault}" for fault in [*own, *_phase_contradictions(recipe, phase, earlier)])
-        earlier[phase.name] = [str(k) for k in ["final", *phase.keep]]
+        earlier[phase.name] = [str(k) for k in ["final", *phase.keep, *([AVERAGED] if phase.ema else [])]]
         for arm in phase.arms or {}:
             earlier[f"{phase.name}/{arm}"] = earlier[phase.name]
     places = {name: "tokenizer.corpora" for name in (tokenizer.corpora if tokenizer else [])}
@@ -221,6 +236,8 @@ def _phase_contradictions(recipe: Recipe, phase: PhaseSection, earlier: dict[str
             yield f"keep: step {k} lies beyond the phase's {phase.steps} steps"
     if "best" in phase.keep and not set(phase.data) & set(recipe.evaluated()):
         yield f"keep: 'best' is one on the phase's own corpora, and evaluate.data has none of {', '.join(phase.data)}"
+    if phase.stop is not None:
+        yield from _stop_contradictions(recipe, phase, phase.stop)
     for arm in phase.arms or {}:
         if not _NAME.fullmatch(arm):
             yield f"arms.{arm}: the name is that of a folder; {_NAMING}"
@@ -232,10 +249,19 @@ def _phase_contradictions(recipe: Recipe, phase: PhaseSection, earlier: dict[str
         if source not in earlier:
             yield f"start_from: there is no earlier phase '{source}'.{did_you_mean(source, earlier)}"
             continue
+        before = next(other for other in recipe.phases if other.name == source.partition("/")[0])
         for label in labels:
             if str(label) not in earlier[source]:
                 allowed = ", ".join(earlier[source])
-                yield f"start_from.{source}: '{label}' is not kept; kept: {allowed}. Add it to that phase's keep"
+                how = "Give that phase ema: {decay: 0.999}" if label == AVERAGED else "Add it to that phase's keep"
+                yield f"start_from.{source}: '{label}' is not kept; kept: {allowed}. {how}"
+            elif isinstance(label, int) and before.stop is not None:
+                yield (
+                    f"start_from.{source}: step {label} may never come, as '{before.name}' may stop before it; start "
+                    "from final or best"
+                )
+            elif label == AVERAGED and phase.optimizer_state == "kept":
+                yield f"start_from.{source}: '{AVERAGED}' has no moments, and optimizer_state is kept; write cleared"
     armed = [p for p in recipe.phases if p.arms and p.name in earlier]
     previous = next((name for name in reversed(earlier) if "/" not in name), None)
     if phase.optimizer_state == "kept":
@@ -245,6 +271,29 @@ def _phase_contradictions(recipe: Recipe, phase: PhaseSection, earlier: dict[str
         if missing:
             example = f"{armed[-1].name}/{next(iter(armed[-1].arms or {}))}"
             yield f"start_from: the previous phase has arms; say which to go on from, such as {{{example}: final}}"
+
+
+def _hub_faults(recipe: Recipe, hub: HubSection) -> Iterable[str]:
+    """Yield why checkpoints cannot be pushed, as far as the recipe shows it."""
+    if not _REPOSITORY.fullmatch(hub.repo) or "--" in hub.repo or ".." in hub.repo or hub.repo.endswith(".git"):
+        yield f"hub.repo: '{hub.repo}' is no repository of the Hub; write owner/name"
+    for n, phase in enumerate(recipe.phases):
+        if hub.push == "best" and "best" not in phase.keep:
+            yield f"phases[{n}].keep: hub.push is best, and '{phase.name}' keeps no best; add it, or push end"
+
+
+def _stop_contradictions(recipe: Recipe, phase: PhaseSection, stop: StopSection) -> Iterable[str]:
+    """Yield why a phase cannot stop early."""
+    if stop.corpus not in recipe.evaluated():
+        near = did_you_mean(stop.corpus, recipe.evaluated())
+        yield f"stop.corpus: '{stop.corpus}' is not measured.{near} Measured: {', '.join(recipe.evaluated())}"
+    steps = phase.steps or (phase.tokens and -(-phase.tokens // recipe.batch.tokens_per_step))
+    every = recipe.evaluate.every_steps or max(1, (steps or 0) // 10)
+    if steps and stop.patience * every >= steps:
+        yield (
+            f"stop.patience: {stop.patience} evaluations, one every {every} steps, take the phase's {steps} steps, so "
+            "that it would never stop early; give fewer, or a smaller evaluate.every_steps"
+        )
 
 
 def _kept_contradictions(recipe: Recipe, phase: PhaseSection, sources: Iterable[str | None]) -> Iterable[str]:

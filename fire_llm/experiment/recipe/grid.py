@@ -74,6 +74,8 @@ def load_trials(
             recipe, found = checked(own)
         except UserError as error:
             found = [str(error)]
+        if recipe is not None and recipe.hub is not None and len(points) > 1:
+            found = [*found, "hub: the runs of a grid would be pushed over each other; leave hub out of a grid"]
         for fault in found:
             faults.setdefault(fault, []).append(name)
         if recipe is not None:

@@ -190,6 +190,22 @@ class BatchSection(_Section):
     document_mask: bool = Field(False, description="Attention and positions stay within documents, inside blocks too")
 
 
+class EmaSection(_Section):
+    """An exponential moving average of a phase's weights, one more checkpoint."""
+
+    decay: float = Field(0.999, gt=0, lt=1, description="Share of the average that a step keeps")
+
+
+class StopSection(_Section):
+    """When a phase ends before its last step."""
+
+    corpus: str = Field(description="An evaluated corpus")
+    patience: int = Field(3, ge=1, description="Evaluations in a row without a fall of its NLL that end the phase")
+    min_delta: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="Nats a token below the lowest so far that count as a fall"
+    )
+
+
 class PhaseSection(_Section):
     """One phase of training on one mixture of corpora."""
 
@@ -209,6 +225,8 @@ class PhaseSection(_Section):
     keep: Annotated[list[int | str], BeforeValidator(as_list)] = Field(
         default_factory=list, description="Checkpoints that stay beside the final one: best, or numbers of steps"
     )
+    ema: EmaSection | None = Field(None, description="Average the weights over the steps: one more checkpoint, ema")
+    stop: StopSection | None = Field(None, description="End the phase early; it trains to its last step by default")
     start_from: dict[str, Annotated[list[int | str], BeforeValidator(as_list)]] | None = Field(
         None, description="{phase or phase/arm: checkpoint or checkpoints}; the previous phase's final one by default"
     )
@@ -228,6 +246,29 @@ class EvaluateSection(_Section):
     diagnostics_every_steps: int | None = Field(
         None, ge=1, description="Optimizer steps between measurements of plasticity; none by default"
     )
+
+
+class GenerateSection(_Section):
+    """Text that the model writes while it trains, for people to read; nothing that is measured depends on it."""
+
+    prompts: Annotated[list[str], BeforeValidator(as_list)] = Field(
+        min_length=1, description="Texts to write after; '' for none"
+    )
+    every_steps: int | None = Field(None, ge=1, description="Optimizer steps between two times; at every evaluation")
+    max_new_tokens: int = Field(32, ge=1, description="Most tokens written; with the prompt they fit into the context")
+    temperature: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="0: the likeliest token each time; above: drawn, from one seed"
+    )
+
+
+class HubSection(_Section):
+    """Where checkpoints are pushed to: a branch NAME/PHASE/ARM/seed-N for each stage."""
+
+    repo: str = Field(description="A model repository of the Hub, owner/name; made where there is none")
+    push: Literal["end", "best", "every save"] = Field(
+        "end", description="Of each stage: the final checkpoint; the best one; each that is written, the final one last"
+    )
+    private: bool = Field(True, description="Make a private repository, and refuse one that is public")
 
 
 class Recipe(_Section):
@@ -258,6 +299,9 @@ class Recipe(_Section):
         "halt", description="Where a loss or gradient is not finite: stop before the step, or leave it out and count it"
     )
     save_every_steps: int = Field(500, ge=1, description="Optimizer steps between the checkpoints a run resumes from")
+    save_every_minutes: float | None = Field(
+        None, gt=0, description="Minutes after which such a checkpoint is written too; by steps alone by default"
+    )
     keep_last: int = Field(1, ge=1, description="Newest checkpoints of a phase that stay, beside those it keeps")
     log_every_steps: int = Field(10, ge=1, description="Optimizer steps a logged training loss is the mean of")
     report_to: Annotated[list[str], BeforeValidator(_trackers)] = Field(
@@ -266,6 +310,10 @@ class Recipe(_Section):
     )
     phases: list[PhaseSection] = Field(min_length=1)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
+    generate: GenerateSection | None = Field(
+        None, description="Text that the model writes at evaluations, before and after resets; none by default"
+    )
+    hub: HubSection | None = Field(None, description="Push checkpoints to the Hub; none by default")
     sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
         default_factory=dict, description="{dotted key: values}: a grid of runs, for fire-llm sweep"
     )
@@ -300,8 +348,8 @@ def recipe_schema() -> dict[str, Any]:
     schema["$defs"]["PhaseSection"]["properties"]["arms"] = {"type": "object", "additionalProperties": arms}
     # What a validator accepts in shorthand, editors must accept too.
     sections = schema["$defs"]
-    listed_keys = {"PhaseSection": "keep", "EvaluateSection": "data"}
-    own = [(schema, "seed"), (schema, "report_to"), *((sections[name], key) for name, key in listed_keys.items())]
+    lists = {"PhaseSection": "keep", "EvaluateSection": "data", "GenerateSection": "prompts"}
+    own = [(schema, "seed"), (schema, "report_to"), *((sections[name], key) for name, key in lists.items())]
     for section, key in own:
         listed = section["properties"][key]
         section["properties"][key] = {"anyOf": [listed["items"], listed]}

@@ -11,10 +11,18 @@ from fire_llm.reporting.plots.base import COLOURS, NEUTRAL, Figure, Style, band,
 from fire_llm.reporting.schema import Arm, CurveEntry, Run, TensorEntry
 
 
-def series(curve: Sequence[CurveEntry], corpus: str | None = None) -> list[tuple[float, float]]:
-    """Return (tokens, NLL) of the evaluations on a corpus, or (tokens, training loss) where `corpus` is None."""
+def series(curve: Sequence[CurveEntry], corpus: str | None = None, averaged: bool = False) -> list[tuple[float, float]]:
+    """Return (tokens, NLL) of the evaluations on a corpus, or (tokens, training loss) where `corpus` is None.
+
+    Args:
+        curve: Of a run or an arm.
+        corpus: Name of the corpus.
+        averaged: Of the weights' moving average.
+    """
     if corpus is None:
-        losses = [(entry.tokens, entry.train_loss) for entry in curve]
+        losses = [(entry.tokens, entry.train_loss) for entry in curve if not averaged]
+    elif averaged:
+        losses = [(entry.tokens, entry.ema[corpus].nll) for entry in curve if corpus in entry.ema]
     else:
         losses = [(entry.tokens, entry.eval[corpus].nll) for entry in curve if corpus in entry.eval]
     return [(tokens, loss) for tokens, loss in losses if loss is not None]
@@ -65,6 +73,19 @@ def loss_figure(
                 hovertemplate=f"<b>{label}</b><br>{what}<br>%{{x:.4s}} tokens<extra></extra>",
             )
         )
+        if averaged := thin(series(entry.curve, corpus, averaged=True)):
+            lines.append(
+                go.Scatter(
+                    x=[t for t, _ in averaged],
+                    y=[round(v, 5) for _, v in averaged],
+                    name=f"{label} (EMA)",
+                    legendgroup=arm,
+                    mode="lines",
+                    line={"color": style.colour, "dash": "dot", "width": 1.5},
+                    hovertemplate=f"<b>{label} (EMA)</b><br>NLL %{{y:.4f}}<br>%{{x:.4s}} tokens<extra></extra>",
+                )
+            )
+            lowest.append(min(v for _, v in averaged))
         after = [v for t, v in points if t >= points[-1][0] / 3]
         settled.append(max(after))
         lowest.append(min(v for _, v in points))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fire_llm.core.atomic import AVERAGED
 from fire_llm.reporting.plots.base import BAR, Figure, escaped, figure, short
 from fire_llm.reporting.schema import EvaluationRow
 from fire_llm.reporting.table import DASH
@@ -13,10 +14,12 @@ ROW_HEIGHT = 26
 
 
 def row_name(row: EvaluationRow) -> str:
-    """Name a row's checkpoint for people: `second / fire`, `first, step 20 (best)`, `init`."""
+    """Name a row's checkpoint for people: `second / fire`, `first, step 20 (best)`, `second / fire (EMA)`, `init`."""
     if row.phase is None:
         return row.checkpoint if "start" in row.labels else "init"
     name = " / ".join(filter(None, [row.phase, row.arm]))
+    if AVERAGED in row.labels:
+        return f"{name} (EMA)"
     if "final" not in row.labels:
         name += f", step {row.step}"
     return name + (" (best)" if "best" in row.labels else "")

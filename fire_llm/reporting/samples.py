@@ -1,0 +1,66 @@
+"""What the models of a run wrote after each prompt, as the page shows it: first what a reset did to it, then all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fire_llm.core.terminal import shown
+from fire_llm.reporting.comparison import Comparison
+from fire_llm.reporting.schema import Run, Sample
+
+
+@dataclass(frozen=True)
+class Written:
+    """One text, by whom and when."""
+
+    by: str
+    """Phase, arm and seed, as far as they tell it from others."""
+    when: str
+    text: str
+    first: bool
+    """Whether the one above is by somebody else."""
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """What was written after one prompt."""
+
+    prompt: str
+    """Empty where a model wrote by itself."""
+    few: list[Written]
+    """Of the first seed of each arm: before the reset, after it, and at the end."""
+    every: list[Written]
+    """All of it, of earlier phases too; empty where that is no more."""
+
+
+def samples(c: Comparison) -> list[Prompted]:
+    """Return what was written, by prompt; nothing where a run wrote nothing."""
+    arms = [(arm, run) for arm in c.arms for run in c.runs(arm)]
+    others = [(" / ".join(filter(None, (run.phase, run.arm))), run) for run in c.results.phases]
+    every = [*others, *arms]
+    seeds = [run.seed for _, run in arms or others]
+    chosen = [(name, run) for name, run in arms or others if run.seed == seeds[0]]
+    prompts = dict.fromkeys(sample.prompt for _, run in every for sample in run.samples)
+    found = []
+    for prompt in prompts:
+        few = [w for name, run in chosen for w in _written(name, run, prompt, brief=True)]
+        several = len({run.seed for _, run in every}) > 1
+        told = [(f"{name}, seed {run.seed}" if several else name, run) for name, run in every]
+        whole = [w for name, run in told for w in _written(name, run, prompt)]
+        found.append(Prompted(shown(prompt), few, whole if len(whole) > len(few) else []))
+    return found
+
+
+def _written(name: str, run: Run, prompt: str, brief: bool = False) -> list[Written]:
+    own = [sample for sample in run.samples if sample.prompt == prompt]
+    last = max((sample.step for sample in own), default=0)
+    kept = [sample for sample in own if not brief or sample.step in (0, last)]
+    return [Written(name, _when(sample, run, own), shown(sample.text), i == 0) for i, sample in enumerate(kept)]
+
+
+def _when(sample: Sample, run: Run, own: list[Sample]) -> str:
+    if sample.step:
+        return f"step {sample.step:,}" + (", the last" if sample.step == run.steps else "")
+    if sample.before_reset:
+        return "before the reset"
+    return "after the reset" if any(other.before_reset for other in own) else "step 0"

@@ -1,0 +1,106 @@
+"""An exponential moving average of the weights, kept beside them while a phase trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from transformers import PreTrainedModel, TrainerCallback
+
+from fire_llm.architectures.names import plain_name
+from fire_llm.core.atomic import AVERAGED
+from fire_llm.core.errors import UserError
+from fire_llm.distributed import make_current
+from fire_llm.models import load_model
+from fire_llm.training.beginning import local
+from fire_llm.training.sharding import placed_like
+
+
+class Averaging(TrainerCallback):
+    """Average the weights of a `ContinualTrainer` after each step, where `args.ema_decay` asks for it.
+
+    average ← decay · average + (1 − decay) · weights, from the weights that the first step starts with, after a reset.
+    It stands behind all that changes weights at a step's end. Each rank averages what it holds, replicas and shards
+    alike. The average is in the weights' own precision, fp32 or finer, as rounding to bf16 would leave it where it is.
+
+    Args:
+        trainer: Its `args`, `model` and `saver` are read when training begins.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self._averages: dict[str, Tensor] = {}
+        """What this rank holds of each average, by parameter."""
+
+    @property
+    def on(self) -> bool:
+        """Return whether there is an average."""
+        return bool(self._averages)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Begin with the weights as they are, or with the average in the checkpoint that training goes on from.
+
+        Raises:
+            UserError: The weights are coarser than fp32 or no whole model's; or the checkpoint holds no average.
+        """
+        self._averages = {}
+        if args.ema_decay is None:
+            return
+        model, resumed = self.trainer.model, self.trainer.saver.resumed_from
+        coarse = [name for name, p in model.named_parameters() if p.is_floating_point() and p.element_size() < 4]
+        if coarse:
+            raise UserError(
+                f"ema_decay: '{coarse[0]}' is in 16 bits or fewer, too coarse for the small steps of an average; "
+                "train weights in fp32 (bf16=True computes in bf16), or leave it out"
+            )
+        if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
+            raise UserError(f"ema_decay: a {type(model).__name__} is no whole model of transformers; leave it out")
+        source: dict[str, Any] = self._weights()
+        if resumed is not None:
+            source = self._read(resumed / AVERAGED)
+        self._averages = {
+            name: local(placed_like(p, source[name].detach()) if resumed is not None else p).clone()
+            for name, p in self._weights().items()
+        }
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Average the weights in."""
+        if self.on:
+            held = [local(p) for p in self._weights().values()]
+            get_ema_multi_avg_fn(args.ema_decay)([*self._averages.values()], held, 0)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Exchange the weights and their average inside the block, bit for bit; collective where they are sharded."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        make_current(self.trainer.model)
+        for name, p in self._weights().items():
+            weights, average = local(p), self._averages[name]
+            held = weights.clone()
+            weights.copy_(average)
+            average.copy_(held)
+
+    def _weights(self) -> dict[str, Any]:
+        make_current(self.trainer.model)
+        return {plain_name(name): p for name, p in self.trainer.model.named_parameters()}
+
+    def _read(self, folder: Path) -> dict[str, Any]:
+        if not folder.is_dir():
+            raise UserError(
+                f"ema_decay: '{folder.parent}' holds no average, as it was not asked for there: leave it out, or "
+                "begin a new training"
+            )
+        found = load_model(folder, torch.float32)
+        return {plain_name(name): p for name, p in found.named_parameters(remove_duplicate=False)}
