@@ -29,6 +29,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from fire_llm.core.atomic import read_json, remove, write_json
 from fire_llm.core.errors import UserError, did_you_mean, first_line, redact
 from fire_llm.training.callbacks import ResetCallback
+from fire_llm.training.generating import SAMPLES
 from fire_llm.training.loss_jump import LossJumpCallback, loss_jump
 from fire_llm.training.progress import report_line
 
@@ -211,7 +212,7 @@ class Tracker:
         elif self.name == "trackio":
             sys.modules["trackio"].config.update(self.stage.config)
         # What the log holds and this tracker was not sent: it failed, or was not asked for yet.
-        for entry in state.log_history:
+        for entry in (entry for entry in state.log_history if SAMPLES not in entry):  # texts are no curves
             then = copy.copy(state)
             then.global_step, then.epoch = entry["step"], entry.get("epoch")
             self._send(args, then, control, {key: value for key, value in entry.items() if key != "step"}, **kwargs)
