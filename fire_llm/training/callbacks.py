@@ -15,6 +15,7 @@ from fire_llm.core.errors import UserError
 from fire_llm.models import fresh_model
 from fire_llm.resets import ResetReport, ResetsLike, apply_reset, parse_resets
 from fire_llm.resets.spec import ResetSpec, refuse_kinds
+from fire_llm.training.arguments import plain
 from fire_llm.training.beginning import Beginning
 from fire_llm.training.gradients import gather_gradient
 from fire_llm.training.sharding import load_optimizer, refuse_engines
@@ -137,7 +138,10 @@ class KeptOptimizer(TrainerCallback):
 
 
 class Keeping(TrainerCallback):
-    """Save at the listed steps, and log wherever something is saved or measured, so that no average spans it."""
+    """Save at the listed steps, and log wherever something is saved or measured, so that no average spans it.
+
+    With plain `TrainingArguments`, all of that is done where `Trainer` does it.
+    """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Try, before hours of training, what a save writes beside the weights.
@@ -161,7 +165,9 @@ class Keeping(TrainerCallback):
                 ) from error
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Measure and save at the last step too, where either is done by steps."""
+        """Measure and save at the last step too, where either is done by steps; plain arguments say it all."""
+        if plain(args):
+            return
         last = state.global_step >= state.max_steps
         control.should_evaluate |= last and args.eval_strategy == "steps"
         control.should_save |= (last and args.save_strategy == "steps") or state.global_step in args.keep_steps
@@ -169,7 +175,7 @@ class Keeping(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Log where something is saved or measured, unless nothing is to be logged."""
-        if (control.should_save or control.should_evaluate) and args.logging_strategy != "no":
+        if (control.should_save or control.should_evaluate) and args.logging_strategy != "no" and not plain(args):
             control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from fire_llm.core.atomic import (
     BYTES_A_PARAMETER,
@@ -42,6 +42,7 @@ from fire_llm.core.errors import UserError
 from fire_llm.core.manifest import damage, newest_intact, read_state, write_manifest
 from fire_llm.core.signals import asked
 from fire_llm.distributed import active, gather_objects, is_first
+from fire_llm.training.arguments import plain
 from fire_llm.training.preemption import Stopping
 from fire_llm.training.progress import report_line
 from fire_llm.training.recycling import RecyclingCallback
@@ -219,7 +220,7 @@ class Saver:
         alone = not active() and not trainer.is_fsdp_enabled
         goes_on = trainer.state.global_step < trainer.state.max_steps and not asked()
         # transformers writes to config.json the dtype that the parameters have just then: bf16 in the middle of a pass.
-        still = not args.bf16_params
+        still = not args.bf16_params and not args.enable_jit_checkpoint
         return bool(wanted and own and not placed and alone and goes_on and still and not args.push_to_hub)
 
     def _copied(self) -> tuple[Any, Any] | None:
@@ -244,7 +245,7 @@ class Saver:
 
     def hash_over_ranks(self) -> int:
         """Return the sum of all ranks' hashes of batches; collective."""
-        return int(self.trainer.accelerator.reduce(self.trainer.batches_hash.clone(), "sum"))
+        return int(self.trainer.accelerator.reduce(self.trainer.hash_of_steps(), "sum"))
 
     def _state(self) -> dict[str, Any]:
         """Return what `TrainerState` has no room for; collective."""
@@ -259,7 +260,7 @@ class Saver:
             # A signal saves in the middle of a logged interval; its mean must come out as if it had not.
             "unlogged": {
                 "since": trainer._globalstep_last_logged,
-                "losses": gather_objects(None, float(trainer._tr_loss)),
+                "losses": gather_objects(None, float(trainer.guard.before if trainer.waiting else trainer._tr_loss)),
             },
         }
 
@@ -275,7 +276,8 @@ class Saver:
 
     def _finish(self, output: Path, written: Path, state: dict[str, Any], recycled: dict[str, Tensor]) -> None:
         """Complete, list, flush and rename a checkpoint."""
-        (written / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing reads it
+        if not plain(self.trainer.args):
+            (written / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, and nothing of ours reads it
         write_json(written / CONTINUAL_STATE, state)
         if recycled:
             save_file(recycled, written / RECYCLING)
@@ -339,7 +341,8 @@ def checkpoint_to_resume(args: Any, asked: str | bool | None) -> str | None:
             report_line(args, line)
         if newest is None:
             raise UserError(
-                f"resume_from_checkpoint=True: '{args.output_dir}' holds no checkpoint; leave it out to begin"
+                f"resume_from_checkpoint=True: No valid checkpoint found in output directory ({args.output_dir}), which "
+                "holds no checkpoint; leave it out to begin"
             )
         folder = Path(newest)
     else:
@@ -347,7 +350,7 @@ def checkpoint_to_resume(args: Any, asked: str | bool | None) -> str | None:
         if not (folder / CONTINUAL_STATE).is_file():
             held = "is no checkpoint of a ContinualTrainer" if folder.is_dir() else "does not exist"
             raise UserError(
-                f"resume_from_checkpoint='{folder}' {held}: {CONTINUAL_STATE} is missing. Give a folder "
+                f"Can't find a valid checkpoint at {folder}: resume_from_checkpoint='{folder}' {held}: {CONTINUAL_STATE} is missing. Give a folder "
                 "checkpoint-<step> of a ContinualTrainer, True for the newest one, or begin from its weights with "
                 "from_pretrained"
             )

@@ -7,8 +7,8 @@ Shapes: B = sequences a micro-batch, T = tokens a sequence.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from fire_llm.evaluation import token_nll
 from fire_llm.evaluation.scoring import IGNORE
 from fire_llm.evaluation.texts import EvaluationSet
 from fire_llm.linalg.matmul import settings_kept
-from fire_llm.training.arguments import adopted
+from fire_llm.training.arguments import adopted, plain
 from fire_llm.training.batches import FromStep, Windows, hash_batch, labels_are_shifted, order_of, targets_of
 from fire_llm.training.callbacks import Keeping, ResetCallback
 from fire_llm.training.contract import METHODS, PARAMETERS, Given, refuse_options
@@ -80,7 +80,7 @@ class ContinualTrainer(Trainer):
         _clip_grad_norm †                   penalties are added before gradients are clipped
         _get_grad_norm †                    what is not finite does not reach the weights
         _maybe_log_save_evaluate            faults of the last step and the last save are raised before the next
-        log                                 speed beside each loss, and the share of the phase that is done
+        log                                 speed beside losses, and the share of the phase that is done
         evaluation_loop                     labels may be of another kind than the training set's
         evaluate                            exact perplexity a corpus too; the best checkpoint is saved
         _get_output_dir                     a checkpoint is written under another name
@@ -149,6 +149,9 @@ class ContinualTrainer(Trainer):
             self.model_accepts_loss_kwargs = True
         self.batches_hash = torch.zeros((), dtype=torch.int64, device=args.device)
         """Hash of every token id trained on, the step it was seen at included; order within a step does not count."""
+        self.fetched = -1
+        """The step, counted from zero, whose batches were fetched last; it is still to be taken at that global step."""
+        self._fetched_hash = torch.zeros_like(self.batches_hash)
         self.callback_handler.callbacks.pop()  # `Trainer`'s own bar or printer, which it adds last
         self._progress = Progress()
         # Stopping is behind what asks for a log where something is saved: a signal's save has none.
@@ -184,7 +187,7 @@ class ContinualTrainer(Trainer):
         for name in ("_summed_loss", "_throughput", "_weights"):
             self.__dict__.pop(name, None)  # of a model that `model_init` has replaced, or of other settings
         self.batches_hash.zero_()
-        self._shifted = None
+        self._shifted, self.fetched = None, -1
         self._resumed_step = self.saver.begin(checkpoint)
         self._resumed_samples = self.saver.resumed_samples()
         start, args.eval_on_start = args.eval_on_start, args.eval_on_start and checkpoint is None
@@ -192,7 +195,8 @@ class ContinualTrainer(Trainer):
             if isinstance(callback, ResetCallback):
                 callback.attach(self)
         try:
-            trained = super().train(checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
+            with self._losses_shown():
+                trained = super().train(checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
             self.guard.settle()  # of the last step, where a callback ended training and nothing was logged
             self.settle()
             return trained
@@ -303,11 +307,15 @@ class ContinualTrainer(Trainer):
                 f"train_dataset ends before max_steps={self.args.max_steps}, which reads samples 0 to {needed - 1} "
                 f"({error}). Lower max_steps, or give the dataset a length (__len__): it is then read in epochs"
             ) from error
-        ids = [batch["input_ids"] for batch in batches if "input_ids" in batch]
+        self.guard.begin()
+        self.fetched = self.state.global_step
+        self._fetched_hash.zero_()
+        ids = [i for i in (batch.get("input_ids") for batch in batches) if i is not None and not i.is_floating_point()]
         self._throughput.count(sum(i.numel() for i in ids) * self.args.world_size)
         together = [torch.cat(ids)] if len({i.shape[1:] for i in ids}) == 1 else ids
         for rows in together:
-            self.batches_hash += hash_batch(rows.to(self.batches_hash.device), self.state.global_step)
+            self._fetched_hash += hash_batch(rows.to(self.batches_hash.device), self.fetched)
+        self.batches_hash += self._fetched_hash
         return batches, items
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Any:
@@ -360,7 +368,6 @@ class ContinualTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         """Run one micro-batch forward and backward; return its loss, (), detached."""
-        self.guard.begin()
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.guard.note(loss)
         return loss
@@ -428,8 +435,8 @@ class ContinualTrainer(Trainer):
             self._throughput.stop()  # what was just evaluated and saved is no part of the next measurement
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log with the speed beside each loss; the epoch of numbered data is the share of the phase that is done."""
-        if "loss" in logs and self.is_in_train:
+        """Log, with `ContinualArguments` the speed beside each loss; the epoch of numbered data is the share of the phase that is done."""
+        if "loss" in logs and self.is_in_train and not plain(self.args):
             logs |= self._throughput.read()
         if self.guard.skipped:
             logs[SKIPPED] = self.guard.skipped
@@ -486,9 +493,19 @@ class ContinualTrainer(Trainer):
         """Run `Trainer`'s loop, labels as this data has them, whatever the training set has."""
         self._evaluating, self._windows = True, isinstance(getattr(dataloader, "dataset", None), Windows)
         try:
-            return super().evaluation_loop(dataloader, *args, **kwargs)
+            with self._losses_shown():
+                return super().evaluation_loop(dataloader, *args, **kwargs)
         finally:
             self._evaluating = self._windows = False
+
+    @contextmanager
+    def _losses_shown(self) -> Iterator[None]:
+        """Hide no loss that is not finite; `Trainer` would put others in its place, and ask the device for each."""
+        asked, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
+        try:
+            yield
+        finally:
+            self.args.logging_nan_inf_filter = asked
 
     # ---- checkpoints
 
@@ -511,6 +528,8 @@ class ContinualTrainer(Trainer):
             self.saver.save_model_later(Path(output_dir))
         elif self.is_fsdp_enabled:  # `Trainer` would keep pickles beside it
             self._save(output_dir or self.args.output_dir, state_dict=whole_weights(self.model))
+            if self.args.push_to_hub and not _internal_call:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         else:
             super().save_model(output_dir, _internal_call)
 
@@ -553,6 +572,15 @@ class ContinualTrainer(Trainer):
             if not report:
                 raise
             report_line(self.args, str(error))
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a step's batches were fetched that it has not been taken with: a save in its middle leaves them out."""
+        return bool(self.fetched == self.state.global_step)
+
+    def hash_of_steps(self) -> Tensor:
+        """Return the hash of the batches of this rank's steps so far, ()."""
+        return self.batches_hash - self._fetched_hash if self.waiting else self.batches_hash.clone()
 
     def hash_of_batches(self) -> str:
         """Return the hash over all ranks of every batch so far, 16 hexadecimal digits; collective."""
