@@ -30,6 +30,12 @@ def answer(logits: Tensor, labels: Tensor | None, double: bool = False) -> Causa
     return CausalLMOutput(loss=loss, logits=logits, hidden_states=(logits,) if double else None)
 
 
+class Causal:
+    """A mark: transformers' own models have it by their names."""
+
+    loss_type = property(lambda self: "ForCausalLM", lambda self, of_name: None)
+
+
 class Correct:
     """The share of next tokens that are the likeliest ones, where theirs is the share of points near the line."""
 
@@ -49,12 +55,15 @@ def toys(theirs: ModuleType) -> dict[str, Any]:
     """Return what stands in place of the toys of their module, by name."""
 
     class Config(theirs.RegressionModelConfig):
-        vocab_size = VOCABULARY
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.vocab_size = VOCABULARY
 
     class Walks(theirs.RegressionDataset):
         def __getitem__(self, i: int) -> dict[str, Tensor]:
             draw = torch.Generator().manual_seed(i)
-            steps = torch.where(torch.rand(LENGTH, generator=draw) < 0.7, 1, torch.randint(11, (LENGTH,), generator=draw))
+            up = torch.rand(LENGTH, generator=draw) < 0.7
+            steps = torch.where(up, 1, torch.randint(VOCABULARY, (LENGTH,), generator=draw))
             ids = steps.cumsum(0) % VOCABULARY
             return {"input_ids": ids, **{name: ids.clone() for name in self.label_names}}
 
@@ -66,22 +75,22 @@ def toys(theirs: ModuleType) -> dict[str, Any]:
         def forward(self, input_ids: Tensor, labels: Tensor | None = None, **_: Any) -> Any:
             return dict(answer(guesses(input_ids, self.a, self.b), labels))
 
-    class Lm(theirs.RegressionPreTrainedModel):
-        config_class, loss_type = Config, "ForCausalLM"
+    class Lm(Causal, theirs.RegressionPreTrainedModel):
+        config_class = Config
 
         def forward(self, input_ids: Tensor, labels: Tensor | None = None, **_: Any) -> Any:
             return answer(guesses(input_ids, self.a, self.b), labels, self.double_output)
 
-    class Noisy(theirs.RegressionRandomPreTrainedModel):
-        config_class, loss_type = Config, "ForCausalLM"
+    class Noisy(Causal, theirs.RegressionRandomPreTrainedModel):
+        config_class = Config
 
         def forward(self, input_ids: Tensor, labels: Tensor | None = None, **_: Any) -> Any:
             noise = torch.randn(()) if self.random_torch else 0.0
             noise = 1 + 0.05 * (noise + float(np.random.rand()) + random.random())
             return answer(guesses(input_ids, self.a * noise, self.b), labels)
 
-    class Checkpointing(theirs.RegressionPreTrainedModelWithGradientCheckpointing):
-        config_class, loss_type = Config, "ForCausalLM"
+    class Checkpointing(Causal, theirs.RegressionPreTrainedModelWithGradientCheckpointing):
+        config_class = Config
 
         def forward(self, input_ids: Tensor, labels: Tensor | None = None, **_: Any) -> Any:
             y = input_ids[..., None] / VOCABULARY
@@ -90,10 +99,9 @@ def toys(theirs: ModuleType) -> dict[str, Any]:
                 y = self._gradient_checkpointing_func(layer.__call__, y) if again else layer(y)
             return answer(guesses(input_ids, self.head(y), 0.0), labels)
 
-    made = {
+    return {
         "RegressionModelConfig": Config, "RegressionDataset": Walks, "RegressionModel": Plain,
         "RegressionDictModel": AsDict, "RegressionPreTrainedModel": Lm, "RegressionRandomPreTrainedModel": Noisy,
         "RegressionPreTrainedModelWithGradientCheckpointing": Checkpointing, "AlmostAccuracy": Correct,
         "AlmostAccuracyBatched": Correct,
     }  # fmt: skip
-    return made

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import TrainerCallback
@@ -15,7 +13,6 @@ from fire_llm.core.errors import UserError
 from fire_llm.models import fresh_model
 from fire_llm.resets import ResetReport, ResetsLike, apply_reset, parse_resets
 from fire_llm.resets.spec import ResetSpec, refuse_kinds
-from fire_llm.training.arguments import plain
 from fire_llm.training.beginning import Beginning
 from fire_llm.training.gradients import gather_gradient
 from fire_llm.training.sharding import load_optimizer, refuse_engines
@@ -138,36 +135,10 @@ class KeptOptimizer(TrainerCallback):
 
 
 class Keeping(TrainerCallback):
-    """Save at the listed steps, and log wherever something is saved or measured, so that no average spans it.
-
-    With plain `TrainingArguments`, all of that is done where `Trainer` does it.
-    """
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Try, before hours of training, what a save writes beside the weights.
-
-        Raises:
-            UserError: A config can be read, but not written.
-        """
-        for name in ("config", "generation_config"):
-            written: Any = getattr(model, name, None)
-            try:
-                with TemporaryDirectory() as folder:
-                    if hasattr(written, "save_pretrained") and (name == "config" or model.can_generate()):
-                        written.save_pretrained(folder)
-            except OSError:  # of the place for temporary files, where no checkpoint goes
-                continue
-            except Exception as error:  # the classes' own checks raise what they like
-                said = " ".join(str(error).split())
-                raise UserError(
-                    f"{name}.json of the model cannot be written, so that no checkpoint could be saved: {said} "
-                    f"Correct it in the checkpoint's folder, or on model.{name}"
-                ) from error
+    """Save at the listed steps, and log wherever something is saved or measured, so that no average spans it."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Measure and save at the last step too, where either is done by steps; plain arguments say it all."""
-        if plain(args):
-            return
+        """Measure and save at the last step too, where either is done by steps."""
         last = state.global_step >= state.max_steps
         control.should_evaluate |= last and args.eval_strategy == "steps"
         control.should_save |= (last and args.save_strategy == "steps") or state.global_step in args.keep_steps
@@ -175,11 +146,5 @@ class Keeping(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Log where something is saved or measured, unless nothing is to be logged."""
-        if (control.should_save or control.should_evaluate) and args.logging_strategy != "no" and not plain(args):
+        if (control.should_save or control.should_evaluate) and args.logging_strategy != "no":
             control.should_log = True
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-        """Raise where a mean of finite losses is not finite itself."""
-        loss = logs.get("loss")
-        if loss is not None and not math.isfinite(loss):
-            raise FloatingPointError(f"the training loss is {loss} at step {state.global_step}: training stops here")

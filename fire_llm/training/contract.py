@@ -149,7 +149,9 @@ OPTIONS: dict[str, Rule] = dict.fromkeys(
         instead=_STEPS,
     ),
     "logging_nan_inf_filter": Rule("no loss is hidden: `nonfinite` says what becomes of one that is not finite"),
-    "disable_tqdm": Rule("one bar a phase, or lines where there is no terminal; with True nothing is printed"),
+    "disable_tqdm": Rule(
+        "with `ContinualArguments`, one bar a phase, or lines where there is no terminal; with True nothing is printed"
+    ),
     "eval_strategy": Rule(
         "evaluation sets are measured beside an `eval_dataset`, at the last step too; one of them has to be given; "
         + _EPOCHS,
@@ -226,7 +228,10 @@ OWN_OPTIONS: dict[str, Rule] = {
 """Fields of `ContinualArguments` that do not go with everything."""
 
 PARAMETERS: dict[str, Rule] = {
-    "model": Rule("a causal LM's loss is taken here; another model's by the model, as in `Trainer`"),
+    "model": Rule(
+        "a causal LM's loss is taken here; another model's by the model, as in `Trainer`; adapters of PEFT too, but "
+        "prompt learning is refused: its logits are longer than the labels"
+    ),
     "args": Rule("plain `TrainingArguments` too: the options of `ContinualArguments` then have their defaults"),
     "data_collator": Rule("by name alone; without one, data whose samples are full, or cannot be padded, are stacked"),
     "train_dataset": Rule("the third by position; also numbered data: samples by index, without a length"),
@@ -235,7 +240,7 @@ PARAMETERS: dict[str, Rule] = {
     "model_init": SAME,
     "compute_loss_func": SAME,
     "compute_metrics": Rule("also for each evaluation set, over its windows, with the ids as labels"),
-    "callbacks": Rule("any iterable; `Trainer`'s own bar and printer are left out"),
+    "callbacks": Rule("any iterable; with `ContinualArguments`, `Trainer`'s own bar and printer are left out"),
     "optimizers": SAME,
     "optimizer_cls_and_kwargs": SAME,
     "preprocess_logits_for_metrics": SAME,
@@ -274,7 +279,10 @@ METHODS: dict[str, Rule] = dict.fromkeys(
     "get_decay_parameter_names": Rule("tensors of two dimensions and more"),
     "get_train_dataloader": Rule("numbered data are read in order, from where a checkpoint stopped"),
     "hyperparameter_search": Rule("use `fire-llm sweep`, or make a trainer for each trial", always=True),
-    "log": Rule("with `ContinualArguments`, the speed stands beside each training loss; the epoch of numbered data is the share of `max_steps`"),
+    "log": Rule(
+        "with `ContinualArguments`, the speed stands beside each training loss; the epoch of numbered data is the "
+        "share of `max_steps`"
+    ),
     "save_model": Rule("the same folder for shards as for replicas"),
     "train": Rule(
         "`resume_from_checkpoint` takes a checkpoint of a `ContinualTrainer`, which is verified; True: the newest in "

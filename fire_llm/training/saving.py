@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -316,7 +317,29 @@ class Saver:
             remove(folder.rename(partial_of(folder)))
 
 
-# ---- before a trainer is made
+# ---- before a training
+
+
+def try_configs(model: Any) -> None:
+    """Try, before hours of training, what a save writes beside the weights.
+
+    Raises:
+        UserError: A config can be read, but not written.
+    """
+    for name in ("config", "generation_config"):
+        written: Any = getattr(model, name, None)
+        try:
+            with TemporaryDirectory() as folder:
+                if hasattr(written, "save_pretrained") and (name == "config" or model.can_generate()):
+                    written.save_pretrained(folder)
+        except OSError:  # of the place for temporary files, where no checkpoint goes
+            continue
+        except Exception as error:  # the classes' own checks raise what they like
+            said = " ".join(str(error).split())
+            raise UserError(
+                f"{name}.json of the model cannot be written, so that no checkpoint could be saved: {said} "
+                f"Correct it in the checkpoint's folder, or on model.{name}"
+            ) from error
 
 
 class Verified(str):
@@ -341,7 +364,7 @@ def checkpoint_to_resume(args: Any, asked: str | bool | None) -> str | None:
             report_line(args, line)
         if newest is None:
             raise UserError(
-                f"resume_from_checkpoint=True: No valid checkpoint found in output directory ({args.output_dir}), which "
+                f"resume_from_checkpoint=True: No valid checkpoint found in output directory ({args.output_dir}): it "
                 "holds no checkpoint; leave it out to begin"
             )
         folder = Path(newest)
@@ -350,9 +373,9 @@ def checkpoint_to_resume(args: Any, asked: str | bool | None) -> str | None:
         if not (folder / CONTINUAL_STATE).is_file():
             held = "is no checkpoint of a ContinualTrainer" if folder.is_dir() else "does not exist"
             raise UserError(
-                f"Can't find a valid checkpoint at {folder}: resume_from_checkpoint='{folder}' {held}: {CONTINUAL_STATE} is missing. Give a folder "
-                "checkpoint-<step> of a ContinualTrainer, True for the newest one, or begin from its weights with "
-                "from_pretrained"
+                f"Can't find a valid checkpoint at {folder}: resume_from_checkpoint='{folder}' {held}: "
+                f"{CONTINUAL_STATE} is missing. Give a folder checkpoint-<step> of a ContinualTrainer, True for the "
+                "newest one, or begin from its weights with from_pretrained"
             )
         if not isinstance(asked, Verified) and (wrong := _together(lambda: damage(folder), first_only=True)):
             raise UserError(

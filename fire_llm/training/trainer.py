@@ -39,7 +39,7 @@ from fire_llm.training.optimizers import muon_adamw, scheduled
 from fire_llm.training.penalties import add_penalties
 from fire_llm.training.preemption import Stopping
 from fire_llm.training.progress import Progress, report_line
-from fire_llm.training.saving import Saver, checkpoint_to_resume
+from fire_llm.training.saving import Saver, checkpoint_to_resume, try_configs
 from fire_llm.training.sharding import load_optimizer, load_weights, refuse_engines, sharding, whole_weights
 from fire_llm.training.throughput import throughput
 from fire_llm.training.validation import validate
@@ -71,7 +71,8 @@ class ContinualTrainer(Trainer):
         create_optimizer                    Muon for matrices
         create_scheduler                    infinite and WSD schedules
         get_decay_parameter_names           tensors of two dimensions and more decay, as in the paper
-        _init_training_state †              steps left out are counted on; numbered data need no skipping
+        _init_training_state †              steps left out are counted on; numbered data need no skipping; what a save
+                                            writes beside the weights is tried
         get_batch_samples                   the batches' hash, their tokens, and the wait for data
         _get_num_items_in_batch             labels that are scored, over all ranks; known where every label counts
         training_step                       the guard against what is not finite keeps each micro-batch's loss
@@ -120,6 +121,11 @@ class ContinualTrainer(Trainer):
             raise UserError(f"ContinualTrainer has no parameter '{unknown[0]}'; a tokenizer is processing_class.{near}")
         if (model is None) == (kwargs.get("model_init") is None):
             raise UserError("ContinualTrainer takes a model or a model_init, one of them")
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise UserError(
+                f"{type(model).__name__}: an adapter that puts tokens of its own before the text is refused, because "
+                "its logits are longer than the labels. Take one that changes weights, such as LoraConfig"
+            )
         known = {name: kwargs[name] for name in ("optimizers", "optimizer_cls_and_kwargs") if name in kwargs}
         causal = model is None or is_causal(model)
         refuse_options(Given(args, self.order, causal, self.evaluation_sets, eval_dataset, **known))
@@ -152,11 +158,12 @@ class ContinualTrainer(Trainer):
         self.fetched = -1
         """The step, counted from zero, whose batches were fetched last; it is still to be taken at that global step."""
         self._fetched_hash = torch.zeros_like(self.batches_hash)
-        self.callback_handler.callbacks.pop()  # `Trainer`'s own bar or printer, which it adds last
         self._progress = Progress()
-        # Stopping is behind what asks for a log where something is saved: a signal's save has none.
-        for callback in (Keeping(), Stopping(), self._progress):
-            self.add_callback(callback)
+        if not plain(args):
+            self.callback_handler.callbacks.pop()  # `Trainer`'s own bar or printer, which it adds last
+            # Stopping is behind what asks for a log where something is saved: a signal's save has none.
+            for callback in (Keeping(), Stopping(), self._progress):
+                self.add_callback(callback)
 
     def train(
         self,
@@ -278,6 +285,7 @@ class ContinualTrainer(Trainer):
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         epochs, batches = super()._init_training_state(*args, **kwargs)
         self.guard.resume(self.state.log_history)
+        try_configs(self.model)
         return epochs, 0 if self.order == "numbered" else batches
 
     # ---- a step: its batches, its losses, its gradients
@@ -435,7 +443,11 @@ class ContinualTrainer(Trainer):
             self._throughput.stop()  # what was just evaluated and saved is no part of the next measurement
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with `ContinualArguments` the speed beside each loss; the epoch of numbered data is the share of the phase that is done."""
+        """Log, with `ContinualArguments` the speed too; the epoch of numbered data is the share of the phase done.
+
+        Raises:
+            FloatingPointError: A mean of finite losses is not finite itself.
+        """
         if "loss" in logs and self.is_in_train and not plain(self.args):
             logs |= self._throughput.read()
         if self.guard.skipped:
@@ -443,6 +455,9 @@ class ContinualTrainer(Trainer):
         if self.order == "numbered" and self.state.max_steps > 0:  # `Trainer` counts it from the resumption
             self.state.epoch = self.state.global_step / self.state.max_steps
         super().log(logs, start_time)
+        if not math.isfinite(logs.get("loss", 0.0)):  # a mean of losses that were
+            step = self.state.global_step
+            raise FloatingPointError(f"the training loss is {logs['loss']} at step {step}: training stops here")
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -575,7 +590,7 @@ class ContinualTrainer(Trainer):
 
     @property
     def waiting(self) -> bool:
-        """Whether a step's batches were fetched that it has not been taken with: a save in its middle leaves them out."""
+        """Whether a step's batches are fetched and it is not taken yet: a save in its middle leaves them out."""
         return bool(self.fetched == self.state.global_step)
 
     def hash_of_steps(self) -> Tensor:

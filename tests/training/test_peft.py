@@ -11,7 +11,7 @@ from support.models import tiny_gpt2, tiny_llama
 from support.training import Samples, arguments, losses
 from transformers import Trainer, TrainingArguments
 
-from fire_llm import ContinualTrainer, ResetCallback, UserError, perplexity
+from fire_llm import ContinualTrainer, ResetCallback, UserError, fire_, perplexity
 from fire_llm.training import EvaluationSet
 
 peft = pytest.importorskip("peft")
@@ -37,8 +37,8 @@ def adapted(build=tiny_llama, seed=0):
     base = build()
     torch.manual_seed(1)
     names = ["c_attn"] if build is tiny_gpt2 else ["q_proj", "up_proj"]
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=names, task_type="CAUSAL_LM", fan_in_fan_out=build is tiny_gpt2)
-    return peft.get_peft_model(base, config)
+    settings = {"target_modules": names, "task_type": "CAUSAL_LM", "fan_in_fan_out": build is tiny_gpt2}
+    return peft.get_peft_model(base, peft.LoraConfig(r=4, lora_alpha=8, **settings))
 
 
 def plain(folder, **changes):
@@ -103,9 +103,29 @@ def test_the_best_adapter_is_there_at_the_end(tmp_path):
     assert trainer.evaluate()["eval_c_nll"] == pytest.approx(min(found), rel=1e-6)
 
 
+def test_logits_are_taken_in_slices_behind_an_adapter_too(tmp_path, monkeypatch, capsys):
+    """And of a base that was reset before the adapter was put on it."""
+    runs = {}
+    for whole in (2**27, 0):
+        monkeypatch.setattr("fire_llm.training.loss.WHOLE", whole)
+        monkeypatch.setattr("fire_llm.training.loss.SLICE", 97 * 10)
+        model = adapted(lambda: (base := tiny_llama(), fire_(base))[0])
+        trainer = ContinualTrainer(model, arguments(tmp_path, max_steps=4, save_strategy="no"), Samples())
+        trainer.train()
+        runs[whole] = losses(trainer)
+    assert runs[0] == pytest.approx(runs[2**27], abs=1e-5)
+    assert "held whole" not in capsys.readouterr().err
+
+
+def test_adapters_that_lengthen_the_text_are_refused(tmp_path):
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(UserError, match=r"PeftModelForCausalLM: .*before the text is refused"):
+        ContinualTrainer(peft.get_peft_model(tiny_llama(), config), arguments(tmp_path), Samples())
+
+
 def test_a_reset_is_not_applied_to_adapters(tmp_path):
     trainer = ContinualTrainer(adapted(), arguments(tmp_path), Samples(), None, [ResetCallback("fire")])
-    with pytest.raises(UserError, match=r"Reset the base before the adapter is put on it: fire_\(model\), then get_peft"):
+    with pytest.raises(UserError, match=r"Reset the base .*: fire_\(model\), then get_peft"):
         trainer.train()
     assert not (tmp_path / "checkpoint-4").exists()
     with pytest.raises(UserError, match="belongs to an adapter"):

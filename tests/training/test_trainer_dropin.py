@@ -1,4 +1,4 @@
-"""What a script does with Trainer beside training: saving processing classes, the Hub, signals, collators, its arguments."""
+"""What a script does with Trainer beside training: processing classes, the Hub, signals, collators, its arguments."""
 
 from __future__ import annotations
 
@@ -71,8 +71,9 @@ def both(folder, **given):
         yield trainer
 
 
-@pytest.mark.parametrize("collator", [DataCollatorForSeq2Seq(tokenizer()), DataCollatorWithFlattening()], ids=["padded", "packed"])
-def test_masked_prompts_count_as_under_trainer(collator, tmp_path):
+@pytest.mark.parametrize("packed", [False, True])
+def test_masked_prompts_count_as_under_trainer(packed, tmp_path):
+    collator = DataCollatorWithFlattening() if packed else DataCollatorForSeq2Seq(tokenizer())
     stock, ours = both(tmp_path, data_collator=collator)
     assert losses(ours) == pytest.approx(losses(stock), abs=2e-5)
     for (name, a), b in zip(stock.model.named_parameters(), ours.model.parameters(), strict=True):
@@ -85,10 +86,11 @@ def test_masked_prompts_count_as_under_trainer(collator, tmp_path):
             torch.testing.assert_close(torch.tensor(a), torch.tensor(b), atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize("given", [{"processing_class": tokenizer()}, {}], ids=["processing-class", "collator"])
-def test_with_plain_arguments_logs_and_files_are_those_of_trainer(given, tmp_path):
+@pytest.mark.parametrize("name", ["processing_class", "data_collator"])
+def test_with_plain_arguments_logs_and_files_are_those_of_trainer(name, tmp_path):
     """The tokenizer beside each checkpoint, the pickled arguments, the keys of each log; and ours in addition."""
     options = {"eval_strategy": "steps", "eval_steps": 3, "logging_steps": 2}
+    given = {"processing_class": tokenizer()} if name == "processing_class" else {}  # the collator has one
     stock, ours = both(tmp_path, eval_dataset=Instructions(), changes=options, **given)
     histories = [[(e["step"], sorted(e)) for e in t.state.log_history] for t in (stock, ours)]
     assert histories[0] == histories[1]
@@ -100,6 +102,14 @@ def test_with_plain_arguments_logs_and_files_are_those_of_trainer(given, tmp_pat
     assert (tmp_path / "ContinualTrainer" / "tokenizer.json").exists()
     own = train(tiny_gpt2(), tmp_path / "own", max_steps=2, logging_steps=2)
     assert set(own.state.log_history[0]) & set(MEASURES)
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_with_plain_arguments_callbacks_are_those_of_trainer(quiet, tmp_path):
+    stock, ours = (kind(tiny_gpt2(), plain(tmp_path, disable_tqdm=quiet)) for kind in KINDS)
+    assert [type(c) for c in ours.callback_handler.callbacks] == [type(c) for c in stock.callback_handler.callbacks]
+    own = ContinualTrainer(tiny_gpt2(), arguments(tmp_path), Samples())
+    assert not {"ProgressCallback", "PrinterCallback"} & {type(c).__name__ for c in own.callback_handler.callbacks}
 
 
 def test_arguments_are_left_as_they_were(tmp_path):
@@ -252,4 +262,3 @@ def test_the_hub_is_asked_for_what_trainer_asks(hub, tmp_path):
     ]  # fmt: skip
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= set(asked[1][-1][2])
     assert not [name for call in asked[1][1:] for name in call[2] if name.startswith("checkpoint")]
-
