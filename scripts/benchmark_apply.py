@@ -131,7 +131,8 @@ def write_checkpoint(folder: Path, model: str, shard_bytes: int = 4 * 10**9) -> 
 def timed(command: list[str], package: Path) -> tuple[int, float, float, float]:
     """Run a command; return its exit code, wall and CPU seconds, and the peak resident memory of it all in GiB."""
     used = os.times()
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(package)})
+    # `python -m` looks for packages in its own folder first.
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(package)}, cwd=package)
     peak, watched = [0], psutil.Process(process.pid)
 
     def watch() -> None:
@@ -199,7 +200,7 @@ def main() -> None:
         "cp": ["sh", "-c", f"cp -r '{source}' '{results['cp']}' && sync"],
         "load": [sys.executable, "-c", BASELINE, str(source), str(results["load"])],
     }  # fmt: skip
-    own, figures, resets = Path(__file__).parents[1], {}, {}
+    own, figures = Path(__file__).parents[1], {}
     for name in [*args.only] * args.repeat:
         shutil.rmtree(results[name], ignore_errors=True)
         code, seconds, cpu, peak = timed(commands[name], args.before if name == "before" else own)
@@ -208,8 +209,10 @@ def main() -> None:
         if code == 0:
             figures[name] = min(cpu, figures.get(name, cpu))
         if code == 0 and name in ("apply", "no-measures", "before"):
-            took = json.loads((results[name] / "fire.json").read_text())["seconds"]
-            resets[name] = min(took, resets.get(name, took))
+            took = json.loads((results[name] / "fire.json").read_text())
+            parts = {"resets": "seconds", "measuring": "measuring_seconds", "copying": "copying_seconds"}
+            known = [f"{part} {took[key]:.1f} s" for part, key in parts.items() if took.get(key) is not None]
+            print(f"  {', '.join(known)} (wall)")
         if name not in ("apply", "load"):
             shutil.rmtree(results[name], ignore_errors=True)
     if "apply" in figures and "no-measures" in figures:
@@ -218,7 +221,6 @@ def main() -> None:
             f"of apply's {figures['apply']:.0f} s of CPU, measuring takes {measuring:.0f} "
             f"({measuring / figures['apply']:.0%})"
         )
-        print(f"the resets take {resets['apply']:.0f} s (wall)")
     if "apply" in figures and "before" in figures:
         print(f"apply takes {figures['apply'] / figures['before']:.2f} of the other clone's CPU time")
     if "load" in figures and "apply" in figures:

@@ -13,7 +13,7 @@ from importlib.metadata import requires, version
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-EXTRAS = ("", "tasks", "metric", "test")
+EXTRAS = ("", "tasks", "metric", "trackers", "test")
 
 
 def main(newer: list[str]) -> int:

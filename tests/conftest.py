@@ -52,8 +52,12 @@ def _without_the_imported() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keep tokenised corpora out of the user's cache."""
+    """Keep tokenised corpora out of the user's cache, and trackers out of the user's home and off the network."""
     os.environ["FIRE_LLM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    trackers = str(tmp_path_factory.mktemp("trackers"))
+    for place in ("TRACKIO_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        os.environ[place] = trackers
+    os.environ.update(WANDB_MODE="offline", WANDB_SILENT="true")
 
 
 @pytest.fixture

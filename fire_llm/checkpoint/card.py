@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
@@ -21,7 +22,7 @@ from fire_llm.core.files import leads_out, read_file
 from fire_llm.resets import RESETS, ResetReport, ResetSpec, TensorReport
 
 PROVENANCE = "fire.json"
-COMMAND_OPTIONS = ("iterations", "solver", "tolerance", "scale", "shrink")
+COMMAND_OPTIONS = ("iterations", "solver", "tolerance", "scale", "shrink", "strength")
 """Options of resets that `fire-llm apply` has; others are given in Python."""
 
 _INHERITED = ("license", "license_name", "license_link", "language")
@@ -50,7 +51,7 @@ changed; {untouched} were left alone ({roles}), and {left}.
 {ignored}`fire.json` has the figures of every matrix, and the SHA-256 of every shard before and after.
 Computed on `{device}`. Kinds of devices round differently: bytes are equal on the same kind only.
 
-## How to go on
+{losses}## How to go on
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -130,6 +131,7 @@ def write_card(path: Path, stored: Stored, report: ResetReport, call: Mapping[st
         measured=_MEASURED if any(t.dfi_after is not None for t in report.touched) else "",
         left=alike if call["dtype"] == "keep" else f"hold the source's numbers in {call['dtype']}, like the others",
         ignored=ignored if report.kept_unread else "",
+        losses=_losses(report, source.config.get_text_config().vocab_size),
         folder="this repository or folder",
         made=how_made(report.resets, call),
         device=call["device"],
@@ -215,6 +217,17 @@ def _rows(touched: Iterable[TensorReport]) -> Iterable[str]:
         columns = [[m.dfi_before for m in members], [m.dfi_after for m in members]]
         columns += [[s[end] if s else None for s in of] for end in (0, -1) for of in spectra]
         yield f"| {role} | {name} | {len(members)} | {' | '.join(map(_median, columns))} |"
+
+
+def _losses(report: ResetReport, vocabulary: int) -> str:
+    """Return the section on the loss before and after; empty where it was not measured."""
+    if not report.nll:
+        return ""
+    rows = "\n".join(f"| {text} | {before:.4f} | {after:.4f} |" for text, (before, after) in report.nll.items())
+    return (
+        "## What is left\n\nMean negative log-likelihood, nats a token. A uniform guess has "
+        f"{math.log(vocabulary):.3f}.\n\n| text | before | after |\n|---|---|---|\n{rows}\n\n"
+    )
 
 
 def _median(values: Iterable[float | None]) -> str:

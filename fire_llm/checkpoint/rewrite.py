@@ -24,6 +24,7 @@ from torch import Tensor
 from fire_llm.architectures.matrices import ParameterSlice
 from fire_llm.checkpoint.card import PROVENANCE, write_card, write_provenance
 from fire_llm.checkpoint.drawn import draw_initial
+from fire_llm.checkpoint.perplexities import Texts, check_texts
 from fire_llm.checkpoint.recast import cast_bytes, cast_tensors, check_dtype, settle, torch_dtype, write_casts
 from fire_llm.checkpoint.refusals import refuse_destination
 from fire_llm.checkpoint.stored import Slices, Stored
@@ -60,6 +61,9 @@ def reset_checkpoint(
     dry_run: bool = False,
     measures: bool = True,
     dtype: str = "keep",
+    measure_on: Sequence[str] = (),
+    max_tokens: int | None = None,
+    context: int | None = None,
     **options: Any,
 ) -> ResetReport:
     """Apply a reset to a checkpoint and write the result, tokenizer and all, as a new one.
@@ -83,6 +87,10 @@ def reset_checkpoint(
         measures: Measure every tensor before and after: SFE, DfI, norm, the largest and the smallest singular value.
         dtype: Of all floating-point weights that are written: `fp32`, `bf16`, `fp16`, or `keep` for each tensor's own.
             The reset itself is computed in fp32 or finer from the source's numbers, and rounded once.
+        measure_on: Corpora or files on which the loss is measured, before the reset and of the result. The whole model
+            is loaded for it, in fp32.
+        max_tokens: Of each of these texts the first documents alone, that many tokens at most.
+        context: Tokens that are read at once on them; the longest that the model reads by default.
         **options: Options of `method` where it is a name.
 
     Returns:
@@ -98,10 +106,11 @@ def reset_checkpoint(
     _check_start(specs, init, seed)
     check_dtype(dtype)
     where = find_device(device)
+    check_texts(texts := Texts(measure_on, max_tokens, context, device))
     job = together(
         None,
         lambda: _Rewrite.prepare(
-            src, Path(dst), specs, init, seed, revision, native, where, progress, dry_run, measures, dtype
+            src, Path(dst), specs, init, seed, revision, native, where, progress, dry_run, measures, dtype, texts
         ),
         lambda job: job.plan.request(),
         _PATIENCE,
@@ -120,6 +129,7 @@ class _Rewrite:
     progress: bool
     measures: bool
     dtype: str
+    texts: Texts
     call: Mapping[str, Any]
     """The arguments that decide on the bytes, for the provenance, as in `write_card`."""
     copies: Mapping[str, Reader] = field(default_factory=dict)
@@ -140,6 +150,7 @@ class _Rewrite:
         dry_run: bool,
         measures: bool,
         dtype: str,
+        texts: Texts,
     ) -> _Rewrite:
         for given in (src, init):
             if given is not None and os.path.isdir(given):
@@ -172,7 +183,7 @@ class _Rewrite:
             "src": str(src), "init": str(init) if init is not None else None, "seed": seed,
             "revision": stored.source.revision, "native": native, "device": device.type, "dtype": dtype,
         }  # fmt: skip
-        return cls(stored, dst, plan, device, progress, measures, dtype, call)
+        return cls(stored, dst, plan, device, progress, measures, dtype, texts, call)
 
     def describe(self) -> ResetReport:
         """Return the report of what would be done: which slices are touched, which are not and why."""
@@ -181,18 +192,24 @@ class _Rewrite:
     def run(self) -> ResetReport:
         """Copy, reset, hash and describe; rank 0 makes the folder, all share the resets."""
         first = is_first()
+        nll = self.texts.nll(self.stored.source.folder, self.progress and first)
         with ExitStack() as stack, _Hasher() as hasher:
             made = together(
                 None, lambda: stack.enter_context(staged(self.destination)) if first else None, "staged", _PATIENCE
             )
             folder = Path(gather_objects(None, made)[0])
-            before = together(None, lambda: self._copy(folder, hasher) if first else {}, "copied", _PATIENCE)
+            began = time.perf_counter()
+            hashes = together(None, lambda: self._copy(folder, hasher) if first else {}, "copied", _PATIENCE)
+            copying = time.perf_counter() - began
             executor, seconds, shared = together(None, lambda: self._reset(folder), "reset", _PATIENCE)
             if shared > 1:
                 executor.join(None)
             report = self._report(executor, seconds, shared)
+            after = self.texts.nll(folder, self.progress and first)
+            report.nll = {text: [before, after[text]] for text, before in nll.items()}
+            report.copying_seconds = copying
             together(
-                None, lambda: self._finish(folder, report, hasher, before) if first else None, "described", _PATIENCE
+                None, lambda: self._finish(folder, report, hasher, hashes) if first else None, "described", _PATIENCE
             )
             together(None, stack.close, "renamed", _PATIENCE)
         return report
@@ -275,9 +292,11 @@ class _Rewrite:
         if self.dtype != "keep":
             with writing(folder):
                 settle(folder, source.shards, source.index, self.dtype)
+        began = time.perf_counter()
         with self._bar("hashing", source.shard_bytes) as bar:
             after = {name: hasher.begin(SourceFile.of(folder / name), None, bar.update) for name in source.shards}
             hashes = {name: {"source": before[name], "result": after[name].result()} for name in source.shards}
+        report.copying_seconds = (report.copying_seconds or 0) + time.perf_counter() - began
         with writing(folder):
             write_provenance(folder / PROVENANCE, self.stored, report, hashes, self.call)
             write_card(folder / "README.md", self.stored, report, self.call)

@@ -18,6 +18,7 @@ EXAMPLES = (
     "fire-llm apply openai-community/gpt2 gpt2-fire --dry-run",
     "fire-llm apply trained trained-fire --iterations 10 --role lm_head",
     "fire-llm apply trained trained-fire --layers 4-11 --exclude 'self_attn\\.[qk]_proj'",
+    "fire-llm apply trained trained-fire --scale keep-norm --measure-on notes.txt --max-tokens 20000",
     "fire-llm apply trained trained-shrunk --method shrink_perturb --shrink 0.5 --init step-0",
 )
 
@@ -31,6 +32,7 @@ def add_options(verb: ArgumentParser) -> None:
     verb.add_argument("--solver", metavar="NAME", help="newton-schulz (default) or polar, the true projection")
     verb.add_argument("--tolerance", type=float, metavar="T", help="relative distance polar may leave (1e-3)")
     verb.add_argument("--scale", metavar="NAME", help="sqrt (default), keep-norm or none")
+    verb.add_argument("--strength", type=float, metavar="C", help="how far fire goes from the old weights, 0 to 1 (1)")
     verb.add_argument("--shrink", type=float, metavar="C", help="share of the initial weights in shrink_perturb (0.5)")
     verb.add_argument("--role", action="append", metavar="ROLE", help="add a role to attention and mlp (repeatable)")
     verb.add_argument(
@@ -50,6 +52,12 @@ def add_options(verb: ArgumentParser) -> None:
     add_device(verb)
     verb.add_argument("--num-processes", type=int, metavar="N", help="processes that share the work (one)")
     verb.add_argument("--push-to-hub", metavar="REPO", help="also upload the result to owner/name")
+    verb.add_argument(
+        "--measure-on", nargs="+", default=[], type=path, metavar="TEXT",
+        help="corpora or files: measure the loss on them, before and after; loads the whole model",
+    )  # fmt: skip
+    verb.add_argument("--max-tokens", type=int, metavar="N", help="of each such text the first N tokens at most")
+    verb.add_argument("--context", type=int, metavar="N", help="tokens read at once there (the model's longest)")
     verb.add_argument("--no-measures", action="store_true", help="do not measure the matrices before and after")
     verb.add_argument("--dry-run", action="store_true", help="print what would be done, read and write no weights")
 
@@ -58,7 +66,8 @@ def main(arguments: Namespace) -> int | None:
     """Reset a checkpoint on the disk: here, or on the ranks of a launch."""
     from fire_llm.checkpoint import check_repository, reset_checkpoint
     from fire_llm.checkpoint.card import COMMAND_OPTIONS
-    from fire_llm.models import find_device
+    from fire_llm.checkpoint.perplexities import loss_lines
+    from fire_llm.models import find_device, pretrained_config
     from fire_llm.resets import RESETS
     from fire_llm.resets.norms import norm_warning
 
@@ -92,6 +101,9 @@ def main(arguments: Namespace) -> int | None:
         dry_run=arguments.dry_run,
         measures=not arguments.no_measures,
         dtype=arguments.dtype,
+        measure_on=arguments.measure_on,
+        max_tokens=arguments.max_tokens,
+        context=arguments.context,
         **options,
     )
     if not first_rank():
@@ -102,9 +114,13 @@ def main(arguments: Namespace) -> int | None:
     if arguments.dry_run:
         print(f"{len(report.touched)} to reset, {len(report.untouched)} to leave; nothing written (--dry-run)")
     else:
-        print(f"{report}; computed on {find_device(arguments.device).type}\nsaved: {arguments.dst}")
+        copied = f"copied and hashed in {report.copying_seconds:.2f} s"
+        print(f"{report}; {copied}; computed on {find_device(arguments.device).type}\nsaved: {arguments.dst}")
         if (said := norm_warning(report.resets, report.touched)) is not None:
             print(f"warning: {said}")
+        if report.nll:
+            vocabulary = pretrained_config(arguments.dst).get_text_config().vocab_size
+            print("\n".join(loss_lines(report.nll, vocabulary)))
         _push(arguments)
     return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 
 from fire_llm.cli import run
-from fire_llm.cli.parser import add_processes, add_set, path
+from fire_llm.cli.parser import add_processes, add_report_to, add_set, path
 
 EXAMPLES = (
     "fire-llm demo",
@@ -18,6 +18,7 @@ def add_options(verb: ArgumentParser) -> None:
     verb.add_argument("--output", type=path, default="runs/demo", metavar="DIR", help="the run's folder (runs/demo)")
     add_set(verb)
     add_processes(verb)
+    add_report_to(verb)
 
 
 def main(arguments: Namespace) -> int | None:

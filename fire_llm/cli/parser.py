@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Container
 from importlib import import_module
 from typing import NoReturn
@@ -82,6 +83,25 @@ def add_set(verb: ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="change a key of the recipe: phases.1.steps=100 (repeatable)",
     )
+
+
+def add_report_to(verb: ArgumentParser) -> None:
+    """Add --report-to."""
+    verb.add_argument(
+        "--report-to",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="show the curves in a tracker: tensorboard, trackio, wandb, ... (repeatable); none for none",
+    )
+
+
+def set_report_to(arguments: Namespace) -> None:
+    """Turn --report-to into what --set says of the recipe's key."""
+    if arguments.report_to:
+        names = [name for given in arguments.report_to for name in given.split(",")]
+        arguments.set = [*arguments.set, f"report_to={json.dumps(names if names != ['none'] else [])}"]
+        arguments.report_to = []
 
 
 def add_processes(verb: ArgumentParser) -> None:

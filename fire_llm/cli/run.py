@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fire_llm.cli.launching import command_line, training_launch
-from fire_llm.cli.parser import add_processes, add_recipe, path
+from fire_llm.cli.parser import add_processes, add_recipe, add_report_to, path, set_report_to
 from fire_llm.core.launch import report_failure, start
 from fire_llm.core.ranks import first_rank, launched
 
@@ -35,6 +35,7 @@ def add_options(verb: ArgumentParser) -> None:
     )
     verb.add_argument("--dry-run", action="store_true", help="print what would be run, and run nothing")
     add_processes(verb)
+    add_report_to(verb)
     verb.add_argument("--arm", action="append", default=[], metavar="NAME", help="only this arm (repeatable)")
 
 
@@ -43,6 +44,7 @@ def main(arguments: Namespace) -> int | None:
     from fire_llm.experiment.recipe import Trial, doubts, load_recipe, load_trials
     from fire_llm.experiment.stages import check_processes
 
+    set_report_to(arguments)
     launch = training_launch(arguments)
     sweeping = arguments.verb == "sweep" or bool(arguments.grid)
     if sweeping:

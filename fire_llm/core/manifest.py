@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from fire_llm.core.atomic import CONTINUAL_STATE, step_of, write_json
+from fire_llm.core.atomic import CONTINUAL_STATE, partial_of, remove, step_of, write_json
 from fire_llm.core.errors import UserError
 from fire_llm.core.hashing import CHUNK, digest, hash_file
 
@@ -22,6 +22,9 @@ TRAINER_STATE = "trainer_state.json"
 
 STATES = (TRAINER_STATE, CONTINUAL_STATE)
 """What every checkpoint holds, and what is read of one without loading it."""
+
+REPLACED = "replaced"
+"""Key of a checkpoint's `CONTINUAL_STATE`: steps of the older checkpoints that are deleted once it is there."""
 
 _PIECES = range(2**16, 2**30 + 1)
 """Bytes of a piece that can have been meant."""
@@ -134,6 +137,23 @@ def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
             "Put back a copy of one, or delete that folder to train the stage again"
         )
     return None, said
+
+
+def prune(checkpoint: Path, replaced: Iterable[int]) -> None:
+    """Delete the older checkpoints that one replaces, once it has been read back from the disk.
+
+    Args:
+        checkpoint: The newer one.
+        replaced: Steps of the older ones; what is not there counts as deleted.
+
+    Raises:
+        UserError: It is not what was written. Nothing is deleted.
+    """
+    older = [path for step in replaced if (path := checkpoint.with_name(f"checkpoint-{step}")).is_dir()]
+    if older and (wrong := damage(checkpoint, from_disk=True)):
+        raise UserError(f"'{checkpoint}' cannot be read back as it was written: {wrong}. Nothing older was deleted")
+    for path in older:
+        remove(path.rename(partial_of(path)))
 
 
 def _digest(listed: dict[str, Any]) -> str:

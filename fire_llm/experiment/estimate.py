@@ -63,6 +63,10 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
     if words and isdir(words):  # one of the Hub's is held against the embedding when it is loaded
         chosen, section = str(recipe.model.preset or recipe.model.checkpoint), recipe.model
         config_for(chosen, tokenizer=load_tokenizer(words), context=section.context, overrides=section.config)
+    if recipe.report_to:
+        from fire_llm.training.trackers import check_trackers  # the trainer takes seconds to import
+
+        check_trackers(recipe.report_to, recipe.name)
     parameters = sum(p.numel() for p in model.parameters())
     # Where a token's operations are not counted exactly (experts, state spaces), 6 a parameter is not too few.
     flops_a_token = flops_per_token(model, run.sequence_length) or 6 * parameters

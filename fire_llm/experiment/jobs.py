@@ -12,14 +12,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from fire_llm.core.atomic import STAGING_SUFFIX, checkpoints, clear_partial_checkpoints, write_json
+from fire_llm.core.atomic import CONTINUAL_STATE, STAGING_SUFFIX, checkpoints, clear_partial_checkpoints, write_json
 from fire_llm.core.errors import UserError, explained, redact
 from fire_llm.core.locks import held, lock_of
+from fire_llm.core.manifest import REPLACED, prune, read_state
 from fire_llm.core.staging import clear_leftovers, staged
 from fire_llm.distributed import ranks
 from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.recipe import Trial
-from fire_llm.experiment.stages import Stage, expand, finished, select
+from fire_llm.experiment.stages import Stage, expand, finished, kept_checkpoints, labelled_checkpoint, select
 
 
 @dataclass
@@ -126,16 +127,26 @@ def link_duplicate(job: Job, source: Job) -> None:
 
 
 def clear_jobs(jobs: Sequence[Job], output: Path) -> None:
-    """Delete what processes that died left half-written in stages' folders and beside them; the living hold locks."""
+    """Delete what dead processes left in stages' folders, half-written or no longer kept; the living hold locks."""
     for job in jobs:
-        if any(job.folder.glob(f"*{STAGING_SUFFIX}")):
+        replaced = _undeleted(job) if job.done() else []
+        if replaced or any(job.folder.glob(f"*{STAGING_SUFFIX}")):
             with held(lock_for(output, job)) as had:
                 if had:
                     clear_partial_checkpoints(job.folder)
                     for left in job.folder.glob(f"*.json{STAGING_SUFFIX}"):
                         left.unlink()
+                    with suppress(UserError):  # the last one is damaged: an older one is still of use
+                        prune(labelled_checkpoint(job.folder, "final"), replaced)
         with suppress(UserError):  # somebody is at it
             clear_leftovers(job.folder)
+
+
+def _undeleted(job: Job) -> list[int]:
+    """Return the steps that a finished stage's last checkpoint replaced and that are still there."""
+    final, kept = labelled_checkpoint(job.folder, "final"), kept_checkpoints(job.stage)
+    steps = read_state(final, CONTINUAL_STATE).get(REPLACED, [])
+    return [n for n in steps if (older := final.with_name(f"checkpoint-{n}")).is_dir() and older not in kept]
 
 
 def lock_for(output: Path, job: Job) -> Path:

@@ -23,6 +23,7 @@ from fire_llm.core.locks import held, lock_of
 from fire_llm.core.ranks import launched, settle_launcher
 from fire_llm.core.signals import signals_handled
 from fire_llm.distributed import ranks
+from fire_llm.distributed.agree import together
 from fire_llm.experiment.batch import phase_steps
 from fire_llm.experiment.collect import collect
 from fire_llm.experiment.context import RunContext
@@ -37,6 +38,7 @@ from fire_llm.experiment.train import mixture_of, train
 from fire_llm.experiment.worker import work
 from fire_llm.reporting.schema import Results
 from fire_llm.training.heap import keep_freed_memory, release_memory
+from fire_llm.training.trackers import check_trackers
 
 SCHEMA_VERSION = 1
 
@@ -162,6 +164,8 @@ class _Command:
         wanted = of_arms(jobs, self.arms)
         ahead = [job.stage for job in wanted if not job.done()]
         check_resets(ahead)
+        if ahead:
+            together(None, self._check_trackers, "trackers")
         if self.progress and ranks().is_main_process:
             sys.stderr.writelines(f"warning: {warning}\n" for warning in norm_warnings(ahead))
         if ranks().num_processes > 1 or launched():
@@ -184,6 +188,11 @@ class _Command:
             with held(lock_of(self.output, "results"), wait=True):
                 results = [_gather(trial, jobs) for trial in self.trials]
         return Sweep(list(self.trials), results, failed, left)
+
+    def _check_trackers(self) -> None:
+        for names, project in {(tuple(trial.recipe.report_to), trial.recipe.name) for trial in self.trials}:
+            if ranks().is_main_process:
+                check_trackers(names, project, begin=True)
 
     def _train(self, wanted: Sequence[Job], failures: Failures, workers: int | None) -> list[str]:
         """Train jobs, in this process for as long as one is enough; return what ended workers that were ended."""

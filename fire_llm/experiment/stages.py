@@ -54,7 +54,9 @@ REPORT = "reset.json"
 """File in a stage's folder with what its reset did."""
 
 _LATER = {"include": (), "layers": ""}
-"""Fields that older runs' `unit.json` lacks, and what they are where nobody gives them: they are left out there."""
+"""Fields that older runs' `unit.json` lacks, and what they are where nobody gives them: they are left out there.
+
+So is the strength of `fire` and `rescale` where it is 1."""
 
 _ABSENT = object()
 """Marks a key that a stage's folder, or the recipe, does not have."""
@@ -145,6 +147,8 @@ class Stage:
 
 def _stored(reset: ResetSpec) -> dict[str, Any]:
     fields = {key: value for key, value in vars(reset).items() if key not in _LATER or value != _LATER[key]}
+    if reset.method in ("fire", "rescale") and reset.options["strength"] == 1:
+        fields["options"] = {key: value for key, value in reset.options.items() if key != "strength"}
     return {**fields, "method": STORED.get(reset.method, reset.method)}
 
 

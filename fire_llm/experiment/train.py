@@ -42,6 +42,7 @@ from fire_llm.training import (
 from fire_llm.training.callbacks import initial_model
 from fire_llm.training.masking import check_document_mask
 from fire_llm.training.saving import resumption, verified
+from fire_llm.training.trackers import Tracked, reporting
 
 SPECTRA_WIDTH = 1024
 """Largest short side whose singular values a run's reports hold; beyond it they cost more than the reset."""
@@ -95,7 +96,8 @@ def train(stage: Stage, run: RunContext, callbacks: Sequence[Any] = ()) -> None:
         text = sets[recipe.diagnosed(stage.phase)].tokens
         sizes = {"context": run.sequence_length, "batch_size": recipe.evaluate.sequences_per_device}
         DiagnosticsCallback(text, every, reference=reference, **sizes).attach(trainer)
-    trainer.train(resume_from_checkpoint=resume)
+    with reporting(trainer, _tracked(stage, run)):
+        trainer.train(resume_from_checkpoint=resume)
     if final_checkpoint(folder) is None:
         raise RuntimeError(f"{stage.title}: training ended before its last step")
     if ranks().is_main_process and (folder / REPORT).exists():
@@ -192,6 +194,28 @@ def _resetting(stage: Stage, run: RunContext) -> list[Any]:
     return callbacks + [RecyclingCallback(spec, seed=stage.seed) for spec in recycling]
 
 
+def _tracked(stage: Stage, run: RunContext) -> Tracked:
+    """Return what trackers are told about a stage."""
+    name, group = run.recipe.name, run.folder.resolve().name
+    config = {
+        "phase": stage.phase.name,
+        "arm": stage.arm,
+        "seed": stage.seed,
+        "resets": [reset.label() for reset in stage.resets],
+        "start": f"{stage.parent.folder}, {stage.start}" if stage.parent else None,
+        "recipe": run.recipe.model_dump(mode="json", exclude_none=True),
+    }
+    path = (*dict.fromkeys([name, group]), *stage.folder.split("/"))
+    return Tracked(run.folder / stage.folder, run.folder, name, group, path, stage.phase.name, config)
+
+
+def _told(stage: Stage, run: RunContext) -> dict[str, Any]:
+    """Return the arguments that trackers go by; where there are none, those of a run without."""
+    if not run.recipe.report_to:
+        return {"report_to": "none"}
+    return {"report_to": run.recipe.report_to, "run_name": _tracked(stage, run).name, "project": run.recipe.name}
+
+
 def _arguments(stage: Stage, run: RunContext, folder: Path, steps: int) -> ContinualArguments:
     recipe = run.recipe
     sequences, accumulation = split_batch(run, ranks().num_processes)
@@ -231,7 +255,7 @@ def _arguments(stage: Stage, run: RunContext, folder: Path, steps: int) -> Conti
         remove_unused_columns=False,
         labels_shifted=True,
         log_level_replica="error",
-        report_to="none",
+        **_told(stage, run),
     )
     # Without this, fp32 would give way to what `accelerate launch --mixed_precision` left in the environment.
     arguments.mixed_precision = {"fp32": "no", "bf16-params": "bf16"}.get(precision, precision)

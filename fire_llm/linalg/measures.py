@@ -9,6 +9,7 @@ from fire_llm.core.errors import UserError
 from fire_llm.linalg.matmul import exact_products
 
 CHUNK_ELEMENTS = 1 << 20  # entries converted to float64 at once, 8 MB
+CACHED_ELEMENTS = 1 << 16  # the same, where they are to stay in a core's cache
 
 
 @torch.no_grad()
@@ -32,8 +33,8 @@ def sfe(before: Tensor, after: Tensor) -> float:
 def squared_error(before: Tensor, after: Tensor) -> Tensor:
     """Return `sfe` of tensors of one shape as a float64 scalar on the device of `before`, which is not waited for."""
     total = torch.zeros((), dtype=torch.float64, device=before.device)
-    halves = (torch.split(one.reshape(-1), CHUNK_ELEMENTS) for one in (before, after))
-    for a, b in zip(*halves, strict=True):
+    size = CACHED_ELEMENTS if before.device.type == "cpu" else CHUNK_ELEMENTS
+    for a, b in zip(*(torch.split(one.reshape(-1), size) for one in (before, after)), strict=True):
         total += (a.double() - b.to(a.device).double()).square_().sum()
     return total
 
@@ -59,26 +60,22 @@ def dfi(w: Tensor) -> float:
 
 def dfi_of_gram(g: Tensor) -> Tensor:
     """Return ||g - I||_F^2 of a Gram matrix (n, n), which is as it was afterwards; its device is not waited for."""
+    diagonal = g.diagonal().clone()  # 1 taken away and added again would leave little of a small one
     g.diagonal().sub_(1)
-    deviation = g.square().sum()
-    g.diagonal().add_(1)
+    deviation = torch.dot(g.reshape(-1), g.reshape(-1))
+    g.diagonal().copy_(diagonal)
     return deviation
 
 
 @torch.no_grad()
-def gram(w: Tensor, *, quick: bool = False) -> Tensor:
+def gram(w: Tensor) -> Tensor:
     """Return w^T w in float64, of a (rows, n) tensor of any floating dtype, a chunk of rows at a time.
 
     A chunk's product is float64 on a CPU. Most accelerators are slow at that: there it is float32 (relative error 1e-7)
     unless `w` is float64, and the chunks are summed in float64.
-
-    Args:
-        w: (rows, n).
-        quick: Take float32 products on a CPU too, where `w` itself is coarser than that (bfloat16, float16).
     """
     n = w.shape[1]
-    fine = w.dtype == torch.float64 or (w.device.type == "cpu" and not (quick and w.element_size() < 4))
-    products = torch.float64 if fine else torch.float32
+    products = torch.float64 if w.dtype == torch.float64 or w.device.type == "cpu" else torch.float32
     total = torch.zeros(n, n, dtype=torch.float64, device=w.device)
     with exact_products(w.device):
         for rows in torch.split(w, max(1, CHUNK_ELEMENTS // max(1, n), n if products == torch.float32 else 1)):

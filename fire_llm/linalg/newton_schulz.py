@@ -84,7 +84,12 @@ GRAM_STEPS = 5  # steps before the Gram matrix is formed again: its rounding gro
 
 @torch.no_grad()
 def newton_schulz(
-    w: Tensor, iterations: int = 5, *, compute_dtype: torch.dtype | None = None, name: str = "matrix"
+    w: Tensor,
+    iterations: int = 5,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    name: str = "matrix",
+    grams: list[Tensor] | None = None,
 ) -> Tensor:
     """Map each singular value by p(s) = 1.5 s - 0.5 s^3, `iterations` times, from w / ||w||_F.
 
@@ -98,6 +103,8 @@ def newton_schulz(
             float16 round the products' operands where the result stays within 5e-4; the iterate is float32.
             Default: float64 for float64 input, else bfloat16 on CUDA and float32 elsewhere.
         name: what error messages call `w`.
+        grams: takes the smaller Gram matrices of what is worked on at once, (B, n, n), where float32 products of `w`
+            as it is are formed on the way.
 
     Returns:
         A new contiguous tensor with the shape, dtype and device of `w`.
@@ -115,7 +122,7 @@ def newton_schulz(
     products = compute_dtype or (torch.float64 if w.dtype == torch.float64 else fast)
     out = torch.empty_like(w, memory_format=torch.contiguous_format)
     with exact_products(w.device):
-        _by_stacks(w, out, iterations, products, name, ahead=w.device.type != "cpu")
+        _by_stacks(w, out, iterations, products, name, ahead=w.device.type != "cpu", grams=grams)
     return out
 
 
@@ -139,7 +146,14 @@ def newton_schulz_factor(gram: Tensor, iterations: int = 5) -> Tensor:
 
 
 def _by_stacks(
-    w: Tensor, out: Tensor, iterations: int, products: torch.dtype, name: str, *, ahead: bool = True
+    w: Tensor,
+    out: Tensor,
+    iterations: int,
+    products: torch.dtype,
+    name: str,
+    *,
+    ahead: bool = True,
+    grams: list[Tensor] | None = None,
 ) -> None:
     """Write the map of a batch, stack by stack: on a CPU a stack is one matrix where n is above `CPU_BATCH_SIDE`.
 
@@ -151,6 +165,7 @@ def _by_stacks(
         name: What error messages call `w`.
         ahead: Whether all matrices take the polynomial for Gaussians of their shape before any spectrum is known. On
             an accelerator the host then waits after the last product; on a CPU a wrong guess costs half the time.
+        grams: As in `newton_schulz`.
     """
     first = min(iterations, STEPS_AT_ONCE)
     small = min(w.shape[-2:]) <= CPU_BATCH_SIDE
@@ -165,7 +180,7 @@ def _by_stacks(
     for chunk in spans(w):
         x = oriented(batch, chunk).float()
         y = oriented(out, chunk) if out.dtype == torch.float32 else torch.empty_like(x)
-        left = polynomial_map(x, y, products, choose, guess)
+        left = polynomial_map(x, y, products, choose, guess, grams=grams)
         if left is None:  # name what is not finite, scale what is out of range
             _, x, _ = next(chunks(w, torch.float32, name, own=False, only=chunk))
             left = polynomial_map(x, y, products, choose, guess, sound=True)

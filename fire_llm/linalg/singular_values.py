@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,8 +21,10 @@ LANCZOS_STEPS = 96
 LANCZOS_ERROR = 1e-3  # of the eigenvalue
 HELD = {torch.float32: 1e-4, torch.float64: 1e-12}
 """Least square of smallest over largest that a Gram matrix keeps to a relative 1e-3, by the dtype of its products."""
-RECTANGLE = 1.5  # m / n from which float32 products likely do
-TILE = 384  # side of the blocks of a Gram matrix, of which those above the diagonal are not computed
+HELD_SQUARE = {False: 1e-4, True: 3e-6}
+"""Least smallest over largest that LU factors in float32 keep to a relative 1e-3, without and with a refinement."""
+AGREES = 1e-2  # relative
+TILE = 256  # side of the blocks of a Gram matrix, of which those above the diagonal are not computed
 ROWS_ELEMENTS = 1 << 22  # entries whose products are summed in one go, 32 MB in float64
 
 
@@ -65,17 +68,18 @@ class Extent(NamedTuple):
 
 
 @torch.no_grad()
-def extent(w: Tensor) -> Extent:
+def extent(w: Tensor, known: Tensor | None = None) -> Extent:
     """Return the norm, DfI, and the largest and the smallest singular value of a finite matrix.
 
-    Up to `EXACT_SIDE` all singular values are taken. Beyond, everything comes from half of the smaller Gram matrix: the
-    range by Lanczos on it and, through its Cholesky factor, on its inverse. Of a rectangle its products are float32
-    where that loses nothing, else float64; a smallest value that is lost in these too (below 1e-6 of the largest) comes
-    from a QR factorisation of the matrix itself. The range is right to 1 %, as a rule to 1e-4; what is below 1e-13 of
-    the largest is rounding.
+    Up to `EXACT_SIDE` all singular values are taken. Beyond, everything comes from half of the smaller Gram matrix, of
+    float32 products where these lose nothing: the largest by Lanczos, the smallest by Lanczos on the inverse, through
+    the Gram matrix's Cholesky factor or, of a square, its own LU factors in float32. What these do not hold comes from
+    a Gram matrix of float64 products, or where that loses it too (below 1e-6 of the largest) from a QR factorisation of
+    the matrix. The range is right to 1 %, as a rule to 1e-4; what is below 1e-13 of the largest is rounding.
 
     Args:
         w: (out, in), any floating dtype.
+        known: (n, n), its smaller Gram matrix of float32 products, where something else has computed that.
 
     Source: Golub & Van Loan, Matrix Computations, 4th ed., 10.1.
     """
@@ -85,22 +89,36 @@ def extent(w: Tensor) -> Extent:
         squares = singular_values(w).square()
         ends = (float(squares[0]), float(squares[-1])) if n else (0.0, 0.0)
         return Extent(float(squares.sum().sqrt()), float((squares - 1).square().sum()), *map(math.sqrt, ends))
-    if w.dtype != torch.float64 and m >= RECTANGLE * n:
-        g = _half_gram(x, torch.float32)
-        squared, dfi = float(g.trace()), float(dfi_of_gram(g))
-        # Near an isometry the rounding of float32 products would count.
-        if 0 < squared < math.inf and dfi > 1e-4 * squared**2 / n:
-            low = (g / squared).float()
-            top, bottom = _lanczos(lambda v: low @ v, n, low, both=True)
-            if bottom is not None and bottom > HELD[torch.float32] * top:
-                return Extent(math.sqrt(squared), dfi, math.sqrt(top * squared), math.sqrt(bottom * squared))
-    g = _half_gram(x, torch.float64)
-    norm, dfi = math.sqrt(float(g.trace())), float(dfi_of_gram(g))
+    g, norm, dfi, products = _isometry(x, known)
+    if products == torch.float32:
+        largest, smallest = _square_range(x, g) if m == n else singular_range(g, products)
+        if smallest is not None:
+            return Extent(norm, dfi, largest, smallest)
+        g = _half_gram(x, torch.float64)
     largest, smallest = singular_range(g)
     if smallest is None:
         r = torch.linalg.qr(x.double(), mode="r").R
         smallest = 1 / _largest_inverse(r) if r.diagonal().all() else 0.0
     return Extent(norm, dfi, largest, smallest)
+
+
+@torch.no_grad()
+def norm_and_dfi(w: Tensor, known: Tensor | None = None) -> tuple[float, float]:
+    """Return the first two measures of `extent`, given as there."""
+    _, norm, dfi, _ = _isometry(w if w.shape[0] >= w.shape[1] else w.mT, known)
+    return norm, dfi
+
+
+def _isometry(x: Tensor, known: Tensor | None) -> tuple[Tensor, float, float, torch.dtype]:
+    """Return the Gram matrix (n, n) of a tall x in float64, the norm, DfI, and the dtype of the products."""
+    if x.dtype != torch.float64:
+        g = _half_gram(x, torch.float32) if known is None else known.double()
+        squared, dfi = float(g.trace()), float(dfi_of_gram(g))
+        # Near an isometry the rounding of float32 products would count.
+        if 0 < squared < math.inf and dfi > 1e-4 * squared**2 / len(g):
+            return g, math.sqrt(squared), dfi, torch.float32
+    g = _half_gram(x, torch.float64)
+    return g, math.sqrt(float(g.trace())), float(dfi_of_gram(g)), torch.float64
 
 
 def _half_gram(x: Tensor, products: torch.dtype) -> Tensor:
@@ -120,12 +138,52 @@ def _half_gram(x: Tensor, products: torch.dtype) -> Tensor:
     return total
 
 
+def _square_range(x: Tensor, gram: Tensor) -> tuple[float, float | None]:
+    """Return the largest and the smallest singular value of a square matrix; None for one that float32 does not hold.
+
+    Lanczos on the inverse, by LU factors, gives the smallest one and its vector. The length of x times that vector is
+    off by the square of the vector's error alone. Where it is too small for that, or the two do not agree to `AGREES`,
+    each solution is refined by a step.
+
+    Args:
+        x: (n, n).
+        gram: (n, n), x^T x in float64, of float32 products.
+    """
+    squared = float(gram.trace())
+    top = _largest(gram, squared)
+    a = x.float() / math.sqrt(squared)
+    rows = torch.split(x, max(1, ROWS_ELEMENTS // len(x)))
+    with exact_products(x.device):
+        factors, pivots, failed = torch.linalg.lu_factor_ex(a)
+
+        def solve(v: Tensor, refined: bool, adjoint: bool) -> Tensor:
+            found: Tensor = torch.linalg.lu_solve(factors, pivots, v, adjoint=adjoint)
+            if refined:
+                left = v - (a.mT if adjoint else a) @ found
+                found += torch.linalg.lu_solve(factors, pivots, left, adjoint=adjoint)
+            return found
+
+        def inverse(v: Tensor, refined: bool) -> Tensor:
+            return solve(solve(v[:, None], refined, True), refined, False)[:, 0]
+
+        for refined, held in HELD_SQUARE.items() if not int(failed) else ():
+            found, vector = _lanczos(partial(inverse, refined=refined), len(a), a)
+            first = math.sqrt(squared / found) if found > 0 else math.inf
+            vector = inverse(vector, refined).double()  # which leaves nothing of large singular values
+            vector /= vector.norm()
+            smallest = math.sqrt(sum(float((part.double() @ vector).square().sum()) for part in rows))
+            if smallest > held * top and abs(first - smallest) < AGREES * smallest:
+                return top, smallest
+    return top, None
+
+
 @torch.no_grad()
-def singular_range(gram: Tensor) -> tuple[float, float | None]:
+def singular_range(gram: Tensor, products: torch.dtype = torch.float64) -> tuple[float, float | None]:
     """Return the largest and the smallest singular value of a matrix, given its smaller Gram matrix.
 
     Args:
         gram: (n, n), symmetric, float64.
+        products: What it is as precise as, float32 or float64.
 
     Returns:
         Both, as right as in `extent`; None for a smallest value that is lost in the rounding of the Gram matrix.
@@ -133,12 +191,16 @@ def singular_range(gram: Tensor) -> tuple[float, float | None]:
     squared = float(gram.trace())
     if squared <= 0:
         return 0.0, 0.0
-    low = (gram / squared).float()
-    top, _ = _lanczos(lambda v: low @ v, len(low), low)
+    top = _largest(gram, squared)
     factor, failed = torch.linalg.cholesky_ex(gram)
-    bottom = 0.0 if int(failed) else _largest_inverse(factor.mT) ** -2 / squared
-    known = bottom > HELD[torch.float64] * top
-    return math.sqrt(top * squared), math.sqrt(bottom * squared) if known else None
+    bottom = 0.0 if int(failed) else 1 / _largest_inverse(factor.mT)
+    return top, bottom if bottom**2 > HELD[products] * top**2 else None
+
+
+def _largest(gram: Tensor, squared: float) -> float:
+    """Return the largest singular value of a matrix, given its Gram matrix and the trace of that."""
+    low = (gram / squared).float()
+    return math.sqrt(_lanczos(lambda v: low @ v, len(low), low)[0] * squared)
 
 
 def _largest_inverse(r: Tensor) -> float:
@@ -152,20 +214,17 @@ def _largest_inverse(r: Tensor) -> float:
     return math.sqrt(_lanczos(solve, len(r), r)[0])
 
 
-def _lanczos(
-    multiply: Callable[[Tensor], Tensor], n: int, like: Tensor, *, both: bool = False
-) -> tuple[float, float | None]:
-    """Return the ends of the spectrum of a positive map.
+def _lanczos(multiply: Callable[[Tensor], Tensor], n: int, like: Tensor) -> tuple[float, Tensor]:
+    """Return the largest eigenvalue of a positive map.
 
     Args:
         multiply: The map, of a vector (n,).
         n: Its size.
         like: A tensor of the dtype and on the device of the vectors.
-        both: Whether the smallest eigenvalue is wanted too.
 
     Returns:
-        The largest, and the smallest eigenvalue where it is wanted, to a relative `LANCZOS_ERROR` by their residuals.
-        After `LANCZOS_STEPS`, the largest as near as it came, and None.
+        The eigenvalue, to a relative `LANCZOS_ERROR` by its residual or as near as `LANCZOS_STEPS` come, infinity
+        where the map gave no finite number; its vector (n,).
     """
     v = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(like)
     steps = min(n, LANCZOS_STEPS)
@@ -177,22 +236,21 @@ def _lanczos(
         known = basis[: step + 1]
         w = multiply(known[-1])
         diagonal.append(float(w @ known[-1]))
+        if not math.isfinite(diagonal[-1]):
+            return math.inf, known[-1]
         for _ in range(2):  # once is not enough in floating point
             w = w - known.mT @ (known @ w)
         beside.append(float(w.norm()))
         ended = step + 1 == n or beside[-1] <= 4 * torch.finfo(v.dtype).eps * max(diagonal)
-        if ended or step % 6 == 5 or step + 1 == steps:
+        if ended or step % 3 == 2 or step + 1 == steps:
             values, vectors = torch.linalg.eigh(_tridiagonal(diagonal, beside[:-1]))
-            found = values.tolist()
+            top = max(0.0, float(values[-1]))
             # An eigenvalue is as near as the residual, and as its square over the gap to the others.
-            left = (beside[-1] * vectors[-1].abs()).tolist()
-            gaps = (found[1] - found[0], found[-1] - found[-2]) if step else (0.0, 0.0)
-            off = [min(left[i], left[i] ** 2 / gap if gap else math.inf) for i, gap in zip((0, -1), gaps, strict=True)]
-            low, top = max(0.0, found[0]), max(0.0, found[-1])
-            if ended or (off[1] <= LANCZOS_ERROR * top and not (both and off[0] > LANCZOS_ERROR * low)):
-                return top, low if both else None
+            left, gap = beside[-1] * float(vectors[-1, -1].abs()), float(values[-1] - values[-2]) if step else 0.0
+            if ended or step + 1 == steps or min(left, left**2 / gap if gap else math.inf) <= LANCZOS_ERROR * top:
+                break
         basis[step + 1] = w / beside[-1]
-    return top, None
+    return top, known.mT @ vectors[:, -1].to(known)
 
 
 def _tridiagonal(diagonal: list[float], beside: list[float]) -> Tensor:

@@ -63,6 +63,7 @@ def polynomial_map(
     guess: tuple[Growth, float] | None = None,
     *,
     sound: bool = False,
+    grams: list[Tensor] | None = None,
 ) -> tuple[list[int], list[int]] | None:
     """Write q(G) x / ||x||_F to y, G the Gram matrix x x^T / ||x||_F^2; each matrix by the q that its spectrum needs.
 
@@ -74,6 +75,7 @@ def polynomial_map(
         guess: A polynomial and the largest bound that it serves. All matrices take it before any bound is known, so
             that the host waits after the last product, not before it; those beyond the bound are then done again.
         sound: Whether x is known to be finite and within range.
+        grams: Takes x x^T (B, n, n), where its products are those of x in float32.
 
     Returns:
         The matrices that have no polynomial, and those whose correction is too large for 16 bits: of both nothing
@@ -132,6 +134,8 @@ def polynomial_map(
     found, lengths_found = torch.stack([norm, lengths]).tolist()  # the one wait
     if not sound and not within(found):
         return None
+    if grams is not None and dtype == x.dtype:
+        grams.append(gram * (norm.square() / u)[:, None, None].to(gram))
     wide: list[int] = []
     heavy: list[int] = []
     others: dict[Growth, list[int]] = {}

@@ -204,6 +204,10 @@ class ResetEntry(Record):
     resets: list[ResetSetting] = Field([], description="In the order applied")
     training: list[ResetSetting] = Field([], description="What acts during the phase: penalties and recycling")
     seconds: Number = Field(None, description="Time of the resets, without the measuring, seconds")
+    measuring_seconds: Number = Field(None, description="Time of measuring before and after, seconds")
+    copying_seconds: Number = Field(
+        None, description="In `fire.json`: time of copying files, and of hashing them before and after, seconds"
+    )
     shared_by: int = Field(1, description="Most ranks that shared the work; 1 where each did all of it")
     gathered_whole: int = Field(
         0, description="Parameters gathered whole on every rank, placed neither whole nor in shards of rows"
@@ -215,6 +219,9 @@ class ResetEntry(Record):
         [], description="In `fire.json`: stored tensors that the model's class does not load"
     )
     not_copied: list[str] = Field([], description="In `fire.json`: files that do not belong to a model")
+    nll: dict[str, list[float]] = Field(
+        {}, description="In `fire.json`: by text of `--measure-on`, NLL before and after, nats per token"
+    )
 
 
 class Run(Record):

@@ -13,7 +13,7 @@ from torch import nn
 from fire_llm.architectures.names import plain_parameters, unwrap
 from fire_llm.distributed import AGREE_SECONDS, is_first, together
 from fire_llm.resets.execute import ResetExecutor
-from fire_llm.resets.methods import ComputeDtype, Scale, Solver
+from fire_llm.resets.methods import ComputeDtype, Scale, Solver, Strength
 from fire_llm.resets.norms import newly_drawn, norm_warning
 from fire_llm.resets.plan import Plan
 from fire_llm.resets.report import ResetReport, Spectra
@@ -96,6 +96,7 @@ def fire_(
     tolerance: float | None = None,
     scale: Scale = "sqrt",
     compute_dtype: ComputeDtype = None,
+    strength: Strength = 1.0,
     roles: str | Iterable[str] = ("attention", "mlp"),
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
@@ -113,6 +114,7 @@ def fire_(
         tolerance: Largest relative Frobenius distance to the polar factor that `polar` may leave, 1e-3 by default.
         scale: `sqrt` for √(d_out/d_in), `keep-norm`, or `none`.
         compute_dtype: Precision of the matrix products; the iterate stays in fp32.
+        strength: How far to go, from 0 to 1: (1−c)·W + c·FIRE(W).
         roles: Which matrices; add `lm_head` (and with it a tied embedding) to mirror the paper's code.
         include: Regular expressions, looked for anywhere in a name: what none of them finds is left alone.
         exclude: Regular expressions of names to leave alone.
@@ -136,6 +138,7 @@ def fire_(
         "method": "fire",
         "solver": solver,
         "scale": scale,
+        "strength": strength,
         **{key: value for key, value in given.items() if value is not None},
         **{key: (value,) if isinstance(value, str) else tuple(value) for key, value in names.items()},
     }

@@ -110,7 +110,15 @@ class ResetExecutor:
         rows = [self.reports.get(i) or plan.untouched(i, self.spectra, measures) for i in range(len(plan.slices))]
         measures.fetch()
         touched, untouched = [r for r in rows if r.reason is None], [r for r in rows if r.reason is not None]
-        return ResetReport(plan.specs, touched, untouched, seconds, 0, shared, self.gathered_whole)
+        return ResetReport(
+            plan.specs,
+            touched,
+            untouched,
+            seconds,
+            self.measuring,
+            shared_by=shared,
+            gathered_whole=self.gathered_whole,
+        )
 
     def _gather_whole(self, blocks: list[Block]) -> None:
         """Reset parameters of placements without a plan of their own, each whole on every rank, one at a time."""
@@ -163,11 +171,14 @@ class ResetExecutor:
         before = torch.stack([p.read() for _, p in group]) if stacked else group[0][1].read()
         wide = torch.promote_types(before.dtype, torch.float32) if before.is_floating_point() else before.dtype
         x = before.to(wide)  # rounded once, when it is written
-        for spec in self.plan.actions[group[0][0]]:
-            arguments = []
+        grams: list[Tensor] = []
+        for number, spec in enumerate(self.plan.actions[group[0][0]]):
+            arguments: list[Any] = []
             for read in self.plan.inputs(spec):
                 beside = [read(index).to(x) for index, _ in group]
                 arguments.append(torch.stack(beside) if stacked else beside[0])
+            if RESETS[spec.method].gives_grams and number == 0 and self.measured and not stacked:
+                arguments.append(grams)
             x = RESETS[spec.method].function(x, *arguments, **spec.options)
         rounded_to = self.rounded_to if before.is_floating_point() else None
         x = x.to(rounded_to or before.dtype).to(before.dtype)
@@ -176,12 +187,17 @@ class ResetExecutor:
         self.failed |= {self.plan.slices[i].name for ((i, _), *_), good in zip(rows, sound, strict=True) if not good}
         done = [(i, weight, old, new) for ((i, weight), old, new), good in zip(rows, sound, strict=True) if good]
         with self._measuring():  # before anything is written, because `old` may be a view of what is written to
-            self._report([(i, old, after) for i, _, old, after in done])
+            self._report([(i, old, after) for i, _, old, after in done], grams[0][0] if grams else None)
         for _, weight, _, after in done:
             weight.write_(after)
 
-    def _report(self, done: list[tuple[int, Tensor, Tensor]]) -> None:
-        """Report on slices before and after, and wait once for all that is measured but spectra."""
+    def _report(self, done: list[tuple[int, Tensor, Tensor]], known: Tensor | None = None) -> None:
+        """Report on slices before and after, and wait once for all that is measured but spectra.
+
+        Args:
+            done: Index, before and after of each.
+            known: The Gram matrix from before, of a single one, where the reset has formed it.
+        """
         if not self.measured:
             for index, *_ in done:
                 self._done(index, replace(TensorReport.of(self.plan.slices[index]), sfe=None))
@@ -190,7 +206,8 @@ class ResetExecutor:
         pairs = []
         for index, before, after in done:
             own = self.plan.slices[index]
-            report, later = (describe(own, of, self.spectra, measures) for of in (before, after))
+            report = describe(own, before, self.spectra, measures, known)
+            later = describe(own, after, self.spectra, measures)
             measures.add(partial(setattr, report, "sfe"), squared_error(before, after))
             pairs.append((index, report, later))
         measures.fetch()

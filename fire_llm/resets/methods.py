@@ -60,6 +60,8 @@ class ResetMethod:
     """Options that are not always read, by name."""
     buffers: Buffers = "none"
     """Which buffers it acts on, beside parameters."""
+    gives_grams: bool = False
+    """Whether the function takes a list `grams`, for the Gram matrices that it forms on the way."""
 
     @property
     def when(self) -> Literal["transition", "training"]:
@@ -190,8 +192,9 @@ def _register(
     )
     taken = inspect.signature(entry).parameters
     RESETS[name] = ResetMethod(
-        name, entry, roles, "initial" in taken, "gradient" in taken, batched, schema, kind, elementwise, reads, buffers
-    )
+        name, entry, roles, "initial" in taken, "gradient" in taken, batched, schema, kind, elementwise, reads, buffers,
+        "grams" in taken,
+    )  # fmt: skip
 
 
 @register_reset("none")
@@ -223,48 +226,59 @@ ComputeDtype = Annotated[
 ]
 Iterations = Annotated[int, Field(ge=0, le=1000), ReadWhen("solver", "newton-schulz")]
 Tolerance = Annotated[float, Field(gt=0, le=0.1), ReadWhen("solver", "polar")]
+Strength = Annotated[float, Field(ge=0, le=1)]
 
 
 @register_reset("fire", roles=("attention", "mlp"), batched=True)
 def fire(
     w: Tensor,
+    grams: list[Tensor] | None = None,
     *,
     iterations: Iterations = 5,
     solver: Solver = "newton-schulz",
     tolerance: Tolerance = 1e-3,
     scale: Scale = "sqrt",
     compute_dtype: ComputeDtype = None,
+    strength: Strength = 1.0,
 ) -> Tensor:
     """Replace a matrix by (nearly) its orthogonal polar factor.
 
     `solver` newton-schulz takes `iterations` cubic steps, as the paper does; polar projects truly, to `tolerance`.
     `scale` sqrt multiplies by √(d_out/d_in), keep-norm restores the Frobenius norm of w, none does neither.
+    With c = `strength` below 1, the result is (1−c)·w + c·fire(w), as in `shrink_perturb`.
     Source: arXiv 2602.08040, algorithm 1.
     """
     dtype = getattr(torch, compute_dtype) if compute_dtype else None
     if solver == "polar":
         x = polar(w, tolerance, compute_dtype=dtype)
     else:
-        x = newton_schulz(w, iterations, compute_dtype=dtype)
+        x = newton_schulz(w, iterations, compute_dtype=dtype, grams=grams)
     if scale == "sqrt":
-        return x * math.sqrt(w.shape[-2] / w.shape[-1])
-    return _with_norm(x, _norm(w)) if scale == "keep-norm" else x
+        x = x * math.sqrt(w.shape[-2] / w.shape[-1])
+    elif scale == "keep-norm":
+        x = _with_norm(x, _norm(w))
+    return x if strength == 1 else torch.lerp(w, x, strength)
 
 
-def fire_by_gram(gram: Tensor, rows: int, *, iterations: int, scale: Scale, **others: Any) -> Tensor:
+def fire_by_gram(
+    gram: Tensor, rows: int, *, iterations: int, scale: Scale, strength: float = 1.0, **others: Any
+) -> Tensor:
     """Return P with `fire(w)` = w P for a tall w, whose rows may lie anywhere.
 
     Args:
         gram: (n, n) float64, wᵀ w.
         rows: Of w.
         iterations: As in `fire`; the solver is newton-schulz, and products are taken in the Gram matrix's dtype.
-        scale: As in `fire`.
+        scale: As in `fire`, like the next.
+        strength: c: the result is (1−c)·I + c·P.
         **others: Further options of `fire`, which do not matter here.
     """
     p = newton_schulz_factor(gram, iterations)
     if scale == "sqrt":
-        return p * math.sqrt(rows / gram.shape[-1])
-    return p * (gram.trace() / (p @ gram @ p).trace()).sqrt() if scale == "keep-norm" else p
+        p = p * math.sqrt(rows / gram.shape[-1])
+    elif scale == "keep-norm":
+        p = p * (gram.trace() / (p @ gram @ p).trace()).sqrt()
+    return p if strength == 1 else torch.lerp(torch.eye(len(p), dtype=p.dtype, device=p.device), p, strength)
 
 
 @register_reset("rescale", roles=("attention", "mlp"), options_of=fire, batched=True)
@@ -274,6 +288,20 @@ def rescale(w: Tensor, **options: Any) -> Tensor:
     The control for FIRE: what part of its effect is the change of norm alone.
     """
     return _with_norm(w, _norm(fire(w, **options)))
+
+
+@register_reset("flatten_spectrum", roles=("attention", "mlp"), batched=True)
+def flatten_spectrum(w: Tensor, *, strength: Strength = 0.5) -> Tensor:
+    """Draw the singular values towards their mean s, and keep the singular vectors: σ ← σ^(1−c)·s^c, c = `strength`.
+
+    1 gives s times the polar factor, `fire`'s true projection at the nuclear norm of w; 0 gives w. Between them, large
+    singular values fall and small ones rise by the same rule, where `fire` with a strength moves along the straight
+    line. Taken by an SVD in fp64; matrices of zeros stay.
+    """
+    u, sigma, vh = torch.linalg.svd(w.double(), full_matrices=False)
+    mean = sigma.mean(-1, keepdim=True)
+    flattened: Tensor = (u * (sigma ** (1 - strength) * mean**strength).unsqueeze(-2)) @ vh
+    return flattened.to(w.dtype)
 
 
 @register_reset("dash", roles=("attention", "mlp"), batched=True)

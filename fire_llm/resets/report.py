@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fire_llm.architectures.matrices import ParameterSlice
 from fire_llm.linalg.measures import dfi_of_gram, gram
-from fire_llm.linalg.singular_values import extent, singular_values
+from fire_llm.linalg.singular_values import extent, norm_and_dfi, singular_values
 from fire_llm.resets.spec import ResetSpec
 
 SIGMA_QUANTILES = 64
@@ -52,9 +52,8 @@ class TensorReport:
     def _normed(self, norm: float) -> None:
         self.norm_before = self.norm_after = norm
 
-    def _measured(self, trace: float, dfi: float) -> None:
-        """Take the trace of the Gram matrix and its deviation from isometry."""
-        self._normed(math.sqrt(trace))
+    def _measured(self, norm: float, dfi: float) -> None:
+        self._normed(norm)
         self.dfi_before = self.dfi_after = dfi
 
     @property
@@ -79,6 +78,10 @@ class ResetReport:
     untouched: list[TensorReport]
     seconds: float
     """Time of the reset itself, without the measuring before and after."""
+    measuring_seconds: float = 0.0
+    """Time of measuring before and after."""
+    copying_seconds: float | None = None
+    """Of a checkpoint on disk: time of copying its files, and of hashing them before and after."""
     optimizer_states_cleared: int = 0
     shared_by: int = 1
     """Ranks among which the work was shared."""
@@ -88,6 +91,8 @@ class ResetReport:
     """Of a checkpoint on disk: stored tensors that the model's class does not load."""
     not_copied: list[str] = field(default_factory=list)
     """Of a checkpoint on disk: files that are neither weights nor go with them."""
+    nll: dict[str, list[float]] = field(default_factory=dict)
+    """Of a checkpoint on disk, by text that it was to be measured on: NLL before and after, nats a token."""
     training: list[ResetSpec] = field(default_factory=list)
     """Of an arm: what acts during the phase that follows."""
 
@@ -109,7 +114,8 @@ class ResetReport:
         return (
             f"{'; '.join(r.label() for r in self.resets)}: "
             f"{len(self.touched)} tensors touched{f' ({len(matrices)} matrices)' if measured else ''} in "
-            f"{self.seconds:.2f} s{among}; {f'SFE {sum(moved):.4g}' if measured else 'not measured'}; "
+            f"{self.seconds:.2f} s{among}; "
+            f"{f'SFE {sum(moved):.4g}, measured in {self.measuring_seconds:.2f} s' if measured else 'not measured'}; "
             f"{len(self.untouched)} left alone ({left}); {self.optimizer_states_cleared} optimizer states cleared"
         )
 
@@ -153,7 +159,11 @@ class Measures:
 
 
 def describe(
-    weight: ParameterSlice, tensor: Tensor, spectra: Spectra, measures: Measures | None = None
+    weight: ParameterSlice,
+    tensor: Tensor,
+    spectra: Spectra,
+    measures: Measures | None = None,
+    known: Tensor | None = None,
 ) -> TensorReport:
     """Measure a slice as it is now; before and after are the same until something touches it.
 
@@ -162,18 +172,22 @@ def describe(
         tensor: Its values.
         spectra: Whether the report holds singular values.
         measures: Gathers the report's numbers, which are in it once they are fetched; default: at once.
+        known: Its smaller Gram matrix of float32 products, where the reset has formed that.
     """
     report, later = TensorReport.of(weight), measures or Measures()
     if not weight.matrix:
         numbers = tensor if tensor.is_floating_point() else tensor.double()
         later.add(report._normed, torch.linalg.vector_norm(numbers, dtype=torch.float64))
     elif spectra == "range":
-        found = extent(tensor)
-        report._measured(found.norm**2, found.dfi)
+        found = extent(tensor, known)
+        report._measured(found.norm, found.dfi)
         report.sigma_before = report.sigma_after = [found.largest, found.smallest]
     else:
-        g = gram(tensor if tensor.shape[0] >= tensor.shape[1] else tensor.mT, quick=True)
-        later.add(report._measured, g.trace(), dfi_of_gram(g))
+        if tensor.device.type == "cpu":
+            report._measured(*norm_and_dfi(tensor, known))
+        else:
+            g = gram(tensor if tensor.shape[0] >= tensor.shape[1] else tensor.mT)
+            later.add(report._measured, g.trace().sqrt(), dfi_of_gram(g))
         if spectra:
             report.sigma_before = report.sigma_after = sigma_quantiles(singular_values(tensor))
     if measures is None:

@@ -18,7 +18,7 @@ FROZEN = "frozen: requires_grad is off"
 """Why a reset leaves a parameter alone that could not learn again what it loses."""
 
 _ALWAYS_SHOWN = ("iterations", "tolerance", "shrink", "floor", "strength")
-"""Options that a label shows at their defaults too."""
+"""Options that a label shows at their defaults too, but for a strength of 1: the whole reset."""
 
 _PLACES = {"transition": "ResetCallback", "penalty": "PenaltyCallback", "recycling": "RecyclingCallback"}
 """What runs each kind of method in a script."""
@@ -128,7 +128,9 @@ class ResetSpec:
         """Return the reset in one line: `fire, iterations 5, roles attention mlp`."""
         method = RESETS[self.method]
         defaults = method.options()
-        shown = [f"{k} {v}" for k, v in self.read.items() if v != getattr(defaults, k) or k in _ALWAYS_SHOWN]
+        shown = [
+            f"{k} {v}" for k, v in self.read.items() if v != getattr(defaults, k) or (k in _ALWAYS_SHOWN and v != 1)
+        ]
         if self.roles != ROLES:
             shown.append(f"roles {' '.join(self.roles)}")
         shown += [f"{k} {v if isinstance(v, str) else ' '.join(v)}" for k, v in self.selection.items()]

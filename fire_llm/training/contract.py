@@ -102,7 +102,7 @@ OPTIONS: dict[str, Rule] = dict.fromkeys(
         "gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_compile_backend",
         "torch_compile_mode", "liger_kernel_config", "use_cache", "neftune_noise_alpha",
         "torch_empty_cache_steps", "logging_steps", "logging_first_step",
-        "log_on_each_node", "include_num_input_tokens_seen", "log_level", "log_level_replica", "report_to",
+        "log_on_each_node", "include_num_input_tokens_seen", "log_level", "log_level_replica",
         "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "eval_steps",
         "eval_delay", "per_device_eval_batch_size", "prediction_loss_only", "eval_do_concat_batches",
         "eval_use_gather_object", "eval_accumulation_steps", "include_for_metrics", "batch_eval_metrics",
@@ -149,6 +149,10 @@ OPTIONS: dict[str, Rule] = dict.fromkeys(
         instead=_STEPS,
     ),
     "logging_nan_inf_filter": Rule("no loss is hidden: `nonfinite` says what becomes of one that is not finite"),
+    "report_to": Rule(
+        "what a tracker raises ends its reports, in one line on stderr, and not the training; it draws no random "
+        "numbers of the training's; what a `ResetCallback` did is shown in numbers"
+    ),
     "disable_tqdm": Rule(
         "with `ContinualArguments`, one bar a phase, or lines where there is no terminal; with True nothing is printed"
     ),

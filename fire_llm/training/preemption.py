@@ -43,11 +43,15 @@ class Stopping(TrainerCallback):
         if self._number:
             raise Stopped(self._number, f"saved at step {state.global_step}; the same command goes on")
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop where a signal came too late for a step to look at it; the last step is saved."""
+    def end(self, args: Any, state: Any) -> None:
+        """Stop where a signal came too late for a step to look at it; from here on, the next one ends at once.
+
+        What was asked of any rank until then is asked of all: no signal falls between the two.
+        """
+        set_step_near(False)
         if handled():
             self._number = (self._agreed() or self._answered()) if active() else asked()
-            self.on_save(args, state, control)
+            self.on_save(args, state, None)
 
     def _agreed(self) -> int:
         """Return the largest signal that any rank had one step ago, and ask for the next."""

@@ -32,15 +32,13 @@ from fire_llm.core.atomic import (
     checkpoints,
     clear_partial_checkpoints,
     free_bytes,
-    partial_of,
-    remove,
     step_of,
     sync,
     write_json,
     writing,
 )
 from fire_llm.core.errors import UserError
-from fire_llm.core.manifest import damage, newest_intact, read_state, write_manifest
+from fire_llm.core.manifest import REPLACED, damage, newest_intact, prune, read_state, write_manifest
 from fire_llm.core.signals import asked
 from fire_llm.distributed import active, gather_objects, is_first
 from fire_llm.training.arguments import plain
@@ -149,8 +147,9 @@ class Saver:
         recycled = {key: t.to("cpu", copy=True) for key, t in recycled.items()}
 
         def finish() -> None:
-            self._finish(output, staging / name, state, recycled)
-            self._prune(output, output / name, step, best)
+            replaced = self._replaced(output, step, best)
+            self._finish(output, staging / name, {**state, REPLACED: replaced}, recycled)
+            prune(output / name, replaced)
 
         with self._undone(staging, step):
             _together(partial(guarded(self._make_room), output), first_only=True)
@@ -292,29 +291,25 @@ class Saver:
         sync(output, below=False)
         shutil.rmtree(written.parent)
 
-    def _prune(self, output: Path, newest: Path, step: int, best: int | None) -> None:
-        """Delete older checkpoints that nothing keeps, once the new one was read back from the disk."""
+    def _replaced(self, output: Path, step: int, best: int | None) -> list[int]:
+        """Return the steps of older checkpoints that nothing keeps once one of this step is there."""
         args = self.trainer.args
+        if args.save_total_limit is not None and args.save_total_limit <= 0:  # no limit, as in `Trainer`
+            return []
         # One that was skipped when this training was resumed is left for inspection, and does not count as kept.
         there = checkpoints(output)
         self._sound |= {path for path, _ in there if path not in self._sound and damage(path, contents=False) is None}
-        older = [(folder, n) for folder, n in there if n < step and folder in self._sound]
-        if args.save_total_limit is not None and args.save_total_limit <= 0:  # no limit, as in `Trainer`
-            return
+        older = [n for folder, n in there if n < step and folder in self._sound]
         named = self.trainer.state.best_model_checkpoint  # an older one, where the best step was not saved
         bests = {best, step_of(Path(named)) if named else None} - {None}
         if args.save_total_limit is None:
             others = (args.keep_last or 1) - 1
         else:  # the best one is among them
             others = args.save_total_limit - 1
-            newest_ones = {step, *(n for _, n in older[max(0, len(older) - others) :])}
-            others -= bool(bests & {n for _, n in older} - newest_ones) and others > 0
-        kept = {*args.keep_steps, *bests, *(n for _, n in older[max(0, len(older) - others) :])}
-        unwanted = [folder for folder, n in older if n not in kept]
-        if unwanted and (wrong := damage(newest, from_disk=True)):
-            raise UserError(f"'{newest}' cannot be read back as it was written: {wrong}. Nothing older was deleted")
-        for folder in unwanted:
-            remove(folder.rename(partial_of(folder)))
+            newest_ones = {step, *older[max(0, len(older) - others) :]}
+            others -= bool(bests & {*older} - newest_ones) and others > 0
+        kept = {*args.keep_steps, *bests, *older[max(0, len(older) - others) :]}
+        return [n for n in older if n not in kept]
 
 
 # ---- before a training

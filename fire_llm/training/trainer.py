@@ -42,6 +42,7 @@ from fire_llm.training.progress import Progress, report_line
 from fire_llm.training.saving import Saver, checkpoint_to_resume, try_configs
 from fire_llm.training.sharding import load_optimizer, load_weights, refuse_engines, sharding, whole_weights
 from fire_llm.training.throughput import throughput
+from fire_llm.training.trackers import guard_trackers
 from fire_llm.training.validation import validate
 
 
@@ -158,12 +159,14 @@ class ContinualTrainer(Trainer):
         self.fetched = -1
         """The step, counted from zero, whose batches were fetched last; it is still to be taken at that global step."""
         self._fetched_hash = torch.zeros_like(self.batches_hash)
-        self._progress = Progress()
+        self._progress, self._stopping = Progress(), Stopping()
         if not plain(args):
             self.callback_handler.callbacks.pop()  # `Trainer`'s own bar or printer, which it adds last
-            # Stopping is behind what asks for a log where something is saved: a signal's save has none.
-            for callback in (Keeping(), Stopping(), self._progress):
-                self.add_callback(callback)
+        self.trackers = guard_trackers(self)
+        """Of `args.report_to`, and of `callbacks`."""
+        # Stopping is behind what asks for a log where something is saved: a signal's save has none.
+        for callback in () if plain(args) else (Keeping(), self._stopping, self._progress):
+            self.add_callback(callback)
 
     def train(
         self,
@@ -206,6 +209,7 @@ class ContinualTrainer(Trainer):
                 trained = super().train(checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
             self.guard.settle()  # of the last step, where a callback ended training and nothing was logged
             self.settle()
+            self._stopping.end(args, self.state)
             return trained
         except BaseException:
             self.settle(report=True)

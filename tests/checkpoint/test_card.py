@@ -38,6 +38,7 @@ COMMANDS = [
     ["--method", "initial_norm", "--seed", "7", "--role", "lm_head"],
     ["--layers", "1", "--include", "(up|down)_proj", "--include", "v_proj"],
     ["--no-measures"],
+    ["--strength", "0.3"],
     ["--dtype", "bf16"],
 ]
 CALLS = [

@@ -20,7 +20,8 @@ from fire_llm.linalg import measures
 from fire_llm.linalg.activations import Activity, Features, dormant_scores, dormant_share, feature_srank
 from fire_llm.linalg.curvature import gradient_norm, top_hessian_eigenvalue
 from fire_llm.linalg.measures import dfi, effective_rank, sfe, srank
-from fire_llm.linalg.singular_values import extent
+from fire_llm.linalg.newton_schulz import newton_schulz
+from fire_llm.linalg.singular_values import extent, norm_and_dfi
 
 
 @pytest.fixture(params=[1 << 20, 7], ids=["one chunk", "many chunks"])
@@ -80,14 +81,11 @@ def test_ranks() -> None:
         assert (effective_rank(zero), srank(zero)) == (0, 0)
 
 
-def test_a_quick_gram_is_exact_for_what_is_not_coarse() -> None:
-    w = torch.randn(300, 40, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(measures.gram(w), measures.gram(w, quick=True))
-    coarse = w.bfloat16()
-    exact, quick = measures.gram(coarse), measures.gram(coarse, quick=True)
-    assert quick.dtype == torch.float64 and (quick - exact).abs().max() < 1e-6 * exact.abs().max()
-    before = exact.clone()
-    assert measures.dfi_of_gram(exact) == pytest.approx(dfi(coarse)) and torch.equal(exact, before)
+def test_dfi_of_a_gram_matrix_leaves_that_as_it_was() -> None:
+    w = torch.randn(300, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
+    g = measures.gram(w)
+    before = g.clone()
+    assert measures.dfi_of_gram(g) == pytest.approx(dfi(w)) and torch.equal(g, before)
 
 
 # ---- features and units
@@ -382,6 +380,35 @@ def test_the_extent_is_that_of_the_svd(key: str, shape: tuple[int, int]) -> None
         assert found.smallest == pytest.approx(float(sigma[-1]), rel=2e-2)
         assert found.norm == pytest.approx(float(sigma.norm()), rel=1e-6)
         assert found.dfi == pytest.approx(float((sigma.square() - 1).square().sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(300, 300), (300, 500), (900, 300)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("largest", [1e-9, 0.02, 1e9])
+def test_the_gram_matrix_that_newton_schulz_forms_serves(shape: tuple[int, int], dtype: torch.dtype, largest: float):
+    """The reset's result is the same to the bit, and what is measured is that of an SVD, at any scale."""
+    w = (largest * torch.randn(*shape, generator=torch.Generator().manual_seed(5))).to(dtype)
+    sigma, grams = torch.linalg.svdvals(w.double()), []
+    assert torch.equal(newton_schulz(w.float(), grams=grams), newton_schulz(w.float()))
+    known = grams[0][0] if grams else None
+    assert known is not None or largest != 0.02
+    found = extent(w, known)
+    assert found.largest == pytest.approx(float(sigma[0]), rel=2e-3)
+    assert found.smallest == pytest.approx(float(sigma[-1]), rel=1e-2)
+    assert found.norm == pytest.approx(float(sigma.norm()), rel=1e-6)
+    assert found.dfi == pytest.approx(float((sigma.square() - 1).square().sum()), rel=1e-4)
+    assert norm_and_dfi(w, known) == pytest.approx((found.norm, found.dfi))
+
+
+@pytest.mark.parametrize("power", [2, 4, 5, 6, 7, 9])
+def test_the_smallest_value_of_a_square_is_right_or_found_otherwise(power: int) -> None:
+    """LU factors in float32 hold it to 1e-6 of the largest; two smallest that lie side by side share a vector."""
+    u, _, vh = torch.linalg.svd(torch.randn(320, 320, dtype=torch.float64, generator=torch.Generator().manual_seed(6)))
+    for last in (1.0, 1.001):
+        sigma = torch.cat([torch.linspace(1, 0.1, 318), 10.0**-power * torch.tensor([last, 1.0])]).double()
+        w = ((u * sigma) @ vh).float()
+        exact = float(torch.linalg.svdvals(w.double())[-1])
+        assert extent(w).smallest == pytest.approx(exact, rel=1e-2)
 
 
 @pytest.mark.parametrize("shape", [(300, 300), (900, 300), (20, 40)])

@@ -18,6 +18,7 @@ from support.killing import beside, outcome
 from support.tiny_recipe import quick_recipe, recipe
 
 from fire_llm import UserError, load_recipe, run_recipe
+from fire_llm.core import manifest
 from fire_llm.core.atomic import checkpoints
 from fire_llm.core.hashing import CHUNK
 from fire_llm.core.locks import held
@@ -292,6 +293,34 @@ def test_what_dead_processes_left_is_cleared_at_the_next_start(leave, quick, tmp
     assert outcome(tmp_path / "run") == outcome(quick[1])
 
 
+@pytest.mark.parametrize("asked", [[], ["phases.0.keep=[best,2]"]])
+def test_what_a_last_save_did_not_come_to_delete_is_deleted_at_the_next_start(asked, quick, tmp_path, monkeypatch):
+    """The kill came between the new name and the end of the older one; what today's recipe keeps stays all the same."""
+    path, output = quick[0], tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "prune", lambda *_: None)
+        run_recipe(load_recipe(path, ["keep_last=1", "phases.0.keep=[]"]), output, progress=False)
+    assert steps(output / FIRST) == [2, 4] and steps(output / SECOND) == [2, 3]
+    mine = shutil.copytree(output / FIRST / "checkpoint-2", output / FIRST / "checkpoint-1")
+    run_recipe(load_recipe(path, ["keep_last=1", *(asked or ["phases.0.keep=[]"])]), output, progress=False)
+    assert steps(output / FIRST) == [1, *([2] if asked else []), 4] and steps(output / SECOND) == [3]
+    assert mine.is_dir() and not list(output.rglob("*.partial"))
+    assert outcome(output).keys() == outcome(quick[1]).keys()
+
+
+def test_what_a_last_save_replaced_stays_where_that_is_damaged(quick, tmp_path, monkeypatch):
+    path, output = quick[0], tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "prune", lambda *_: None)
+        run_recipe(load_recipe(path, ["keep_last=1"]), output, progress=False)
+    weights = output / SECOND / "checkpoint-3" / "model.safetensors"
+    times = weights.stat()
+    weights.write_bytes(flipped(weights.read_bytes(), 2000))
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))  # as a disk does
+    run_recipe(load_recipe(path, ["keep_last=1"]), output, progress=False)
+    assert steps(output / SECOND) == [2, 3]
+
+
 def test_what_a_living_process_is_writing_stays(quick, tmp_path):
     shutil.copytree(quick[1], tmp_path / "run")
     left = left_by_a_save(tmp_path / "run" / SECOND)
@@ -380,7 +409,7 @@ def test_what_is_kept(whole, tmp_path):
 
 def test_older_ones_stay_where_the_new_one_cannot_be_read_back(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        saving, "damage", lambda folder, from_disk=False, **_: "optimizer.pt is gone" * from_disk or None
+        manifest, "damage", lambda folder, from_disk=False, **_: "optimizer.pt is gone" * from_disk or None
     )
     with pytest.raises(UserError, match=r"checkpoint-6' cannot be read back as it was written: optimizer.pt is gone"):
         run_recipe(load_recipe(whole[0], ["phases.0.keep=[]"]), tmp_path / "run", progress=False)

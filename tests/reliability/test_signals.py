@@ -139,6 +139,7 @@ def signal_before(monkeypatch, name: str, call: int) -> None:
         ("training_step", 1, "saved at step 1; the same command goes on", 1),
         ("_save_checkpoint", 1, "saved at step 5; the same command goes on", 5),
         ("_save_checkpoint", 4, "saved at step 10; the same command goes on", 10),  # the last step's
+        ("settle", 1, "saved at step 10; the same command goes on", 10),  # behind it
     ],
 )
 def test_what_a_signal_waits_for(name, call, said, saved, tmp_path, monkeypatch):
@@ -150,6 +151,16 @@ def test_what_a_signal_waits_for(name, call, said, saved, tmp_path, monkeypatch)
     found = checkpoints(tmp_path / "run" / "first" / "seed-1")
     assert (found[-1][1] if found else None) == saved
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_behind_the_last_save_of_all_counts(tmp_path, monkeypatch):
+    """Everything is trained, and the results are not written: the command ends by the signal, as anywhere else."""
+    with monkeypatch.context() as patch:
+        signal_before(patch, "settle", 2)
+        with pytest.raises(Stopped) as stopped:
+            run_recipe(load_recipe(recipe(tmp_path)), tmp_path / "run", progress=False)
+    assert stopped.value.code == 143 and stopped.value.said == "saved at step 8; the same command goes on"
+    assert not (tmp_path / "run" / "results.json").exists()
 
 
 def test_the_command_line_ends_with_143_says_where_and_goes_on(tmp_path, monkeypatch, capsys):

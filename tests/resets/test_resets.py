@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from support.models import tiny_gpt2, tiny_llama
@@ -11,6 +12,7 @@ from support.models import tiny_gpt2, tiny_llama
 from fire_llm import UserError, apply_reset, fire_, logical_matrices, register_reset
 from fire_llm.models import fresh_model
 from fire_llm.resets import RESETS, ROLES, ResetSpec
+from fire_llm.resets.methods import fire_by_gram
 
 
 def cubic(sigma: torch.Tensor, steps: int) -> torch.Tensor:
@@ -89,6 +91,46 @@ def test_rescale_has_fires_norms_and_its_own_direction():
         assert torch.isclose(f.read().norm(), s.read().norm(), rtol=1e-6)
         cosine = torch.nn.functional.cosine_similarity(s.read().flatten(), before[s.name].flatten(), dim=0)
         assert cosine > 1 - 1e-6
+
+
+@pytest.mark.parametrize("scale", ["sqrt", "keep-norm", "none"])
+def test_a_strength_goes_a_part_of_the_way(scale):
+    start, whole, part = tiny_llama(), tiny_llama(), tiny_llama()
+    fire_(whole, scale=scale)
+    fire_(part, scale=scale, strength=0.25)
+    for w, x, y in zip(logical_matrices(start), logical_matrices(whole), logical_matrices(part), strict=True):
+        assert torch.allclose(y.read(), 0.75 * w.read() + 0.25 * x.read(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", ["sqrt", "keep-norm", "none"])
+@pytest.mark.parametrize("strength", [1.0, 0.25])
+def test_a_map_from_the_gram_matrix_goes_as_far(scale, strength):
+    w = torch.randn(40, 12, dtype=torch.float64)
+    p = fire_by_gram(w.T @ w, 40, iterations=5, scale=scale, strength=strength)
+    whole = RESETS["fire"].function(w, iterations=5, scale=scale, strength=strength)
+    assert torch.allclose(w @ p, whole, rtol=0, atol=1e-9)
+
+
+def test_a_strength_of_one_is_the_whole_reset_to_the_bit_and_of_none_leaves_the_weights():
+    w = torch.randn(6, 20)
+    fire = RESETS["fire"].function
+    assert torch.equal(fire(w, strength=1.0), fire(w))
+    assert torch.equal(fire(w, strength=0.0), w)
+
+
+@pytest.mark.parametrize("shape", [(8, 5), (5, 8), (3, 6, 4)])
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
+def test_a_flattened_spectrum_keeps_its_vectors_and_its_mean_direction(shape, strength):
+    w = torch.randn(shape)
+    x = RESETS["flatten_spectrum"].function(w, strength=strength)
+    for before, after in zip(w.reshape(-1, *shape[-2:]).numpy(), x.reshape(-1, *shape[-2:]).numpy(), strict=True):
+        u, sigma, vh = np.linalg.svd(before.astype(np.float64), full_matrices=False)
+        wanted = np.exp((1 - strength) * np.log(sigma) + strength * np.log(sigma.mean()))
+        assert np.allclose(u.T @ after @ vh.T, np.diag(wanted), atol=1e-5)
+
+
+def test_a_matrix_of_zeros_has_no_spectrum_to_flatten():
+    assert torch.equal(RESETS["flatten_spectrum"].function(torch.zeros(3, 4)), torch.zeros(3, 4))
 
 
 def test_a_tied_head_is_touched_only_when_asked_for_and_once():
@@ -255,6 +297,10 @@ def test_labels_say_what_differs():
     assert ResetSpec.parse("full_reset").label() == "full_reset"
     assert ResetSpec.parse({"method": "shrink_perturb"}).label() == "shrink_perturb, shrink 0.5"
     assert "tolerance 0.001" in ResetSpec.parse({"method": "fire", "solver": "polar"}).label()
+    assert ResetSpec.parse({"method": "fire", "strength": 0.3}).label() == (
+        "fire, iterations 5, strength 0.3, roles attention mlp"
+    )
+    assert ResetSpec.parse("l2_init").label().startswith("l2_init, strength 0.001")
     assert ResetSpec.parse("keep") == ResetSpec.parse({"method": "none"})  # its former name
     assert ResetSpec.parse("none").roles == ROLES
 

@@ -185,7 +185,7 @@ def test_every_mark_of_an_option_names_an_option_with_that_value() -> None:
     for (method, _), when in marks.items():
         ResetSpec.parse({"method": method, when.option: when.value})
     assert ResetSpec.parse({"method": "fire", "solver": "polar"}).read.keys() == {
-        "solver", "tolerance", "scale", "compute_dtype",
+        "solver", "tolerance", "scale", "compute_dtype", "strength",
     }  # fmt: skip
     with pytest.raises(UserError, match="roles: 'none' leaves every weight as it is"):
         ResetSpec.parse({"method": "none", "roles": ["mlp"]})

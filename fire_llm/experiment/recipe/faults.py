@@ -116,6 +116,10 @@ def contradictions(recipe: Recipe) -> Iterable[str]:
         yield "tokenizer: give one of path and train"
     if len(set(recipe.seed)) < len(recipe.seed):
         yield f"seed: {recipe.seed} names a seed twice"
+    if recipe.report_to:
+        from fire_llm.training.trackers import name_faults  # the trainer takes seconds to import
+
+        yield from name_faults(recipe.report_to)
     common = [*optimizer_faults(recipe.optimizer)]
     yield from common
     context = _context(recipe)

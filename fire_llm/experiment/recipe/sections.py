@@ -17,6 +17,10 @@ def as_list(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
+def _trackers(value: Any) -> Any:
+    return [] if value in (None, "none", ["none"]) else as_list(value)
+
+
 def _as_key(key: str) -> Any:
     return lambda value: {key: value} if isinstance(value, str) else value
 
@@ -188,6 +192,10 @@ class Recipe(_Section):
     save_every_steps: int = Field(500, ge=1, description="Optimizer steps between the checkpoints a run resumes from")
     keep_last: int = Field(1, ge=1, description="Newest checkpoints of a phase that stay, beside those it keeps")
     log_every_steps: int = Field(10, ge=1, description="Optimizer steps a logged training loss is the mean of")
+    report_to: Annotated[list[str], BeforeValidator(_trackers)] = Field(
+        default_factory=list,
+        description="Trackers that show the curves: tensorboard, trackio, wandb, ..., or none",
+    )
     phases: list[PhaseSection] = Field(min_length=1)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
@@ -224,7 +232,9 @@ def recipe_schema() -> dict[str, Any]:
     schema["$defs"]["PhaseSection"]["properties"]["arms"] = {"type": "object", "additionalProperties": arms}
     # What a validator accepts in shorthand, editors must accept too.
     sections = schema["$defs"]
-    for section, key in ((schema, "seed"), (sections["PhaseSection"], "keep"), (sections["EvaluateSection"], "data")):
+    listed_keys = {"PhaseSection": "keep", "EvaluateSection": "data"}
+    own = [(schema, "seed"), (schema, "report_to"), *((sections[name], key) for name, key in listed_keys.items())]
+    for section, key in own:
         listed = section["properties"][key]
         section["properties"][key] = {"anyOf": [listed["items"], listed]}
     for key in ("model", "tokenizer"):
