@@ -13,6 +13,8 @@ from fire_llm.architectures.names import plain_modules, unwrap
 REGISTERED: Table = {}
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList)
 _HEAD = Layout("lm_head")
+_CLASSIFIERS = ("score", "classifier", "qa_outputs")
+"""Names of the heads of transformers' classifiers and question answerers, beside the trunk."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Lookup:
         if head is None and callable(getter):  # transformers looks for it behind a trunk that may be wrapped
             head = self._modules.get("lm_head")
         heads = list(head) if isinstance(head, nn.ModuleList) else [head]
+        if class_of(model).__module__.startswith("transformers."):
+            heads += [self._modules.get(name) for name in _CLASSIFIERS]
         self._heads = [unwrap(one) for one in heads if one is not None]
 
     def location(self, name: str) -> Location:

@@ -116,6 +116,11 @@ OWN = tuple(f for f in fields(ContinualArguments) if f.name not in {known.name f
 """Fields that `TrainingArguments` does not have."""
 
 
+def plain(args: TrainingArguments) -> bool:
+    """Return whether arguments are `Trainer`'s own: logs and checkpoints then hold what `Trainer` puts into them."""
+    return not isinstance(args, ContinualArguments)
+
+
 def adopted(args: TrainingArguments | None) -> Any:
     """Return arguments that a `ContinualTrainer` can read: plain `TrainingArguments` get the options they lack.
 
@@ -123,13 +128,14 @@ def adopted(args: TrainingArguments | None) -> Any:
         args: As a user gave them; None: `Trainer`'s own folder, `tmp_trainer`.
 
     Returns:
-        The same object. Plain arguments keep every checkpoint where `save_total_limit` is None, as in `Trainer`.
+        The same object, with its own options as they were. Plain arguments keep every checkpoint where
+        `save_total_limit` is None, as in `Trainer`.
     """
     if args is None:
         return ContinualArguments("tmp_trainer")
     if not isinstance(args, TrainingArguments):
         raise UserError(f"args: {args!r:.80} is no TrainingArguments; give ContinualArguments(output_dir, max_steps=…)")
-    if not isinstance(args, ContinualArguments):
+    if plain(args):
         given: Any = args
         for own in OWN:
             default = own.default if own.default_factory is MISSING else own.default_factory()
@@ -137,6 +143,5 @@ def adopted(args: TrainingArguments | None) -> Any:
                 setattr(given, own.name, default)
         if given.keep_last is None and given.save_total_limit is None:
             given.keep_last = sys.maxsize
-        given.logging_nan_inf_filter = False
         given._n_gpu = min(1, given.n_gpu)
     return args

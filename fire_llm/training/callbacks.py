@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import TrainerCallback
@@ -139,27 +137,6 @@ class KeptOptimizer(TrainerCallback):
 class Keeping(TrainerCallback):
     """Save at the listed steps, and log wherever something is saved or measured, so that no average spans it."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Try, before hours of training, what a save writes beside the weights.
-
-        Raises:
-            UserError: A config can be read, but not written.
-        """
-        for name in ("config", "generation_config"):
-            written: Any = getattr(model, name, None)
-            try:
-                with TemporaryDirectory() as folder:
-                    if hasattr(written, "save_pretrained") and (name == "config" or model.can_generate()):
-                        written.save_pretrained(folder)
-            except OSError:  # of the place for temporary files, where no checkpoint goes
-                continue
-            except Exception as error:  # the classes' own checks raise what they like
-                said = " ".join(str(error).split())
-                raise UserError(
-                    f"{name}.json of the model cannot be written, so that no checkpoint could be saved: {said} "
-                    f"Correct it in the checkpoint's folder, or on model.{name}"
-                ) from error
-
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Measure and save at the last step too, where either is done by steps."""
         last = state.global_step >= state.max_steps
@@ -171,9 +148,3 @@ class Keeping(TrainerCallback):
         """Log where something is saved or measured, unless nothing is to be logged."""
         if (control.should_save or control.should_evaluate) and args.logging_strategy != "no":
             control.should_log = True
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
-        """Raise where a mean of finite losses is not finite itself."""
-        loss = logs.get("loss")
-        if loss is not None and not math.isfinite(loss):
-            raise FloatingPointError(f"the training loss is {loss} at step {state.global_step}: training stops here")

@@ -143,7 +143,8 @@ OPTIONS: dict[str, Rule] = dict.fromkeys(
         "its fused loss would not be used: the loss is taken in slices, which hold no logits either", _on, always=True
     ),
     "logging_strategy": Rule(
-        f"a loss is also logged wherever something is saved or measured, unless this is `no`; {_EPOCHS}",
+        "with `ContinualArguments`, a loss is also logged wherever something is saved or measured, unless this is "
+        f"`no`; {_EPOCHS}",
         _epochs,
         instead=_STEPS,
     ),
@@ -152,7 +153,9 @@ OPTIONS: dict[str, Rule] = dict.fromkeys(
         "what a tracker raises ends its reports, in one line on stderr, and not the training; it draws no random "
         "numbers of the training's; what a `ResetCallback` did is shown in numbers"
     ),
-    "disable_tqdm": Rule("one bar a phase, or lines where there is no terminal; with True nothing is printed"),
+    "disable_tqdm": Rule(
+        "with `ContinualArguments`, one bar a phase, or lines where there is no terminal; with True nothing is printed"
+    ),
     "eval_strategy": Rule(
         "evaluation sets are measured beside an `eval_dataset`, at the last step too; one of them has to be given; "
         + _EPOCHS,
@@ -163,11 +166,17 @@ OPTIONS: dict[str, Rule] = dict.fromkeys(
     ),
     "eval_on_start": Rule("not again where training goes on from a checkpoint"),
     "save_only_model": Rule("such a checkpoint is refused by `resume_from_checkpoint`: the moments are not in it"),
-    "save_strategy": Rule(f"a checkpoint appears whole or not at all; {_EPOCHS}", _epochs, instead=_STEPS),
+    "save_strategy": Rule(
+        "a checkpoint appears whole or not at all, with a manifest of its files; with `ContinualArguments` it holds no "
+        f"pickled `training_args.bin`; {_EPOCHS}",
+        _epochs,
+        instead=_STEPS,
+    ),
     "save_on_each_node": Rule("checkpoints are written once, by the first process", _on, always=True),
     "save_total_limit": Rule("None: `keep_last` checkpoints stay, 1 by default; `keep_steps` stay in any case"),
     "enable_jit_checkpoint": Rule(
-        "signals are handled already: `fire-llm run` saves and ends at the next step", _on, always=True
+        "the checkpoint is whole or not there; a step in whose middle it is saved is taken again, with other dropout; "
+        "`fire-llm run` handles signals by itself"
     ),
     "hub_strategy": Rule(
         "`checkpoint` and `all_checkpoints` are refused: they would upload from a folder that is about to be renamed",
@@ -223,7 +232,10 @@ OWN_OPTIONS: dict[str, Rule] = {
 """Fields of `ContinualArguments` that do not go with everything."""
 
 PARAMETERS: dict[str, Rule] = {
-    "model": Rule("a causal LM's loss is taken here; another model's by the model, as in `Trainer`"),
+    "model": Rule(
+        "a causal LM's loss is taken here; another model's by the model, as in `Trainer`; adapters of PEFT too, but "
+        "prompt learning is refused: its logits are longer than the labels"
+    ),
     "args": Rule("plain `TrainingArguments` too: the options of `ContinualArguments` then have their defaults"),
     "data_collator": Rule("by name alone; without one, data whose samples are full, or cannot be padded, are stacked"),
     "train_dataset": Rule("the third by position; also numbered data: samples by index, without a length"),
@@ -232,7 +244,7 @@ PARAMETERS: dict[str, Rule] = {
     "model_init": SAME,
     "compute_loss_func": SAME,
     "compute_metrics": Rule("also for each evaluation set, over its windows, with the ids as labels"),
-    "callbacks": Rule("any iterable; `Trainer`'s own bar and printer are left out"),
+    "callbacks": Rule("any iterable; with `ContinualArguments`, `Trainer`'s own bar and printer are left out"),
     "optimizers": SAME,
     "optimizer_cls_and_kwargs": SAME,
     "preprocess_logits_for_metrics": SAME,
@@ -271,7 +283,10 @@ METHODS: dict[str, Rule] = dict.fromkeys(
     "get_decay_parameter_names": Rule("tensors of two dimensions and more"),
     "get_train_dataloader": Rule("numbered data are read in order, from where a checkpoint stopped"),
     "hyperparameter_search": Rule("use `fire-llm sweep`, or make a trainer for each trial", always=True),
-    "log": Rule("with the speed beside each training loss; the epoch of numbered data is the share of `max_steps`"),
+    "log": Rule(
+        "with `ContinualArguments`, the speed stands beside each training loss; the epoch of numbered data is the "
+        "share of `max_steps`"
+    ),
     "save_model": Rule("the same folder for shards as for replicas"),
     "train": Rule(
         "`resume_from_checkpoint` takes a checkpoint of a `ContinualTrainer`, which is verified; True: the newest in "

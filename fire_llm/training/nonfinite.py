@@ -62,7 +62,8 @@ class FiniteGuard:
         self.trainer = trainer
         self.skipped = 0
         self._losses: list[Tensor] = []
-        self._before: Tensor | None = None
+        self.before: Tensor | None = None
+        """Sum of losses before the step whose batches were fetched last."""
         self._left: _LeftToDevice | None = None
 
     def resume(self, history: list[dict[str, Any]]) -> None:
@@ -71,9 +72,8 @@ class FiniteGuard:
         self.skipped = next((entry[SKIPPED] for entry in reversed(history) if SKIPPED in entry), 0)
 
     def begin(self) -> None:
-        """Note, before a step's first micro-batch, the sum of losses that a skipped step must not change."""
-        if not self._losses:
-            self._before = self.trainer._tr_loss.clone()
+        """Note, before a step's first micro-batch, the sum of losses that a step must not change if it is not taken."""
+        self.before = self.trainer._tr_loss.clone()
 
     def note(self, loss: Tensor) -> None:
         """Keep a micro-batch's loss, (), for the report of a step that is not finite; the host waits for nothing."""
@@ -104,16 +104,16 @@ class FiniteGuard:
         self._leave_out(step, losses)
         for parameter in model.parameters():
             parameter.grad = None  # an optimizer passes over what has none
-        trainer._tr_loss.copy_(self._before)
+        trainer._tr_loss.copy_(self.before)
         return False
 
     def _leave_to_device(self, optimizer: Any, norm: Tensor, step: int, losses: list[Tensor]) -> _LeftToDevice:
         """Let the device leave out this step's update, and its loss from the sum, where the norm is not finite."""
         bad = ~torch.isfinite(norm)
         optimizer.grad_scale, optimizer.found_inf = None, bad.float()
-        assert self._before is not None
+        assert self.before is not None
         summed = self.trainer._tr_loss
-        summed.copy_(torch.where(bad, self._before, summed))
+        summed.copy_(torch.where(bad, self.before, summed))
         on_host = torch.empty((), dtype=torch.bool, pin_memory=norm.is_cuda)
         on_host.copy_(bad, non_blocking=True)
         copied = torch.cuda.Event() if norm.is_cuda else None

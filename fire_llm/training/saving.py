@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from fire_llm.core.atomic import (
     AVERAGED,
@@ -42,6 +43,7 @@ from fire_llm.core.errors import UserError
 from fire_llm.core.manifest import REPLACED, damage, newest_intact, prune, read_state, write_manifest
 from fire_llm.core.signals import asked
 from fire_llm.distributed import active, gather_objects, is_first
+from fire_llm.training.arguments import plain
 from fire_llm.training.early_stop import EarlyStopCallback
 from fire_llm.training.preemption import Stopping
 from fire_llm.training.progress import report_line
@@ -239,7 +241,7 @@ class Saver:
         alone = not active() and not trainer.is_fsdp_enabled
         goes_on = trainer.state.global_step < trainer.state.max_steps and not asked()
         # transformers writes to config.json the dtype that the parameters have just then: bf16 in the middle of a pass.
-        still = not args.bf16_params
+        still = not args.bf16_params and not args.enable_jit_checkpoint
         return bool(wanted and own and not placed and alone and goes_on and still and not args.push_to_hub)
 
     def _copied(self) -> tuple[Any, ...] | None:
@@ -269,7 +271,7 @@ class Saver:
 
     def hash_over_ranks(self) -> int:
         """Return the sum of all ranks' hashes of batches; collective."""
-        return int(self.trainer.accelerator.reduce(self.trainer.batches_hash.clone(), "sum"))
+        return int(self.trainer.accelerator.reduce(self.trainer.hash_of_steps(), "sum"))
 
     def _state(self) -> dict[str, Any]:
         """Return what `TrainerState` has no room for; collective."""
@@ -285,7 +287,7 @@ class Saver:
             # A signal saves in the middle of a logged interval; its mean must come out as if it had not.
             "unlogged": {
                 "since": trainer._globalstep_last_logged,
-                "losses": gather_objects(None, float(trainer._tr_loss)),
+                "losses": gather_objects(None, float(trainer.guard.before if trainer.waiting else trainer._tr_loss)),
             },
         }
 
@@ -302,8 +304,8 @@ class Saver:
 
     def _finish(self, output: Path, written: Path, state: dict[str, Any], recycled: dict[str, Tensor]) -> None:
         """Complete, list, flush and rename a checkpoint."""
-        for folder in (written, written / AVERAGED):
-            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing reads it
+        for folder in () if plain(self.trainer.args) else (written, written / AVERAGED):
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, and nothing of ours reads it
         if (written / AVERAGED).is_dir():
             write_manifest(written / AVERAGED)
         write_json(written / CONTINUAL_STATE, state)
@@ -340,7 +342,29 @@ class Saver:
         return [n for n in older if n not in kept]
 
 
-# ---- before a trainer is made
+# ---- before a training
+
+
+def try_configs(model: Any) -> None:
+    """Try, before hours of training, what a save writes beside the weights.
+
+    Raises:
+        UserError: A config can be read, but not written.
+    """
+    for name in ("config", "generation_config"):
+        written: Any = getattr(model, name, None)
+        try:
+            with TemporaryDirectory() as folder:
+                if hasattr(written, "save_pretrained") and (name == "config" or model.can_generate()):
+                    written.save_pretrained(folder)
+        except OSError:  # of the place for temporary files, where no checkpoint goes
+            continue
+        except Exception as error:  # the classes' own checks raise what they like
+            said = " ".join(str(error).split())
+            raise UserError(
+                f"{name}.json of the model cannot be written, so that no checkpoint could be saved: {said} "
+                f"Correct it in the checkpoint's folder, or on model.{name}"
+            ) from error
 
 
 class Verified(str):
@@ -365,7 +389,8 @@ def checkpoint_to_resume(args: Any, asked: str | bool | None) -> str | None:
             report_line(args, line)
         if newest is None:
             raise UserError(
-                f"resume_from_checkpoint=True: '{args.output_dir}' holds no checkpoint; leave it out to begin"
+                f"resume_from_checkpoint=True: No valid checkpoint found in output directory ({args.output_dir}): it "
+                "holds no checkpoint; leave it out to begin"
             )
         folder = Path(newest)
     else:
@@ -373,9 +398,9 @@ def checkpoint_to_resume(args: Any, asked: str | bool | None) -> str | None:
         if not (folder / CONTINUAL_STATE).is_file():
             held = "is no checkpoint of a ContinualTrainer" if folder.is_dir() else "does not exist"
             raise UserError(
-                f"resume_from_checkpoint='{folder}' {held}: {CONTINUAL_STATE} is missing. Give a folder "
-                "checkpoint-<step> of a ContinualTrainer, True for the newest one, or begin from its weights with "
-                "from_pretrained"
+                f"Can't find a valid checkpoint at {folder}: resume_from_checkpoint='{folder}' {held}: "
+                f"{CONTINUAL_STATE} is missing. Give a folder checkpoint-<step> of a ContinualTrainer, True for the "
+                "newest one, or begin from its weights with from_pretrained"
             )
         if not isinstance(asked, Verified) and (wrong := _together(lambda: damage(folder), first_only=True)):
             raise UserError(

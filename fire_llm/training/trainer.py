@@ -7,8 +7,8 @@ Shapes: B = sequences a micro-batch, T = tokens a sequence.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from fire_llm.evaluation import token_nll
 from fire_llm.evaluation.scoring import IGNORE
 from fire_llm.evaluation.texts import EvaluationSet
 from fire_llm.linalg.matmul import settings_kept
-from fire_llm.training.arguments import adopted
+from fire_llm.training.arguments import adopted, plain
 from fire_llm.training.averaging import Averaging
 from fire_llm.training.batches import FromStep, Windows, hash_batch, labels_are_shifted, order_of, targets_of
 from fire_llm.training.callbacks import Keeping, ResetCallback
@@ -40,7 +40,7 @@ from fire_llm.training.optimizers import muon_adamw, scheduled
 from fire_llm.training.penalties import add_penalties
 from fire_llm.training.preemption import Stopping, TimedSaves
 from fire_llm.training.progress import Progress, report_line
-from fire_llm.training.saving import Saver, checkpoint_to_resume
+from fire_llm.training.saving import Saver, checkpoint_to_resume, try_configs
 from fire_llm.training.sharding import load_optimizer, load_weights, refuse_engines, sharding, whole_weights
 from fire_llm.training.throughput import throughput
 from fire_llm.training.trackers import guard_trackers
@@ -73,7 +73,8 @@ class ContinualTrainer(Trainer):
         create_optimizer                    Muon for matrices
         create_scheduler                    infinite and WSD schedules
         get_decay_parameter_names           tensors of two dimensions and more decay, as in the paper
-        _init_training_state †              steps left out are counted on; numbered data need no skipping
+        _init_training_state †              steps left out are counted on; numbered data need no skipping; what a save
+                                            writes beside the weights is tried
         get_batch_samples                   the batches' hash, their tokens, and the wait for data
         _get_num_items_in_batch             labels that are scored, over all ranks; known where every label counts
         training_step                       the guard against what is not finite keeps each micro-batch's loss
@@ -82,7 +83,7 @@ class ContinualTrainer(Trainer):
         _clip_grad_norm †                   penalties are added before gradients are clipped
         _get_grad_norm †                    what is not finite does not reach the weights
         _maybe_log_save_evaluate            faults of the last step and the last save are raised before the next
-        log                                 speed beside each loss, and the share of the phase that is done
+        log                                 speed beside losses, and the share of the phase that is done
         evaluation_loop                     labels may be of another kind than the training set's
         evaluate                            exact perplexity a corpus too; the best checkpoint is saved
         _get_output_dir                     a checkpoint is written under another name
@@ -122,6 +123,11 @@ class ContinualTrainer(Trainer):
             raise UserError(f"ContinualTrainer has no parameter '{unknown[0]}'; a tokenizer is processing_class.{near}")
         if (model is None) == (kwargs.get("model_init") is None):
             raise UserError("ContinualTrainer takes a model or a model_init, one of them")
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise UserError(
+                f"{type(model).__name__}: an adapter that puts tokens of its own before the text is refused, because "
+                "its logits are longer than the labels. Take one that changes weights, such as LoraConfig"
+            )
         known = {name: kwargs[name] for name in ("optimizers", "optimizer_cls_and_kwargs") if name in kwargs}
         causal = model is None or is_causal(model)
         refuse_options(Given(args, self.order, causal, self.evaluation_sets, eval_dataset, **known))
@@ -152,12 +158,17 @@ class ContinualTrainer(Trainer):
             self.model_accepts_loss_kwargs = True
         self.batches_hash = torch.zeros((), dtype=torch.int64, device=args.device)
         """Hash of every token id trained on, the step it was seen at included; order within a step does not count."""
-        self.callback_handler.callbacks.pop()  # `Trainer`'s own bar or printer, which it adds last
+        self.fetched = -1
+        """The step, counted from zero, whose batches were fetched last; it is still to be taken at that global step."""
+        self._fetched_hash = torch.zeros_like(self.batches_hash)
+        self._progress, self._stopping = Progress(), Stopping()
+        if not plain(args):
+            self.callback_handler.callbacks.pop()  # `Trainer`'s own bar or printer, which it adds last
         self.trackers = guard_trackers(self)
         """Of `args.report_to`, and of `callbacks`."""
-        self._progress, self._stopping = Progress(), Stopping()
         # What signals and clocks ask for is behind what asks for a log where something is saved: such a save has none.
-        for callback in (self.averaging, Keeping(), TimedSaves(), self._stopping, self._progress):
+        own = (self.averaging, Keeping(), TimedSaves(), self._stopping, self._progress)
+        for callback in () if plain(args) else own:
             self.add_callback(callback)
 
     def train(
@@ -189,7 +200,7 @@ class ContinualTrainer(Trainer):
         for name in ("_summed_loss", "_throughput", "_weights"):
             self.__dict__.pop(name, None)  # of a model that `model_init` has replaced, or of other settings
         self.batches_hash.zero_()
-        self._shifted = None
+        self._shifted, self.fetched = None, -1
         self._resumed_step = self.saver.begin(checkpoint)
         self._resumed_samples = self.saver.resumed_samples()
         start, args.eval_on_start = args.eval_on_start, args.eval_on_start and checkpoint is None
@@ -197,7 +208,8 @@ class ContinualTrainer(Trainer):
             if isinstance(callback, ResetCallback):
                 callback.attach(self)
         try:
-            trained = super().train(checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
+            with self._losses_shown():
+                trained = super().train(checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
             self.guard.settle()  # of the last step, where a callback ended training and nothing was logged
             self.settle()
             self._stopping.end(args, self.state)
@@ -280,6 +292,7 @@ class ContinualTrainer(Trainer):
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         epochs, batches = super()._init_training_state(*args, **kwargs)
         self.guard.resume(self.state.log_history)
+        try_configs(self.model)
         return epochs, 0 if self.order == "numbered" else batches
 
     # ---- a step: its batches, its losses, its gradients
@@ -309,11 +322,15 @@ class ContinualTrainer(Trainer):
                 f"train_dataset ends before max_steps={self.args.max_steps}, which reads samples 0 to {needed - 1} "
                 f"({error}). Lower max_steps, or give the dataset a length (__len__): it is then read in epochs"
             ) from error
-        ids = [batch["input_ids"] for batch in batches if "input_ids" in batch]
+        self.guard.begin()
+        self.fetched = self.state.global_step
+        self._fetched_hash.zero_()
+        ids = [i for i in (batch.get("input_ids") for batch in batches) if i is not None and not i.is_floating_point()]
         self._throughput.count(sum(i.numel() for i in ids) * self.args.world_size)
         together = [torch.cat(ids)] if len({i.shape[1:] for i in ids}) == 1 else ids
         for rows in together:
-            self.batches_hash += hash_batch(rows.to(self.batches_hash.device), self.state.global_step)
+            self._fetched_hash += hash_batch(rows.to(self.batches_hash.device), self.fetched)
+        self.batches_hash += self._fetched_hash
         return batches, items
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Any:
@@ -366,7 +383,6 @@ class ContinualTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         """Run one micro-batch forward and backward; return its loss, (), detached."""
-        self.guard.begin()
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.guard.note(loss)
         return loss
@@ -434,14 +450,21 @@ class ContinualTrainer(Trainer):
             self._throughput.stop()  # what was just evaluated and saved is no part of the next measurement
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log with the speed beside each loss; the epoch of numbered data is the share of the phase that is done."""
-        if "loss" in logs and self.is_in_train:
+        """Log, with `ContinualArguments` the speed too; the epoch of numbered data is the share of the phase done.
+
+        Raises:
+            FloatingPointError: A mean of finite losses is not finite itself.
+        """
+        if "loss" in logs and self.is_in_train and not plain(self.args):
             logs |= self._throughput.read()
         if self.guard.skipped:
             logs[SKIPPED] = self.guard.skipped
         if self.order == "numbered" and self.state.max_steps > 0:  # `Trainer` counts it from the resumption
             self.state.epoch = self.state.global_step / self.state.max_steps
         super().log(logs, start_time)
+        if not math.isfinite(logs.get("loss", 0.0)):  # a mean of losses that were
+            step = self.state.global_step
+            raise FloatingPointError(f"the training loss is {logs['loss']} at step {step}: training stops here")
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -496,9 +519,19 @@ class ContinualTrainer(Trainer):
         """Run `Trainer`'s loop, labels as this data has them, whatever the training set has."""
         self._evaluating, self._windows = True, isinstance(getattr(dataloader, "dataset", None), Windows)
         try:
-            return super().evaluation_loop(dataloader, *args, **kwargs)
+            with self._losses_shown():
+                return super().evaluation_loop(dataloader, *args, **kwargs)
         finally:
             self._evaluating = self._windows = False
+
+    @contextmanager
+    def _losses_shown(self) -> Iterator[None]:
+        """Hide no loss that is not finite; `Trainer` would put others in its place, and ask the device for each."""
+        asked, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
+        try:
+            yield
+        finally:
+            self.args.logging_nan_inf_filter = asked
 
     # ---- checkpoints
 
@@ -522,6 +555,8 @@ class ContinualTrainer(Trainer):
             self.saver.save_model_later(Path(output_dir))
         elif self.is_fsdp_enabled:  # `Trainer` would keep pickles beside it
             self._save(output_dir or self.args.output_dir, state_dict=whole_weights(self.model))
+            if self.args.push_to_hub and not _internal_call:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         else:
             super().save_model(output_dir, _internal_call)
 
@@ -564,6 +599,15 @@ class ContinualTrainer(Trainer):
             if not report:
                 raise
             report_line(self.args, str(error))
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a step's batches are fetched and it is not taken yet: a save in its middle leaves them out."""
+        return bool(self.fetched == self.state.global_step)
+
+    def hash_of_steps(self) -> Tensor:
+        """Return the hash of the batches of this rank's steps so far, ()."""
+        return self.batches_hash - self._fetched_hash if self.waiting else self.batches_hash.clone()
 
     def hash_of_batches(self) -> str:
         """Return the hash over all ranks of every batch so far, 16 hexadecimal digits; collective."""

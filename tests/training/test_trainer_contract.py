@@ -453,7 +453,6 @@ REFUSED = [
     ({"bf16_full_eval": True}, {}, "bf16_full_eval=True.*eval_precision"),
     ({"use_liger_kernel": True}, {}, "use_liger_kernel=True"),
     ({"save_on_each_node": True}, {}, "save_on_each_node"),
-    ({"enable_jit_checkpoint": True}, {}, "enable_jit_checkpoint"),
     ({"label_names": ["targets"]}, {}, "label_names"),
     ({"accelerator_config": {"split_batches": True}}, {}, "accelerator_config.*split_batches"),
     ({"keep_best": True}, {}, "keep_best=True.*best_corpora"),
