@@ -158,7 +158,8 @@ def _own(recipe: Recipe, phase: PhaseSection, model: Any) -> str:
     if phase.ema is not None:
         parts.append(f"weights averaged (decay {phase.ema.decay:g}), {AVERAGED_BYTES} more bytes a parameter")
     if (stop := phase.stop) is not None:
-        parts.append(f"ends early where the NLL of {stop.corpus} has not fallen for {stop.patience} evaluation(s)")
+        by = f"by more than {stop.min_delta:g} " if stop.min_delta else ""
+        parts.append(f"ends early where the NLL of {stop.corpus} has not fallen {by}for {stop.patience} evaluation(s)")
     return f"phase {phase.name}: {'; '.join(parts)}" if parts else ""
 
 

@@ -72,7 +72,15 @@ def explain(error: Any) -> str:
         allowed = [a.strip("' ") for a in re.split(r", | or ", error["ctx"]["expected"])]
         return f"{value!r} is not allowed.{did_you_mean(str(value), allowed)} Allowed: {', '.join(allowed)}"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"{json.dumps(value, default=str)[:80]} is not allowed: it should be {message}"
+    in_words = {
+        "model_type": f"a mapping; its keys are {', '.join(_fields_at(loc))}",
+        "dict_type": "a mapping",
+        "list_type": "a list",
+        "bool_type": "true or false",
+        "too_short": f"a list of at least {error.get('ctx', {}).get('min_length')}",
+        "too_long": f"a list of at most {error.get('ctx', {}).get('max_length')}",
+    }
+    return f"{json.dumps(value, default=str)[:80]} is not allowed: it should be {in_words.get(kind, message)}"
 
 
 def _fields_at(loc: Iterable[Any]) -> list[str]:
@@ -255,7 +263,7 @@ def _phase_contradictions(recipe: Recipe, phase: PhaseSection, earlier: dict[str
                 allowed = ", ".join(earlier[source])
                 how = "Give that phase ema: {decay: 0.999}" if label == AVERAGED else "Add it to that phase's keep"
                 yield f"start_from.{source}: '{label}' is not kept; kept: {allowed}. {how}"
-            elif isinstance(label, int) and before.stop is not None:
+            elif str(label).isdecimal() and before.stop is not None:
                 yield (
                     f"start_from.{source}: step {label} may never come, as '{before.name}' may stop before it; start "
                     "from final or best"
@@ -291,8 +299,8 @@ def _stop_contradictions(recipe: Recipe, phase: PhaseSection, stop: StopSection)
     every = recipe.evaluate.every_steps or max(1, (steps or 0) // 10)
     if steps and stop.patience * every >= steps:
         yield (
-            f"stop.patience: {stop.patience} evaluations, one every {every} steps, take the phase's {steps} steps, so "
-            "that it would never stop early; give fewer, or a smaller evaluate.every_steps"
+            f"stop.patience: {stop.patience} evaluations, one every {every} steps, come to {stop.patience * every} of the "
+            f"phase's {steps} steps: it would never stop early; give fewer, or a smaller evaluate.every_steps"
         )
 
 
