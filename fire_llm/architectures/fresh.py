@@ -91,7 +91,12 @@ def fresh_config(
     standard = kind()
     refuse_attributes(standard, given)
     named = {kind.attribute_map.get(key, key): value for key, value in {**preset, **given}.items()}
-    own = {kind.attribute_map.get(key, key) for key in given}
+    names: dict[str, list[str]] = {}
+    for key in given:
+        names.setdefault(kind.attribute_map.get(key, key), []).append(key)
+    if twice := [" and ".join(keys) for keys in names.values() if len(keys) > 1]:
+        raise UserError(f"model.config: {name} has one attribute for {'; '.join(twice)}: leave one of them out")
+    own = names.keys()
     padded = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     if ids is None:  # those of the type stay, but for what this vocabulary does not hold
         size = given.get("vocab_size", preset.get("vocab_size") or padded)

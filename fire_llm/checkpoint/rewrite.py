@@ -205,6 +205,7 @@ class _Rewrite:
             if shared > 1:
                 executor.join(None)
             report = self._report(executor, seconds, shared)
+            together(None, lambda: self._settle(folder) if first else None, "settled", _PATIENCE)
             after = self.texts.nll(folder, self.progress and first)
             report.nll = {text: [before, after[text]] for text, before in nll.items()}
             report.copying_seconds = copying
@@ -286,12 +287,15 @@ class _Rewrite:
         report.kept_unread, report.not_copied = self.stored.places.ignored, self.stored.source.left_behind
         return report
 
+    def _settle(self, folder: Path) -> None:
+        """Put what was written in another dtype in its place."""
+        if self.dtype != "keep":
+            with writing(folder):
+                settle(folder, self.stored.source.shards, self.stored.source.index, self.dtype)
+
     def _finish(self, folder: Path, report: ResetReport, hasher: _Hasher, before: Mapping[str, str]) -> None:
         """Hash the result and write down what was done."""
         source = self.stored.source
-        if self.dtype != "keep":
-            with writing(folder):
-                settle(folder, source.shards, source.index, self.dtype)
         began = time.perf_counter()
         with self._bar("hashing", source.shard_bytes) as bar:
             after = {name: hasher.begin(SourceFile.of(folder / name), None, bar.update) for name in source.shards}

@@ -54,12 +54,24 @@ def branch_of(stage: Stage) -> str:
     return f"{stage.run.recipe.name}/{stage.folder}"
 
 
-def check_hub(stages: Iterable[Stage]) -> None:
+def check_hub(stages: Iterable[Stage], finished: Iterable[Stage] = ()) -> None:
     """Try what pushing takes before the work: the login, the repository, a branch for each stage and its writing.
+
+    Args:
+        stages: To be trained.
+        finished: That are trained, and may be to be pushed.
 
     Raises:
         UserError: What of it cannot be had, with the next step.
     """
+    for stage in finished:
+        try:
+            _wanted(stage)
+        except UserError as error:
+            raise UserError(
+                f"hub.push is best, and '{stage.folder}' was trained without keep: best, so that its best checkpoint "
+                "is gone: push end, or delete that folder to train it again"
+            ) from error
     stages = list(stages)
     if not stages or (section := stages[0].run.recipe.hub) is None:
         return

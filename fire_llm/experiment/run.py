@@ -32,7 +32,7 @@ from fire_llm.experiment.norms import norm_warnings
 from fire_llm.experiment.processes import Workers
 from fire_llm.experiment.progress import Overview, StepReport
 from fire_llm.experiment.pushing import check_hub, push_stage
-from fire_llm.experiment.recipe import Recipe, Trial
+from fire_llm.experiment.recipe import Recipe, Trial, stop_fault
 from fire_llm.experiment.resources import registered_here, small, threads_asked_for, worker_count
 from fire_llm.experiment.stages import Stage, check_resets, refuse_links, refuse_other_recipe
 from fire_llm.experiment.train import mixture_of, train
@@ -167,7 +167,8 @@ class _Command:
         check_resets(ahead)
         for run in {stage.run for stage in ahead}:
             check_prompts(run)
-        together(None, lambda: check_hub(ahead) if ranks().is_main_process else None, "hub")
+        done = [job.stage for job in jobs if job.done()]
+        together(None, lambda: check_hub(ahead, done) if ranks().is_main_process else None, "hub")
         if ahead:
             together(None, self._check_trackers, "trackers")
         if self.progress and ranks().is_main_process:
@@ -246,6 +247,8 @@ class _Command:
                     raise
                 # Whatever is wrong with one trial's text must not end the others: training the stage raises it again.
             steps[job.key] = phase_steps(stage.phase, recipe.batch.tokens_per_step, tokens)
+            if self.alone and not job.done() and (fault := stop_fault(recipe, stage.phase, steps[job.key])):
+                raise UserError(f"phase '{stage.phase.name}': {fault}")
         for run in runs.values():
             if run is not wanted[0].run:  # which is the first to be trained
                 run.release()

@@ -28,7 +28,7 @@ from fire_llm.experiment.collect import measured_nll
 from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.generation import generation
 from fire_llm.experiment.pushing import PushCallback, push_stage
-from fire_llm.experiment.recipe import optimizer_of
+from fire_llm.experiment.recipe import optimizer_of, stop_fault
 from fire_llm.experiment.stages import REPORT, Stage, final_checkpoint, labelled_checkpoint
 from fire_llm.models import load_model
 from fire_llm.training import (
@@ -62,7 +62,8 @@ def train(stage: Stage, run: RunContext, callbacks: Sequence[Any] = ()) -> None:
         callbacks: Called before the stage's own. Where there are any, they show how far training is.
 
     Raises:
-        UserError: The stage keeps a step beyond its last one, or the disk is too small for its checkpoints.
+        UserError: The stage keeps a step beyond its last one, or would never stop early as it is asked to; or the disk
+            is too small for its checkpoints.
     """
     recipe, folder = run.recipe, run.folder / stage.folder
     resume = resumption(folder, stage.title)
@@ -72,6 +73,8 @@ def train(stage: Stage, run: RunContext, callbacks: Sequence[Any] = ()) -> None:
     beyond = [k for k in stage.phase.keep if isinstance(k, int) and k > steps]
     if beyond:
         raise UserError(f"phase '{stage.phase.name}': keep {beyond[0]} lies beyond its {steps} steps")
+    if fault := stop_fault(recipe, stage.phase, steps):
+        raise UserError(f"phase '{stage.phase.name}': {fault}")
     model = starting_model(stage, run)
     if recipe.batch.document_mask:
         check_document_mask(model)

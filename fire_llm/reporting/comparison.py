@@ -359,7 +359,8 @@ class Comparison:
         pairs = [(name, self.differences(best, rival, new)) for name, rival in rivals.items()]
         gaps = " and ".join(f"{_apart(fmean(found))} {name}" for name, found in pairs if found)
         said = [f"{best} ends lowest on {new}, at {reached}{': ' if gaps else ''}{gaps}."]
-        if rivals["base"] == best:
+        against = (self.differences(arm, self.reference(arm, BASE), new) for arm in self.arms)  # of its own start
+        if rivals["base"] == best and not any(found and fmean(found) < 0 for found in against):
             said.append("No reset did better than leaving the weights alone.")
         saved = self.saved(best)[0]
         if saved is not None and saved > 0 and rivals["full reset"] != best:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from fire_llm.core.terminal import shown
 from fire_llm.reporting.comparison import Comparison
 from fire_llm.reporting.schema import Run, Sample
+
+_EMPTY = re.compile(r"\n{4,}")
+"""Empty lines that would fill the page."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,11 @@ def _written(name: str, run: Run, prompt: str, brief: bool = False) -> list[Writ
     own = [sample for sample in run.samples if sample.prompt == prompt]
     last = max((sample.step for sample in own), default=0)
     kept = [sample for sample in own if not brief or sample.step in (0, last)]
-    return [Written(name, _when(sample, run, own), shown(sample.text), i == 0) for i, sample in enumerate(kept)]
+    texts = [_EMPTY.sub(lambda empty: f"\n[{len(empty[0])} line breaks]\n", shown(sample.text)) for sample in kept]
+    return [
+        Written(name, _when(sample, run, own), text, i == 0)
+        for i, (sample, text) in enumerate(zip(kept, texts, strict=True))
+    ]
 
 
 def _when(sample: Sample, run: Run, own: list[Sample]) -> str:

@@ -38,10 +38,12 @@ def by_hand(folder: str | Path) -> float:
     return perplexity(load_model(folder, torch.float32), torch.tensor(ids), context=32, prefix=0).nll
 
 
-def test_the_losses_are_those_of_either_checkpoint_and_are_written_down(source, capsys):
-    assert main(["apply", "model", "dst", "--iterations", "3", "--measure-on", "notes.txt"]) == 0
+@pytest.mark.parametrize("dtype", ["keep", "bf16"])
+def test_the_losses_are_those_of_either_checkpoint_and_are_written_down(dtype, source, capsys):
+    assert main(["apply", "model", "dst", "--iterations", "3", "--measure-on", "notes.txt", "--dtype", dtype]) == 0
     before, after = json.loads(Path("dst/fire.json").read_text("utf-8"))["nll"]["notes.txt"]
     assert (before, after) == pytest.approx((by_hand("model"), by_hand("dst")), abs=1e-9)
+    assert before != after
     assert f"notes.txt: {before:.4f} nats a token before, {after:.4f} after" in capsys.readouterr().out
     assert f"| notes.txt | {before:.4f} | {after:.4f} |" in Path("dst/README.md").read_text("utf-8")
 

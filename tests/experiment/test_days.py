@@ -78,9 +78,11 @@ def test_texts_and_the_clock_change_no_number_and_texts_are_in_results_and_page(
     assert [s["text"] for s in fire["samples"][:2]] == [s["text"] for s in first["samples"][-2:]]
     saved = sorted(path.name for path in (tmp_path / "run" / "second" / "fire" / "seed-1").glob("checkpoint-*"))
     assert saved == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    fire["samples"][1] |= {"text": "one" + 12 * "\n"}
     fire["samples"][0] |= {"text": "<script>alert(1)</script>\u202e\n  two"}
     page = write_report(Results.model_validate(results), tmp_path / "page.html").read_text()
     body = page[page.index("What the models write") :]
+    assert "one\n[12 line breaks]\n<" in body and "\n\n\n\n" not in body
     assert "After “&lt;b&gt;&amp;”" in body and "Without a prompt" in body
     assert "&lt;script&gt;alert(1)&lt;/script&gt;\\u202e\n  two" in body and "<script>alert(1)" not in body
     assert re.findall("before the reset|after the reset|step 3, the last", body)[:3] == [
@@ -124,7 +126,7 @@ def test_a_phase_that_stopped_is_finished_and_its_results_tell(plain, tmp_path, 
     assert runs(again(plain, tmp_path / "run", *settings)) == runs(results)  # skipped: not even the clock differs
     assert {path: path.stat().st_mtime_ns for path in stage.rglob("*") if path.is_file()} == before
     with pytest.raises(UserError, match=r"phase\.stop\.min_delta: 0.01 then, 0.0 now"):
-        again(plain, tmp_path / "run", *settings[:-1], "phases.1.stop={corpus: b, patience: 1, min_delta: 0.1}")
+        again(plain, tmp_path / "run", *settings[:-1], "phases.1.stop={corpus: b, patience: 1}")
 
     def read(**steps):
         data = json.loads((tmp_path / "run" / "results.json").read_text())
@@ -146,14 +148,18 @@ def test_a_phase_that_stopped_is_finished_and_its_results_tell(plain, tmp_path, 
         ("generate", {"prompts": []}, r"generate.prompts: \[\] is not allowed: it should be a list of at least 1$"),
         ("phases/0/ema", 0.9, r"phases\[0\].ema: 0.9 is not allowed: it should be a mapping; its keys are decay$"),
         ("phases/0/stop", 3, "should be a mapping; its keys are corpus, patience, min_delta$"),
-        ("gradient_checkpointing", "yes", "\"yes\" is not allowed: it should be true or false$"),
+        ("gradient_checkpointing", "yes", '"yes" is not allowed: it should be true or false$'),
         ("generate", {"prompts": [""], "max_new_tokens": 64}, "generate.max_new_tokens: 64 do not fit .* context, 64"),
         ("generate", {"promts": [""]}, "generate.promts: unknown key. Did you mean 'prompts'"),
         ("generate", {"prompts": [""], "temperature": float("inf")}, "generate.temperature: .* is not allowed"),
         ("phases/0/ema", {"decay": 1.0}, r"phases\[0\].ema.decay: 1.0 is not allowed: it should be less than 1"),
         ("phases/0/ema", {"dekay": 0.9}, r"phases\[0\].ema.dekay: unknown key. Did you mean 'decay'"),
         ("phases/0/stop", {"corpus": "nowhere"}, r"phases\[0\].stop.corpus: 'nowhere' is not measured"),
-        ("phases/0/stop", {"corpus": "python-docs", "patience": 10}, "come to 10 of the phase's 10 steps: it would never"),
+        (
+            "phases/0/stop",
+            {"corpus": "python-docs", "patience": 10},
+            "come to 10 of the phase's 10 steps: it would never",
+        ),
         ("phases/1/start_from", {"one": ["ema"]}, "'ema' is not kept.*Give that phase ema"),
     ],
 )
@@ -174,6 +180,13 @@ def test_what_a_later_phase_could_not_start_from_is_refused():
         load_recipe({**data, "phases": [data["phases"][0], second]})
 
 
+def test_a_phase_in_epochs_that_could_never_stop_is_refused_before_the_first_step(plain, tmp_path):
+    settings = "phases.1.steps=null", "phases.1.epochs=0.1", "phases.1.stop={corpus: b, patience: 50}"
+    with pytest.raises(UserError, match=r"phase 'second': stop\.patience: 50 evaluations, one every 2 steps, come"):
+        again(plain, tmp_path / "run", *settings)
+    assert not list((tmp_path / "run").rglob("checkpoint-*"))
+
+
 def test_check_tells_memory_and_prompts_that_do_not_fit(plain, tmp_path, capsys):
     path, tokenizer = plain[0] / "tiny.yaml", plain[0] / "run" / "tokenizer"
     without = plan(load_recipe(path), tmp_path)
@@ -182,12 +195,16 @@ def test_check_tells_memory_and_prompts_that_do_not_fit(plain, tmp_path, capsys)
     # Three checkpoints, first's best and the two last ones, of weights and moments; one holds an average too.
     assert averaged["disk_bytes"] / without["disk_bytes"] == (3 * 12 + 4) / (3 * 12)
     asked = [
-        "--set", "phases.1.ema={}", "--set", "phases.1.stop={corpus: b, patience: 1, min_delta: 0.1}", "--set", "name=quick",
+        "--set", "phases.1.ema={}", "--set", "phases.1.stop={corpus: b, patience: 1, min_delta: 0.1}",
+        "--set", "name=quick",
         "--set", f"tokenizer={tokenizer}",
     ]  # fmt: skip
     assert main(["check", str(path), *asked]) == 0
     said = capsys.readouterr().out
-    assert "weights averaged (decay 0.999), 4 more bytes a parameter; ends early where the NLL of b has not fallen by more" in said
+    assert (
+        "weights averaged (decay 0.999), 4 more bytes a parameter; ends early where the NLL of b has not fallen by more"
+        in said
+    )
     assert (
         main(
             [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -161,6 +162,16 @@ def test_best_and_every_save(hub, tmp_path):
     assert ("tiny/first/seed-1", f"step {step}") in [(b, m.partition(",")[0]) for b, m in hub.commits]
     own = (stage / f"checkpoint-{step}" / "model.safetensors").read_bytes()
     assert hub.branches["tiny/first/seed-1"]["model.safetensors"] == own
+
+
+def test_a_best_checkpoint_that_a_finished_stage_did_not_keep_is_told_before_the_work(hub, tmp_path):
+    settings = ("optimizer.lr=1.0", "optimizer.min_lr=1.0", "phases.1.keep=[best]")  # which makes the last one no best
+    quick = "phases.0.keep=[]", *settings
+    run_recipe(load_recipe(quick_recipe(tmp_path), quick), tmp_path / "run", arms=["fire"], progress=False)
+    shutil.rmtree(tmp_path / "run" / "second")
+    with pytest.raises(UserError, match=r"hub.push is best, and 'first/seed-1' was trained without keep: best"):
+        run(tmp_path, "hub={repo: me/it, push: best}", *settings)
+    assert not (tmp_path / "run" / "second").exists() and not hub.branches
 
 
 def test_a_push_that_fails_loses_nothing_and_the_exit_code_tells(hub, tmp_path, capfd):

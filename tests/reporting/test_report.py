@@ -324,8 +324,9 @@ def test_an_arm_that_lacks_seeds_is_not_called_the_best() -> None:
     assert not rows["base"] and sum(rows.values()) == 1
 
 
-def test_arms_are_compared_within_their_warm_start() -> None:
-    results = fake_results()
+@pytest.mark.parametrize("arms", [tuple(ARMS), ("base", "full-reset", "fire")])
+def test_arms_are_compared_within_their_warm_start(arms: tuple[str, ...]) -> None:
+    results = fake_results(arms=arms)
     late = fake_results(arms=("base", "full-reset", "fire"))["arms"]
     for arm, entry in late.items():
         entry["runs"][0]["start"]["checkpoint"] = "30000"
@@ -335,6 +336,8 @@ def test_arms_are_compared_within_their_warm_start() -> None:
     assert compared(results).reference("fire@30000", "none") == "base@30000"
     assert compared(results).reference("fire", "none") == "base"
     assert cells(results, NEW, "fire@30000")["vs base"] == "-0.4900"  # 0.010 + 0.5 - 1.0
+    assert compared(results).ranked()[0] in ("s-and-p", "base")
+    assert "No reset did better" not in " ".join(compared(results).reading())
 
 
 def test_methods_come_from_the_recipe_where_no_report_was_written() -> None:

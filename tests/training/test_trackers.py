@@ -33,7 +33,7 @@ from fire_llm.training.trackers import RECORD, check_trackers
 
 NAMES = ["tensorboard", "trackio", "wandb"]
 STAGES = ("first/seed-1", "second/fire/seed-1")
-SPEED = {"created", "seconds", "tokens_per_second", "peak_memory_bytes", "data_wait_share"}
+SPEED = {"created", "seconds", "measuring_seconds", "tokens_per_second", "peak_memory_bytes", "data_wait_share"}
 
 
 class Interrupt(TrainerCallback):
@@ -53,9 +53,9 @@ def runs(tmp_path_factory):
     """Run a recipe without trackers, and with three of them, interrupted at step 7; return folders and results."""
     folder = tmp_path_factory.mktemp("trackers")
     settings = {"every_steps": 5, "max_tokens": 600, "diagnostics_every_steps": 5}
-    path = recipe(folder, name="tracked", evaluate=settings)
-    plain = run_recipe(load_recipe(path), folder / "plain", progress=False, workers=1)
-    tracked = load_recipe(path, [f"report_to={json.dumps(NAMES)}"])
+    path, averaged = recipe(folder, name="tracked", evaluate=settings), "phases.0.ema={decay: 0.9}"
+    plain = run_recipe(load_recipe(path, [averaged]), folder / "plain", progress=False, workers=1)
+    tracked = load_recipe(path, [averaged, f"report_to={json.dumps(NAMES)}"])
     output = folder / "output"
     run = RunContext(tracked, output)
     with pytest.raises(KeyboardInterrupt):
@@ -151,7 +151,10 @@ def test_curves_are_those_of_the_results_each_step_once(runs, read):
         assert shown["train/diag_srank"] == measured != []
         for tag in ("grad_norm", "tokens_per_second", "peak_memory_bytes", "data_wait_share"):
             assert [s for s, _ in shown[f"train/{tag}"]] == [s for s, _ in shown["train/loss"]]
-        assert not any(tag.endswith(("_tokens", "_bytes")) for tag in shown if tag.startswith("eval/"))
+        averages = [(e["step"], e["ema"]["a"]["nll"]) for e in curve if e["ema"]]
+        assert shown.get("train/ema_a_nll", []) == [(s, pytest.approx(v, rel=1e-6)) for s, v in averages]
+        lengths = {tag for tag in shown if tag.endswith(("_tokens", "_bytes"))}
+        assert lengths == {"train/peak_memory_bytes"}
 
 
 def test_the_reset_is_shown_in_numbers(runs):

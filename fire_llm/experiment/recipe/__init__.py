@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fire_llm.experiment.recipe.faults import doubts
+from fire_llm.experiment.recipe.faults import doubts, stop_fault
 from fire_llm.experiment.recipe.grid import Trial, load_trials, words
 from fire_llm.experiment.recipe.optimizing import optimizer_of
 from fire_llm.experiment.recipe.reading import load_recipe, recipes_folder
@@ -20,5 +20,6 @@ __all__ = [
     "optimizer_of",
     "recipe_schema",
     "recipes_folder",
+    "stop_fault",
     "words",
 ]

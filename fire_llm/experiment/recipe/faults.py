@@ -296,12 +296,19 @@ def _stop_contradictions(recipe: Recipe, phase: PhaseSection, stop: StopSection)
         near = did_you_mean(stop.corpus, recipe.evaluated())
         yield f"stop.corpus: '{stop.corpus}' is not measured.{near} Measured: {', '.join(recipe.evaluated())}"
     steps = phase.steps or (phase.tokens and -(-phase.tokens // recipe.batch.tokens_per_step))
-    every = recipe.evaluate.every_steps or max(1, (steps or 0) // 10)
-    if steps and stop.patience * every >= steps:
-        yield (
-            f"stop.patience: {stop.patience} evaluations, one every {every} steps, come to {stop.patience * every} of the "
-            f"phase's {steps} steps: it would never stop early; give fewer, or a smaller evaluate.every_steps"
-        )
+    if steps and (fault := stop_fault(recipe, phase, steps)):
+        yield fault
+
+
+def stop_fault(recipe: Recipe, phase: PhaseSection, steps: int) -> str | None:
+    """Return why a phase of so many optimizer steps would never stop early; None where it may, or is not asked to."""
+    every = recipe.evaluate.every_steps or max(1, steps // 10)
+    if phase.stop is None or (reached := phase.stop.patience * every) < steps:
+        return None
+    return (
+        f"stop.patience: {phase.stop.patience} evaluations, one every {every} steps, come to {reached} of the phase's "
+        f"{steps} steps: it would never stop early; give fewer, or a smaller evaluate.every_steps"
+    )
 
 
 def _kept_contradictions(recipe: Recipe, phase: PhaseSection, sources: Iterable[str | None]) -> Iterable[str]:
