@@ -150,7 +150,7 @@ def new_config(
         config.use_cache = False
     if given or preset is None:
         _refuse_unbuildable(config)
-    return _finished(config, tokenizer, context, dropout, given)
+    return _finished(config, tokenizer, context, dropout, given, vocabulary)
 
 
 def copied_config(
@@ -196,12 +196,17 @@ def special_ids(tokenizer: Any) -> dict[str, int | None]:
 
 
 def _finished(
-    config: Any, tokenizer: Any, context: int | None, dropout: float | None, given: Mapping[str, Any] | None = None
+    config: Any,
+    tokenizer: Any,
+    context: int | None,
+    dropout: float | None,
+    given: Mapping[str, Any] | None = None,
+    vocabulary: int | None = None,
 ) -> Any:
     if dropout is not None:
         set_dropout(config, dropout, given or ())
         _refuse_unbuildable(config)
-    check_fits(config, tokenizer, context)
+    check_fits(config, tokenizer, context, vocabulary)
     return config
 
 
@@ -286,14 +291,21 @@ def pretrained_config(name: str | Path) -> Any:
     return config
 
 
-def check_fits(config: Any, tokenizer: Any, context: int | None) -> None:
+def check_fits(config: Any, tokenizer: Any, context: int | None, vocabulary: int | None = None) -> None:
     """Refuse a tokenizer or a context that the model cannot hold.
+
+    Args:
+        config: Of the model.
+        tokenizer: None where it is not there yet.
+        context: Tokens a sequence; None: as many as the model reads.
+        vocabulary: Size of a tokenizer that is not there yet.
 
     Raises:
         UserError: With both numbers.
     """
     text = config.get_text_config()
-    if tokenizer is not None and (size := vocabulary_size(tokenizer)) > text.vocab_size:
+    size = (vocabulary or 0) if tokenizer is None else vocabulary_size(tokenizer)
+    if size > text.vocab_size:
         raise UserError(
             f"model: the tokenizer has {size} tokens and the model's embedding {text.vocab_size} rows. "
             "Take the model's own tokenizer, or a preset whose vocabulary follows the tokenizer's"

@@ -148,8 +148,8 @@ def _fault(error: Any, method: ResetMethod) -> tuple[str, str]:
         return "roles", f"unknown role {value!r}.{did_you_mean(str(value), ROLES)} Known: {', '.join(ROLES)}"
     if loc[0] == "layers":
         return "layers", f"{value!r} is not allowed: give {LAYERS}"
-    message = error["msg"][0].lower() + error["msg"][1:]
-    return key, f"{value!r} is not allowed: {message}"
+    message = error["msg"].removeprefix("Input ")
+    return key, f"{value!r} is not allowed: {f'it {message}' if message != error['msg'] else message}"
 
 
 ResetsLike = str | Mapping[str, Any] | ResetSpec | Iterable["str | Mapping[str, Any] | ResetSpec"]

@@ -110,6 +110,7 @@ def test_a_config_of_a_file_is_known_by_what_it_holds(data, tmp_path):
         ({"architecture": "llama", "hidden_size": 3, "config": {"hidden_size": 4}}, "model.hidden_size: unknown key"),
         ({"architecture": "llama", "contxt": 16}, "LlamaConfig has no attribute 'contxt'"),
         ({"architecture": "mamba", "context": 16, "dropout": 0.1}, "MambaConfig has no dropout"),
+        ({**LLAMA, "vocab_size": 64}, "the tokenizer has 280 tokens and the model's embedding 64 rows"),
     ],
 )
 def test_models_that_cannot_be_are_told_by_check(model, message, data):

@@ -259,7 +259,10 @@ def test_a_zero_matrix_stays_zero():
         ({"method": "fire", "roles": []}, "roles"),
         ({"method": "fire", "roles": ["norm"]}, "'fire' acts on matrices"),
         ({"method": "fire", "exclude": ["("]}, "'(' is not a regular expression"),
-        ({"method": "shrink_perturb", "shrink": 1.5}, "shrink: 1.5 is not allowed"),
+        (
+            {"method": "shrink_perturb", "shrink": 1.5},
+            "shrink: 1.5 is not allowed: it should be less than or equal to 1",
+        ),
         ("full_reset", "'full_reset' needs the run's initial weights"),
     ],
 )
