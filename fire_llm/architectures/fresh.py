@@ -113,6 +113,12 @@ def fresh_config(
         key: True for key in _DECODER if getattr(standard, key, None) is False
     }
     settings |= {key: value for key, value in named.items() if value is not None or key in own}
+    heads, shared = (settings.get(key) for key in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(shared, int) and shared > 0 and heads % shared:
+        raise UserError(
+            f"model.config: {heads} attention heads cannot share {shared} heads of keys and values "
+            "(num_key_value_heads): give a divisor"
+        )
     try:
         config = kind(**settings)
         longest, positions = longest_context(config), positions_attribute(config)

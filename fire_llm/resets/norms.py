@@ -42,7 +42,7 @@ def norm_warning(specs: Sequence[ResetSpec], touched: Sequence[TensorReport]) ->
         layers[layer_of(row)].append(row)
     factors = {layer: _factor(of) for layer, of in layers.items()}
     worst = max(factors, key=lambda layer: abs(math.log(max(factors[layer], 1e-30))))
-    where = f"{'outside of layers' if worst is None else f'in layer {worst}'} {_times(factors[worst])}"
+    where = f"{'outside of layers' if worst is None else f'in layer {worst}'}, where it {_times(factors[worst])}"
     return (
         f"{specs[0].method}: the norm of all {len(rows)} matrices together {_times(factor)}, most {where}. Trained "
         "weights then lose what they had learned; scale: keep-norm (on the command line, --scale keep-norm) keeps norms"

@@ -87,6 +87,7 @@ def test_positions_that_begin_behind_the_padding_token_are_as_many_as_the_contex
         ("llama", {"auto_map": {}}, "LlamaConfig has no attribute 'auto_map'"),
         ("llama", {"model_type": "gpt2"}, "LlamaConfig has no attribute 'model_type'"),
         ("llama", {"hidden_size": 33}, "hidden size (33) is not a multiple of the number of attention heads (32)"),
+        ("llama", {**TINY, "num_key_value_heads": 3}, "4 attention heads cannot share 3 heads of keys and values"),
         ("gpt2", {"n_embd": 32, "hidden_size": 64}, "GPT2Config has one attribute for n_embd and hidden_size"),
         ("llama", {"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000; at most 2,000 is allowed"),
         ("llama", {"vocab_size": 64}, "the tokenizer has 300 tokens and the model's embedding 64 rows"),
