@@ -168,14 +168,20 @@ class Comparison:
         return shared or ([a - b] if a is not None and b is not None else [])
 
     def saved(self, arm: str) -> tuple[float | None, list[float]]:
-        """Return the steps saved against full reset on the new corpus: of the mean curves, of all seeds that arrive."""
+        """Return the steps saved against full reset on the new corpus: of the mean curves, of all seeds that arrive.
+
+        Where seeds stopped at different steps, the first is the mean over the seeds, None unless all arrive.
+        """
         reference = self.reference(arm, "full_reset")
         if reference is None or self.new is None:
             return None, []
         curves = {run.seed: run.curve for run in self.runs(reference)}
         seeds = [steps_saved(run.curve, curves.get(run.seed, []), self.new) for run in self.runs(arm)]
-        mean = steps_saved(self.arms[arm].curve, self.arms[reference].curve, self.new)
-        return mean, [s for s in seeds if s is not None]
+        arrived = [s for s in seeds if s is not None]
+        if any(len({run.steps for run in self.runs(one)}) > 1 for one in (arm, reference)):
+            # A mean curve ends where the first of its seeds stopped, and not at the final loss.
+            return fmean(arrived) if arrived and len(arrived) == len(seeds) else None, arrived
+        return steps_saved(self.arms[arm].curve, self.arms[reference].curve, self.new), arrived
 
     @cached_property
     def earlier(self) -> dict[tuple[str, str | None, int], Run]:

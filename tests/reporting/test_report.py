@@ -164,7 +164,7 @@ def setting(reset: Json) -> Json:
 
 def mean_curve(curves: list[list[Json]]) -> list[Json]:
     result = []
-    for entries in zip(*curves, strict=True):
+    for entries in zip(*curves, strict=False):
         losses = [e["train_loss"] for e in entries if e["train_loss"] is not None]
         corpora = entries[0]["eval"]
         mean = {c: measured(fmean(e["eval"][c]["nll"] for e in entries)) for c in corpora}
@@ -338,6 +338,22 @@ def test_arms_are_compared_within_their_warm_start(arms: tuple[str, ...]) -> Non
     assert cells(results, NEW, "fire@30000")["vs base"] == "-0.4900"  # 0.010 + 0.5 - 1.0
     assert compared(results).ranked()[0] in ("s-and-p", "base")
     assert "No reset did better" not in " ".join(compared(results).reading())
+
+
+def test_steps_saved_of_seeds_that_stopped_at_different_steps_is_their_mean() -> None:
+    results = fake_results((1, 2), arms=("base", "full-reset"))
+    for entry in results["arms"].values():
+        late = entry["runs"][1]
+        late |= {
+            "steps": STEPS // 2,
+            "planned_steps": STEPS,
+            "curve": [e for e in late["curve"] if e["step"] <= STEPS // 2],
+        }
+        entry["curve"] = mean_curve([run["curve"] for run in entry["runs"]])
+    mean, seeds = compared(results).saved("base")
+    assert len(seeds) == 2 and mean == pytest.approx(sum(seeds) / 2)
+    unlike = steps_saved(*(typed(results).arms[arm].curve for arm in ("base", "full-reset")), NEW)
+    assert unlike is not None and abs(unlike - mean) > 0.01  # the mean curves end in the middle of the first seed
 
 
 def test_methods_come_from_the_recipe_where_no_report_was_written() -> None:
