@@ -33,7 +33,7 @@ from fire_llm.training.trackers import RECORD, check_trackers
 
 NAMES = ["tensorboard", "trackio", "wandb"]
 STAGES = ("first/seed-1", "second/fire/seed-1")
-SPEED = {"created", "seconds", "tokens_per_second", "peak_memory_bytes", "data_wait_share"}
+SPEED = {"created", "seconds", "measuring_seconds", "tokens_per_second", "peak_memory_bytes", "data_wait_share"}
 
 
 class Interrupt(TrainerCallback):
@@ -53,7 +53,11 @@ def runs(tmp_path_factory):
     """Run a recipe without trackers, and with three of them, interrupted at step 7; return folders and results."""
     folder = tmp_path_factory.mktemp("trackers")
     settings = {"every_steps": 5, "max_tokens": 600, "diagnostics_every_steps": 5}
-    path = recipe(folder, name="tracked", evaluate=settings)
+    phases = [
+        {"name": "first", "data": {"a": 1.0}, "steps": 10, "keep": ["best"], "ema": {"decay": 0.9}},
+        {"name": "second", "data": {"b": 0.75, "a": 0.25}, "steps": 8, "arms": {"fire": {"method": "fire"}}},
+    ]
+    path = recipe(folder, name="tracked", evaluate=settings, phases=phases)
     plain = run_recipe(load_recipe(path), folder / "plain", progress=False, workers=1)
     tracked = load_recipe(path, [f"report_to={json.dumps(NAMES)}"])
     output = folder / "output"
@@ -144,6 +148,9 @@ def test_curves_are_those_of_the_results_each_step_once(runs, read):
             for measure in ("nll", "bits_per_byte", "perplexity"):
                 points = [(e["step"], e["eval"][corpus][measure]) for e in curve if e["eval"]]
                 assert shown[f"eval/{corpus}_{measure}"] == [(s, pytest.approx(v, rel=1e-6)) for s, v in points]
+                averaged = [(e["step"], e["ema"][corpus][measure]) for e in curve if corpus in e["ema"]]
+                found = shown.get(f"train/ema_{corpus}_{measure}", [])
+                assert found == [(s, pytest.approx(v, rel=1e-6)) for s, v in averaged] and (found or stage != STAGES[0])
         for tag, key in (("train/loss", "train_loss"), ("train/learning_rate", "learning_rate")):
             points = [(e["step"], e[key]) for e in curve if e[key] is not None]
             assert shown[tag] == [(s, pytest.approx(v, rel=1e-6)) for s, v in points]
@@ -151,7 +158,7 @@ def test_curves_are_those_of_the_results_each_step_once(runs, read):
         assert shown["train/diag_srank"] == measured != []
         for tag in ("grad_norm", "tokens_per_second", "peak_memory_bytes", "data_wait_share"):
             assert [s for s, _ in shown[f"train/{tag}"]] == [s for s, _ in shown["train/loss"]]
-        assert not any(tag.endswith(("_tokens", "_bytes")) for tag in shown if tag.startswith("eval/"))
+        assert not any(tag.endswith(("_tokens", "_bytes")) for tag in shown if "eval/" in tag or "/ema_" in tag)
 
 
 def test_the_reset_is_shown_in_numbers(runs):
