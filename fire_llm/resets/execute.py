@@ -21,7 +21,7 @@ from fire_llm.distributed import Block, Placement, Redistribution, gather_object
 from fire_llm.linalg.measures import squared_error
 from fire_llm.resets.methods import RESETS
 from fire_llm.resets.plan import Plan, all_finite
-from fire_llm.resets.report import Measures, ResetReport, Spectra, TensorReport, describe
+from fire_llm.resets.report import Measures, ResetReport, Spectra, TensorReport, describe, on_host
 from fire_llm.resets.rowwise import by_rows, reset_by_rows
 
 
@@ -177,9 +177,9 @@ class ResetExecutor:
             for read in self.plan.inputs(spec):
                 beside = [read(index).to(x) for index, _ in group]
                 arguments.append(torch.stack(beside) if stacked else beside[0])
-            if RESETS[spec.method].gives_grams and number == 0 and self.measured and not stacked:
-                arguments.append(grams)
-            x = RESETS[spec.method].function(x, *arguments, **spec.options)
+            method = RESETS[spec.method]
+            more = {"grams": grams} if method.gives_grams and number == 0 and self.measured and not stacked else {}
+            x = method.function(x, *arguments, **spec.options, **more)
         rounded_to = self.rounded_to if before.is_floating_point() else None
         x = x.to(rounded_to or before.dtype).to(before.dtype)
         rows = list(zip(group, before if stacked else (before,), x.unbind() if stacked else (x,), strict=True))
@@ -233,7 +233,7 @@ class ResetExecutor:
 
 def together(tensor: Tensor) -> bool:
     """Return whether matrices of one shape are best taken together: a loop is faster on a CPU."""
-    return tensor.device.type != "cpu"
+    return not on_host(tensor)
 
 
 def _worth_it(placement: Placement, blocks: list[Block]) -> Placement:

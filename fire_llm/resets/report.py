@@ -158,6 +158,11 @@ class Measures:
             use(*islice(known, count))
 
 
+def on_host(tensor: Tensor) -> bool:
+    """Return whether numbers of a tensor are read without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
 def describe(
     weight: ParameterSlice,
     tensor: Tensor,
@@ -183,7 +188,7 @@ def describe(
         report._measured(found.norm, found.dfi)
         report.sigma_before = report.sigma_after = [found.largest, found.smallest]
     else:
-        if tensor.device.type == "cpu":
+        if on_host(tensor):
             report._measured(*norm_and_dfi(tensor, known))
         else:
             g = gram(tensor if tensor.shape[0] >= tensor.shape[1] else tensor.mT)

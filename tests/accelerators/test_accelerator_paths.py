@@ -23,6 +23,7 @@ from fire_llm.linalg.curvature import top_hessian_eigenvalue
 from fire_llm.models import config_for, fresh_model
 from fire_llm.resets import execute as work
 from fire_llm.resets import plan
+from fire_llm.resets import report as reports
 from fire_llm.resets.penalties import parseval
 
 VIEWS = {
@@ -340,7 +341,8 @@ def test_a_stack_costs_one_wait_or_two(shape, waits: Waits) -> None:
 
 def test_a_reset_waits_a_handful_of_times_a_stack(waits: Waits, monkeypatch: pytest.MonkeyPatch) -> None:
     model = fresh_model(config_for("gpt-tiny"), 0)
-    monkeypatch.setattr(work, "together", lambda tensor: True)
+    monkeypatch.setattr(work, "on_host", lambda tensor: False)
+    monkeypatch.setattr(reports, "on_host", lambda tensor: False)
     with waits:
         report = fire_(model)
     groups = len({tuple(row.shape) for row in report.touched})

@@ -74,12 +74,14 @@ def test_the_flags_are_frozen():
     assert flags == {
         "check": ["--schema", "--set"],
         "run": [
-            "--accelerate-config", "--arm", "--dry-run", "--grid", "--num-processes", "--output", "--set", "--workers",
+            "--accelerate-config", "--arm", "--dry-run", "--grid", "--num-processes", "--output", "--report-to",
+            "--set", "--workers",
         ],
         "apply": [
-            "--device", "--dry-run", "--dtype", "--exclude", "--include", "--init", "--iterations", "--layers",
-            "--method", "--native", "--no-measures", "--num-processes", "--push-to-hub", "--revision", "--role",
-            "--scale", "--seed", "--shrink", "--solver", "--tolerance",
+            "--context", "--device", "--dry-run", "--dtype", "--exclude", "--include", "--init", "--iterations",
+            "--layers", "--max-tokens", "--measure-on", "--method", "--native", "--no-measures", "--num-processes",
+            "--push-to-hub", "--revision", "--role", "--scale", "--seed", "--shrink", "--solver", "--strength",
+            "--tolerance",
         ],
         "inspect": ["--against", "--all", "--device", "--html", "--json", "--native", "--role"],
         "eval": [
@@ -88,9 +90,10 @@ def test_the_flags_are_frozen():
             "--per-document", "--prefix", "--split", "--stride", "--tasks",
         ],
         "report": ["--markdown", "--output", "--schema"],
-        "demo": ["--accelerate-config", "--num-processes", "--output", "--set", "--workers"],
+        "demo": ["--accelerate-config", "--num-processes", "--output", "--report-to", "--set", "--workers"],
         "sweep": [
-            "--accelerate-config", "--arm", "--dry-run", "--grid", "--num-processes", "--output", "--set", "--workers",
+            "--accelerate-config", "--arm", "--dry-run", "--grid", "--num-processes", "--output", "--report-to",
+            "--set", "--workers",
         ],
     }  # fmt: skip
 

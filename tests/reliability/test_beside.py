@@ -298,7 +298,11 @@ def test_on_an_accelerator_a_callback_that_looks_at_saves_finds_the_folder(tmp_p
         trainer = trainer_of(tiny_gpt2(), tmp_path, callbacks, async_save=None)
         trainer.state.max_steps = 12
         trainer.args = SimpleNamespace(
-            async_save=None, bf16_params=False, push_to_hub=False, device=torch.device("cuda")
+            async_save=None,
+            bf16_params=False,
+            push_to_hub=False,
+            enable_jit_checkpoint=False,
+            device=torch.device("cuda"),
         )
         return trainer.saver.writes_beside()
 

@@ -33,7 +33,10 @@ from fire_llm.training.trackers import RECORD, check_trackers
 
 NAMES = ["tensorboard", "trackio", "wandb"]
 STAGES = ("first/seed-1", "second/fire/seed-1")
-SPEED = {"created", "seconds", "measuring_seconds", "tokens_per_second", "peak_memory_bytes", "data_wait_share"}
+SPEED = {
+    "created", "seconds", "measuring_seconds", "copying_seconds", "tokens_per_second", "peak_memory_bytes",
+    "data_wait_share",
+}  # fmt: skip
 
 
 class Interrupt(TrainerCallback):
