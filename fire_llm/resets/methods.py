@@ -190,7 +190,7 @@ def _register(
     schema = create_model(
         f"{name}_options", __config__=ConfigDict(extra="forbid", strict=True), __doc__=entry.__doc__, **options
     )
-    taken = inspect.signature(entry).parameters
+    taken = {p.name for p in inspect.signature(entry).parameters.values() if p.kind is not p.KEYWORD_ONLY}
     RESETS[name] = ResetMethod(
         name, entry, roles, "initial" in taken, "gradient" in taken, batched, schema, kind, elementwise, reads, buffers,
         "grams" in taken,

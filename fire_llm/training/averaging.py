@@ -16,9 +16,8 @@ from fire_llm.architectures.names import plain_name
 from fire_llm.core.atomic import AVERAGED
 from fire_llm.core.errors import UserError
 from fire_llm.distributed import make_current
-from fire_llm.models import load_model
 from fire_llm.training.beginning import local
-from fire_llm.training.sharding import placed_like
+from fire_llm.training.sharding import load_like, placed_like
 
 
 class Averaging(TrainerCallback):
@@ -102,5 +101,5 @@ class Averaging(TrainerCallback):
                 f"ema_decay: '{folder.parent}' holds no average, as it was not asked for there: leave it out, or "
                 "begin a new training"
             )
-        found = load_model(folder, torch.float32)
+        found = load_like(self.trainer.model, folder)
         return {plain_name(name): p for name, p in found.named_parameters(remove_duplicate=False)}

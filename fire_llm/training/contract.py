@@ -176,7 +176,10 @@ OPTIONS: dict[str, Rule] = dict.fromkeys(
     "save_total_limit": Rule("None: `keep_last` checkpoints stay, 1 by default; `keep_steps` stay in any case"),
     "enable_jit_checkpoint": Rule(
         "the checkpoint is whole or not there; a step in whose middle it is saved is taken again, with other dropout; "
-        "`fire-llm run` handles signals by itself"
+        "refused for several processes: `fire-llm run` handles signals by itself, on all of them",
+        lambda value, given: bool(value) and given.args.world_size > 1,
+        instead="a signal reaches several processes at different steps, and each would wait for the others: train by "
+        "`fire-llm run`, where they agree on the step, or save every save_steps",
     ),
     "hub_strategy": Rule(
         "`checkpoint` and `all_checkpoints` are refused: they would upload from a folder that is about to be renamed",

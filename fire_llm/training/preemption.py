@@ -55,9 +55,12 @@ class Stopping(TrainerCallback):
     def __init__(self) -> None:
         self._number, self._ranks = 0, Agreement()
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Begin anew."""
+        self._number, self._ranks = 0, Agreement()
+
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Begin to wait for steps: before the first one, the reset and its evaluation, there is nothing to save."""
-        self._number, self._ranks = 0, Agreement()
         set_step_near(True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -121,11 +121,21 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     Raises:
         UserError: Where the folder cannot be read.
     """
-    found = _tensors(load_model(folder, torch.float32))
+    found = _tensors(load_like(model, folder))
     own, saved = _tensors(model), [plain_name(name) for name in model.state_dict()]
     with torch.no_grad():
         for name in {id(own[name]): name for name in saved}.values():  # tied weights once
             own[name].copy_(placed_like(own[name], found[name]))
+
+
+def load_like(model: nn.Module, folder: Path) -> Any:
+    """Load the model in a checkpoint folder in the finest dtype that another's parameters have, fp32 or fp64.
+
+    Raises:
+        UserError: Where the folder cannot be read.
+    """
+    fine = any(p.dtype == torch.float64 for p in model.parameters())
+    return load_model(folder, torch.float64 if fine else torch.float32)
 
 
 def load_optimizer(optimizer: Any, folder: Path, *, settings: bool = True) -> None:

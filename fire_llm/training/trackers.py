@@ -230,9 +230,7 @@ class Tracker:
             # Noted first: a log that is lost leaves a gap, one that comes twice may differ in what is measured in time.
             self._record["sent"] = list(self._at)
             self._write()
-            logs = {
-                k: value for k, value in logs.items() if not (k.startswith(("eval_", "ema_")) and k.endswith(_SIZES))
-            }
+            logs = {k: v for k, v in logs.items() if not (k.startswith(("eval_", "ema_")) and k.endswith(_SIZES))}
         known = {key: value for key, value in logs.items() if value is not None}
         self._original["on_log"](args, state, control, logs=known, **kwargs)
 

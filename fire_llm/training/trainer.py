@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.training_args import OptimizerNames
 
 from fire_llm.architectures.context import choose_context
@@ -204,7 +205,10 @@ class ContinualTrainer(Trainer):
         self._resumed_step = self.saver.begin(checkpoint)
         self._resumed_samples = self.saver.resumed_samples()
         start, args.eval_on_start = args.eval_on_start, args.eval_on_start and checkpoint is None
-        for callback in self.callback_handler.callbacks:
+        callbacks = self.callback_handler.callbacks
+        # Behind what changes weights at a step's end, whenever that was added: their average, then a save by a signal.
+        callbacks.sort(key=lambda c: 2 if isinstance(c, JITCheckpointCallback) else int(c is self.averaging))
+        for callback in callbacks:
             if isinstance(callback, ResetCallback):
                 callback.attach(self)
         try:

@@ -295,6 +295,20 @@ def test_registering_a_reset_makes_its_signature_the_schema():
         del RESETS["halve"]
 
 
+def test_an_option_may_have_the_name_of_a_tensor_that_other_resets_read():
+    @register_reset("named")
+    def named(w, *, initial: float = 2.0, gradient: float = 3.0, grams: float = 4.0):
+        return w * initial * gradient * grams
+
+    try:
+        model = tiny_gpt2()
+        before = snapshot(model)
+        apply_reset(model, {"method": "named", "initial": 0.5})
+        assert all(torch.equal(p, before[name] * 6) for name, p in model.named_parameters())
+    finally:
+        del RESETS["named"]
+
+
 def test_labels_say_what_differs():
     assert ResetSpec.parse("fire").label() == "fire, iterations 5, roles attention mlp"
     assert ResetSpec.parse("full_reset").label() == "full_reset"

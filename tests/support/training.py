@@ -32,8 +32,8 @@ def arguments(folder, **changes):
     return ContinualArguments(**{**settings, **changes})
 
 
-def train(model, folder, resume=None, callbacks=(), sets=None, **changes):
-    trainer = ContinualTrainer(model, arguments(folder, **changes), Samples(), sets, callbacks)
+def train(model, folder, resume=None, callbacks=(), sets=None, data=None, **changes):
+    trainer = ContinualTrainer(model, arguments(folder, **changes), data or Samples(), sets, callbacks)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from support.models import tiny_gpt2
 from support.ranks import Raised, run_ranks
-from support.training import FSDP2, STEPS, arguments, losses, train
+from support.training import FSDP2, STEPS, Samples, arguments, losses, train
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from fire_llm import UserError
+from fire_llm import ContinualTrainer, UserError
 from fire_llm.evaluation import perplexity
 from fire_llm.models import load_model
 from fire_llm.training import EvaluationSet, ResetCallback
@@ -76,6 +76,20 @@ def test_it_is_torchs_average_from_behind_the_reset_and_training_is_as_without_i
     assert all(map(torch.equal, with_it.model.parameters(), again.model.parameters()))
     one, other = (tmp_path / run / "checkpoint-12" / EMA for run in "ac")
     assert one.read_bytes() == other.read_bytes()
+
+
+def test_it_begins_behind_a_reset_that_is_added_later_and_goes_on_in_fp64(tmp_path):
+    def average(name, given=(), added=(), resume=None):
+        args = arguments(tmp_path / name, ema_decay=DECAY, save_steps=2, max_steps=4, keep_last=2)
+        trainer = ContinualTrainer(tiny_gpt2().double(), args, Samples(), None, given)
+        for callback in added:
+            trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=resume)
+        return (tmp_path / name / "checkpoint-4" / EMA).read_bytes()
+
+    given = average("given", [ResetCallback("fire")])
+    assert average("added", added=[ResetCallback("fire")]) == given
+    assert average("again", resume=str(tmp_path / "given" / "checkpoint-2")) == given
 
 
 def test_a_thread_writes_the_same_files(tmp_path):

@@ -147,6 +147,9 @@ def test_curves_are_those_of_the_results_each_step_once(runs, read):
             for measure in ("nll", "bits_per_byte", "perplexity"):
                 points = [(e["step"], e["eval"][corpus][measure]) for e in curve if e["eval"]]
                 assert shown[f"eval/{corpus}_{measure}"] == [(s, pytest.approx(v, rel=1e-6)) for s, v in points]
+                averaged = [(e["step"], e["ema"][corpus][measure]) for e in curve if corpus in e["ema"]]
+                found = shown.get(f"train/ema_{corpus}_{measure}", [])
+                assert found == [(s, pytest.approx(v, rel=1e-6)) for s, v in averaged] and (found or stage != STAGES[0])
         for tag, key in (("train/loss", "train_loss"), ("train/learning_rate", "learning_rate")):
             points = [(e["step"], e[key]) for e in curve if e[key] is not None]
             assert shown[tag] == [(s, pytest.approx(v, rel=1e-6)) for s, v in points]

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers.trainer
 from support.models import tiny_gpt2
+from support.ranks import run_ranks
 from support.training import Samples, arguments, losses, train
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -22,9 +23,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from fire_llm import ContinualTrainer
+from fire_llm import ContinualTrainer, UserError
 from fire_llm.core.atomic import checkpoints
 from fire_llm.core.manifest import damage
+from fire_llm.core.signals import Stopped, signals_handled
+from fire_llm.training import ResetCallback
 from fire_llm.training.throughput import MEASURES
 
 KINDS = (Trainer, ContinualTrainer)
@@ -197,6 +200,9 @@ class Signalled(TrainerCallback):
     def on_substep_end(self, args, state, control, **_):
         self.send(state, "substep")
 
+    def on_optimizer_step(self, args, state, control, **_):
+        self.send(state, "optimizer")
+
     def on_step_end(self, args, state, control, **_):
         self.send(state, "end")
 
@@ -216,6 +222,54 @@ def test_a_just_in_time_checkpoint_is_whole_and_gone_on_from_exactly(when, tmp_p
     again = train(tiny_gpt2(seed=3), tmp_path / "again", resume=str(folder), **common)
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
     assert losses(again) == losses(whole) and again.hash_of_batches() == whole.hash_of_batches()
+
+
+def test_a_just_in_time_checkpoint_holds_what_callbacks_do_at_its_step(tmp_path, monkeypatch):
+    """A reset after the step, added to the trainer or given to it, and the average of the weights behind it."""
+    common = {"save_steps": 100, "ema_decay": 0.7}
+
+    def run(name, *more, resume=None, **changes):
+        args = arguments(tmp_path / name, **common, **changes)
+        trainer = ContinualTrainer(tiny_gpt2(), args, Samples(), None, more)
+        trainer.add_callback(ResetCallback("fire", at_steps=[5]))
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = run("whole")
+    run("cut", Signalled(4, "optimizer", monkeypatch), enable_jit_checkpoint=True)
+    [(folder, step)] = checkpoints(tmp_path / "cut")
+    again = run("again", resume=str(folder))
+    assert step == 5
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
+    one, other = (tmp_path / name / "checkpoint-12" / "ema" / "model.safetensors" for name in ("whole", "again"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+class One(Samples):
+    """An epoch of one step."""
+
+    def __len__(self):
+        return 12
+
+
+class Late(TrainerCallback):
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == 2 and args.process_index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def on_ranks(rank, world, folder):
+    os.environ["LOCAL_WORLD_SIZE"] = str(world)
+    settings = {"max_steps": -1, "num_train_epochs": 9, "save_steps": 100, "labels_shifted": True}
+    with pytest.raises(UserError, match="enable_jit_checkpoint=True: a signal reaches several processes"):
+        ContinualTrainer(tiny_gpt2(), arguments(folder, enable_jit_checkpoint=True, **settings), One())
+    with signals_handled(), pytest.raises(Stopped):
+        train(tiny_gpt2(), folder, data=One(), callbacks=[Late()], **settings)
+    return [step for _, step in checkpoints(folder)]
+
+
+def test_ranks_agree_on_the_step_of_a_signal_however_short_an_epoch_is(tmp_path):
+    assert run_ranks(2, on_ranks, tmp_path, tmp_path / "run") == [[4], [4]]
 
 
 # ---- the Hub
