@@ -294,8 +294,8 @@ class Comparison:
                 if run.batches_hash:
                     hashes.setdefault(run.seed, {}).setdefault(run.batches_hash, []).append(arm)
         if sum(len(arms) for seed in hashes.values() for arms in seed.values()) < 2:
-            if len(self.arms) == 1:
-                return None, "One arm alone: there are no batches to compare."
+            if len(self.arms) < 2:
+                return None, f"{'One arm alone' if self.arms else 'No arms'}: there are no batches to compare."
             return None, "Whether the arms saw the same batches is not recorded."
         steps = {arm: sorted({run.steps for run in self.runs(arm) if run.steps is not None}) for arm in self.arms}
         if self._stopped() and len({tuple(of) for of in steps.values()}) > 1:

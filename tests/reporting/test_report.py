@@ -376,6 +376,7 @@ def test_reading_claims_what_the_numbers_say() -> None:
     assert "No reset did better than leaving the weights alone." in base
     assert "no other arm" in compared(fake_results(arms=("fire",))).reading()[0]
     assert compared({"arms": {}}).reading() == ["No arm was run."]
+    assert compared({"arms": {}}).batches() == (None, "No arms: there are no batches to compare.")
 
 
 def test_batches_that_differ_are_told() -> None:
