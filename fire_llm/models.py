@@ -21,6 +21,7 @@ from fire_llm.architectures.configs import (
     read_config,
     read_settings,
     refuse_attributes,
+    set_attribute,
 )
 from fire_llm.architectures.context import choose_context, longest_context
 from fire_llm.architectures.dropout import set_dropout
@@ -219,12 +220,7 @@ def _override(config: Any, overrides: Mapping[str, Any]) -> None:
     name, before = type(config).__name__, _shapes(config)
     refuse_attributes(config, overrides)
     for key, value in overrides.items():
-        try:
-            setattr(config, key, value)
-        except Exception as error:  # the classes' own checks raise what they like
-            raise UserError(
-                f"model.config.{key}: {name} refuses {value!r}: {first_line(error.__cause__ or error)}"
-            ) from error
+        set_attribute(config, key, value, f"model.config.{key}: {name} refuses {value!r}")
     _refuse_unbuildable(config)
     after = _shapes(config)
     if changed := sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n)):

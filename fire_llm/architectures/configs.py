@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fire_llm.core.errors import UserError, did_you_mean, reading
+from fire_llm.core.errors import UserError, did_you_mean, first_line, reading
 from fire_llm.core.files import read_file, refuse_irregular
 from fire_llm.core.hub import no_folder, settle_hub
 
@@ -100,6 +100,18 @@ def refuse_sizes(settings: Any, where: str, *, key: str = "", depth: int = 0) ->
         most = next((most for pattern, most in _BOUNDS if re.search(pattern, key)), None)
         if most is not None and settings > most:
             raise UserError(f"{where}: {key} is {str(settings)[:30]}; at most {most:,} is allowed. Correct it")
+
+
+def set_attribute(config: Any, key: str, value: Any, refusal: str) -> None:
+    """Set an attribute of a config, or of a part of one.
+
+    Raises:
+        UserError: The config's class refuses the value: `refusal`, and what the class says.
+    """
+    try:
+        setattr(config, key, value)
+    except Exception as error:  # the classes' own checks raise what they like
+        raise UserError(f"{refusal}: {first_line(error.__cause__ or error)}") from error
 
 
 def refuse_attributes(config: Any, given: Mapping[str, Any]) -> None:

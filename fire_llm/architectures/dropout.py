@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from fire_llm.core.errors import UserError, first_line
+from fire_llm.architectures.configs import set_attribute
+from fire_llm.core.errors import UserError
 
 _DROPOUT = re.compile(r"(^|_)(dropout(_prob|_p)?|pdrop)$")
 _ELSEWHERE = ("activation_", "classifier_", "mlp_", "summary_")
@@ -35,12 +36,7 @@ def set_dropout(config: Any, share: float, given: Iterable[str] = ()) -> None:
     if twice := sorted(set(keys) & set(given)):
         raise UserError(f"model.dropout: model.config gives {', '.join(twice)} too: leave one of them out")
     for owner, key in [*_places(config)]:
-        try:
-            setattr(owner, key, share)
-        except Exception as error:  # the classes' own checks raise what they like
-            raise UserError(
-                f"model.dropout: {name} refuses {share} as {key}: {first_line(error.__cause__ or error)}"
-            ) from error
+        set_attribute(owner, key, share, f"model.dropout: {name} refuses {share} as {key}")
 
 
 def _places(config: Any) -> Iterator[tuple[Any, str]]:

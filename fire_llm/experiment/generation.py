@@ -1,4 +1,4 @@
-"""The prompts of a recipe as tokens, looked at before the hours of work."""
+"""The prompts of a recipe as tokens, checked before the hours of work."""
 
 from __future__ import annotations
 

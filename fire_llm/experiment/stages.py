@@ -140,7 +140,7 @@ class Stage:
             **settings,
             **cut,
             "optimizer": optimizer_of(self.run.recipe, self.phase).identity(),
-            "phase": self.phase.model_dump(mode="json", exclude=_NO_PART | _not_given(self.phase)),
+            "phase": {key: value for key, value in self.phase.identity().items() if key not in _NO_PART},
             "corpora": corpora,
             "seed": self.seed,
             "resets": [_stored(r) for r in self.resets],
@@ -148,11 +148,6 @@ class Stage:
         }
         plain: dict[str, Any] = json.loads(json.dumps(spec))
         return plain
-
-
-def _not_given(phase: PhaseSection) -> set[str]:
-    """Return the keys that older runs' `unit.json` lacks and that a phase does not give: they are left out there."""
-    return {key for key in ("ema", "stop") if getattr(phase, key) is None}
 
 
 def _stored(reset: ResetSpec) -> dict[str, Any]:

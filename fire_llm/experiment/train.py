@@ -237,7 +237,7 @@ def _resetting(stage: Stage, run: RunContext) -> list[Any]:
 
 
 def _tracked(stage: Stage, run: RunContext) -> Tracked:
-    """Return what trackers are told about a stage."""
+    """Return what trackers receive about a stage."""
     name, group = run.recipe.name, run.folder.resolve().name
     config = {
         "phase": stage.phase.name,

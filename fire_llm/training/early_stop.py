@@ -37,7 +37,7 @@ class EarlyStopCallback(TrainerCallback):
         """Whether this ended the training."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Begin anew."""
+        """Begin again."""
         self.stopped = False
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:

@@ -56,7 +56,7 @@ class Stopping(TrainerCallback):
         self._number, self._ranks = 0, Agreement()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Begin anew."""
+        """Begin again."""
         self._number, self._ranks = 0, Agreement()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -96,7 +96,7 @@ class TimedSaves(TrainerCallback):
         self._since, self._ranks = 0.0, Agreement()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Begin anew."""
+        """Begin again."""
         self._since, self._ranks = 0.0, Agreement()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -1,7 +1,7 @@
 """Report a training to TensorBoard, Trackio, W&B and what else transformers integrates, by transformers' own callbacks.
 
 A tracker cannot change a training: what it raises ends its reports and nothing else, and the random generators are
-left as they were. What a recipe tells about a stage (its name, its settings, where it was interrupted) is added here.
+left as they were. What a recipe says about a stage (its name, its settings, where it was interrupted) is added here.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ _CHECKS: dict[str, Callable[[str, bool], None]] = {"wandb": _check_wandb, "track
 
 @dataclass(frozen=True)
 class Tracked:
-    """What trackers are told about a stage."""
+    """What trackers receive about a stage."""
 
     folder: Path
     """The stage's: it holds `RECORD` and TensorBoard's events."""

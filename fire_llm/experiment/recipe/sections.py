@@ -40,7 +40,7 @@ def _home(value: Any) -> Any:
 Place = Annotated[str, BeforeValidator(_home)]
 """A folder, or a Hub id; `~` is the home folder."""
 
-LATER = {"architecture", "dropout", "eps", "neftune"}
+LATER = {"architecture", "dropout", "ema", "eps", "neftune", "stop"}
 """Keys that older runs' `unit.json` lacks."""
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
