@@ -136,16 +136,9 @@ def measured(args: argparse.Namespace, work: Path, model: Path) -> dict[str, flo
     theirs = json.loads((out / "eval_results.json").read_text())["eval_loss"]
     command = [sys.executable, "-m", "fire_llm", "eval", str(model), "--data", args.validation, "--document", "file"]
     timed([*command, "--json", "own.json", "--context", str(CONTEXT)], work / "measured.log", work)
-    ours = json.loads((work / "own.json").read_text())
+    (row,) = json.loads((work / "own.json").read_text())["rows"]
     shutil.rmtree(out)
-    return {"run_clm": theirs, "fire-llm": nll_in(ours)}
-
-
-def nll_in(result: Any) -> float:
-    """Return the first `nll` in what `fire-llm eval --json` writes."""
-    if isinstance(result, dict):
-        return result["nll"] if "nll" in result else next(filter(None, map(nll_in, result.values())), 0.0)
-    return next(filter(None, map(nll_in, result)), 0.0) if isinstance(result, list) else 0.0
+    return {"run_clm": theirs, "fire-llm": row["nll"]}
 
 
 def spread(values: list[float]) -> str:
