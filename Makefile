@@ -69,11 +69,12 @@ format: $(VENV)/.installed  ## rewrite the code in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-schema: $(VENV)/.installed  ## write the JSON schemas of recipes and results, and the tables of docs/results-schema.md and docs/trainer.md
+schema: $(VENV)/.installed  ## write the JSON schemas, the tables of docs/results-schema.md and docs/trainer.md, and docs/results.md
 	$(BIN)/fire-llm check --schema > recipes/schema.tmp && mv recipes/schema.tmp recipes/recipe.schema.json
 	$(BIN)/fire-llm report --schema > docs/schema.tmp && mv docs/schema.tmp docs/results.schema.json
 	$(BIN)/python scripts/write_schema_page.py
 	$(BIN)/python scripts/write_trainer_page.py
+	$(BIN)/python scripts/write_results_page.py
 
 clean:  ## delete the environments, not the runs
 	rm -rf $(VENV) $(LOWEST) $(FLOOR)
