@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from html import escape
 from statistics import fmean
 
+from fire_llm.core.errors import UserError
 from fire_llm.reporting.comparison import BASE, Comparison, evaluations, paired_interval
 from fire_llm.reporting.plots.base import Style, palette
 
@@ -70,7 +71,13 @@ def written(value: float) -> str:
 
 
 def svg(rows: list[list[Panel]], styles: dict[str, Style]) -> str:
-    """Return panels in rows, and below them which line is which."""
+    """Return panels in rows, and below them which line is which.
+
+    Raises:
+        UserError: Without any.
+    """
+    if not any(rows):
+        raise UserError("there is nothing to draw: no arm has what this plot shows")
     across, down = max(map(len, rows)), len(rows)
     wide, high = LEFT + WIDTH + RIGHT, TOP + HEIGHT + BOTTOM
     shown = {line.name for row in rows for panel in row for line in panel.lines}

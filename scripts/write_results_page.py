@@ -180,8 +180,8 @@ class OfRun:
         if corpus is None:
             raise UserError(f"no corpus of this study: {', '.join(dict.fromkeys(corpora))}")
         arm, _, other = rest[len(corpus) + 1 :].partition(" - ")
-        arm, column = (arm, "") if arm in self.of.arms else arm.rpartition("/")[::2]
-        for name in filter(None, (arm, other)):
+        arm, column = (arm, "") if arm in self.of.arms else arm.partition("/")[::2]
+        for name in (arm, other or arm):
             if name not in self.of.arms:
                 raise UserError(f"'{name}' is no arm of this study: {', '.join(self.of.arms)}")
 
