@@ -123,12 +123,13 @@ class OfRun:
 
     @cached_property
     def facts(self) -> dict[str, str]:
-        results, hardware = self.results, self.results.hardware
+        results, hardware, measured = self.results, self.results.hardware, self.results.measurement
+        asked = str((results.recipe or {}).get("precision", ""))
         runs = [*results.phases, *(run for arm in results.arms.values() for run in arm.runs)]
         known = {
             "date": (results.created or "")[:10],
             "machine": hardware.accelerator or f"{hardware.cores} cores of {hardware.cpu}",
-            "precision": str((results.recipe or {}).get("precision", "")),
+            "precision": asked if asked != "auto" else measured.precision or asked if measured else "precision auto",
             "seeds": ", ".join(map(str, sorted({run.seed for run in runs}))),
             "stages": str(len(runs)),
             "hours": f"{sum(run.seconds or 0 for run in runs) / 3600:.1f}",
