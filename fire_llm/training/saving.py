@@ -50,6 +50,7 @@ from fire_llm.training.preemption import Stopping
 from fire_llm.training.progress import report_line
 from fire_llm.training.recycling import RecyclingCallback
 from fire_llm.training.sharding import OPTIMIZER, whole_optimizer
+from fire_llm.training.trackers import reads_checkpoints
 from fire_llm.training.writer import Writer, on_host
 
 RECYCLING = "recycling.safetensors"
@@ -264,8 +265,7 @@ class Saver:
         wanted, model = args.async_save, trainer.model
         if wanted is None:
             # What others do when something is saved, they may do with the folder.
-            others = [c for c in self._callbacks() if not isinstance(c, Stopping)]
-            looked_at = any(type(c).on_save is not TrainerCallback.on_save for c in others)
+            looked_at = any(reads_checkpoints(c) for c in self._callbacks() if not isinstance(c, Stopping))
             wanted = args.device.type not in ("cpu", "xla") and not looked_at
         own = isinstance(model, PreTrainedModel) and not getattr(model, "_hf_peft_config_loaded", False)
         placed = getattr(model, "hf_quantizer", None) is not None or hasattr(model, "hf_device_map")
