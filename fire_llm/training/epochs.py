@@ -163,7 +163,7 @@ class Epochs:
 
     def of(self, epoch: int, loader: Any) -> dict[str, int]:
         """Return the batches of a rank and the steps of an epoch that is about to be read, skipped ones included."""
-        sampler = getattr(self._batches, "sampler", None)
+        sampler: Any = getattr(self._batches, "sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)  # accelerate does not reach it through what skips batches on several ranks
         return {"steps_in_epoch": len(loader), "num_update_steps_per_epoch": self._steps(loader)}
@@ -171,7 +171,7 @@ class Epochs:
 
 def _innermost(loader: Any) -> Any:
     """Return what makes batches of samples' indices, under what shares them out among ranks."""
-    batches = getattr(loader, "batch_sampler", None)
+    batches: Any = getattr(loader, "batch_sampler", None)
     while hasattr(batches, "batch_sampler"):
         batches = batches.batch_sampler
     return batches

@@ -147,7 +147,8 @@ class Saver:
         """Return the size of a checkpoint's micro-batches."""
         if checkpoint is None:
             return None
-        return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).train_batch_size
+        size: int | None = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).train_batch_size
+        return size
 
     def forget(self) -> None:
         """Remove the checkpoints of a training that begins again."""
