@@ -351,6 +351,7 @@ class ContinualTrainer(Trainer):
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
         epochs, batches = super()._init_training_state(*args, **kwargs)
+        self.state.train_batch_size = self._train_batch_size  # `Trainer` goes on with the checkpoint's
         self.guard.resume(self.state.log_history)
         try_configs(self.model)
         if self.epochs is not None and self.epochs.moved:

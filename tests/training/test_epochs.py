@@ -78,6 +78,7 @@ def test_it_goes_on_again_from_there_bit_for_bit(first, tmp_path):
     """Also with a batch size that is the first again, whose steps alone would say another place."""
     folder, one = first
     other = train(tmp_path, 4, 1, folder / "checkpoint-5", keep=[8, 12])
+    assert other.state.train_batch_size == 4
     for micro in (4, 2):
         third = train(tmp_path / str(micro), micro, 4 // micro, tmp_path / "checkpoint-12")
         assert flat(other, 12) + flat(third) == flat(other)
@@ -106,6 +107,17 @@ def test_rows_that_fill_no_batch_are_dropped_where_that_is_asked_for(n, micro, t
     rest = n - 16
     assert flat(other)[: rest // micro * micro] == order[16:][: rest // micro * micro]
     assert len(flat(other)) == rest // micro * micro + 2 * (n // micro * micro)
+
+
+@pytest.mark.parametrize(("micro", "accumulation", "drop", "rest"), [(4, 2, True, 20), (8, 1, False, 21)])
+def test_epochs_of_another_number_of_steps_at_the_same_size(micro, accumulation, drop, rest, tmp_path):
+    """8 rows a step of 37: four steps an epoch where rows that fill no batch are dropped, and five in halves."""
+    order = flat(train(tmp_path / "c", 37, n=37, num_train_epochs=2))[37:]
+    one = train(tmp_path / "a", 8, n=37, keep=[6], dataloader_drop_last=True)
+    there = tmp_path / "a" / "checkpoint-6"
+    other = train(tmp_path / "b", micro, accumulation, there, n=37, dataloader_drop_last=drop)
+    assert flat(one, 6)[32:] == order[:16] and flat(other)[:rest] == order[16:][:rest]
+    assert len(flat(other)) == rest + (36 if drop else 37)
 
 
 def test_samples_in_the_order_that_they_lie_in(tmp_path):
