@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fire_llm.core.errors import UserError
 from fire_llm.training.progress import report_line
+from fire_llm.training.writer import on_host
 
 
 class Beginning:
@@ -72,7 +73,7 @@ class Beginning:
 class Start:
     """Hold what a `ContinualTrainer` begins a training with, on one process, and put it back.
 
-    Weights take host memory in their size, unless a checkpoint has them.
+    Weights, unless a checkpoint has them, and moments of an earlier training take host memory in their size.
 
     Args:
         trainer: About to begin.
@@ -84,7 +85,7 @@ class Start:
         held = {} if checkpoint else trainer.model.state_dict()
         self._weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in held.items()}
         self._stateful = [
-            (name, thing := getattr(trainer, name), None if thing is None else deepcopy(thing.state_dict()))
+            (name, thing := getattr(trainer, name), None if thing is None else _held(thing.state_dict()))
             for name in ("optimizer", "lr_scheduler")
         ]
         self._scaler = deepcopy(trainer.accelerator.scaler)
@@ -123,11 +124,13 @@ class Start:
             with torch.no_grad():
                 for name, tensor in trainer.model.state_dict().items():
                     tensor.copy_(self._weights[name])
+        trainer.accelerator.scaler = deepcopy(self._scaler)
         for name, thing, state in self._stateful:
             setattr(trainer, name, thing)
             if thing is not None:
                 thing.load_state_dict(deepcopy(state))
-        trainer.accelerator.scaler = deepcopy(self._scaler)
+            if hasattr(thing, "scaler"):  # accelerate's, of an earlier training
+                thing.scaler = trainer.accelerator.scaler
         trainer.current_flos = 0
         for callback in trainer.callback_handler.callbacks:
             if hasattr(callback, "begin_again"):
@@ -143,6 +146,11 @@ class Start:
 def largest_part(size: int, most: int) -> int:
     """Return the largest divisor of a size that is at most `most`: of 8 and 4 it is 4, of 9 and 4 it is 3."""
     return next(part for part in range(max(1, min(size, most)), 0, -1) if size % part == 0)
+
+
+def _held(state: Any) -> Any:
+    """Return a copy of a state, in host memory where it can be had there."""
+    return (on_host(state) or (deepcopy(state),))[0]
 
 
 def local(tensor: Any) -> Tensor:

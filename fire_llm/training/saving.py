@@ -372,8 +372,10 @@ class Saver:
             others = args.save_total_limit - 1
             newest_ones = {step, *older[max(0, len(older) - others) :]}
             others -= bool(bests & {*older} - newest_ones) and others > 0
-        # `auto_find_batch_size` may begin again from it.
-        begun = {step_of(self.resumed_from)} if args.auto_find_batch_size and self.resumed_from else set()
+        begun: set[int] = set()
+        if args.auto_find_batch_size and self.resumed_from:  # it may begin again there, where another was the best
+            then = TrainerState.load_from_json(str(self.resumed_from / TRAINER_STATE_NAME)).best_model_checkpoint
+            begun = {step_of(self.resumed_from), *([step_of(Path(then))] if then else [])}
         kept = {*args.keep_steps, *bests, *begun, *older[max(0, len(older) - others) :]}
         return [n for n in older if n not in kept]
 

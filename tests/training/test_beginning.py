@@ -7,6 +7,7 @@ import torch
 from support.models import tiny_gpt2
 from support.training import Samples, arguments
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from fire_llm import ContinualTrainer, ResetCallback, UserError
 from fire_llm.training import RecyclingCallback
@@ -197,6 +198,39 @@ def test_a_user_s_optimizer_and_schedule_begin_again_with_it(tmp_path):
         ends.append(trainer)
     assert ends[1].most < 0
     assert_same(*ends)
+
+
+def test_a_second_training_in_fp16_begins_again_with_its_moments_and_its_scale(tmp_path):
+    """Its optimizer is accelerate's already, which holds the scaler too."""
+    ends = []
+    for name, auto in (("a", False), ("b", True)):
+        trainer = continual(tmp_path / name, micro=4, accumulation=2, fp16=True, auto_find_batch_size=auto)
+        trainer.train()
+        if auto:
+            trainer.args.per_device_train_batch_size = trainer._train_batch_size = 8
+            trainer.args.gradient_accumulation_steps, trainer.most = 1, 2
+        trainer.train()
+        ends.append(trainer)
+    assert ends[1].most < 0
+    assert_same(*ends)
+
+
+def test_the_best_checkpoint_from_before_outlives_a_better_one_that_was_not_to_be(tmp_path):
+    class Planned(Continual):
+        def evaluation_loop(self, *args, **kwargs):
+            return EvalLoopOutput(None, None, {"eval_loss": self.planned.pop(0)}, 1)
+
+    settings = {"save_total_limit": 2, "eval_strategy": "steps", "metric_for_best_model": "eval_loss"}
+    for steps, most, planned in ((2, 99, [1.0, 2.0]), (4, 1, [0.5, 3.0, 3.0])):
+        given = arguments(
+            tmp_path, max_steps=steps, per_device_train_batch_size=8, gradient_accumulation_steps=1, save_steps=1,
+            eval_steps=1, load_best_model_at_end=True, auto_find_batch_size=True, warmup_steps=0, **settings,
+        )  # fmt: skip
+        trainer = Planned(tiny_gpt2(), given, Texts(), eval_dataset=Texts())
+        trainer.most, trainer.planned = most, planned
+        trainer.train(resume_from_checkpoint=steps == 4)
+    assert trainer.most < 0 and not trainer.planned
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
 
 
 def test_what_no_smaller_batch_can_help_is_one_message(tmp_path, monkeypatch):
