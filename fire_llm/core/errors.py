@@ -123,18 +123,28 @@ def reading(said: str) -> Iterator[None]:
         raise UserError(f"{said}: {kind}{first_line(cause)}") from error
 
 
+class _Faults(UserError):
+    """What several checks found, one by one."""
+
+    faults: list[str]
+
+
 def check_all(*checks: Callable[[], Any]) -> None:
     """Make checks that do not build on one another, and raise what all of them find as one `UserError`."""
     faults: list[str] = []
     for check in checks:
         try:
             check()
+        except _Faults as error:
+            faults += error.faults
         except UserError as error:
             faults.append(str(error))
     if len(faults) == 1:
         raise UserError(faults[0])
     if faults:
-        raise UserError("\n  ".join([f"{len(faults)} faults:", *faults]))
+        several = _Faults("\n  ".join([f"{len(faults)} faults:", *faults]))
+        several.faults = faults
+        raise several
 
 
 def did_you_mean(value: str, allowed: Iterable[str]) -> str:

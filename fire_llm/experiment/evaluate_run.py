@@ -185,7 +185,7 @@ def run_and_stages(folder: Path, progress: bool) -> tuple[RunContext, list[Stage
         raise UserError(f"'{folder}' is no run: it has no recipe.json. Give the folder that `fire-llm run` made")
     data = read_json(path, "run the recipe again, which writes it again")
     try:
-        run = RunContext(load_recipe(data), folder, progress)
+        run = RunContext(load_recipe(data, made=True), folder, progress)
         return run, expand(run)
     except UserError as error:
         if os.path.isabs(os.path.expanduser(str(data.get("data_root", ".")))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -94,13 +95,6 @@ class ResetSpec:
         except ValidationError as error:
             return list(dict(_fault(e, method) for e in error.errors()).items()), None
         faults = [(key, why) for key in given if (why := method.ignores(key, options))]
-        if name == "rescale" and options["scale"] == "keep-norm":
-            faults.append(
-                (
-                    "scale",
-                    "keep-norm keeps the norm, and 'rescale' changes nothing else: give sqrt or none",
-                )
-            )
         roles, chosen = options.pop("roles"), {key: options.pop(key) for key in ("exclude", "include")}
         layers = "" if (numbers := options.pop("layers")) is None else str(numbers)
         faults += [
@@ -113,6 +107,15 @@ class ResetSpec:
             allowed = ", ".join(MATRIX_ROLES)
             faults.append(("roles", f"'{name}' acts on matrices ({allowed}); {', '.join(wrong)} are not. Remove them"))
         return faults, None if faults else cls(name, options, roles, **chosen, layers=layers)
+
+    def idle(self) -> list[tuple[str, str]]:
+        """Return the option that leaves a method nothing to do, as (key, message), in a list; empty where it acts.
+
+        It is asked where a reset is given: what a run was made with before this was refused can still be read.
+        """
+        if self.method == "rescale" and self.options["scale"] == "keep-norm":
+            return [("scale", "keep-norm keeps the norm, and 'rescale' changes nothing else: give sqrt or none")]
+        return []
 
     def why_not(self, weight: ParameterSlice) -> str | None:
         """Return why this reset leaves a slice alone, or None where it acts."""
@@ -178,9 +181,13 @@ def parse_resets(resets: ResetsLike, options: Mapping[str, Any] | None = None) -
                 f"{', '.join(options)}: options stand beside a method's name alone; write them into the spec, such as "
                 f"{{'method': 'fire', {next(iter(options))!r}: …}}"
             )
-        return [ResetSpec.parse({"method": resets, **options})]
-    many = [resets] if isinstance(resets, str | Mapping | ResetSpec) else list(resets)
-    return [ResetSpec.parse(r) for r in many]
+        specs = [ResetSpec.parse({"method": resets, **options})]
+    else:
+        many = [resets] if isinstance(resets, str | Mapping | ResetSpec) else list(resets)
+        specs = [ResetSpec.parse(r) for r in many]
+    for key, message in itertools.chain(*(spec.idle() for spec in specs)):
+        raise UserError(f"{key}: {message}")
+    return specs
 
 
 def refuse_kinds(specs: Iterable[ResetSpec], kind: Kind = "transition") -> None:

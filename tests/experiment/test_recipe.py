@@ -13,7 +13,9 @@ from support.recipes import GOOD, changed
 from fire_llm import UserError, load_recipe
 from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.estimate import plan
+from fire_llm.experiment.evaluate_run import run_and_stages
 from fire_llm.experiment.recipe import Recipe, doubts, load_trials, recipe_schema, recipes_folder
+from fire_llm.resets import parse_resets
 
 
 def test_the_good_one_loads():
@@ -121,12 +123,25 @@ def test_arms_and_contradictions_and_then_all_that_the_model_and_the_machine_lac
     ]  # fmt: skip
     assert "'rescale' changes nothing else: give sqrt or none" in lines[2]
     data = changed("attention", "flash_attention_3")
+    data["report_to"] = ["comet_ml"]  # not installed
     data["phases"][1]["arms"]["fire"] = {"method": "fire", "exclude": ["nowhere"]}
     data["phases"][1]["arms"]["layers"] = {"method": "fire", "layers": "77"}
     with pytest.raises(UserError) as error:
         plan(load_recipe(data))
     said = str(error.value)
-    assert said.startswith("3 faults:") and "flash_attention_3" in said and "nowhere" in said and "77" in said
+    assert said.startswith("4 faults:") and said.count("faults:") == 1
+    assert all(word in said for word in ("comet_ml", "flash_attention_3", "nowhere", "77"))
+
+
+def test_a_run_is_read_that_was_made_with_an_arm_that_is_refused_today(tmp_path):
+    data = json.loads(json.dumps(GOOD))
+    data["phases"][1]["arms"]["control"] = {"method": "rescale", "scale": "keep-norm"}
+    (tmp_path / "recipe.json").write_text(json.dumps(data))
+    run, _ = run_and_stages(tmp_path, progress=False)
+    assert [reset.options["scale"] for reset in run.arms[run.recipe.phases[1].name]["control"]] == ["keep-norm"]
+    for refused in (lambda: load_recipe(data), lambda: parse_resets("rescale", {"scale": "keep-norm"})):
+        with pytest.raises(UserError, match="scale: keep-norm keeps the norm"):
+            refused()
 
 
 def test_later_phases_go_on_from_arms_of_the_same_name():

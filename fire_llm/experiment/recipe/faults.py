@@ -96,8 +96,13 @@ def _fields_at(loc: Iterable[Any]) -> list[str]:
     return list(sections.get(str(first), Recipe).model_fields)
 
 
-def arm_faults(data: Mapping[str, Any]) -> list[str]:
-    """Check every reset of every arm, whatever else is wrong with the recipe."""
+def arm_faults(data: Mapping[str, Any], made: bool = False) -> list[str]:
+    """Check every reset of every arm, whatever else is wrong with the recipe.
+
+    Args:
+        data: The recipe's.
+        made: Whether a run was made with it, which is then read, whatever its arms did.
+    """
     faults = []
     phases = data.get("phases")
     for i, phase in enumerate(phases if isinstance(phases, list) else []):
@@ -112,7 +117,10 @@ def arm_faults(data: Mapping[str, Any]) -> list[str]:
                         f"{where}: {reset!r} is no reset; write {{method: NAME}}, NAME one of {', '.join(RESETS)}"
                     )
                     continue
-                faults += [f"{where}.{key}: {message}" for key, message in ResetSpec.check(reset)[0]]
+                found, spec = ResetSpec.check(reset)
+                if spec is not None and not made:
+                    found = spec.idle()
+                faults += [f"{where}.{key}: {message}" for key, message in found]
     return faults
 
 

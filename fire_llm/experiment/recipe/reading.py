@@ -15,17 +15,18 @@ from fire_llm.experiment.recipe.plain import MOST_BYTES, plain_faults, printable
 from fire_llm.experiment.recipe.sections import Recipe
 
 
-def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = (), *, made: bool = False) -> Recipe:
     """Read a recipe from a YAML file, the name of a built-in one, or plain data.
 
     Args:
         source: Path, built-in name ("demo") or mapping.
         overrides: `KEY=VALUE` with a dotted key (`phases.1.steps=100`); the value is read as YAML.
+        made: A run was made with it, which is read; an arm of it that changes nothing is then no fault.
 
     Raises:
         UserError: With every fault found, one a line: `path: what is wrong, what is allowed`.
     """
-    recipe, faults = checked(read_data(source, overrides))
+    recipe, faults = checked(read_data(source, overrides), made)
     refuse(source, faults)
     assert recipe is not None
     return recipe
@@ -46,15 +47,15 @@ def read_data(source: str | Path | Mapping[str, Any], overrides: Iterable[str] =
     return data
 
 
-def checked(data: dict[str, Any]) -> tuple[Recipe | None, list[str]]:
-    """Return the recipe that plain data stand for, and every fault of theirs; there is one of the two."""
+def checked(data: dict[str, Any], made: bool = False) -> tuple[Recipe | None, list[str]]:
+    """Return the recipe that plain data stand for, None where they do not, and every fault of theirs."""
     faults: list[str] = []
     recipe: Recipe | None = None
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         faults += [f"{path_of(e['loc'])}: {explain(e)}" for e in error.errors()]
-    faults += arm_faults(data)
+    faults += arm_faults(data, made)
     if recipe is not None:
         faults += list(contradictions(recipe))
     return recipe, faults
