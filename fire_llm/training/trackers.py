@@ -46,8 +46,11 @@ _SIZES = ("_tokens", "_bytes")
 """What a stage's evaluations log beside scores: lengths of the texts, which make no curves."""
 
 
-_UPLOADS = {"wandb": ("WANDB_LOG_MODEL", ("checkpoint",)), "mlflow": ("HF_MLFLOW_LOG_ARTIFACTS", ("true", "1")),
-            "trackio": ("", ())}  # fmt: skip
+_UPLOADS = {
+    "wandb": ("WANDB_LOG_MODEL", ("checkpoint",)),
+    "mlflow": ("HF_MLFLOW_LOG_ARTIFACTS", ("1", "on", "yes", "true")),
+    "trackio": ("", ()),
+}
 """Trackers that read a checkpoint when one is saved where a variable has one of these values, and never else."""
 
 

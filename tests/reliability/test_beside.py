@@ -16,7 +16,7 @@ import torch
 from support.models import tiny_gpt2, tiny_llama
 from support.training import Samples, arguments
 from transformers import TrainerCallback
-from transformers.integrations import TrackioCallback, WandbCallback
+from transformers.integrations import MLflowCallback, TrackioCallback, WandbCallback
 
 from fire_llm import ContinualTrainer, UserError
 from fire_llm.core.atomic import checkpoints
@@ -25,6 +25,7 @@ from fire_llm.core.signals import Stopped, signals_handled
 from fire_llm.evaluation import texts
 from fire_llm.training import EvaluationSet, RecyclingCallback, saving, writer
 from fire_llm.training.rounded import rounded
+from fire_llm.training.trackers import reads_checkpoints
 from fire_llm.training.writer import Writer, on_host
 
 SAVE = ContinualTrainer._save
@@ -312,6 +313,10 @@ def test_on_an_accelerator_a_callback_that_looks_at_saves_finds_the_folder(tmp_p
     assert beside([TrackioCallback()]) and beside([WandbCallback()])
     monkeypatch.setenv("WANDB_LOG_MODEL", "checkpoint")
     assert not beside([WandbCallback()])
+    mlflow = MLflowCallback.__new__(MLflowCallback)  # which may not be installed
+    for value, read in (("on", True), ("Yes", True), ("1", True), ("true", True), ("false", False)):
+        monkeypatch.setenv("HF_MLFLOW_LOG_ARTIFACTS", value)
+        assert reads_checkpoints(mlflow) is read
 
 
 def test_copies_share_what_the_originals_share():
