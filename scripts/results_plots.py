@@ -164,6 +164,10 @@ def starts(of: Comparison) -> dict[str, list[str]]:
     return found
 
 
+def seeds_of(of: Comparison, arm: str) -> set[int]:
+    return {run.seed for run in of.runs(arm)}
+
+
 def looks(of: Comparison) -> dict[str, Style]:
     return palette([*dict.fromkeys(map(bare, of.arms))], {bare(arm) for arm in of.bases})
 
@@ -184,6 +188,8 @@ def panels(of: Comparison, difference: bool) -> str:
             lines = []
             for arm in arms:
                 base = of.reference(arm, BASE)
+                if difference and base and seeds_of(of, arm) != seeds_of(of, base):
+                    continue  # the two means are of other seeds
                 theirs = dict(evaluations(of.arms[base].curve, corpus)) if base else {}
                 tokens = {entry.step: entry.tokens for entry in of.arms[arm].curve}
                 points = [(tokens[step], nll, step) for step, nll in evaluations(of.arms[arm].curve, corpus) if step]
@@ -240,7 +246,7 @@ PLOTS: dict[str, tuple[Callable[[Comparison], str], str]] = {
     "differences": (
         lambda of: panels(of, True),
         "Mean NLL less that of base at the same tokens, logarithmic: below zero an arm is ahead, and where lines cross "
-        "one overtakes another.",
+        "one overtakes another. An arm with other seeds than base is left out.",
     ),
     "trade-off": (
         trade_off,

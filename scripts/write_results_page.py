@@ -124,12 +124,15 @@ class OfRun:
     @cached_property
     def facts(self) -> dict[str, str]:
         results, hardware, measured = self.results, self.results.hardware, self.results.measurement
-        asked = str((results.recipe or {}).get("precision", ""))
+        recipe = results.recipe or {}
+        asked = str(recipe.get("precision", ""))
+        # What was measured in says what was trained in where the recipe makes them one.
+        as_trained = measured is not None and (recipe.get("evaluate") or {}).get("precision") == "training"
         runs = [*results.phases, *(run for arm in results.arms.values() for run in arm.runs)]
         known = {
             "date": (results.created or "")[:10],
             "machine": hardware.accelerator or f"{hardware.cores} cores of {hardware.cpu}",
-            "precision": asked if asked != "auto" else measured.precision or asked if measured else "precision auto",
+            "precision": asked if asked != "auto" else (as_trained and measured.precision) or "precision auto",
             "seeds": ", ".join(map(str, sorted({run.seed for run in runs}))),
             "stages": str(len(runs)),
             "hours": f"{sum(run.seconds or 0 for run in runs) / 3600:.1f}",
@@ -201,6 +204,8 @@ class OfRun:
             mine = {seed: value - theirs[seed] for seed, value in mine.items() if seed in theirs}
         if not mine:
             raise UserError("no seed has it")
+        if column not in ("", "NLL") and (other or kind):
+            raise UserError(f"'{column}' is a column of an arm's own table: leave it out of a difference")
         if column in ("", "NLL"):
             return paired(mine.values()) if other or kind == "forgotten" else level(mine.values())
         if column == "perplexity":
@@ -507,6 +512,8 @@ def main(argv: list[str] | None = None, folder: Path = FOLDER) -> int:
         parser.error("--add RUN_DIR and --name NAME go together, --command goes with them, --check alone")
     if args.name and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", args.name):
         parser.error(f"--name {args.name}: small letters, digits, '-' and '.', as in a file's name")
+    if args.name == "page":
+        parser.error("--name page: page.md is the page's head; choose another name")
     try:
         if args.add:
             add(args.add, args.name, args.command, folder)

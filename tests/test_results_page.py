@@ -177,6 +177,18 @@ def test_a_run_is_added_with_its_seeds_and_its_numbers_are_computed_from_them(sc
     assert script.main(["--check"], folder) == 1
 
 
+@pytest.mark.parametrize(
+    ("trained", "evaluated", "said"),
+    [("auto", "fp32", "precision auto"), ("auto", "training", "bf16"), ("fp16", "fp32", "fp16")],
+)
+def test_the_precision_is_that_of_training_and_not_of_measuring(script, tmp_path, trained, evaluated, said):
+    data = json.loads((write_run(tmp_path / "run") / "results.json").read_text())
+    data["recipe"] |= {"precision": trained, "evaluate": {"precision": evaluated}}
+    measured = "fp32" if evaluated == "fp32" else "bf16"
+    data["measurement"] = {"precision": measured, "context": 64, "stride": 64, "per_document": False}
+    assert script.OfRun({"results": data}).facts["precision"] == said
+
+
 def test_each_warm_start_is_compared_with_its_own_base_and_a_missing_seed_is_told(script, folder, tmp_path):
     run = write_run(tmp_path / "run", ("final", "best"), short="s-and-p-0.2")
     assert script.main(["--add", str(run), "--name", "starts"], folder) == 0
@@ -217,6 +229,17 @@ def test_plots_show_every_arm_where_it_is(script, folder, tmp_path):
     assert float(labels["0.5"].get("x")) > float(labels["0.2"].get("x"))
     (folder / "drawn.md").write_text("{tables}\n")
     assert script.main([], folder) == 0 and not [*folder.glob("*.svg")]
+
+
+def test_differences_are_drawn_of_arms_with_the_seeds_of_base_alone(script, folder, tmp_path):
+    run = write_run(tmp_path / "run", short="s-and-p-0.2")
+    assert script.main(["--add", str(run), "--name", "drawn"], folder) == 0
+    (folder / "drawn.md").write_text("{plot curves}\n\n{plot differences}\n")
+    assert script.main([], folder) == 0
+    curves, differences = (
+        {e.text for e in ElementTree.parse(folder / f"drawn-{kind}.svg").iter()} for kind in ("curves", "differences")
+    )
+    assert "s-and-p-0.2" in curves - differences and "s-and-p-0.5" in curves & differences
 
 
 def table_study(folder: Path, text: str) -> None:
@@ -271,6 +294,7 @@ def test_what_cannot_be_added_is_told(script, folder, tmp_path, capsys):
         (["--add", str(tmp_path / "nothing"), "--name", "a"], "no results there"),
         (["--add", str(run)], "--add RUN_DIR and --name NAME go together"),
         (["--add", str(run), "--name", "a/b"], "--name a/b: small letters"),
+        (["--add", str(run), "--name", "page"], "--name page: page.md is the page's head"),
     ):
         with pytest.raises(SystemExit) as ended:
             script.main(arguments, folder)
@@ -284,6 +308,8 @@ def test_what_cannot_be_added_is_told(script, folder, tmp_path, capsys):
         ("web/base", "no corpus of this study: new, old"),
         ("new/flame", "no arm of this study: base, full-reset"),
         ("new/base/colour", "no column 'colour'"),
+        ("new/full-reset/perplexity - base", "'perplexity' is a column of an arm's own table"),
+        ("forgotten old/base/perplexity", "'perplexity' is a column of an arm's own table"),
     ):
         with pytest.raises(UserError, match=fault):
             study.cell(address)
