@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
 from fire_llm.core.atomic import AVERAGED
@@ -40,20 +41,14 @@ def overtraining(stage: Stage, threshold: float) -> Overtraining:
     averaged = checkpoint.name == AVERAGED
     state = read_state(checkpoint.parent if averaged else checkpoint, TRAINER_STATE)
     history = [entry for entry in state["log_history"] if entry["step"] <= state["global_step"]]
-    corpora = measured_corpora(parent)
-    try:
+    weights, evaluated = parent.phase.data, stage.run.recipe.evaluated()
+    corpora = [name for name in weights if weights[name] and name in evaluated]
+    found: Overtraining | None = None
+    with suppress(ValueError):
         found = Overtraining.of(history, "ema_nll" if averaged else "eval_nll", corpora, threshold)
-    except ValueError:
-        found = None
     if found is None or found.step != state["global_step"]:
         raise UserError(
             f"{stage.title}: the log holds no finite held-out loss of '{checkpoint}', so that nobody knows whether it "
             "is overtrained: leave when out, or start from a step at which its phase was evaluated"
         )
     return found
-
-
-def measured_corpora(stage: Stage) -> list[str]:
-    """Return the corpora that a stage trains on and is measured on."""
-    data = stage.phase.data
-    return [name for name in data if data[name] and name in stage.run.recipe.evaluated()]

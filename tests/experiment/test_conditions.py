@@ -162,9 +162,7 @@ def test_what_knows_no_phase_before_refuses_a_condition(tmp_path):
         lambda: ResetCallback("fire", when={"overtrained": 0.5}),
         lambda: reset_checkpoint(tmp_path, tmp_path / "new", "fire", when="overtrained"),
     ):
-        with pytest.raises(
-            UserError, match="when: 'overtrained' is judged by the phase before, and there is none"
-        ):
+        with pytest.raises(UserError, match="when: 'overtrained' is judged by the phase before, and there is none"):
             call()
 
 
