@@ -92,7 +92,6 @@ def test_a_condition_is_a_word_or_a_number_of_nats():
             {"method": "fire", "when": {"overtrained": -1}},
             "-1 is not allowed: give overtrained, or {",
         ),
-        ({"method": "fire", "when": {"overtrained": float("inf")}}, "inf is not allowed"),
         ({"method": "fire", "when": {}}, "{} is not allowed"),
         ({"method": "fire", "when": {"srank": 3}}, "'srank' is not allowed"),
         ({"method": "fire", "when": True}, "True is not allowed"),
@@ -179,7 +178,7 @@ def stream(folder: Path) -> dict:
         (folder / f"{name}.jsonl").write_text(f"{json.dumps({'text': text * 8})}\n" * 12)
     data["corpora"]["a"] = {"files": "read.jsonl", "validation": "other.jsonl"}
     data["optimizer"] = {"lr": 3.0e-2, "min_lr": 3.0e-2, "warmup": 0.0}
-    data["evaluate"] = {"data": ["a", "b"], "every_steps": 4, "max_tokens": 200}
+    data["evaluate"] = {"data": ["a", "b"], "every_steps": 4, "max_tokens": 600}
     head = {"method": "fire", "roles": ["lm_head"]}
     shrink = {"method": "shrink_perturb", "shrink": 0.3, "roles": ["mlp"]}
     always = {"base": "none", "head": head, "both": [shrink, head]}
