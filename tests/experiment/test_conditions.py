@@ -181,11 +181,10 @@ def stream(folder: Path) -> dict:
     data["evaluate"] = {"data": ["a", "b"], "every_steps": 4, "max_tokens": 600}
     head = {"method": "fire", "roles": ["lm_head"]}
     shrink = {"method": "shrink_perturb", "shrink": 0.3, "roles": ["mlp"]}
-    always = {"base": "none", "head": head, "both": [shrink, head]}
+    always = {"base": "none", "head": head}
     when = {
         "head-when": {**head, "when": "overtrained"},
         "one-when": [{**shrink, "when": {"overtrained": 90.0}}, {**head, "when": {"overtrained": 0.2}}],
-        "none-when": [{**shrink, "when": {"overtrained": 90.0}}, {**head, "when": {"overtrained": 90.0}}],
         "full-when": {"method": "full_reset", "when": {"overtrained": 90.0}},
     }
     data["phases"] = [
@@ -224,11 +223,9 @@ def reset_of(run: Path, arm: str) -> dict:
 def test_a_waiting_reset_is_the_same_as_an_unconditional_one_or_as_none(ran):
     assert same(ran, "head-when@final", "head@final") and not same(ran, "head@final", "base@final")
     assert same(ran, "one-when@final", "head@final")  # of a list, each has its own condition
-    assert not same(ran, "both@final", "head@final")
-    for arm in ("none-when@final", "full-when@final"):
-        assert same(ran, arm, "base@final")
+    assert same(ran, "full-when@final", "base@final")
     assert not same(ran, "head@best", "base@best")
-    for arm in ("head-when@best", "one-when@best", "none-when@best", "full-when@best"):
+    for arm in ("head-when@best", "one-when@best", "full-when@best"):
         assert same(ran, arm, "base@best")
 
 
@@ -248,10 +245,10 @@ def test_what_decided_is_what_the_checkpoint_was_measured_at(ran):
     [reset] = reset_of(ran, "head-when@best")["resets"]
     found = reset["found"]
     assert not found["applied"] and found["step"] == found["lowest_step"] == lowest and found["nll"] == held_out[lowest]
-    report = reset_of(ran, "none-when@final")
+    report = reset_of(ran, "full-when@final")
     assert not report["touched"] and report["optimizer_states_cleared"] == 0
     assert all("not applied: held-out" in row["reason"] for row in report["untouched"])
-    assert [r["found"] for r in reset_of(ran, "both@final")["resets"]] == [None, None]
+    assert [r["found"] for r in reset_of(ran, "head@final")["resets"]] == [None]
 
 
 def test_an_average_is_judged_by_the_averages_before_it(ran, tmp_path):
@@ -308,8 +305,8 @@ def test_two_ranks_decide_alike(ran, tmp_path, monkeypatch):
     data = {**stream(tmp_path), "data_root": str(ran.parent)}
     run = shutil.copytree(ran, tmp_path / "run", ignore=shutil.ignore_patterns("next"))
     (first, said), (second, other) = run_ranks(
-        2, run_rank, tmp_path, data, run, {}, ["head-when", "none-when"], seconds=200
+        2, run_rank, tmp_path, data, run, {}, ["head-when", "full-when"], seconds=200
     )
     assert first == second and said.count("applied: held-out") and not other
-    for arm, applied in (("head-when@final", True), ("head-when@best", False), ("none-when@final", False)):
+    for arm, applied in (("head-when@final", True), ("head-when@best", False), ("full-when@final", False)):
         assert reset_of(run, arm)["resets"][0]["found"]["applied"] is applied
