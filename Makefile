@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-PYTEST  = $(BIN)/python -m pytest $(PARALLEL)
-PARALLEL = -n logical --maxprocesses 4 --dist worksteal
+PYTEST  = $(BIN)/python -m pytest $(OPTIONS)
+OPTIONS = -n logical --maxprocesses 4 --dist worksteal $(ARGS)
 
 # The lowest versions that pyproject.toml allows, with the lowest torch and Python (LOWEST) or with the locked torch and
 # PYTHON (FLOOR): an older torch is a download of gigabytes.
@@ -15,6 +15,9 @@ LOWEST_TORCH := $(shell sed -n 's/^ *"torch>=\(.*\)",$$/torch==\1/p' pyproject.t
 # What of the suite fits into ten minutes, installing included.
 FLOOR_TESTS := $(addprefix tests/,$(addsuffix .py,test_imports core/test_compat test_models architectures/test_layout \
 	checkpoint/test_rewrite evaluation/test_perplexity training/test_trainer))
+
+# Dozens of processes import the package and the tests: compiled once, whatever the shell says.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help demo test test-all test-lowest test-floor lint format schema clean
 
@@ -48,17 +51,17 @@ $(FLOOR)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed  ## pretrain, reset, continue, compare: offline, on a CPU, in minutes (ARGS="--num-processes 2")
 	$(BIN)/fire-llm demo $(ARGS)
 
-test: $(VENV)/.installed  ## run the tests (no network, no accelerator)
+test: $(VENV)/.installed  ## run the tests: no network, no accelerator (ARGS="--durations=30")
 	$(PYTEST)
 
 test-all: $(VENV)/.installed  ## run the slow tests too
 	$(PYTEST) -m 'not gpu'
 
 test-lowest: $(LOWEST)/.installed  ## run the tests at the lowest versions that pyproject.toml allows (gigabytes)
-	$(LOWEST)/bin/python -m pytest $(PARALLEL)
+	$(LOWEST)/bin/python -m pytest $(OPTIONS)
 
 test-floor: $(FLOOR)/.installed  ## run a part of the tests at the lowest versions, but for torch and Python
-	$(FLOOR)/bin/python -m pytest $(PARALLEL) $(FLOOR_TESTS)
+	$(FLOOR)/bin/python -m pytest $(OPTIONS) $(FLOOR_TESTS)
 
 lint: $(VENV)/.installed  ## check style, imports and types
 	$(BIN)/ruff check .
@@ -69,11 +72,12 @@ format: $(VENV)/.installed  ## rewrite the code in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-schema: $(VENV)/.installed  ## write the JSON schemas of recipes and results, and the tables of docs/results-schema.md and docs/trainer.md
+schema: $(VENV)/.installed  ## write the JSON schemas, the tables of docs/results-schema.md and docs/trainer.md, and docs/results.md
 	$(BIN)/fire-llm check --schema > recipes/schema.tmp && mv recipes/schema.tmp recipes/recipe.schema.json
 	$(BIN)/fire-llm report --schema > docs/schema.tmp && mv docs/schema.tmp docs/results.schema.json
 	$(BIN)/python scripts/write_schema_page.py
 	$(BIN)/python scripts/write_trainer_page.py
+	$(BIN)/python scripts/write_results_page.py
 
 clean:  ## delete the environments, not the runs
 	rm -rf $(VENV) $(LOWEST) $(FLOOR)

@@ -45,6 +45,22 @@ def longest_context(config: Any) -> int | None:
     return max(longest, _stretched(text))
 
 
+def refuse_length(config: Any, length: int) -> None:
+    """Refuse a length of sequences that a model cannot be trained with, though it reads texts of that length.
+
+    Raises:
+        UserError: A Reformer's positions are laid out for one length in training.
+    """
+    text = config.get_text_config()
+    if text.model_type == "reformer" and text.axial_pos_embds and length != (wanted := prod(text.axial_pos_shape)):
+        shape = [*text.axial_pos_shape]
+        raise UserError(
+            f"model.context: {length} tokens a sequence do not fit axial_pos_shape {shape}: a Reformer with axial "
+            f"positions trains on exactly {' x '.join(map(str, shape))} = {wanted} tokens. Set the context to that, or "
+            "give an axial_pos_shape whose product is the context"
+        )
+
+
 def positions_attribute(text: Any) -> str:
     """Return the name under which the config of a text model stores its number of positions."""
     name = _ATTRIBUTES.get(text.model_type, "max_position_embeddings")

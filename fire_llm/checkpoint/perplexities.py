@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fire_llm.core.errors import UserError
-from fire_llm.evaluation.checkpoints import score_checkpoints
+from fire_llm.evaluation.checkpoints import open_checkpoints, score_checkpoints
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,22 @@ class Texts:
     context: int | None = None
     device: str = "cpu"
 
-    def nll(self, folder: Path, progress: bool) -> dict[str, float]:
+    def check(self, folder: Path) -> None:
+        """Hold the texts against a checkpoint, without reading its weights.
+
+        Raises:
+            UserError: There is no such text, or its settings do not fit the checkpoint.
+        """
+        if self.names:
+            open_checkpoints([str(folder)], self.names, max_tokens=self.max_tokens, context=self.context)
+
+    def nll(self, folder: Path, progress: bool, title: Path) -> dict[str, float]:
         """Return the mean NLL of a checkpoint by text, nats a token; collective, and the whole model is loaded.
+
+        Args:
+            folder: The checkpoint.
+            progress: Whether a bar is shown.
+            title: The checkpoint as the bar calls it.
 
         Raises:
             UserError: As `score_checkpoints` raises it.
@@ -36,6 +50,7 @@ class Texts:
             context=self.context,
             device=self.device,
             progress=progress,
+            titles=[str(title)],
         )
         return {row.data: row.nll for row in found.rows}
 

@@ -18,6 +18,8 @@ from fire_llm.checkpoint.headers import WRITABLE, StoredTensor, read_header
 from fire_llm.core.errors import UserError, did_you_mean
 
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+"""Names of `DTYPES` by those of torch and of `eval`."""
 """Dtypes that a result may be written in, and what safetensors calls them."""
 
 _ELEMENTS = 1 << 22  # converted at a time

@@ -25,7 +25,7 @@ from fire_llm.architectures.matrices import ParameterSlice
 from fire_llm.checkpoint.card import PROVENANCE, write_card, write_provenance
 from fire_llm.checkpoint.drawn import draw_initial
 from fire_llm.checkpoint.perplexities import Texts, check_texts
-from fire_llm.checkpoint.recast import cast_bytes, cast_tensors, check_dtype, settle, torch_dtype, write_casts
+from fire_llm.checkpoint.recast import SHORT, cast_bytes, cast_tensors, check_dtype, settle, torch_dtype, write_casts
 from fire_llm.checkpoint.refusals import refuse_destination
 from fire_llm.checkpoint.stored import Slices, Stored
 from fire_llm.core.atomic import free_bytes, writing
@@ -104,6 +104,7 @@ def reset_checkpoint(
     specs = parse_resets(method, options)
     refuse_kinds(specs)
     _check_start(specs, init, seed)
+    dtype = SHORT.get(dtype, dtype)
     check_dtype(dtype)
     where = find_device(device)
     check_texts(texts := Texts(measure_on, max_tokens, context, device))
@@ -160,6 +161,7 @@ class _Rewrite:
         stored = Stored.open(src, revision, native=native)
         more = cast_bytes(stored.source.tensors.values(), dtype) if dtype != "keep" else 0
         refuse_destination(dst, stored.source.folder, stored.source.n_bytes + more, free_bytes(dst.parent))
+        texts.check(stored.source.folder)
         start = Stored.open(init, native=native) if init is not None else None
         initial: Any = start.model if start is not None else None
         slices: Mapping[str, ParameterSlice] | None = Slices(start.model, start.loaded) if start is not None else None
@@ -192,7 +194,8 @@ class _Rewrite:
     def run(self) -> ResetReport:
         """Copy, reset, hash and describe; rank 0 makes the folder, all share the resets."""
         first = is_first()
-        nll = self.texts.nll(self.stored.source.folder, self.progress and first)
+        source = self.stored.source.folder
+        nll = self.texts.nll(source, self.progress and first, source)
         with ExitStack() as stack, _Hasher() as hasher:
             made = together(
                 None, lambda: stack.enter_context(staged(self.destination)) if first else None, "staged", _PATIENCE
@@ -206,7 +209,7 @@ class _Rewrite:
                 executor.join(None)
             report = self._report(executor, seconds, shared)
             together(None, lambda: self._settle(folder) if first else None, "settled", _PATIENCE)
-            after = self.texts.nll(folder, self.progress and first)
+            after = self.texts.nll(folder, self.progress and first, self.destination)
             report.nll = {text: [before, after[text]] for text, before in nll.items()}
             report.copying_seconds = copying
             together(

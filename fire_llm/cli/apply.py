@@ -41,7 +41,9 @@ def add_options(verb: ArgumentParser) -> None:
         "--exclude", action="append", metavar="REGEX", help="leave names in which it is found (repeatable)"
     )
     verb.add_argument("--layers", metavar="N-M", help="only these layers, counted from 0: 4, 4-11 or 0-3,8")
-    verb.add_argument("--dtype", default="keep", metavar="NAME", help="of the result: fp32, bf16, fp16 or keep (keep)")
+    verb.add_argument(
+        "--dtype", default="keep", metavar="NAME", help="of the result: fp32 (or float32), bf16, fp16, keep (keep)"
+    )
     verb.add_argument(
         "--init", type=path, metavar="CKPT", help="initial weights, for shrink_perturb, full_reset, initial_norm"
     )
@@ -55,7 +57,9 @@ def add_options(verb: ArgumentParser) -> None:
         "--measure-on", nargs="+", default=[], type=path, metavar="TEXT",
         help="corpora or files: measure the loss on them, before and after; loads the whole model",
     )  # fmt: skip
-    verb.add_argument("--max-tokens", type=int, metavar="N", help="of each such text the first N tokens at most")
+    verb.add_argument(
+        "--max-tokens", type=int, metavar="N", help="of each such text the first documents, N tokens at most"
+    )
     verb.add_argument("--context", type=int, metavar="N", help="tokens read at once there (the model's longest)")
     verb.add_argument("--no-measures", action="store_true", help="do not measure the matrices before and after")
     verb.add_argument("--dry-run", action="store_true", help="print what would be done, read and write no weights")

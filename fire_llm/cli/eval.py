@@ -48,8 +48,8 @@ def add_options(verb: ArgumentParser) -> None:
     verb.add_argument(
         "--dtype",
         default="float32",
-        choices=("float32", "stored", "bfloat16", "float16", "float64"),
-        help="of weights and their products (float32); stored: the checkpoint's",
+        choices=("float32", "stored", "bfloat16", "float16", "float64", "fp32", "bf16", "fp16", "fp64"),
+        help="of weights and their products: fp32 (or float32, the same), bf16, fp16, fp64; stored: the checkpoint's",
     )
     add_device(verb)
     verb.add_argument("--compile", action="store_true", help="compile the trunk: 20 s or so, for long texts")

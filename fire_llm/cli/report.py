@@ -37,7 +37,7 @@ def main(arguments: Namespace) -> None:
         return
     if not arguments.runs:
         raise UserError("report: name the folder of a finished run, RUN_DIR")
-    results = [_results(Path(run)) for run in arguments.runs]
+    results = [results_of(Path(run)) for run in arguments.runs]
     page = Path(arguments.output) if arguments.output else Path(arguments.runs[0]) / "report.html"
     try:
         page = write_report(results if len(results) > 1 else results[0], page)
@@ -50,7 +50,7 @@ def main(arguments: Namespace) -> None:
     print(f"report: {page}")
 
 
-def _results(run: Path) -> Results:
+def results_of(run: Path) -> Results:
     """Return the results of a run, of one that has none yet what is finished of it."""
     from fire_llm.core.atomic import is_run
     from fire_llm.reporting.tables import load_results

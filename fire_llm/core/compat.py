@@ -20,16 +20,19 @@ from fire_llm.core.errors import UserError
 
 TRAINER_HOOKS = (
     "_clip_grad_norm", "_get_grad_norm", "_init_training_state",  # from 5.3
-    "_get_num_items_in_batch", "_get_output_dir", "_get_train_sampler", "_load_best_model", "_load_from_checkpoint",
-    "_load_optimizer_and_scheduler", "_load_rng_state", "_maybe_log_save_evaluate", "_save_checkpoint",
+    "_get_num_items_in_batch", "_get_output_dir", "_get_train_sampler", "_inner_training_loop", "_load_best_model",
+    "_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_state", "_maybe_log_save_evaluate",
+    "_run_epoch", "_save_checkpoint",
     "_save_optimizer_and_scheduler", "compute_loss", "create_accelerator_and_postprocess", "create_optimizer",
     "create_scheduler", "evaluate", "evaluation_loop", "floating_point_ops", "get_batch_samples",
-    "get_decay_parameter_names", "get_train_dataloader", "log", "save_model", "training_step",
+    "get_decay_parameter_names", "get_train_dataloader", "log", "save_model", "set_initial_training_values",
+    "training_step",
 )  # fmt: skip
 """Methods of `Trainer` that `ContinualTrainer` overrides, and that `Trainer` itself must call."""
 
 TRAINER_ATTRIBUTES = (
-    "_created_lr_scheduler", "_globalstep_last_logged", "_n_gpu", "_prepare_inputs", "_save", "_tr_loss"
+    "_created_lr_scheduler", "_globalstep_last_logged", "_n_gpu", "_prepare_inputs", "_save", "_tr_loss",
+    "_train_batch_size",
 )  # fmt: skip
 """Other private names of `Trainer` that are read, set or called; `_tr_loss` from 5.3."""
 

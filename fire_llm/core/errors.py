@@ -6,8 +6,9 @@ import difflib
 import errno
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 _FSDP2 = "fsdp_version: 2 (as --accelerate-config fsdp2 has it)"
 ENGINES = {
@@ -120,6 +121,20 @@ def reading(said: str) -> Iterator[None]:
         cause = error if isinstance(error, OSError) else error.__cause__ or error
         kind = "" if isinstance(cause, OSError | ValueError | RuntimeError | TypeError) else f"{type(cause).__name__}, "
         raise UserError(f"{said}: {kind}{first_line(cause)}") from error
+
+
+def check_all(*checks: Callable[[], Any]) -> None:
+    """Make checks that do not build on one another, and raise what all of them find as one `UserError`."""
+    faults: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            faults.append(str(error))
+    if len(faults) == 1:
+        raise UserError(faults[0])
+    if faults:
+        raise UserError("\n  ".join([f"{len(faults)} faults:", *faults]))
 
 
 def did_you_mean(value: str, allowed: Iterable[str]) -> str:

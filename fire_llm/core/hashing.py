@@ -64,7 +64,9 @@ def hash_file(
             return of_chunk(os.pread(file.fileno(), chunk, start))
 
         whole, starts = blake2b(digest_size=32), range(0, size, chunk)
-        for start, found in zip(starts, pool.map(digest_of, starts), strict=True):
+        # Most files are one chunk, for which a thread is not worth its start.
+        digests = pool.map(digest_of, starts) if size > chunk else map(digest_of, starts)
+        for start, found in zip(starts, digests, strict=True):
             whole.update(found)
             advance(min(chunk, size - start))
         return whole.hexdigest()

@@ -125,8 +125,8 @@ class TokenFile:
         whole = int(np.searchsorted(ends[:, 0], limit, side="right"))
         if not whole:
             raise UserError(
-                f"the first document of '{self.path.name}' has {ends[0, 0]} tokens, more than the limit of {limit}. "
-                "Raise the limit, or cut the corpus into smaller documents."
+                f"the first document of '{self.path.name}' has {ends[0, 0]} tokens, more than the limit of {limit}, "
+                f"and documents stay whole: give at least {ends[0, 0]}, or cut the corpus into smaller documents"
             )
         n_tokens, n_bytes, n_words = (int(end) for end in ends[whole - 1])
         return TokenFile(self.path, self.tokens[:n_tokens], n_tokens, n_bytes, n_words, whole, self.content, self._ends)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from glob import has_magic
+from typing import Any
 
 import torch
 
@@ -26,6 +27,9 @@ from fire_llm.evaluation.statistics import paired_difference, standard_errors
 from fire_llm.evaluation.tasks import find_tasks, refuse_prefix, run_tasks
 from fire_llm.evaluation.texts import EvaluationSet, score
 from fire_llm.models import check_fits, find_device, load_model, load_tokenizer, pretrained_config
+
+LONG = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""torch's names of dtypes, by those of recipes and of `apply`."""
 
 DTYPES = ("stored", "float32", "bfloat16", "float16", "float64")
 
@@ -51,6 +55,7 @@ def score_checkpoints(
     num_fewshot: int | None = None,
     diagnostics: bool = False,
     progress: bool = True,
+    titles: Sequence[str] = (),
 ) -> CheckpointEvaluation:
     """Measure checkpoints on corpora; under torch.distributed ranks share the work, and all return the same.
 
@@ -74,6 +79,7 @@ def score_checkpoints(
         num_fewshot: As in `run_tasks`.
         diagnostics: Also diagnose each model on each text, as in `diagnose`, at this `context`.
         progress: Show progress bars.
+        titles: What bars call the checkpoints; none: by their names.
 
     Returns:
         What `fire-llm eval --json` writes as plain data.
@@ -84,22 +90,17 @@ def score_checkpoints(
     check_choice("prefix", prefix, PREFIXES)
     if tasks:
         refuse_prefix(prefix)
+    dtype = LONG.get(dtype, dtype)
     check_choice("dtype", dtype, DTYPES)
-    if max_tokens is not None and max_tokens < 2:
-        raise UserError(f"--max-tokens {max_tokens}: at least 2 are needed, one to predict and one before it")
     where = find_device(device)
-    read = (_corpus(name, split, column, document) for name in data)
-    corpora = {corpus.name: (corpus, part) for corpus, part in read}
     if tasks:
         find_tasks(tasks)  # before texts are scored for hours
     rows: list[CheckpointRow] = []
     found, answers = [], {}
-    tokenizers = {name: load_tokenizer(name) for name in names}
-    for name, tokenizer in tokenizers.items():  # a fault of the last one is reported before the first is scored
-        config = pretrained_config(name)
-        check_fits(config, tokenizer, None)
-        choose_context(config, context)
-        first_token(tokenizer, prefix, name)
+    corpora, tokenizers = open_checkpoints(
+        names, data, split, column, document, max_tokens=max_tokens, context=context, prefix=prefix
+    )
+    shown = dict(zip(names, titles or names, strict=True))
     for name in names:
         tokenizer = tokenizers[name]
         model = load_model(name, "auto" if dtype == "stored" else getattr(torch, dtype)).to(where)
@@ -117,7 +118,7 @@ def score_checkpoints(
             stride=stride,
             batch_size=batch_size,
             compiled=compiled,
-            progress=f"{name} on" if progress else None,
+            progress=f"{shown[name]} on" if progress else None,
         )
         for text, result in measured.items():
             errors = standard_errors(result.scores)
@@ -138,6 +139,37 @@ def score_checkpoints(
         del model
     settings = CheckpointSettings(prefix, per_document, str(where), max_tokens=max_tokens)
     return CheckpointEvaluation(settings, rows, _differences(rows), found, answers)
+
+
+def open_checkpoints(
+    names: Sequence[str],
+    data: Sequence[str],
+    split: str = "validation",
+    column: str | None = None,
+    document: str | None = None,
+    *,
+    max_tokens: int | None = None,
+    context: int | None = None,
+    prefix: str = "auto",
+) -> tuple[dict[str, tuple[Corpus, str]], dict[str, Any]]:
+    """Return what is measured on, by corpus, and each checkpoint's tokenizer; arguments are those of the scoring.
+
+    A fault of the last one is reported before the first is scored.
+
+    Raises:
+        UserError: As `score_checkpoints` raises it, as far as configs and tokenizers show it.
+    """
+    if max_tokens is not None and max_tokens < 2:
+        raise UserError(f"--max-tokens {max_tokens}: at least 2 are needed, one to predict and one before it")
+    read = (_corpus(name, split, column, document) for name in data)
+    corpora = {corpus.name: (corpus, part) for corpus, part in read}
+    tokenizers = {name: load_tokenizer(name) for name in names}
+    for name, tokenizer in tokenizers.items():
+        config = pretrained_config(name)
+        check_fits(config, tokenizer, None)
+        choose_context(config, context)
+        first_token(tokenizer, prefix, name)
+    return corpora, tokenizers
 
 
 def _differences(rows: Sequence[CheckpointRow]) -> list[CheckpointDifference]:

@@ -14,7 +14,7 @@ from fire_llm.architectures.matrices import hidden_matrices, logical_matrices
 from fire_llm.core import hardware
 from fire_llm.core.atomic import AVERAGED_BYTES, BYTES_A_PARAMETER, checkpoints
 from fire_llm.core.console import show_table
-from fire_llm.core.errors import UserError
+from fire_llm.core.errors import UserError, check_all
 from fire_llm.core.flops import PEAK_FLOPS, flops_per_token
 from fire_llm.core.hardware import resolve_precision
 from fire_llm.core.terminal import open_console
@@ -58,26 +58,18 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
             no whole number of the model's sequences.
     """
     run = RunContext(recipe, output)
-    split_batch(run, 1, memory=0)  # what one process cannot divide, none can
     model = model_on_meta(run.planned_config)
-    words = (recipe.tokenizer and recipe.tokenizer.path) or (None if run.tokenizer_corpora else recipe.model.checkpoint)
-    if words and isdir(words):  # one of the Hub's is held against the embedding when it is loaded
-        check_fits(run.planned_config, load_tokenizer(words), recipe.model.context)
-        check_prompts(run)
-    if recipe.report_to:
-        from fire_llm.training.trackers import check_trackers  # the trainer takes seconds to import
-
-        check_trackers(recipe.report_to, recipe.name)
+    stages = select(expand(run), arms)
+    check_all(
+        lambda: split_batch(run, 1, memory=0),  # what one process cannot divide, none can
+        lambda: _check_tokenizer(run),
+        lambda: _check_trackers(recipe),
+        lambda: check_resets(stages),
+        lambda: _check_recycling(stages, model),
+    )
     parameters = sum(p.numel() for p in model.parameters())
     # Where a token's operations are not counted exactly (experts, state spaces), 6 a parameter is not too few.
     flops_a_token = flops_per_token(model, run.sequence_length) or 6 * parameters
-    stages = select(expand(run), arms)
-    check_resets(stages)
-    if recycling := [r for stage in stages for r in stage.resets if r.kind == "recycling"]:
-        from fire_llm.training.recycling import recycled_layers  # the trainer takes seconds to import
-
-        for spec in recycling:
-            recycled_layers(model, spec)
     rows: list[dict[str, Any]] = []
     for stage in stages:
         steps = _steps(stage)
@@ -111,6 +103,30 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
         "disk_bytes": disk * parameters,
         "memory_bytes": parameters * (TRAINING_BYTES + averaged),
     }
+
+
+def _check_tokenizer(run: RunContext) -> None:
+    """Hold a local tokenizer, and what is to be generated, against the model."""
+    recipe = run.recipe
+    words = (recipe.tokenizer and recipe.tokenizer.path) or (None if run.tokenizer_corpora else recipe.model.checkpoint)
+    if words and isdir(words):  # one of the Hub's is held against the embedding when it is loaded
+        check_fits(run.planned_config, load_tokenizer(words), recipe.model.context)
+        check_prompts(run)
+
+
+def _check_trackers(recipe: Recipe) -> None:
+    if recipe.report_to:
+        from fire_llm.training.trackers import check_trackers  # the trainer takes seconds to import
+
+        check_trackers(recipe.report_to, recipe.name)
+
+
+def _check_recycling(stages: Iterable[Stage], model: Any) -> None:
+    if recycling := [r for stage in stages for r in stage.resets if r.kind == "recycling"]:
+        from fire_llm.training.recycling import recycled_layers  # the trainer takes seconds to import
+
+        for spec in recycling:
+            recycled_layers(model, spec)
 
 
 def _machines(run: RunContext, parameters: int, each: int, flops: float) -> list[dict[str, Any]]:

@@ -18,13 +18,14 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from fire_llm.architectures.attention import refuse_attention
+from fire_llm.architectures.context import refuse_length
 from fire_llm.core.atomic import AVERAGED, CONTINUAL_STATE, checkpoints, read_json, step_of
-from fire_llm.core.errors import UserError, did_you_mean
+from fire_llm.core.errors import UserError, check_all, did_you_mean
 from fire_llm.core.hardware import resolve_precision
 from fire_llm.core.hashing import digest
 from fire_llm.core.manifest import STATES, TRAINER_STATE, damage, read_state, weights_hash
@@ -191,26 +192,31 @@ def check_resets(stages: Iterable[Stage]) -> None:
         UserError: Naming the arm, the pattern and the names nearest to it; or `check_kernels`.
     """
     stages = list(stages)
-    for run in dict.fromkeys(stage.run for stage in stages):
-        check_kernels(run)
     models: dict[RunContext, Any] = {}
-    for stage in {(stage.run, stage.phase.name, stage.arm): stage for stage in stages}.values():
-        for reset in (reset for reset in stage.resets if reset.selection):
-            if stage.run not in models:
-                models[stage.run] = model_on_meta(stage.run.planned_config)
-            try:
-                refuse_unfound([reset], slices_of(models[stage.run], [reset], reset.kind))
-            except UserError as error:
-                raise UserError(f"phase '{stage.phase.name}', arm '{stage.arm}': {error}") from error
+
+    def find(stage: Stage, reset: ResetSpec) -> None:
+        if stage.run not in models:
+            models[stage.run] = model_on_meta(stage.run.planned_config)
+        try:
+            refuse_unfound([reset], slices_of(models[stage.run], [reset], reset.kind))
+        except UserError as error:
+            raise UserError(f"phase '{stage.phase.name}', arm '{stage.arm}': {error}") from error
+
+    arms = {(stage.run, stage.phase.name, stage.arm): stage for stage in stages}.values()
+    check_all(
+        *(partial(check_kernels, run) for run in dict.fromkeys(stage.run for stage in stages)),
+        *(partial(find, stage, reset) for stage in arms for reset in stage.resets if reset.selection),
+    )
 
 
 def check_kernels(run: RunContext) -> None:
-    """Refuse an attention and a checkpointing of activations that the model or the machine does not have.
+    """Refuse an attention, a checkpointing of activations or a context that model or machine cannot train with.
 
     Raises:
         UserError: Naming the key, and what to set.
     """
     recipe = run.recipe
+    refuse_length(run.planned_config, run.sequence_length)
     if recipe.attention == "auto" and not recipe.gradient_checkpointing:
         return
     model = model_on_meta(run.planned_config)

@@ -83,6 +83,23 @@ class Summary:
         used = [name for i, name in enumerate(columns) if any(row.cells[i] != DASH for row in rows)]
         return Table(corpus, tuple(columns), tuple(rows), ("arm", "trial")).only(used)
 
+    def averaged(self) -> list[Table]:
+        """Return a table of the weights' moving averages beside the weights, a row for each arm of each trial."""
+        parts = {id(c): table for c in self.comparisons for table in c.averaged()}
+        if not parts:
+            return []
+        columns = list(dict.fromkeys(name for part in parts.values() for name in part.columns))
+        rows = []
+        for entry in self.entries:
+            part = parts.get(id(entry.of))
+            for row in part.rows if part is not None else ():
+                if part is not None and row.name == entry.arm:
+                    texts = dict(zip(part.columns, row.cells, strict=True))
+                    cells = tuple(texts.get(column, DASH) for column in columns)
+                    rows.append(Row((entry.arm, entry.where(self.trials)), cells))
+        caption = next(iter(parts.values())).caption
+        return [Table(caption, tuple(columns), tuple(rows), ("arm", "trial"))]
+
     def reading(self) -> list[str]:
         """Return which arm of which trial ends lowest on each corpus."""
         said = []

@@ -37,8 +37,8 @@ def show(sweep: Sweep, output: Path) -> None:
 def print_summary(summary: Summary) -> None:
     """Print a table a corpus, a row for each arm of each trial, of the two columns that 80 characters have room for."""
     out = open_console()
-    for table in summary.tables():
-        show_table(out, table.only(("NLL", "vs base")).rich({"trial": 16, "arm": 10}))
+    for table in [*(table.only(("NLL", "vs base")) for table in summary.tables()), *summary.averaged()]:
+        show_table(out, table.rich({"trial": 16, "arm": 10}))
     said = " ".join(filter(None, [*summary.reading(), summary.legend()]))
     out.print(said, markup=False, highlight=False)
 
@@ -62,6 +62,7 @@ def write_summary(summary: Summary, output: Path) -> Path:
         trials=trials,
         reading=summary.reading(),
         tables=summary.tables(),
+        averaged=summary.averaged(),
         legend=summary.legend(),
         chips=list(looks.items()),
         blocks=numbered([*_by_key(summary, looks), _trade_off(summary, looks)], "s"),

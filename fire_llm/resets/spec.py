@@ -106,6 +106,13 @@ class ResetSpec:
         except ValidationError as error:
             return list(dict(_fault(e, method) for e in error.errors()).items()), None
         faults = [(key, why) for key in given if (why := method.ignores(key, options))]
+        if name == "rescale" and options["scale"] == "keep-norm":
+            faults.append(
+                (
+                    "scale",
+                    "keep-norm keeps the norm, and 'rescale' changes nothing else: give sqrt or none",
+                )
+            )
         roles, chosen = options.pop("roles"), {key: options.pop(key) for key in ("exclude", "include")}
         when = condition(options.pop("when", None))
         layers = "" if (numbers := options.pop("layers")) is None else str(numbers)

@@ -78,11 +78,6 @@ class ContinualArguments(TrainingArguments):
                 "bf16_params cannot be had with checkpointed activations, which are computed again from parameters in "
                 "fp32: leave one of them out"
             )
-        if self.auto_find_batch_size:
-            raise UserError(
-                "auto_find_batch_size would change how many tokens a step trains on: set per_device_train_batch_size, "
-                "and gradient_accumulation_steps for the rest of a step's sequences"
-            )
         if self.save_every_minutes is not None and not self.save_every_minutes > 0:
             raise UserError(f"save_every_minutes {self.save_every_minutes}: it must be above 0, or None")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:

@@ -1,14 +1,18 @@
-"""What a training begins with, for a `Trainer` that begins it again: with `auto_find_batch_size`, out of memory."""
+"""What a training begins with, to begin it again with `auto_find_batch_size`, out of memory."""
 
 from __future__ import annotations
 
+import random
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
 from fire_llm.core.errors import UserError
+from fire_llm.training.progress import report_line
 
 
 class Beginning:
@@ -63,6 +67,82 @@ class Beginning:
     def end(self) -> None:
         """Let go of what is held: training has ended."""
         self._weights, self._moments, self._at = {}, {}, None
+
+
+class Start:
+    """Hold what a `ContinualTrainer` begins a training with, on one process, and put it back.
+
+    Weights take host memory in their size, unless a checkpoint has them.
+
+    Args:
+        trainer: About to begin.
+        checkpoint: What it goes on from; None for none.
+    """
+
+    def __init__(self, trainer: Any, checkpoint: str | None) -> None:
+        self.trainer, self.checkpoint = trainer, checkpoint
+        held = {} if checkpoint else trainer.model.state_dict()
+        self._weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in held.items()}
+        self._stateful = [
+            (name, thing := getattr(trainer, name), None if thing is None else deepcopy(thing.state_dict()))
+            for name in ("optimizer", "lr_scheduler")
+        ]
+        self._scaler = deepcopy(trainer.accelerator.scaler)
+        self._device = torch.get_device_module(trainer.args.device)
+        self._device = self._device if hasattr(self._device, "set_rng_state") else torch
+        self._generators = random.getstate(), np.random.get_state(), torch.get_rng_state(), self._device.get_rng_state()
+
+    def check(self, said: str) -> None:
+        """Report that training begins again.
+
+        Raises:
+            UserError: Smaller micro-batches would not help.
+        """
+        trainer, args = self.trainer, self.trainer.args
+        size = args.train_batch_size
+        if trainer.fetched < 0 or size == 1:
+            where = "before the first batch" if trainer.fetched < 0 else "with micro-batches of one sample"
+            raise UserError(
+                f"auto_find_batch_size: out of memory {where} ({said}). Free memory, or take shorter samples, "
+                "gradient_checkpointing or a smaller model"
+            )
+        step = trainer.state.global_step
+        report_line(
+            args,
+            f"out of memory at step {step + 1} with micro-batches of {size}: begins again with "
+            f"{largest_part(size, size // 2)}, and as many samples a step",
+        )
+
+    def put_back(self) -> None:
+        """Put back weights, moments, schedule, random numbers and the log of resets."""
+        trainer = self.trainer
+        trainer.model.zero_grad()
+        if self.checkpoint:
+            trainer._load_from_checkpoint(self.checkpoint)
+        else:
+            with torch.no_grad():
+                for name, tensor in trainer.model.state_dict().items():
+                    tensor.copy_(self._weights[name])
+        for name, thing, state in self._stateful:
+            setattr(trainer, name, thing)
+            if thing is not None:
+                thing.load_state_dict(deepcopy(state))
+        trainer.accelerator.scaler = deepcopy(self._scaler)
+        trainer.current_flos = 0
+        for callback in trainer.callback_handler.callbacks:
+            if hasattr(callback, "begin_again"):
+                callback.begin_again()
+        clear_device_cache(garbage_collection=True)
+        python, numpy, cpu, device = self._generators
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        self._device.set_rng_state(device)
+
+
+def largest_part(size: int, most: int) -> int:
+    """Return the largest divisor of a size that is at most `most`: of 8 and 4 it is 4, of 9 and 4 it is 3."""
+    return next(part for part in range(max(1, min(size, most)), 0, -1) if size % part == 0)
 
 
 def local(tensor: Any) -> Tensor:

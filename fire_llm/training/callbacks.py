@@ -77,18 +77,23 @@ class ResetCallback(TrainerCallback):
         """Note the `ContinualTrainer` that this runs in, which calls it."""
         self._trainer = trainer
 
+    def begin_again(self) -> None:
+        """Drop the reports of a training that begins again."""
+        del self.reports[self._reported :]
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Reset at the start of training, unless this is a resumption; refuse engines that no reset can reach.
 
-        Where `auto_find_batch_size` begins training again, it begins with the weights from before the reset.
+        Where `auto_find_batch_size` begins training again, it begins with the weights from before the reset: a
+        `ContinualTrainer` sees to this by itself.
         """
         refuse_engines(args)
         if self.at_steps and max(self.at_steps) > state.max_steps:
             raise UserError(
                 f"at_steps {sorted(self.at_steps)}: training ends at step {state.max_steps}, before the last of them"
             )
-        if self._beginning.again(args, state, kwargs.get("model"), kwargs.get("optimizer")):
-            del self.reports[self._reported :]
+        if self._trainer is None and self._beginning.again(args, state, kwargs.get("model"), kwargs.get("optimizer")):
+            self.begin_again()
         self._reported = len(self.reports)
         if not self.at_steps and state.global_step == 0:
             self._apply(args, **kwargs)

@@ -122,7 +122,14 @@ OPTIONS: dict[str, Rule] = dict.fromkeys(
         lambda value, given: value <= 0 and given.numbered,
         instead="the train_dataset has no length, so num_train_epochs says no end: give max_steps, or a __len__",
     ),
-    "auto_find_batch_size": Rule("a step would train on another number of tokens", _on, always=True),
+    "auto_find_batch_size": Rule(
+        "a step trains on the same samples: out of memory, micro-batches become half as large, or the next smaller "
+        "part of a step, and are accumulated as many times more; training begins again as if it had begun with these; "
+        "refused for several processes and FSDP",
+        lambda value, given: bool(value) and (given.args.world_size > 1 or bool(given.args.fsdp)),
+        instead="a rank that is out of memory leaves the others waiting for its gradients: set "
+        "per_device_train_batch_size, and gradient_accumulation_steps for the rest of a step's sequences",
+    ),
     "greater_is_better": Rule(
         "False where it is not given and the metric ends in `nll`, `perplexity` or `bits_per_byte`; True is refused "
         "for those",
@@ -263,7 +270,7 @@ METHODS: dict[str, Rule] = dict.fromkeys(
         "get_total_train_batch_size", "get_tp_size", "init_hf_repo", "is_local_process_zero",
         "is_world_process_zero", "log_metrics", "loss_is_scaled_for_ga", "metrics_format", "num_examples",
         "pop_callback", "predict", "prediction_step", "push_to_hub", "remove_callback", "save_metrics",
-        "save_state", "set_initial_training_values", "store_flos",
+        "save_state", "store_flos",
     ],
     SAME,
 ) | {
@@ -290,10 +297,12 @@ METHODS: dict[str, Rule] = dict.fromkeys(
         "with `ContinualArguments`, the speed stands beside each training loss; the epoch of numbered data is the "
         "share of `max_steps`"
     ),
+    "set_initial_training_values": Rule("epochs and steps are counted from where a checkpoint stopped in the data"),
     "save_model": Rule("the same folder for shards as for replicas"),
     "train": Rule(
         "`resume_from_checkpoint` takes a checkpoint of a `ContinualTrainer`, which is verified; True: the newest in "
-        "`output_dir` that is whole; `trial` is refused"
+        "`output_dir` that is whole; data with a length go on at the next sample, with another batch size too; `trial` "
+        "is refused"
     ),
     "training_step": Rule("a loss that is not finite is noted"),
 }  # fmt: skip

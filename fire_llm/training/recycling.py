@@ -88,7 +88,11 @@ class RecyclingCallback(TrainerCallback):
         self._scales: dict[str, float] = {}
         self._saved: dict[str, Tensor] = {}
         self._checked = False
-        self._beginning = Beginning()
+        self._beginning, self._trainer = Beginning(), None
+
+    def attach(self, trainer: Any) -> None:
+        """Note the `ContinualTrainer` that this runs in, which calls it."""
+        self._trainer = trainer
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what lasts from step to step, by name."""
@@ -122,7 +126,8 @@ class RecyclingCallback(TrainerCallback):
                 f"'{self.spec.method}' needs whole weights, which FSDP2 shards and DataParallel copies: train "
                 "replicas, one process a device"
             )
-        self._beginning.again(args, state, model, optimizer)
+        if self._trainer is None:
+            self._beginning.again(args, state, model, optimizer)
         model = unwrap(model)
         self.layers = recycled_layers(model, self.spec)
         make = RESETS[self.spec.method].function

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from fire_llm.core.atomic import (
@@ -45,10 +45,12 @@ from fire_llm.core.signals import asked
 from fire_llm.distributed import active, gather_objects, is_first
 from fire_llm.training.arguments import plain
 from fire_llm.training.early_stop import EarlyStopCallback
+from fire_llm.training.epochs import Epochs
 from fire_llm.training.preemption import Stopping
 from fire_llm.training.progress import report_line
 from fire_llm.training.recycling import RecyclingCallback
 from fire_llm.training.sharding import OPTIMIZER, whole_optimizer
+from fire_llm.training.trackers import reads_checkpoints
 from fire_llm.training.writer import Writer, on_host
 
 RECYCLING = "recycling.safetensors"
@@ -76,6 +78,8 @@ class Saver:
         self._resumed: dict[str, Any] = {}
         self._began = time.monotonic()
         self._bytes: int | None = None
+        self._written: list[Path] = []
+        """Checkpoints of this training."""
         self._sound: set[Path] = set()
         """Checkpoints that were verified once: a copy without times would be hashed at each save."""
 
@@ -84,7 +88,7 @@ class Saver:
     def begin(self, checkpoint: str | bool | None) -> int:
         """Start the clock, and take over a checkpoint's state where one is given; return the step of it, or 0."""
         self._began = time.monotonic()
-        self._resumed = {}
+        self._resumed, self._written = {}, []
         self.resumed_from = Path(str(checkpoint)) if checkpoint else None
         if not checkpoint:
             return 0
@@ -106,21 +110,50 @@ class Saver:
         """Return how many samples the checkpoint had seen that training goes on from.
 
         Raises:
-            UserError: Its steps were of another number of samples, in data that are skipped by whole batches.
+            UserError: Its steps were of another number of samples, in a stream, which is skipped by whole batches.
         """
         trainer, found = self.trainer, self._resumed
         a_step, step = trainer.samples_a_step, found.get("step", 0)
         before, samples = found.get("samples_a_step", a_step), found.get("samples", step * a_step)
         if before != a_step:
-            if trainer.order != "numbered" and not trainer.args.ignore_data_skip:
+            if trainer.order == "stream" and not trainer.args.ignore_data_skip:
                 raise UserError(
-                    f"the checkpoint's steps had {before} samples and these have {a_step}: data in epochs would go on "
+                    f"the checkpoint's steps had {before} samples and these have {a_step}: a stream would go on "
                     "elsewhere. Keep batch size x accumulation x processes, or begin the data again with "
                     "ignore_data_skip=True"
                 )
             if trainer.order == "numbered":
                 report_line(trainer.args, f"{a_step} samples a step instead of {before}: goes on from sample {samples}")
         return int(samples)
+
+    def epochs(self, loader: Any) -> Epochs:
+        """Return where data with a length stand, at their beginning or where the checkpoint stopped.
+
+        Raises:
+            UserError: The checkpoint's place cannot be found again.
+        """
+        trainer, args, found = self.trainer, self.trainer.args, self._resumed
+        a_step, step = trainer.samples_a_step, found.get("step", 0)
+        before = found.get("samples_a_step", a_step)
+        accumulation = args.gradient_accumulation_steps
+        epochs = Epochs(loader, accumulation, a_step, step, found.get("epochs"), before, args.ignore_data_skip)
+        if before != a_step:
+            place = epochs.begin
+            said = f"goes on after {place.seen} samples of epoch {place.epoch + 1}"
+            report_line(args, f"{a_step} samples a step instead of {before}: {said}")
+        return epochs
+
+    def micro_batch(self, checkpoint: str | None) -> int | None:
+        """Return the size of a checkpoint's micro-batches."""
+        if checkpoint is None:
+            return None
+        size: int | None = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).train_batch_size
+        return size
+
+    def forget(self) -> None:
+        """Remove the checkpoints of a training that begins again."""
+        for folder in self._written:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def restore_unlogged(self) -> None:
         """Restore what of an interval's losses was summed but not logged."""
@@ -233,8 +266,7 @@ class Saver:
         wanted, model = args.async_save, trainer.model
         if wanted is None:
             # What others do when something is saved, they may do with the folder.
-            others = [c for c in self._callbacks() if not isinstance(c, Stopping)]
-            looked_at = any(type(c).on_save is not TrainerCallback.on_save for c in others)
+            looked_at = any(reads_checkpoints(c) for c in self._callbacks() if not isinstance(c, Stopping))
             wanted = args.device.type not in ("cpu", "xla") and not looked_at
         own = isinstance(model, PreTrainedModel) and not getattr(model, "_hf_peft_config_loaded", False)
         placed = getattr(model, "hf_quantizer", None) is not None or hasattr(model, "hf_device_map")
@@ -283,6 +315,7 @@ class Saver:
             "world_size": trainer.args.world_size,
             "samples": trainer.first_sample(trainer.state.global_step),
             "samples_a_step": trainer.samples_a_step,
+            **({} if trainer.epochs is None else {"epochs": trainer.epochs.state(trainer.state.global_step)}),
             "stopped": any(isinstance(c, EarlyStopCallback) and c.stopped for c in self._callbacks()),
             # A signal saves in the middle of a logged interval; its mean must come out as if it had not.
             "unlogged": {
@@ -318,6 +351,7 @@ class Saver:
             final.rename(written.parent / "damaged")
             self._sound.discard(final)
         written.rename(final)
+        self._written.append(final)
         sync(output, below=False)
         shutil.rmtree(written.parent)
 
@@ -338,7 +372,9 @@ class Saver:
             others = args.save_total_limit - 1
             newest_ones = {step, *older[max(0, len(older) - others) :]}
             others -= bool(bests & {*older} - newest_ones) and others > 0
-        kept = {*args.keep_steps, *bests, *older[max(0, len(older) - others) :]}
+        # `auto_find_batch_size` may begin again from it.
+        begun = {step_of(self.resumed_from)} if args.auto_find_batch_size and self.resumed_from else set()
+        kept = {*args.keep_steps, *bests, *begun, *older[max(0, len(older) - others) :]}
         return [n for n in older if n not in kept]
 
 

@@ -46,6 +46,20 @@ _SIZES = ("_tokens", "_bytes")
 """What a stage's evaluations log beside scores: lengths of the texts, which make no curves."""
 
 
+_UPLOADS = {"wandb": ("WANDB_LOG_MODEL", ("checkpoint",)), "mlflow": ("HF_MLFLOW_LOG_ARTIFACTS", ("true", "1")),
+            "trackio": ("", ())}  # fmt: skip
+"""Trackers that read a checkpoint when one is saved where a variable has one of these values, and never else."""
+
+
+def reads_checkpoints(callback: TrainerCallback) -> bool:
+    """Return whether a callback may look for the folder of a checkpoint that was just saved."""
+    if type(callback).on_save is TrainerCallback.on_save:
+        return False
+    names = {kind: name for name, kind in INTEGRATION_TO_CALLBACK.items()}
+    variable, values = _UPLOADS.get(names.get(type(callback), ""), (None, ()))
+    return variable is None or os.environ.get(variable, "").lower() in values
+
+
 def name_faults(names: Iterable[str]) -> Iterator[str]:
     """Yield what is wrong with names of trackers: unknown to the installed transformers, or given twice."""
     names = list(names)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -24,7 +25,7 @@ from transformers.training_args import OptimizerNames
 from fire_llm.architectures.context import choose_context
 from fire_llm.architectures.matrices import unwrap
 from fire_llm.core.compat import check_trainer
-from fire_llm.core.errors import UserError, did_you_mean
+from fire_llm.core.errors import UserError, did_you_mean, first_line
 from fire_llm.core.signals import set_step_near
 from fire_llm.evaluation import token_nll
 from fire_llm.evaluation.scoring import IGNORE
@@ -33,14 +34,17 @@ from fire_llm.linalg.matmul import settings_kept
 from fire_llm.training.arguments import adopted, plain
 from fire_llm.training.averaging import Averaging
 from fire_llm.training.batches import FromStep, Windows, hash_batch, labels_are_shifted, order_of, targets_of
+from fire_llm.training.beginning import Start, largest_part
 from fire_llm.training.callbacks import Keeping, ResetCallback
-from fire_llm.training.contract import METHODS, PARAMETERS, Given, refuse_options
+from fire_llm.training.contract import METHODS, OPTIONS, PARAMETERS, Given, refuse_options
+from fire_llm.training.epochs import Epochs
 from fire_llm.training.loss import smoothed_nll, summed_loss
 from fire_llm.training.nonfinite import SKIPPED, FiniteGuard, propagate_nonfinite
 from fire_llm.training.optimizers import muon_adamw, scheduled
 from fire_llm.training.penalties import add_penalties
 from fire_llm.training.preemption import Stopping, TimedSaves
 from fire_llm.training.progress import Progress, report_line
+from fire_llm.training.recycling import RecyclingCallback
 from fire_llm.training.saving import Saver, checkpoint_to_resume, try_configs
 from fire_llm.training.sharding import load_optimizer, load_weights, refuse_engines, sharding, whole_weights
 from fire_llm.training.throughput import throughput
@@ -68,14 +72,17 @@ class ContinualTrainer(Trainer):
     Overridden, beside `__init__`, `train` and `hyperparameter_search`; † is in transformers from 5.3 on, the others
     are older, and `core/compat.py` checks that the installed `Trainer` calls each of them:
 
+        _inner_training_loop                out of memory, it begins again with smaller micro-batches
         create_accelerator_and_postprocess  FSDP2 and fp16 on CPUs too; engines that no reset reaches are refused
         _get_train_sampler                  numbered data come in order, at any world size, resumed or not
         get_train_dataloader                the loader draws from a generator of its own: dropout is as it would be
+        set_initial_training_values         steps and epochs that are left, where earlier steps had another size
         create_optimizer                    Muon for matrices
         create_scheduler                    infinite and WSD schedules
         get_decay_parameter_names           tensors of two dimensions and more decay, as in the paper
         _init_training_state †              steps left out are counted on; numbered data need no skipping; what a save
                                             writes beside the weights is tried
+        _run_epoch                          an epoch that is gone on with at any sample has fewer batches
         get_batch_samples                   the batches' hash, their tokens, and the wait for data
         _get_num_items_in_batch             labels that are scored, over all ranks; known where every label counts
         training_step                       the guard against what is not finite keeps each micro-batch's loss
@@ -136,6 +143,8 @@ class ContinualTrainer(Trainer):
         self.guard = FiniteGuard(self)
         self.averaging = Averaging(self)
         self._resumed_step = self._resumed_samples = 0
+        self.epochs: Epochs | None = None
+        """Where data with a length stand, while they are trained on."""
         self._shifted: bool | None = None
         """What the first training batch showed of its labels, where `args.labels_shifted` is None."""
         self._evaluating = self._windows = False
@@ -198,18 +207,16 @@ class ContinualTrainer(Trainer):
             self.hyperparameter_search()
         args = self.args
         checkpoint = checkpoint_to_resume(args, resume_from_checkpoint)
-        for name in ("_summed_loss", "_throughput", "_weights"):
-            self.__dict__.pop(name, None)  # of a model that `model_init` has replaced, or of other settings
-        self.batches_hash.zero_()
-        self._shifted, self.fetched = None, -1
-        self._resumed_step = self.saver.begin(checkpoint)
-        self._resumed_samples = self.saver.resumed_samples()
         start, args.eval_on_start = args.eval_on_start, args.eval_on_start and checkpoint is None
+        micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        if args.auto_find_batch_size:
+            self.shrink(self.saver.micro_batch(checkpoint) or self._train_batch_size)
+        self._begin(checkpoint)
         callbacks = self.callback_handler.callbacks
         # Behind what changes weights at a step's end, whenever that was added: their average, then a save by a signal.
         callbacks.sort(key=lambda c: 2 if isinstance(c, JITCheckpointCallback) else int(c is self.averaging))
         for callback in callbacks:
-            if isinstance(callback, ResetCallback):
+            if isinstance(callback, ResetCallback | RecyclingCallback):
                 callback.attach(self)
         try:
             with self._losses_shown():
@@ -223,8 +230,49 @@ class ContinualTrainer(Trainer):
             raise
         finally:
             args.eval_on_start = start
+            args.per_device_train_batch_size, args.gradient_accumulation_steps = micro, accumulation
             set_step_near(False)
             self._progress.close()
+
+    def _begin(self, checkpoint: str | None) -> None:
+        for name in ("_summed_loss", "_throughput", "_weights"):
+            self.__dict__.pop(name, None)  # of a model that `model_init` has replaced, or of other settings
+        self.batches_hash.zero_()
+        self._shifted, self.fetched = None, -1
+        self._resumed_step = self.saver.begin(checkpoint)
+        self._resumed_samples = self.saver.resumed_samples()
+
+    def _inner_training_loop(
+        self, batch_size: int | None = None, args: Any = None, resume_from_checkpoint: str | None = None, **kwargs: Any
+    ) -> Any:
+        """Train, again from the beginning where memory runs out and `auto_find_batch_size` asks for it."""
+        args = self.args
+        if not args.auto_find_batch_size:
+            return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, **kwargs)
+        if self.is_fsdp_enabled:
+            raise UserError(f"auto_find_batch_size is refused under FSDP: {OPTIONS['auto_find_batch_size'].instead}")
+        start = Start(self, resume_from_checkpoint)
+        while True:
+            try:
+                return super()._inner_training_loop(args.train_batch_size, args, resume_from_checkpoint, **kwargs)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                said = first_line(error)
+            # Out of the handler, whose traceback holds the batch's tensors.
+            start.check(said)
+            self.settle(report=True)
+            self.saver.forget()
+            self._progress.close()
+            self.shrink(args.train_batch_size // 2)
+            start.put_back()
+            self._begin(resume_from_checkpoint)
+
+    def shrink(self, most: int) -> None:
+        """Make micro-batches of at most so many samples, and accumulate as many more of them."""
+        micro = self.args.per_device_train_batch_size
+        self.args.per_device_train_batch_size = part = largest_part(micro, most)
+        self.args.gradient_accumulation_steps *= micro // part
 
     def hyperparameter_search(self, *_: Any, **__: Any) -> Any:
         """Refuse: a checkpoint is written in one folder, and a search wants one for each trial."""
@@ -266,7 +314,15 @@ class ContinualTrainer(Trainer):
         loader = super().get_train_dataloader()
         if self.order == "numbered":
             getattr(loader, "base_dataloader", loader).generator = torch.Generator()
+        self.epochs = self.saver.epochs(loader) if self.order == "sized" else None
         return loader
+
+    def set_initial_training_values(self, args: Any, *given: Any, **kwargs: Any) -> Any:
+        """Return what `Trainer` counts, epochs and steps from where the data stand."""
+        epochs, *others, steps = super().set_initial_training_values(args, *given, **kwargs)
+        if self.epochs is not None and self.epochs.moved and not args.ignore_data_skip:
+            epochs, steps = self.epochs.until(args.max_steps, args.num_train_epochs)
+        return (epochs, *others, steps)
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Make the optimizer, Muon where it is asked for.
@@ -297,7 +353,14 @@ class ContinualTrainer(Trainer):
         epochs, batches = super()._init_training_state(*args, **kwargs)
         self.guard.resume(self.state.log_history)
         try_configs(self.model)
+        if self.epochs is not None and self.epochs.moved:
+            epochs, batches = self.epochs.begin.epoch, self.epochs.skipped
         return epochs, 0 if self.order == "numbered" else batches
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        if self.epochs is not None:
+            kwargs |= self.epochs.of(kwargs["epoch"], kwargs["train_dataloader"])
+        return super()._run_epoch(*args, **kwargs)
 
     # ---- a step: its batches, its losses, its gradients
 

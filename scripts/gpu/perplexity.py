@@ -25,7 +25,7 @@ def evaluation(stage: Any) -> None:
     tiny = args.size == "tiny"
     with tempfile.TemporaryDirectory() as folder:
         _, held_out = tokens_of(args, Path(folder))
-        tokens = held_out.tokens[: 200 if tiny else None].astype("int64")
+        tokens = held_out.tokens[: 100 if tiny else None].astype("int64")
     prefix = load_tokenizer(args.data / "gpt2-tokenizer").eos_token_id
     race = race_of(args)
     vocabulary = max(race.vocab, int(tokens.max()) + 1, prefix + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -10,8 +11,10 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+from support.ranks import PROCESSES
 from support.tiny_recipe import WORDS
 
 ROOT = Path(__file__).parents[2]
@@ -56,14 +59,51 @@ def report(*options, **environment):
     )
 
 
-def test_every_stage_runs_dry_and_the_page_tells_of_all(data, tmp_path):
+def worker(options, stages, said):
+    """Be the process that measures, asked for all stages at once; its answers go to a file."""
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 1)
+    sys.stdin = io.StringIO("".join(json.dumps({"stage": stage, "seconds": 200}) + "\n" for stage in stages))
+    sys.path.insert(0, str(SCRIPT.parent))
+    importlib.import_module("gpu_report").main([*map(str, options), "--worker"])
+
+
+def gpu_tests(record):
+    """Run the tests for GPUs that the report runs dry, in this process."""
+    os.chdir(ROOT)
+    os.environ["FIRE_LLM_GPU_TESTS"] = "cpu"
+    sys.path.insert(0, str(SCRIPT.parent))
+    chosen = importlib.import_module("gpu_report").TESTS
+    os._exit(pytest.main([*chosen, f"--record={record}", f"--basetemp={record}.tmp", "-k", "singular_values"]))
+
+
+def forked(target, *args):
+    process = PROCESSES.Process(target=target, args=args)
+    process.start()
+    process.join(250)
+    return process.exitcode
+
+
+@pytest.mark.parametrize("by_the_script", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_stage_runs_dry_and_the_page_tells_of_all(by_the_script, data, tmp_path, monkeypatch):
     out, page = tmp_path / "out", tmp_path / "page.md"
     options = ["--size", "tiny", "--device", "cpu", "--data", data, "--output", out, "--cache", tmp_path / "cache"]
-    done = report(*options, "--seconds", 250)
+    stages = ["environment", "newton-schulz", "training", "perplexity", "evidence"]
+    if by_the_script:
+        done = report(*options, "--seconds", 250)
+        assert done.returncode == 0, done.stdout + done.stderr
+    else:
+        out.mkdir()
+        module, machine = loaded(monkeypatch), {"commands": ["python scripts/gpu_report.py --size tiny"]}
+        module.write(out / "environment.json", {"machine": {**machine, **module.describe_machine()}})
+        assert forked(worker, options, stages, tmp_path / "said") == 0
+        ready, *told = map(json.loads, (tmp_path / "said").read_text().splitlines())
+        assert ready == {"ready": True} and [line["sound"] for line in told] == [True] * len(stages)
+        assert forked(gpu_tests, tmp_path / "record.jsonl") == 0
+        tests = module.read_record((tmp_path / "record.jsonl").read_text().splitlines())
+        module.write(out / "tests.json", {"status": "done", "failures": {}, "exit_code": 0, **tests})
     found = {file.stem: json.loads(file.read_text()) for file in out.glob("*.json")}
-    assert done.returncode == 0, done.stdout + done.stderr + json.dumps(found)[-3000:]
-    stages = {"environment", "tests", "newton-schulz", "training", "perplexity", "evidence"}
-    assert set(found) == stages | {"results"} and len(list(out.iterdir())) <= 8
+    stages.append("tests")
+    assert set(found) == {*stages, "results"} and len(list(out.iterdir())) <= 8
     assert all(found[stage]["status"] == "done" for stage in stages)
     assert found["tests"]["counts"]["passed"] > 0 and not found["tests"]["failed"]
     distances = {name: row["distance"] for name, row in found["newton-schulz"]["gpt2"].items()}
@@ -181,7 +221,7 @@ def test_a_stage_ends_at_its_limit(monkeypatch, tmp_path):
     assert found["status"] == "out of time" and found["first"] == 1 and "second" not in found
 
 
-def test_a_process_that_dies_is_recorded_and_another_goes_on(monkeypatch, tmp_path):
+def test_a_process_that_dies_is_recorded_and_another_goes_on(monkeypatch, tmp_path, capsys):
     module = loaded(monkeypatch)
     script = tmp_path / "worker.py"
     script.write_text(
@@ -195,16 +235,18 @@ def test_a_process_that_dies_is_recorded_and_another_goes_on(monkeypatch, tmp_pa
         "    print(json.dumps({'lines': ['a line'], 'status': 'done', 'sound': True}), flush=True)\n"
     )
     monkeypatch.setattr(module, "__file__", str(script))
-    args = SimpleNamespace(output=tmp_path, size="tiny", device="cpu")
     (tmp_path / "training.json").write_text(json.dumps({"stage": "training", "failures": {}, "kept": 1}))
-    worker = module.Worker(args, [])
-    end = time.monotonic() + 60
-    try:
-        assert worker.measure("training", 20, end)["status"] == "its process ended"
-        for stage in ("perplexity", "evidence"):
-            assert worker.measure(stage, 20, end) == {"lines": ["a line"], "status": "done", "sound": True}
-    finally:
-        worker.stop()
+    options = ["--size", "tiny", "--device", "cpu", "--output", str(tmp_path), "--seconds", "60", "--stages"]
+    with mock.patch.dict(os.environ):
+        assert module.main([*options, "training", "perplexity", "evidence"]) == 1
+    said = [line.partition(",")[0] for line in capsys.readouterr().out.splitlines()]
+    assert said == [
+        "== environment: done", "   a line", "== training: its process ended",
+        "== perplexity: done", "   a line", "== evidence: done", "   a line",
+    ]  # fmt: skip
+    machine = json.loads((tmp_path / "environment.json").read_text())["machine"]
+    command = ["python scripts/gpu_report.py", *options, "training", "perplexity", "evidence"]
+    assert machine["commands"] == [" ".join(command)]
     found = json.loads((tmp_path / "training.json").read_text())
     assert found["kept"] == 1 and found["failures"]["its process ended"] == ["illegal memory access"]
 

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, RobertaC
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fire_llm import perplexity
-from fire_llm.architectures.context import choose_context, longest_context
+from fire_llm.architectures.context import choose_context, longest_context, refuse_length
 from fire_llm.core.errors import UserError
 
 POSITIONS = 64
@@ -135,3 +135,12 @@ def test_the_default_is_the_longest_context_up_to_1024():
 def test_a_context_that_cannot_be_read_is_refused(kind, wanted, message):
     with pytest.raises(UserError, match=f"^{message}"):
         choose_context(AutoConfig.for_model(kind), wanted, "model.context")
+
+
+def test_a_reformer_is_trained_on_the_length_of_its_axes_alone():
+    config = AutoConfig.for_model("reformer", axial_pos_shape=[4, 8], max_position_embeddings=32)
+    refuse_length(config, 32)
+    with pytest.raises(UserError, match=r"model.context: 16 tokens .* \[4, 8\]: .* exactly 4 x 8 = 32 tokens"):
+        refuse_length(config, 16)
+    config.axial_pos_embds = False
+    refuse_length(config, 16)

@@ -15,6 +15,8 @@ from fire_llm.checkpoint.perplexities import loss_lines
 from fire_llm.cli import main
 from fire_llm.data.corpora import CorpusSpec, resolve
 from fire_llm.data.tokenizer import train_tokenizer
+from fire_llm.evaluation import checkpoints
+from fire_llm.evaluation.checkpoints import score_checkpoints
 from fire_llm.models import load_model, load_tokenizer
 
 TEXT = "One thing after another.\n\nAnother thing, and a longer one, with a comma.\n\nA third.\n"
@@ -64,10 +66,29 @@ def test_measuring_changes_no_byte_of_the_weights(source):
         (["--max-tokens", "20"], "--max-tokens 20: it is of the texts of --measure-on, and there are none"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_before_anything_is_written(source, options, message, capsys):
-    assert main(["apply", "model", "dst", *options]) == 2
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_what_cannot_be_measured_is_refused_before_anything_is_written(source, dry, options, message, capsys):
+    assert main(["apply", "model", "dst", *options, *dry]) == 2
     assert message in capsys.readouterr().err
     assert not Path("dst").exists()
+
+
+def test_the_bar_names_the_result_and_not_the_folder_that_it_is_made_in(source, monkeypatch):
+    titles, scored = [], checkpoints.score
+    monkeypatch.setattr(checkpoints, "score", lambda *a, progress, **k: titles.append(progress) or scored(*a, **k))
+    reset_checkpoint("model", "dst", measure_on=["notes.txt"], progress=True, dtype="float32")
+    assert titles == ["model on", "dst on"]
+
+
+def test_either_spelling_of_a_dtype_is_taken_by_apply_and_eval(source, capsys):
+    written = []
+    for name in ("bf16", "bfloat16"):
+        reset_checkpoint("model", name, dtype=name)
+        written.append([file.read_bytes() for file in sorted(Path(name).glob("*.safetensors"))])
+    assert written[0] == written[1]
+    rows = [score_checkpoints(["model"], ["notes.txt"], dtype=n, progress=False).rows[0] for n in ("bf16", "bfloat16")]
+    assert rows[0].nll == rows[1].nll
+    assert main(["eval", "model", "--data", "notes.txt", "--dtype", "fp32"]) == 0
 
 
 def test_a_result_that_is_worse_than_a_guess_is_warned_of():

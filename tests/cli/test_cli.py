@@ -10,6 +10,7 @@ import os
 import resource
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -18,9 +19,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
 from support.models import tiny_gpt2
+from support.ranks import run_ranks
 from support.tiny_recipe import recipe
 
 from fire_llm import UserError, fire_, perplexity
@@ -55,14 +58,14 @@ def run(*argv: object) -> int:
 @pytest.mark.parametrize("verb", ["", *VERBS])
 def test_help_takes_less_than_half_a_second_of_cpu(verb):
     command = [sys.executable, "-m", "fire_llm", *verb.split(), "--help"]
-    subprocess.run(command, check=True, capture_output=True)  # write the bytecode
-    best = math.inf
-    for _ in range(3):
+
+    def seconds() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(command, check=True, capture_output=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert best < 0.5
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert any(seconds() < 0.5 for _ in range(4))  # the first writes the bytecode
 
 
 def test_the_flags_are_frozen():
@@ -251,14 +254,32 @@ def test_a_text_that_is_named_twice_is_measured_once(checkpoint, tmp_path, capsy
     assert (len(found["rows"]), len(found["differences"])) == (2, 1)
 
 
-def test_eval_on_two_processes_gives_the_same_scores(checkpoint, tmp_path, capfd):
+def on_ranks(rank: int, world: int, port: int, *argv: str) -> tuple[int, str]:
+    """Run a command, which joins the others as those of a launcher."""
+    dist.destroy_process_group()
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with redirect_stdout(io.StringIO()) as said:
+        return run(*argv), said.getvalue()
+
+
+@pytest.mark.parametrize("launched", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_eval_on_two_processes_gives_the_same_scores(launched, checkpoint, tmp_path, capfd):
+    """On ranks that are started already, and on those that the command starts."""
     (tmp_path / "t.txt").write_text("the lazy dog jumps over the fox\n\na second document\n\nthe third")
-    for n in (1, 2):
-        out = ["--json", tmp_path / f"{n}.json", "--num-processes", n]
-        assert run("eval", checkpoint, "--data", tmp_path / "t.txt", "--context", 4, "--batch-size", 1, *out) == 0
+    argv = ["eval", checkpoint, "--data", tmp_path / "t.txt", "--context", 4, "--batch-size", 1, "--json"]
+    assert run(*argv, tmp_path / "1.json", "--num-processes", 1) == 0
+    if launched:
+        assert run(*argv, tmp_path / "2.json", "--num-processes", 2) == 0
+        said = capfd.readouterr().out
+    else:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        codes, texts = zip(*run_ranks(2, on_ranks, tmp_path, port, *argv, tmp_path / "2.json"), strict=True)
+        assert codes == (0, 0)
+        said = capfd.readouterr().out + "".join(texts)
     one, two = (json.loads((tmp_path / f"{n}.json").read_text())["rows"][0] for n in (1, 2))
     assert two["nll"] == pytest.approx(one["nll"], rel=1e-9) and two["tokens"] == one["tokens"]
-    assert capfd.readouterr().out.count("nats per token") == 2
+    assert said.count("nats per token") == 2
 
 
 MISTAKES = [
@@ -441,12 +462,22 @@ def test_results_are_written_whatever_becomes_of_what_is_printed(how, checkpoint
     assert "Traceback" not in said
 
 
-@LOSSES
-def test_a_run_and_its_report_are_written_before_they_are_printed(how, tmp_path, capsys):
-    code = int(how == "full disk")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Train a recipe of two steps; return the arguments of the command that is done with it at once."""
+    folder = tmp_path_factory.mktemp("trained")
     short = ["--set=phases.0.steps=1", "--set=phases.1.steps=1", "--set=phases.0.keep=[]", "--workers=1"]
-    folder = tmp_path / "run"
-    assert losing(how, "run", recipe(tmp_path), *short, "--output", folder) == code
+    argv = ["run", recipe(folder), *short, "--output", folder / "run"]
+    assert run(*argv) == 0
+    return argv
+
+
+@LOSSES
+def test_a_run_and_its_report_are_written_before_they_are_printed(how, trained, capsys):
+    code, folder = int(how == "full disk"), trained[-1]
+    for name in ("results.json", "report.html"):
+        (folder / name).unlink()
+    assert losing(how, *trained) == code
     assert (folder / "results.json").exists() and (folder / "report.html").exists()
     (folder / "report.html").unlink()
     assert losing(how, "report", folder) == code and (folder / "report.html").exists()
@@ -477,14 +508,16 @@ def test_a_tokenizer_that_the_embedding_has_no_rows_for_is_told_before_anything_
 # ---- without a library
 
 
-def test_without_plotly_work_ends_well_and_says_in_a_line_what_a_page_needs(checkpoint, tmp_path, monkeypatch, capsys):
+def test_without_plotly_work_ends_well_and_says_in_a_line_what_a_page_needs(
+    checkpoint, trained, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setitem(sys.modules, "plotly", None)  # as if it were not installed
-    path = recipe(tmp_path)
-    short = ["--set=phases.0.steps=1", "--set=phases.1.steps=1", "--set=phases.0.keep=[]"]
+    _, path, *short, _, done = trained
+    shutil.copytree(done, tmp_path / "run", ignore=lambda *_: ["results.json", "report.html"])
     lacks = "pages need plotly, which is not installed: pip install plotly, then fire-llm report RUN_DIR"
     for verb, more in (("run", ()), ("sweep", ("--grid", "phases.1.arms.fire.iterations=[1,5]"))):
         folder = tmp_path / verb
-        assert run(verb, path, *short, *more, "--output", folder, "--workers=1") == 0
+        assert run(verb, path, *short, *more, "--output", folder) == 0
         told = capsys.readouterr()
         assert told.out.splitlines()[-1] == f"no report.html: {lacks}" and "Traceback" not in told.err
         assert list(folder.rglob("results.json")) and not list(folder.rglob("report.html"))

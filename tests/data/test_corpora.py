@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import tokenize
@@ -18,6 +19,7 @@ from types import SimpleNamespace
 import pyarrow
 import pyarrow.parquet
 import pytest
+from support.ranks import Raised, run_ranks
 
 from fire_llm.core.errors import UserError
 from fire_llm.data import builtin, extract
@@ -434,19 +436,13 @@ class A:
 '''
 
 
-BOMB = """
-import resource, sys
-from pathlib import Path
-from fire_llm import UserError
-from fire_llm.data.corpora import CorpusSpec, resolve
-list(resolve("small", CorpusSpec(files="small.txt.gz"), Path(sys.argv[1])).documents("train"))
-used = 1024 * int(next(l for l in open("/proc/self/status") if l.startswith("VmSize")).split()[1])
-resource.setrlimit(resource.RLIMIT_AS, (used + 2**28,) * 2)
-try:
-    list(resolve("bomb", CorpusSpec(files="bomb.txt.gz", holdout=0.0), Path(sys.argv[1])).documents("train"))
-except UserError as error:
-    print(error)
-"""
+def read_bomb(rank: int, world: int, folder: Path) -> None:
+    """Read a text with 256 MiB of memory left."""
+    list(resolve("small", CorpusSpec(files="small.txt.gz"), folder).documents("train"))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    used = 1024 * int(next(line for line in lines if line.startswith("VmSize")).split()[1])
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**28,) * 2)
+    list(resolve("bomb", CorpusSpec(files="bomb.txt.gz", holdout=0.0), folder).documents("train"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads how much memory is used from /proc")
@@ -454,8 +450,9 @@ def test_a_line_that_memory_does_not_hold_is_a_message(tmp_path: Path) -> None:
     """Half a megabyte holds a line of 512 MiB; 256 MiB are left."""
     (tmp_path / "small.txt.gz").write_bytes(gzip.compress(b"a"))
     (tmp_path / "bomb.txt.gz").write_bytes(gzip.compress(bytes(2**25).replace(b"\0", b"a"), 1) * 16)
-    done = subprocess.run([sys.executable, "-c", BOMB, str(tmp_path)], capture_output=True, text=True)
-    assert "bomb.txt.gz holds a line, a document or an array that there is not enough memory for" in done.stdout
+    (told,) = run_ranks(1, read_bomb, tmp_path, tmp_path)
+    assert isinstance(told, Raised) and told.startswith("UserError: ")
+    assert "bomb.txt.gz holds a line, a document or an array that there is not enough memory for" in told
 
 
 def test_a_line_longer_than_any_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,13 +12,12 @@ import pickle
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.corpora import TEXTS, corpus_of, prose
+from support.ranks import PROCESSES
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, GPT2TokenizerFast, PreTrainedTokenizerFast
 
@@ -148,7 +148,7 @@ def test_the_leading_documents_know_their_tokens_and_bytes(
     assert file.first(None) is file and file.first(file.n_tokens) is file
     again = pickle.loads(pickle.dumps(leading))
     assert again == leading and again.tokens.tolist() == leading.tokens.tolist()
-    with pytest.raises(UserError, match="more than the limit of 2"):
+    with pytest.raises(UserError, match=r"more than the limit of 2, and documents stay whole: give at least \d+,"):
         file.first(2)
 
 
@@ -255,32 +255,31 @@ def test_a_failure_on_the_way_leaves_nothing(tokenizer: PreTrainedTokenizerFast,
     assert tokenize_corpus(corpus_of(TEXTS), tokenizer, "train", cache=cache, progress=False).n_documents == 360
 
 
-# A writer in a process of its own: argv are the cache, a log of what was read, and how it ends.
-WRITER = """
-import os, signal, sys, time
-from fire_llm.data.corpora import Corpus
-from fire_llm.data import encode, tokenize_corpus
-from transformers import ByT5Tokenizer
-encode.BATCH_BYTES = 4000
-cache, log, end = sys.argv[1:]
-def read(split):
-    yield from ["some text"] * 2000
-    open(log, "a").write("read\\n")
-    if end == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
-    while not os.path.exists(log + ".go"):
-        time.sleep(0.01)
-tokenize_corpus(Corpus("made", "1", read), ByT5Tokenizer(), "train", cache=cache, progress=False)
-"""
+def write(cache: Path, log: Path, end: str) -> None:
+    """Be a writer; tell in a log that all was read, and end as asked."""
+    encode.BATCH_BYTES = 4000
+
+    def read(split: str) -> Iterator[str]:
+        yield from ["some text"] * 2000
+        log.touch()
+        if end == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        while not log.with_suffix(".go").exists():
+            time.sleep(0.01)
+
+    tokenize_corpus(Corpus("made", "1", read), ByT5Tokenizer(), "train", cache=cache, progress=False)
 
 
-def start_writer(cache: Path, log: Path, end: str) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.Popen([sys.executable, "-c", WRITER, str(cache), str(log), end], env=environment)
+def start_writer(*arguments: object) -> BaseProcess:
+    process = PROCESSES.Process(target=write, args=arguments)
+    process.start()
+    return process
 
 
 def test_a_killed_writer_leaves_nothing_that_is_taken_for_whole(cache: Path, tmp_path: Path) -> None:
-    assert start_writer(cache, tmp_path / "log", "killed").wait(120) == -signal.SIGKILL
+    writer = start_writer(cache, tmp_path / "log", "killed")
+    writer.join(120)
+    assert writer.exitcode == -signal.SIGKILL
     (left,) = contents(cache)
     assert left.startswith(".made-train-") and (cache / left / "tokens.bin").stat().st_size > 0
     # Another corpus's writer clears it too: nobody may ever come back for the first.
@@ -293,7 +292,7 @@ def test_two_processes_do_the_work_once(cache: Path, tmp_path: Path, capsys: pyt
     log = tmp_path / "log"
     writer = start_writer(cache, log, "whole")
     while not log.exists():
-        assert writer.poll() is None
+        assert writer.exitcode is None
         time.sleep(0.01)
     tokenize_corpus(corpus_of(["other text"] * 30, "other"), ByT5Tokenizer(), "train", cache=cache, progress=False)
     assert any(name.startswith(".made") for name in contents(cache))  # the living are left alone
@@ -304,7 +303,8 @@ def test_two_processes_do_the_work_once(cache: Path, tmp_path: Path, capsys: pyt
     threading.Timer(0.3, (tmp_path / "log.go").touch).start()
     file = tokenize_corpus(Corpus("made", "1", no_reading), ByT5Tokenizer(), "train", cache=cache)
     assert file.n_documents == 2000 and "waiting for the process that is writing" in capsys.readouterr().err
-    assert writer.wait(60) == 0
+    writer.join(60)
+    assert writer.exitcode == 0
 
 
 def test_what_a_writer_left_that_died_while_this_one_waited_is_cleared(
@@ -612,7 +612,7 @@ def test_mixtures_pickle_by_path_and_serve_workers(tokenizer: PreTrainedTokenize
     copy = pickle.loads(pickled)
     assert isinstance(copy.sources["a"].tokens, np.memmap)
     loader = torch.utils.data.DataLoader(
-        mixed, sampler=range(16), batch_size=4, num_workers=1, multiprocessing_context="spawn"
+        mixed, sampler=range(16), batch_size=4, num_workers=1, multiprocessing_context=PROCESSES
     )
     batches = list(loader)
     for i in range(16):

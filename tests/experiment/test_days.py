@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.recipes import changed
@@ -17,6 +18,7 @@ from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.estimate import plan
 from fire_llm.experiment.evaluate_run import evaluate_run
 from fire_llm.experiment.stages import expand, final_checkpoint
+from fire_llm.experiment.summary import Summary
 from fire_llm.models import load_model
 from fire_llm.reporting.comparison import Comparison
 from fire_llm.reporting.schema import Results
@@ -107,6 +109,13 @@ def test_averaged_weights_are_a_checkpoint_that_is_measured_and_started_from(pla
     assert told.forgotten("fire", "a")[1] == fire["final"]["a"]["nll"] - first["final_ema"]["a"]["nll"]
     assert told.averaged()[0].columns == ("b", "b (EMA)", "a", "a (EMA)")
     assert "(EMA)" in write_report(load_results(tmp_path / "run"), tmp_path / "page.html").read_text()
+    trial = SimpleNamespace(name="one", settings={})
+    [table] = Summary([trial], [load_results(tmp_path / "run")]).averaged()
+    assert (table.names, table.columns) == (("arm", "trial"), told.averaged()[0].columns)
+    assert [(row.names, row.cells) for row in table.rows] == [
+        ((row.name, "one"), row.cells) for row in told.averaged()[0].rows
+    ]
+    assert Summary([trial], [load_results(plain[0] / "run")]).averaged() == []
     assert load_model(average).num_parameters() == results["model"]["parameters"]
 
 

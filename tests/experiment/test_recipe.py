@@ -12,6 +12,7 @@ from support.recipes import GOOD, changed
 
 from fire_llm import UserError, load_recipe
 from fire_llm.experiment.context import RunContext
+from fire_llm.experiment.estimate import plan
 from fire_llm.experiment.recipe import Recipe, doubts, load_trials, recipe_schema, recipes_folder
 
 
@@ -106,6 +107,26 @@ def test_every_fault_is_told_at_once():
     assert [line.split(":")[0].strip() for line in lines[1:]] == [
         "optimizer.lr", "optimizer.beta", "phases[0].steps", "phases[1].arms.fire.method", "phases[1].arms.s.shrink",
     ]  # fmt: skip
+
+
+def test_arms_and_contradictions_and_then_all_that_the_model_and_the_machine_lack_are_told_together():
+    data = changed("batch/tokens_per_step", 1000)
+    data["phases"][1]["arms"]["fire"] = {"method": "fier"}
+    data["phases"][1]["arms"]["control"] = {"method": "rescale", "scale": "keep-norm"}
+    with pytest.raises(UserError) as error:
+        load_recipe(data)
+    lines = str(error.value).splitlines()
+    assert [line.split(":")[0].strip() for line in lines] == [
+        "3 faults in the recipe", "phases[1].arms.fire.method", "phases[1].arms.control.scale", "batch.tokens_per_step",
+    ]  # fmt: skip
+    assert "'rescale' changes nothing else: give sqrt or none" in lines[2]
+    data = changed("attention", "flash_attention_3")
+    data["phases"][1]["arms"]["fire"] = {"method": "fire", "exclude": ["nowhere"]}
+    data["phases"][1]["arms"]["layers"] = {"method": "fire", "layers": "77"}
+    with pytest.raises(UserError) as error:
+        plan(load_recipe(data))
+    said = str(error.value)
+    assert said.startswith("3 faults:") and "flash_attention_3" in said and "nowhere" in said and "77" in said
 
 
 def test_later_phases_go_on_from_arms_of_the_same_name():

@@ -19,13 +19,14 @@ import psutil
 import pytest
 import torch
 import yaml
+from support.ranks import Program
 from support.tiny_recipe import recipe
 from transformers import TrainerCallback
 
 from fire_llm import UserError, load_recipe, register_reset, run_recipe
 from fire_llm.cli import main
 from fire_llm.core.atomic import checkpoints
-from fire_llm.experiment import progress, resources
+from fire_llm.experiment import processes, progress, resources
 from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.jobs import Failures, jobs_of
 from fire_llm.experiment.progress import Overview, StepReport, to_file
@@ -247,13 +248,15 @@ DIVERGES = ["phases.1.optimizer={lr: 1.0e+30, min_lr: 1.0e+30, warmup: 0.0}", "o
 @pytest.mark.parametrize(
     ("sets", "code", "told"),
     [
-        pytest.param(
-            MISTAKE, 2, "fire-llm: phase 'second': keep 300 lies beyond its 5 steps\n", marks=pytest.mark.slow
-        ),
+        (MISTAKE, 2, "fire-llm: phase 'second': keep 300 lies beyond its 5 steps\n"),
         (DIVERGES, 1, "nonfinite.json' lists the samples. Lower the learning rate"),
     ],
 )
-def test_what_fails_in_a_worker_is_told_once_as_if_it_had_failed_here(sets, code, told, path, tmp_path, capsys):
+def test_what_fails_in_a_worker_is_told_once_as_if_it_had_failed_here(
+    sets, code, told, path, tmp_path, capsys, monkeypatch
+):
+    """In workers that find everything imported; `test_a_signal_saves_in_every_worker` starts some as they are."""
+    monkeypatch.setattr(processes, "subprocess", SimpleNamespace(Popen=Program, PIPE=subprocess.PIPE))
     argv = ["run", str(path), "--output", str(tmp_path / "run"), "--workers=2"]
     assert main([*argv, *(f"--set={s}" for s in [ARMS, *sets])]) == code
     said = capsys.readouterr().err

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +14,8 @@ import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.matrices import decaying, distance, gaussian, scalar_map, svd, with_spectrum
+from support.matrices import decaying, distance, gaussian, product_settings, scalar_map, svd, with_spectrum
+from support.ranks import run_ranks
 from torch import Tensor
 
 from fire_llm.core.errors import UserError
@@ -558,21 +556,14 @@ def test_the_range_of_what_has_no_smallest_value(side: int) -> None:
     assert singular_range(torch.eye(side, dtype=torch.float64)) == pytest.approx((1, 1))
 
 
-SETTINGS = """
-import torch
-from support.matrices import product_settings
-from fire_llm.linalg.matmul import exact_products
-
-{set}
-before = product_settings()
-with exact_products(torch.device("cpu")):
-    inside = product_settings()
-assert inside["older"] == ("highest", False), inside
-assert set(inside["matmul"].values()) == {{"ieee"}} and inside["conv"]["mkldnn"] == "ieee", inside
-assert product_settings() == before, (product_settings(), before)
-torch.backends.fp32_precision = "ieee"
-assert not {follows} or set(product_settings()["matmul"].values()) == {{"ieee"}}, product_settings()
-"""
+def settings_around(rank: int, world: int, set_by: str) -> list[dict]:
+    exec(set_by)
+    found = [product_settings()]
+    with exact_products(torch.device("cpu")):
+        found.append(product_settings())
+    found.append(product_settings())
+    torch.backends.fp32_precision = "ieee"
+    return [*found, product_settings()]
 
 
 @pytest.mark.parametrize(
@@ -585,10 +576,13 @@ assert not {follows} or set(product_settings()["matmul"].values()) == {{"ieee"}}
         ("torch.backends.cuda.matmul.allow_tf32 = True", False),
     ],
 )
-def test_no_setting_is_felt_or_left_changed(set_by, follows):
+def test_no_setting_is_felt_or_left_changed(set_by, follows, tmp_path):
     """In a process of its own: what was never set cannot be had again."""
-    code = SETTINGS.format(set=set_by, follows=follows)
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+    ((before, inside, behind, later),) = run_ranks(1, settings_around, tmp_path, set_by)
+    assert inside["older"] == ("highest", False)
+    assert set(inside["matmul"].values()) == {"ieee"} and inside["conv"]["mkldnn"] == "ieee"
+    assert behind == before
+    assert not follows or set(later["matmul"].values()) == {"ieee"}
 
 
 def test_threads_that_overlap_leave_settings_as_they_were():

@@ -16,6 +16,7 @@ import torch
 from support.models import tiny_gpt2, tiny_llama
 from support.training import Samples, arguments
 from transformers import TrainerCallback
+from transformers.integrations import TrackioCallback, WandbCallback
 
 from fire_llm import ContinualTrainer, UserError
 from fire_llm.core.atomic import checkpoints
@@ -289,7 +290,7 @@ def test_a_checkpoint_is_not_written_in_the_middle_of_a_pass_that_reads_paramete
         assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
 
 
-def test_on_an_accelerator_a_callback_that_looks_at_saves_finds_the_folder(tmp_path):
+def test_on_an_accelerator_a_callback_that_looks_at_saves_finds_the_folder(tmp_path, monkeypatch):
     class Looks(TrainerCallback):
         def on_save(self, args, state, control, **_):
             pass
@@ -307,6 +308,10 @@ def test_on_an_accelerator_a_callback_that_looks_at_saves_finds_the_folder(tmp_p
         return trainer.saver.writes_beside()
 
     assert beside([]) and not beside([Looks()])
+    monkeypatch.delenv("WANDB_LOG_MODEL", raising=False)
+    assert beside([TrackioCallback()]) and beside([WandbCallback()])
+    monkeypatch.setenv("WANDB_LOG_MODEL", "checkpoint")
+    assert not beside([WandbCallback()])
 
 
 def test_copies_share_what_the_originals_share():

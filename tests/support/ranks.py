@@ -6,9 +6,11 @@ import gc
 import multiprocessing
 import os
 import pickle
+import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,42 @@ class _Process(ForkServerProcess):
 
 
 PROCESSES.Process = _Process
+
+
+class Program:
+    """Stand for `subprocess.Popen` of a Python program that logs: in a process that finds everything imported."""
+
+    def __init__(self, command: list[str], *, stdin: int, stdout: Any, stderr: Any, env: dict[str, str]) -> None:
+        theirs, self.stdin = PROCESSES.Pipe(duplex=False)
+        self._process = PROCESSES.Process(target=_program, args=(command[2:], dict(env), theirs, stdout.name))
+        self._process.start()
+        theirs.close()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> None:
+        self._process.join()
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._process.pid or 0, number)
+
+
+def _program(words: list[str], environment: dict[str, str], stdin: Connection, log: str) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.dup2(stdin.fileno(), 0)
+    sys.stdin = os.fdopen(0, closefd=False)
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    code, *arguments = words
+    sys.argv = ["-c", *arguments]
+    exec(code, {"__name__": "__main__"})
 
 
 class Raised(str):

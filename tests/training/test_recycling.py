@@ -470,11 +470,11 @@ def test_arms_that_are_compiled_in_turn_recycle_what_each_does_alone(whole, tmp_
 
 def test_hooks_are_looked_at_only_where_a_compiled_run_recycles(tmp_path, dynamo):
     compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
-    train(tiny_gpt2(), tmp_path / "a", max_steps=1, **compiled)
-    train(tiny_gpt2(), tmp_path / "b", max_steps=1, callbacks=[RecyclingCallback("snr", seed=0)])
+    train(tiny_gpt2(n_layer=1), tmp_path / "a", max_steps=1, **compiled)
+    train(tiny_gpt2(n_layer=1), tmp_path / "b", max_steps=1, callbacks=[RecyclingCallback("snr", seed=0)])
     assert dynamo.skip_nnmodule_hook_guards
     callback = RecyclingCallback("snr", seed=0)
-    train(tiny_gpt2(), tmp_path / "c", max_steps=1, callbacks=[callback], **compiled)
+    train(tiny_gpt2(n_layer=1), tmp_path / "c", max_steps=1, callbacks=[callback], **compiled)
     assert not dynamo.skip_nnmodule_hook_guards
 
 

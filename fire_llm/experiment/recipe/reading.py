@@ -55,7 +55,7 @@ def checked(data: dict[str, Any]) -> tuple[Recipe | None, list[str]]:
     except ValidationError as error:
         faults += [f"{path_of(e['loc'])}: {explain(e)}" for e in error.errors()]
     faults += arm_faults(data)
-    if recipe is not None and not faults:
+    if recipe is not None:
         faults += list(contradictions(recipe))
     return recipe, faults
 
