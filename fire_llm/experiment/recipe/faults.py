@@ -315,7 +315,8 @@ def _when_contradictions(recipe: Recipe, phase: PhaseSection, sources: Mapping[s
             why += _unjudged(recipe, parent, labels)
     for name, arm in (phase.arms or {}).items():
         for i, reset in enumerate(as_list(arm)):
-            if ResetSpec.parse(reset).when is not None:
+            parsed = ResetSpec.check(reset)[1] if isinstance(reset, str | Mapping) else None
+            if parsed is not None and parsed.when is not None:
                 where = f"arms.{name}[{i}]" if isinstance(arm, list) else f"arms.{name}"
                 yield from (f"{where}.when: {each}" for each in dict.fromkeys(why))
 
