@@ -195,7 +195,12 @@ def fields(data: Any, names: bool = False) -> set[str]:
 def test_every_field_that_a_run_writes_stands_in_the_page_and_no_other(tmp_path: Path) -> None:
     page = ROOT / "docs" / "results-schema.md"
     recipe = load_recipe(
-        tiny_recipe.recipe(tmp_path), ["evaluate.diagnostics_every_steps=5", "generate={prompts: a, max_new_tokens: 4}"]
+        tiny_recipe.recipe(tmp_path),
+        [
+            "evaluate.diagnostics_every_steps=5",
+            "generate={prompts: a, max_new_tokens: 4}",
+            "phases.1.arms.fire=[fire, {method: rescale, when: overtrained}]",
+        ],
     )
     results = run_recipe(recipe, tmp_path / "run", progress=False)
     written = fields(results) | fields(evaluate_run(tmp_path / "run", progress=False))

@@ -23,6 +23,7 @@ from fire_llm.core.manifest import TRAINER_STATE, read_state, weights_hash
 from fire_llm.core.signals import asked
 from fire_llm.distributed import is_first
 from fire_llm.experiment.collect import measured_nll
+from fire_llm.experiment.conditions import decided_resets
 from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.recipe import Recipe
 from fire_llm.experiment.sources import COMPANIONS, MODEL, TOKENIZER
@@ -228,7 +229,7 @@ def _card(stage: Stage, checkpoint: Path) -> str:
     """Return the card of a checkpoint: how it was trained, and what it was measured at."""
     recipe, state = stage.run.recipe, read_state(checkpoint, TRAINER_STATE)
     step = state["global_step"]
-    resets = "; ".join(reset.label() for reset in stage.resets)
+    resets = "; ".join(reset.label() for reset in decided_resets(stage))
     facts = {
         "run": recipe.name,
         "phase": stage.phase.name,

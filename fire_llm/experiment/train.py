@@ -25,12 +25,14 @@ from fire_llm.distributed import ranks
 from fire_llm.evaluation.measurement import first_token
 from fire_llm.experiment.batch import phase_steps, split_batch
 from fire_llm.experiment.collect import measured_nll
+from fire_llm.experiment.conditions import decided_resets
 from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.generation import generation
 from fire_llm.experiment.pushing import PushCallback, push_stage
 from fire_llm.experiment.recipe import optimizer_of, stop_fault
 from fire_llm.experiment.stages import REPORT, Stage, final_checkpoint, labelled_checkpoint
 from fire_llm.models import load_model
+from fire_llm.resets import ResetSpec
 from fire_llm.training import (
     ContinualArguments,
     ContinualTrainer,
@@ -200,13 +202,14 @@ def _stage_callbacks(stage: Stage, run: RunContext, writing: GenerationCallback 
     What writes text stands behind all that changes weights, and once before the reset.
     """
     parent = labelled_checkpoint(run.folder / stage.parent.folder, stage.start) if stage.parent else None
+    resets = decided_resets(stage)
     callbacks: list[Any] = []
     if parent is not None and stage.phase.optimizer_state == "kept":
         callbacks.append(KeptOptimizer(parent))
-    if writing is not None and any(r.kind == "transition" and r.method != "none" for r in stage.resets):
+    if writing is not None and any(r.kind == "transition" and not r.idle for r in resets):
         callbacks.append(writing.before_reset())
     if stage.arm:
-        callbacks += _resetting(stage, run)
+        callbacks += _resetting(resets, stage, run)
         if parent is not None and stage.resets:
             callbacks.append(LossJumpCallback(measured_nll(parent), run.config.get_text_config().vocab_size))
     if (stop := stage.phase.stop) is not None:
@@ -216,12 +219,12 @@ def _stage_callbacks(stage: Stage, run: RunContext, writing: GenerationCallback 
     return callbacks if writing is None else [*callbacks, writing]
 
 
-def _resetting(stage: Stage, run: RunContext) -> list[Any]:
+def _resetting(resets: Sequence[ResetSpec], stage: Stage, run: RunContext) -> list[Any]:
     """Return the callbacks of an arm: what is reset once, and what acts during the phase."""
-    initial = initial_model(stage.resets, None, run.config, stage.seed)
-    once = [r for r in stage.resets if r.kind == "transition"]
-    penalties = [r for r in stage.resets if r.kind == "penalty"]
-    recycling = [r for r in stage.resets if r.kind == "recycling"]
+    initial = initial_model(resets, None, run.config, stage.seed)
+    once = [r for r in resets if r.kind == "transition"]
+    penalties = [r for r in resets if r.kind == "penalty"]
+    recycling = [r for r in resets if r.kind == "recycling"]
     callbacks: list[Any] = [
         ResetCallback(
             once or "none",

@@ -136,7 +136,12 @@ class Comparison:
         """Check whether an arm and those of earlier phases that it goes on from apply this method and no other."""
         before = [run.reset for own in self.runs(arm)[:1] for run in self.ancestors(own) if run.reset]
         applied = [self.methods(arm), *([one.method for one in reset.resets] for reset in before)]
-        return all(methods == [method] for methods in applied)
+        waiting = self.conditional(arm) or any(one.when for reset in before for one in reset.resets)
+        return not waiting and all(methods == [method] for methods in applied)
+
+    def conditional(self, arm: str) -> bool:
+        """Check whether a reset of an arm waits for a sign, so that it acts in some seeds and not in others."""
+        return any(one.when for run in self.runs(arm) if run.reset for one in run.reset.resets)
 
     @cached_property
     def bases(self) -> list[str]:
@@ -148,7 +153,7 @@ class Comparison:
 
         Where none does, as in a sequence of phases with arms, it is the one that never applied another.
         """
-        found = [other for other in self.arms if self.methods(other) == [method]]
+        found = [other for other in self.arms if self.methods(other) == [method] and not self.conditional(other)]
         whole = [other for other in found if self.always(other, method)]
         beside = [other for other in found if self.start(other) == self.start(arm) and (other != arm or arm in whole)]
         return beside[0] if beside else whole[0] if len(whole) == 1 else None

@@ -19,6 +19,7 @@ from fire_llm.reporting.samples import Prompted, samples
 from fire_llm.reporting.schema import ResetEntry, Results, Run, Transfer
 from fire_llm.reporting.sequence import PhaseSequence, every_table
 from fire_llm.reporting.table import DASH, Row, Table
+from fire_llm.reporting.waiting import evidence
 
 LOSS = "The axis first shows what follows the first third of training; double-click to see everything."
 BAND = "The line is the mean over the seeds, the band their range. "
@@ -122,6 +123,8 @@ class Section:
     """What the models wrote, by prompt."""
     made: Table
     """How each arm was made."""
+    evidence: Table
+    """What resets that wait for a sign found."""
     untouched: list[LeftAlone]
     recipe: str
     """YAML."""
@@ -158,6 +161,7 @@ def section(results: Results, index: int) -> Section:
         blocks=numbered(blocks, f"r{index}"),
         samples=samples(c),
         made=Table("", MADE, tuple(_made(c, arm, reports.get(arm)) for arm in c.arms), ("arm", "reset")),
+        evidence=evidence(c),
         untouched=_untouched(reports),
         recipe=yaml.safe_dump(results.recipe, sort_keys=False, allow_unicode=True) if results.recipe else "",
         facts=_facts(c),

@@ -164,6 +164,20 @@ class LossJump(Record):
     )
 
 
+class Overtraining(Record):
+    """What the phase before said of the checkpoint that it handed on, and whether a reset acted on it for that."""
+
+    applied: bool = Field(description="Whether the checkpoint was overtrained, so that the reset acted")
+    corpora: list[str] = Field(description="Whose held-out text it is: the phase's own, weighted as it read them")
+    threshold: float = Field(description="Nats a token above the lowest that are too many")
+    step: int = Field(description="Optimizer steps behind the checkpoint, within its phase")
+    nll: float = Field(description="Held-out NLL of the checkpoint, nats per token")
+    lowest: float = Field(description="The lowest that the phase had measured by then, after its first step")
+    lowest_step: int = Field(description="Where that was")
+    train_loss: float = Field(description="Training loss logged last before the checkpoint, nats per token")
+    lowest_train_loss: float = Field(description="The same before the lowest held-out NLL")
+
+
 class ResetSetting(Record):
     """One reset, penalty or recycling with its options."""
 
@@ -173,6 +187,10 @@ class ResetSetting(Record):
     exclude: list[str] = Field([], description="Regular expressions of parameters that it leaves alone")
     include: list[str] = Field([], description="Regular expressions of those that it acts on alone; of all where empty")
     layers: str = Field("", description="Layers that it acts on alone, such as `4-11`; all where empty")
+    when: dict[str, float] | None = Field(
+        None, description="Condition under which it acts, and its number: `overtrained`; null for always"
+    )
+    found: Overtraining | None = Field(None, description="What the condition found; null where there is none")
 
 
 class TensorEntry(Record):
@@ -433,7 +451,7 @@ class InspectedMatrix(BaseModel):
 
 PARTS: tuple[type[Record], ...] = (
     Results, Versions, Hardware, ModelSummary, Measurement, CorpusSize, Arm, Run, Start, CurveEntry, Scores,
-    Diagnostics, Throughput, LossJump, ResetEntry, ResetSetting, TensorEntry, Sample,
+    Diagnostics, Throughput, LossJump, ResetEntry, ResetSetting, Overtraining, TensorEntry, Sample,
 )  # fmt: skip
 """The parts of results.json, in the order of the page."""
 

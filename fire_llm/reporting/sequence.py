@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 
 from fire_llm.reporting.comparison import BASE, Comparison, evaluations, paired, spread
 from fire_llm.reporting.table import Row, Table
+from fire_llm.reporting.waiting import waiting_tables
 
 ByPhase = dict[str, dict[int, float]]
 """By phase, nats per token by seed."""
@@ -99,8 +100,9 @@ class PhaseSequence:
 
 
 def every_table(comparison: Comparison) -> list[Table]:
-    """Return the tables of a comparison, of averaged weights, and of the phases before it where they have arms too."""
-    return [*comparison.tables(), *comparison.averaged(), *PhaseSequence(comparison).tables()]
+    """Return the tables of a comparison, averaged weights, phases before it that have arms too, and waiting resets."""
+    sequence = PhaseSequence(comparison).tables()
+    return [*comparison.tables(), *comparison.averaged(), *sequence, *waiting_tables(comparison)]
 
 
 def _spread(by_seed: Mapping[int, float]) -> str:

@@ -20,6 +20,7 @@ from torch.nn.functional import normalize
 from fire_llm.architectures.matrices import MATRIX_ROLES, ROLES
 from fire_llm.linalg.newton_schulz import newton_schulz, newton_schulz_factor
 from fire_llm.linalg.polar import polar
+from fire_llm.resets.conditions import When
 
 Buffers = Literal["none", "floats", "all"]
 Kind = Literal["transition", "penalty", "recycling"]
@@ -181,6 +182,8 @@ def _register(
         Field((), description="Regular expressions: act on the names they find alone"),
     )
     options["layers"] = (int | str | None, Field(None, description="Act on these layers alone: 4, 4-11 or 0-3,8"))
+    if kind == "transition":
+        options["when"] = (When, Field(None, description="Act where the phase before was overtrained alone"))
     reads = {
         key: mark
         for key, hint in hints.items()

@@ -76,7 +76,7 @@ class Plan:
         refuse_engines(model, optimizer)
         make_current(model)
         plan = cls.of(model, specs, initial, whole=whole)
-        if whole and not plan.wanted and any(spec.method != "none" for spec in specs):
+        if whole and not plan.wanted and not all(spec.idle for spec in specs):
             raise UserError(f"{plan.idle(type(model).__name__)} Name another role, or take back a pattern of exclude")
         plan._check_values()
         return plan

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from fire_llm.architectures.matrices import MATRIX_ROLES, ROLES, ParameterSlice
 from fire_llm.core.errors import UserError, did_you_mean
+from fire_llm.resets.conditions import CONDITIONS, Overtraining, condition
 from fire_llm.resets.methods import FORMER, RESETS, Kind, ResetMethod
 from fire_llm.resets.selection import LAYERS, compiles, layer_of, parse_layers
 
@@ -36,6 +37,10 @@ class ResetSpec:
     include: tuple[str, ...] = ()
     layers: str = ""
     """Such as `4-11`; all of them, and what lies outside of layers, where it is empty."""
+    when: dict[str, float] | None = None
+    """The condition under which it acts, and its number; None for always."""
+    found: Overtraining | None = None
+    """What the condition found; None where there is none, or where nobody has looked."""
 
     @property
     def read(self) -> dict[str, Any]:
@@ -48,14 +53,21 @@ class ResetSpec:
         return {key: value for key in ("layers", "include", "exclude") if (value := getattr(self, key))}
 
     @property
+    def idle(self) -> str:
+        """Return why the reset leaves everything alone; empty where it does not."""
+        if self.method == "none":
+            return "the reset is none"
+        return str(self.found) if self.found is not None and not self.found.applied else ""
+
+    @property
     def needs_initial(self) -> bool:
         """Return whether the reset wants the initial weights."""
-        return RESETS[self.method].needs_initial
+        return RESETS[self.method].needs_initial and not self.idle
 
     @property
     def needs_gradient(self) -> bool:
         """Return whether the reset wants the gradient of the loss."""
-        return RESETS[self.method].needs_gradient
+        return RESETS[self.method].needs_gradient and not self.idle
 
     @property
     def kind(self) -> Kind:
@@ -96,6 +108,7 @@ class ResetSpec:
             return list(dict(_fault(e, method) for e in error.errors()).items()), None
         faults = [(key, why) for key in given if (why := method.ignores(key, options))]
         roles, chosen = options.pop("roles"), {key: options.pop(key) for key in ("exclude", "include")}
+        when = condition(options.pop("when", None))
         layers = "" if (numbers := options.pop("layers")) is None else str(numbers)
         faults += [
             (key, f"'{e}' is not a regular expression") for key in chosen for e in chosen[key] if not compiles(e)
@@ -106,9 +119,9 @@ class ResetSpec:
         if method.matrices_only and wrong:
             allowed = ", ".join(MATRIX_ROLES)
             faults.append(("roles", f"'{name}' acts on matrices ({allowed}); {', '.join(wrong)} are not. Remove them"))
-        return faults, None if faults else cls(name, options, roles, **chosen, layers=layers)
+        return faults, None if faults else cls(name, options, roles, **chosen, layers=layers, when=when)
 
-    def idle(self) -> list[tuple[str, str]]:
+    def without_effect(self) -> list[tuple[str, str]]:
         """Return the option that leaves a method nothing to do, as (key, message), in a list; empty where it acts.
 
         It is asked where a reset is given: what a run was made with before this was refused can still be read.
@@ -119,8 +132,8 @@ class ResetSpec:
 
     def why_not(self, weight: ParameterSlice) -> str | None:
         """Return why this reset leaves a slice alone, or None where it acts."""
-        if self.method == "none":
-            return "the reset is none"
+        if self.idle:
+            return self.idle
         if not weight.roles & set(self.roles):
             return f"role {'/'.join(sorted(weight.roles))} is not among {', '.join(self.roles)}"
         if weight.buffer and (why := RESETS[self.method].leaves(weight.tensor)):
@@ -144,7 +157,9 @@ class ResetSpec:
         if self.roles != ROLES:
             shown.append(f"roles {' '.join(self.roles)}")
         shown += [f"{k} {v if isinstance(v, str) else ' '.join(v)}" for k, v in self.selection.items()]
-        return ", ".join([self.method, *shown])
+        shown += [f"when {name} by more than {number:g} nats" for name, number in (self.when or {}).items()]
+        verdict = "" if self.found is None else ": applied" if self.found.applied else ": not applied"
+        return ", ".join([self.method, *shown]) + verdict
 
 
 def _fault(error: Any, method: ResetMethod) -> tuple[str, str]:
@@ -152,12 +167,16 @@ def _fault(error: Any, method: ResetMethod) -> tuple[str, str]:
     loc = [str(part) for part in error["loc"]]
     key, value = ".".join(loc), error["input"]
     allowed = [*method.options.model_fields, "method"]
+    if loc[0] == "when" and method.kind != "transition":
+        return key, f"'{method.name}' acts during the whole phase, and a condition is for what acts once: leave it out"
     if error["type"] == "extra_forbidden":
         return key, f"unknown option of '{method.name}'.{did_you_mean(key, allowed)} Known: {', '.join(allowed)}"
     if loc[0] == "roles":
         return "roles", f"unknown role {value!r}.{did_you_mean(str(value), ROLES)} Known: {', '.join(ROLES)}"
     if loc[0] == "layers":
         return "layers", f"{value!r} is not allowed: give {LAYERS}"
+    if loc[0] == "when":
+        return "when", f"{value!r} is not allowed: give {CONDITIONS}"
     message = error["msg"].removeprefix("Input ")
     return key, f"{value!r} is not allowed: {f'it {message}' if message != error['msg'] else message}"
 
@@ -173,7 +192,8 @@ def parse_resets(resets: ResetsLike, options: Mapping[str, Any] | None = None) -
         options: Of the method, where `resets` is its name alone.
 
     Raises:
-        UserError: A method or an option is wrong, or options stand beside a spec, which holds its own.
+        UserError: A method or an option is wrong, options stand beside a spec, which holds its own, or a reset waits
+            for what only a recipe knows.
     """
     if options:
         if not isinstance(resets, str):
@@ -185,8 +205,14 @@ def parse_resets(resets: ResetsLike, options: Mapping[str, Any] | None = None) -
     else:
         many = [resets] if isinstance(resets, str | Mapping | ResetSpec) else list(resets)
         specs = [ResetSpec.parse(r) for r in many]
-    for key, message in itertools.chain(*(spec.idle() for spec in specs)):
+    for key, message in itertools.chain(*(spec.without_effect() for spec in specs)):
         raise UserError(f"{key}: {message}")
+    for spec in specs:
+        if spec.when is not None and spec.found is None:
+            raise UserError(
+                f"when: '{next(iter(spec.when))}' is judged by the phase before, and there is none here: make "
+                f"'{spec.method}' an arm of a recipe, or leave when out"
+            )
     return specs
 
 

@@ -15,6 +15,7 @@ from fire_llm.resets import ResetReport, ResetsLike, apply_reset, parse_resets
 from fire_llm.resets.spec import ResetSpec, refuse_kinds
 from fire_llm.training.beginning import Beginning
 from fire_llm.training.gradients import gather_gradient
+from fire_llm.training.progress import report_line
 from fire_llm.training.sharding import load_optimizer, refuse_engines
 
 
@@ -119,6 +120,9 @@ class ResetCallback(TrainerCallback):
         self.reports.append(report)
         if self.report_file is not None and args.process_index == 0:
             write_json(self.report_file, report.to_dict())
+        for reset in self.resets:
+            if reset.found is not None and args.title is not None:
+                report_line(args, f"{reset.method}: {reset.found}")
 
 
 class KeptOptimizer(TrainerCallback):

@@ -119,7 +119,7 @@ def arm_faults(data: Mapping[str, Any], made: bool = False) -> list[str]:
                     continue
                 found, spec = ResetSpec.check(reset)
                 if spec is not None and not made:
-                    found = spec.idle()
+                    found = spec.without_effect()
                 faults += [f"{where}.{key}: {message}" for key, message in found]
     return faults
 
@@ -282,6 +282,7 @@ def _phase_contradictions(recipe: Recipe, phase: PhaseSection, earlier: dict[str
     previous = next((name for name in reversed(earlier) if "/" not in name), None)
     if phase.optimizer_state == "kept":
         yield from _kept_contradictions(recipe, phase, [previous] if phase.start_from is None else phase.start_from)
+    yield from _when_contradictions(recipe, phase, phase.start_from or ({previous: ["final"]} if previous else {}))
     if phase.start_from is None and armed and armed[-1].name == previous:
         missing = [a for a in (phase.arms or {"": None}) if a not in (armed[-1].arms or {})]
         if missing:
@@ -298,14 +299,54 @@ def _hub_faults(recipe: Recipe, hub: HubSection) -> Iterable[str]:
             yield f"phases[{n}].keep: hub.push is best, and '{phase.name}' keeps no best; add it, or push end"
 
 
+def _planned_steps(recipe: Recipe, phase: PhaseSection) -> int | None:
+    """Return a phase's optimizer steps, None where they are counted in epochs."""
+    return phase.steps or (phase.tokens and -(-phase.tokens // recipe.batch.tokens_per_step))
+
+
 def _stop_contradictions(recipe: Recipe, phase: PhaseSection, stop: StopSection) -> Iterable[str]:
     """Yield why a phase cannot stop early."""
     if stop.corpus not in recipe.evaluated():
         near = did_you_mean(stop.corpus, recipe.evaluated())
         yield f"stop.corpus: '{stop.corpus}' is not measured.{near} Measured: {', '.join(recipe.evaluated())}"
-    steps = phase.steps or (phase.tokens and -(-phase.tokens // recipe.batch.tokens_per_step))
+    steps = _planned_steps(recipe, phase)
     if steps and (fault := stop_fault(recipe, phase, steps)):
         yield fault
+
+
+def _when_contradictions(recipe: Recipe, phase: PhaseSection, sources: Mapping[str, list[Any]]) -> Iterable[str]:
+    """Yield, for each reset that waits for an overtrained checkpoint, why nothing would tell that one is."""
+    earlier = {other.name: other for other in recipe.phases[: recipe.phases.index(phase)]}
+    why = [] if sources else ["what the first phase starts from was not measured by a phase before; leave when out"]
+    for source, labels in sources.items():
+        if (parent := earlier.get(source.partition("/")[0])) is not None:
+            why += _unjudged(recipe, parent, labels)
+    for name, arm in (phase.arms or {}).items():
+        for i, reset in enumerate(as_list(arm)):
+            parsed = ResetSpec.check(reset)[1] if isinstance(reset, str | Mapping) else None
+            if parsed is not None and parsed.when is not None:
+                where = f"arms.{name}[{i}]" if isinstance(arm, list) else f"arms.{name}"
+                yield from (f"{where}.when: {each}" for each in dict.fromkeys(why))
+
+
+def _unjudged(recipe: Recipe, phase: PhaseSection, labels: Iterable[Any]) -> Iterable[str]:
+    """Yield why some of a phase's checkpoints have no held-out losses to be judged by: their own and one before it."""
+    if not {name for name, weight in phase.data.items() if weight} & set(recipe.evaluated()):
+        yield f"evaluate.data has none of {', '.join(phase.data)}, which '{phase.name}' trains on; add one"
+        return
+    steps = _planned_steps(recipe, phase)
+    every = recipe.evaluate.every_steps or (steps and max(1, steps // 10))
+    for label in map(str, labels):
+        reached = int(label) if label.isdecimal() else None if label == "best" else steps
+        if label.isdecimal() and every is None:
+            yield f"'{phase.name}' may not be evaluated at step {label}; give evaluate.every_steps, a divisor of it"
+        elif label.isdecimal() and every and reached != steps and int(label) % every:
+            yield f"'{phase.name}' is evaluated every {every} steps, and so not at step {label}; keep a multiple of it"
+        elif reached and every and reached <= every:
+            yield (
+                f"'{phase.name}' is evaluated once by step {reached}, which shows no rise; give a smaller "
+                "evaluate.every_steps"
+            )
 
 
 def stop_fault(recipe: Recipe, phase: PhaseSection, steps: int) -> str | None:

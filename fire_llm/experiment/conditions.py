@@ -1,0 +1,54 @@
+"""Judge the conditions of a stage's resets by what its parent's log holds, which every rank reads alike."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import replace
+
+from fire_llm.core.atomic import AVERAGED
+from fire_llm.core.errors import UserError
+from fire_llm.core.manifest import TRAINER_STATE, read_state
+from fire_llm.experiment.stages import Stage, labelled_checkpoint
+from fire_llm.resets import ResetSpec
+from fire_llm.resets.conditions import Overtraining
+
+
+def decided_resets(stage: Stage) -> tuple[ResetSpec, ...]:
+    """Return a stage's resets, those with a condition with what it found; the parent is finished.
+
+    Raises:
+        UserError: See `labelled_checkpoint`; or the checkpoint was not measured.
+    """
+    return tuple(
+        reset if reset.when is None else replace(reset, found=overtraining(stage, reset.when["overtrained"]))
+        for reset in stage.resets
+    )
+
+
+def overtraining(stage: Stage, threshold: float) -> Overtraining:
+    """Judge the checkpoint that a stage starts from; of averaged weights, the averages before it.
+
+    Args:
+        stage: Its parent is finished.
+        threshold: Nats a token above the lowest.
+
+    Raises:
+        UserError: As in `decided_resets`.
+    """
+    parent = stage.parent
+    assert parent is not None  # `recipe.faults` refuses what starts from nothing
+    checkpoint = labelled_checkpoint(stage.run.folder / parent.folder, stage.start)
+    averaged = checkpoint.name == AVERAGED
+    state = read_state(checkpoint.parent if averaged else checkpoint, TRAINER_STATE)
+    history = [entry for entry in state["log_history"] if entry["step"] <= state["global_step"]]
+    weights, evaluated = parent.phase.data, stage.run.recipe.evaluated()
+    corpora = [name for name in weights if weights[name] and name in evaluated]
+    found: Overtraining | None = None
+    with suppress(ValueError):
+        found = Overtraining.of(history, "ema_nll" if averaged else "eval_nll", corpora, threshold)
+    if found is None or found.step != state["global_step"]:
+        raise UserError(
+            f"{stage.title}: the log holds no finite held-out loss of '{checkpoint}', so that nobody knows whether it "
+            "is overtrained: leave when out, or start from a step at which its phase was evaluated"
+        )
+    return found
