@@ -314,6 +314,7 @@ def test_on_an_accelerator_a_callback_that_looks_at_saves_finds_the_folder(tmp_p
     monkeypatch.setenv("WANDB_LOG_MODEL", "checkpoint")
     assert not beside([WandbCallback()])
     mlflow = MLflowCallback.__new__(MLflowCallback)  # which may not be installed
+    mlflow._auto_end_run = False
     for value, read in (("on", True), ("Yes", True), ("1", True), ("true", True), ("false", False)):
         monkeypatch.setenv("HF_MLFLOW_LOG_ARTIFACTS", value)
         assert reads_checkpoints(mlflow) is read
