@@ -372,7 +372,7 @@ class Saver:
             others = args.save_total_limit - 1
             newest_ones = {step, *older[max(0, len(older) - others) :]}
             others -= bool(bests & {*older} - newest_ones) and others > 0
-        begun: set[int] = set()
+        begun: set[int | None] = set()
         if args.auto_find_batch_size and self.resumed_from:  # it may begin again there, where another was the best
             then = TrainerState.load_from_json(str(self.resumed_from / TRAINER_STATE_NAME)).best_model_checkpoint
             begun = {step_of(self.resumed_from), *([step_of(Path(then))] if then else [])}
