@@ -13,7 +13,7 @@ docs/results/NAME.json. What a text says in braces, outside of code, is filled i
     {web-text/fire}                                 4.7611 ± 0.0140: mean NLL ± standard deviation over the seeds
     {web-text/fire - base}                          +0.0175 ± 0.0029: paired by seed, ± half the 95 % interval
     {web-text/fire/perplexity} {web-text/fire/steps saved}    another column of the table
-    {learned web-text/fire - base} {forgotten web-text/fire}  of a stream's phases, by the name of their corpus
+    {learned web-text/fire - base} {forgotten web-text/fire}  of a stream's phases, by the names in its tables
     {web-text/fire - base:3} {…:3 abs} {…:3 mean}   three digits; without its sign; without what follows ±
     {study#web-text/fire}                           of another study
 
