@@ -194,18 +194,19 @@ def check_resets(stages: Iterable[Stage]) -> None:
     stages = list(stages)
     models: dict[RunContext, Any] = {}
 
-    def find(stage: Stage, reset: ResetSpec) -> None:
-        if stage.run not in models:
-            models[stage.run] = model_on_meta(stage.run.planned_config)
+    def find(run: RunContext, phase: str, arm: str, reset: ResetSpec) -> None:
+        if run not in models:
+            models[run] = model_on_meta(run.planned_config)
         try:
-            refuse_unfound([reset], slices_of(models[stage.run], [reset], reset.kind))
+            refuse_unfound([reset], slices_of(models[run], [reset], reset.kind))
         except UserError as error:
-            raise UserError(f"phase '{stage.phase.name}', arm '{stage.arm}': {error}") from error
+            raise UserError(f"phase '{phase}', arm '{arm}': {error}") from error
 
-    arms = {(stage.run, stage.phase.name, stage.arm): stage for stage in stages}.values()
+    # An arm has the same resets from each of its starts.
+    arms = {(stage.run, stage.phase.name, (stage.arm or "").partition("@")[0]): stage.resets for stage in stages}
     check_all(
         *(partial(check_kernels, run) for run in dict.fromkeys(stage.run for stage in stages)),
-        *(partial(find, stage, reset) for stage in arms for reset in stage.resets if reset.selection),
+        *(partial(find, *arm, reset) for arm, resets in arms.items() for reset in resets if reset.selection),
     )
 
 

@@ -261,12 +261,15 @@ def check(room: Path, data: bytes, changes: list[str]) -> None:
     assert code == 2, said
     assert not out.getvalue()
     recipes = r"('r\.yaml' (is|holds) no)|('r\.yaml' is not YAML: ..)"
-    place = rf"fire-llm: ({recipes}|(--set .*: ..)|(phase '.*: ..)|([a-z_]+[\w\[\].+-]*: ..))"
+    place = rf"({recipes}|(--set .*: ..)|(phase '.*: ..)|([a-z_]+[\w\[\].+-]*: ..))"
     if re.match(r"fire-llm: (one fault|\d+ faults) in 'r\.yaml':\n", said):
         for line in said.splitlines()[1:]:
             assert re.match(r"  \S.*: \S", line) or not line.startswith("  "), said
+    elif re.match(r"fire-llm: \d+ faults:\n", said):
+        for line in said.splitlines()[1:]:
+            assert re.match(f"  {place}", line), said
     else:
-        assert re.match(place, said), said
+        assert re.match(f"fire-llm: {place}", said), said
 
 
 @settings(max_examples=300, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
