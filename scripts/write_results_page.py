@@ -269,11 +269,8 @@ def shown(cell: Any) -> str:
     if isinstance(cell, dict):
         if "value" in cell:
             value, unit = cell["value"], cell.get("unit")
-            text = (
-                shown(value)
-                if unit is None
-                else f"{shown(value) if isinstance(value, Figure) else f'{value:,}'} {unit}"
-            )
+            text = shown(value) if unit is None or isinstance(value, Figure) else f"{value:,}"
+            text += "" if unit is None else f" {unit}"
             text += f" ({shown(cell['from'])} to {shown(cell['to'])})" if "from" in cell else ""
         elif "from" in cell:
             text = f"{shown(cell['from'])}–{shown(cell['to'])}"
@@ -348,19 +345,19 @@ class Page:
 
     def section(self, name: str) -> str:
         study, command = self.study(name), self.data(name).get("command")
+        tables = study.tables()
         file = self.folder / f"{name}.md"
 
         def known(key: str) -> str:
             if key == "command" and command:
                 return f"```\n{command}\n```"
             if key == "tables":
-                tables = [f"**{plain(caption)}**\n\n{text}" for caption, text in study.tables().items()]
-                return "\n\n".join([*tables, *study.notes()])
+                named = [f"**{plain(caption)}**\n\n{text}" for caption, text in tables.items()]
+                return "\n\n".join([*named, *study.notes()])
             if key.startswith("table "):
-                tables_by_name = study.tables()
-                if (wanted := key.removeprefix("table ")) not in tables_by_name:
-                    raise UserError(f"no table of that name: {', '.join(tables_by_name)}")
-                return tables_by_name[wanted]
+                if (wanted := key.removeprefix("table ")) not in tables:
+                    raise UserError(f"no table of that name: {', '.join(tables)}")
+                return tables[wanted]
             if key.startswith("plot "):
                 return self._plot(name, key.removeprefix("plot "), study)
             if key in study.facts:
@@ -438,7 +435,7 @@ def usual_command(results: Results) -> str:
 def kept(results: Results) -> dict[str, Any]:
     """Return a run's results without what no table and no plot needs: seeds, mean curves, where each began."""
     runs = [*results.phases, *(run for arm in results.arms.values() for run in arm.runs)]
-    begun = {(s.phase, s.arm, run.seed, s.step) for run in runs if (s := run.start)}
+    starts = {(s.phase, s.arm, run.seed, s.step) for run in runs if (s := run.start)}
 
     def scores(found: dict[str, Scores]) -> dict[str, Scores]:
         return {c: Scores(nll=rounded(s.nll), nll_std=rounded(s.nll_std)) for c, s in found.items()}
@@ -451,7 +448,7 @@ def kept(results: Results) -> dict[str, Any]:
         ends = (0, measured[-1].step if measured else 0)
         # The curves of runs that stopped at steps of their own have no mean that says when one got somewhere.
         all_of_it = of.planned_steps is not None
-        curve = [e for e in measured if all_of_it or e.step in ends or (of.phase, of.arm, of.seed, e.step) in begun]
+        curve = [e for e in measured if all_of_it or e.step in ends or (of.phase, of.arm, of.seed, e.step) in starts]
         return of.model_copy(
             update={
                 "checkpoint": None, "weights": {}, "throughput": [], "samples": [], "loss_jump": {},

@@ -16,11 +16,12 @@ import torch
 
 from fire_llm.checkpoint.headers import WRITABLE, StoredTensor, read_header
 from fire_llm.core.errors import UserError, did_you_mean
+from fire_llm.evaluation.precision import LONG
 
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 """Dtypes that a result may be written in, and what safetensors calls them."""
 
-SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+SHORT = {LONG[short]: short for short in DTYPES}
 """Names of `DTYPES` by those of torch and of `eval`."""
 
 _ELEMENTS = 1 << 22  # converted at a time

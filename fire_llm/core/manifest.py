@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from fire_llm.core.atomic import CONTINUAL_STATE, partial_of, remove, step_of, write_json
+from fire_llm.core.atomic import AVERAGED, CONTINUAL_STATE, partial_of, remove, step_of, write_json
 from fire_llm.core.errors import UserError
 from fire_llm.core.hashing import CHUNK, digest, hash_file
 
@@ -114,6 +114,15 @@ def read_state(checkpoint: Path, name: str) -> dict[str, Any]:
             "again, which goes on from an older checkpoint that is whole"
         )
     return state
+
+
+def trainer_state(checkpoint: Path) -> dict[str, Any]:
+    """Return transformers' state at a checkpoint; of averaged weights, at the checkpoint that they lie in.
+
+    Raises:
+        UserError: As `read_state` raises it.
+    """
+    return read_state(checkpoint.parent if checkpoint.name == AVERAGED else checkpoint, TRAINER_STATE)
 
 
 def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:

@@ -16,6 +16,7 @@ from fire_llm.data.corpora import CORPORA, Corpus, CorpusSpec, resolve
 from fire_llm.data.files import file_kind
 from fire_llm.evaluation.diagnose import diagnose
 from fire_llm.evaluation.measurement import PREFIXES, check_choice, first_token, token_text
+from fire_llm.evaluation.precision import LONG
 from fire_llm.evaluation.records import (
     CheckpointDiagnostics,
     CheckpointDifference,
@@ -27,9 +28,6 @@ from fire_llm.evaluation.statistics import paired_difference, standard_errors
 from fire_llm.evaluation.tasks import find_tasks, refuse_prefix, run_tasks
 from fire_llm.evaluation.texts import EvaluationSet, score
 from fire_llm.models import check_fits, find_device, load_model, load_tokenizer, pretrained_config
-
-LONG = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-"""torch's names of dtypes, by those of recipes and of `apply`."""
 
 DTYPES = ("stored", "float32", "bfloat16", "float16", "float64")
 

@@ -21,7 +21,7 @@ from fire_llm.core.compat import installed
 from fire_llm.core.errors import UserError
 from fire_llm.core.hardware import resolve_precision
 from fire_llm.core.hashing import hash_file
-from fire_llm.core.manifest import STATES, TRAINER_STATE, read_state, weights_hash
+from fire_llm.core.manifest import STATES, read_state, trainer_state, weights_hash
 from fire_llm.evaluation.diagnose import LOG_PREFIX
 from fire_llm.evaluation.measurement import first_token, token_text
 from fire_llm.experiment.context import RunContext
@@ -204,8 +204,7 @@ def _reset_entry(report: Path) -> ResetEntry:
 
 def measured_nll(checkpoint: Path) -> dict[str, float]:
     """Return the NLL that a checkpoint was measured at when it was written, by corpus; empty where it was not."""
-    averaged = checkpoint.name == AVERAGED
-    state = read_state(checkpoint.parent if averaged else checkpoint, TRAINER_STATE)
+    averaged, state = checkpoint.name == AVERAGED, trainer_state(checkpoint)
     entries = [entry for entry in _curve(state["log_history"], 0) if entry.step == state["global_step"]]
     found = (scores for entry in entries for scores in (entry.ema if averaged else entry.eval).items())
     return {corpus: scores.nll for corpus, scores in found if scores.nll is not None}

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from fire_llm.core.atomic import AVERAGED
 from fire_llm.core.errors import UserError
-from fire_llm.core.manifest import TRAINER_STATE, read_state
+from fire_llm.core.manifest import trainer_state
 from fire_llm.experiment.stages import Stage, labelled_checkpoint
 from fire_llm.resets import ResetSpec
 from fire_llm.resets.conditions import Overtraining
@@ -38,14 +38,13 @@ def overtraining(stage: Stage, threshold: float) -> Overtraining:
     parent = stage.parent
     assert parent is not None  # `recipe.faults` refuses what starts from nothing
     checkpoint = labelled_checkpoint(stage.run.folder / parent.folder, stage.start)
-    averaged = checkpoint.name == AVERAGED
-    state = read_state(checkpoint.parent if averaged else checkpoint, TRAINER_STATE)
+    state = trainer_state(checkpoint)
     history = [entry for entry in state["log_history"] if entry["step"] <= state["global_step"]]
     weights, evaluated = parent.phase.data, stage.run.recipe.evaluated()
     corpora = [name for name in weights if weights[name] and name in evaluated]
     found: Overtraining | None = None
     with suppress(ValueError):
-        found = Overtraining.of(history, "ema_nll" if averaged else "eval_nll", corpora, threshold)
+        found = Overtraining.of(history, "ema_nll" if checkpoint.name == AVERAGED else "eval_nll", corpora, threshold)
     if found is None or found.step != state["global_step"]:
         raise UserError(
             f"{stage.title}: the log holds no finite held-out loss of '{checkpoint}', so that nobody knows whether it "

@@ -88,6 +88,11 @@ class Stage:
         """Return the stage's name for people: `owt-wiki / fire`."""
         return self.folder.replace("/", " / ").removesuffix(f" / seed-{self.seed}")
 
+    @property
+    def recipe_arm(self) -> str:
+        """Return the arm as the recipe names it, without the start that it is trained from; empty for none."""
+        return (self.arm or "").partition("@")[0]
+
     @cached_property
     def spec(self) -> dict[str, Any]:
         """Everything that the weights depend on: the content of `unit.json`. Text, model and tokenizer are hashed."""
@@ -203,7 +208,7 @@ def check_resets(stages: Iterable[Stage]) -> None:
             raise UserError(f"phase '{phase}', arm '{arm}': {error}") from error
 
     # An arm has the same resets from each of its starts.
-    arms = {(stage.run, stage.phase.name, (stage.arm or "").partition("@")[0]): stage.resets for stage in stages}
+    arms = {(stage.run, stage.phase.name, stage.recipe_arm): stage.resets for stage in stages}
     check_all(
         *(partial(check_kernels, run) for run in dict.fromkeys(stage.run for stage in stages)),
         *(partial(find, *arm, reset) for arm, resets in arms.items() for reset in resets if reset.selection),
@@ -353,7 +358,7 @@ def select(stages: list[Stage], arms: Iterable[str]) -> list[Stage]:
         UserError: For an arm that the recipe has not.
     """
     wanted = list(arms)
-    known = list(dict.fromkeys(stage.arm.partition("@")[0] for stage in stages if stage.arm))
+    known = list(dict.fromkeys(stage.recipe_arm for stage in stages if stage.arm))
     for arm in wanted:
         if arm not in known:
             raise UserError(f"--arm: the recipe has no arm '{arm}'.{did_you_mean(arm, known)} Arms: {', '.join(known)}")
@@ -361,7 +366,7 @@ def select(stages: list[Stage], arms: Iterable[str]) -> list[Stage]:
         return stages
     chosen: set[str] = set()
     for stage in reversed(stages):
-        if stage.folder in chosen or (stage.arm and stage.arm.partition("@")[0] in wanted):
+        if stage.folder in chosen or (stage.arm and stage.recipe_arm in wanted):
             chosen.add(stage.folder)
             if stage.parent:
                 chosen.add(stage.parent.folder)

@@ -265,7 +265,7 @@ def _arguments(stage: Stage, run: RunContext, folder: Path, steps: int) -> Conti
     recipe = run.recipe
     sequences, accumulation = split_batch(run, ranks().num_processes)
     precision = resolve_precision(recipe.precision)
-    every = recipe.evaluate.every_steps or max(1, steps // 10)
+    every = recipe.evaluate.every(steps)
     arguments = ContinualArguments(
         output_dir=str(folder),
         title=stage.title if run.progress else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -205,9 +204,9 @@ def parse_resets(resets: ResetsLike, options: Mapping[str, Any] | None = None) -
     else:
         many = [resets] if isinstance(resets, str | Mapping | ResetSpec) else list(resets)
         specs = [ResetSpec.parse(r) for r in many]
-    for key, message in itertools.chain(*(spec.without_effect() for spec in specs)):
-        raise UserError(f"{key}: {message}")
     for spec in specs:
+        for key, message in spec.without_effect():
+            raise UserError(f"{key}: {message}")
         if spec.when is not None and spec.found is None:
             raise UserError(
                 f"when: '{next(iter(spec.when))}' is judged by the phase before, and there is none here: make "

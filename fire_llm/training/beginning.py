@@ -150,7 +150,8 @@ def largest_part(size: int, most: int) -> int:
 
 def _held(state: Any) -> Any:
     """Return a copy of a state, in host memory where it can be had there."""
-    return (on_host(state) or (deepcopy(state),))[0]
+    copied = on_host(state)
+    return deepcopy(state) if copied is None else copied[0]
 
 
 def local(tensor: Any) -> Tensor:

@@ -95,10 +95,10 @@ class Epochs:
         self.steps_an_epoch = self._steps(loader)
         usual = self._after(step, Place(0, 0), self.steps_an_epoch)
         self.begin = Place(usual.epoch, 0) if begin_again else usual
-        told = found or {}
+        kept = found or {}
         # At the same size an epoch may have another number of steps, as `dataloader_drop_last` leaves rows out.
-        fewer = told.get("length") == self.length and Place(told["epoch"], told["seen"]) != usual
-        if not begin_again and (samples_before != samples_a_step or told.get("moved") or fewer):
+        fewer = kept.get("length") == self.length and Place(kept["epoch"], kept["seen"]) != usual
+        if not begin_again and (samples_before != samples_a_step or kept.get("moved") or fewer):
             wrong = self._other(found)
             if wrong:
                 raise UserError(

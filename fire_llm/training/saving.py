@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from fire_llm.core.atomic import (
@@ -40,7 +40,7 @@ from fire_llm.core.atomic import (
     writing,
 )
 from fire_llm.core.errors import UserError
-from fire_llm.core.manifest import REPLACED, damage, newest_intact, prune, read_state, write_manifest
+from fire_llm.core.manifest import REPLACED, TRAINER_STATE, damage, newest_intact, prune, read_state, write_manifest
 from fire_llm.core.signals import asked
 from fire_llm.distributed import active, gather_objects, is_first
 from fire_llm.training.arguments import plain
@@ -80,6 +80,8 @@ class Saver:
         self._bytes: int | None = None
         self._written: list[Path] = []
         """Checkpoints of this training."""
+        self._needed_again: set[int | None] = set()
+        """Steps of what `auto_find_batch_size` may begin again from: where this began, and the best one of then."""
         self._sound: set[Path] = set()
         """Checkpoints that were verified once: a copy without times would be hashed at each save."""
 
@@ -88,12 +90,15 @@ class Saver:
     def begin(self, checkpoint: str | bool | None) -> int:
         """Start the clock, and take over a checkpoint's state where one is given; return the step of it, or 0."""
         self._began = time.monotonic()
-        self._resumed, self._written = {}, []
+        self._resumed, self._written, self._needed_again = {}, [], set()
         self.resumed_from = Path(str(checkpoint)) if checkpoint else None
         if not checkpoint:
             return 0
         folder, trainer = Path(str(checkpoint)), self.trainer
         self._resumed = read_state(folder, CONTINUAL_STATE)
+        if trainer.args.auto_find_batch_size:
+            best = read_state(folder, TRAINER_STATE).get("best_model_checkpoint")
+            self._needed_again = {step_of(folder), *([step_of(Path(best))] if best else [])}
         kept = load_file(folder / RECYCLING) if (folder / RECYCLING).exists() else {}
         for number, callback in enumerate(self._recycling()):
             start = f"{number}."
@@ -147,7 +152,7 @@ class Saver:
         """Return the size of a checkpoint's micro-batches."""
         if checkpoint is None:
             return None
-        size: int | None = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).train_batch_size
+        size: int | None = read_state(Path(checkpoint), TRAINER_STATE).get("train_batch_size")
         return size
 
     def forget(self) -> None:
@@ -372,11 +377,7 @@ class Saver:
             others = args.save_total_limit - 1
             newest_ones = {step, *older[max(0, len(older) - others) :]}
             others -= bool(bests & {*older} - newest_ones) and others > 0
-        begun: set[int | None] = set()
-        if args.auto_find_batch_size and self.resumed_from:  # it may begin again there, where another was the best
-            then = TrainerState.load_from_json(str(self.resumed_from / TRAINER_STATE_NAME)).best_model_checkpoint
-            begun = {step_of(self.resumed_from), *([step_of(Path(then))] if then else [])}
-        kept = {*args.keep_steps, *bests, *begun, *older[max(0, len(older) - others) :]}
+        kept = {*args.keep_steps, *bests, *self._needed_again, *older[max(0, len(older) - others) :]}
         return [n for n in older if n not in kept]
 
 

@@ -50,7 +50,7 @@ def log(*rows: tuple[int, float | None, float | None]) -> list[dict]:
         ([(0, None, 6.0), (10, 5.0, 4.0), (20, 3.0, 3.5)], 0.0, False, 0.0, 20),
         # Up again from the weights that it began with, and falling: the rate was warmed up, nothing was overtrained.
         ([(0, None, 3.0), (10, 3.4, 3.4), (20, 3.2, 3.2)], 0.1, False, 0.0, 20),
-        # Worn on from weights that were worn before.
+        # Overtrained further, from weights that were overtrained before.
         ([(0, None, 4.0), (10, 0.5, 4.5), (20, 0.3, 5.0)], 0.1, True, 0.5, 10),
         # A learning rate that is too high: both losses rise.
         ([(0, None, 6.0), (10, 4.0, 3.5), (20, 5.0, 4.5)], 0.1, False, 1.0, 10),

@@ -335,7 +335,7 @@ def _unjudged(recipe: Recipe, phase: PhaseSection, labels: Iterable[Any]) -> Ite
         yield f"evaluate.data has none of {', '.join(phase.data)}, which '{phase.name}' trains on; add one"
         return
     steps = _planned_steps(recipe, phase)
-    every = recipe.evaluate.every_steps or (steps and max(1, steps // 10))
+    every = recipe.evaluate.every(steps) if steps else recipe.evaluate.every_steps
     for label in map(str, labels):
         reached = int(label) if label.isdecimal() else None if label == "best" else steps
         if label.isdecimal() and every is None:
@@ -351,7 +351,7 @@ def _unjudged(recipe: Recipe, phase: PhaseSection, labels: Iterable[Any]) -> Ite
 
 def stop_fault(recipe: Recipe, phase: PhaseSection, steps: int) -> str | None:
     """Return why a phase of so many optimizer steps would never stop early; None where it may, or is not asked to."""
-    every = recipe.evaluate.every_steps or max(1, steps // 10)
+    every = recipe.evaluate.every(steps)
     if phase.stop is None or (reached := phase.stop.patience * every) < steps:
         return None
     return (

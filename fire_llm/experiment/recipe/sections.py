@@ -247,6 +247,10 @@ class EvaluateSection(_Section):
         None, ge=1, description="Optimizer steps between measurements of plasticity; none by default"
     )
 
+    def every(self, steps: int) -> int:
+        """Return the optimizer steps between two evaluations of a phase of so many."""
+        return self.every_steps or max(1, steps // 10)
+
 
 class GenerateSection(_Section):
     """Text that the model writes while it trains, for people to read; nothing that is measured depends on it."""
