@@ -82,7 +82,8 @@ def index(
             f"corpora.{corpus.name}.validation files in a recipe, or holdout: 0 where nothing is measured on it"
         )
     with progress_bar(f"dividing {corpus.name} ({split})", len(ends), "doc", shown=progress) as bar:
-        chosen = _held_out(whole, ends, separator, share, bar.update) == (split == "validation")
+        ids = np.asarray(arrays[0]) if len(arrays) == 1 else whole  # a plain view, of which slices cost little
+        chosen = _held_out(ids, ends, separator, share, bar.update) == (split == "validation")
     if not chosen.any():
         raise UserError(
             f"corpus '{corpus.name}': of its {len(ends):,} documents none is in the {split} split. Set "
@@ -154,7 +155,9 @@ def _indexed_ends(name: str, parts: Sequence[tuple[Source, list[Array]]], tokeni
     return np.concatenate(found) if len(found) == len(parts) else None
 
 
-def _held_out(whole: Stretches, ends: Array, separator: int, share: float, advance: Callable[[int], object]) -> Array:
+def _held_out(
+    whole: Array | Stretches, ends: Array, separator: int, share: float, advance: Callable[[int], object]
+) -> Array:
     """Return (d,) bool: whether a document is held out, by the hash of its ids without the end of text."""
     chosen, start = np.zeros(len(ends), dtype=bool), 0
     for number, end in enumerate(ends.tolist()):
@@ -168,7 +171,7 @@ def _held_out(whole: Stretches, ends: Array, separator: int, share: float, advan
     return chosen
 
 
-def _doubt(name: str, whole: Stretches, ends: Array, tokenizer: Any) -> None:
+def _doubt(name: str, whole: Array | Stretches, ends: Array, tokenizer: Any) -> None:
     """Say so where documents, decoded and encoded again, come back as other tokens: another tokenizer made them.
 
     A tokenizer that normalises text gives others too, which is why this is no fault.

@@ -192,10 +192,11 @@ def main(instructions: str) -> int:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started this
     end_with(sys.stdin.fileno())
+    pipe, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no message of this one
 
     def say(what: Any) -> None:
-        sys.stdout.write(json.dumps(what) + "\n")
-        sys.stdout.flush()
+        pipe.write(json.dumps(what) + "\n")
+        pipe.flush()
 
     try:
         given = read_json(Path(instructions), "give the command again")
