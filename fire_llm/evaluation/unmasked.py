@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fire_llm.distributed import fsdp_modules, in_parts
 from fire_llm.evaluation.precision import attention_configs, attention_kept, evaluating, own_precision
 
 UNMASKED = "fire_llm_causal"
@@ -59,10 +60,17 @@ def _look(model: Any, configs: Sequence[Any], context: int, part: nn.Module) -> 
             outputs = []
             for name in (_LOOKING, UNMASKED):
                 with _attention(configs, name):
-                    outputs.append(part(input_ids=ids, use_cache=False)[0])
+                    outputs.append(_outputs(model, part, ids))
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         return False
     return bool(_seen) and not any(_seen) and torch.equal(*outputs)
+
+
+def _outputs(model: Any, part: nn.Module, ids: Tensor) -> Any:
+    def run() -> Any:
+        return part(input_ids=ids, use_cache=False)[0]
+
+    return in_parts(model, part, run) if part is not model and fsdp_modules(model) else run()
 
 
 @contextmanager
