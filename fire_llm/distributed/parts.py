@@ -6,7 +6,7 @@ be one forward pass a slice to them, and a trunk that is run alone one that neve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -54,10 +54,11 @@ def in_parts(
     forward, found = root.forward, []
 
     def parts(**_: Any) -> Any:
-        with forward_replaced(root, forward), _hooks([root], of_fsdp2=False):
-            for module in behind:
-                module.unshard()
-            with _hooks(behind, of_fsdp2=False):
+        with forward_replaced(root, forward), _hooks(root, of_fsdp2=False):
+            with ExitStack() as stack:
+                for module in behind:
+                    module.unshard()
+                    stack.enter_context(_hooks(module, of_fsdp2=False))
                 given = first()
             found.append(_within(behind, lambda: last(given)))
         return found[0]
@@ -72,28 +73,37 @@ def _within(modules: Sequence[nn.Module], compute: Callable[[], Any]) -> Any:
     if not modules:
         return compute()
     module, *others = modules
-    forward, found = module.forward, []
+    forward, hooks, found = module.forward, _of(module), []
 
     def inner() -> Any:
-        with forward_replaced(module, forward), _hooks([module], of_fsdp2=False):
+        with forward_replaced(module, forward), _hooks(module, hooks, of_fsdp2=False):
             found.append(_within(others, compute))
         return found[0]
 
-    with _hooks([module], of_fsdp2=True), forward_replaced(module, inner):
+    with _hooks(module, hooks, of_fsdp2=True), forward_replaced(module, inner):
         module()
     return found[0]
 
 
+def _of(module: nn.Module) -> list[dict[int, Any]]:
+    return [dict(module._forward_pre_hooks), dict(module._forward_hooks)]
+
+
 @contextmanager
-def _hooks(modules: Iterable[nn.Module], *, of_fsdp2: bool) -> Iterator[None]:
-    """Keep those of the modules' hooks that are FSDP2's, or those that are not."""
-    with ExitStack() as stack:
-        for module in modules:
-            for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                before = dict(hooks)
-                stack.callback(hooks.update, before)
-                stack.callback(hooks.clear)
-                for number, hook in before.items():
-                    if hook.__module__.startswith("torch.distributed.fsdp.") != of_fsdp2:
-                        del hooks[number]
+def _hooks(module: nn.Module, among: list[dict[int, Any]] | None = None, *, of_fsdp2: bool) -> Iterator[None]:
+    """Let a module have those of its hooks that are FSDP2's, or those that are not; of its own, or of others given."""
+    before = _of(module)
+    places: list[dict[int, Any]] = [module._forward_pre_hooks, module._forward_hooks]
+    try:
+        for place, hooks in zip(places, among or before, strict=True):
+            place.clear()
+            place.update((number, hook) for number, hook in hooks.items() if _is_fsdp2(hook) == of_fsdp2)
         yield
+    finally:
+        for place, hooks in zip(places, before, strict=True):
+            place.clear()
+            place.update(hooks)
+
+
+def _is_fsdp2(hook: Any) -> bool:
+    return str(hook.__module__).startswith("torch.distributed.fsdp.")

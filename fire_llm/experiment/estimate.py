@@ -217,13 +217,11 @@ def would_fit(run: RunContext, count: int, at_rest: int) -> str:
     """Return the fewest changes with which a step fits GPUs of 80 GB, and what it then holds; in words."""
     recipe = run.recipe
     useless = {
-        SHARDS: count == 1,
         CHECKPOINTED: recipe.gradient_checkpointing or recipe.precision == "bf16-params",
         SYNC: recipe.sync_each_batch,
         ONE_SEQUENCE: recipe.batch.sequences_per_device == 1,
-        OFFLOAD: count == 1,
     }
-    open_to = [change for change in CHANGES if not useless[change]]
+    open_to = [change for change in CHANGES if not useless.get(change)]
     for number in range(1, len(open_to) + 1):
         for some in combinations(open_to, number):
             # Without shards, gradients are whole on each rank whenever they are added up.
