@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fire_llm.architectures.context import longest_context
+from fire_llm.architectures.names import unwrap
 from fire_llm.core.errors import UserError, reading
 from fire_llm.core.hardware import device_memory
 from fire_llm.distributed import forward_replaced, fsdp_modules, in_parts
@@ -102,8 +103,9 @@ class Scorer:
     def __init__(
         self, model: Any, sample: Tensor, *, context: int = 0, compiled: tuple[int, int] | None = None
     ) -> None:
-        self.model = model
         self.sharded = bool(fsdp_modules(model))
+        self.root = model
+        self.model = model = unwrap(model) if self.sharded else model  # FSDP2's root may be torch.compile's wrapper
         name = _KNOWN.get(model, None if self.sharded else False)
         if name is False:
             with reading(f"{type(model).__name__} fails on the first tokens of the text"):
@@ -131,13 +133,13 @@ class Scorer:
         """
         with unmasked(self.model) if self.unmasked else nullcontext():
             if self.sharded and self.trunk is not None:
-                scored: Tensor = in_parts(self.model, self.trunk, lambda: self._score(ids, targets, rows))
+                scored: Tensor = in_parts(self.root, self.trunk, lambda: self._score(ids, targets, rows))
                 return scored
             return self._score(ids, targets, rows)
 
     def _score(self, ids: Tensor, targets: Tensor, rows: Tensor | None) -> Tensor:
         if self.trunk is None:
-            return exact_nll(_taken(self.model(input_ids=ids, use_cache=False).logits, rows), targets)
+            return exact_nll(_taken(self.root(input_ids=ids, use_cache=False).logits, rows), targets)
         some = _slice(len(targets), _vocabulary(self.model), ids.device)
         forward = self.fast if self.fast is not None and ids.shape == self.compiled else self.trunk.forward
         parts = _logits_in_slices(self.model, self.trunk, forward, ids, rows, some)

@@ -89,7 +89,7 @@ class SummedLoss:
         """
         sliced, sharded = self.sliced(model, labels), bool(fsdp_modules(model))
         with ExitStack() as stack:
-            if self.without_mask(inputs):
+            if self.without_mask(inputs, model if sharded else None):
                 stack.enter_context(unmasked(self.model))
             if not sliced:
                 if self.params is not None:
@@ -117,14 +117,15 @@ class SummedLoss:
     def _as_read(self, module: nn.Module) -> AbstractContextManager[None]:
         return nullcontext() if self.params is None else rounded(module, self.params)
 
-    def without_mask(self, inputs: dict[str, Tensor]) -> bool:
+    def without_mask(self, inputs: dict[str, Tensor], root: nn.Module | None = None) -> bool:
         """Return whether attention is causal and nothing else, so that its kernel takes no mask; checked once a length.
 
         Args:
             inputs: What the model reads. Positions of documents, beside the ids, have a mask of their own.
+            root: Of shards, what FSDP2 gathers first.
         """
         plain = set(inputs) == {"input_ids"}
-        return plain and needs_no_mask(self.model, inputs["input_ids"].shape[-1], self._trunk)
+        return plain and needs_no_mask(self.model, inputs["input_ids"].shape[-1], self._trunk, root)
 
     def sliced(self, model: nn.Module, labels: Tensor) -> bool:
         """Return whether the logits of a micro-batch are taken in slices."""
