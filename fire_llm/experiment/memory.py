@@ -172,9 +172,8 @@ def peak_bytes(model: Sizes, run: Training) -> int:
         held = model.parameters * (run.at_rest + (4 if run.replicas else 0))
         before = 4 * model.parameters if run.accumulated else 0
         return held + max(before + copies + kept + hidden + loss + 4 * several * model.head, 4 * model.parameters)
-    shard = 0 if run.offload else model.parameters / run.shards
-    held = run.at_rest * shard
-    before = 0.0
+    shard = 0 if run.offload else -(-model.parameters // run.shards)
+    held, before = run.at_rest * shard, 0
     if run.accumulated:
         before = 4 * shard if run.sync_each_batch else run.reduce_bytes * model.parameters
     gathered = cast * (model.head + model.root + (0 if run.reshard else model.parameters - model.head - model.root))
@@ -182,13 +181,10 @@ def peak_bytes(model: Sizes, run: Training) -> int:
     head = model.head * ((4 if several > 1 and run.half else 0) + cast * (1 if run.half else several))
     # A layer that is gathered beside the next one, its gradients, and the buffer in which they are exchanged.
     moving = model.layer * (2 * cast + cast + run.reduce_bytes)
-    exchanged = run.reduce_bytes * model.head * (1 + 1 / run.shards)
-    return int(
-        held
-        + max(
-            before + gathered + kept + hidden + loss + head,
-            before + gathered + kept + hidden + cast * model.head + exchanged,
-            before + gathered + kept + moving,
-            4 * shard,
-        )
+    exchanged = run.reduce_bytes * (model.head + model.head // run.shards)
+    return held + max(
+        before + gathered + kept + hidden + loss + head,
+        before + gathered + kept + hidden + cast * model.head + exchanged,
+        before + gathered + kept + moving,
+        4 * shard,
     )
