@@ -153,16 +153,6 @@ def test_two_replicas_of_two_shards_train_as_one_process_does(tmp_path):
             agrees(shards, one)
 
 
-@pytest.mark.slow
-def test_two_shards_that_are_compiled_train_as_one_process_does(tmp_path):
-    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
-    found = run_ranks(2, in_shards, tmp_path, tmp_path, {}, [("llama", {}, compiled), ("gpt2", {}, compiled)])
-    assert not any(isinstance(rank, Raised) for rank in found), found
-    for rank in found:
-        for kind, shards in zip(("llama", "gpt2"), rank, strict=True):
-            agrees(shards, trained(kind, tmp_path / "one", 2))
-
-
 VOCABULARY, LENGTH = 131_072, 256
 
 
