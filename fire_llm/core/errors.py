@@ -21,6 +21,12 @@ ENGINES = {
 }
 """What cannot be trained under, and what to use instead."""
 
+CHECKPOINTED_ONCE = (
+    "is refused: it computes layers again with dropout drawn anew, so that gradients belong to another loss. Remove it "
+    "and set gradient_checkpointing: true in the recipe (in a Trainer's arguments: activation_checkpointing)"
+)
+"""What becomes of accelerate's own checkpointing of activations, which keeps no state of the random generators."""
+
 
 class UserError(ValueError):
     """Report input that the user must change; the command line prints the message alone and exits with 2."""

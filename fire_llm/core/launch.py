@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fire_llm.core.errors import ENGINES, UserError, did_you_mean, redact
+from fire_llm.core.errors import CHECKPOINTED_ONCE, ENGINES, UserError, did_you_mean, redact
 from fire_llm.core.ranks import first_rank, launched
 from fire_llm.core.signals import SIGNALS, Stopped, end_with
 
@@ -123,6 +123,8 @@ def _read(path: Path) -> dict[str, Any]:
             f"'{path}': distributed_type {data['distributed_type']} is not supported.{did_you_mean(kind, _KINDS)} "
             f"It must be one of {', '.join(_KINDS)}"
         )
+    if fsdp.get("fsdp_activation_checkpointing"):
+        raise UserError(f"'{path}': fsdp_activation_checkpointing {CHECKPOINTED_ONCE}")
     _check_keys(path)
     return {**data, "distributed_type": kind}
 

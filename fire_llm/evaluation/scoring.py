@@ -6,8 +6,8 @@ Shapes: B = windows a batch, T = positions a window, D = width, V = vocabulary, 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fire_llm.architectures.context import longest_context
+from fire_llm.architectures.names import unwrap
 from fire_llm.core.errors import UserError, reading
 from fire_llm.core.hardware import device_memory
-from fire_llm.distributed import fsdp_modules
+from fire_llm.distributed import forward_replaced, fsdp_modules, in_parts
 from fire_llm.evaluation import kernels
 from fire_llm.evaluation.unmasked import needs_no_mask, unmasked
 
@@ -83,8 +84,8 @@ class Scorer:
     The model's own forward does everything: it runs once on a batch, its trunk's output is kept, and it is then run on
     slices of that output for the trunk's. What a class does after its head (soft caps, scales, biases) is thus done as
     it does it. That this gives the same logits as an ordinary forward pass is looked at, on a few tokens, before a
-    model is first scored; where it does not (a trunk that cannot be found, shards that all ranks gather together),
-    ordinary forward passes are taken.
+    model is first scored; where it does not (a trunk that cannot be found), ordinary forward passes are taken. A model
+    in shards is not looked at: they are taken of it too, unless it was looked at when it was whole.
 
     On an accelerator, and where it is compiled, attention that is causal and nothing else has no mask (`unmasked`).
 
@@ -102,16 +103,16 @@ class Scorer:
     def __init__(
         self, model: Any, sample: Tensor, *, context: int = 0, compiled: tuple[int, int] | None = None
     ) -> None:
-        self.model = model
-        self.trunk: torch.nn.Module | None = None
-        if not fsdp_modules(model):
-            name = _KNOWN.get(model, False)
-            if name is False:
-                with reading(f"{type(model).__name__} fails on the first tokens of the text"):
-                    name = _KNOWN[model] = _look_at(model, _probe(model, sample)[None])
-            self.trunk = model.get_submodule(name) if name is not None else None
+        self.sharded = bool(fsdp_modules(model))
+        self.root = model
+        self.model = model = unwrap(model) if self.sharded else model  # FSDP2's root may be torch.compile's wrapper
+        name = _KNOWN.get(model, None if self.sharded else False)
+        if name is False:
+            with reading(f"{type(model).__name__} fails on the first tokens of the text"):
+                name = _KNOWN[model] = _look_at(model, _probe(model, sample)[None])
+        self.trunk: torch.nn.Module | None = model.get_submodule(name) if name is not None else None
         self.unmasked = False
-        if context and (compiled or sample.device.type != "cpu") and not fsdp_modules(model):
+        if context and (compiled or sample.device.type != "cpu") and not self.sharded:
             self.unmasked = needs_no_mask(model, context, self.trunk)
         self.compiled = compiled
         # The same code is compiled once in a process, whatever number of models and wrappers there are.
@@ -131,11 +132,14 @@ class Scorer:
             (S,) fp64, nats.
         """
         with unmasked(self.model) if self.unmasked else nullcontext():
+            if self.sharded and self.trunk is not None:
+                scored: Tensor = in_parts(self.root, self.trunk, lambda: self._score(ids, targets, rows))
+                return scored
             return self._score(ids, targets, rows)
 
     def _score(self, ids: Tensor, targets: Tensor, rows: Tensor | None) -> Tensor:
         if self.trunk is None:
-            return exact_nll(_taken(self.model(input_ids=ids, use_cache=False).logits, rows), targets)
+            return exact_nll(_taken(self.root(input_ids=ids, use_cache=False).logits, rows), targets)
         some = _slice(len(targets), _vocabulary(self.model), ids.device)
         forward = self.fast if self.fast is not None and ids.shape == self.compiled else self.trunk.forward
         parts = _logits_in_slices(self.model, self.trunk, forward, ids, rows, some)
@@ -200,21 +204,6 @@ def with_hidden(outputs: Any, hidden: Tensor) -> Any:
     if isinstance(outputs, tuple):
         return hidden, *outputs[1:]
     return type(outputs)(**{**outputs, next(iter(outputs)): hidden})
-
-
-@contextmanager
-def forward_replaced(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a module run another forward inside; afterwards what a library had put there itself is put back."""
-    # An attribute of the instance hides the method of its class.
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
 
 
 def _probe(model: Any, sample: Tensor) -> Tensor:

@@ -11,11 +11,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fire_llm.distributed import in_parts
 from fire_llm.evaluation.precision import attention_configs, attention_kept, evaluating, own_precision
 
 UNMASKED = "fire_llm_causal"
@@ -24,7 +26,7 @@ UNMASKED = "fire_llm_causal"
 _LOOKING = "fire_llm_look"
 
 
-def needs_no_mask(model: Any, context: int, part: nn.Module | None = None) -> bool:
+def needs_no_mask(model: Any, context: int, part: nn.Module | None = None, root: nn.Module | None = None) -> bool:
     """Return whether a model attends to plain texts of a length causally and in no other way.
 
     It reads such a text twice: as it is, to see that transformers makes no mask for any of its layers (a window, a
@@ -35,21 +37,24 @@ def needs_no_mask(model: Any, context: int, part: nn.Module | None = None) -> bo
         model: A causal LM of transformers; left as it was found.
         context: Tokens of a text.
         part: Its trunk, where that can be run alone and saves the logits.
+        root: Of a model in shards, what FSDP2 gathers first: the model, or torch.compile's wrapper around it.
 
     Returns:
-        False too where its attention is not SDPA, or where its forward pass fails.
+        False too where its attention is not SDPA, where its forward pass fails, or for shards without a known trunk.
     """
     configs = attention_configs(model)
     if not configs or any(config._attn_implementation != "sdpa" for config in configs):
         return False
+    if root is not None and part is None:
+        return False
     known = _KNOWN.setdefault(model, {})
     if context not in known:
         with evaluating(model):
-            known[context] = _look(model, configs, context, part or model)
+            known[context] = _look(model, configs, context, part or model, root)
     return known[context]
 
 
-def _look(model: Any, configs: Sequence[Any], context: int, part: nn.Module) -> bool:
+def _look(model: Any, configs: Sequence[Any], context: int, part: nn.Module, root: nn.Module | None) -> bool:
     _register()
     device = next(model.parameters()).device
     ids = torch.arange(context, device=device)[None] % int(model.config.get_text_config().vocab_size)
@@ -59,7 +64,8 @@ def _look(model: Any, configs: Sequence[Any], context: int, part: nn.Module) -> 
             outputs = []
             for name in (_LOOKING, UNMASKED):
                 with _attention(configs, name):
-                    outputs.append(part(input_ids=ids, use_cache=False)[0])
+                    run = partial(part, input_ids=ids, use_cache=False)
+                    outputs.append((run() if root is None else in_parts(root, part, run))[0])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         return False
     return bool(_seen) and not any(_seen) and torch.equal(*outputs)

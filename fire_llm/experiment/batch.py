@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from fire_llm.core.errors import UserError
-from fire_llm.core.flops import layer_configs
 from fire_llm.core.hardware import accelerator_memory, resolve_precision
 from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.recipe import PhaseSection
@@ -27,13 +25,16 @@ def phase_steps(phase: PhaseSection, tokens_per_step: int, epoch_tokens: int) ->
     return max(1, int((phase.epochs or 1) * epoch_tokens) // tokens_per_step)
 
 
-def split_batch(run: RunContext, world: int, memory: int | None = None) -> tuple[int, int]:
+def split_batch(
+    run: RunContext, world: int, memory: int | None = None, *, checkpointed: bool | None = None
+) -> tuple[int, int]:
     """Return (sequences a forward pass, forward passes a step) of each of `world` ranks.
 
     Args:
         run: Whose batch it is.
         world: Ranks.
         memory: Bytes of each rank's accelerator, 0 for none; by default, of this machine's.
+        checkpointed: Whether activations are; by default, as the recipe says.
 
     Raises:
         UserError: Where the tokens of a step do not divide evenly.
@@ -52,41 +53,18 @@ def split_batch(run: RunContext, world: int, memory: int | None = None) -> tuple
             f"batch.sequences_per_device: {given} does not divide the {sequences} sequences a process has a step"
         )
     if given is None:
-        most = max(1, _tokens_at_once(run, accelerator_memory() if memory is None else memory) // length)
+        checkpointed = run.recipe.gradient_checkpointing if checkpointed is None else checkpointed
+        most = max(1, _tokens_at_once(run, accelerator_memory() if memory is None else memory, checkpointed) // length)
         given = max(n for n in range(1, min(most, sequences) + 1) if sequences % n == 0)
     return given, sequences // given
 
 
-def _tokens_at_once(run: RunContext, memory: int) -> int:
+def _tokens_at_once(run: RunContext, memory: int, checkpointed: bool) -> int:
     """Return how many tokens a forward pass takes: more of them fill a GPU better, until its memory is full."""
     if memory == 0:
         return CPU_TOKENS
-    kept = kept_a_token(run.planned_config.get_text_config(), run.recipe.gradient_checkpointing)
-    if memory < 0 or kept is None:
+    if memory < 0 or run.sizes is None:
         return ACCELERATOR_TOKENS
+    kept = run.sizes.kept_a_token(checkpointed=checkpointed, compiled=run.recipe.compile is not False)
     kept *= 2 if resolve_precision(run.recipe.precision) == "fp32" else 1
     return min(MOST_TOKENS, int(KEPT_SHARE * memory / kept))
-
-
-def kept_a_token(text: Any, checkpointed: bool = False) -> int | None:
-    """Return the bytes that the layers of a model keep for the backward pass of a token in 16 bits; None if unknown.
-
-    A layer keeps, in fp32, the inputs of two norms; in 16 bits what these give, q, k, v, attention's output (twice:
-    the projection reads a copy), and the MLP's inner values before and after its activation.
-
-    Args:
-        text: A text model's config.
-        checkpointed: Whether each layer keeps its input alone, in fp32, and one at a time is computed again.
-
-    Source: counted as Korthikanti et al. do, arXiv 2205.05198, section 4.1, without dropout and scores.
-    """
-    width, layers = getattr(text, "hidden_size", None), getattr(text, "num_hidden_layers", None)
-    if width is None or layers is None:
-        return None
-    inners = [
-        getattr(one, "intermediate_size", None) or getattr(one, "n_inner", None) or 4 * width
-        for one in layer_configs(text)
-    ]
-    widest = max(max(inner) if isinstance(inner, list) else inner for inner in inners)  # a list holds one a layer
-    layer = 22 * width + 4 * widest
-    return int(layer + layers * 4 * width if checkpointed else layers * layer)

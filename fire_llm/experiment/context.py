@@ -26,6 +26,7 @@ from fire_llm.data.corpora import Corpus, resolve
 from fire_llm.data.tokenizer import train_tokenizer
 from fire_llm.data.tokens import TokenFile, tokenize_corpus
 from fire_llm.distributed import ranks
+from fire_llm.experiment.memory import Sizes, sizes
 from fire_llm.experiment.recipe import Recipe
 from fire_llm.experiment.recipe.sections import as_list
 from fire_llm.experiment.sources import MODEL, TOKENIZER, Hashes, changes, hashes, place_of
@@ -36,6 +37,7 @@ from fire_llm.models import (
     fresh_model,
     load_model,
     load_tokenizer,
+    model_on_meta,
     new_config,
     with_attention,
 )
@@ -158,6 +160,8 @@ class RunContext:
         common = self.recipe.model_dump(mode="json", include=named)
         if self.recipe.attention != "auto":
             common["attention"] = self.recipe.attention
+        if self.recipe.reduce_precision != "fp32":
+            common["reduce_precision"] = self.recipe.reduce_precision
         # "auto" may mean another thing on another machine.
         precision = resolve_precision(self.recipe.precision)
         return {"model": self.recipe.model.identity(), **common, "precision": precision}
@@ -171,6 +175,11 @@ class RunContext:
         section = self.recipe.model
         given = section.config if isinstance(section.config, str) else section.checkpoint
         return self._config(None, given)
+
+    @cached_property
+    def sizes(self) -> Sizes | None:
+        """What of the model memory depends on; None where its config does not say."""
+        return sizes(model_on_meta(self.planned_config))
 
     @cached_property
     def _local_tokenizer(self) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import combinations
 from os.path import isdir
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from fire_llm.core.flops import PEAK_FLOPS, flops_per_token
 from fire_llm.core.hardware import resolve_precision
 from fire_llm.core.terminal import open_console
 from fire_llm.data.corpora import SPLITS
-from fire_llm.experiment.batch import kept_a_token, phase_steps, split_batch
+from fire_llm.experiment.batch import phase_steps, split_batch
 from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.generation import check_prompts
+from fire_llm.experiment.memory import Training, peak_bytes
 from fire_llm.experiment.norms import norm_warnings
 from fire_llm.experiment.recipe import OptimizerSection, PhaseSection, Recipe, doubts, optimizer_of
 from fire_llm.experiment.stages import Stage, check_resets, expand, final_checkpoint, select
@@ -38,6 +40,18 @@ MACHINES = (("H100", 1), ("A100", 8), ("H100", 8))
 """Devices of 80 GB, and how many: what hours and memory are estimated for."""
 
 MACHINE_BYTES = 80 * 10**9
+
+ROOM = int(0.9 * MACHINE_BYTES)
+"""What a step may hold: the allocator's slack, CUDA's context and NCCL's buffers take the rest."""
+
+SHARDS, CHECKPOINTED, SYNC, ONE_SEQUENCE, OFFLOAD = CHANGES = (
+    "--accelerate-config fsdp2",
+    "gradient_checkpointing: true",
+    "sync_each_batch: true",
+    "batch.sequences_per_device: 1",
+    "fsdp_offload_params: true",
+)
+"""What makes a step hold less, the cheapest first; the last is a key of accelerate's configuration."""
 
 MFU = 0.3
 """Share of a device's peak that training is taken to reach.
@@ -102,7 +116,7 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
         "own": [*(own for phase in recipe.phases if (own := _own(recipe, phase, model))), *_pushed(recipe)],
         "stages": rows,
         "warnings": norm_warnings(stages),
-        "machines": _machines(run, parameters, TRAINING_BYTES + averaged, sum(row["flops"] or 0 for row in rows)),
+        "machines": _machines(run, BYTES_A_PARAMETER + averaged, sum(row["flops"] or 0 for row in rows)),
         "disk_bytes": disk * parameters,
         "memory_bytes": parameters * (TRAINING_BYTES + averaged),
     }
@@ -139,38 +153,93 @@ def _check_recycling(stages: Iterable[Stage], model: Any) -> None:
             recycled_layers(model, spec)
 
 
-def _machines(run: RunContext, parameters: int, each: int, flops: float) -> list[dict[str, Any]]:
+def _machines(run: RunContext, at_rest: int, flops: float) -> list[dict[str, Any]]:
     """Return hours and memory on known devices; of those that the batch divides into, and for 16 bits alone.
 
     Args:
         run: The run.
-        parameters: Of its model.
-        each: Bytes of a parameter while training, in fp32.
+        at_rest: Bytes of a parameter between steps, in fp32.
         flops: Of all stages.
     """
-    text, precision = run.planned_config.get_text_config(), run.recipe.precision
-    kept = kept_a_token(text, run.recipe.gradient_checkpointing)
-    if precision == "fp32" or kept is None:
+    if run.recipe.precision == "fp32" or run.sizes is None:
         return []
+    work = flops * (4 / 3 if run.recipe.gradient_checkpointing else 1)  # the forward pass, a third of it, is done again
     machines = []
     for device, count in MACHINES:
         try:
-            sequences, _ = split_batch(run, count, memory=MACHINE_BYTES)
+            own = memory_bytes(run, count, at_rest)
         except UserError:
             continue
-        tokens = sequences * run.sequence_length
-        # Replicas hold the gradients once more, in the buckets that they exchange; autocast holds weights in 16 bits.
-        weights = parameters * (each + 2 + (4 if count > 1 else 0))
-        logits = tokens * text.vocab_size
-        held = logits if precision == "fp16" else min(logits, LOGITS_HELD)
         machines.append(
             {
                 "name": f"{count}×{device}",
-                "hours": flops / (count * PEAK_FLOPS[device] * MFU) / 3600,
-                "memory_bytes": weights + tokens * kept + 8 * held,  # the logits in fp32, and their gradients
+                "hours": work / (count * PEAK_FLOPS[device] * MFU) / 3600,
+                "memory_bytes": own,
+                "shards_bytes": memory_bytes(run, count, at_rest, [SHARDS]) if count > 1 else None,
+                "fits": own <= ROOM,
+                "would_fit": None if own <= ROOM else would_fit(run, count, at_rest),
             }
         )
     return machines
+
+
+def memory_bytes(run: RunContext, count: int, at_rest: int, changes: Iterable[str] = ()) -> int:
+    """Return the bytes that each of some GPUs of 80 GB holds at the peak of a step.
+
+    Args:
+        run: The run.
+        count: GPUs: replicas, or shards of FSDP2.
+        at_rest: Bytes of a parameter between steps, in fp32.
+        changes: Some of `CHANGES`, made to the recipe or its start.
+
+    Raises:
+        UserError: The batch does not divide.
+    """
+    recipe, changes = run.recipe, set(changes)
+    checkpointed = recipe.gradient_checkpointing or CHECKPOINTED in changes
+    sequences, passes = split_batch(run, count, memory=MACHINE_BYTES, checkpointed=checkpointed)
+    if ONE_SEQUENCE in changes:
+        sequences, passes = 1, sequences * passes
+    assert run.sizes is not None
+    tokens = sequences * run.sequence_length
+    logits = tokens * run.sizes.vocabulary
+    return peak_bytes(
+        run.sizes,
+        Training(
+            tokens,
+            logits if recipe.precision == "fp16" else min(logits, LOGITS_HELD),
+            accumulated=passes > 1,
+            narrow=recipe.precision == "bf16-params",
+            checkpointed=checkpointed,
+            compiled=recipe.compile is not False,
+            at_rest=at_rest,
+            a_logit=8 if recipe.precision == "fp16" or recipe.compile is False else 4,
+            replicas=count > 1,
+            shards=count if changes & {SHARDS, OFFLOAD} else 0,
+            offload=OFFLOAD in changes,
+            reduce_bytes=2 if recipe.reduce_precision == "bf16" else 4,
+            sync_each_batch=recipe.sync_each_batch or SYNC in changes,
+        ),
+    )
+
+
+def would_fit(run: RunContext, count: int, at_rest: int) -> str:
+    """Return the fewest changes with which a step fits GPUs of 80 GB, and what it then holds; in words."""
+    recipe = run.recipe
+    useless = {
+        CHECKPOINTED: recipe.gradient_checkpointing or recipe.precision == "bf16-params",
+        SYNC: recipe.sync_each_batch,
+        ONE_SEQUENCE: recipe.batch.sequences_per_device == 1,
+    }
+    open_to = [change for change in CHANGES if not useless.get(change)]
+    for number in range(1, len(open_to) + 1):
+        for some in combinations(open_to, number):
+            # Without shards, gradients are whole on each rank whenever they are added up.
+            if (SYNC in some or OFFLOAD in some) and SHARDS not in some:
+                continue
+            if (held := memory_bytes(run, count, at_rest, some)) <= ROOM:
+                return f"fits with {' and '.join(some)}: {held / 1e9:.2g} GB"
+    return "does not fit, whatever is set: take more GPUs, or a smaller model"
 
 
 def _own(recipe: Recipe, phase: PhaseSection, model: Any) -> str:
@@ -292,13 +361,20 @@ def print_plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[
         f"disk ≈ {planned['disk_bytes'] / 1e9:.2g} GB of checkpoints; "
         f"memory ≈ {planned['memory_bytes'] / 1e9:.2g} GB a process, without activations"
     )
-    hours = [
-        f"{machine['name']} ≈ {_duration(machine['hours'])}, {machine['memory_bytes'] / 1e9:.2g} GB a GPU"
-        for machine in planned["machines"]
-        if machine["hours"] * 60 >= 1
-    ]
+    told = [machine for machine in planned["machines"] if machine["hours"] * 60 >= 1]
+    hours = [f"{machine['name']} ≈ {_duration(machine['hours'])}, {_gigabytes(machine)}" for machine in told]
     if hours:
         print(f"at {MFU:.0%} of the 16-bit peak, evaluation left out: {'; '.join(hours)}")
+    for machine in told:
+        if not machine["fits"]:
+            print(f"{machine['name']} of {MACHINE_BYTES / 1e9:.0f} GB: {machine['would_fit']}")
+
+
+def _gigabytes(machine: dict[str, Any]) -> str:
+    """Return in words what a GPU of a machine holds at the peak of a step."""
+    sharded = machine["shards_bytes"]
+    cut = "" if sharded is None else f" ({sharded / 1e9:.3g} in shards)"
+    return f"{machine['memory_bytes'] / 1e9:.3g} GB a GPU{cut}"
 
 
 def totals(rows: Sequence[dict[str, Any]]) -> str:

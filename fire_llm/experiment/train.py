@@ -282,7 +282,11 @@ def _arguments(stage: Stage, run: RunContext, folder: Path, steps: int) -> Conti
         nonfinite=recipe.nonfinite,
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.accelerator.is_available(),
-        accelerator_config={"non_blocking": torch.accelerator.is_available()},
+        accelerator_config={
+            "non_blocking": torch.accelerator.is_available(),
+            "gradient_accumulation_kwargs": {"sync_each_batch": True} if recipe.sync_each_batch else None,
+        },
+        reduce_precision=recipe.reduce_precision,
         logging_steps=recipe.log_every_steps,
         eval_strategy="steps",
         eval_steps=every,

@@ -26,8 +26,9 @@ class ContinualArguments(TrainingArguments):
     What `ContinualTrainer` makes of the options of `TrainingArguments` is in docs/trainer.md.
 
     Raises:
-        UserError: What `TrainingArguments` refuses; an unknown `eval_precision` or `nonfinite`; `bf16_params` without
-            `bf16`, or with checkpointed activations; `keep_last` beside another `save_total_limit`.
+        UserError: What `TrainingArguments` refuses; an unknown `eval_precision`, `reduce_precision` or `nonfinite`;
+            `bf16_params` without `bf16`, or with checkpointed activations; `keep_last` beside another
+            `save_total_limit`.
     """
 
     muon: bool = _option(False, "Train the matrices of attention and MLPs with Muon, the rest with AdamW.")
@@ -42,6 +43,7 @@ class ContinualArguments(TrainingArguments):
     bf16_params: bool = _option(
         False, "With bf16: read the parameters in bf16, so that norms and the residual stream are in bf16 too."
     )
+    reduce_precision: str = _option("fp32", "What FSDP2 adds gradients up in over the ranks: fp32, or bf16.")
     best_corpora: dict[str, float] | None = field(
         default=None,
         metadata={"help": "Weights, by corpus, of the mean NLL (nats a token) that decides the best checkpoint."},
@@ -71,6 +73,8 @@ class ContinualArguments(TrainingArguments):
         self.logging_nan_inf_filter = False  # it hides bad losses, and costs a host sync a micro-batch
         if self.eval_precision not in PRECISIONS:
             raise UserError(f"eval_precision '{self.eval_precision}': it must be one of {', '.join(PRECISIONS)}")
+        if self.reduce_precision not in ("fp32", "bf16"):
+            raise UserError(f"reduce_precision '{self.reduce_precision}': it must be one of fp32, bf16")
         if self.bf16_params and not self.bf16:
             raise UserError("bf16_params goes with bf16=True: it says what of a pass in bf16 is in bf16")
         if self.bf16_params and (self.gradient_checkpointing or getattr(self, "activation_checkpointing", False)):

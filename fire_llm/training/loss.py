@@ -17,9 +17,9 @@ from torch.autograd.function import once_differentiable
 from fire_llm.architectures.names import unwrap
 from fire_llm.core.errors import UserError
 from fire_llm.core.hardware import device_memory
-from fire_llm.distributed import fsdp_modules
-from fire_llm.evaluation.precision import evaluating, own_precision
-from fire_llm.evaluation.scoring import IGNORE, Scorer, forward_replaced, token_nll, with_hidden
+from fire_llm.distributed import forward_replaced, fsdp_modules, in_parts
+from fire_llm.evaluation.precision import device_of, evaluating, own_precision
+from fire_llm.evaluation.scoring import IGNORE, PROBE, Scorer, token_nll, with_hidden
 from fire_llm.evaluation.unmasked import needs_no_mask, unmasked
 from fire_llm.training.progress import report_line
 from fire_llm.training.rounded import rounded
@@ -47,9 +47,11 @@ class SummedLoss:
     slices of what the trunk gave, so that what a class does after its head is done as it does it. The gradient of a
     slice is taken as soon as its logits are there, and is kept in place of them: nothing is computed twice.
 
-    The logits of a micro-batch are held whole, as transformers does, where they are few; under FSDP2, whose shards are
-    gathered in a forward pass of the whole model alone; in fp16, whose gradients have to be scaled before they are
-    taken; and for a model in which no trunk is found that gives the same logits in slices.
+    Under FSDP2 the slices are taken while the head is gathered (`in_parts`), once a micro-batch. The trunk is looked
+    for before the model is cut into shards (`look`); ranks gather the same, whichever of them take slices.
+
+    The logits of a micro-batch are held whole, as transformers does, where they are few; in fp16, whose gradients have
+    to be scaled before they are taken; and for a model in which no trunk is found that gives the same logits in slices.
 
     Args:
         model: A causal LM from transformers.
@@ -73,7 +75,7 @@ class SummedLoss:
         self.model, self.autocast, self.fp16, self.compiling = unwrap(model), autocast, fp16, compiling
         self.params, self.report = params, report
         self._trunk: nn.Module | None = None
-        self._looked = False
+        self._looked = self._told = False
         self._forward: Callable[..., Any] | None = None
         self._differentiate = _differentiate if compiling is None else self._compiled(_differentiate_at_once)
 
@@ -85,19 +87,26 @@ class SummedLoss:
             labels: (B, T) tokens that follow each position; `IGNORE` where none is scored.
             **inputs: What the model reads: `input_ids` (B, T) and what goes with them.
         """
-        sliced = self.sliced(model, labels)
+        sliced, sharded = self.sliced(model, labels), bool(fsdp_modules(model))
         with ExitStack() as stack:
-            if self.without_mask(inputs):
+            if self.without_mask(inputs, model if sharded else None):
                 stack.enter_context(unmasked(self.model))
             if not sliced:
                 if self.params is not None:
                     stack.enter_context(forward_replaced(self.model, self._rounded_forward))
                 nll: Tensor = token_nll(model(**inputs, use_cache=False).logits, labels)
                 return nll.sum()
+            stack.enter_context(self.autocast())
+            first, last = partial(self._first, inputs), partial(self._last, labels.flatten(), inputs)
+            total: Tensor
+            if sharded:
+                assert self._trunk is not None
+                total = in_parts(model, self._trunk, first, last, **inputs)
+                return total
             # The wrapped model is called, not this one: DistributedDataParallel gets ready for backward in there.
-            stack.enter_context(forward_replaced(self.model, lambda **given: self._sum(labels.flatten(), given)))
+            stack.enter_context(forward_replaced(self.model, lambda **_: last(first())))
             # torch.compile's wrapper is left aside: it would compile this function, of which two parts gain by it.
-            total: Tensor = getattr(model, "_orig_mod", model)(**inputs)
+            total = getattr(model, "_orig_mod", model)(**inputs)
             return total
 
     def _rounded_forward(self, **inputs: Any) -> Any:
@@ -108,45 +117,46 @@ class SummedLoss:
     def _as_read(self, module: nn.Module) -> AbstractContextManager[None]:
         return nullcontext() if self.params is None else rounded(module, self.params)
 
-    def without_mask(self, inputs: dict[str, Tensor]) -> bool:
+    def without_mask(self, inputs: dict[str, Tensor], root: nn.Module | None = None) -> bool:
         """Return whether attention is causal and nothing else, so that its kernel takes no mask; checked once a length.
 
         Args:
             inputs: What the model reads. Positions of documents, beside the ids, have a mask of their own.
+            root: Of shards, what FSDP2 gathers first.
         """
         plain = set(inputs) == {"input_ids"}
-        return plain and needs_no_mask(self.model, inputs["input_ids"].shape[-1], self._trunk)
+        return plain and needs_no_mask(self.model, inputs["input_ids"].shape[-1], self._trunk, root)
 
     def sliced(self, model: nn.Module, labels: Tensor) -> bool:
         """Return whether the logits of a micro-batch are taken in slices."""
-        if (
-            labels.numel() * self._vocabulary() <= WHOLE
-            or self.fp16
-            or isinstance(model, nn.DataParallel)
-            or fsdp_modules(self.model)
-        ):
+        if labels.numel() * self._vocabulary() <= WHOLE or self.fp16 or isinstance(model, nn.DataParallel):
             return False
         if not self._looked:
-            self._look(labels)
-        return self._trunk is not None
-
-    def _look(self, labels: Tensor) -> None:
-        """Find the trunk once, with the model as evaluation has it, and leave the model as it was."""
-        try:
-            # In fp32, in which a head on a slice of the positions gives the same logits to rounding; bf16 would not do.
-            with own_precision(self.model), evaluating(self.model), torch.no_grad():
-                self._trunk = Scorer(self.model, labels.flatten().clamp(min=0)).trunk
-        except UserError:
-            self._trunk = None  # evaluation says why; training goes on as it would in any other trainer
-        self._looked = True
+            self.look()
         if self._trunk is not None:
-            self._forward = self._compiled(self._trunk.forward)
-            return
+            return True
+        if self._told:
+            return False
+        self._told = True
         gigabytes = 4 * labels.numel() * self._vocabulary() / 1e9
         self.report(
             f"no part of {type(self.model).__name__} gives the same logits in slices, so that a micro-batch's are held "
             f"whole: {gigabytes:.2g} GB, and as much for their gradients. Smaller micro-batches hold less"
         )
+        return False
+
+    def look(self) -> None:
+        """Find the trunk, with the model as evaluation has it, and leave the model as it was; not of one in shards."""
+        try:
+            # In fp32, in which a head on a slice of the positions gives the same logits to rounding; bf16 would not do.
+            with own_precision(self.model), evaluating(self.model), torch.no_grad():
+                tokens = torch.arange(PROBE, device=device_of(self.model)) % self._vocabulary()
+                self._trunk = Scorer(self.model, tokens).trunk
+        except UserError:
+            self._trunk = None  # evaluation says why; training goes on as it would in any other trainer
+        self._looked = True
+        if self._trunk is not None:
+            self._forward = self._compiled(self._trunk.forward)
 
     def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return function if self.compiling is None else torch.compile(function, **self.compiling)
@@ -155,18 +165,30 @@ class SummedLoss:
         config: Any = self.model.config
         return int(config.get_text_config().vocab_size)
 
-    def _sum(self, targets: Tensor, inputs: dict[str, Tensor]) -> Tensor:
-        assert self._trunk is not None and self._forward is not None
+    def _first(self, inputs: dict[str, Tensor]) -> tuple[Any, list[Tensor]]:
+        """Run the trunk; return its outputs and the parameters that stand behind it, a tied embedding among them."""
         trunk, forward = self._trunk, self._forward
+        assert trunk is not None and forward is not None
         outputs: Any = None
         part: Tensor
 
-        def replay(*args: Any, **kwargs: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
             nonlocal outputs, part
-            if outputs is None:
-                with self._as_read(trunk):
-                    outputs = forward(*args, **kwargs)
-                part = outputs[0].detach()[0, :1].requires_grad_()
+            with self._as_read(trunk):
+                outputs = forward(*args, **kwargs)
+            part = outputs[0].detach()[0, :1].requires_grad_()
+            return with_hidden(outputs, part[None])
+
+        with forward_replaced(trunk, run):
+            logits = self._logits(inputs)  # of one position, which shows the parameters
+        return outputs, [leaf for leaf in _leaves(logits) if leaf is not part]
+
+    def _last(self, targets: Tensor, inputs: dict[str, Tensor], found: tuple[Any, list[Tensor]]) -> Tensor:
+        assert self._trunk is not None
+        outputs, parameters = found
+        part: Tensor
+
+        def replay(*_: Any, **__: Any) -> Any:
             return with_hidden(outputs, part[None])
 
         def head(hidden: Tensor) -> Tensor:
@@ -174,9 +196,7 @@ class SummedLoss:
             part = hidden
             return self._logits(inputs)
 
-        with forward_replaced(trunk, replay), self.autocast():
-            # One position shows which parameters stand behind the trunk, a tied embedding among them.
-            parameters = [leaf for leaf in _leaves(self._logits(inputs)) if leaf is not part]
+        with forward_replaced(self._trunk, replay):
             hidden = outputs[0].flatten(0, 1)
             rows = even_rows(len(hidden), max(1, logits_at_once(hidden.device) // self._vocabulary()))
             apply: Any = _Sliced.apply
@@ -241,7 +261,10 @@ class _Sliced(torch.autograd.Function):
                 total += differentiate(block, labels, to)
             found, *more = torch.autograd.grad(logits, [part, *parameters], gradient)
             out.copy_(found)
-            to_parameters = [a.add_(b) for a, b in zip(to_parameters, more, strict=True)] if to_parameters else more
+            # FSDP2 gathers parameters in 16 bits, in which gradients of slices would be rounded as often as there are.
+            wide = more if rows >= len(hidden) else [g.float() if g.element_size() < 4 else g for g in more]
+            to_parameters = [a.add_(b) for a, b in zip(to_parameters, more, strict=True)] if to_parameters else wide
+        to_parameters = [g.to(p.dtype) for g, p in zip(to_parameters, parameters, strict=True)]
         ctx.gradients = [to_hidden, *to_parameters]
         return total
 

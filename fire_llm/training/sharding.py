@@ -19,12 +19,15 @@ from accelerate import DistributedType, PartialState
 from torch import Tensor, nn
 
 from fire_llm.architectures.names import plain_name
-from fire_llm.core.errors import ENGINES, UserError
+from fire_llm.core.errors import CHECKPOINTED_ONCE, ENGINES, UserError
 from fire_llm.distributed import is_first, make_current
 from fire_llm.models import load_model
 
 OPTIMIZER = "optimizer.pt"
 """Name that `Trainer` gives the optimizer's state of one process or of replicas; shards are written under it too."""
+
+REDUCED_IN = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""What gradients are added up in over the ranks, by `reduce_precision`."""
 
 _MESH = "ACCELERATE_USE_PARALLELISM_CONFIG"
 
@@ -55,16 +58,24 @@ def _flag(name: str) -> bool:
 
 @contextmanager
 def sharding(trainer: Any) -> Iterator[None]:
-    """Let accelerate's FSDP2 work on CPUs too, and reduce gradients in fp32 whatever the precision of the forward pass.
+    """Let accelerate's FSDP2 work on CPUs too, and reduce gradients as `reduce_precision` says, whatever passes are in.
 
     accelerate 1.15 turns FSDP and meshes on for accelerators alone; what it then does needs none.
 
     Args:
         trainer: A `Trainer` that makes its accelerator inside this block.
+
+    Raises:
+        UserError: FSDP is to checkpoint activations itself, or replicas to reduce in bf16.
     """
     from accelerate.utils import FullyShardedDataParallelPlugin, ParallelismConfig
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
     on_cpu = trainer.args.device.type == "cpu" and _flag("ACCELERATE_USE_FSDP")
+    given = getattr(trainer.args, "fsdp_plugin_args", None) or {}
+    asked = _flag("ACCELERATE_USE_FSDP") and _flag("FSDP_ACTIVATION_CHECKPOINTING")
+    if given.get("activation_checkpointing") or asked:
+        raise UserError(f"FSDP's activation_checkpointing {CHECKPOINTED_ONCE}")
     mesh = os.environ.pop(_MESH, None) if on_cpu else None
     try:
         yield
@@ -74,6 +85,9 @@ def sharding(trainer: Any) -> Iterator[None]:
     state = trainer.accelerator.state
     if on_cpu:
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        if isinstance(state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
+            # There is no accelerator that pinned memory would be for.
+            state.fsdp_plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)
         if state.mixed_precision != "no":
             state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
         state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
@@ -84,9 +98,17 @@ def sharding(trainer: Any) -> Iterator[None]:
     warnings.filterwarnings("ignore", message="Slicing a flattened dim", category=UserWarning)
     plugin: Any = getattr(state, "fsdp_plugin", None)
     trainer.is_fsdp_enabled = plugin is not None
-    policy = getattr(plugin, "mixed_precision_policy", None)
-    if policy is not None:
-        plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32)
+    reduce = REDUCED_IN[trainer.args.reduce_precision]
+    if plugin is None:
+        if trainer.args.reduce_precision != "fp32" and trainer.args.world_size > 1:
+            raise UserError(
+                "reduce_precision bf16 is FSDP2's, and these processes are replicas: start them with "
+                "--accelerate-config fsdp2, or leave the key out"
+            )
+        return
+    policy = plugin.mixed_precision_policy
+    if policy is not None or reduce is not torch.float32:
+        plugin.mixed_precision_policy = replace(policy or MixedPrecisionPolicy(), reduce_dtype=reduce)
 
 
 # ---- shards to whole tensors and back

@@ -27,6 +27,7 @@ from fire_llm.architectures.matrices import unwrap
 from fire_llm.core.compat import check_trainer
 from fire_llm.core.errors import UserError, did_you_mean, first_line
 from fire_llm.core.signals import set_step_near
+from fire_llm.distributed import fsdp_modules
 from fire_llm.evaluation import token_nll
 from fire_llm.evaluation.scoring import IGNORE
 from fire_llm.evaluation.texts import EvaluationSet
@@ -330,6 +331,8 @@ class ContinualTrainer(Trainer):
         Raises:
             UserError: transformers cannot make it, for want of a library, say; or Muon has nothing to train.
         """
+        if self.is_fsdp_enabled and self.causal and not fsdp_modules(self.model):
+            self._summed_loss.look()  # while the model is whole
         if self.args.muon and self.optimizer is None:
             self.optimizer = muon_adamw(model or self.model, self.args)
         try:

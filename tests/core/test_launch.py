@@ -73,6 +73,11 @@ MISTAKES = [
     (["--accelerate-config", "{c}"], "{distributed_type: MULTI_GPU}", "give --num-processes N"),
     (["--accelerate-config", "{c}"], "{distributed_type: FSDP, num_processes: 2}", "FSDP1 flattens parameters"),
     (["--accelerate-config", "{c}"], "{distributed_type: FSDP, fsdp_config: {fsdp_version: 1}}", "fsdp_version: 2"),
+    (
+        ["--accelerate-config", "{c}"],
+        "{distributed_type: FSDP, fsdp_config: {fsdp_version: 2, fsdp_activation_checkpointing: true}}",
+        "fsdp_activation_checkpointing is refused: it computes layers again with dropout drawn anew",
+    ),
     (["--accelerate-config", "{c}"], "{distributed_type: DEEPSPEED}", "DeepSpeed keeps master copies"),
     (["--accelerate-config", "{c}"], "{distributed_type: MEGATRON_LM}", "Megatron-LM"),
     (

@@ -151,12 +151,13 @@ def test_a_recipe_without_new_keys_is_what_it_was(data, tmp_path):
         "tokenizer", "model", "batch", "evaluate", "log_every_steps", "precision", "optimizer", "phase", "corpora",
         "seed", "resets", "start",
     }  # fmt: skip
-    same = {"gradient_checkpointing": True, "attention": "auto"}
+    same = {"gradient_checkpointing": True, "attention": "auto", "sync_each_batch": True, "reduce_precision": "fp32"}
     assert expand(RunContext(load_recipe({**data, **same}), tmp_path))[0].spec == plain
     model = {**data["model"], "dropout": 0.1}
     optimizer = {**data["optimizer"], "eps": 1e-6, "neftune": 5.0}
-    other = load_recipe({**data, "model": model, "attention": "eager", "optimizer": optimizer})
-    spec = expand(RunContext(other, tmp_path))[0].spec
+    given = {"model": model, "attention": "eager", "optimizer": optimizer, "reduce_precision": "bf16"}
+    spec = expand(RunContext(load_recipe({**data, **given}), tmp_path))[0].spec
+    assert spec["reduce_precision"] == "bf16"
     assert (spec["model"]["dropout"], spec["attention"]) == (0.1, "eager")
     assert (spec["optimizer"]["eps"], spec["optimizer"]["neftune"]) == (1e-6, 5.0)
 

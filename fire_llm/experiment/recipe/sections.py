@@ -298,6 +298,14 @@ class Recipe(_Section):
     gradient_checkpointing: bool = Field(
         False, description="Keep a layer's input alone, and compute the layer again in the backward pass"
     )
+    reduce_precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="What FSDP2 adds gradients up in over the ranks; bf16 halves what they exchange"
+    )
+    sync_each_batch: bool = Field(
+        False,
+        description="Add gradients up over the ranks after each forward pass, not once a step: FSDP2 holds shards of "
+        "them in place of whole ones",
+    )
     compile: Literal["auto", True, False] = Field("auto", description="Use torch.compile; auto: on CUDA alone")
     nonfinite: Literal["halt", "skip"] = Field(
         "halt", description="Where a loss or gradient is not finite: stop before the step, or leave it out and count it"
