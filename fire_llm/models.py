@@ -30,6 +30,7 @@ from fire_llm.architectures.names import STEPS
 from fire_llm.core.errors import UserError, did_you_mean, first_line, reading
 from fire_llm.core.files import refuse_irregular
 from fire_llm.core.hub import no_folder, settle_hub
+from fire_llm.core.manifest import SHARDED, in_shards
 from fire_llm.data.encode import vocabulary_size
 
 _GPT: dict[str, Any] = {
@@ -369,7 +370,7 @@ def _built(config: Any, **options: Any) -> Any:
 def load_model(
     folder: str | Path, dtype: torch.dtype | str = "auto", *, config: Any = None, attention: str | None = None
 ) -> Any:
-    """Load a causal LM from a folder or a Hub id: safetensors, and transformers' own classes.
+    """Load a causal LM from a folder or a Hub id: safetensors, whole or in shards, and transformers' own classes.
 
     Args:
         folder: A checkpoint folder or a Hub id.
@@ -385,9 +386,15 @@ def load_model(
     place = os.path.expanduser(folder)
     config = with_attention(pretrained_config(place) if config is None else config, attention)
     _refuse_pickles(Path(place))
+    whole = None
     with reading(f"checkpoint '{folder}' cannot be read"):
+        if in_shards(Path(place)):
+            from fire_llm.distributed.shards import whole_tensors
+
+            whole = whole_tensors(Path(place) / SHARDED)
         model, loading = AutoModelForCausalLM.from_pretrained(
-            place,
+            place if whole is None else None,
+            state_dict=whole,
             config=config,
             dtype=dtype,
             output_loading_info=True,

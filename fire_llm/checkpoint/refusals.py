@@ -9,6 +9,7 @@ from typing import Any
 
 from fire_llm.checkpoint.headers import WRITABLE, StoredTensor
 from fire_llm.core.errors import UserError, did_you_mean
+from fire_llm.core.manifest import SHARDED
 from fire_llm.core.staging import staging_of
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -66,6 +67,11 @@ def refuse_files(name: str, files: Iterable[str]) -> None:
         )
     if foreign := next((by_kind[kind] for kind in (".h5", ".msgpack", ".onnx") if kind in by_kind), None):
         raise UserError(f"'{name}' holds weights of another framework ('{foreign}'): convert them to safetensors")
+    if SHARDED in files:
+        raise UserError(
+            f"'{name}' holds its weights in shards, a file a rank: make an ordinary folder of it first: "
+            f"python -c \"from fire_llm.checkpoint import consolidate; consolidate('{name}', 'DST')\""
+        )
     beside = f" but '{found}': rename it, or" if (found := by_kind.get(".safetensors")) else ":"
     raise UserError(f"'{name}' holds neither {WEIGHTS} nor {INDEX}{beside} download or copy what is missing")
 

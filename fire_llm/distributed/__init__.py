@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fire_llm.distributed.agree import AGREE_SECONDS, active, agree, gather_objects, is_first, together
 from fire_llm.distributed.balance import cost, splits, worthwhile
-from fire_llm.distributed.joining import PATIENCE, join, leaving, ranks
+from fire_llm.distributed.joining import PATIENCE, cpu_group, join, leaving, ranks
 from fire_llm.distributed.placement import (
     Block,
     Placement,
@@ -26,6 +26,7 @@ __all__ = [
     "agree",
     "blocks_of",
     "cost",
+    "cpu_group",
     "fsdp_modules",
     "gather_objects",
     "is_first",
