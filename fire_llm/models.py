@@ -386,14 +386,14 @@ def load_model(
     place = os.path.expanduser(folder)
     config = with_attention(pretrained_config(place) if config is None else config, attention)
     _refuse_pickles(Path(place))
-    whole = None
+    kind, source, whole = AutoModelForCausalLM, place, None
     with reading(f"checkpoint '{folder}' cannot be read"):
         if in_shards(Path(place)):
             from fire_llm.distributed.shards import whole_tensors
 
-            whole = whole_tensors(Path(place) / SHARDED)
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            place if whole is None else None,
+            kind, source, whole = type(model_on_meta(config)), None, whole_tensors(Path(place) / SHARDED)
+        model, loading = kind.from_pretrained(
+            source,
             state_dict=whole,
             config=config,
             dtype=dtype,

@@ -12,7 +12,6 @@ Memory of files that the system can drop at any time is not counted.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import tempfile
@@ -94,16 +93,16 @@ class Measured(ContinualTrainer):
 
 
 def rank_main(rank: int, world: int, args: argparse.Namespace, folder: str) -> None:
-    """Train and save in every way; the first rank writes what was measured."""
+    """Train and save in every way; the first rank prints what was measured."""
     torch.set_num_threads(1)
-    os.environ.update(FSDP2, RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
+    os.environ.update(FSDP2, OMP_NUM_THREADS="1")
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     sizes = {"n_embd": args.width, "n_layer": args.layers, "n_head": 8, "vocab_size": VOCABULARY, "n_positions": 64}
-    rows: list[dict[str, Any]] = []
+    base = 0.0
     for way in WAYS:
         torch.manual_seed(0)
         model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
-        n = model.num_parameters()
         steps = (args.saves + 1) * args.every
         output = Path(args.output or folder) / way.replace(", ", "-").replace(" ", "-")
         arguments = ContinualArguments(
@@ -119,16 +118,27 @@ def rank_main(rank: int, world: int, args: argparse.Namespace, folder: str) -> N
         grown = gather_objects(None, trainer.peak.grown)
         # The last save is an ordinary folder, waited for: how long that takes is not what is compared.
         stalls = sorted(trainer.stalls[: args.saves])
-        rows.append(
-            {"way": way, "parameters": n, "stalls": stalls, "first": grown[0], "others": max(grown[1:], default=0)}
-        )
+        base = base or median(stalls)
+        if rank == 0:
+            show(way, model.num_parameters(), stalls, base, grown)
         del trainer, model
         dist.barrier()
         if rank == 0:
             shutil.rmtree(output)
-    if rank == 0:
-        Path(folder, "rows.json").write_text(json.dumps(rows))
     dist.destroy_process_group()
+
+
+def show(way: str, n: int, stalls: list[float], base: float, grown: list[int]) -> None:
+    """Print what was measured of one way."""
+    if way == WAYS[0]:
+        print(f"{n / 1e6:.1f} M parameters on {len(grown)} ranks, {len(stalls)} saves each")
+        print(f"{'':20}{'stall: least':>14}{'median':>10}{'largest':>10}{'ratio':>8}{'first rank':>14}{'others':>12}")
+    middle, others = median(stalls), max(grown[1:], default=0)
+    print(
+        f"{way:20}{stalls[0]:>12.2f} s{middle:>8.2f} s{stalls[-1]:>8.2f} s{base / middle:>8.1f}"
+        f"{grown[0] / 1e6:>11.0f} MB{others / 1e6:>9.0f} MB",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -142,17 +152,6 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(rank_main, (args.ranks, args, folder), nprocs=args.ranks)
-        rows = json.loads(Path(folder, "rows.json").read_text())
-    print(f"{rows[0]['parameters'] / 1e6:.1f} M parameters on {args.ranks} ranks, {args.saves} saves each, one run")
-    print(f"{'':20}{'stall: least':>14}{'median':>10}{'largest':>10}{'ratio':>8}{'first rank':>14}{'others':>12}")
-    base = median(rows[0]["stalls"])
-    for row in rows:
-        stalls = row["stalls"]
-        middle = median(stalls)
-        print(
-            f"{row['way']:20}{stalls[0]:>12.2f} s{middle:>8.2f} s{stalls[-1]:>8.2f} s{base / middle:>8.1f}"
-            f"{row['first'] / 1e6:>11.0f} MB{row['others'] / 1e6:>9.0f} MB"
-        )
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ def consolidate(checkpoint: str | Path, destination: str | Path) -> Path:
     if wrong := damage(source):
         raise UserError(f"'{source}' is damaged: {wrong}. Put back a copy of it, or take another step")
     with staged(Path(destination).expanduser()) as folder:
+        load_model(source).save_pretrained(folder)
         for path in sorted(source.iterdir()):
             if any(fnmatch(path.name, pattern) for pattern in COMPANIONS):
                 shutil.copyfile(path, folder / path.name)
-        load_model(source).save_pretrained(folder)
     return Path(destination)

@@ -91,9 +91,9 @@ def damage(
             if read and hash_file(path, piece, from_disk=from_disk) != hashed:
                 return f"{name} is not what was written: its hash differs"
     except FileNotFoundError:
-        return f"{path.name} is missing"
+        return f"{path.relative_to(folder)} is missing"
     except OSError as error:
-        return f"{path.name} cannot be read: {error.strerror}"
+        return f"{path.relative_to(folder)} cannot be read: {error.strerror}"
     except (KeyError, TypeError, ValueError):  # of an entry, or of a name that no file can have
         return f"{MANIFEST} is damaged"
     return None

@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.futures import Future
 
 from fire_llm.core.atomic import sync
@@ -31,7 +33,7 @@ _FILE = "shard-{:05}-of-{:05}.safetensors"
 _NAME = re.compile(r"shard-\d{5}-of-(\d{5})\.safetensors")
 
 
-class _Writer(dcp.HuggingFaceStorageWriter):
+class _Writer(HuggingFaceStorageWriter):
     """Write a rank's file straight from memory.
 
     Torch's own writer copies it twice first, and every other thread of the process stands still meanwhile.
@@ -46,7 +48,8 @@ class _Writer(dcp.HuggingFaceStorageWriter):
     def write_data(self, plan: Any, planner: Any) -> Any:
         parts = {item.index.fqn: planner.resolve_data(item).detach().cpu().contiguous() for item in plan.items}
         places = {item.index.fqn: {"saved_offsets": list(item.tensor_data.chunk.offsets)} for item in plan.items}
-        save_file(parts, self.file, {"DCP_SHARDING_INFO": json.dumps(places)})  # one key: of several the order is chance
+        # One key alone: safetensors writes several in an order of chance.
+        save_file(parts, self.file, {"DCP_SHARDING_INFO": json.dumps(places)})
         sync(self.file, below=False)
         written: Any = Future()
         written.set_result([(self.file, hash_file(self.file))])
@@ -72,7 +75,7 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path, group: Any) -> dic
     """
     writer = _Writer(folder, group)
     with _plain_errors():
-        dcp.save(dict(tensors), storage_writer=writer, process_group=group)
+        save(dict(tensors), storage_writer=writer, process_group=group)
     return writer.hashes
 
 
@@ -90,7 +93,7 @@ def read_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
     # Of reading without asking other ranks, which is meant.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
     with _plain_errors():
-        dcp.load(dict(tensors), storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
+        load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
 
 
 def stored_shards(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -100,7 +103,7 @@ def stored_shards(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
         UserError: A rank's file is missing.
     """
     _refuse_incomplete(folder)
-    found: dict[str, Any] = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    found: dict[str, Any] = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     return {name: (stored.size, stored.properties.dtype) for name, stored in found.items()}
 
 

@@ -26,7 +26,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
@@ -55,7 +54,6 @@ from fire_llm.training.preemption import Stopping
 from fire_llm.training.progress import report_line
 from fire_llm.training.recycling import RecyclingCallback
 from fire_llm.training.sharding import OPTIMIZER, whole_optimizer
-from fire_llm.training.shards import ShardedSave
 from fire_llm.training.trackers import reads_checkpoints
 from fire_llm.training.writer import Writer, on_host
 
@@ -75,7 +73,7 @@ class Saver:
         self.writer = Writer()
         self.staging: Path | None = None
         """Where `Trainer` puts a checkpoint while one is saved."""
-        self.shards: ShardedSave | None = None
+        self.shards: Any = None
         """What the ranks write, while a checkpoint of a model in shards is saved."""
         self._stager: Any = None
         """Of copies of shards, whose memory it keeps for the next save."""
@@ -229,6 +227,8 @@ class Saver:
             self.staging, self._later = staging, []
             beside = self.writes_beside()
             if group is not None:
+                from fire_llm.training.shards import ShardedSave
+
                 self.shards = ShardedSave(trainer, ordinary, self._stages() if beside else None)
             elif beside:
                 self.copies = self._copied()
@@ -337,6 +337,8 @@ class Saver:
     def _stages(self) -> Any:
         """Return what copies shards to the host, into page-locked memory where they come from CUDA."""
         if self._stager is None:
+            from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
             on_cuda = self.trainer.args.device.type == "cuda"
             self._stager = DefaultStager(StagingOptions(on_cuda, False, False, on_cuda))
         return self._stager

@@ -94,7 +94,7 @@ def _shell(model: Any) -> Any:
 
     FSDP2 exchanges a model's parameters while it computes, so that names and dtypes are not to be read off it.
     """
-    kind = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    kind: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         shell = kind._from_config(deepcopy(model.config), dtype=dtype)
