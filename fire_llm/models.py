@@ -386,22 +386,18 @@ def load_model(
     place = os.path.expanduser(folder)
     config = with_attention(pretrained_config(place) if config is None else config, attention)
     _refuse_pickles(Path(place))
-    kind, source, whole = AutoModelForCausalLM, place, None
+    # Sizes that differ are named below.
+    options = {"config": config, "dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with reading(f"checkpoint '{folder}' cannot be read"):
         if in_shards(Path(place)):
             from fire_llm.distributed.shards import whole_tensors
 
-            kind, source, whole = type(model_on_meta(config)), None, whole_tensors(Path(place) / SHARDED)
-        model, loading = kind.from_pretrained(
-            source,
-            state_dict=whole,
-            config=config,
-            dtype=dtype,
-            output_loading_info=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # they are named below
-        )
+            weights = whole_tensors(Path(place) / SHARDED)
+            model, loading = type(model_on_meta(config)).from_pretrained(None, state_dict=weights, **options)
+        else:
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                place, use_safetensors=True, trust_remote_code=False, **options
+            )
     if loading["mismatched_keys"]:
         apart = [f"'{n}' {tuple(stored)}, not {tuple(wanted)}" for n, stored, wanted in loading["mismatched_keys"]]
         more = f" and {len(apart) - 5} more" if len(apart) > 5 else ""

@@ -37,29 +37,26 @@ def write_and_read(rank, world, written, mesh_shape, folder):
     from fire_llm.distributed.shards import write_shards
 
     tensors = in_places(mesh_shape, wanted())
-    hashes = {}
-    if not written.exists():
-        hashes = write_shards(tensors, written, cpu_group(dist.group.WORLD, "test"))
-    dist.barrier()
-    empty = {name: torch.full_like(tensor, 1) for name, tensor in tensors.items()}
-    read_shards(empty, written)
-    whole = {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in empty.items()}
-    return sorted(path.name for path in hashes), all(torch.equal(whole[n], t) for n, t in wanted().items())
+    hashes = write_shards(tensors, folder, cpu_group(dist.group.WORLD, "test"))
+    equal = []
+    for one in (written, folder):
+        empty = {name: torch.full_like(tensor, 1) for name, tensor in tensors.items()}
+        read_shards(empty, one)
+        whole = {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in empty.items()}
+        equal += [torch.equal(whole[n], t) for n, t in wanted().items()]
+    return sorted(path.name for path in hashes), all(equal)
 
 
 def test_what_some_ranks_wrote_others_and_one_process_read(tmp_path):
-    first = tmp_path / "of-3"
-    meshes = [(3,), (2,), (2, 2)]
-    for mesh in meshes:
+    """Three shards, then two replicas of two shards."""
+    first, replicas = tmp_path / "of-3", tmp_path / "of-4"
+    for mesh, folder in (((3,), first), ((2, 2), replicas)):
         world = torch.Size(mesh).numel()
-        told = run_ranks(world, write_and_read, tmp_path, first, mesh, tmp_path)
+        told = run_ranks(world, write_and_read, tmp_path, first, mesh, folder)
         assert not any(isinstance(one, Raised) or one is None for one in told), told
         assert all(equal for _, equal in told)
-        if mesh == (3,):
-            assert told[0][0] == [f"shard-0000{n}-of-00003.safetensors" for n in (1, 2, 3)] and not told[1][0]
-    replicas = tmp_path / "of-4"
-    assert all(one[1] for one in run_ranks(4, write_and_read, tmp_path, replicas, (2, 2), tmp_path))
-    assert len({*replicas.iterdir()}) == 4
+        names = [f"shard-0000{n + 1}-of-0000{world}.safetensors" for n in range(world)]
+        assert told[0][0] == names == sorted(path.name for path in folder.iterdir()) and not told[1][0]
     for folder, scratch in itertools.product((first, replicas), (None, tmp_path / "scratch")):
         whole = whole_tensors(folder, scratch)
         assert whole.keys() == wanted().keys() == stored_shards(folder).keys()

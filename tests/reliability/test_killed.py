@@ -119,18 +119,20 @@ def test_a_run_that_is_killed_while_it_writes_beside_training(whole, tmp_path, k
     kill_and_go_on(whole, tmp_path, 1, kind, number, seed, asynchronous=True)
 
 
+IN_SHARDS = [
+    *itertools.product(["saving"], [KILL], range(1, 13)),
+    *itertools.product(["step"], [KILL, TERM], (1, 2, 3)),
+    *itertools.product(["saving"], [TERM], (1, 2)),
+]  # 20
+
+
 @pytest.mark.parametrize(
-    ("kind", "number", "seed"),
-    [
-        ("saving", KILL, 1),
-        *(pytest.param(*one, marks=pytest.mark.slow) for one in itertools.product(["saving"], [KILL], range(2, 13))),
-        *(pytest.param(*one, marks=pytest.mark.slow) for one in itertools.product(["step"], [KILL, TERM], (1, 2, 3))),
-        *(pytest.param(*one, marks=pytest.mark.slow) for one in itertools.product(["saving"], [TERM], (1, 2))),
-    ],
+    ("world", "kind", "number", "seed"),
+    [(2, "saving", KILL, 1), *(pytest.param(4, *one, marks=pytest.mark.slow) for one in IN_SHARDS)],
 )
-def test_four_ranks_that_write_shards_beside_training_are_killed_and_go_on(whole, tmp_path, kind, number, seed):
-    """Twenty instants; the last checkpoints are ordinary folders, the others lie in shards."""
-    kill_and_go_on(whole, tmp_path, 4, kind, number, seed, environment=FSDP2)
+def test_ranks_that_write_shards_beside_training_are_killed_and_go_on(whole, tmp_path, world, kind, number, seed):
+    """The last and the best checkpoints are ordinary folders, the others lie in shards."""
+    kill_and_go_on(whole, tmp_path, world, kind, number, seed, environment=FSDP2)
 
 
 MANY = [
