@@ -394,6 +394,7 @@ def load_model(
 
             weights = whole_tensors(Path(place) / SHARDED)
             model, loading = type(model_on_meta(config)).from_pretrained(None, state_dict=weights, **options)
+            model._weight_conversions = None  # names as the model has them were read; it is saved under its usual ones
         else:
             model, loading = AutoModelForCausalLM.from_pretrained(
                 place, use_safetensors=True, trust_remote_code=False, **options
