@@ -30,6 +30,7 @@ from fire_llm.architectures.names import STEPS
 from fire_llm.core.errors import UserError, did_you_mean, first_line, reading
 from fire_llm.core.files import refuse_irregular
 from fire_llm.core.hub import no_folder, settle_hub
+from fire_llm.core.manifest import SHARDED, in_shards
 from fire_llm.data.encode import vocabulary_size
 
 _GPT: dict[str, Any] = {
@@ -369,7 +370,7 @@ def _built(config: Any, **options: Any) -> Any:
 def load_model(
     folder: str | Path, dtype: torch.dtype | str = "auto", *, config: Any = None, attention: str | None = None
 ) -> Any:
-    """Load a causal LM from a folder or a Hub id: safetensors, and transformers' own classes.
+    """Load a causal LM from a folder or a Hub id: safetensors, whole or in shards, and transformers' own classes.
 
     Args:
         folder: A checkpoint folder or a Hub id.
@@ -385,16 +386,19 @@ def load_model(
     place = os.path.expanduser(folder)
     config = with_attention(pretrained_config(place) if config is None else config, attention)
     _refuse_pickles(Path(place))
+    # Sizes that differ are named below.
+    options = {"config": config, "dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with reading(f"checkpoint '{folder}' cannot be read"):
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            place,
-            config=config,
-            dtype=dtype,
-            output_loading_info=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # they are named below
-        )
+        if in_shards(Path(place)):
+            from fire_llm.distributed.shards import whole_tensors
+
+            weights = whole_tensors(Path(place) / SHARDED)
+            model, loading = type(model_on_meta(config)).from_pretrained(None, state_dict=weights, **options)
+            model._weight_conversions = None  # names as the model has them were read; it is saved under its usual ones
+        else:
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                place, use_safetensors=True, trust_remote_code=False, **options
+            )
     if loading["mismatched_keys"]:
         apart = [f"'{n}' {tuple(stored)}, not {tuple(wanted)}" for n, stored, wanted in loading["mismatched_keys"]]
         more = f" and {len(apart) - 5} more" if len(apart) > 5 else ""

@@ -8,7 +8,8 @@ No model is ever loaded: its config says which matrices there are, the headers w
 from __future__ import annotations
 
 from fire_llm.checkpoint.card import check_repository, push
+from fire_llm.checkpoint.consolidate import consolidate
 from fire_llm.checkpoint.rewrite import reset_checkpoint
 from fire_llm.checkpoint.stored import Stored
 
-__all__ = ["Stored", "check_repository", "push", "reset_checkpoint"]
+__all__ = ["Stored", "check_repository", "consolidate", "push", "reset_checkpoint"]

@@ -9,6 +9,7 @@ from typing import Any
 
 from fire_llm.checkpoint.headers import WRITABLE, StoredTensor
 from fire_llm.core.errors import UserError, did_you_mean
+from fire_llm.core.manifest import MANIFEST, SHARDED
 from fire_llm.core.staging import staging_of
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -56,6 +57,11 @@ def refuse_files(name: str, files: Iterable[str]) -> None:
         raise UserError(f"'{name}' has no config.json, which a checkpoint of transformers has: name the folder of one")
     if WEIGHTS in files or INDEX in files:
         return
+    if {SHARDED, MANIFEST} <= {*files}:
+        raise UserError(
+            f"'{name}' holds its weights in shards, a file a rank: make an ordinary folder of it first: "
+            f"python -c \"from fire_llm.checkpoint import consolidate; consolidate('{name}', 'DST')\""
+        )
     by_kind = {Path(f).suffix: f for f in reversed(files) if "/" not in f}
     if gguf := by_kind.get(".gguf"):
         raise UserError(f"'{name}' holds GGUF ('{gguf}'), made for running a model. {_UNQUANTISED}")

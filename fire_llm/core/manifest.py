@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,12 @@ from fire_llm.core.hashing import CHUNK, digest, hash_file
 MANIFEST = "manifest.json"
 """File in a checkpoint that lists the others; written last."""
 
-WEIGHTS = "model*.safetensors"
+SHARDED, OPTIMIZER_SHARDS = "weights", "optimizer"
+"""Folders in a checkpoint with the weights and the optimizer's moments of a model in shards, a file a rank."""
+
+WEIGHTS = ("model*.safetensors", f"{SHARDED}/*.safetensors")
 """Names of the files that hold a checkpoint's weights."""
+
 TRAINER_STATE = "trainer_state.json"
 """File in a checkpoint that holds transformers' `TrainerState`: the step, the log."""
 
@@ -30,11 +34,22 @@ _PIECES = range(2**16, 2**30 + 1)
 """Bytes of a piece that can have been meant."""
 
 
-def write_manifest(folder: Path) -> int:
-    """List every file below a folder with its size and hash, and the hash of that list; return their bytes together."""
+def in_shards(checkpoint: Path) -> bool:
+    """Return whether the weights of a checkpoint lie in shards."""
+    return any((checkpoint / SHARDED).glob("shard-*-of-*.safetensors"))
+
+
+def write_manifest(folder: Path, known: Mapping[Path, str] | None = None) -> int:
+    """List every file below a folder with its size and hash, and the hash of that list; return their bytes together.
+
+    Args:
+        folder: The folder.
+        known: Hashes of files that whoever wrote them has hashed.
+    """
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
     sizes = {name: (folder / name).stat().st_size for name in names}
-    files = {name: {"bytes": size, "blake2b": hash_file(folder / name)} for name, size in sizes.items()}
+    hashes = {name: (known or {}).get(folder / name) or hash_file(folder / name) for name in names}
+    files = {name: {"bytes": size, "blake2b": hashes[name]} for name, size in sizes.items()}
     listed = {"piece_bytes": CHUNK, "files": files}
     write_json(folder / MANIFEST, {**listed, "digest": _digest(listed)})
     return sum(sizes.values())
@@ -76,9 +91,9 @@ def damage(
             if read and hash_file(path, piece, from_disk=from_disk) != hashed:
                 return f"{name} is not what was written: its hash differs"
     except FileNotFoundError:
-        return f"{path.name} is missing"
+        return f"{path.relative_to(folder)} is missing"
     except OSError as error:
-        return f"{path.name} cannot be read: {error.strerror}"
+        return f"{path.relative_to(folder)} cannot be read: {error.strerror}"
     except (KeyError, TypeError, ValueError):  # of an entry, or of a name that no file can have
         return f"{MANIFEST} is damaged"
     return None
@@ -93,8 +108,8 @@ def weights_hash(checkpoint: Path, *, read: bool = False) -> str | None:
     """
     manifest = _read(checkpoint / MANIFEST) or {}
     try:
-        files = {name: listed["blake2b"] for name, listed in manifest["files"].items() if fnmatch(name, WEIGHTS)}
-        found = {n: hash_file(checkpoint / n, manifest["piece_bytes"]) for n in files} if read else files
+        listed = {n: one["blake2b"] for n, one in manifest["files"].items() if any(fnmatch(n, p) for p in WEIGHTS)}
+        found = {n: hash_file(checkpoint / n, manifest["piece_bytes"]) for n in listed} if read else listed
     except (AttributeError, OSError, KeyError, TypeError):
         return None
     return digest(json.dumps(found, sort_keys=True), 16) if found else None

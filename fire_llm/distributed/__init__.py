@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fire_llm.distributed.agree import AGREE_SECONDS, active, agree, gather_objects, is_first, together
 from fire_llm.distributed.balance import cost, splits, worthwhile
-from fire_llm.distributed.joining import PATIENCE, join, leaving, ranks
+from fire_llm.distributed.joining import PATIENCE, cpu_group, join, leaving, ranks
 from fire_llm.distributed.parts import forward_replaced, in_parts
 from fire_llm.distributed.placement import (
     Block,
@@ -27,6 +27,7 @@ __all__ = [
     "agree",
     "blocks_of",
     "cost",
+    "cpu_group",
     "forward_replaced",
     "fsdp_modules",
     "gather_objects",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,6 +21,17 @@ def ranks() -> Any:
     from accelerate import PartialState
 
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
+
+
+@functools.cache
+def cpu_group(world: Any, use: str) -> Any:
+    """Return a gloo group of all ranks, whatever backend they train with; collective where it is made, once a use.
+
+    Args:
+        world: The group of all ranks.
+        use: What it is for: two threads may not talk in one group.
+    """
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def join(backend: str | None = None) -> None:

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from fire_llm import __version__
 from fire_llm.checkpoint import check_repository
+from fire_llm.checkpoint.refusals import refuse_files
 from fire_llm.core.atomic import checkpoints, read_json, write_json
 from fire_llm.core.errors import UserError, first_line, redact
 from fire_llm.core.manifest import TRAINER_STATE, read_state, weights_hash
@@ -172,6 +173,7 @@ def _push(stage: Stage, checkpoint: Path) -> bool:
     record, step = _record(stage, checkpoint), step_behind(checkpoint)
     patterns = (*MODEL, *TOKENIZER, *COMPANIONS)
     try:
+        refuse_files(str(checkpoint), (p.name for p in checkpoint.iterdir()))
         files = sorted(p for p in checkpoint.iterdir() if p.is_file() and any(fnmatch(p.name, one) for one in patterns))
         operations = [
             _text(p.name, _without_paths(p))

@@ -9,9 +9,10 @@ from typing import Any
 
 from fire_llm.core.errors import UserError
 from fire_llm.core.hub import asking_hub, no_folder
+from fire_llm.core.manifest import SHARDED, WEIGHTS
 from fire_llm.data.cache import content_hashes
 
-MODEL = ("config.json", "model*.safetensors", "model*.safetensors.index.json")
+MODEL = ("config.json", *WEIGHTS, "model*.safetensors.index.json")
 TOKENIZER = (
     "config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
     "*.tiktoken", "*.spm",
@@ -58,8 +59,10 @@ def hashes(what: str, place: str, patterns: tuple[str, ...]) -> Hashes:
     Raises:
         UserError: A file cannot be read, or changes while it is.
     """
-    found = [p for p in sorted(Path(place).iterdir()) if p.is_file() and any(fnmatch(p.name, n) for n in patterns)]
-    return dict(zip((p.name for p in found), content_hashes(what, found), strict=True))
+    folder = Path(place)
+    files = {str(p.relative_to(folder)): p for p in [*folder.iterdir(), *(folder / SHARDED).glob("*")] if p.is_file()}
+    found = {name: files[name] for name in sorted(files) if any(fnmatch(name, pattern) for pattern in patterns)}
+    return dict(zip(found, content_hashes(what, [*found.values()]), strict=True))
 
 
 def changes(before: Any, after: Mapping[str, Hashes]) -> Iterator[str]:

@@ -60,7 +60,7 @@ class ContinualArguments(TrainingArguments):
         None, "Minutes, of the first rank's clock, after which a checkpoint is written too; None: by steps alone."
     )
     async_save: bool | None = _option(
-        None, "Write checkpoints while training goes on; None: on accelerators, one process, FSDP2 never."
+        None, "Write checkpoints while training goes on; None: one process on an accelerator, and models in shards."
     )
     nonfinite: str = _option("halt", "Where a loss or gradient is not finite: halt, or skip the step.")
     title: str | None = _option(None, "Title of the progress bar and of lines on stderr; None: a bar without one.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from fire_llm.core.atomic import AVERAGED
 from fire_llm.core.errors import UserError
 from fire_llm.distributed import make_current
 from fire_llm.training.beginning import local
-from fire_llm.training.sharding import load_like, placed_like
+from fire_llm.training.sharding import is_sharded, load_weights
 
 
 class Averaging(TrainerCallback):
@@ -59,13 +58,15 @@ class Averaging(TrainerCallback):
             )
         if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
             raise UserError(f"ema_decay: a {type(model).__name__} is no whole model of transformers; leave it out")
-        source: dict[str, Any] = self._weights()
+        if resumed is not None and not (resumed / AVERAGED).is_dir():
+            raise UserError(
+                f"ema_decay: '{resumed}' holds no average, as it was not asked for there: leave it out, or begin a new "
+                "training"
+            )
+        self._averages = {name: local(p).clone() for name, p in self._weights().items()}
         if resumed is not None:
-            source = self._read(resumed / AVERAGED)
-        self._averages = {
-            name: local(placed_like(p, source[name].detach()) if resumed is not None else p).clone()
-            for name, p in self._weights().items()
-        }
+            with self.applied():
+                load_weights(model, resumed / AVERAGED)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Average the weights in."""
@@ -82,6 +83,18 @@ class Averaging(TrainerCallback):
         finally:
             self._exchange()
 
+    def placed(self) -> dict[str, Tensor]:
+        """Return the averages, in shards as their parameters are."""
+        from torch.distributed.tensor import DTensor
+
+        weights = self._weights()
+        return {
+            name: DTensor.from_local(average, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+            if is_sharded(p := weights[name])
+            else average
+            for name, average in self._averages.items()
+        }
+
     @torch.no_grad()
     def _exchange(self) -> None:
         make_current(self.trainer.model)
@@ -94,12 +107,3 @@ class Averaging(TrainerCallback):
     def _weights(self) -> dict[str, Any]:
         make_current(self.trainer.model)
         return {plain_name(name): p for name, p in self.trainer.model.named_parameters()}
-
-    def _read(self, folder: Path) -> dict[str, Any]:
-        if not folder.is_dir():
-            raise UserError(
-                f"ema_decay: '{folder.parent}' holds no average, as it was not asked for there: leave it out, or "
-                "begin a new training"
-            )
-        found = load_like(self.trainer.model, folder)
-        return {plain_name(name): p for name, p in found.named_parameters(remove_duplicate=False)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from fire_llm.core.signals import Stopped, asked, handled, set_step_near
-from fire_llm.distributed import PATIENCE, active, is_first
+from fire_llm.distributed import active, cpu_group, is_first
 
 
 class Agreement:
@@ -31,7 +30,7 @@ class Agreement:
         found = self.last()
         if not found:
             largest = torch.tensor(number)
-            group = _cpu_group(dist.group.WORLD)
+            group = cpu_group(dist.group.WORLD, "agreement")
             self._answer = dist.all_reduce(largest, dist.ReduceOp.MAX, group=group, async_op=True), largest
         return found
 
@@ -53,11 +52,11 @@ class Stopping(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self._number, self._ranks = 0, Agreement()
+        self.number, self._ranks = 0, Agreement()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Begin again."""
-        self._number, self._ranks = 0, Agreement()
+        self.number, self._ranks = 0, Agreement()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Begin to wait for steps: before the first one, the reset and its evaluation, there is nothing to save."""
@@ -66,13 +65,13 @@ class Stopping(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Agree, and ask for a checkpoint without the log that would split an interval."""
         if handled():
-            self._number = self._ranks.at_step(asked())
-            control.should_save |= self._number > 0
+            self.number = self._ranks.at_step(asked())
+            control.should_save |= self.number > 0
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop: what was to be saved is there."""
-        if self._number:
-            raise Stopped(self._number, f"saved at step {state.global_step}; the same command goes on")
+        if self.number:
+            raise Stopped(self.number, f"saved at step {state.global_step}; the same command goes on")
 
     def end(self, args: Any, state: Any) -> None:
         """Stop where a signal came too late for a step to look at it; from here on, the next one ends at once.
@@ -81,7 +80,7 @@ class Stopping(TrainerCallback):
         """
         set_step_near(False)
         if handled():
-            self._number = self._ranks.at_step(asked()) or self._ranks.last()
+            self.number = self._ranks.at_step(asked()) or self._ranks.last()
             self.on_save(args, state, None)
 
 
@@ -115,9 +114,3 @@ class TimedSaves(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Wait for the answer that nobody needs."""
         self._ranks.last()
-
-
-@functools.cache
-def _cpu_group(world: Any) -> Any:
-    """Return a gloo group of all ranks, whatever backend they train with; collective where it is made, once."""
-    return dist.new_group(backend="gloo", timeout=PATIENCE)

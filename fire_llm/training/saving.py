@@ -5,6 +5,9 @@ do, every rank raises; what was there before stays. Older ones go only when the 
 
 With `async_save`, weights and moments are copied to the host at the step, everything else is written at once, and a
 thread writes the copies and does the rest while training goes on. The files are the same.
+
+Of a model in shards each rank writes its own, in a thread of its own. The first one lists them, makes an ordinary
+folder of the weights where somebody will read them, and renames.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
@@ -42,7 +46,7 @@ from fire_llm.core.atomic import (
 from fire_llm.core.errors import UserError
 from fire_llm.core.manifest import REPLACED, TRAINER_STATE, damage, newest_intact, prune, read_state, write_manifest
 from fire_llm.core.signals import asked
-from fire_llm.distributed import active, gather_objects, is_first
+from fire_llm.distributed import active, cpu_group, gather_objects, is_first
 from fire_llm.training.arguments import plain
 from fire_llm.training.early_stop import EarlyStopCallback
 from fire_llm.training.epochs import Epochs
@@ -69,6 +73,10 @@ class Saver:
         self.writer = Writer()
         self.staging: Path | None = None
         """Where `Trainer` puts a checkpoint while one is saved."""
+        self.shards: Any = None
+        """What the ranks write, while a checkpoint of a model in shards is saved."""
+        self._stager: Any = None
+        """Of copies of shards, whose memory it keeps for the next save."""
         self.copies: tuple[Any, ...] | None = None
         """Weights, the optimizer's state and, where there is one, the weights' average on the host, while a checkpoint
         is saved whose rest a thread will write."""
@@ -176,6 +184,11 @@ class Saver:
 
     # ---- one save
 
+    @property
+    def puts_off(self) -> bool:
+        """Return whether the large files of the checkpoint that is being saved are written later."""
+        return self.copies is not None or self.shards is not None
+
     def save(self, write_all: Callable[[], Any]) -> None:
         """Write the checkpoint under a temporary name, list and flush it, and rename it once; collective.
 
@@ -190,37 +203,52 @@ class Saver:
         trainer = self.trainer
         output, step, best = Path(trainer.args.output_dir), trainer.state.global_step, trainer.state.best_global_step
         guarded, name = writing(output), f"checkpoint-{step}"
+        group = cpu_group(dist.group.WORLD, "checkpoints") if self._in_shards() else None
         staging, state = output / f"{name}{STAGING_SUFFIX}", self._state()
         recycled = {f"{n}.{key}": t for n, c in enumerate(self._recycling()) for key, t in c.tensors().items()}
         recycled = {key: t.to("cpu", copy=True) for key, t in recycled.items()}
 
-        def finish() -> None:
+        def finish(hashes: dict[Path, str]) -> None:
             replaced = self._replaced(output, step, best)
-            self._finish(output, staging / name, {**state, REPLACED: replaced}, recycled)
+            if shards is not None and shards.ordinary:
+                shards.consolidate(staging / name)
+            self._finish(output, staging / name, {**state, REPLACED: replaced}, recycled, hashes)
             prune(output / name, replaced)
 
+        def complete() -> None:
+            while later:
+                later.pop(0)()  # and let go of its copies
+            hashes = {} if shards is None else shards.write(staging / name, group)
+            _together(partial(guarded(finish), hashes), first_only=True, group=group)
+
         with self._undone(staging, step):
-            _together(partial(guarded(self._make_room), output), first_only=True)
+            ordinary = group is not None and gather_objects(None, self._is_read())[0]
+            _together(partial(guarded(self._make_room), output, ordinary), first_only=True)
             self.staging, self._later = staging, []
-            self.copies = self._copied() if self.writes_beside() else None
-            beside = self.copies is not None
+            beside = self.writes_beside()
+            if group is not None:
+                from fire_llm.training.shards import ShardedSave
+
+                self.shards = ShardedSave(trainer, ordinary, self._stages() if beside else None)
+            elif beside:
+                self.copies = self._copied()
+                beside = self.copies is not None
             try:
                 _together(guarded(write_all))
-                if trainer.averaging.on:
+                if trainer.averaging.on and self.shards is None:
                     _together(guarded(lambda: self._save_average(staging / name / AVERAGED)))
                 self._name_best(output, staging / name)
             finally:
-                self.staging, self.copies, later, self._later = None, None, self._later, []
+                shards, later = self.shards, self._later
+                self.staging, self.shards, self.copies, self._later = None, None, None, []
             if not beside:
-                _together(guarded(finish), first_only=True)
+                guarded(complete)()
                 return
 
         def write() -> None:
             try:
                 with self._undone(staging, step), writing(output):
-                    while later:
-                        later.pop(0)()  # and let go of its copies
-                    finish()
+                    complete()
             except UserError:
                 raise
             except Exception as error:  # it is raised at another step
@@ -238,7 +266,11 @@ class Saver:
                 state.save_to_json(str(written / TRAINER_STATE_NAME))
 
     def save_model_later(self, folder: Path) -> None:
-        """Leave the weights that were copied to the thread."""
+        """Leave the weights that were copied to the thread; of shards, write what stands beside them."""
+        if self.shards is not None:
+            if self.trainer.args.should_save:
+                self.shards.describe(folder)
+            return
         folder.mkdir(parents=True)
         assert self.copies is not None
         weights = self.copies[0]
@@ -254,9 +286,12 @@ class Saver:
             self.trainer.save_model(str(folder), _internal_call=True)
 
     def save_optimizer_and_scheduler(self, folder: Path) -> None:
-        """Save the schedule and whole moments; those of shards are gathered, copies are left to the thread."""
+        """Save the schedule and whole moments; copies are left to the thread, and shards to their ranks."""
         trainer, file = self.trainer, folder / OPTIMIZER
-        moments = whole_optimizer(trainer.optimizer) if self.copies is None else self.copies[1]
+        if self.shards is not None:
+            moments = self.shards.optimizer()
+        else:
+            moments = whole_optimizer(trainer.optimizer) if self.copies is None else self.copies[1]
         if not trainer.args.should_save:
             return
         if self.copies is None:
@@ -268,18 +303,45 @@ class Saver:
     def writes_beside(self) -> bool:
         """Return whether training goes on while the next checkpoint is written."""
         trainer, args = self.trainer, self.trainer.args
-        wanted, model = args.async_save, trainer.model
+        wanted, shards = args.async_save, self._in_shards()
         if wanted is None:
-            # What others do when something is saved, they may do with the folder.
-            looked_at = any(reads_checkpoints(c) for c in self._callbacks() if not isinstance(c, Stopping))
-            wanted = args.device.type not in ("cpu", "xla") and not looked_at
+            wanted = (shards or args.device.type not in ("cpu", "xla")) and not self._looked_at()
+        alone = not active() and not trainer.is_fsdp_enabled
+        goes_on = trainer.state.global_step < trainer.state.max_steps and not asked() and not trainer.stopping.number
+        # transformers writes to config.json the dtype that the parameters have just then: bf16 in the middle of a pass.
+        still = (shards or not args.bf16_params) and not args.enable_jit_checkpoint
+        return bool(wanted and (shards or (alone and self._plain_model())) and goes_on and still)
+
+    def _in_shards(self) -> bool:
+        """Return whether each rank writes its own shards; what others write by their own code is gathered for them."""
+        return bool(self.trainer.is_fsdp_enabled and self._plain_model())
+
+    def _plain_model(self) -> bool:
+        """Return whether the model is one of transformers as it is, and no checkpoint of it is pushed while saved."""
+        model = self.trainer.model
         own = isinstance(model, PreTrainedModel) and not getattr(model, "_hf_peft_config_loaded", False)
         placed = getattr(model, "hf_quantizer", None) is not None or hasattr(model, "hf_device_map")
-        alone = not active() and not trainer.is_fsdp_enabled
-        goes_on = trainer.state.global_step < trainer.state.max_steps and not asked()
-        # transformers writes to config.json the dtype that the parameters have just then: bf16 in the middle of a pass.
-        still = not args.bf16_params and not args.enable_jit_checkpoint
-        return bool(wanted and own and not placed and alone and goes_on and still and not args.push_to_hub)
+        return own and not placed and not self.trainer.args.push_to_hub
+
+    def _looked_at(self) -> bool:
+        """Return whether something may read a checkpoint as soon as it is saved."""
+        return any(reads_checkpoints(c) for c in self._callbacks() if not isinstance(c, Stopping))
+
+    def _is_read(self) -> bool:
+        """Return whether somebody will read the weights of the next checkpoint: the last, the best, one that stays."""
+        trainer, step = self.trainer, self.trainer.state.global_step
+        last = step >= trainer.state.max_steps or trainer.control.should_training_stop
+        stays = step in trainer.args.keep_steps or step == trainer.state.best_global_step
+        return last or stays or trainer.args.save_only_model or self._looked_at()
+
+    def _stages(self) -> Any:
+        """Return what copies shards to the host, into page-locked memory where they come from CUDA."""
+        if self._stager is None:
+            from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+            on_cuda = self.trainer.args.device.type == "cuda"
+            self._stager = DefaultStager(StagingOptions(on_cuda, False, False, on_cuda))
+        return self._stager
 
     def _copied(self) -> tuple[Any, ...] | None:
         """Copy weights, the optimizer's state and the weights' average to the host; None where that cannot be."""
@@ -329,27 +391,30 @@ class Saver:
             },
         }
 
-    def _make_room(self, output: Path) -> None:
+    def _make_room(self, output: Path, ordinary: bool) -> None:
         """Remove what a killed process left half-written, and see that there is room before anything is written."""
         clear_partial_checkpoints(output)
         each = BYTES_A_PARAMETER + AVERAGED_BYTES * self.trainer.averaging.on
-        needed = self._bytes or each * sum(p.numel() for p in self.trainer.model.parameters())
+        weights = sum(p.numel() for p in self.trainer.model.parameters())
+        needed = (self._bytes or each * weights) + ordinary * 8 * weights  # in shards, whole in scratch, and written
         if (free := free_bytes(output)) < needed:
             raise UserError(
                 f"'{output}' has {free / 1e9:.3g} GB free and a checkpoint takes {needed / 1e9:.3g} GB: "
                 "free some space, or keep fewer checkpoints"
             )
 
-    def _finish(self, output: Path, written: Path, state: dict[str, Any], recycled: dict[str, Tensor]) -> None:
+    def _finish(
+        self, output: Path, written: Path, state: dict[str, Any], recycled: dict[str, Tensor], hashes: dict[Path, str]
+    ) -> None:
         """Complete, list, flush and rename a checkpoint."""
         for folder in () if plain(self.trainer.args) else (written, written / AVERAGED):
             (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle, and nothing of ours reads it
         if (written / AVERAGED).is_dir():
-            write_manifest(written / AVERAGED)
+            write_manifest(written / AVERAGED, hashes)
         write_json(written / CONTINUAL_STATE, state)
         if recycled:
             save_file(recycled, written / RECYCLING)
-        self._bytes = write_manifest(written)
+        self._bytes = write_manifest(written, hashes)
         sync(written)
         final = output / written.name
         if final.exists():  # one of this step that was damaged; it goes only when the new one has its name
@@ -483,18 +548,27 @@ def verified(checkpoint: Path) -> Path:
     return checkpoint
 
 
-def _together(work: Callable[[], Any], first_only: bool = False) -> Any:
+def _together(work: Callable[[], Any], first_only: bool = False, group: Any = None) -> Any:
     """Return on every rank what the work gives on the first one, or raise on every rank what one of them ran into.
 
     A rank that alone gave up would leave the others waiting for it.
+
+    Args:
+        work: What is to be done.
+        first_only: On the first rank alone.
+        group: Of all ranks; of a thread its own, in which no fault may be raised on one rank alone.
     """
-    found, fault = None, None
+    found, fault, known = None, None, True
     if not first_only or is_first():
         try:
             found = work()
         except UserError as error:
             fault = str(error)
-    everywhere = gather_objects(None, (found if is_first() else None, fault))
-    if faults := [fault for _, fault in everywhere if fault is not None]:
-        raise UserError(faults[0])
+        except Exception as error:
+            if group is None:
+                raise
+            fault, known = repr(error), False
+    everywhere = gather_objects(group, (found if is_first() else None, fault, known))
+    if faults := [(fault, known) for _, fault, known in everywhere if fault is not None]:
+        raise (UserError if faults[0][1] else RuntimeError)(faults[0][0])
     return everywhere[0][0]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fire_llm.architectures.names import plain_name
 from fire_llm.core.errors import CHECKPOINTED_ONCE, ENGINES, UserError
+from fire_llm.core.manifest import OPTIMIZER_SHARDS, SHARDED, in_shards
 from fire_llm.distributed import is_first, make_current
 from fire_llm.models import load_model
 
@@ -137,12 +138,28 @@ def whole_optimizer(optimizer: Any) -> dict[str, Any]:
     return {"state": moments, "param_groups": state["param_groups"]}
 
 
+def named_once(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a model's state dict, tied ones once, and the name that each of its names stands for."""
+    tensors, first = _tensors(model), dict[int, str]()
+    names = {name: first.setdefault(id(tensors[name]), name) for name in map(plain_name, model.state_dict())}
+    return {name: tensors[name].detach() for name in first.values()}, names
+
+
+def is_sharded(value: Any) -> bool:
+    """Return whether a value is a tensor of which each rank holds its part."""
+    return hasattr(value, "placements")
+
+
 def load_weights(model: nn.Module, folder: Path) -> None:
-    """Give a sharded model the weights of a checkpoint folder; collective.
+    """Give a model the weights of a checkpoint folder, in shards or whole; collective where the model is in shards.
 
     Raises:
         UserError: Where the folder cannot be read.
     """
+    if in_shards(folder):
+        from fire_llm.distributed.shards import read_shards
+
+        return read_shards(named_once(model)[0], folder / SHARDED)
     found = _tensors(load_like(model, folder))
     own, saved = _tensors(model), [plain_name(name) for name in model.state_dict()]
     with torch.no_grad():
@@ -174,11 +191,26 @@ def load_optimizer(optimizer: Any, folder: Path, *, settings: bool = True) -> No
         parameter = parameters[number]
         for key, value in one.items():
             if isinstance(value, Tensor):  # nothing stays mapped: the folder may be deleted while training goes on
-                sharded = hasattr(parameter, "placements") and value.shape == parameter.shape
+                sharded = is_sharded(parameter) and value.shape == parameter.shape
                 one[key] = placed_like(parameter, value) if sharded else value.clone()
+    if (folder / OPTIMIZER_SHARDS).is_dir():
+        _add_shards(state["state"], parameters, folder / OPTIMIZER_SHARDS)
     if not settings:
         state["param_groups"] = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict(state)
+
+
+def _add_shards(state: dict[int, dict[str, Any]], parameters: list[Tensor], folder: Path) -> None:
+    """Add to an optimizer's state what lies in shards, placed as the parameters are."""
+    from fire_llm.distributed.shards import read_shards, stored_shards
+
+    wanted: dict[str, Tensor] = {}
+    for name, (shape, dtype) in stored_shards(folder).items():
+        number, _, key = name.partition(".")
+        like = parameters[int(number)].detach()
+        wanted[name] = torch.empty_like(like, dtype=dtype) if shape == like.shape else torch.empty(shape, dtype=dtype)
+        state.setdefault(int(number), {})[key] = wanted[name]
+    read_shards(wanted, folder)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

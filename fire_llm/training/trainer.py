@@ -26,6 +26,7 @@ from fire_llm.architectures.context import choose_context
 from fire_llm.architectures.matrices import unwrap
 from fire_llm.core.compat import check_trainer
 from fire_llm.core.errors import UserError, did_you_mean, first_line
+from fire_llm.core.manifest import in_shards
 from fire_llm.core.signals import set_step_near
 from fire_llm.distributed import fsdp_modules
 from fire_llm.evaluation import token_nll
@@ -98,7 +99,7 @@ class ContinualTrainer(Trainer):
         _get_output_dir                     a checkpoint is written under another name
         _save_checkpoint                    it is listed, flushed and renamed once, by all ranks or by none
         _load_best_model                    it waits until that is written; shards are loaded from that format
-        save_model                          one format for replicas and shards; copies may be written later
+        save_model                          what a thread writes later, or each rank of shards, is left to them
         _save_optimizer_and_scheduler       the same
         _load_from_checkpoint               the same
         _load_optimizer_and_scheduler       the same
@@ -172,13 +173,13 @@ class ContinualTrainer(Trainer):
         self.fetched = -1
         """The step, counted from zero, whose batches were fetched last; it is still to be taken at that global step."""
         self._fetched_hash = torch.zeros_like(self.batches_hash)
-        self._progress, self._stopping = Progress(), Stopping()
+        self._progress, self.stopping = Progress(), Stopping()
         if not plain(args):
             self.callback_handler.callbacks.pop()  # `Trainer`'s own bar or printer, which it adds last
         self.trackers = guard_trackers(self)
         """Of `args.report_to`, and of `callbacks`."""
         # What signals and clocks ask for is behind what asks for a log where something is saved: such a save has none.
-        own = (self.averaging, Keeping(), TimedSaves(), self._stopping, self._progress)
+        own = (self.averaging, Keeping(), TimedSaves(), self.stopping, self._progress)
         for callback in () if plain(args) else own:
             self.add_callback(callback)
 
@@ -224,7 +225,7 @@ class ContinualTrainer(Trainer):
                 trained = super().train(checkpoint, ignore_keys_for_eval=ignore_keys_for_eval)
             self.guard.settle()  # of the last step, where a callback ended training and nothing was logged
             self.settle()
-            self._stopping.end(args, self.state)
+            self.stopping.end(args, self.state)
             return trained
         except BaseException:
             self.settle(report=True)
@@ -515,7 +516,8 @@ class ContinualTrainer(Trainer):
         control = self.control
         if (control.should_log or control.should_evaluate or control.should_save) and not self.guard.settle():
             grad_norm = None  # of a step that was left out
-        self.saver.writer.check()
+        if self.args.world_size == 1:  # several ranks have to hear of a fault at the same step: at the next save
+            self.saver.writer.check()
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
         if self._globalstep_last_logged == self.state.global_step:
             self._throughput.stop()  # what was just evaluated and saved is no part of the next measurement
@@ -615,14 +617,15 @@ class ContinualTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         self.settle()
-        if self.is_fsdp_enabled:
-            load_weights(self.model, Path(self.state.best_model_checkpoint))
+        best = Path(self.state.best_model_checkpoint)
+        if self.is_fsdp_enabled or in_shards(best):
+            load_weights(self.model, best)
         else:
             super()._load_best_model()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as an ordinary folder, the same for replicas and shards."""
-        if self.saver.copies is not None and output_dir is not None and _internal_call:
+        if self.saver.puts_off and output_dir is not None and _internal_call:
             self.saver.save_model_later(Path(output_dir))
         elif self.is_fsdp_enabled:  # `Trainer` would keep pickles beside it
             self._save(output_dir or self.args.output_dir, state_dict=whole_weights(self.model))
@@ -632,13 +635,13 @@ class ContinualTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_fsdp_enabled or self.saver.copies is not None:
+        if self.is_fsdp_enabled or self.saver.puts_off:
             self.saver.save_optimizer_and_scheduler(Path(output_dir))
         else:
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled:
+        if self.is_fsdp_enabled or in_shards(Path(resume_from_checkpoint)):
             load_weights(model or self.model, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)

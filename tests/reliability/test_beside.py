@@ -194,7 +194,7 @@ def test_what_ends_training_is_raised_and_a_failed_write_is_said_beside_it(tmp_p
         slow.go.set()
         raise FloatingPointError("a fault of training")
 
-    monkeypatch.setattr(saving, "write_manifest", lambda folder: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    monkeypatch.setattr(saving, "write_manifest", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     with pytest.raises(FloatingPointError, match="a fault of training"):
         trainer_of(tiny_gpt2(), tmp_path, [At(5, fail)], title="first").train()
     assert "first: cannot write below" in (said := capsys.readouterr().err) and "Step 4 was not saved" in said
@@ -202,7 +202,7 @@ def test_what_ends_training_is_raised_and_a_failed_write_is_said_beside_it(tmp_p
 
 def test_any_other_fault_of_a_write_is_raised_with_its_step(tmp_path, monkeypatch, slow):
     slow.go.set()
-    monkeypatch.setattr(saving, "write_manifest", lambda folder: 1 // 0)
+    monkeypatch.setattr(saving, "write_manifest", lambda *_: 1 // 0)
     with pytest.raises(RuntimeError, match="step 4 was not saved: ZeroDivisionError") as error:
         trainer_of(tiny_gpt2(), tmp_path).train()
     assert isinstance(error.value.__cause__, ZeroDivisionError) and not steps(tmp_path)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from support.killing import KINDS, Instant, command, draw, outcome, run
 from support.tiny_recipe import quick_recipe, recipe
+from support.training import FSDP2
 
 from fire_llm.core.atomic import checkpoints
 from fire_llm.core.manifest import damage
@@ -32,14 +33,15 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     path, filled, done = recipe(folder), folder / "cache", {}
 
-    def of(world: int, asynchronous: bool = False, tokenising: bool = False):
-        key = world, asynchronous, tokenising
+    def of(world: int, asynchronous: bool = False, tokenising: bool = False, environment: Any = None):
+        key = world, asynchronous, tokenising, environment is not None
         if not filled.exists():
             codes, said, _ = run(1, folder / "said", path, folder / "first", filled)
             assert codes == [0], said
         if key not in done:
             output, cache = folder / f"on-{key}", folder / f"cache-{key}" if tokenising else filled
-            codes, said, counts = run(world, folder / "said", path, output, cache, asynchronous=asynchronous)
+            how = {"asynchronous": asynchronous, "environment": environment or {}}
+            codes, said, counts = run(world, folder / "said", path, output, cache, **how)
             assert codes == [0] * world, said
             done[key] = path, filled, counts, outcome(output)
         return done[key]
@@ -48,19 +50,27 @@ def whole(tmp_path_factory):
 
 
 def kill_and_go_on(
-    whole, tmp_path: Path, world: int, kind: str, number: signal.Signals, seed: int, asynchronous: bool = False
+    whole,
+    tmp_path: Path,
+    world: int,
+    kind: str,
+    number: signal.Signals,
+    seed: int,
+    asynchronous: bool = False,
+    environment: Any = None,
 ) -> None:
-    path, filled, counts, wanted = whole(world, asynchronous, kind == "tokenising")
+    path, filled, counts, wanted = whole(world, asynchronous, kind == "tokenising", environment)
+    how: Any = {"asynchronous": asynchronous, "environment": environment or {}}
     instant = draw(seed, counts, kind, number)
     output, cache = tmp_path / "out", tmp_path / "cache" if kind == "tokenising" else filled
-    codes, said, reached = run(world, tmp_path / "said", path, output, cache, instant, asynchronous=asynchronous)
+    codes, said, reached = run(world, tmp_path / "said", path, output, cache, instant, **how)
     while codes == [0] * world and (most := reached[instant.rank][kind]) < instant.index:
         # Which of several ranks comes first to a text or a folder is chance: this one did not come to the instant.
         shutil.rmtree(output)
         if kind == "tokenising":
             shutil.rmtree(cache)
         instant = replace(instant, index=max(1, most // 2))
-        codes, said, reached = run(world, tmp_path / "said", path, output, cache, instant, asynchronous=asynchronous)
+        codes, said, reached = run(world, tmp_path / "said", path, output, cache, instant, **how)
     where = f"{instant} on {world} rank(s), seed {seed}: {codes}\n{said}"
     assert codes[instant.rank] in (-number, 128 + number), where
     assert "Traceback" not in said, where
@@ -71,7 +81,7 @@ def kill_and_go_on(
     if number == TERM and kind == "step":
         assert codes == [143] * world, where
         assert "saved at step" in said and "the same command goes on" in said, where
-    codes, said, _ = run(world, tmp_path / "said", path, output, cache, asynchronous=asynchronous)
+    codes, said, _ = run(world, tmp_path / "said", path, output, cache, **how)
     assert codes == [0] * world, f"{where}\nthen {codes}: {said}"
     assert outcome(output) == wanted, where
     assert not list(output.rglob("*.partial*")), where
@@ -107,6 +117,22 @@ def test_a_signal_to_one_rank_in_the_last_save_of_all_ends_all(whole, tmp_path):
 def test_a_run_that_is_killed_while_it_writes_beside_training(whole, tmp_path, kind, number, seed):
     assert whole(1, True)[3] == whole(1)[3]
     kill_and_go_on(whole, tmp_path, 1, kind, number, seed, asynchronous=True)
+
+
+IN_SHARDS = [
+    *itertools.product(["saving"], [KILL], range(1, 13)),
+    *itertools.product(["step"], [KILL, TERM], (1, 2, 3)),
+    *itertools.product(["saving"], [TERM], (1, 2)),
+]  # 20
+
+
+@pytest.mark.parametrize(
+    ("world", "kind", "number", "seed"),
+    [(2, "saving", KILL, 1), *(pytest.param(4, *one, marks=pytest.mark.slow) for one in IN_SHARDS)],
+)
+def test_ranks_that_write_shards_beside_training_are_killed_and_go_on(whole, tmp_path, world, kind, number, seed):
+    """The last and the best checkpoints are ordinary folders, the others lie in shards."""
+    kill_and_go_on(whole, tmp_path, world, kind, number, seed, environment=FSDP2)
 
 
 MANY = [

@@ -10,9 +10,11 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -50,11 +52,11 @@ def run(
     cache: Path,
     instant: Instant | None = None,
     *more: str,
-    asynchronous: bool = False,
+    **how: Any,
 ) -> tuple[list[int], str, list[Counter]]:
     """Run a recipe on `world` ranks until all have ended; return as `command` does."""
     argv = ["run", str(path), "--output", str(output), *more]
-    return command(argv, folder, output, cache, instant, world=world, asynchronous=asynchronous)
+    return command(argv, folder, output, cache, instant, world=world, **how)
 
 
 def command(
@@ -66,6 +68,7 @@ def command(
     *,
     world: int = 1,
     asynchronous: bool = False,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[list[int], str, list[Counter]]:
     """Run a command line on `world` ranks, forked from a process that has imported everything, until all have ended.
 
@@ -77,6 +80,7 @@ def command(
         instant: When one of them sends itself a signal.
         world: Ranks.
         asynchronous: Write checkpoints beside training.
+        environment: Variables of each rank.
 
     Returns:
         Exit code of each rank, negative for a signal; what they said; how many events of each kind each came to.
@@ -89,7 +93,8 @@ def command(
         old.unlink()
     processes = [
         PROCESSES.Process(
-            target=_live, args=(r, world, store and store.port, folder, argv, cache, output, instant, asynchronous)
+            target=_live,
+            args=(r, world, store and store.port, folder, argv, cache, output, instant, asynchronous, {**environment}),
         )
         for r in range(world)
     ]
@@ -119,8 +124,10 @@ def _live(
     output: Path,
     at: Any,
     asynchronous: bool,
+    environment: dict[str, str],
 ) -> None:
     """Be one rank of a command."""
+    os.environ.update(environment)
     with (folder / f"{rank}.said").open("w") as said:
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)

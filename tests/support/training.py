@@ -73,3 +73,15 @@ FSDP2 = {
     "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
 }  # fmt: skip
+
+
+def optimizer_state(checkpoint):
+    """Return the optimizer's state in a checkpoint, whole, as `torch.optim` gives it."""
+    from fire_llm.distributed.shards import whole_tensors
+
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    shards = checkpoint / "optimizer"
+    for name, tensor in whole_tensors(shards).items() if shards.is_dir() else ():
+        number, _, key = name.partition(".")
+        state["state"].setdefault(int(number), {})[key] = tensor
+    return state

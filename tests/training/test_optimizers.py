@@ -11,7 +11,7 @@ from support.models import tiny_gpt2, tiny_llama
 from support.ranks import Raised, run_ranks
 from support.recipes import GOOD
 from support.small_models import build as small
-from support.training import FSDP2, STEPS, Samples, arguments, losses, train
+from support.training import FSDP2, STEPS, Samples, arguments, losses, optimizer_state, train
 from torch import nn
 from transformers import TrainerCallback
 
@@ -277,7 +277,7 @@ def test_shards_train_as_one_process_does_which_goes_on_from_their_checkpoints(t
     one = alone(tmp_path / "one")
     for told in run_ranks(2, trained, tmp_path, tmp_path / "two", FSDP2, None):
         assert told == pytest.approx(losses(one), abs=2e-3)
-    a, b = (torch.load(tmp_path / f / "checkpoint-12" / "optimizer.pt", weights_only=True) for f in ("two", "one"))
+    a, b = (optimizer_state(tmp_path / folder / "checkpoint-12") for folder in ("two", "one"))
     assert a["param_groups"] == b["param_groups"] and a["state"].keys() == b["state"].keys()
     assert all(a["state"][i][key].shape == value.shape for i in b["state"] for key, value in b["state"][i].items())
     again = alone(tmp_path / "again", str(tmp_path / "two" / "checkpoint-4"))
