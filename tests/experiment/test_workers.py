@@ -256,7 +256,7 @@ DIVERGES = ["phases.1.optimizer={lr: 1.0e+30, min_lr: 1.0e+30, warmup: 0.0}", "o
 def test_what_fails_in_a_worker_is_told_once_as_if_it_had_failed_here(
     sets, code, told, path, tmp_path, capsys, monkeypatch
 ):
-    """In workers that find everything imported; `test_two_workers_end_with_the_weights_of_one` starts some as they are."""
+    """In workers that find everything imported; where two end with the weights of one, they are started as they are."""
     monkeypatch.setattr(processes, "subprocess", SimpleNamespace(Popen=Program, PIPE=subprocess.PIPE))
     argv = ["run", str(path), "--output", str(tmp_path / "run"), "--workers=2"]
     assert main([*argv, *(f"--set={s}" for s in [ARMS, *sets])]) == code

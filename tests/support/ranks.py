@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -44,7 +44,11 @@ PROCESSES.Process = _Process
 
 def fork_the_server() -> None:
     """Fork the process that starts all others from this one, which has imported every test, before any has run."""
-    if sys.platform == "linux":  # elsewhere it is a new process, which imports the list above
+    import torch
+
+    # Elsewhere it is a new process, which imports the list above; CUDA, once asked for, does not outlast a fork.
+    if sys.platform == "linux" and not torch.cuda.is_available():
+        resource_tracker.ensure_running()
         with mock.patch("multiprocessing.util.spawnv_passfds", _forked), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12: xdist's thread is only reading
             forkserver.ensure_running()
@@ -61,7 +65,7 @@ def _forked(_: bytes, command: list[str], passed: list[int]) -> int:
                 if int(name) > 2 and int(name) not in passed and (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
                     os.close(int(name))
         forkserver._forkserver.__init__()  # whose lock is held
-        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
         warnings.resetwarnings()
         for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
             warnings.simplefilter("ignore", category)  # as in a new process
