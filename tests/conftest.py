@@ -58,6 +58,9 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     for place in ("TRACKIO_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         os.environ[place] = trackers
     os.environ.update(WANDB_MODE="offline", WANDB_SILENT="true")
+    from support.ranks import fork_the_server
+
+    fork_the_server()
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 from support import tiny_recipe
+from support.recipes import validator
 from transformers import TrainingArguments
 
 from fire_llm import load_recipe, run_recipe
@@ -341,10 +342,9 @@ def complete(fragment: dict[str, Any]) -> dict[str, Any]:
 
 @pages
 def test_recipes_in_blocks_are_valid(page: Path) -> None:
-    jsonschema = pytest.importorskip("jsonschema")
     for content in blocks(page, "yaml"):
         data = complete(yaml.safe_load(content))
-        jsonschema.validate(data, recipe_schema())
+        validator().validate(data)
         assert arm_faults(data) == []
         faults = [*contradictions(Recipe.model_validate(data))]
         # What a page trains on is not on this machine.

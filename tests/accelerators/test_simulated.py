@@ -546,7 +546,10 @@ def compiled(model, graphs, rows=3):
 
 @pytest.fixture(
     scope="module",
-    params=[lambda seed: tiny_gpt2(seed, n_layer=1), lambda seed: tiny_llama(seed, num_hidden_layers=1)],
+    params=[
+        lambda seed: tiny_gpt2(seed, n_layer=1),
+        pytest.param(lambda seed: tiny_llama(seed, num_hidden_layers=1), marks=pytest.mark.slow),
+    ],
     ids=["gpt2", "llama"],
 )
 def traced(request):

@@ -258,6 +258,27 @@ def test_ranks_leave_the_speaking_to_one(tmp_path, monkeypatch, capsys):
 # ---- real launches
 
 
+def test_a_rank_that_is_killed_ends_the_launch_with_one_message(tmp_path, monkeypatch, capfd):
+    """Python finds a module of ours before the ranks load anything; in `test_run.py` one is killed that trains."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, pathlib, signal, time\n"
+        "if rank := os.environ.get('RANK'):\n"
+        "    mine, other = (pathlib.Path(__file__).with_name(f'rank-{n}') for n in (int(rank), 1 - int(rank)))\n"
+        "    mine.with_suffix('.new').write_text(str(os.getpid()))\n"
+        "    mine.with_suffix('.new').rename(mine)\n"
+        "    while rank == '0' or not other.exists():\n"
+        "        time.sleep(0.05)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    assert main(["run", "demo", "--num-processes", "2", "--output", str(tmp_path / "out")]) == 1
+    error, pids = capfd.readouterr().err, [int((tmp_path / f"rank-{n}").read_text()) for n in (0, 1)]
+    assert f"fire-llm: rank 1 (process {pids[1]}) was killed by SIGKILL" in error
+    assert "the same command goes on from the newest checkpoint" in error
+    assert error.count("fire-llm:") == 1 and "Traceback" not in error and "elastic" not in error
+    assert not any(map(psutil.pid_exists, pids))
+
+
 def tiny(tmp_path) -> Path:
     """Write a recipe of seconds."""
     (tmp_path / "a.txt").write_text("".join(f"the quick brown fox jumps over {i} lazy dogs\n\n" for i in range(400)))

@@ -272,7 +272,7 @@ def check(room: Path, data: bytes, changes: list[str]) -> None:
         assert re.match(f"fire-llm: {place}", said), said
 
 
-@settings(max_examples=300, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=files(), changes=overrides)
 def test_no_recipe_hurts(room: Path, data: bytes, changes: list[str]):
     check(room, data, changes)

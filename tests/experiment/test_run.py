@@ -139,7 +139,7 @@ def test_checkpoints_kept_and_the_start_they_give(finished, texts, tmp_path):
     data = recipe_data(texts)
     data["phases"][1].update(start_from={"first": [6, "final"]}, arms={"base": "keep"})
     data["seed"] = [1, 2]
-    more = run_recipe(load_recipe(data), tmp_path / "starts", progress=False)
+    more = run_recipe(load_recipe(data), cut_off(folder, tmp_path / "starts", at=12), progress=False)
     assert set(more["arms"]) == {"base@6", "base@final"}
     for arm in more["arms"].values():
         assert [run["seed"] for run in arm["runs"]] == [1, 2]
@@ -193,11 +193,11 @@ def cut_off(folder, copy, at=6):
 def test_replicas_and_shards_on_two_and_three_processes_end_at_the_same_losses(finished, texts, tmp_path):
     """1 process → 3 replicas from the middle on; 2 shards from the start; these → 1 process from the middle on."""
     whole, alone = finished
-    three, said = run_on(3, texts, cut_off(whole, tmp_path / "three"), arms=["fire"])
+    three, said = run_on(3, texts, cut_off(whole, tmp_path / "three"), arms=["fire"], sequences_per_device=4)
     assert_same(three, alone)
     assert "first: goes on from step 6, on 3 process(es) instead of 1: the same batches\n" in said
 
-    shards, _ = run_on(2, texts, tmp_path / "shards", FSDP2, ["full-reset", "fire"])
+    shards, _ = run_on(2, texts, tmp_path / "shards", FSDP2, ["full-reset", "fire"], sequences_per_device=3)
     assert set(shards["arms"]) == {"full-reset", "fire"}
     assert_same(shards, alone)
     for part in ("first", "second/fire", "second/full-reset"):
@@ -254,6 +254,7 @@ def ranks_of(launcher):
     return {child.environ()["RANK"]: child for child in psutil.Process(launcher.pid).children()}
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_launch_and_one_process_goes_on(finished, texts, tmp_path):
     _, alone = finished
     recipe, output = tmp_path / "tiny.yaml", tmp_path / "two"
@@ -353,8 +354,12 @@ def test_diagnostics_come_with_the_curves_and_survive_a_resumption(texts, tmp_pa
     from fire_llm.training.trainer import ContinualTrainer
 
     data = recipe_data(texts)
-    data["evaluate"] |= {"diagnostics_every_steps": 5, "every_steps": 8}
+    data["evaluate"] |= {"diagnostics_every_steps": 5, "every_steps": 6}
     data["seed"] = [1, 2]
+    data["model"]["config"]["n_layer"] = 1
+    data["batch"]["tokens_per_step"] = 64
+    for phase in data["phases"]:
+        phase["steps"] = 6
     data["phases"][1]["arms"] = {"base": "keep", "full-reset": "full_reset"}
     saved = ContinualTrainer._save_checkpoint
 
@@ -376,8 +381,8 @@ def test_diagnostics_come_with_the_curves_and_survive_a_resumption(texts, tmp_pa
         assert arm["runs"][1]["curve"] == cut["arms"][name]["runs"][0]["curve"]
         for curve in (arm["curve"], *(run["curve"] for run in arm["runs"])):
             measured = {e["step"]: e["diagnostics"] for e in curve if e["diagnostics"]}
-            assert list(measured) == [0, 5, 8]
-            assert (measured[0]["sfe"] == 0) == (name == "base") and measured[8]["sfe"] > 0
+            assert list(measured) == [0, 5, 6]
+            assert (measured[0]["sfe"] == 0) == (name == "base") and measured[6]["sfe"] > 0
             assert 0 < measured[0]["srank_share"] <= 1 and {"hessian_eigenvalue", "gradient_norm"} <= set(measured[0])
         pairs = zip(*(run["curve"] for run in arm["runs"]), strict=True)
         for mean, (one, two) in zip(arm["curve"], pairs, strict=True):

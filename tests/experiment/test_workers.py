@@ -14,6 +14,7 @@ import time
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -255,7 +256,7 @@ DIVERGES = ["phases.1.optimizer={lr: 1.0e+30, min_lr: 1.0e+30, warmup: 0.0}", "o
 def test_what_fails_in_a_worker_is_told_once_as_if_it_had_failed_here(
     sets, code, told, path, tmp_path, capsys, monkeypatch
 ):
-    """In workers that find everything imported; `test_a_signal_saves_in_every_worker` starts some as they are."""
+    """In workers that find everything imported; where two end with the weights of one, they are started as they are."""
     monkeypatch.setattr(processes, "subprocess", SimpleNamespace(Popen=Program, PIPE=subprocess.PIPE))
     argv = ["run", str(path), "--output", str(tmp_path / "run"), "--workers=2"]
     assert main([*argv, *(f"--set={s}" for s in [ARMS, *sets])]) == code
@@ -281,39 +282,20 @@ def test_failures_come_back_as_what_they_were(path, tmp_path):
         assert failures.any() and type(found) is kind and str(found) == message
 
 
-@pytest.fixture
-def running(path, tmp_path):
-    """Start `fire-llm run` of two seeds, each with a long first phase, on two workers; leave nothing behind."""
+def slow_recipe(path: Path, folder: Path) -> Path:
+    """Write the recipe with two seeds, each with a long first phase."""
     data = yaml.safe_load(path.read_text())
-    data["phases"][0]["steps"], data["save_every_steps"], data["seed"] = 160, 16, [1, 2]
-    data["evaluate"]["every_steps"] = 80
-    (tmp_path / "slow.yaml").write_text(yaml.safe_dump(data))
-    started = []
-
-    def start() -> subprocess.Popen:
-        command = [sys.executable, "-m", "fire_llm", "run", str(tmp_path / "slow.yaml"), "--workers=2"]
-        started.append(
-            subprocess.Popen(
-                [*command, "--output", str(tmp_path / "run")],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-            )
-        )
-        return started[-1]
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+    data["phases"][0]["steps"], data["save_every_steps"], data["seed"] = 96, 16, [1, 2]
+    data["evaluate"]["every_steps"] = 48
+    (folder / "slow.yaml").write_text(yaml.safe_dump(data))
+    return folder / "slow.yaml"
 
 
-def begun(output: Path, process: subprocess.Popen) -> list[psutil.Process]:
+def begun(output: Path, process: Any) -> list[psutil.Process]:
     """Wait until both seeds have a checkpoint, and return the workers."""
     deadline = time.monotonic() + 250
     while not all(checkpoints(output / "first" / f"seed-{seed}") for seed in (1, 2)):
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     workers = psutil.Process(process.pid).children()
     assert len(workers) == 2
@@ -324,22 +306,40 @@ def step_of(output: Path, seed: int) -> int:
     return checkpoints(output / "first" / f"seed-{seed}")[-1][1]
 
 
-def test_a_signal_saves_in_every_worker_and_one_process_goes_on(running, tmp_path, path, capsys):
-    output, process = tmp_path / "run", running()
+COMMAND = """
+import multiprocessing, os, subprocess
+from types import SimpleNamespace
+from fire_llm.__main__ import program
+from fire_llm.experiment import processes
+from support.ranks import Program
+os.setsid()
+Program.context = multiprocessing.get_context("fork")
+processes.subprocess = SimpleNamespace(Popen=Program, PIPE=subprocess.PIPE)
+program()
+"""
+"""`fire-llm` in a session of its own, whose workers find everything imported."""
+
+
+def test_a_signal_saves_in_every_worker_and_one_process_goes_on(path, tmp_path, capsys):
+    recipe, output, log = slow_recipe(path, tmp_path), tmp_path / "run", tmp_path / "said"
+    command = [sys.executable, "-c", COMMAND, "run", str(recipe), "--workers=2", f"--output={output}"]
+    with log.open("w") as file:
+        process = Program(command, stdin=subprocess.PIPE, stdout=file, stderr=file, env=dict(os.environ))
     workers = begun(output, process)
     with pytest.raises(UserError, match="another run is writing into"):
-        run_recipe(load_recipe(tmp_path / "slow.yaml"), output, progress=False)
+        run_recipe(load_recipe(recipe), output, progress=False)
     os.killpg(process.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches all of them
-    _, said = process.communicate(timeout=120)
+    process.wait(120)
+    said = log.read_text()
     assert process.returncode == 130 and said.count("fire-llm: ") == 1, said
     assert said.endswith("fire-llm: interrupted; the workers saved the steps they were in; the same command goes on\n")
     assert not psutil.wait_procs(workers, timeout=1)[1]
     steps = [step_of(output, seed) for seed in (1, 2)]
     capsys.readouterr()
-    run_recipe(load_recipe(tmp_path / "slow.yaml"), output, workers=1)
+    run_recipe(load_recipe(recipe), output, workers=1)
     said = capsys.readouterr().err
     assert all(f"first: goes on from step {step}\n" in said for step in steps)
-    run_recipe(load_recipe(tmp_path / "slow.yaml", ["seed=2"]), tmp_path / "whole", workers=1, progress=False)
+    run_recipe(load_recipe(recipe, ["seed=2"]), tmp_path / "whole", workers=1, progress=False)
     for stage in ("first", "second/fire"):
         weights = [
             (checkpoints(folder / stage / "seed-2")[-1][0] / "model.safetensors").read_bytes()
@@ -350,11 +350,19 @@ def test_a_signal_saves_in_every_worker_and_one_process_goes_on(running, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_workers_end_with_the_command_that_started_them(number, running, tmp_path):
-    output, process = tmp_path / "run", running()
-    workers = begun(output, process)
-    process.send_signal(number)  # to the command alone, as a scheduler or the system does
-    _, said = process.communicate(timeout=120)
+def test_workers_end_with_the_command_that_started_them(number, path, tmp_path):
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "fire_llm", "run", str(slow_recipe(path, tmp_path)), "--workers=2"]
+    process = subprocess.Popen(
+        [*command, "--output", str(output)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        workers = begun(output, process)
+        process.send_signal(number)  # to the command alone, as a scheduler or the system does
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == (143 if number == signal.SIGTERM else -9), said
     assert not psutil.wait_procs(workers, timeout=120)[1]
 

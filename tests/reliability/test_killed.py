@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from support.killing import KINDS, Instant, command, draw, outcome, run
-from support.tiny_recipe import quick_recipe, recipe
+from support.tiny_recipe import quick_recipe
 from support.training import FSDP2
 
 from fire_llm.core.atomic import checkpoints
@@ -31,7 +31,7 @@ def whole(tmp_path_factory):
     What is killed finds a filled cache, but for one that is killed while it tokenises.
     """
     folder = tmp_path_factory.mktemp("whole")
-    path, filled, done = recipe(folder), folder / "cache", {}
+    path, filled, done = quick_recipe(folder, ranks=2), folder / "cache", {}
 
     def of(world: int, asynchronous: bool = False, tokenising: bool = False, environment: Any = None):
         key = world, asynchronous, tokenising, environment is not None
@@ -101,7 +101,7 @@ def test_a_signal_to_one_rank_in_the_last_save_of_all_ends_all(whole, tmp_path):
     path, cache, counts, wanted = whole(2)
     instant = Instant("saving", counts[1]["saving"], TERM, 1)
     codes, said, _ = run(2, tmp_path / "said", path, tmp_path / "out", cache, instant)
-    assert codes == [143, 143] and "saved at step 8; the same command goes on" in said, f"{codes}: {said}"
+    assert codes == [143, 143] and "saved at step 3; the same command goes on" in said, f"{codes}: {said}"
     codes, said, _ = run(2, tmp_path / "said", path, tmp_path / "out", cache)
     assert codes == [0, 0] and outcome(tmp_path / "out") == wanted, said
 

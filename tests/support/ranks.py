@@ -6,14 +6,19 @@ import gc
 import multiprocessing
 import os
 import pickle
+import stat
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
@@ -37,12 +42,48 @@ class _Process(ForkServerProcess):
 PROCESSES.Process = _Process
 
 
+def fork_the_server() -> None:
+    """Fork the process that starts all others from this one, which has imported every test, before any has run."""
+    import torch
+
+    # Elsewhere it is a new process, which imports the list above; CUDA, once asked for, does not outlast a fork.
+    if sys.platform == "linux" and not torch.cuda.is_available():
+        resource_tracker.ensure_running()
+        with mock.patch("multiprocessing.util.spawnv_passfds", _forked), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12: xdist's thread is only reading
+            forkserver.ensure_running()
+
+
+def _forked(_: bytes, command: list[str], passed: list[int]) -> int:
+    """Stand for the start of `python -c CODE`, the last of the command, with two open files passed on."""
+    if pid := os.fork():
+        return pid
+    try:
+        for name in os.listdir("/proc/self/fd"):  # an end of a pipe that is held here never closes
+            with suppress(OSError):
+                mode = os.fstat(int(name)).st_mode
+                if int(name) > 2 and int(name) not in passed and (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+                    os.close(int(name))
+        forkserver._forkserver.__init__()  # whose lock is held
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", 1, closefd=False) for number in (1, 2))
+        warnings.resetwarnings()
+        for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", category)  # as in a new process
+        gc.freeze()
+        exec(command[-1])
+    finally:
+        os._exit(0)
+
+
 class Program:
     """Stand for `subprocess.Popen` of a Python program that logs: in a process that finds everything imported."""
 
+    context: Any = PROCESSES
+    """Starts it; in a program that is one itself, multiprocessing's "fork"."""
+
     def __init__(self, command: list[str], *, stdin: int, stdout: Any, stderr: Any, env: dict[str, str]) -> None:
-        theirs, self.stdin = PROCESSES.Pipe(duplex=False)
-        self._process = PROCESSES.Process(target=_program, args=(command[2:], dict(env), theirs, stdout.name))
+        theirs, self.stdin = self.context.Pipe(duplex=False)
+        self._process = self.context.Process(target=_program, args=(command[2:], dict(env), theirs, stdout.name))
         self._process.start()
         theirs.close()
 
@@ -50,14 +91,18 @@ class Program:
     def returncode(self) -> int | None:
         return self._process.exitcode
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid or 0
+
     def poll(self) -> int | None:
         return self._process.exitcode
 
-    def wait(self) -> None:
-        self._process.join()
+    def wait(self, timeout: float | None = None) -> None:
+        self._process.join(timeout)
 
     def send_signal(self, number: int) -> None:
-        os.kill(self._process.pid or 0, number)
+        os.kill(self.pid, number)
 
 
 def _program(words: list[str], environment: dict[str, str], stdin: Connection, log: str) -> None:

@@ -46,12 +46,12 @@ def recipe(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def quick_recipe(folder: Path) -> Path:
-    """Write a recipe of the same stages that takes half a second: 4 and 3 steps of one micro-batch."""
+def quick_recipe(folder: Path, ranks: int = 1) -> Path:
+    """Write a recipe of the same stages that takes half a second: 4 and 3 steps of one micro-batch on so many ranks."""
     arms = {"fire": {"method": "fire"}}
     return recipe(
         folder,
-        batch={"tokens_per_step": 32, "sequences_per_device": 2},
+        batch={"tokens_per_step": 32 * ranks, "sequences_per_device": 2},
         phases=[
             {"name": "first", "data": {"a": 1.0}, "steps": 4, "keep": ["best"]},
             {"name": "second", "data": {"b": 0.75, "a": 0.25}, "steps": 3, "arms": arms},

@@ -74,9 +74,15 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.parametrize("compiling", [None, {"backend": "aot_eager"}])
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("kind", "compiling", "whole"),
+    [
+        *itertools.product(["gpt2", "llama"], [None], [True, False]),
+        *itertools.product(["gpt2", "llama"], [{"backend": "aot_eager"}], [True]),
+        ("gpt2", {"backend": "aot_eager"}, False),
+        pytest.param("llama", {"backend": "aot_eager"}, False, marks=pytest.mark.slow),
+    ],
+)
 def test_parameters_read_in_bf16_give_what_a_model_in_bf16_gives(kind, compiling, whole, slices, monkeypatch):
     """Against the model converted to bf16, without autocast; gradients arrive in fp32, tied weights and all."""
     if whole:

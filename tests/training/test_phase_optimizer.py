@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from jsonschema import ValidationError
 from support.models import tiny_gpt2
 from support.ranks import run_ranks
-from support.recipes import GOOD, changed
+from support.recipes import GOOD, changed, validator
 from support.runs import recipe_data, run_rank, weights
 from support.training import FSDP2, Samples, arguments
 
@@ -17,7 +18,7 @@ from fire_llm import ContinualTrainer, ResetCallback, UserError, load_recipe, ru
 from fire_llm.architectures.matrices import hidden_matrices
 from fire_llm.core.atomic import checkpoints
 from fire_llm.experiment.context import RunContext
-from fire_llm.experiment.recipe import optimizer_of, recipe_schema
+from fire_llm.experiment.recipe import optimizer_of
 from fire_llm.experiment.recipe.sections import LATER
 from fire_llm.experiment.stages import expand
 from fire_llm.experiment.train import _arguments
@@ -74,15 +75,13 @@ def test_one_fault_one_message(path, value, message):
 
 
 def test_editors_know_the_keys_of_a_phase():
-    jsonschema = pytest.importorskip("jsonschema")
-    schema = recipe_schema()
-    jsonschema.validate(changed("phases/1/optimizer", {"lr": 1.0e-3}), schema)
-    jsonschema.validate(changed("phases/1/optimizer_state", "kept"), schema)
+    validator().validate(changed("phases/1/optimizer", {"lr": 1.0e-3}))
+    validator().validate(changed("phases/1/optimizer_state", "kept"))
     for path, value in [("optimizer", {"lrr": 1.0}), ("optimizer", {"lr": "1e-3"}), ("optimizer_state", "keep")]:
-        with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(changed(f"phases/1/{path}", value), schema)
+        with pytest.raises(ValidationError):
+            validator().validate(changed(f"phases/1/{path}", value))
     # A default would be completed, and would then stand where the recipe's own value was meant.
-    assert "default" not in schema["$defs"]["PhaseOptimizerSection"]["properties"]["lr"]
+    assert "default" not in validator().schema["$defs"]["PhaseOptimizerSection"]["properties"]["lr"]
 
 
 def test_a_fault_of_the_recipes_own_optimizer_is_told_once():

@@ -55,7 +55,7 @@ class Interrupt(TrainerCallback):
 def runs(tmp_path_factory):
     """Run a recipe without trackers, and with three of them, interrupted at step 7; return folders and results."""
     folder = tmp_path_factory.mktemp("trackers")
-    settings = {"every_steps": 5, "max_tokens": 600, "diagnostics_every_steps": 5}
+    settings = {"every_steps": 5, "max_tokens": 600, "diagnostics_every_steps": 10}
     path, averaged = recipe(folder, name="tracked", evaluate=settings), "phases.0.ema={decay: 0.9}"
     plain = run_recipe(load_recipe(path, [averaged]), folder / "plain", progress=False, workers=1)
     tracked = load_recipe(path, [averaged, f"report_to={json.dumps(NAMES)}"])
