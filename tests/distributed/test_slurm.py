@@ -15,7 +15,6 @@ from support.tiny_recipe import recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=missing() or "")]
 
-ROOT = Path(__file__).parents[2]
 FIRST = {"name": "first", "data": {"a": 1.0}}
 SECOND = {"name": "second", "data": {"b": 1.0}, "steps": 8, "arms": {"fire": {"method": "fire"}}}
 
@@ -29,11 +28,9 @@ def cluster(tmp_path_factory):
 def submit(cluster: Slurm, folder: Path, *options: str, steps: int) -> str:
     """Submit a run of two processes, as the documentation says; return the job's number."""
     path = recipe(folder, phases=[{**FIRST, "steps": steps}, SECOND], save_every_steps=10)
-    given = ["sbatch", "--parsable", "--chdir", str(ROOT), "--output", str(folder / "log"), "--nodes", "1", *options]
+    given = ["sbatch", "--parsable", "--output", str(folder / "log"), "--nodes", "1", *options]
     cache = str(folder / "cache")
-    return cluster.do(
-        *given, str(ROOT / "scripts" / "slurm.sbatch"), str(path), "--output", str(folder / "out"), FIRE_LLM_CACHE=cache
-    )
+    return cluster.do(*given, "scripts/slurm.sbatch", str(path), "--output", str(folder / "out"), FIRE_LLM_CACHE=cache)
 
 
 def comes(path: Path, folder: Path, seconds: float = 300) -> None:

@@ -16,6 +16,7 @@ import psutil
 
 from support.hosts import with_programs
 
+ROOT = Path(__file__).parents[2]
 NODE = "here"
 CONFIGURATION = """
 ClusterName=fire
@@ -71,9 +72,9 @@ class Slurm:
         return done.stdout.strip()
 
     def ask(self, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Run one of its commands."""
+        """Run one of its commands, in the folder that holds the scripts."""
         environment = {**self.environment, **variables}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
     def job(self, number: str) -> dict[str, str]:
         """Return what it says about a job."""
