@@ -114,7 +114,7 @@ class Redistribution:
             return local
         first = self.placement.held(self.shard, tensor.shape[axis]).start
         rows = local[block.rows.start : block.rows.stop] if axis else local
-        return rows.narrow(axis, span.start - first, len(span)) if len(span) else rows.narrow(axis, 0, 0)
+        return _cut(rows, axis, span.start - first, len(span))
 
     # ---- shards to owners and back
 
@@ -210,7 +210,11 @@ def _size(segments: list[_Segment]) -> int:
 
 def _part(whole: Tensor, segment: _Segment) -> Tensor:
     block, span, axis = segment
-    return whole.narrow(axis, span.start - (0 if axis else block.rows.start), len(span)) if whole.ndim else whole
+    return _cut(whole, axis, span.start - (0 if axis else block.rows.start), len(span)) if whole.ndim else whole
+
+
+def _cut(tensor: Tensor, axis: int, start: int, length: int) -> Tensor:
+    return tensor.narrow(axis, start if length else 0, length)  # what a rank holds nothing of begins anywhere
 
 
 def _spot(buffer: Tensor, start: int, like: Tensor) -> Tensor:
