@@ -14,6 +14,7 @@ from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.data import builtin
 from fire_llm.data.builtin import Builtin
 from fire_llm.data.files import ALLOWED, DEFAULT_HOLDOUT, file_corpus, file_kind
+from fire_llm.data.formats import holds_ids
 from fire_llm.data.hub import hub_corpus
 from fire_llm.data.spec import SPLITS, Corpus, CorpusSpec, Split, held_out, split_by_hash
 
@@ -89,9 +90,9 @@ def resolve(name: str, spec: CorpusSpec | None = None, root: Path | None = None)
 
 def _guess(name: str, root: Path) -> dict[str, str]:
     """Return the setting that a name which is itself a path, glob or Hub id stands for."""
-    if file_kind(name)[0]:
-        return {"files": name}
     path = root / os.path.expanduser(name)
+    if file_kind(name)[0] or holds_ids(path):
+        return {"files": name}
     if path.is_dir():
         raise UserError(f"corpus '{name}' is a folder. Name its files: {name.rstrip('/')}/*.jsonl")
     if path.exists():
@@ -111,12 +112,12 @@ def _refuse_contradictions(name: str, spec: CorpusSpec, known: Entry | None) -> 
         raise UserError(f"{place}: 'files' and 'dataset' exclude each other. Keep one.")
     if spec.validation is not None and spec.holdout is not None:
         raise UserError(f"{place}: 'validation' and 'holdout' exclude each other. Keep one.")
-    foreign: tuple[str, ...] = ("validation", "document", "text", "config", "revision")
+    foreign: tuple[str, ...] = ("validation", "document", "text", "dtype", "config", "revision", "streaming")
     kind = "a built-in corpus"
     if spec.files is not None:
-        foreign, kind = ("config", "revision"), "local files"
+        foreign, kind = ("config", "revision", "streaming"), "local files"
     elif spec.dataset is not None:
-        foreign, kind = ("validation", "document"), "a Hub data set"
+        foreign, kind = ("validation", "document", "dtype"), "a Hub data set"
     for setting in foreign:
         if getattr(spec, setting) is not None:
             raise UserError(f"{place}.{setting} does not apply to {kind}. Remove it.")

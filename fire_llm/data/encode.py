@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,6 +40,9 @@ class Encoder:
 
     identity: str
     vocab_size: int
+    _failed: str
+    _slow: Any
+    _fast: Any
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.vocab_size = vocabulary_size(tokenizer)
@@ -58,6 +61,27 @@ class Encoder:
             settings = {key: str(value) for key, value in getattr(tokenizer, "init_kwargs", {}).items()}
             description = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab(), settings], sort_keys=True)
         self.identity = digest(description, 16)
+
+    def described(self) -> dict[str, Any] | None:
+        """Return a fast tokenizer's encoder as plain data; None for a slow one, which is code."""
+        if self._fast is None:
+            return None
+        return {
+            "tokenizer": self._fast.to_str(), "special": self._fast.encode_special_tokens, "identity": self.identity,
+            "vocab_size": self.vocab_size, "failed": self._failed,
+        }  # fmt: skip
+
+    @classmethod
+    def restored(cls, described: Mapping[str, Any]) -> Encoder:
+        """Return the encoder that was `described`."""
+        from tokenizers import Tokenizer
+
+        encoder = cls.__new__(cls)
+        encoder._fast = Tokenizer.from_str(described["tokenizer"])
+        encoder._fast.encode_special_tokens = described["special"]
+        encoder.identity, encoder.vocab_size = described["identity"], described["vocab_size"]
+        encoder._failed = described["failed"]
+        return encoder
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
         """Return the token ids of each text, as `tokenizer(text, add_special_tokens=False)` gives them.
@@ -80,7 +104,6 @@ class Encoder:
         what a tokenizer looks at reaches a few words. Where no place is found at which both windows agree (text
         without a single boundary), the whole text is encoded at once.
         """
-        assert self._fast is not None
         starts = range(0, max(1, len(text) - OVERLAP), WINDOW - OVERLAP)
         done: list[np.ndarray] = []
         previous: tuple[np.ndarray, np.ndarray] | None = None

@@ -8,25 +8,26 @@ import io
 import itertools
 import json
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.core.hashing import digest
+from fire_llm.data import partition
 from fire_llm.data.cache import content_hashes, reporting
-from fire_llm.data.spec import Corpus, CorpusSpec, Files, Part, setting, split_by_hash
+from fire_llm.data.formats import Pretokenized, files_of, holds_ids, is_saved_dataset, saved_splits, split_folders
+from fire_llm.data.partition import HEADING, Limited, Range, cut_lines, cut_rows, grouped
+from fire_llm.data.spec import Corpus, CorpusSpec, Files, Part, held_out, setting
 
 DEFAULT_HOLDOUT = 0.05
 LONGEST_LINE = 2**30
 """Bytes; enwik9 as one line is shorter."""
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
-ALLOWED = ".txt, .jsonl, .json (each also .gz or .zst) or .parquet"
-
-# WikiText: " = Title = " opens an article, " = = Section = = " does not.
-_HEADING = re.compile(r"\s*= (?!=)(.*[^=])? =\s*")
+ALLOWED = ".txt, .jsonl, .json (each also .gz or .zst) or .parquet; tokenised: .bin, or a folder that datasets saved"
 
 
 def file_kind(path: str | Path) -> tuple[str, str]:
@@ -55,6 +56,10 @@ def file_corpus(name: str, spec: CorpusSpec, root: Path) -> Corpus:
     shared = sorted(set(train) & set(validation))
     if shared:
         raise UserError(f"corpus '{name}': {shared[0]} is in 'files' and in 'validation'. Leave it out of 'files'.")
+    if any(map(holds_ids, train + validation)):
+        return _token_corpus(name, spec, train, validation)
+    if spec.dtype is not None:
+        raise UserError(f"corpus '{name}': 'dtype' is of .bin files of tokens, and these hold text. Remove it.")
     plain_text = {file_kind(path)[0] == ".txt" for path in train + validation}
     if spec.document and True not in plain_text:
         raise UserError(f"corpus '{name}': 'document' is for .txt files; elsewhere every row is a document. Remove it.")
@@ -69,16 +74,124 @@ def file_corpus(name: str, spec: CorpusSpec, root: Path) -> Corpus:
         settings = f"text={spec.text} document={spec.document} holdout={None if validation else holdout}"
         return f"files {digest(repr(state), 16)} {settings}"
 
-    read = (
-        (lambda split: read_files(name, train if split == "train" else validation, spec))
-        if validation
-        else split_by_hash(lambda: read_files(name, train, spec), holdout)
-    )
     plain = all(path.suffix.lower() in (".txt", ".jsonl", ".json") for path in train)
     size = sum(path.stat().st_size for path in train) if plain else None
-    parts = dict.fromkeys(train, Part((spec.document, spec.text), 0.0 if validation else holdout))
-    parts |= dict.fromkeys(validation, Part((spec.document, spec.text), 1.0))
-    return Corpus(name, identity, read, size, parts)
+    files = dict.fromkeys(train, Part((spec.document, spec.text), 0.0 if validation else holdout))
+    files |= dict.fromkeys(validation, Part((spec.document, spec.text), 1.0))
+    parts = FileParts(name, tuple(train), tuple(validation), spec, holdout)
+    return Corpus(name, identity, parts.read, size, files, parts=parts)
+
+
+@dataclass(frozen=True)
+class FileParts:
+    """The files of a corpus, cut into parts.
+
+    Attributes:
+        name: of the corpus.
+        train: its files.
+        validation: those that hold the held-out text, where there are any.
+        spec: its settings.
+        holdout: share of the documents that is held out, where there are none.
+    """
+
+    name: str
+    train: tuple[Path, ...]
+    validation: tuple[Path, ...]
+    spec: CorpusSpec
+    holdout: float
+    kind: str = "files"
+
+    def _paths(self, split: str) -> tuple[Path, ...]:
+        return self.validation if self.validation and split == "validation" else self.train
+
+    def plan(self, split: str) -> list[list[Range]]:
+        """Return the parts of a split: ranges of its files."""
+        paths = self._paths(split)
+        step = max(partition.PART_BYTES, sum(path.stat().st_size for path in paths) // partition.MOST_PARTS)
+        return [*grouped(itertools.chain.from_iterable(self._ranges(path, step) for path in paths), step)]
+
+    def _ranges(self, path: Path, step: int) -> Iterator[tuple[Range, int]]:
+        suffix, compression = file_kind(path)
+        document = "line" if suffix == ".jsonl" else self.spec.document or "blank-line"
+        with reporting(f"corpus '{self.name}'", path):
+            if suffix == ".parquet":
+                with _readable_parquet(self.name, path):
+                    yield from cut_rows(path, step)
+            elif compression or suffix == ".json" or document == "file":
+                yield Range(path), path.stat().st_size
+            else:
+                yield from cut_lines(path, document, step)
+
+    def read(self, split: str, part: list[Range] | None = None) -> Iterator[str]:
+        """Yield the documents of a split, or of a part of it."""
+        texts = read_files(self.name, [*map(Range, self._paths(split))] if part is None else part, self.spec)
+        if self.validation:
+            return texts
+        return (text for text in texts if held_out(text, self.holdout) == (split == "validation"))
+
+    def files(self, part: list[Range]) -> list[Path]:
+        """Return the files that a part is of."""
+        return [each.path for each in part]
+
+    def cut(self, part: list[Range]) -> list[Any]:
+        """Return the ranges of a part, without the files' names."""
+        return [[each.start, each.stop] for each in part]
+
+    def described(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return {
+            "name": self.name, "train": [*map(str, self.train)], "validation": [*map(str, self.validation)],
+            "spec": self.spec.model_dump(), "holdout": self.holdout,
+        }  # fmt: skip
+
+    @classmethod
+    def restored(cls, described: Mapping[str, Any]) -> FileParts:
+        """Return what was `described`."""
+        train, validation = (tuple(map(Path, described[split])) for split in ("train", "validation"))
+        return cls(described["name"], train, validation, CorpusSpec(**described["spec"]), described["holdout"])
+
+    @staticmethod
+    def part(described: list[Any]) -> list[Range]:
+        """Return a part that was written as JSON."""
+        return [Range(Path(path), start, stop) for path, start, stop in described]
+
+
+def _token_corpus(name: str, spec: CorpusSpec, train: list[Path], validation: list[Path]) -> Corpus:
+    """Return the corpus of files that are tokenised already; settings as in `file_corpus`."""
+    texts = [path for path in train + validation if not holds_ids(path)]
+    if texts:
+        raise UserError(
+            f"corpus '{name}': '{texts[0].name}' holds text, and other files hold tokens. Make two corpora of them."
+        )
+    folders = [path for path in train + validation if path.is_dir()]
+    if spec.document:
+        raise UserError(f"corpus '{name}': 'document' is for .txt files, and these hold tokens. Remove it.")
+    if spec.text and not folders:
+        raise UserError(f"corpus '{name}': 'text' names a column, and .bin files have none. Remove it.")
+    if spec.dtype and len(folders) == len(train + validation):
+        raise UserError(f"corpus '{name}': 'dtype' is of .bin files, and a saved data set says its own. Remove it.")
+    try:
+        divided = [split_folders(path) for path in train]
+        own = [held for _, held in divided if held is not None]
+        several = [path for path, (_, held) in zip(train, divided, strict=True) if held is not None]
+        several = several if validation or len(several) < len(train) or spec.holdout is not None else []
+        for path in [*several, *(path for path in validation if saved_splits(path))]:
+            raise UserError(f"'{path}' has several splits, which fit no other setting. Name one of its folders")
+        train, validation = [path for path, _ in divided], own or validation
+        files = {path: files_of(path) for path in train + validation}
+    except UserError as error:
+        raise UserError(f"corpus '{name}': {error}") from error
+    holdout = 0.0 if validation else DEFAULT_HOLDOUT if spec.holdout is None else spec.holdout
+    known = Pretokenized(name, tuple(train), tuple(validation), holdout, spec.dtype, spec.text)
+    flat = [(file, path in validation) for path, own_files in files.items() for file in own_files]
+
+    def identity() -> str:
+        hashes = content_hashes(f"corpus '{name}'", [file for file, _ in flat])
+        state = [(found, held, file.suffix) for found, (file, held) in zip(hashes, flat, strict=True)]
+        return f"tokens {digest(repr(state), 16)} dtype={spec.dtype} column={spec.text} holdout={holdout}"
+
+    parts = {file: Part(("tokens", spec.text), 1.0 if held else holdout) for file, held in flat}
+    return Corpus(name, identity, lambda split: (), None, parts, pretokenized=known)
 
 
 def _find(name: str, setting: str, patterns: Files, root: Path) -> list[Path]:
@@ -86,11 +199,16 @@ def _find(name: str, setting: str, patterns: Files, root: Path) -> list[Path]:
     found: set[Path] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         path = root / os.path.expanduser(pattern)
+        if is_saved_dataset(path):
+            found.add(path.resolve())
+            continue
         if path.is_dir():
             raise UserError(f"corpus '{name}': '{pattern}' is a folder. Name its files: {pattern.rstrip('/')}/*.jsonl")
         # A name that exists is taken as it stands, brackets and all.
         matches = (
-            [path] if path.is_file() else [Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()]
+            [path]
+            if path.is_file()
+            else [p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file() or is_saved_dataset(p)]
         )
         if not matches:
             siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -98,9 +216,15 @@ def _find(name: str, setting: str, patterns: Files, root: Path) -> list[Path]:
             raise UserError(
                 f"corpus '{name}': {what} '{pattern}' (looked in {path.parent}).{did_you_mean(path.name, siblings)}"
             )
-        found.update(match.resolve() for match in matches)
+        # Of Megatron's pair, one name stands for both.
+        found.update(
+            (m.with_suffix(".bin") if m.suffix == ".idx" and m.with_suffix(".bin").exists() else m).resolve()
+            for m in matches
+        )
     for path in sorted(found):
-        if not file_kind(path)[0]:
+        if path.suffix == ".idx":
+            raise UserError(f"corpus '{name}': there is no '{path.stem}.bin' beside '{path.name}'. Fetch it too.")
+        if not file_kind(path)[0] and not holds_ids(path):
             raise UserError(
                 f"corpus '{name}': cannot read '{path.name}': allowed are {ALLOWED}. Convert it, or narrow the glob."
             )
@@ -109,8 +233,8 @@ def _find(name: str, setting: str, patterns: Files, root: Path) -> list[Path]:
     return sorted(found)
 
 
-def read_files(name: str, paths: Iterable[Path], spec: CorpusSpec) -> Iterator[str]:
-    """Yield the documents of files in turn, holding one document (or Parquet batch) at a time.
+def read_files(name: str, ranges: Iterable[Range], spec: CorpusSpec) -> Iterator[str]:
+    """Yield the documents of files, or of ranges of them, in turn, holding one document (or Parquet batch) at a time.
 
     A .json file that is one array is the exception: it is read whole.
 
@@ -118,18 +242,38 @@ def read_files(name: str, paths: Iterable[Path], spec: CorpusSpec) -> Iterator[s
         UserError: for text that is not UTF-8, broken JSON, a missing column, a damaged or truncated file; it names the
             file and, where there are lines, the line.
     """
-    column = spec.text or "text"
-    for path in paths:
-        suffix, compression = file_kind(path)
-        with reporting(f"corpus '{name}'", path), _in_memory(name, path):
-            if suffix == ".parquet":
-                yield from _read_parquet(name, path, column)
-                continue
-            with _open(path, compression) as stream:
-                if suffix == ".txt":
-                    yield from _DOCUMENTS[spec.document or "blank-line"](_lines(name, path, stream))
-                else:
-                    yield from _read_json(name, path, stream, column, array_allowed=suffix == ".json")
+    for each in ranges:
+        with reporting(f"corpus '{name}'", each.path), _in_memory(name, each.path):
+            try:
+                yield from _read_range(name, each, spec, 0)
+            except UserError:
+                if not each.start or file_kind(each.path)[0] == ".parquet":
+                    raise
+                with each.path.open("rb") as file:  # the lines before it are counted where one is to be named
+                    before = sum(chunk.count(b"\n") for chunk in _chunks(file, each.start))
+                for _ in _read_range(name, each, spec, before):
+                    pass
+                raise
+
+
+def _read_range(name: str, of: Range, spec: CorpusSpec, before: int) -> Iterator[str]:
+    """Yield the documents of a range; lines are counted from `before`."""
+    (suffix, compression), column = file_kind(of.path), spec.text or "text"
+    if suffix == ".parquet":
+        yield from _read_parquet(name, of, column)
+        return
+    with _open(of, compression) as stream:
+        lines = _lines(name, of.path, stream, before, whole=not of.start)
+        if suffix == ".txt":
+            yield from _DOCUMENTS[spec.document or "blank-line"](lines)
+        else:
+            yield from _read_json(name, of.path, stream, lines, column, array_allowed=suffix == ".json")
+
+
+def _chunks(file: io.BufferedReader, size: int) -> Iterator[bytes]:
+    while size and (chunk := file.read(min(size, 1 << 20))):
+        size -= len(chunk)
+        yield chunk
 
 
 @contextmanager
@@ -144,32 +288,46 @@ def _in_memory(name: str, path: Path) -> Iterator[None]:
         ) from error
 
 
-def _open(path: Path, compression: str) -> io.BufferedReader:
+def _open(of: Range, compression: str) -> io.BufferedReader:
     """Open a file for reading decompressed bytes, all frames of it; a truncated one raises OSError at its end.
 
     Arrow decompresses .zst because `zstandard`'s reader takes a truncated frame for the end of the file.
     """
     if not compression:
-        return open(path, "rb")
+        file = open(of.path, "rb")  # noqa: SIM115 - who opens the range closes it
+        if not of.start and of.stop is None:
+            return file
+        stop = os.fstat(file.fileno()).st_size if of.stop is None else of.stop
+        return io.BufferedReader(Limited(file, of.start, stop), 1 << 16)
     import pyarrow
 
-    return io.BufferedReader(pyarrow.input_stream(str(path), compression="gzip" if compression == ".gz" else "zstd"))
+    return io.BufferedReader(pyarrow.input_stream(str(of.path), compression="gzip" if compression == ".gz" else "zstd"))
 
 
-def _lines(name: str, path: Path, stream: io.BufferedReader) -> Iterator[tuple[int, str]]:
-    """Yield (number from 1, text without its line break) of the lines of UTF-8 text."""
-    if encoding := _wide(stream.peek(4096)[:4096]):
+def _lines(
+    name: str, path: Path, stream: io.BufferedReader, before: int = 0, whole: bool = True
+) -> Iterator[tuple[int, str]]:
+    """Yield (number from 1, text without its line break) of the lines of UTF-8 text.
+
+    Args:
+        name: of the corpus.
+        path: the file, for messages.
+        stream: of its bytes.
+        before: lines before the first one.
+        whole: whether the stream begins where the file does.
+    """
+    if encoding := _wide(stream.peek(4096)[:4096]) if whole else None:
         raise UserError(
             f"corpus '{name}': {path} is not UTF-8, it looks like {encoding}. Convert its text: "
             f"iconv -f {encoding} -t UTF-8."
         )
-    for number, line in enumerate(iter(lambda: stream.readline(LONGEST_LINE + 1), b""), start=1):
+    for number, line in enumerate(iter(lambda: stream.readline(LONGEST_LINE + 1), b""), start=before + 1):
         if len(line) > LONGEST_LINE:
             raise UserError(
                 f"corpus '{name}': {path}, line {number}: longer than {LONGEST_LINE:,} bytes, which no memory should "
                 "have to hold at once. Break the line between documents."
             )
-        if number == 1:
+        if whole and number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
         try:
             yield number, line.decode().rstrip("\r\n")
@@ -217,7 +375,7 @@ def _by_heading(lines: Iterable[tuple[int, str]]) -> Iterator[str]:
     """Yield WikiText articles: each starts at a title line that stands first or after an empty line."""
     article: list[str] = []
     for text in _by_line(lines):
-        if _HEADING.fullmatch(text) and article and not article[-1].strip():
+        if HEADING.fullmatch(text) and article and not article[-1].strip():
             yield "\n".join(article).strip()
             article = []
         article.append(text)
@@ -232,17 +390,24 @@ _DOCUMENTS: dict[str, Callable[[Iterable[tuple[int, str]]], Iterator[str]]] = {
 }
 
 
-def _read_json(name: str, path: Path, stream: io.BufferedReader, column: str, array_allowed: bool) -> Iterator[str]:
+def _read_json(
+    name: str,
+    path: Path,
+    stream: io.BufferedReader,
+    lines: Iterable[tuple[int, str]],
+    column: str,
+    array_allowed: bool,
+) -> Iterator[str]:
     """Yield the texts of JSON objects, one a line; of a .json file that is an array, of its elements."""
     rows: Iterable[tuple[str, object]]
     if array_allowed and stream.peek(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-        whole = _parse(name, str(path), "\n".join(_by_line(_lines(name, path, stream))), "one array of objects")
+        whole = _parse(name, str(path), "\n".join(_by_line(lines)), "one array of objects")
         assert isinstance(whole, list)
         rows = ((f"{path}, element {number}", row) for number, row in enumerate(whole, start=1))
     else:
         rows = (
             (f"{path}, line {number}", _parse(name, f"{path}, line {number}", text, "one JSON object a line"))
-            for number, text in _lines(name, path, stream)
+            for number, text in lines
             if text.strip()
         )
     for place, row in rows:
@@ -274,27 +439,35 @@ def _parse(name: str, place: str, text: str, expected: str) -> object:
         raise UserError(f"corpus '{name}': {place}: broken JSON ({error}). Expected: {expected}.") from error
 
 
-def _read_parquet(name: str, path: Path, column: str) -> Iterator[str]:
-    """Yield the texts of a Parquet file's column, a batch of rows at a time."""
+@contextmanager
+def _readable_parquet(name: str, path: Path) -> Iterator[None]:
     import pyarrow
-    from pyarrow import parquet
 
     try:
-        with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if column not in names:
-                raise UserError(
-                    f"corpus '{name}': {path} has no column '{column}', only: {', '.join(names)}."
-                    f"{did_you_mean(column, names)} Set {setting(name, 'text', '--column')}."
-                )
-            kind = file.schema_arrow.field(column).type
-            row = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[column]):
-                for text in batch.column(0).to_pylist():
-                    row += 1
-                    if not isinstance(text, str):
-                        found = "null" if text is None else str(kind)
-                        raise UserError(f"corpus '{name}': {path}, row {row}: '{column}' is {found}, not text.")
-                    yield text
+        yield
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"corpus '{name}': {path} is no readable Parquet file ({error}). Fetch it again.") from error
+
+
+def _read_parquet(name: str, of: Range, column: str) -> Iterator[str]:
+    """Yield the texts of a Parquet file's column, or of some of its row groups, a batch of rows at a time."""
+    from pyarrow import parquet
+
+    path = of.path
+    with _readable_parquet(name, path), parquet.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        if column not in names:
+            raise UserError(
+                f"corpus '{name}': {path} has no column '{column}', only: {', '.join(names)}."
+                f"{did_you_mean(column, names)} Set {setting(name, 'text', '--column')}."
+            )
+        kind = file.schema_arrow.field(column).type
+        groups = range(of.start, file.num_row_groups if of.stop is None else of.stop)
+        row = sum(file.metadata.row_group(n).num_rows for n in range(of.start))
+        for batch in file.iter_batches(batch_size=1024, row_groups=[*groups], columns=[column]):
+            for text in batch.column(0).to_pylist():
+                row += 1
+                if not isinstance(text, str):
+                    found = "null" if text is None else str(kind)
+                    raise UserError(f"corpus '{name}': {path}, row {row}: '{column}' is {found}, not text.")
+                yield text

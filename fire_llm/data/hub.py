@@ -1,14 +1,20 @@
-"""Read a corpus from the Hugging Face Hub through `datasets`: downloaded once, memory-mapped, no remote code."""
+"""Read a corpus from the Hugging Face Hub through `datasets`: downloaded once, or as a stream; no remote code."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
-from fire_llm.core.errors import UserError, did_you_mean
+from fire_llm.core.errors import UserError, did_you_mean, explained
 from fire_llm.core.hub import settle_hub
+from fire_llm.data import partition
 from fire_llm.data.spec import Corpus, CorpusSpec, held_out, setting
 
 DEFAULT_HOLDOUT = 0.01
@@ -25,36 +31,130 @@ def hub_corpus(name: str, spec: CorpusSpec) -> Corpus:
         raise UserError(
             f"corpus '{name}': data sets of the Hub are read by datasets, which is not installed: pip install datasets"
         )
-    column = spec.text or "text"
-    load = functools.lru_cache(maxsize=1)(functools.partial(_load, name, spec))
+    parts = HubParts(name, spec)
+    identity = f"hub {spec.dataset} {spec.config} {spec.revision} column={spec.text or 'text'} holdout={spec.holdout}"
+    return Corpus(name, identity, parts.read, parts=parts)
 
-    def read(split: str) -> Iterator[str]:
-        data = load()
+
+@dataclass(frozen=True)
+class HubParts:
+    """The rows of a Hub data set, cut into parts: its shards where it is streamed, else runs of rows.
+
+    Attributes:
+        name: of the corpus.
+        spec: its settings.
+        revision: commit that is read, in a process that another one started; None: the one of `spec`.
+    """
+
+    name: str
+    spec: CorpusSpec
+    revision: str | None = None
+    kind: str = "hub"
+
+    @cached_property
+    def _pinned(self) -> str | None:
+        """The commit that a stream reads from its first part to its last, where the Hub can be asked for one."""
+        given = self.revision or self.spec.revision
+        if (
+            not self.spec.streaming
+            or Path(str(self.spec.dataset)).exists()
+            or re.fullmatch("[0-9a-f]{40}", given or "")
+        ):
+            return given
+        settle_hub()
+        from huggingface_hub import HfApi
+
+        with suppress(Exception):  # what keeps it from being read is told by who reads it
+            return HfApi().dataset_info(str(self.spec.dataset), revision=given, timeout=30).sha
+        return given
+
+    @cached_property
+    def _data(self) -> Any:
+        return _load(self.name, self.spec, self._pinned)
+
+    def _rows(self, split: str) -> tuple[Any, bool]:
+        """Return the rows that a split is taken from, and whether all of them are its."""
+        data, dataset = self._data, self.spec.dataset
         if "train" not in data:
-            raise UserError(f"corpus '{name}': {spec.dataset} has no 'train' split, only: {', '.join(data)}.")
-        published = spec.holdout is None and "validation" in data
-        holdout = 0.0 if published else DEFAULT_HOLDOUT if spec.holdout is None else spec.holdout
-        rows = data["validation" if published and split == "validation" else "train"]
-        if column not in rows.column_names:
+            raise UserError(f"corpus '{self.name}': {dataset} has no 'train' split, only: {', '.join(data)}.")
+        published = self.spec.holdout is None and "validation" in data
+        return data["validation" if published and split == "validation" else "train"], published
+
+    def plan(self, split: str) -> list[list[int]]:
+        """Return the parts of a split: [shard, shards] of a stream, [first row, end] of a table."""
+        rows, _ = self._rows(split)
+        if self.spec.streaming:
+            return [[number, rows.num_shards] for number in range(rows.num_shards)]
+        table = getattr(rows, "data", None)
+        number = 1 if table is None else min(partition.MOST_PARTS, table.nbytes // partition.PART_BYTES)
+        if number < 2:
+            return [[0, 0]]
+        edges = [len(rows) * n // number for n in range(number + 1)]
+        return [[*pair] for pair in pairwise(edges)]
+
+    def read(self, split: str, part: Sequence[int] | None = None) -> Iterator[str]:
+        """Yield the documents of a split, or of a part of it."""
+        name, dataset, column = self.name, self.spec.dataset, self.spec.text or "text"
+        rows, published = self._rows(split)
+        holdout = 0.0 if published else DEFAULT_HOLDOUT if self.spec.holdout is None else self.spec.holdout
+        if part is not None and self.spec.streaming:
+            rows = rows.shard(num_shards=part[1], index=part[0], contiguous=True)
+        elif part is not None and part[1]:
+            rows = rows.select(range(*part))
+        with self._streamed():
+            names = rows.column_names or [*next(iter(rows), {column: ""})]
+            if column not in names:
+                raise UserError(
+                    f"corpus '{name}': {dataset} has no column '{column}', only: {', '.join(names)}."
+                    f"{did_you_mean(column, names)} Set {setting(name, 'text', '--column')}."
+                )
+            for batch in rows.select_columns([column]).iter(batch_size=1000):
+                for text in batch[column]:
+                    if not isinstance(text, str):
+                        raise UserError(
+                            f"corpus '{name}': column '{column}' of {dataset} holds {type(text).__name__}, not text."
+                        )
+                    if published or held_out(text, holdout) == (split == "validation"):
+                        yield text
+
+    @contextmanager
+    def _streamed(self) -> Iterator[None]:
+        """Say what became of a stream that breaks off."""
+        try:
+            yield
+        except Exception as error:
+            if not self.spec.streaming or isinstance(error, UserError):
+                raise
             raise UserError(
-                f"corpus '{name}': {spec.dataset} has no column '{column}', only: {', '.join(rows.column_names)}."
-                f"{did_you_mean(column, rows.column_names)} Set {setting(name, 'text', '--column')}."
-            )
-        for batch in rows.select_columns([column]).iter(batch_size=1000):
-            for text in batch[column]:
-                if not isinstance(text, str):
-                    raise UserError(
-                        f"corpus '{name}': column '{column}' of {spec.dataset} holds {type(text).__name__}, not text."
-                    )
-                if published or held_out(text, holdout) == (split == "validation"):
-                    yield text
+                f"corpus '{self.name}': the stream of {self.spec.dataset} broke off ({explained(error)}): the same "
+                "command goes on from the finished parts"
+            ) from error
 
-    identity = f"hub {spec.dataset} {spec.config} {spec.revision} column={column} holdout={spec.holdout}"
-    return Corpus(name, identity, read)
+    def files(self, part: Sequence[int]) -> list[Path]:
+        """Return no file: nothing of it is local text."""
+        return []
+
+    def cut(self, part: Sequence[int]) -> list[Any]:
+        """Return what a part is of."""
+        return [*part, self._pinned]
+
+    def described(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return {"name": self.name, "spec": self.spec.model_dump(), "revision": self._pinned}
+
+    @classmethod
+    def restored(cls, described: Mapping[str, Any]) -> HubParts:
+        """Return what was `described`."""
+        return cls(described["name"], CorpusSpec(**described["spec"]), described["revision"])
+
+    @staticmethod
+    def part(described: list[Any]) -> list[int]:
+        """Return a part that was written as JSON."""
+        return described
 
 
-def _load(name: str, spec: CorpusSpec) -> Any:
-    """Return all splits of a Hub data set.
+def _load(name: str, spec: CorpusSpec, revision: str | None) -> Any:
+    """Return all splits of a Hub data set, of a revision.
 
     Raises:
         UserError: for whatever keeps it from being loaded: no network, no such data set, a missing configuration.
@@ -63,7 +163,8 @@ def _load(name: str, spec: CorpusSpec) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(spec.dataset, spec.config, revision=spec.revision)
+        streaming = {"streaming": True} if spec.streaming else {}
+        return datasets.load_dataset(spec.dataset, spec.config, revision=revision, **streaming)
     except Exception as error:  # the Hub's clients raise dozens of kinds; none of them is a fault of this program
         reason = " ".join(str(error).split()) or type(error).__name__
         if "scripts are no longer supported" in reason:

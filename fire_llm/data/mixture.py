@@ -6,6 +6,7 @@ order does not depend on the number of workers, ranks or on a library's random g
 
 from __future__ import annotations
 
+import bisect
 import functools
 import heapq
 import itertools
@@ -99,11 +100,17 @@ class Mixture(Dataset[dict[str, Tensor]]):
                     f"corpus '{name}' has {source.n_tokens} tokens, fewer than one block of context {context} needs "
                     f"({context + 1}). Give it more text, or shorten the context."
                 )
+            if document_positions and source.open_end and source.n_documents == 1:
+                raise UserError(
+                    f"corpus '{name}' holds no end-of-text token, so that nobody knows where its documents begin: "
+                    "leave document_mask out, or write its tokens with one after each document"
+                )
         # Exact integers in place of floats: str() first, so that 0.1 is one tenth and 9.0 : 0.1 is 90 : 1.
         exact = [Fraction(str(float(weights[name]))) for name in self.sources]
         scale = math.lcm(*(share.denominator for share in exact))
         self.weights = {name: int(share * scale) for name, share in zip(self.sources, exact, strict=True)}
         self._tree = _tree(self.weights)
+        self._names, self._limits = [*self.weights], [*itertools.accumulate(self.weights.values())]
         self.boundaries = {name: Boundaries(s) for name, s in self.sources.items()} if document_positions else None
 
     @property
@@ -126,12 +133,8 @@ class Mixture(Dataset[dict[str, Tensor]]):
             raise IndexError(f"a mixture has samples from 0 on; {i} was asked for")
         if self.sampling == "with-replacement":
             draw = _hash(self.seed, self.phase, "draw", i)
-            point = (draw >> 64) * sum(self.weights.values()) >> 64
-            corpus = next(
-                name
-                for name, end in zip(self.weights, itertools.accumulate(self.weights.values()), strict=True)
-                if point < end
-            )
+            point = (draw >> 64) * self._limits[-1] >> 64
+            corpus = self._names[bisect.bisect_right(self._limits, point)]
             return corpus, 0, (draw & _MASK) * self.blocks(corpus) >> 64
         corpus, ordinal = _quota(self._tree, i)
         epoch, position = divmod(ordinal, self.blocks(corpus))

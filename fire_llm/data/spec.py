@@ -7,17 +7,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import pydantic
 
 from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.core.hashing import digest
 from fire_llm.data.cache import file_state, refuse_changed, reporting
+from fire_llm.data.formats import Pretokenized
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[str, ...] = get_args(Split)
 DocumentKind = Literal["line", "blank-line", "file", "heading"]
+TokenDtype = Literal["uint16", "uint32"]
 Files = str | list[str]
 
 
@@ -27,7 +29,8 @@ class CorpusSpec(pydantic.BaseModel, extra="forbid"):
     files: Files | None = pydantic.Field(
         default=None,
         description="Local files: a path or glob, or a list of them, relative to data_root. "
-        ".txt, .jsonl, .json (each also .gz or .zst) or .parquet.",
+        ".txt, .jsonl, .json (each also .gz or .zst) or .parquet; or already tokenised: .bin of nanoGPT, llm.c or "
+        "Megatron-LM (with its .idx), or folders that datasets saved.",
     )
     validation: Files | None = pydantic.Field(
         default=None,
@@ -36,7 +39,8 @@ class CorpusSpec(pydantic.BaseModel, extra="forbid"):
     text: str | None = pydantic.Field(
         default=None,
         min_length=1,
-        description="Column that holds the text in .jsonl, .json, .parquet and Hub data ('text').",
+        description="Column that holds the text in .jsonl, .json, .parquet and Hub data ('text'), or the token ids in "
+        "a saved data set ('input_ids').",
     )
     document: DocumentKind | None = pydantic.Field(
         default=None,
@@ -50,7 +54,15 @@ class CorpusSpec(pydantic.BaseModel, extra="forbid"):
         description="Fraction of the documents held out for validation, chosen by a hash of their text. Default 0.05; "
         "0.01 for Hub data without a validation split of its own; 0.0005 for openwebtext.",
     )
+    dtype: TokenDtype | None = pydantic.Field(
+        default=None,
+        description="Of the tokens in a .bin file without a header; 16 bits up to 65,536 vocabulary entries, else 32.",
+    )
     dataset: str | None = pydantic.Field(default=None, description="Hub data set, 'user/dataset'.")
+    streaming: bool | None = pydantic.Field(
+        default=None,
+        description="Read the Hub data set as a stream: its text is made into tokens as it comes and is never stored.",
+    )
     config: str | None = pydantic.Field(default=None, description="Configuration (subset) of the Hub data set.")
     revision: str | None = pydantic.Field(
         default=None, description="Commit, tag or branch of the Hub data set; pin a commit to repeat a run exactly."
@@ -66,6 +78,29 @@ class Part(NamedTuple):
     """Share of its documents that is held out: 1 for a file of validation text."""
 
 
+class TextParts(Protocol):
+    """How a corpus is cut into parts that are read by themselves, in this process or another one."""
+
+    @property
+    def kind(self) -> str:
+        """Return `files` or `hub`."""
+
+    def plan(self, split: str) -> list[Any]:
+        """Return the parts of a split, which depend on the text alone: their documents, in order, are the split's."""
+
+    def read(self, split: str, part: Any) -> Iterator[str]:
+        """Yield the documents of a part that belong to a split."""
+
+    def files(self, part: Any) -> Iterable[Path]:
+        """Return the local files that a part is of."""
+
+    def cut(self, part: Any) -> list[Any]:
+        """Return what a part is of, as plain data that is the same wherever the files lie."""
+
+    def described(self) -> dict[str, Any]:
+        """Return it as plain data, from which `restored` makes it again, as `part` does of a part."""
+
+
 @dataclass(frozen=True)
 class Corpus:
     """A named source of documents in two splits.
@@ -77,6 +112,8 @@ class Corpus:
         approximate_bytes: about how many bytes of text there are, for progress bars; None where that is not known.
         files: local files, and how each is read.
         expected: the fingerprint that the text has to have; what it has, by default.
+        pretokenized: the files where they hold tokens: there is no text to read.
+        parts: how it is cut to be read by several processes; None where one reads it.
     """
 
     name: str
@@ -85,6 +122,8 @@ class Corpus:
     approximate_bytes: int | None = field(default=None, repr=False, compare=False)
     files: Mapping[Path, Part] = field(default_factory=dict, repr=False, compare=False)
     expected: str | None = field(default=None, repr=False)
+    pretokenized: Pretokenized | None = field(default=None, repr=False)
+    parts: TextParts | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -95,8 +134,10 @@ class Corpus:
         return self.identity if isinstance(self.identity, str) else self.identity()
 
     @contextmanager
-    def unchanged(self) -> Iterator[None]:
+    def unchanged(self) -> Iterator[Mapping[Path, str]]:
         """Read documents in the block: they are those of the fingerprint, from the first to the last.
+
+        Yields the state of each file, by `file_state`.
 
         Raises:
             UserError: before the block, where files hold other text than the fingerprint says; after it, where one was
@@ -112,7 +153,7 @@ class Corpus:
                 f"{what}: its text has changed since this command began. Put it back, or give the command again: "
                 "what was begun with the old text is then named."
             )
-        yield
+        yield states
         refuse_changed(what, states)
 
     def documents(self, split: str) -> Iterator[str]:
@@ -126,7 +167,12 @@ class Corpus:
         """
         if split not in SPLITS:
             raise UserError(f"unknown split '{split}'; allowed: {', '.join(SPLITS)}.{did_you_mean(split, SPLITS)}")
-        return (text for text in self.read(split) if text and not text.isspace())
+        if self.pretokenized:
+            raise UserError(
+                f"corpus '{self.name}' is tokenised already: it holds no text. Name the tokenizer that it was made "
+                "with, and train none on it"
+            )
+        return not_blank(self.read(split))
 
     def trains_on_held_out(self, other: Corpus) -> Path | None:
         """Return a file of which this corpus trains on documents that the other one holds out; None for none.
@@ -142,7 +188,12 @@ class Corpus:
         return None
 
 
-def held_out(text: str, holdout: float) -> bool:
+def not_blank(texts: Iterable[str]) -> Iterator[str]:
+    """Leave out texts of white space alone."""
+    return (text for text in texts if text and not text.isspace())
+
+
+def held_out(text: str | bytes, holdout: float) -> bool:
     """Return whether a document belongs to validation: its text's 64-bit hash, as a fraction, is below `holdout`.
 
     The choice hangs on the text alone: neither order, nor files, nor the other documents change it, and a document

@@ -13,6 +13,7 @@ from fire_llm.architectures.context import choose_context
 from fire_llm.core.errors import UserError
 from fire_llm.data import tokenize_corpus
 from fire_llm.data.corpora import CORPORA, Corpus, CorpusSpec, resolve
+from fire_llm.data.encode import Encoder
 from fire_llm.data.files import file_kind
 from fire_llm.evaluation.diagnose import diagnose
 from fire_llm.evaluation.measurement import PREFIXES, check_choice, first_token, token_text
@@ -24,7 +25,7 @@ from fire_llm.evaluation.records import (
     CheckpointRow,
     CheckpointSettings,
 )
-from fire_llm.evaluation.statistics import paired_difference, standard_errors
+from fire_llm.evaluation.statistics import comparable_unit, paired_difference, standard_errors
 from fire_llm.evaluation.tasks import find_tasks, refuse_prefix, run_tasks
 from fire_llm.evaluation.texts import EvaluationSet, score
 from fire_llm.models import check_fits, find_device, load_model, load_tokenizer, pretrained_config
@@ -167,6 +168,12 @@ def open_checkpoints(
         check_fits(config, tokenizer, None)
         choose_context(config, context)
         first_token(tokenizer, prefix, name)
+    tokenised = [name for name, (corpus, _) in corpora.items() if corpus.pretokenized]
+    if tokenised and len({Encoder(tokenizer).identity for tokenizer in tokenizers.values()}) > 1:
+        raise UserError(
+            f"--data {tokenised[0]} holds the tokens of one tokenizer, and these checkpoints have several: measure "
+            "them on text, or those of one tokenizer at a time"
+        )
     return corpora, tokenizers
 
 
@@ -175,13 +182,13 @@ def _differences(rows: Sequence[CheckpointRow]) -> list[CheckpointDifference]:
     by_text: dict[str, list[CheckpointRow]] = {}
     for row in rows:
         by_text.setdefault(row.data, []).append(row)
-    return [
-        CheckpointDifference(
-            row.checkpoint, first.checkpoint, text, **vars(paired_difference(row.scores, first.scores, unit="byte"))
-        )
-        for text, (first, *others) in by_text.items()
-        for row in others
-    ]
+    found = []
+    for text, (first, *others) in by_text.items():
+        for row in others:
+            unit = comparable_unit(row.scores, first.scores)
+            difference = paired_difference(row.scores, first.scores, unit=unit)
+            found.append(CheckpointDifference(row.checkpoint, first.checkpoint, text, **vars(difference)))
+    return found
 
 
 def _corpus(name: str, split: str, column: str | None, document: str | None) -> tuple[Corpus, str]:

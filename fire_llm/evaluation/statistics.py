@@ -151,6 +151,11 @@ def paired_difference(
     return Difference(mean, error, mean - reach, mean + reach, unit, level, a.documents)
 
 
+def comparable_unit(a: Scores, b: Scores) -> str:
+    """Return what `paired_difference` can divide by: byte, or token where only tokens are known of the text."""
+    return "token" if a.bytes is None and b.bytes is None else "byte"
+
+
 def _resampled(columns: np.ndarray, resamples: int, seed: int) -> tuple[np.ndarray, int]:
     """Return the sums of each draw, and how many units were drawn from: documents, or groups of them.
 

@@ -36,17 +36,21 @@ class EvaluationSet:
     def of(cls, file: TokenFile, prefix: int | None, per_document: bool = False) -> EvaluationSet:
         """Return the documents of a token file, each with the end-of-text token after it unless they are read alone.
 
+        Of tokens without text neither bytes nor words are known.
+
         Read alone, a document of which the tokenizer makes no token has nothing to score: it is left out, and told.
 
         Raises:
             UserError: No document has a token.
         """
         ends = np.asarray(file.ends, dtype=np.int64)
-        tokens, limits = file.tokens, ends[:, 0]
+        tokens, limits = np.asarray(file.tokens), ends[:, 0]
         sizes = np.diff(ends[:, 1:], axis=0, prepend=0)
         if per_document:
-            tokens = np.delete(tokens, limits - 1)
-            limits = limits - np.arange(1, len(limits) + 1)
+            closed = np.ones(len(limits), dtype=np.int64)
+            closed[-1] -= file.open_end
+            tokens = np.delete(tokens, limits[closed > 0] - 1)
+            limits = limits - np.cumsum(closed)
             full = np.diff(limits, prepend=0) > 0
             if not full.any():
                 raise UserError(
@@ -56,7 +60,8 @@ class EvaluationSet:
                 said = f"{(~full).sum()} of {len(full)} documents of '{file.path.name}' have no token and are left out"
                 sys.stderr.write(f"fire-llm: {said}\n")
             limits, sizes = limits[full], sizes[full]
-        return cls(tokens, sizes[:, 0], prefix, sizes[:, 1], limits, per_document)
+        n_bytes, n_words = sizes.T if sizes.size else (None, None)
+        return cls(tokens, n_bytes, prefix, n_words, limits, per_document)
 
 
 def score(

@@ -262,7 +262,7 @@ class RunContext:
                     "Put it back and delete that folder of the cache, or choose another --output"
                 )
             self._tokens[key] = found
-            self._states |= {path: state for path in found.path.glob("*.bin") if (state := _state(path)) is not None}
+            self._states |= {path: state for path in found.files if (state := _state(path)) is not None}
         return self._tokens[key]
 
     @cached_property
@@ -289,8 +289,8 @@ class RunContext:
             now = _state(path)
             if now is not None and now[:2] == before[:2] and now != before:
                 raise UserError(
-                    f"'{path}' was written to while it was in use, and nothing was saved since. Delete the folder: the "
-                    "same command tokenises again, and goes on from the newest checkpoint"
+                    f"'{path}' was written to while it was in use, and nothing was saved since. Delete the folder, or "
+                    "put the file back where it is your own: the same command then goes on from the newest checkpoint"
                 )
 
     def held_out(self, corpus: str) -> TokenFile:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from os.path import isdir
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fire_llm.core.errors import UserError, check_all
 from fire_llm.core.flops import PEAK_FLOPS, flops_per_token
 from fire_llm.core.hardware import resolve_precision
 from fire_llm.core.terminal import open_console
+from fire_llm.data.corpora import SPLITS
 from fire_llm.experiment.batch import kept_a_token, phase_steps, split_batch
 from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.generation import check_prompts
@@ -63,6 +65,7 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
     check_all(
         lambda: split_batch(run, 1, memory=0),  # what one process cannot divide, none can
         lambda: _check_tokenizer(run),
+        lambda: _check_tokens(run),
         lambda: _check_trackers(recipe),
         lambda: check_resets(stages),
         lambda: _check_recycling(stages, model),
@@ -112,6 +115,13 @@ def _check_tokenizer(run: RunContext) -> None:
     if words and isdir(words):  # one of the Hub's is held against the embedding when it is loaded
         check_fits(run.planned_config, load_tokenizer(words), recipe.model.context)
         check_prompts(run)
+
+
+def _check_tokens(run: RunContext) -> None:
+    """Look at the headers of files that are tokenised already; their tokens are held against the tokenizer later."""
+    vocabulary = run.planned_config.get_text_config().vocab_size
+    found = [run.corpus(name).pretokenized for name in run.recipe.corpus_names()]
+    check_all(*(partial(own.sources, split, vocabulary) for own in found if own is not None for split in SPLITS))
 
 
 def _check_trackers(recipe: Recipe) -> None:
@@ -225,12 +235,20 @@ def _steps(stage: Stage) -> int | None:
     tokens_per_step = stage.run.recipe.batch.tokens_per_step
     if stage.phase.epochs is None:
         return phase_steps(stage.phase, tokens_per_step, 0)
-    sizes = [stage.run.corpus(name).approximate_bytes for name in stage.phase.data]
+    sizes = [_approximate_tokens(stage.run, name) for name in stage.phase.data]
     if any(size is None for size in sizes):
         return None
     limit = stage.phase.max_corpus_tokens or math.inf
-    total = int(sum(min((size or 0) / BYTES_A_TOKEN, limit) for size in sizes))
-    return phase_steps(stage.phase, tokens_per_step, total)
+    return phase_steps(stage.phase, tokens_per_step, int(sum(min(size or 0, limit) for size in sizes)))
+
+
+def _approximate_tokens(run: RunContext, name: str) -> float | None:
+    """Return about how many tokens a corpus trains on, without reading it; None where nobody knows."""
+    corpus = run.corpus(name)
+    if corpus.pretokenized is None:
+        return None if corpus.approximate_bytes is None else corpus.approximate_bytes / BYTES_A_TOKEN
+    sources = corpus.pretokenized.sources("train", run.planned_config.get_text_config().vocab_size)
+    return sum(source.tokens() for source in sources) * (1 - corpus.pretokenized.holdout)
 
 
 def state_of(folder: Path) -> str:

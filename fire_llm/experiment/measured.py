@@ -81,7 +81,8 @@ def weights_digest(model: torch.nn.Module) -> str:
 def text_digest(text: EvaluationSet) -> str:
     """Return the hash of a text's tokens, of its documents and of how it is read."""
     arrays = (text.tokens, text.documents, text.n_bytes, text.n_words)
-    parts = [digest(np.ascontiguousarray(each, dtype=np.int64).tobytes(), 16) for each in arrays]
+    known = ((() if each is None else each) for each in arrays)
+    parts = [digest(np.ascontiguousarray(each, dtype=np.int64).tobytes(), 16) for each in known]
     return digest(json.dumps([*parts, text.prefix, text.per_document]), 16)
 
 

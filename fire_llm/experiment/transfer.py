@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fire_llm.evaluation.scores import Scores
-from fire_llm.evaluation.statistics import paired_difference
+from fire_llm.evaluation.statistics import comparable_unit, paired_difference
 from fire_llm.reporting.schema import Transfer
 
 
@@ -64,7 +64,8 @@ def transfer(
     forward: dict[tuple[str, str], Transfer] = {}
 
     def difference(stage: PhaseRun, corpus: str, after: str, before: str, trained_in: str) -> Transfer:
-        found = paired_difference(matrix[after][corpus], matrix[before][corpus], unit="byte", level=level)
+        one, other = matrix[after][corpus], matrix[before][corpus]
+        found = paired_difference(one, other, unit=comparable_unit(one, other), level=level)
         names = {"data": corpus, "phase": stage.phase, "seed": stage.seed, "after": after, "before": before}
         return Transfer.model_validate({**names, "trained_in": trained_in, **found.to_dict()})
 

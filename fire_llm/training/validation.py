@@ -24,8 +24,9 @@ def validate(
         prefix: First word of each key.
 
     Returns:
-        `<prefix>_<corpus>_nll` (nats a token), `…_perplexity`, `…_bits_per_byte`, `…_tokens` and `…_bytes`; and
-        `<prefix>_nll`, the weighted mean over `best_corpora`, where some of these are measured.
+        `<prefix>_<corpus>_nll` (nats a token), `…_perplexity`, `…_bits_per_byte`, `…_tokens` and `…_bytes`, without
+        those of bytes where only tokens are known; and `<prefix>_nll`, the weighted mean over `best_corpora`, where
+        some of these are measured.
     """
     metrics: dict[str, float] = {}
     shown = not args.disable_tqdm and args.process_index == 0 and interactive()
@@ -39,7 +40,8 @@ def validate(
     )
     for name, result in measured.items():
         for key in MEASURED:
-            metrics[f"{prefix}_{name}_{key}" if name else f"{prefix}_{key}"] = getattr(result, key)
+            if (value := getattr(result, key)) is not None:
+                metrics[f"{prefix}_{name}_{key}" if name else f"{prefix}_{key}"] = value
     weights = {name: weight for name, weight in (args.best_corpora or {}).items() if name in sets}
     if weights:
         total = sum(weight * metrics[f"{prefix}_{name}_nll"] for name, weight in weights.items())

@@ -177,7 +177,12 @@ def contradictions(recipe: Recipe) -> Iterable[str]:
     places |= {name: f"phases[{n}].data" for n, phase in enumerate(recipe.phases) for name in phase.data}
     for name, place in places.items():
         try:
-            resolve(name, recipe.corpora.get(name), Path(recipe.data_root))
+            corpus = resolve(name, recipe.corpora.get(name), Path(recipe.data_root))
+            if corpus.pretokenized and tokenizer is not None and tokenizer.train is not None:
+                yield (
+                    f"{place}: '{name}' is tokenised already, and tokenizer.train makes another tokenizer; name the "
+                    "one that it was made with, tokenizer: FOLDER_OR_HUB_ID"
+                )
         except UserError as error:
             yield f"{place}: {error}"
         except OSError as error:

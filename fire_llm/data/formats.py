@@ -1,0 +1,398 @@
+"""Files of token ids that other programs wrote: where the ids lie in them, memory-mapped and never copied.
+
+    nanoGPT     x.bin            the ids alone, 16 bits each (32 where the vocabulary needs them)
+    llm.c       x.bin            256 int32 (magic, version, number of ids), then the ids
+    Megatron    x.bin + x.idx    the ids alone; lengths of sequences, where they begin, which begin a document
+    datasets    a folder         what `save_to_disk` wrote, with a column of ids
+
+Sources: karpathy/nanoGPT, data/openwebtext/prepare.py; karpathy/llm.c, dev/data/data_common.py; NVIDIA/Megatron-LM,
+megatron/core/datasets/indexed_dataset.py; datasets, `Dataset.save_to_disk`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fire_llm.core.errors import UserError, did_you_mean, explained
+from fire_llm.core.files import SourceFile, read_file, refuse_irregular
+
+Array = np.ndarray[Any, Any]
+
+RAW_DTYPES = ("uint16", "uint32")
+SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
+"""Files in a folder that `save_to_disk` wrote: of one split, and of several."""
+COLUMN = "input_ids"
+
+_HEADER = 256
+_LLM_C = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
+"""By llm.c's magic number: the version, and the dtype of the ids."""
+_LLM_C_EXAMPLES = 20240522
+_INDEX_MAGIC = b"MMIDIDX\x00\x00"
+_INDEX_HEADER = "<9sQBQQ"
+_INDEX_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+"""By Megatron's code; 6 and 7 are floating-point numbers, which no ids are."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Token ids in one place; equal and pickled by where that is.
+
+    Attributes:
+        path: file, or folder of a saved data set.
+        dtype: of the ids; empty for a saved data set, which says itself.
+        offset: bytes before the first id.
+        count: ids; of a saved data set, 0 until it is opened.
+        column: of a saved data set.
+        ends: (n_documents,) int64, where each document ends, in ids from the first of this source; None where only
+            end-of-text tokens tell.
+    """
+
+    path: Path
+    dtype: str = ""
+    offset: int = 0
+    count: int = 0
+    column: str = ""
+    ends: Array | None = field(default=None, repr=False, compare=False)
+
+    def arrays(self) -> list[Array]:
+        """Map the ids, read-only: (n,) integers each, one array or, of a saved data set, one for each batch of rows."""
+        if self.column:
+            return _saved_arrays(self.path, self.column)
+        return [mapped(self.path, self.dtype, (self.count,), self.offset)]
+
+    def tokens(self) -> int:
+        """Return how many ids there are."""
+        return self.count or sum(map(len, self.arrays()))
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Return whether a folder is one that `save_to_disk` of datasets wrote, of one split or several."""
+    return (path / SAVED).is_file() or (path / SAVED_SPLITS).is_file()
+
+
+def holds_ids(path: Path) -> bool:
+    """Return whether a path is one of token ids, by its ending or by what lies in the folder."""
+    return path.suffix.lower() in (".bin", ".idx") or is_saved_dataset(path)
+
+
+def saved_splits(path: Path) -> dict[str, Path]:
+    """Return the folders of the splits of a saved data set; empty where it is of one split.
+
+    Raises:
+        UserError: it does not list them.
+    """
+    if not (path / SAVED_SPLITS).is_file():
+        return {}
+    try:
+        splits = json.loads(read_file(path / SAVED_SPLITS))["splits"]
+        return {str(name): path / str(name) for name in splits}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"'{path / SAVED_SPLITS}' is damaged ({error}): save the data set again") from error
+
+
+def split_folders(path: Path) -> tuple[Path, Path | None]:
+    """Return the folders of training and validation rows of a saved data set; the folder itself where it has no splits.
+
+    Raises:
+        UserError: it has splits, and none is `train`.
+    """
+    splits = saved_splits(path)
+    if not splits:
+        return path, None
+    if "train" not in splits:
+        raise UserError(f"'{path}' has no 'train' split, only: {', '.join(splits)}")
+    return splits["train"], splits.get("validation")
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return the files whose content the ids of a path are, in a fixed order.
+
+    Raises:
+        UserError: a saved data set is damaged, or something stands in it where a file belongs.
+    """
+    if not path.is_dir():
+        index = path.with_suffix(".idx")
+        return [path, index] if index.exists() else [path]
+    refuse_irregular(path)
+    try:
+        names = [str(entry["filename"]) for entry in json.loads(read_file(path / SAVED))["_data_files"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"'{path / SAVED}' is damaged ({error}): save the data set again") from error
+    return [path / SAVED, *(path / Path(name).name for name in names)]
+
+
+def read_source(path: Path, vocabulary: int, dtype: str | None = None, column: str | None = None) -> Source:
+    """Find out where the ids of a path lie; no id is read but a few of the first.
+
+    Args:
+        path: a .bin file, with or without a Megatron .idx beside it, or the folder of a saved data set of one split.
+        vocabulary: entries of the tokenizer's: a .bin without a header has 16 bits an id up to 65,536, else 32.
+        dtype: of the ids of a .bin without a header: uint16 or uint32.
+        column: of a saved data set; `input_ids` by default.
+
+    Raises:
+        UserError: what the file says of itself is not so, or the ids cannot be of that dtype.
+    """
+    if path.is_dir():
+        return Source(path, column=column or COLUMN)
+    index = path.with_suffix(".idx")
+    if index.exists():
+        return _indexed(path, index)
+    file = SourceFile.of(path)
+    with file.opened() as reader:
+        head = reader.read(4 * _HEADER)
+    if not head:
+        raise UserError(f"'{path}' is empty: write its tokens again")
+    header = np.frombuffer(head, "<i4") if len(head) == 4 * _HEADER else np.zeros(_HEADER, "<i4")
+    if int(header[0]) in _LLM_C:
+        return _with_header(file, header)
+    if int(header[0]) == _LLM_C_EXAMPLES:
+        raise UserError(f"'{path}' holds the examples of an evaluation of llm.c, which are no text: name another file")
+    after = file.size - 4 * _HEADER
+    if not header[3:].any() and int(header[2]) > 0 and int(header[2]) in (after // 2, after // 4):
+        raise UserError(
+            f"'{path}' begins as the files of llm.c do, with the magic number {header[0]}, which is none of theirs: "
+            f"{' and '.join(map(str, _LLM_C))}. Write its tokens again"
+        )
+    return _raw(file, dtype or RAW_DTYPES[vocabulary > 1 << 16], vocabulary, head)
+
+
+def mapped(path: Path, dtype: str, shape: tuple[int, ...], offset: int = 0) -> Array:
+    """Map numbers of a file, read-only; a map holds a file open, and where these are too many, more are asked for.
+
+    Args:
+        path: the file.
+        dtype: of the numbers, little-endian.
+        shape: of the array.
+        offset: bytes before them.
+    """
+    kind = np.dtype(dtype).newbyteorder("<")
+    if 0 in shape:
+        return np.empty(shape, kind)  # no system maps nothing
+    try:
+        return np.memmap(path, kind, "r", offset, shape)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft == hard:
+            raise
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        return np.memmap(path, kind, "r", offset, shape)
+
+
+def _raw(file: SourceFile, dtype: str, vocabulary: int, head: bytes) -> Source:
+    """Return the ids of a file that holds nothing else."""
+    size = np.dtype(dtype).itemsize
+    if file.size % size:
+        raise UserError(
+            f"'{file}' has {file.size:,} bytes, which is no whole number of {dtype}: it is cut short, or of another "
+            "kind. Write its tokens again"
+        )
+    pairs = np.frombuffer(head[: len(head) // 4 * 4], "<u2").reshape(-1, 2)
+    # Ids of 32 bits, read as 16: every second one is their upper half.
+    if size == 2 and len(pairs) > 7 and pairs[:, 0].any() and pairs[:, 1].max() <= (vocabulary - 1) >> 16:
+        raise UserError(
+            f"'{file}' holds no tokens of 16 bits: every second one is {pairs[:, 1].max()} or less, as in ids of 32 "
+            "bits. Set dtype: uint32"
+        )
+    return Source(file.path, dtype, 0, file.size // size)
+
+
+def _with_header(file: SourceFile, header: Array) -> Source:
+    """Return the ids of a file of llm.c."""
+    version, dtype = _LLM_C[int(header[0])]
+    after, count = file.size - 4 * _HEADER, int(header[2])
+    if int(header[1]) != version:
+        raise UserError(
+            f"'{file}' is a file of llm.c of version {header[1]}; version {version} is read. Write its tokens again"
+        )
+    if count < 1 or after != count * np.dtype(dtype).itemsize:
+        raise UserError(
+            f"'{file}' says that it holds {count:,} tokens ({dtype}), and {after:,} bytes follow: it is cut short, or "
+            "its header is wrong. Fetch it or write its tokens again"
+        )
+    return Source(file.path, dtype, 4 * _HEADER, count)
+
+
+def _indexed(path: Path, index: Path) -> Source:
+    """Return the ids and documents of a data set of Megatron-LM."""
+    file, described = SourceFile.of(path), SourceFile.of(index)
+
+    def refuse(why: str) -> UserError:
+        return UserError(f"'{index}' is no index of Megatron-LM for '{path.name}': {why}. Write both again")
+
+    size = struct.calcsize(_INDEX_HEADER)
+    with described.opened() as reader:
+        head = reader.read(size)
+    if len(head) < size or not head.startswith(_INDEX_MAGIC):
+        raise refuse(f"it does not begin with {_INDEX_MAGIC!r} and the {size} bytes of a header")
+    _, version, code, n, d = struct.unpack(_INDEX_HEADER, head)
+    if version != 1:
+        raise refuse(f"it is of version {version}; version 1 is read")
+    if code not in _INDEX_DTYPES:
+        raise refuse(f"its dtype is number {code}, which is none of integers: {_INDEX_DTYPES}")
+    sizes = (size + 12 * n + 8 * d, size + 13 * n + 8 * d)  # with modes, where the data set has pictures too
+    if described.size not in sizes:
+        raise refuse(f"it says {n:,} sequences and {d:,} documents, and has {described.size:,} bytes, not {sizes[0]:,}")
+    lengths = mapped(index, "int32", (n,), size)
+    pointers = mapped(index, "int64", (n,), size + 4 * n)
+    documents = mapped(index, "int64", (d,), size + 12 * n)
+    width = np.dtype(_INDEX_DTYPES[code]).itemsize
+    if n and lengths.min() < 0:
+        raise refuse("a sequence has a negative length")
+    ends = np.cumsum(np.concatenate([[0], lengths]), dtype=np.int64)
+    if not np.array_equal(pointers, ends[:-1] * width):
+        raise refuse("its sequences do not follow one another")
+    if file.size != ends[-1] * width:
+        raise refuse(f"it says {ends[-1]:,} tokens of {width} bytes, and '{path.name}' has {file.size:,} bytes")
+    if not d or documents[0] != 0 or documents[-1] != n or (np.diff(documents) < 0).any():
+        raise refuse(f"its documents do not rise from sequence 0 to {n:,}")
+    if not ends[-1]:
+        raise refuse("it holds no token")
+    found = np.unique(ends[documents[1:]])
+    return Source(path, _INDEX_DTYPES[code], 0, int(ends[-1]), ends=found[found > 0])
+
+
+def _saved_arrays(path: Path, column: str) -> list[Array]:
+    """Return the ids of a saved data set, rows after rows, as they lie in its memory map.
+
+    Raises:
+        UserError: it is damaged, or has no such column of whole numbers.
+    """
+    import datasets
+    import pyarrow as pa
+
+    try:
+        table = datasets.load_from_disk(str(path)).data
+        names = table.column_names
+        chunks = table.column(column).chunks if column in names else None
+    except Exception as error:  # datasets and pyarrow raise dozens of kinds
+        raise UserError(f"'{path}' is no readable data set ({explained(error)}): save it again") from error
+    if chunks is None:
+        raise UserError(
+            f"'{path}' has no column '{column}', only: {', '.join(names)}.{did_you_mean(column, names)} "
+            "Name the column of token ids with 'text'"
+        )
+    found: list[Array] = []
+    for chunk in chunks:
+        kind = chunk.type
+        lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+        if not lists or not pa.types.is_integer(kind.value_type):
+            raise UserError(f"'{path}': column '{column}' is {kind}, where lists of token ids belong")
+        values = chunk.flatten()
+        if chunk.null_count or values.null_count:
+            raise UserError(f"'{path}': column '{column}' has rows or ids that are missing")
+        if len(values):
+            found.append(values.to_numpy(zero_copy_only=True))
+    if not found:
+        raise UserError(f"'{path}' holds no token: its column '{column}' is empty")
+    return found
+
+
+@dataclass(frozen=True)
+class Pretokenized:
+    """The tokenised files of a corpus.
+
+    Attributes:
+        name: of the corpus.
+        train: files or folders of saved data sets, one after another.
+        validation: those that hold the held-out text; none where documents of `train` are held out.
+        holdout: share of the documents that is held out where there are none.
+        dtype: of .bin files without a header.
+        column: of saved data sets.
+    """
+
+    name: str
+    train: tuple[Path, ...]
+    validation: tuple[Path, ...] = ()
+    holdout: float = 0.0
+    dtype: str | None = None
+    column: str | None = None
+
+    def sources(self, split: str, vocabulary: int) -> tuple[Source, ...]:
+        """Return where the ids lie that a split is taken from.
+
+        Raises:
+            UserError: a file is not what it says.
+        """
+        paths = self.validation if self.validation and split == "validation" else self.train
+        try:
+            return tuple(read_source(path, vocabulary, self.dtype, self.column) for path in paths)
+        except UserError as error:
+            raise UserError(f"corpus '{self.name}': {error}") from error
+
+    def documents_of(self, split: str) -> float | None:
+        """Return the share that is held out of the documents from which a split is taken; None where all are its."""
+        return None if self.validation or (split == "train" and not self.holdout) else self.holdout
+
+
+class Stretches:
+    """Parts of several arrays, one after another, as one array of which stretches are read; nothing is copied before.
+
+    Args:
+        arrays: (n,) integers each.
+        spans: (k, 2), [first, end) of each part, counted through all arrays; in any order.
+    """
+
+    ndim = 1
+
+    def __init__(self, arrays: Sequence[Array], spans: Array) -> None:
+        self._arrays = [np.asarray(array) for array in arrays]  # plain views: a slice costs a tenth of a memmap's
+        self._limits = np.cumsum([0, *map(len, self._arrays)], dtype=np.int64)
+        self.spans = np.asarray(spans, dtype=np.int64).reshape(-1, 2)
+        self._ends = np.cumsum(self.spans[:, 1] - self.spans[:, 0])
+        self.dtype = np.result_type(*self._arrays)
+        self.shape = (int(self._ends[-1]) if len(self._ends) else 0,)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, places: slice) -> Array:
+        """Return the ids of a slice: a view where they lie side by side, else a copy."""
+        start, stop, step = places.indices(len(self))
+        pieces = [*self._pieces(start, max(start, stop))]
+        joined = pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, self.dtype), *pieces])
+        return joined[::step]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        whole = self[:]
+        return whole if dtype is None else whole.astype(dtype, copy=False)
+
+    def head(self, count: int) -> Stretches:
+        """Return the first ids, not read either."""
+        kept = int(np.searchsorted(self._ends, count))
+        spans = self.spans[: kept + 1].copy()
+        if kept < len(spans):
+            spans[kept, 1] -= self._ends[kept] - count
+        return Stretches(self._arrays, spans)
+
+    def pieces(self, longest: int) -> Iterator[Array]:
+        """Yield all ids in arrays of at most so many."""
+        for start in range(0, len(self), longest):
+            yield from self._pieces(start, min(len(self), start + longest))
+
+    def _pieces(self, start: int, stop: int) -> Iterator[Array]:
+        span = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            end = self.spans[span, 1]
+            at = int(end - (self._ends[span] - start))
+            taken = min(stop - start, int(end) - at)
+            start, span = start + taken, span + 1
+            number = int(np.searchsorted(self._limits, at, side="right")) - 1
+            while taken:
+                own = min(taken, int(self._limits[number + 1]) - at)
+                place = at - int(self._limits[number])
+                if own:
+                    yield self._arrays[number][place : place + own]
+                at, taken, number = at + own, taken - own, number + 1

@@ -1,0 +1,213 @@
+"""Tokenise a corpus in parts, by several processes and machines that know each other only by locks.
+
+    CACHE/.NAME.parts/manifest.json             how the corpus is cut: the same for whoever works on it
+    CACHE/.NAME.parts/part-00007/               a finished part, a token file of its own
+    CACHE/.NAME.parts/.part-00007.lock          held by who makes it
+
+A part appears whole. Who finds none left to make waits for those that others make; where a holder died, its part is
+made again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fire_llm.core.atomic import partial_of, read_json, remove, renamed, write_json, writing
+from fire_llm.core.errors import UserError
+from fire_llm.core.locks import held
+from fire_llm.core.signals import end_with
+from fire_llm.data.cache import refuse_changed
+from fire_llm.data.encode import Encoder
+from fire_llm.data.files import FileParts
+from fire_llm.data.hub import HubParts
+from fire_llm.data.spec import TextParts, not_blank
+from fire_llm.data.writing import META, write_tokens
+
+MANIFEST = "manifest.json"
+_KINDS: dict[str, Any] = {"files": FileParts, "hub": HubParts}
+_PACKAGES = str(Path(__file__).parents[2])
+"""Where fire_llm lies: a program may have found it by a path of its own."""
+_PROGRAM = (
+    "import sys; sys.path.append(sys.argv.pop(1)); "
+    "from fire_llm.data.processes import main; raise SystemExit(main(*sys.argv[1:]))"
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A split of a corpus to be tokenised in parts.
+
+    Attributes:
+        folder: of the parts.
+        final: the token file that they become; where it is there, nothing is left to do.
+        parts: how the corpus is cut and read.
+        split: "train" or "validation".
+        plan: the parts, as `parts.read` takes them.
+        common: what meta.json is to say.
+        states: the state of each file that is read (`file_state`), as its text was found to be that of the corpus.
+    """
+
+    folder: Path
+    final: Path
+    parts: TextParts
+    split: str
+    plan: Sequence[Any]
+    common: Mapping[str, Any]
+    states: Mapping[Path, str]
+
+    @property
+    def places(self) -> list[Path]:
+        """Return the folders of the parts, in order."""
+        return [self.folder / f"part-{number:05d}" for number in range(len(self.plan))]
+
+    @classmethod
+    def made_in(cls, folder: Path) -> list[Path]:
+        """Return the folders of all parts that a corpus was cut into.
+
+        Raises:
+            UserError: one is missing.
+        """
+        again = "give the command again, which makes what is missing"
+        number = len(read_json(folder / MANIFEST, again)["parts"])
+        places = [folder / f"part-{n:05d}" for n in range(number)]
+        for place in places:
+            if not place.exists():
+                raise UserError(f"'{place}' is gone: {again}")
+        return places
+
+    def settle(self) -> None:
+        """Write down how the corpus is cut, or compare: what was cut in another way is deleted."""
+        manifest = {"split": self.split, "parts": [self.parts.cut(part) for part in self.plan], **self.common}
+        with held(self.folder / ".lock", wait=True):
+            path = self.folder / MANIFEST
+            if not path.exists() or read_json(path, f"delete '{self.folder}'") != json.loads(json.dumps(manifest)):
+                for place in self.folder.glob("part-*"):
+                    remove(place)
+                write_json(path, manifest)
+
+
+def tokenize_parts(job: Job, encoder: Encoder, processes: int, advance: Callable[[int, int], object]) -> None:
+    """Make all parts that are not there.
+
+    Args:
+        job: what is to be done.
+        encoder: of the tokenizer.
+        processes: at most as many work at it, each on one core; 1: this one, on all.
+        advance: called with the bytes and tokens of what is done, finished parts first.
+
+    Raises:
+        UserError: whatever is wrong with the corpus.
+        RuntimeError: a process was killed.
+    """
+    job.settle()
+    done = [place for place in job.places if place.exists()]
+    for place in done:
+        meta = read_json(place / META, f"delete '{place}'")
+        advance(int(meta["n_bytes"]), int(meta["n_tokens"]))
+    described = encoder.described()
+    processes = min(processes, len(job.plan) - len(done))
+    if processes < 2 or described is None:
+        work(job, encoder, advance)
+        return
+    instructions = {
+        "folder": str(job.folder), "final": str(job.final), "kind": job.parts.kind, "parts": job.parts.described(),
+        "split": job.split, "plan": job.plan, "common": dict(job.common), "encoder": described,
+        "states": {str(path): state for path, state in job.states.items()},
+    }  # fmt: skip
+    file = job.folder / f".job-{secrets.token_hex(4)}.json"
+    write_json(file, json.loads(json.dumps(instructions, default=str)))
+    inherited = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", _PROGRAM, _PACKAGES, str(file)]
+    started: list[subprocess.Popen[bytes]] = []
+    pool = ThreadPoolExecutor(processes)
+    told = threading.Lock()
+
+    def advance_one(n_bytes: int, n_tokens: int) -> None:
+        with told:
+            advance(n_bytes, n_tokens)
+
+    try:
+        for _ in range(processes):
+            started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=inherited))
+        for each in as_completed([pool.submit(_listen, process, advance_one) for process in started]):
+            each.result()
+    finally:
+        for process in started:
+            process.terminate()
+        pool.shutdown()
+        for process in started:
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
+        file.unlink(missing_ok=True)
+
+
+def work(job: Job, encoder: Encoder, advance: Callable[[int, int], object]) -> None:
+    """Make the parts that nobody else is making, one after another; then wait for those that others make."""
+    for wait in (False, True):
+        for part, place in zip(job.plan, job.places, strict=True):
+            # In this order: parts are deleted when the whole is there.
+            if place.exists() or job.final.exists():
+                continue
+            with held(job.folder / f".{place.name}.lock", wait=wait) as had:
+                if had and not place.exists() and not job.final.exists():
+                    with renamed(partial_of(place), place) as partial:
+                        texts = not_blank(job.parts.read(job.split, part))
+                        write_tokens(partial, texts, encoder, job.common, advance)
+                        read = {path: job.states[path] for path in job.parts.files(part)}
+                        refuse_changed(f"corpus '{job.common['corpus']}'", read)
+
+
+def _listen(process: subprocess.Popen[bytes], advance: Callable[[int, int], object]) -> None:
+    """Take what a process says until it ends."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        said = json.loads(line)
+        if isinstance(said, str):
+            raise UserError(said)
+        advance(*said)
+    if code := process.wait():
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        hint = ", most often because the machine ran out of memory" if code == -signal.SIGKILL else ""
+        raise RuntimeError(f"a process that tokenised {how}{hint}; the same command goes on from the finished parts")
+
+
+def main(instructions: str) -> int:
+    """Work on the parts of a job that another process describes; it ends when that process does.
+
+    Args:
+        instructions: file of JSON.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started this
+    end_with(sys.stdin.fileno())
+    pipe, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no message of this one
+
+    def say(what: Any) -> None:
+        pipe.write(json.dumps(what) + "\n")
+        pipe.flush()
+
+    try:
+        given = read_json(Path(instructions), "give the command again")
+        parts = _KINDS[given["kind"]].restored(given["parts"])
+        states = {Path(path): state for path, state in given["states"].items()}
+        plan = [parts.part(each) for each in given["plan"]]
+        folders = (Path(given["folder"]), Path(given["final"]))
+        job = Job(*folders, parts, given["split"], plan, given["common"], states)
+        with writing(job.folder):
+            work(job, Encoder.restored(given["encoder"]), lambda *sizes: say(sizes))
+    except UserError as error:
+        say(str(error))
+        return 2
+    return 0
