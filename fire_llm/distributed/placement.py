@@ -106,7 +106,7 @@ def placement_of(tensor: Any, group: Any = None) -> Placement | None:
         if mesh.size(dim) == 1:
             continue
         # By name: a strided shard, which FSDP2 over tensor parallelism makes, holds rows in another order.
-        plain = type(placement).__name__ == "Shard" and placement.dim % tensor.ndim < 2
+        plain = type(placement).__name__ == "Shard"
         kind = "replicas" if placement.is_replicate() else "shards" if plain else None
         if kind is None or kind in found:
             return None
