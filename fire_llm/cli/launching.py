@@ -10,7 +10,8 @@ from fire_llm.cli.parser import parser
 from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.core.launch import Launch, prepare
 
-_LEFT_OUT = ("num_processes", "accelerate_config", "push_to_hub")
+_MACHINES = ("num_machines", "machine_rank", "main_address")
+_LEFT_OUT = ("num_processes", "accelerate_config", "push_to_hub", *_MACHINES)
 """Options that the ranks are not started with: the process that starts them acts on these."""
 
 
@@ -20,14 +21,33 @@ def training_launch(arguments: Namespace) -> Launch | None:
     Raises:
         UserError: For options that exclude each other, or a launch that cannot work.
     """
+    machines = _machines(arguments)
     if arguments.num_processes is None and arguments.accelerate_config is None:
+        if machines:
+            raise UserError("several machines need --num-processes: how many processes all of them start together")
         return None
     if arguments.workers is not None:
         raise UserError(
             "--workers trains several stages at once, --num-processes one on several processes: give one of the two"
         )
     config = arguments.accelerate_config
-    return prepare(arguments.num_processes, None if config is None else _configuration(config))
+    return prepare(arguments.num_processes, None if config is None else _configuration(config), machines=machines)
+
+
+def _machines(arguments: Namespace) -> dict[str, Any]:
+    """Return what the options say about several machines, as accelerate's settings; empty where none is given."""
+    address, _, port = (arguments.main_address or "").partition(":")
+    if ":" in port:  # an IPv6 address
+        address, port = arguments.main_address, ""
+    if port and not port.isdecimal():
+        raise UserError(f"--main-address {arguments.main_address}: an address, or ADDRESS:PORT, is needed")
+    given = {
+        "num_machines": arguments.num_machines,
+        "machine_rank": arguments.machine_rank,
+        "main_process_ip": address or None,
+        "main_process_port": int(port) if port else None,
+    }
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def device_launch(arguments: Namespace) -> Launch | None:

@@ -105,7 +105,7 @@ def set_report_to(arguments: Namespace) -> None:
 
 
 def add_processes(verb: ArgumentParser) -> None:
-    """Add what says how many processes train: --workers, --num-processes and --accelerate-config."""
+    """Add what says how many processes train, and on which machines: --workers, --num-processes, …."""
     verb.add_argument(
         "--workers",
         type=int,
@@ -121,6 +121,11 @@ def add_processes(verb: ArgumentParser) -> None:
         metavar="NAME_OR_FILE",
         help="accelerate's settings: one-gpu, multi-gpu, fsdp2, hsdp, multi-node, cpu, or a file of your own",
     )
+    verb.add_argument(
+        "--num-machines", type=int, metavar="N", help="machines that share --num-processes, on each of them (one)"
+    )
+    verb.add_argument("--machine-rank", type=int, metavar="R", help="which of the machines this is, from 0")
+    verb.add_argument("--main-address", metavar="HOST[:PORT]", help="where all find the first machine (port 29500)")
 
 
 def add_device(verb: ArgumentParser) -> None:

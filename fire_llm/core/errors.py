@@ -80,11 +80,17 @@ def system_reason(error: BaseException) -> str | None:
     return next((reason for number, reason in REASONS.items() if os.strerror(number) in str(error)), None)
 
 
+_GONE = re.compile(r"Connection (?:closed|reset) by peer[^.\s]*(?: \[[^]\s]+\](?::\d+)?)?|remote process exited")
+"""What gloo and NCCL say of a rank that has ended."""
+
+
 def explained(error: BaseException) -> str:
     """Return an error in words that never are none: what failed, where that is known, and what to do."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"the package '{error.name}' is not installed: pip install {error.name.partition('.')[0]}"
     text, reason = str(error).strip(), system_reason(error)
+    if isinstance(error, RuntimeError) and _GONE.search(text):
+        text = f"another rank is gone, and what it or its launcher said tells why ({_GONE.findall(text)[0]})"
     if isinstance(error, OSError) and error.strerror:
         named = f"'{error.filename}'" if error.filename else ""
         text = ": ".join(filter(None, [named, "" if reason else error.strerror]))

@@ -12,12 +12,12 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fire_llm.core.errors import CHECKPOINTED_ONCE, ENGINES, UserError, did_you_mean, redact
+from fire_llm.core.errors import CHECKPOINTED_ONCE, ENGINES, UserError, did_you_mean, first_line, redact
 from fire_llm.core.ranks import first_rank, launched
 from fire_llm.core.signals import SIGNALS, Stopped, end_with
 
@@ -34,6 +34,12 @@ Their standard input is a pipe of the launcher's, which the system closes when t
 
 _PATIENCE = "600"
 """Seconds that ranks have to save after a signal, before torch's launcher kills them."""
+
+MEET_SECONDS = "FIRE_LLM_MEET_SECONDS"
+"""Environment variable: for how many seconds the machines wait for each other at the start; 600 where it is unset."""
+
+_SIOCGIFADDR = 0x8915
+"""Linux: ask for the address of a network interface."""
 
 _KINDS = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_HPU", "FSDP")
 
@@ -62,7 +68,12 @@ class Launch:
 
 
 def prepare(
-    processes: int | None, config: str | None, *, use_cpu: bool = False, cpu_option: str = "--accelerate-config cpu"
+    processes: int | None,
+    config: str | None,
+    *,
+    use_cpu: bool = False,
+    cpu_option: str = "--accelerate-config cpu",
+    machines: Mapping[str, Any] | None = None,
 ) -> Launch:
     """Read and check what `--num-processes` and `--accelerate-config` ask for; start nothing.
 
@@ -71,6 +82,7 @@ def prepare(
         config: A file of accelerate's settings.
         use_cpu: Leave accelerators alone where there is no configuration.
         cpu_option: What the user can give to leave them alone, for the message about too many processes.
+        machines: Settings of accelerate's about several machines, in the place of the configuration's; None is none.
 
     Raises:
         UserError: For a number of processes or a configuration that cannot work.
@@ -83,6 +95,7 @@ def prepare(
     if processes is not None and processes < 1:
         raise UserError(f"--num-processes {processes}: at least 1 is needed")
     settings: dict[str, Any] = _read(Path(config)) if config else {"distributed_type": "MULTI_GPU", "use_cpu": use_cpu}
+    settings |= {key: value for key, value in (machines or {}).items() if value is not None}
     if processes is None:
         processes = settings.get("num_processes", -1 if settings["distributed_type"] != "NO" else 1)
         if not isinstance(processes, int) or processes < 1:
@@ -93,6 +106,7 @@ def prepare(
             f"{processes} processes do not divide among the {launch.machines} machines of '{config}': "
             f"give --num-processes a multiple of {launch.machines}"
         )
+    _check_machines(launch)
     _check_mesh(launch, config)
     _check_devices(launch, cpu_option)
     return launch
@@ -136,6 +150,22 @@ def _check_keys(path: Path) -> None:
         load_config_from_file(str(path))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"'{path}' is refused by accelerate: {error}") from error
+
+
+def _check_machines(launch: Launch) -> None:
+    """Refuse several machines that cannot meet."""
+    rank, port = launch.settings.get("machine_rank") or 0, launch.settings.get("main_process_port")
+    if launch.machines < 1:
+        raise UserError(f"--num-machines {launch.machines}: at least 1 is needed")
+    if not 0 <= int(rank) < launch.machines:
+        raise UserError(
+            f"--machine-rank {rank}: the {launch.machines} machine(s) count from 0 to {launch.machines - 1}; "
+            "--num-machines says how many there are"
+        )
+    if launch.machines > 1 and not launch.settings.get("main_process_ip"):
+        raise UserError(f"--num-machines {launch.machines} needs --main-address: where all find the first machine")
+    if launch.machines > 1 and port is not None and not 0 < int(port) < 1 << 16:
+        raise UserError(f"--main-address: port {port} is none; 1 to 65535 are, and 29500 where none is given")
 
 
 def _check_mesh(launch: Launch, config: str | None) -> None:
@@ -185,6 +215,7 @@ def start(launch: Launch, argv: list[str], precision: str, next_step: str = RESU
 
     import yaml
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed import DistNetworkError, DistStoreError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -195,8 +226,11 @@ def start(launch: Launch, argv: list[str], precision: str, next_step: str = RESU
         "num_processes": launch.processes,
         "mixed_precision": {"fp32": "no"}.get(precision, precision),
     }
+    meeting = os.environ.get(MEET_SECONDS, "600")
     if launch.machines == 1:
         settings["main_process_port"] = 0
+    elif settings.get("main_process_port") is None:
+        settings["main_process_port"] = 29500
     with TemporaryDirectory(prefix="fire-llm-") as folder, _surroundings(launch, folder):
         file = Path(folder) / "accelerate.yaml"
         file.write_text(yaml.safe_dump(settings), encoding="utf-8")
@@ -207,6 +241,8 @@ def start(launch: Launch, argv: list[str], precision: str, next_step: str = RESU
         if launch.machines == 1:
             # The ranks connect at a port that the launcher itself holds, so that no other launch can take it.
             arguments.standalone, arguments.local_addr = True, "127.0.0.1"
+        else:
+            arguments.rdzv_conf = ",".join(filter(None, [arguments.rdzv_conf, f"timeout={meeting}"]))
         try:
             launch_command(arguments)
         except ChildFailedError as error:
@@ -216,6 +252,15 @@ def start(launch: Launch, argv: list[str], precision: str, next_step: str = RESU
             reported = Path(folder) / "0"  # by the first rank, in `report_failure`
             if reported.exists():
                 message = reported.read_text(encoding="utf-8")
+        except (DistNetworkError, DistStoreError) as error:
+            code, message = (
+                1,
+                (
+                    f"the {launch.machines} machines did not meet at {settings.get('main_process_ip')}, port "
+                    f"{settings['main_process_port']}, within {meeting} s: start the same command on each, with a "
+                    f"--machine-rank of its own ({first_line(error)})"
+                ),
+            )
         else:
             return 0
     # A rank that was killed leaves its progress bar without an end of line.
@@ -237,6 +282,10 @@ def _surroundings(launch: Launch, folder: str) -> Iterator[None]:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() * launch.machines // launch.processes)))
     os.environ[_OURS] = folder
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _PATIENCE)
+    if launch.machines > 1:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # sockets of a machine that is gone
+        if interface := _interface_to(str(launch.settings["main_process_ip"])):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     if launch.settings.get("use_cpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     logging.disable(logging.CRITICAL)
@@ -251,6 +300,25 @@ def _surroundings(launch: Launch, folder: str) -> Iterator[None]:
         logging.disable(level)
         os.environ.clear()
         os.environ.update(before)
+
+
+def _interface_to(address: str) -> str | None:
+    """Return the name of the network interface that leads to another machine, None where that is not known.
+
+    gloo takes the one that has this machine's name: 127.0.1.1 on many, where no other machine finds it.
+    """
+    import fcntl
+    import socket
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect((address, 9))  # sends nothing
+        own = socket.inet_aton(probe.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # one without an address
+                asked = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, name.encode()[:15].ljust(256, b"\0"))
+                if asked[20:24] == own:
+                    return name
+    return None
 
 
 def end_with_launcher() -> None:
@@ -275,10 +343,15 @@ def ended(interruption: KeyboardInterrupt, next_step: str = RESUME) -> tuple[int
     return 128 + number, f"{by}; {said or next_step}"
 
 
-def report_failure(code: int, message: str) -> None:
+def report_failure(code: int, message: str, *, ask: bool = True) -> None:
     """Report why this process ends: on the terminal where it is alone, to the launcher where there is one.
 
     Of ranks that another launcher started, the first to fail prints its message.
+
+    Args:
+        code: The exit code to end with.
+        message: Why.
+        ask: Ask the other ranks whether one has reported; otherwise the first of each machine does.
     """
     message = redact(message)
     _leave_for_launcher(code, message)
@@ -286,7 +359,7 @@ def report_failure(code: int, message: str) -> None:
     if code > 128 and launched() and _OURS in os.environ and folder.is_dir():
         # torch's launcher reads no error files where a signal ended the launcher itself.
         (folder / os.environ["LOCAL_RANK"]).write_text(message, encoding="utf-8")
-    if not (launched() and os.environ.get(_OURS)) and _first_to_report():
+    if not (launched() and os.environ.get(_OURS)) and _first_to_report(ask):
         sys.stderr.write(f"fire-llm: {message}\n")
 
 
@@ -305,11 +378,11 @@ def _leave_for_launcher(code: int, message: str) -> None:
         pass  # the exit code is left
 
 
-def _first_to_report() -> bool:
+def _first_to_report(ask: bool) -> bool:
     if not launched():
         return True
     dist = sys.modules.get("torch.distributed")
-    if dist is None or not dist.is_available() or not dist.is_initialized():
+    if not ask or dist is None or not dist.is_available() or not dist.is_initialized():
         return os.environ.get("LOCAL_RANK", "0") == "0"  # before the ranks connect, all of a machine find the same
     try:
         return bool(dist.distributed_c10d._get_default_store().add("fire_llm/reported", 1) == 1)

@@ -11,16 +11,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fire_llm.distributed.presence import be_present, leave
+
 PATIENCE = timedelta(hours=2)
 """How long ranks wait in a collective: one of them may be writing, hashing and reading back a checkpoint meanwhile, or
-training a tokenizer. NCCL's own limit is 10 minutes. A rank that died is noticed by the launcher, not by this."""
+training a tokenizer. NCCL's own limit is 10 minutes. A rank that died is noticed by the launcher, and a machine that
+is gone by `presence`, not by this."""
 
 
 def ranks() -> Any:
     """Return accelerate's view of this process, joining the other ranks where a launcher started some."""
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
+    be_present()
+    return state
 
 
 @functools.cache
@@ -41,6 +46,7 @@ def join(backend: str | None = None) -> None:
         backend: As in `torch.distributed.init_process_group`; None for one a type of device.
     """
     dist.init_process_group(backend, timeout=PATIENCE)
+    be_present()
 
 
 @contextmanager
@@ -51,6 +57,7 @@ def leaving() -> Iterator[None]:
     """
     before = dist.is_initialized()
     yield
+    leave()
     if dist.is_initialized() and not before:
         from accelerate.state import AcceleratorState
 

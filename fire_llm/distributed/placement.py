@@ -1,7 +1,8 @@
-"""Where parameters live: whole on one rank, on replicas, in shards of rows (FSDP2), or in replicas of shards (HSDP)."""
+"""Where parameters live: whole on one rank, on replicas, in shards of rows (FSDP2) or columns, or replicas of these."""
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from fire_llm.distributed.balance import cost
 
 @dataclass(frozen=True)
 class Placement:
-    """The ranks that share a parameter: R replicas of S shards along the first axis, cut as `torch.chunk` does."""
+    """The ranks that share a parameter: R replicas of S shards along an axis, cut as `torch.chunk` does."""
 
     replicas: Any = field(default=None, compare=False)
     """Process group of the ranks that hold what this one holds; None where there is no other."""
@@ -26,12 +27,14 @@ class Placement:
     """Process group of the ranks that hold the other shards; None where this one holds whole parameters."""
     members: tuple[tuple[int, ...], ...] = ()
     """The global ranks of both, by which placements are compared."""
+    axis: int = 0
+    """Along which the shards are cut: 0 rows, as FSDP2 does, 1 columns, as a row-wise plan of tensor parallelism."""
 
     @classmethod
-    def of(cls, replicas: Any = None, shards: Any = None) -> Placement:
+    def of(cls, replicas: Any = None, shards: Any = None, axis: int = 0) -> Placement:
         """Make the placement of two process groups, either of which may be None."""
         groups = (replicas, shards)
-        return cls(replicas, shards, tuple(tuple(dist.get_process_group_ranks(g)) if g else () for g in groups))
+        return cls(replicas, shards, tuple(tuple(dist.get_process_group_ranks(g)) if g else () for g in groups), axis)
 
     @property
     def n_replicas(self) -> int:
@@ -53,8 +56,8 @@ class Placement:
         """Return this rank's place among the shards."""
         return dist.get_group_rank(self.shards, dist.get_rank()) if self.shards is not None else 0
 
-    def rows(self, shard: int, total: int) -> range:
-        """Return the rows of a parameter of `total` rows that a shard holds; none where the rows have run out."""
+    def held(self, shard: int, total: int) -> range:
+        """Return which of `total` rows (columns) of a parameter a shard holds; none where they have run out."""
         size = -(-total // self.n_shards)
         return range(min(shard * size, total), min((shard + 1) * size, total))
 
@@ -78,18 +81,13 @@ class Block:
         return (len(self.rows), *self.tensor.shape[1:]) if self.tensor.ndim else ()
 
     @property
-    def row_bytes(self) -> int:
-        """Return the bytes of one row."""
-        return self.tensor.element_size() * self.tensor.shape[1:].numel()
-
-    @property
     def n_bytes(self) -> int:
         """Return the bytes of the whole block."""
-        return len(self.rows) * self.row_bytes
+        return self.tensor.element_size() * math.prod(self.shape)
 
 
 def placement_of(tensor: Any, group: Any = None) -> Placement | None:
-    """Return where a parameter lives; None where its placement has no plan of its own (tensor parallelism, say).
+    """Return where a parameter lives; None where its placement has no plan of its own (shards along two axes, say).
 
     Args:
         tensor: Parameter, a plain tensor or a DTensor.
@@ -108,11 +106,13 @@ def placement_of(tensor: Any, group: Any = None) -> Placement | None:
         if mesh.size(dim) == 1:
             continue
         # By name: a strided shard, which FSDP2 over tensor parallelism makes, holds rows in another order.
-        plain_rows = type(placement).__name__ == "Shard" and placement.dim == 0
-        kind = "replicas" if placement.is_replicate() else "shards" if plain_rows else None
+        plain = type(placement).__name__ == "Shard"
+        kind = "replicas" if placement.is_replicate() else "shards" if plain else None
         if kind is None or kind in found:
             return None
         found[kind] = mesh.get_group(dim)
+        if kind == "shards":
+            found["axis"] = placement.dim % tensor.ndim
     return Placement.of(**found)
 
 

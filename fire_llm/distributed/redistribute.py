@@ -20,7 +20,8 @@ from fire_llm.distributed.balance import BUCKET_BYTES, assign, buckets
 from fire_llm.distributed.placement import Block, Placement
 
 _ALIGN = 16
-_Segment = tuple[Block, range]
+_Segment = tuple[Block, range, int]
+"""Rows of a parameter that lie in a block, or columns of a block, and the axis: 0 or 1."""
 # torch 2.13 renamed it; the old name warns there.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -83,32 +84,37 @@ class Redistribution:
     def _owned(self, this: list[tuple[Block, int]], replica: int, shard: int) -> list[Block]:
         return [block for block, owner in this if owner == replica * self.placement.n_shards + shard]
 
-    def _held(self, block: Block, shard: int) -> range:
-        """Return the rows of a block that a shard holds."""
-        held = self.placement.rows(shard, block.tensor.shape[0] if block.tensor.ndim else 1)
+    def _held(self, block: Block, shard: int) -> _Segment:
+        """Return the part of a block that a shard holds."""
+        axis = self.placement.axis
+        held = self.placement.held(shard, block.tensor.shape[axis] if block.tensor.ndim else 1)
+        if axis:
+            return block, held, axis
         first = max(held.start, block.rows.start)
-        return range(first, max(first, min(held.stop, block.rows.stop)))
+        return block, range(first, max(first, min(held.stop, block.rows.stop))), axis
 
     def _outward(self, this: list[tuple[Block, int]]) -> list[list[_Segment]]:
         """Return what this rank holds of each owner's blocks."""
         return [
-            [(block, self._held(block, self.shard)) for block in self._owned(this, self.replica, owner)]
+            [self._held(block, self.shard) for block in self._owned(this, self.replica, owner)]
             for owner in range(self.placement.n_shards)
         ]
 
     def _inward(self, this: list[tuple[Block, int]]) -> list[list[_Segment]]:
         """Return what each shard holds of this rank's blocks."""
         mine = self._owned(this, self.replica, self.shard)
-        return [[(block, self._held(block, shard)) for block in mine] for shard in range(self.placement.n_shards)]
+        return [[self._held(block, shard) for block in mine] for shard in range(self.placement.n_shards)]
 
-    def _slab(self, block: Block, rows: range) -> Tensor:
-        """Return rows of a block in this rank's own memory."""
+    def _slab(self, segment: _Segment) -> Tensor:
+        """Return a segment in this rank's own memory."""
+        block, span, axis = segment
         tensor = block.tensor.detach()
         local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         if not local.ndim:
             return local
-        first = self.placement.rows(self.shard, tensor.shape[0]).start
-        return local[rows.start - first : rows.stop - first]
+        first = self.placement.held(self.shard, tensor.shape[axis]).start
+        rows = local[block.rows.start : block.rows.stop] if axis else local
+        return _cut(rows, axis, span.start - first, len(span))
 
     # ---- shards to owners and back
 
@@ -121,10 +127,10 @@ class Redistribution:
     def _assemble(self, this: list[tuple[Block, int]], arriving: _Transfer | None) -> list[tuple[Block, Tensor]]:
         mine = self._owned(this, self.replica, self.shard)
         if arriving is None:
-            return [(block, self._slab(block, block.rows)) for block in mine]
+            return [(block, self._slab((block, block.rows, 0))) for block in mine]
         whole = {id(b): torch.empty(b.shape, dtype=b.tensor.dtype, device=b.tensor.device) for b in mine}
         arriving.work.wait()
-        _unpack(arriving.segments, arriving.buffer, lambda block, rows: _part(whole[id(block)], block, rows))
+        _unpack(arriving.segments, arriving.buffer, lambda segment: _part(whole[id(segment[0])], segment))
         return [(block, whole[id(block)]) for block in mine]
 
     def _give_back(self, this: list[tuple[Block, int]], mine: list[tuple[Block, Tensor]]) -> Callable[[], None]:
@@ -134,7 +140,7 @@ class Redistribution:
             return lambda: self._spread(gathering)
         whole = {id(block): tensor for block, tensor in mine}
         back = self._all_to_all(
-            self._inward(this), self._outward(this), lambda block, rows: _part(whole[id(block)], block, rows)
+            self._inward(this), self._outward(this), lambda segment: _part(whole[id(segment[0])], segment)
         )
 
         def finish() -> None:
@@ -145,7 +151,7 @@ class Redistribution:
         return finish
 
     def _all_to_all(
-        self, send: list[list[_Segment]], receive: list[list[_Segment]], source: Callable[[Block, range], Tensor]
+        self, send: list[list[_Segment]], receive: list[list[_Segment]], source: Callable[[_Segment], Tensor]
     ) -> _Transfer:
         device = wire_device(self.placement.shards, _device([*send, *receive], self.blocks))
         segments = [s for shard in receive for s in shard]
@@ -164,7 +170,7 @@ class Redistribution:
             return None
         parts = [
             [
-                (block, self._held(block, self.shard))
+                self._held(block, self.shard)
                 for shard in range(self.placement.n_shards)
                 for block in self._owned(this, replica, shard)
             ]
@@ -189,20 +195,26 @@ class Redistribution:
 
 def _device(parts: list[list[_Segment]], blocks: Sequence[Block]) -> torch.device:
     """Return the device of what is sent, of any block where nothing is."""
-    return next((block.tensor.device for part in parts for block, _ in part), blocks[0].tensor.device)
+    return next((block.tensor.device for part in parts for block, *_ in part), blocks[0].tensor.device)
 
 
 def _room(segment: _Segment) -> int:
-    block, rows = segment
-    return -(-len(rows) * block.row_bytes // _ALIGN) * _ALIGN
+    block, span, axis = segment
+    across = block.shape[axis] if block.shape else 1
+    return -(-len(span) * (block.n_bytes // max(1, across)) // _ALIGN) * _ALIGN
 
 
 def _size(segments: list[_Segment]) -> int:
     return sum(map(_room, segments))
 
 
-def _part(whole: Tensor, block: Block, rows: range) -> Tensor:
-    return whole[rows.start - block.rows.start : rows.stop - block.rows.start] if whole.ndim else whole
+def _part(whole: Tensor, segment: _Segment) -> Tensor:
+    block, span, axis = segment
+    return _cut(whole, axis, span.start - (0 if axis else block.rows.start), len(span)) if whole.ndim else whole
+
+
+def _cut(tensor: Tensor, axis: int, start: int, length: int) -> Tensor:
+    return tensor.narrow(axis, start if length else 0, length)  # what a rank holds nothing of begins anywhere
 
 
 def _spot(buffer: Tensor, start: int, like: Tensor) -> Tensor:
@@ -211,20 +223,20 @@ def _spot(buffer: Tensor, start: int, like: Tensor) -> Tensor:
 
 
 def _pack(
-    segments: list[_Segment], source: Callable[[Block, range], Tensor], device: torch.device, size: int = 0
+    segments: list[_Segment], source: Callable[[_Segment], Tensor], device: torch.device, size: int = 0
 ) -> Tensor:
     buffer = torch.zeros(max(size, _size(segments)), dtype=torch.uint8, device=device)
     at = 0
     for segment in segments:
-        tensor = source(*segment)
+        tensor = source(segment)
         _spot(buffer, at, tensor).copy_(tensor)
         at += _room(segment)
     return buffer
 
 
-def _unpack(segments: list[_Segment], buffer: Tensor, target: Callable[[Block, range], Tensor]) -> None:
+def _unpack(segments: list[_Segment], buffer: Tensor, target: Callable[[_Segment], Tensor]) -> None:
     at = 0
     for segment in segments:
-        tensor = target(*segment)
+        tensor = target(segment)
         tensor.copy_(_spot(buffer, at, tensor))
         at += _room(segment)

@@ -23,7 +23,7 @@ def by_rows(
     block: Block, weight: ParameterSlice, actions: list[ResetSpec], placement: Placement, total_cost: int
 ) -> bool:
     """Return whether a block is reset where its rows are: one tall matrix, in shards, for FIRE's own map alone."""
-    if placement.shards is None or len(block.members) != 1 or len(actions) != 1:
+    if placement.shards is None or placement.axis or len(block.members) != 1 or len(actions) != 1:
         return False
     whole = weight.spec is not None and not weight.spec.in_first and weight.shape == weight.tensor.shape
     known = actions[0].method == "fire" and actions[0].options["solver"] == "newton-schulz"

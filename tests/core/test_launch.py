@@ -91,6 +91,20 @@ MISTAKES = [
         "dp_replicate_size × dp_shard_size is 8, and there are 4 processes",
     ),
     (["--accelerate-config", "{m}", "--num-processes", "3"], "", "do not divide among the 2 machines"),
+    (["--num-machines", "2"], "", "several machines need --num-processes"),
+    (["--num-processes", "2", "--num-machines", "0"], "", "--num-machines 0: at least 1 is needed"),
+    (["--num-processes", "2", "--num-machines", "2"], "", "--num-machines 2 needs --main-address"),
+    (
+        ["--num-processes", "2", "--num-machines", "2", "--machine-rank", "2", "--main-address", "a"],
+        "",
+        "--machine-rank 2: the 2 machine(s) count from 0 to 1",
+    ),
+    (
+        ["--num-processes", "2", "--num-machines", "2", "--main-address", "a:b"],
+        "",
+        "--main-address a:b: an address, or ADDRESS:PORT",
+    ),
+    (["--num-processes", "2", "--num-machines", "2", "--main-address", "a:70000"], "", "port 70000 is none"),
 ]
 
 
@@ -144,6 +158,32 @@ def test_replicas_on_cpus(asked, tmp_path, monkeypatch):
     assert args.standalone and args.main_process_port == 0  # a port of its own, whatever else runs here
     assert environment["OMP_NUM_THREADS"] == "4" == str(args.num_cpu_threads_per_process)
     assert dict(os.environ) == before
+
+
+def test_several_machines(asked, tmp_path, monkeypatch):
+    monkeypatch.setattr("fire_llm.core.launch._interface_to", {"10.0.0.1": "eth7"}.get)
+    given = ["--num-machines", "2", "--machine-rank", "1", "--main-address", "10.0.0.1"]
+    assert main(["run", "demo", "--num-processes", "4", *given, "--output", str(tmp_path / "out")]) == 0
+    args, _, environment = asked[0]
+    assert args.training_script_args == ["run", "demo", f"--output={tmp_path / 'out'}"]
+    assert (args.num_processes, args.num_machines, args.machine_rank) == (4, 2, 1) and not args.standalone
+    assert (args.main_process_ip, args.main_process_port) == ("10.0.0.1", 29500)
+    assert environment["GLOO_SOCKET_IFNAME"] == "eth7" and args.rdzv_conf == "timeout=600"
+
+
+def test_machines_that_do_not_meet_are_told(monkeypatch, capsys, tmp_path):
+    import accelerate.commands.launch as accelerate
+    from torch.distributed import DistStoreError
+
+    def alone(_):
+        raise DistStoreError("Timed out after 601 seconds waiting for clients. 1/2 clients joined.\nC++ …")
+
+    monkeypatch.setattr(accelerate, "launch_command", alone)
+    given = ["--num-machines", "2", "--machine-rank", "0", "--main-address", "127.0.0.1:4000"]
+    assert main(["run", "demo", "--num-processes", "2", *given, "--output", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert "the 2 machines did not meet at 127.0.0.1, port 4000, within 600 s: start the same command on each" in error
+    assert error.endswith("1/2 clients joined.)\n") and error.count("fire-llm: ") == 1
 
 
 def test_the_demo_and_a_configuration(asked, tmp_path):
@@ -396,8 +436,8 @@ def shell(folder: Path, **programs: str) -> dict[str, str]:
     return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
 
 
-def test_launch_sh_hands_over_to_accelerate(tmp_path):
-    environment = shell(tmp_path / "bin", accelerate='echo "$@"')
+def test_launch_sh_hands_over_to_fire_llm(tmp_path):
+    environment = shell(tmp_path / "bin", **{"fire-llm": 'echo "$@"'})
     script = str(ROOT / "scripts" / "launch.sh")
 
     def said(**variables):
@@ -405,12 +445,11 @@ def test_launch_sh_hands_over_to_accelerate(tmp_path):
         done = subprocess.run(command, env={**environment, **variables}, capture_output=True, text=True)
         return done.stdout or done.stderr
 
-    one = said(GPUS="2")
-    assert one.startswith("launch --num_processes 2 --num_machines 1") and "--multi_gpu" in one
-    assert one.endswith("--main_process_port 0 --module fire_llm run r.yaml --arm two words\n")
-    two = said(GPUS="8", NODES="2", NODE_RANK="1", MAIN_ADDRESS="10.0.0.1", ACCELERATE_CONFIG="c.yaml")
-    assert "--num_processes 16 --num_machines 2" in two and "--config_file c.yaml --machine_rank 1" in two
-    assert "--main_process_ip 10.0.0.1 --main_process_port 29500" in two and "--multi_gpu" not in two
+    assert said(GPUS="2") == said(PROCESSES="2") == "run r.yaml --arm two words --num-processes 2\n"
+    two = said(GPUS="8", NODES="2", NODE_RANK="1", MAIN_ADDRESS="10.0.0.1", ACCELERATE_CONFIG="fsdp2")
+    assert two.endswith(
+        "--num-processes 16 --accelerate-config fsdp2 --num-machines 2 --machine-rank 1 --main-address 10.0.0.1:29500\n"
+    )
     assert "MAIN_ADDRESS" in said(GPUS="1", NODES="2")
     assert subprocess.run([script], capture_output=True, env=environment).returncode == 2
 
@@ -420,8 +459,9 @@ def test_slurm_sbatch_starts_every_node_and_requeues_what_is_preempted(preempted
     environment = shell(
         tmp_path / "bin",
         scontrol='if [[ $1 == show ]]; then printf "node7\\nnode8\\n"; else echo "$@"; fi',
-        srun='shift; SLURM_NODEID=1 SLURM_GPUS_ON_NODE=4 exec "$@"',
-        accelerate='echo "$@"; exec sleep 30' if preempted else 'echo "$@"; exit 3',
+        srun=f'shift; echo $$ >{tmp_path}/steps; SLURM_NODEID=1 SLURM_GPUS_ON_NODE=4 exec "$@"',
+        scancel=f'[[ "$*" == "--signal=TERM 20001" ]] && kill -TERM "$(<{tmp_path}/steps)"',
+        **{"fire-llm": 'echo "$@"; exec sleep 30' if preempted else 'echo "$@"; exit 3'},
     )
     job = {"SLURM_JOB_ID": "20001", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[7-8]"}
     process = subprocess.Popen(
@@ -432,8 +472,8 @@ def test_slurm_sbatch_starts_every_node_and_requeues_what_is_preempted(preempted
         start_new_session=True,
     )
     started = process.stdout.readline()
-    assert started.startswith("launch --num_processes 8 --num_machines 2") and "--machine_rank 1" in started
-    assert "--main_process_ip node7 --main_process_port 20001" in started and "run r.yaml --arm a b" in started
+    assert started.startswith("run r.yaml --arm a b --num-processes 8 --num-machines 2 --machine-rank 1")
+    assert started.endswith("--main-address node7:20001\n")
     if preempted:
         process.send_signal(signal.SIGUSR1)
         assert "back into the queue" in process.stdout.readline()

@@ -267,6 +267,7 @@ def placed_otherwise(rank, world):
     results = {}
     for how, shape, placements in [
         ("columns", (4,), [Shard(1)]),
+        ("replicas of columns", (2, 2), [Replicate(), Shard(1)]),
         ("both", (2, 2), [Shard(0), Shard(1)]),
         ("replicated", (4,), [Replicate()]),
     ]:
@@ -290,8 +291,42 @@ def test_placements_without_a_plan_are_gathered_counted_and_warned_about(tmp_pat
         for how, (weights, kept, gathered, said) in results.items():
             assert kept
             assert all(torch.equal(weights[name], p) for name, p in state(model).items())
-            assert gathered == (0 if how == "replicated" else 14)
+            assert gathered == (14 if how == "both" else 0)
             assert len(said) == bool(gathered) and all(m.startswith("14 parameters are placed neither") for m in said)
+
+
+def by_plan(rank, world, folders):
+    from transformers import AutoModelForCausalLM
+
+    share_always()
+    results = []
+    for folder in folders:
+        model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
+        placements = {str(p.placements) for p in model.parameters() if hasattr(p, "placements")}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            report = fire_(model)
+        results.append((state(model), placements, report.gathered_whole, report.shared_by))
+    return results
+
+
+def test_tensor_parallel_models_are_reset_in_their_shards(tmp_path):
+    """Sizes that two ranks do not divide evenly; experts, of which a plan cuts one stack along its last axis."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"num_hidden_layers": 1, "vocab_size": 97, "num_local_experts": 3}
+    torch.manual_seed(0)
+    whole = [tiny_llama(), tiny_llama(intermediate_size=15), MixtralForCausalLM(MixtralConfig(**sizes))]
+    folders = [tmp_path / str(number) for number in range(len(whole))]
+    for model, folder in zip(whole, folders, strict=True):
+        model.save_pretrained(folder)
+        fire_(model)
+    for each in run_ranks(2, by_plan, tmp_path, folders):
+        for model, (weights, placements, gathered, shared) in zip(whole, each, strict=True):
+            strided = sum("Strided" in placement for placement in placements)  # gate and up of Mixtral's experts
+            assert {"(Shard(dim=0),)", "(Shard(dim=1),)"} <= placements and gathered == strided and shared == 2
+            assert all(torch.equal(weights[name], p) for name, p in state(model).items())
 
 
 # ---- what is refused, on every rank alike

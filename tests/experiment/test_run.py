@@ -15,7 +15,7 @@ import torch
 import yaml
 from support.ranks import run_ranks
 from support.runs import recipe_data, run_rank, weights
-from support.training import FSDP2, optimizer_state
+from support.training import FSDP2, HSDP, optimizer_state
 
 from fire_llm import UserError, load_recipe, run_recipe
 from fire_llm.core.atomic import checkpoints
@@ -151,11 +151,6 @@ def test_checkpoints_kept_and_the_start_they_give(finished, texts, tmp_path):
 
 
 # ---- several processes
-
-HSDP = {
-    **FSDP2, "ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
-    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
-}  # fmt: skip
 
 
 def run_on(world, texts, folder, environment=None, arms=(), **batch):

@@ -74,6 +74,11 @@ FSDP2 = {
     "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
 }  # fmt: skip
 
+HSDP = {
+    **FSDP2, "ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
+}  # fmt: skip
+
 
 def optimizer_state(checkpoint):
     """Return the optimizer's state in a checkpoint, whole, as `torch.optim` gives it."""
