@@ -56,7 +56,8 @@ class Launch:
     @property
     def machines(self) -> int:
         """Return the number of machines."""
-        return int(self.settings.get("num_machines") or 1)
+        given = self.settings.get("num_machines")
+        return 1 if given is None else int(given)
 
     @property
     def alone(self) -> bool:
@@ -101,6 +102,8 @@ def prepare(
         if not isinstance(processes, int) or processes < 1:
             raise UserError(f"'{config}' names no number of processes: give --num-processes N")
     launch = Launch(processes, settings)
+    if launch.machines < 1:
+        raise UserError(f"--num-machines {launch.machines}: at least 1 is needed")
     if processes % launch.machines:
         raise UserError(
             f"{processes} processes do not divide among the {launch.machines} machines of '{config}': "
@@ -155,8 +158,6 @@ def _check_keys(path: Path) -> None:
 def _check_machines(launch: Launch) -> None:
     """Refuse several machines that cannot meet."""
     rank, port = launch.settings.get("machine_rank") or 0, launch.settings.get("main_process_port")
-    if launch.machines < 1:
-        raise UserError(f"--num-machines {launch.machines}: at least 1 is needed")
     if not 0 <= int(rank) < launch.machines:
         raise UserError(
             f"--machine-rank {rank}: the {launch.machines} machine(s) count from 0 to {launch.machines - 1}; "

@@ -203,6 +203,8 @@ def memory_bytes(run: RunContext, count: int, at_rest: int, changes: Iterable[st
     assert run.sizes is not None
     tokens = sequences * run.sequence_length
     logits = tokens * run.sizes.vocabulary
+    shards = count if changes & {SHARDS, OFFLOAD} else 0
+    compiled = recipe.compile is not False and not shards
     return peak_bytes(
         run.sizes,
         Training(
@@ -211,11 +213,11 @@ def memory_bytes(run: RunContext, count: int, at_rest: int, changes: Iterable[st
             accumulated=passes > 1,
             narrow=recipe.precision == "bf16-params",
             checkpointed=checkpointed,
-            compiled=recipe.compile is not False,
+            compiled=compiled,
             at_rest=at_rest,
-            a_logit=8 if recipe.precision == "fp16" or recipe.compile is False else 4,
+            a_logit=4 if compiled and recipe.precision != "fp16" else 8,
             replicas=count > 1,
-            shards=count if changes & {SHARDS, OFFLOAD} else 0,
+            shards=shards,
             offload=OFFLOAD in changes,
             reduce_bytes=2 if recipe.reduce_precision == "bf16" else 4,
             sync_each_batch=recipe.sync_each_batch or SYNC in changes,

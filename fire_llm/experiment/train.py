@@ -49,6 +49,7 @@ from fire_llm.training import (
 from fire_llm.training.callbacks import initial_model
 from fire_llm.training.masking import check_document_mask
 from fire_llm.training.saving import resumption, verified
+from fire_llm.training.sharding import shards_asked
 from fire_llm.training.trackers import Tracked, reporting
 
 SPECTRA_WIDTH = 1024
@@ -278,7 +279,7 @@ def _arguments(stage: Stage, run: RunContext, folder: Path, steps: int) -> Conti
         bf16_params=precision == "bf16-params",
         fp16=precision == "fp16",
         **checkpointing(recipe.gradient_checkpointing),
-        torch_compile=torch.cuda.is_available() if recipe.compile == "auto" else recipe.compile,
+        torch_compile=torch.cuda.is_available() and not shards_asked() if recipe.compile == "auto" else recipe.compile,
         nonfinite=recipe.nonfinite,
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.accelerator.is_available(),

@@ -231,7 +231,7 @@ class ResetEntry(Record):
     )
     shared_by: int = Field(1, description="Most ranks that shared the work; 1 where each did all of it")
     gathered_whole: int = Field(
-        0, description="Parameters gathered whole on every rank, placed neither whole nor in shards of rows"
+        0, description="Parameters gathered whole on every rank, placed neither whole nor in shards along one axis"
     )
     optimizer_states_cleared: int | None = Field(None, description="Parameters whose optimizer state was cleared")
     touched: list[TensorEntry] = Field([], description="One entry a matrix or parameter that was changed")

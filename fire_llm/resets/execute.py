@@ -133,7 +133,7 @@ class ResetExecutor:
         self.gathered_whole = len(by_parameter)
         if by_parameter:
             warnings.warn(
-                f"{len(by_parameter)} parameters are placed neither whole nor in shards of rows (tensor parallelism?): "
+                f"{len(by_parameter)} parameters are placed neither whole nor in shards along one axis: "
                 "each was gathered whole on every rank, one at a time. FSDP2 or replicas share the work",
                 stacklevel=4,
             )

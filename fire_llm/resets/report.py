@@ -86,7 +86,7 @@ class ResetReport:
     shared_by: int = 1
     """Ranks among which the work was shared."""
     gathered_whole: int = 0
-    """Parameters that were gathered whole on every rank, their placement being neither whole nor in shards of rows."""
+    """Parameters that were gathered whole on every rank: placed neither whole nor in shards along one axis."""
     kept_unread: list[str] = field(default_factory=list)
     """Of a checkpoint on disk: stored tensors that the model's class does not load."""
     not_copied: list[str] = field(default_factory=list)

@@ -128,7 +128,7 @@ class MuonAdamW(torch.optim.Optimizer):
             if placement is None:
                 raise UserError(
                     f"Muon cannot train a matrix of shape {tuple(p.shape)} that is placed neither whole nor in shards "
-                    "of rows (tensor parallelism?): take adamw, or FSDP2 alone"
+                    "along one axis: take adamw, or FSDP2 alone"
                 )
             state = self.state[p]
             if "momentum_buffer" not in state:

@@ -47,10 +47,15 @@ def refuse_engines(args: Any) -> None:
     if _flag("ACCELERATE_USE_MEGATRON_LM"):
         raise UserError(ENGINES["MEGATRON_LM"])
     given = getattr(args, "fsdp_plugin_args", None)
-    if given is not None or _flag("ACCELERATE_USE_FSDP"):
+    if shards_asked(args):
         version = (given or {}).get("fsdp_version") or os.environ.get("FSDP_VERSION", "1")
         if int(version) != 2:
             raise UserError(ENGINES["FSDP1"])
+
+
+def shards_asked(args: Any = None) -> bool:
+    """Return whether the launcher, or a `Trainer`'s arguments, ask for FSDP."""
+    return getattr(args, "fsdp_plugin_args", None) is not None or _flag("ACCELERATE_USE_FSDP")
 
 
 def _flag(name: str) -> bool:
@@ -77,6 +82,11 @@ def sharding(trainer: Any) -> Iterator[None]:
     asked = _flag("ACCELERATE_USE_FSDP") and _flag("FSDP_ACTIVATION_CHECKPOINTING")
     if given.get("activation_checkpointing") or asked:
         raise UserError(f"FSDP's activation_checkpointing {CHECKPOINTED_ONCE}")
+    if trainer.args.torch_compile and shards_asked(trainer.args):
+        raise UserError(
+            "a model in shards (FSDP2) is not compiled here: evaluations read its parts outside of the compiled whole. "
+            "Set compile: false in the recipe (torch_compile=False in a Trainer's arguments), or train replicas"
+        )
     mesh = os.environ.pop(_MESH, None) if on_cpu else None
     try:
         yield

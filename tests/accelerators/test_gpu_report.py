@@ -71,6 +71,7 @@ def gpu_tests(record):
     """Run the tests for GPUs that the report runs dry, in this process."""
     os.chdir(ROOT)
     os.environ["FIRE_LLM_GPU_TESTS"] = "cpu"
+    sys.modules.pop("test_gpu", None)  # imported without it, where this process was forked from one that collected all
     sys.path.insert(0, str(SCRIPT.parent))
     chosen = importlib.import_module("gpu_report").TESTS
     os._exit(pytest.main([*chosen, f"--record={record}", f"--basetemp={record}.tmp", "-k", "singular_values"]))

@@ -77,8 +77,8 @@ def test_the_flags_are_frozen():
     assert flags == {
         "check": ["--schema", "--set"],
         "run": [
-            "--accelerate-config", "--arm", "--dry-run", "--grid", "--num-processes", "--output", "--report-to",
-            "--set", "--workers",
+            "--accelerate-config", "--arm", "--dry-run", "--grid", "--machine-rank", "--main-address", "--num-machines",
+            "--num-processes", "--output", "--report-to", "--set", "--workers",
         ],
         "apply": [
             "--context", "--device", "--dry-run", "--dtype", "--exclude", "--include", "--init", "--iterations",
@@ -93,10 +93,13 @@ def test_the_flags_are_frozen():
             "--per-document", "--prefix", "--split", "--stride", "--tasks",
         ],
         "report": ["--markdown", "--output", "--schema"],
-        "demo": ["--accelerate-config", "--num-processes", "--output", "--report-to", "--set", "--workers"],
+        "demo": [
+            "--accelerate-config", "--machine-rank", "--main-address", "--num-machines", "--num-processes", "--output",
+            "--report-to", "--set", "--workers",
+        ],
         "sweep": [
-            "--accelerate-config", "--arm", "--dry-run", "--grid", "--num-processes", "--output", "--report-to",
-            "--set", "--workers",
+            "--accelerate-config", "--arm", "--dry-run", "--grid", "--machine-rank", "--main-address", "--num-machines",
+            "--num-processes", "--output", "--report-to", "--set", "--workers",
         ],
     }  # fmt: skip
 

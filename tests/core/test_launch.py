@@ -166,7 +166,9 @@ def test_several_machines(asked, tmp_path, monkeypatch):
     assert main(["run", "demo", "--num-processes", "4", *given, "--output", str(tmp_path / "out")]) == 0
     args, _, environment = asked[0]
     assert args.training_script_args == ["run", "demo", f"--output={tmp_path / 'out'}"]
-    assert (args.num_processes, args.num_machines, args.machine_rank) == (4, 2, 1) and not args.standalone
+    assert (args.num_processes, args.num_machines, args.machine_rank) == (4, 2, 1) and not getattr(
+        args, "standalone", False
+    )
     assert (args.main_process_ip, args.main_process_port) == ("10.0.0.1", 29500)
     assert environment["GLOO_SOCKET_IFNAME"] == "eth7" and args.rdzv_conf == "timeout=600"
 

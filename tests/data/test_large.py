@@ -21,13 +21,13 @@ BILLIONS = 6_000_000_000
 CONTEXT = 1024
 
 
-def token_file(folder: Path, ends: list[int]) -> TokenFile:
-    """Write a small token file and open it."""
+def token_file(folder: Path, ends: list[int]) -> Path:
+    """Write a small token file."""
     folder.mkdir(parents=True)
     np.arange(ends[-1], dtype=np.uint16).tofile(folder / "tokens.bin")
     np.array([[end, 0, 0] for end in ends], dtype=np.uint64).tofile(folder / "documents.bin")
     seal(folder, {"dtype": "uint16", "n_tokens": ends[-1], "n_bytes": 0, "n_words": 0, "n_documents": len(ends)})
-    return TokenFile.open(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +115,10 @@ def test_hundreds_of_parts_are_mixed_whatever_files_a_process_may_hold_open(samp
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < 2000:
         pytest.skip("this process may not hold as many files open")
+    folders = [token_file(tmp_path / f"{n:03d}", [40, 100 + n]) for n in range(300)]
     resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
     try:
-        parts = {f"part-{n:03d}": token_file(tmp_path / f"{n:03d}", [40, 100 + n]) for n in range(300)}
+        parts = {f"part-{folder.name}": TokenFile.open(folder) for folder in folders}
         weights = {name: file.n_tokens for name, file in parts.items()}
         mixture = Mixture(parts, weights, context=16, seed=1, phase="p", sampling=sampling, document_positions=True)
         drawn = [mixture.locate(i) for i in range(5_000)]

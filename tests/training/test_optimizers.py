@@ -222,29 +222,34 @@ def normal(seed):
 
 
 def in_shards(rank, world, mesh_shape):
-    """Step on matrices in shards, of fewer rows than ranks too; then try a placement that has no plan."""
+    """Step on matrices in shards of rows, of fewer than ranks too, then of columns; then try one that has no plan."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", mesh_shape)
 
     def placed(tensor, dim=0):
         return distribute_tensor(tensor, mesh, [Replicate()] * (len(mesh_shape) - 1) + [Shard(dim)])
 
-    matrices, vector = [nn.Parameter(placed(m)) for m in normal(99)], nn.Parameter(placed(torch.ones(4)))
-    optimizer = MuonAdamW(matrices, [{"params": [vector], "weight_decay": 0.0}], lr=0.02, fused=True)
-    for step in range(4):
-        for p, gradient in zip([*matrices, vector], [*normal(step), torch.ones(4)], strict=True):
-            p.grad = placed(gradient)
-        optimizer.step()
+    vector, stepped = nn.Parameter(placed(torch.ones(4))), []
+    for dim in (0, 1):
+        matrices = [nn.Parameter(placed(m, dim)) for m in normal(99)]
+        optimizer = MuonAdamW(matrices, [{"params": [vector], "weight_decay": 0.0}], lr=0.02, fused=True)
+        for step in range(4):
+            for p, gradient in zip(matrices, normal(step), strict=True):
+                p.grad = placed(gradient, dim)
+            vector.grad = placed(torch.ones(4))
+            optimizer.step()
+        stepped += [m.full_tensor() for m in matrices]
     told = ""
-    wide = nn.Parameter(placed(torch.ones(4, 4), dim=1))
-    wide.grad = placed(torch.ones(4, 4), dim=1)
+    summed, gradient = (DTensor.from_local(torch.ones(4, 4), mesh, [Partial()] * len(mesh_shape)) for _ in range(2))
+    summed = nn.Parameter(summed)
+    summed.grad = gradient
     try:
-        MuonAdamW([wide], [{"params": [vector]}], lr=0.02).step()
+        MuonAdamW([summed], [{"params": [vector]}], lr=0.02).step()
     except UserError as error:
         told = str(error)
-    return [m.full_tensor() for m in matrices], told
+    return stepped, told
 
 
 @pytest.mark.parametrize(("world", "mesh"), [(2, (2,)), (4, (2, 2))], ids=["fsdp2", "hsdp"])
@@ -256,8 +261,8 @@ def test_shards_are_stepped_as_whole_matrices_are(world, mesh, tmp_path):
             p.grad = gradient
         muon.step()
     for ours, told in run_ranks(world, in_shards, tmp_path, mesh):
-        assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-7) for a, b in zip(ours, matrices, strict=True))
-        assert "shape (4, 4) that is placed neither whole nor in shards of rows" in told
+        assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-7) for a, b in zip(ours, matrices * 2, strict=True))
+        assert "shape (4, 4) that is placed neither whole nor in shards along one axis" in told
 
 
 def trained(rank, world, folder, environment, resume):

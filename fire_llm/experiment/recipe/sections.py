@@ -306,7 +306,9 @@ class Recipe(_Section):
         description="Add gradients up over the ranks after each forward pass, not once a step: FSDP2 holds shards of "
         "them in place of whole ones",
     )
-    compile: Literal["auto", True, False] = Field("auto", description="Use torch.compile; auto: on CUDA alone")
+    compile: Literal["auto", True, False] = Field(
+        "auto", description="Use torch.compile; auto: on CUDA alone, and not for a model in shards"
+    )
     nonfinite: Literal["halt", "skip"] = Field(
         "halt", description="Where a loss or gradient is not finite: stop before the step, or leave it out and count it"
     )
