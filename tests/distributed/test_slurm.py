@@ -45,7 +45,7 @@ def again(cluster: Slurm, job: str) -> None:
     cluster.wait(job, "PENDING")
     while cluster.ask("scontrol", "update", f"JobId={job}", "StartTime=now").returncode:
         time.sleep(0.5)  # it is still ending
-    cluster.wait(job, "RUNNING")
+    cluster.wait(job, "RUNNING", "COMPLETED")
 
 
 STAND_IN = """#!/bin/bash
