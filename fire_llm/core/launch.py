@@ -167,6 +167,9 @@ def _check_machines(launch: Launch) -> None:
         raise UserError(f"--num-machines {launch.machines} needs --main-address: where all find the first machine")
     if launch.machines > 1 and port is not None and not 0 < int(port) < 1 << 16:
         raise UserError(f"--main-address: port {port} is none; 1 to 65535 are, and 29500 where none is given")
+    meeting = os.environ.get(MEET_SECONDS, "600")
+    if launch.machines > 1 and not (meeting.isdecimal() and int(meeting)):
+        raise UserError(f"{MEET_SECONDS}={meeting}: it must be a whole number of seconds, at least 1")
 
 
 def _check_mesh(launch: Launch, config: str | None) -> None:

@@ -25,7 +25,6 @@ from fire_llm.core.launch import report_failure
 LOST_SECONDS = "FIRE_LLM_LOST_SECONDS"
 """Environment variable: for how many seconds nothing may be heard of a rank on another machine."""
 
-_KEY = "fire_llm/presence"
 _LEFT = "left"
 
 
@@ -60,10 +59,13 @@ class Presence(threading.Thread):
         self.seconds, self.rank, self.world = seconds, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.gone = threading.Event()
         self.counts: dict[int, tuple[str, float]] = {}
+        self.looked = time.monotonic()
+        # Ranks that a launcher starts again find the store, and what was said in it, as the ones before left it.
+        self.key = f"fire_llm/presence/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         self.store: Any = dist.TCPStore(  # type: ignore[attr-defined]
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=seconds)
         )
-        self.store.set(f"{_KEY}/{self.rank}", self._sign(0))
+        self.store.set(f"{self.key}/{self.rank}", self._sign(0))
 
     def run(self) -> None:
         """Give signs of life and look for those of others, until `leave` is called."""
@@ -77,7 +79,7 @@ class Presence(threading.Thread):
             late.daemon = True
             late.start()
             try:
-                self.store.set(f"{_KEY}/{self.rank}", self._sign(number))
+                self.store.set(f"{self.key}/{self.rank}", self._sign(number))
                 lost = self._lost()
             except RuntimeError:
                 lost = f"the first machine ({os.environ['MASTER_ADDR']}) is gone, or the network to it"
@@ -91,7 +93,7 @@ class Presence(threading.Thread):
             self.gone.set()
             self.join(self.seconds)
             with suppress(RuntimeError):  # nobody is there to miss it
-                self.store.set(f"{_KEY}/{self.rank}", _LEFT)
+                self.store.set(f"{self.key}/{self.rank}", _LEFT)
 
     def _end(self, message: str) -> None:
         report_failure(1, message, ask=False)
@@ -103,19 +105,22 @@ class Presence(threading.Thread):
     def _lost(self) -> str | None:
         """Return who is lost, as the first rank finds it; what the first rank said, or that it is lost, elsewhere."""
         if self.rank:
-            if self.store.check([f"{_KEY}/lost"]):
-                return str(self.store.get(f"{_KEY}/lost").decode())
+            if self.store.check([f"{self.key}/lost"]):
+                return str(self.store.get(f"{self.key}/lost").decode())
             return _silence(self._silent([0]), self.seconds)
         lost = _silence(self._silent(range(1, self.world)), self.seconds)
         if lost:
-            self.store.set(f"{_KEY}/lost", lost)
+            self.store.set(f"{self.key}/lost", lost)
         return lost
 
     def _silent(self, ranks: Any) -> Mapping[int, str]:
         """Return the ranks of whom nothing is new for too long, and their machines."""
         now, silent = time.monotonic(), {}
+        if now - self.looked > self.seconds / 2:  # this process stood still: the others may have done so with it
+            self.counts.clear()
+        self.looked = now
         for rank in ranks:
-            key = f"{_KEY}/{rank}"
+            key = f"{self.key}/{rank}"
             count = self.store.get(key).decode() if self.store.check([key]) else "0 ?"
             known, since = self.counts.get(rank, (None, now))
             if count != known:

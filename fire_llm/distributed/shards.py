@@ -8,6 +8,7 @@ Torch says who writes what (of replicas, one) and which part lies where. No pick
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -57,6 +58,12 @@ class _Writer(HuggingFaceStorageWriter):
 
     def finish(self, metadata: Any, results: Any) -> None:
         self.hashes = dict(file for rank in results for file in rank)
+        for file in self.hashes:
+            if not file.is_file():
+                raise UserError(
+                    f"'{file}' was written by a rank on another machine and is not to be seen here: choose an output "
+                    "folder that every machine has, on a file system that they share"
+                )
 
 
 def write_shards(tensors: Mapping[str, Tensor], folder: Path, group: Any) -> dict[Path, str]:
@@ -123,9 +130,19 @@ def whole_tensors(folder: Path, scratch: Path | None = None) -> dict[str, Tensor
             whole[name] = torch.empty(shape, dtype=dtype)
         else:
             scratch.mkdir(exist_ok=True)
-            whole[name] = torch.from_file(str(scratch / str(number)), True, shape.numel(), dtype=dtype).view(shape)
+            _reserve(file := scratch / str(number), shape.numel() * dtype.itemsize)
+            whole[name] = torch.from_file(str(file), True, shape.numel(), dtype=dtype).view(shape)
     read_shards(whole, folder)
     return whole
+
+
+def _reserve(file: Path, size: int) -> None:
+    """Make a file that has its place on the disk: a write to memory that stands for one without ends the process."""
+    with file.open("wb") as opened:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(opened.fileno(), 0, size)
+        else:
+            opened.truncate(size)
 
 
 def _refuse_incomplete(folder: Path) -> None:

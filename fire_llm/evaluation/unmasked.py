@@ -37,7 +37,8 @@ def needs_no_mask(model: Any, context: int, part: nn.Module | None = None, root:
         model: A causal LM of transformers; left as it was found.
         context: Tokens of a text.
         part: Its trunk, where that can be run alone and saves the logits.
-        root: Of a model in shards, what FSDP2 gathers first: the model, or torch.compile's wrapper around it.
+        root: Of a model in shards, what FSDP2 gathers first: the model, or torch.compile's wrapper around it. Ranks
+            look together, each at the first length that it asks for; of another length the answer is False.
 
     Returns:
         False too where its attention is not SDPA, where its forward pass fails, or for shards without a known trunk.
@@ -49,6 +50,8 @@ def needs_no_mask(model: Any, context: int, part: nn.Module | None = None, root:
         return False
     known = _KNOWN.setdefault(model, {})
     if context not in known:
+        if root is not None and known:  # ranks would gather shards for lengths that others have seen, or have not
+            return False
         with evaluating(model):
             known[context] = _look(model, configs, context, part or model, root)
     return known[context]

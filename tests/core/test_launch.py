@@ -160,7 +160,7 @@ def test_replicas_on_cpus(asked, tmp_path, monkeypatch):
     assert dict(os.environ) == before
 
 
-def test_several_machines(asked, tmp_path, monkeypatch):
+def test_several_machines(asked, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fire_llm.core.launch._interface_to", {"10.0.0.1": "eth7"}.get)
     given = ["--num-machines", "2", "--machine-rank", "1", "--main-address", "10.0.0.1"]
     assert main(["run", "demo", "--num-processes", "4", *given, "--output", str(tmp_path / "out")]) == 0
@@ -171,6 +171,9 @@ def test_several_machines(asked, tmp_path, monkeypatch):
     )
     assert (args.main_process_ip, args.main_process_port) == ("10.0.0.1", 29500)
     assert environment["GLOO_SOCKET_IFNAME"] == "eth7" and args.rdzv_conf == "timeout=600"
+    monkeypatch.setenv("FIRE_LLM_MEET_SECONDS", "soon")
+    assert main(["run", "demo", "--num-processes", "4", *given, "--output", str(tmp_path / "out")]) == 2
+    assert "FIRE_LLM_MEET_SECONDS=soon: it must be a whole number of seconds" in capsys.readouterr().err
 
 
 def test_machines_that_do_not_meet_are_told(monkeypatch, capsys, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 from support.ranks import run_ranks
@@ -44,6 +45,43 @@ def test_a_rank_that_falls_silent_ends_the_others_and_one_that_leaves_does_not(h
     told = json.loads((tmp_path / "silent-0.json").read_text())
     assert told["code"] == 1 and told["message"].startswith("nothing was heard of rank 1 (on ")
     assert "for 1 s: the machine or the network to it is gone" in told["message"]
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Make two ranks in this process, whose clock is set by hand; nothing runs beside the test."""
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    clock = [1000.0]
+    monkeypatch.setattr("fire_llm.distributed.presence.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    given = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+
+    def rank(number, restarts="0"):
+        for name, value in {**given, "RANK": str(number), "TORCHELASTIC_RESTART_COUNT": restarts}.items():
+            monkeypatch.setenv(name, value)
+        return Presence(60.0)
+
+    yield rank, clock
+    del store  # it serves until then
+
+
+def test_processes_that_stood_still_together_do_not_miss_each_other(alone):
+    """As where a scheduler suspends a job: who wakes first finds nothing new of the others."""
+    rank, clock = alone
+    both = [rank(0), rank(1)]
+    for _ in range(3):
+        clock[0] += 10
+        assert [one._lost() for one in both] == [None, None]
+    clock[0] += 3600
+    assert [one._lost() for one in both] == [None, None]
+    for _ in range(6):
+        clock[0] += 10
+        assert both[0]._lost() is None
+    clock[0] += 10
+    assert "nothing was heard of rank 1 (on " in both[0]._lost()
+    assert "nothing was heard of rank 1 (on " in both[1]._lost()
+    assert rank(1, restarts="1")._lost() is None  # of ranks that were started again, nothing was said yet
 
 
 @pytest.mark.parametrize("given", ["0", "-3", "soon", "inf"])

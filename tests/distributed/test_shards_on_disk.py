@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.ranks import Raised, run_ranks
 
 from fire_llm import UserError
@@ -68,3 +73,37 @@ def test_what_some_ranks_wrote_others_and_one_process_read(tmp_path):
     (replicas / "shard-00001-of-00003.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="those of several checkpoints"):
         stored_shards(replicas)
+
+
+def test_memory_that_stands_for_a_full_disk_is_never_written_to(tmp_path, monkeypatch):
+    """A write there is no error but the end of the process, by SIGBUS."""
+    places = json.dumps({"w": {"saved_offsets": [0]}})
+    folder, scratch = tmp_path / "shards", tmp_path / "scratch"
+    folder.mkdir()
+    wanted = torch.arange(4096.0)
+    save_file({"w": wanted}, folder / "shard-00001-of-00001.safetensors", {"DCP_SHARDING_INFO": places})
+    assert torch.equal(whole_tensors(folder, scratch)["w"], wanted)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        whole_tensors(folder, scratch)
+
+
+def write_elsewhere(rank, world, folder):
+    import torch.distributed as dist
+
+    from fire_llm.distributed import cpu_group
+    from fire_llm.distributed.shards import write_shards
+
+    (folder / str(rank)).mkdir(parents=True)
+    os.chdir(folder / str(rank))
+    write_shards(in_places((world,), wanted()), Path("out"), cpu_group(dist.group.WORLD, "test"))
+
+
+def test_a_part_that_the_first_rank_cannot_see_is_refused_by_all(tmp_path):
+    """As where each machine has a disk of its own under one name."""
+    for told in run_ranks(2, write_elsewhere, tmp_path, tmp_path / "out"):
+        assert "shard-00002-of-00002.safetensors' was written by a rank on another machine" in told, told

@@ -10,7 +10,7 @@ import torch
 from support.memory import Exchanged, cut, peak_bytes
 from support.models import tiny_gpt2, tiny_llama
 from support.ranks import Raised, run_ranks
-from support.training import ACCUMULATION, FSDP2, Samples, arguments, losses
+from support.training import ACCUMULATION, FSDP2, Samples, arguments, losses, train
 from transformers import TrainerCallback
 
 from fire_llm import ContinualTrainer, UserError
@@ -97,6 +97,25 @@ def agrees(shards, one, near=1e-5):
         assert float((shards["gradients"][name] - gradient).norm()) <= 3 * near * float(gradient.norm()), name
     assert 1 < shards["rows"] <= 7 < one["rows"]  # of the 16 of a micro-batch, and of whole sequences
     assert shards["evaluated"][0] == 1 and shards["evaluated"][1] > 64
+
+
+class Lengths(Samples):
+    """Give samples of several lengths, which no padding makes equal."""
+
+    def __getitem__(self, i):
+        return {name: tensor[: (16, 12, 9, 16, 5)[i % 5]] for name, tensor in super().__getitem__(i).items()}
+
+
+def of_lengths(rank, world, folder, environment):
+    os.environ.update(environment, LOCAL_WORLD_SIZE=str(world))
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4 // world, "max_steps": 3}
+    return losses(train(tiny_gpt2(), folder, data=Lengths(), save_strategy="no", **settings))
+
+
+def test_ranks_whose_samples_differ_in_length_gather_the_same(tmp_path):
+    one = of_lengths(0, 1, tmp_path / "one", {})
+    found = run_ranks(2, of_lengths, tmp_path, tmp_path / "two", FSDP2, seconds=60)
+    assert found[0] == found[1] == pytest.approx(one, abs=1e-5), found
 
 
 MASKED = {"data": Masked(), "labels_shifted": True}
