@@ -41,6 +41,9 @@ MEET_SECONDS = "FIRE_LLM_MEET_SECONDS"
 _SIOCGIFADDR = 0x8915
 """Linux: ask for the address of a network interface."""
 
+_ELSEWHERE = "192.0.2.1"
+"""An address of no machine (RFC 5737): the way to it is the default route."""
+
 _KINDS = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU", "MULTI_MLU", "MULTI_HPU", "FSDP")
 
 
@@ -314,14 +317,17 @@ def _interface_to(address: str) -> str | None:
     import fcntl
     import socket
 
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
-        probe.connect((address, 9))  # sends nothing
-        own = socket.inet_aton(probe.getsockname()[0])
-        for _, name in socket.if_nameindex():
-            with suppress(OSError):  # one without an address
-                asked = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, name.encode()[:15].ljust(256, b"\0"))
-                if asked[20:24] == own:
-                    return name
+    for target in (address, _ELSEWHERE):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+            probe.connect((target, 9))  # sends nothing
+            own = probe.getsockname()[0]
+            if own.startswith("127.") and not address.startswith("127."):
+                continue  # this machine's own name, which the others read as another address
+            for _, name in socket.if_nameindex():
+                with suppress(OSError):  # one without an address
+                    asked = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, name.encode()[:15].ljust(256, b"\0"))
+                    if asked[20:24] == socket.inet_aton(own):
+                        return name
     return None
 
 

@@ -176,6 +176,13 @@ def test_several_machines(asked, tmp_path, monkeypatch, capsys):
     assert "FIRE_LLM_MEET_SECONDS=soon: it must be a whole number of seconds" in capsys.readouterr().err
 
 
+def test_the_interface_is_one_that_other_machines_can_reach():
+    from fire_llm.core.launch import _interface_to
+
+    assert _interface_to("127.0.0.1") == "lo"  # asked for
+    assert _interface_to("localhost") != "lo"  # what a machine calls itself
+
+
 def test_machines_that_do_not_meet_are_told(monkeypatch, capsys, tmp_path):
     import accelerate.commands.launch as accelerate
     from torch.distributed import DistStoreError
