@@ -31,10 +31,12 @@ def whole(tmp_path_factory):
     What is killed finds a filled cache, but for one that is killed while it tokenises.
     """
     folder = tmp_path_factory.mktemp("whole")
-    path, filled, done = quick_recipe(folder, ranks=2), folder / "cache", {}
+    filled, done = folder / "cache", {}
 
     def of(world: int, asynchronous: bool = False, tokenising: bool = False, environment: Any = None):
-        key = world, asynchronous, tokenising, environment is not None
+        key, place = (world, asynchronous, tokenising, environment is not None), folder / f"of-{max(2, world)}"
+        place.mkdir(exist_ok=True)
+        path = quick_recipe(place, ranks=max(2, world))
         if not filled.exists():
             codes, said, _ = run(1, folder / "said", path, folder / "first", filled)
             assert codes == [0], said
