@@ -219,7 +219,7 @@ def _find(name: str, setting: str, patterns: Files, root: Path) -> list[Path]:
             else [p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file() or is_saved_dataset(p)]
         )
         if not matches:
-            siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            siblings = [p.name for p in path.parent.iterdir() if p != path] if path.parent.is_dir() else []
             what = "no file matches" if glob.has_magic(pattern) else "there is no file"
             raise UserError(
                 f"corpus '{name}': {what} '{pattern}' (looked in {path.parent}).{did_you_mean(path.name, siblings)}"
