@@ -18,7 +18,15 @@ from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.core.hashing import digest
 from fire_llm.data import partition
 from fire_llm.data.cache import content_hashes, reporting
-from fire_llm.data.formats import Pretokenized, files_of, holds_ids, is_saved_dataset, saved_splits, split_folders
+from fire_llm.data.formats import (
+    Pretokenized,
+    files_of,
+    holds_ids,
+    index_of,
+    is_saved_dataset,
+    saved_splits,
+    split_folders,
+)
 from fire_llm.data.partition import HEADING, Limited, Range, cut_lines, cut_rows, grouped
 from fire_llm.data.spec import Corpus, CorpusSpec, Files, Part, held_out, setting
 
@@ -211,18 +219,24 @@ def _find(name: str, setting: str, patterns: Files, root: Path) -> list[Path]:
             else [p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file() or is_saved_dataset(p)]
         )
         if not matches:
-            siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            siblings = [p.name for p in path.parent.iterdir() if p != path] if path.parent.is_dir() else []
             what = "no file matches" if glob.has_magic(pattern) else "there is no file"
             raise UserError(
                 f"corpus '{name}': {what} '{pattern}' (looked in {path.parent}).{did_you_mean(path.name, siblings)}"
             )
-        # Of Megatron's pair, one name stands for both.
-        found.update(
-            (m.with_suffix(".bin") if m.suffix == ".idx" and m.with_suffix(".bin").exists() else m).resolve()
-            for m in matches
-        )
+        for match in matches:
+            # Of Megatron's pair, one name stands for both.
+            data = match.with_suffix(".BIN" if match.suffix.isupper() else ".bin")
+            pair = match.suffix.lower() in (".bin", ".idx") and data.exists()
+            real, index = (data if pair else match).resolve(), index_of(data)
+            if pair and os.path.lexists(index) and index.resolve() != index_of(real):
+                raise UserError(
+                    f"corpus '{name}': '{data}' and '{index.name}' are links to files that do not lie side by side "
+                    f"under one name, '{real}' and '{index.resolve()}'. Name the files, side by side"
+                )
+            found.add(real)
     for path in sorted(found):
-        if path.suffix == ".idx":
+        if path.suffix.lower() == ".idx":
             raise UserError(f"corpus '{name}': there is no '{path.stem}.bin' beside '{path.name}'. Fetch it too.")
         if not file_kind(path)[0] and not holds_ids(path):
             raise UserError(

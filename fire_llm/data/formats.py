@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -93,7 +94,7 @@ def saved_splits(path: Path) -> dict[str, Path]:
         return {}
     try:
         splits = json.loads(read_file(path / SAVED_SPLITS))["splits"]
-        return {str(name): path / str(name) for name in splits}
+        return {_plain(name): path / name for name in splits}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"'{path / SAVED_SPLITS}' is damaged ({error}): save the data set again") from error
 
@@ -112,6 +113,18 @@ def split_folders(path: Path) -> tuple[Path, Path | None]:
     return splits["train"], splits.get("validation")
 
 
+def index_of(path: Path) -> Path:
+    """Return where the index of a .bin of Megatron's lies, whether it is there or not."""
+    return path.with_suffix(".IDX" if path.suffix.isupper() else ".idx")
+
+
+def _plain(name: str) -> str:
+    """Return the name of something in a folder; one that leads out of it is refused."""
+    if Path(name).name != name:
+        raise ValueError(f"{name!r} is no name")
+    return name
+
+
 def files_of(path: Path) -> list[Path]:
     """Return the files whose content the ids of a path are, in a fixed order.
 
@@ -119,14 +132,14 @@ def files_of(path: Path) -> list[Path]:
         UserError: a saved data set is damaged, or something stands in it where a file belongs.
     """
     if not path.is_dir():
-        index = path.with_suffix(".idx")
-        return [path, index] if index.exists() else [path]
+        index = index_of(path)
+        return [path, SourceFile.of(index).path] if os.path.lexists(index) else [path]
     refuse_irregular(path)
     try:
-        names = [str(entry["filename"]) for entry in json.loads(read_file(path / SAVED))["_data_files"]]
+        names = [_plain(entry["filename"]) for entry in json.loads(read_file(path / SAVED))["_data_files"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"'{path / SAVED}' is damaged ({error}): save the data set again") from error
-    return [path / SAVED, *(path / Path(name).name for name in names)]
+    return [path / SAVED, *(path / name for name in names)]
 
 
 def read_source(path: Path, vocabulary: int, dtype: str | None = None, column: str | None = None) -> Source:
@@ -143,17 +156,17 @@ def read_source(path: Path, vocabulary: int, dtype: str | None = None, column: s
     """
     if path.is_dir():
         return Source(path, column=column or COLUMN)
-    index = path.with_suffix(".idx")
-    if index.exists():
-        return _indexed(path, index)
+    index = index_of(path)
+    if os.path.lexists(index):
+        return _agreeing(_indexed(path, index), dtype)
     file = SourceFile.of(path)
     with file.opened() as reader:
         head = reader.read(4 * _HEADER)
     if not head:
         raise UserError(f"'{path}' is empty: write its tokens again")
-    header = np.frombuffer(head, "<i4") if len(head) == 4 * _HEADER else np.zeros(_HEADER, "<i4")
+    header = np.frombuffer(head.ljust(4 * _HEADER, b"\0"), "<i4")
     if int(header[0]) in _LLM_C:
-        return _with_header(file, header)
+        return _agreeing(_with_header(file, header), dtype)
     if int(header[0]) == _LLM_C_EXAMPLES:
         raise UserError(f"'{path}' holds the examples of an evaluation of llm.c, which are no text: name another file")
     after = file.size - 4 * _HEADER
@@ -191,6 +204,13 @@ def mapped(path: Path, dtype: str, shape: tuple[int, ...], offset: int = 0) -> A
         return np.memmap(path, kind, "r", offset, shape)
 
 
+def _agreeing(source: Source, dtype: str | None) -> Source:
+    """Return a source whose file says its dtype, which no other setting may contradict."""
+    if dtype not in (None, source.dtype):
+        raise UserError(f"'{source.path}' says that its tokens are {source.dtype}, and 'dtype' is {dtype}: remove it")
+    return source
+
+
 def _raw(file: SourceFile, dtype: str, vocabulary: int, head: bytes) -> Source:
     """Return the ids of a file that holds nothing else."""
     size = np.dtype(dtype).itemsize
@@ -219,8 +239,8 @@ def _with_header(file: SourceFile, header: Array) -> Source:
         )
     if count < 1 or after != count * np.dtype(dtype).itemsize:
         raise UserError(
-            f"'{file}' says that it holds {count:,} tokens ({dtype}), and {after:,} bytes follow: it is cut short, or "
-            "its header is wrong. Fetch it or write its tokens again"
+            f"'{file}' says that it holds {count:,} tokens ({dtype}), and {max(after, 0):,} bytes follow: it is "
+            "cut short, or its header is wrong. Fetch it or write its tokens again"
         )
     return Source(file.path, dtype, 4 * _HEADER, count)
 
@@ -348,7 +368,9 @@ class Stretches:
     ndim = 1
 
     def __init__(self, arrays: Sequence[Array], spans: Array) -> None:
-        self._arrays = [np.asarray(array) for array in arrays]  # plain views: a slice costs a tenth of a memmap's
+        plain = map(np.asarray, arrays)  # views: a slice costs a tenth of a memmap's
+        # Beside signed ones, uint64 would become floating-point numbers; no id needs its last bit.
+        self._arrays = [array.view(np.int64) if array.dtype == np.uint64 else array for array in plain]
         self._limits = np.cumsum([0, *map(len, self._arrays)], dtype=np.int64)
         self.spans = np.asarray(spans, dtype=np.int64).reshape(-1, 2)
         self._ends = np.cumsum(self.spans[:, 1] - self.spans[:, 0])

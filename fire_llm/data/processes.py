@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,12 @@ from fire_llm.data.writing import META, write_tokens
 
 MANIFEST = "manifest.json"
 _KINDS: dict[str, Any] = {"files": FileParts, "hub": HubParts}
-_PACKAGES = str(Path(__file__).parents[2])
-"""Where fire_llm lies: a program may have found it by a path of its own."""
 _PROGRAM = (
-    "import sys; sys.path.append(sys.argv.pop(1)); "
+    "import sys, os; sys.path[:] = sys.argv.pop(1).split(os.pathsep); "
+    "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
     "from fire_llm.data.processes import main; raise SystemExit(main(*sys.argv[1:]))"
 )
+"""Modules come from where who starts it has them, not from the current folder; Ctrl-C is for who starts it."""
 
 
 @dataclass(frozen=True)
@@ -86,15 +87,24 @@ class Job:
                 raise UserError(f"'{place}' is gone: {again}")
         return places
 
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """Say how the corpus is cut, as plain data."""
+        parts = [self.parts.cut(part) for part in self.plan]
+        return dict(json.loads(json.dumps({"split": self.split, "parts": parts, **self.common})))
+
+    def settled(self) -> bool:
+        """Return whether the folder's parts are cut as these are."""
+        path = self.folder / MANIFEST
+        return path.exists() and read_json(path, f"delete '{self.folder}'") == self.manifest
+
     def settle(self) -> None:
         """Write down how the corpus is cut, or compare: what was cut in another way is deleted."""
-        manifest = {"split": self.split, "parts": [self.parts.cut(part) for part in self.plan], **self.common}
         with held(self.folder / ".lock", wait=True):
-            path = self.folder / MANIFEST
-            if not path.exists() or read_json(path, f"delete '{self.folder}'") != json.loads(json.dumps(manifest)):
+            if not self.settled():
                 for place in self.folder.glob("part-*"):
                     remove(place)
-                write_json(path, manifest)
+                write_json(self.folder / MANIFEST, self.manifest)
 
 
 def tokenize_parts(job: Job, encoder: Encoder, processes: int, advance: Callable[[int, int], object]) -> None:
@@ -128,7 +138,7 @@ def tokenize_parts(job: Job, encoder: Encoder, processes: int, advance: Callable
     file = job.folder / f".job-{secrets.token_hex(4)}.json"
     write_json(file, json.loads(json.dumps(instructions, default=str)))
     inherited = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", _PROGRAM, _PACKAGES, str(file)]
+    command = [sys.executable, "-c", _PROGRAM, os.pathsep.join(sys.path), str(file)]
     started: list[subprocess.Popen[bytes]] = []
     pool = ThreadPoolExecutor(processes)
     told = threading.Lock()
@@ -168,6 +178,11 @@ def work(job: Job, encoder: Encoder, advance: Callable[[int, int], object]) -> N
                         write_tokens(partial, texts, encoder, job.common, advance)
                         read = {path: job.states[path] for path in job.parts.files(part)}
                         refuse_changed(f"corpus '{job.common['corpus']}'", read)
+                        if not job.settled():
+                            raise UserError(
+                                f"another command cuts corpus '{job.common['corpus']}' in another way, below "
+                                f"'{job.folder}': it is of another version or revision. Wait until it is done"
+                            )
 
 
 def _listen(process: subprocess.Popen[bytes], advance: Callable[[int, int], object]) -> None:
@@ -190,7 +205,6 @@ def main(instructions: str) -> int:
     Args:
         instructions: file of JSON.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who started this
     end_with(sys.stdin.fileno())
     pipe, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no message of this one
 

@@ -251,7 +251,8 @@ def tokenize_corpus(
     if processes is None:
         processes = 1 if launched() else cores()
     encoder = Encoder(tokenizer)
-    identity = json.dumps([corpus.fingerprint, split, encoder.identity, end, FORMAT_VERSION])
+    first = [tokenizer.bos_token_id] if corpus.pretokenized else []  # which may separate documents
+    identity = json.dumps([corpus.fingerprint, split, encoder.identity, end, FORMAT_VERSION, *first])
     label = re.sub(r"[^A-Za-z0-9._-]+", "-", corpus.name).strip("-.")[:60]
     folder = cache_folder(cache) / f"{label}-{split}-{digest(identity, 8)}"
     of = {"fingerprint": corpus.fingerprint, "split": split, "tokenizer": encoder.identity, "end_of_text": end}

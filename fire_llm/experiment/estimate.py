@@ -135,7 +135,8 @@ def _check_tokens(run: RunContext) -> None:
     """Look at the headers of files that are tokenised already; their tokens are held against the tokenizer later."""
     vocabulary = run.planned_config.get_text_config().vocab_size
     found = [run.corpus(name).pretokenized for name in run.recipe.corpus_names()]
-    check_all(*(partial(own.sources, split, vocabulary) for own in found if own is not None for split in SPLITS))
+    splits = ((own, split) for own in found if own for split in (SPLITS if own.validation else ("train",)))
+    check_all(*(partial(own.sources, split, vocabulary) for own, split in splits))
 
 
 def _check_trackers(recipe: Recipe) -> None:

@@ -160,6 +160,10 @@ def test_tokens_are_the_same_however_many_processes_make_them(tokenizer, tmp_pat
     assert one.n_documents > 500
     monkeypatch.setattr(partition, "PART_BYTES", 8000)
     assert len(corpus.parts.plan("train")) > 5
+    (tmp_path / "here/fire_llm").mkdir(parents=True)
+    for name in ("json.py", "signal.py", "fire_llm/__init__.py"):  # no process takes modules from the current folder
+        (tmp_path / "here" / name).write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(tmp_path / "here")
     for processes in (1, 2):
         cache = tmp_path / str(processes)
         made = tokenize_corpus(corpus, tokenizer, "train", cache=cache, progress=False, processes=processes)
@@ -221,6 +225,20 @@ def test_parts_cut_in_another_way_are_not_mixed(tokenizer, tmp_path):
     second = Texts([ROWS[:20], ROWS[20:40]])
     made = tokenize_corpus(second.corpus(), tokenizer, "train", cache=tmp_path, progress=False, processes=1)
     assert made.n_documents == 40 and second.reads == {0: 1, 1: 1}
+
+
+def test_no_part_is_added_to_those_of_a_command_that_cuts_in_another_way(tokenizer, tmp_path):
+    parts = Texts([ROWS[:9], ROWS[9:20], ROWS[20:40]])
+
+    def other(part: int) -> None:
+        if part == 1:
+            (manifest,) = tmp_path.glob(".made-train-*.parts/manifest.json")
+            manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"parts": [[0], [1]]}))
+
+    parts.before = other
+    with pytest.raises(UserError, match="another command cuts corpus 'made' in another way"):
+        tokenize_corpus(parts.corpus(), tokenizer, "train", cache=tmp_path, progress=False, processes=1)
+    assert [p.parent.name for p in tmp_path.glob(".made-train-*.parts/part-*/meta.json")] == ["part-00000"]
 
 
 def test_two_machines_share_the_parts_of_a_corpus(tokenizer, tmp_path):

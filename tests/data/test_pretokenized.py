@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import shutil
@@ -170,9 +171,10 @@ def test_llama_files_of_llm_c_begin_documents_with_the_beginning_of_text(tokeniz
 
 def hostile(folder: Path, ids: np.ndarray) -> dict[str, tuple[Path, dict, str]]:
     """Return by name: the file, its settings, and what is said of it."""
-    odd, cut, wide, magic = (folder / f"{name}.bin" for name in ("odd", "cut", "wide", "magic"))
+    odd, cut, wide, magic, short = (folder / f"{name}.bin" for name in ("odd", "cut", "wide", "magic", "short"))
     odd.write_bytes(ids.tobytes()[:-1])
     cut.write_bytes(llm_c(ids)[:-20])
+    short.write_bytes(llm_c(ids)[:600])
     ids.astype(np.uint32).tofile(wide)
     magic.write_bytes(llm_c(ids, magic=20240521))
     (folder / "empty.bin").touch()
@@ -180,10 +182,12 @@ def hostile(folder: Path, ids: np.ndarray) -> dict[str, tuple[Path, dict, str]]:
     (folder / "lies.bin").write_bytes(llm_c(ids, count=len(ids) + 1))
     (folder / "negative.bin").write_bytes(llm_c(ids, count=-1))
     (folder / "version.bin").write_bytes(llm_c(ids, version=2))
+    (folder / "whole.bin").write_bytes(llm_c(ids))
     (folder / "beyond.bin").write_bytes(np.append(ids, 60_000).astype(np.uint16).tobytes())
     return {
         "odd number of bytes": (odd, {}, "no whole number of uint16"),
         "cut short": (cut, {}, "says that it holds .* tokens"),
+        "cut short in its header": (short, {}, "says that it holds .* and 0 bytes follow"),
         "32 bits as 16": (wide, {}, "Set dtype: uint32"),
         "16 bits as 32": (folder / "beyond.bin", {"dtype": "uint32"}, "made with another tokenizer|no whole number"),
         "wrong magic": (magic, {}, "magic number 20240521"),
@@ -192,6 +196,7 @@ def hostile(folder: Path, ids: np.ndarray) -> dict[str, tuple[Path, dict, str]]:
         "more than there are": (folder / "lies.bin", {}, "says that it holds"),
         "fewer than none": (folder / "negative.bin", {}, "says that it holds"),
         "version": (folder / "version.bin", {}, "of version 2; version 1"),
+        "another dtype than it says": (folder / "whole.bin", {"dtype": "uint32"}, "are uint16, and 'dtype' is uint32"),
         "beyond the vocabulary": (folder / "beyond.bin", {}, f"holds token 60000 at place {len(ids):,}"),
     }
 
@@ -281,7 +286,7 @@ def test_pipes_links_folders_and_settings_are_told_as_with_text(tokenizer, tmp_p
     os.mkfifo(tmp_path / "pipe.bin")
     (tmp_path / "t.txt").write_text("text\n")
     for settings, said in (
-        ({"files": "pipe.bin"}, "there is no file 'pipe.bin'"),
+        ({"files": "pipe.bin"}, r"there is no file 'pipe.bin'(?!.*mean 'pipe.bin')"),
         ({"files": "."}, "is a folder"),
         ({"files": ["a.bin", "t.txt"]}, "'t.txt' holds text, and other files hold tokens"),
         ({"files": "a.bin", "text": "ids"}, "'text' names a column"),
@@ -296,6 +301,64 @@ def test_pipes_links_folders_and_settings_are_told_as_with_text(tokenizer, tmp_p
     np.arange(5, 50, dtype=np.uint16).tofile(tmp_path / "one.bin")
     with pytest.raises(UserError, match=r"are one document.*corpora.c.validation"):
         opened(tmp_path / "one.bin", tokenizer, holdout=0.1)
+
+
+def test_an_index_that_is_no_file_or_lies_elsewhere_is_refused_and_found_in_capitals(tokenizer, tmp_path):
+    documents = [np.array([5, 6, 7, tokenizer.eos_token_id], dtype=np.uint16)] * 2
+    for name, make, said in (
+        ("pipe", os.mkfifo, "'.*m.idx' is a named pipe"),
+        ("folder", Path.mkdir, "'.*m.idx' is a folder"),
+        ("nowhere", lambda index: index.symlink_to("nowhere"), "not lie side by side"),
+    ):
+        path = megatron(tmp_path / name, documents)
+        path.with_suffix(".idx").unlink()
+        make(path.with_suffix(".idx"))
+        with pytest.raises(UserError, match=said):
+            opened(path, tokenizer)
+    path = megatron(tmp_path / "real", documents)
+    path.with_suffix(".idx").rename(tmp_path / "real/other.idx")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/m.bin").symlink_to(path)
+    (tmp_path / "links/m.idx").symlink_to(tmp_path / "real/other.idx")
+    with pytest.raises(UserError, match="links to files that do not lie side by side"):  # and not: no index, one text
+        opened(tmp_path / "links/m.bin", tokenizer)
+    path = megatron(tmp_path / "big", [d[:-1] for d in documents])
+    for half in (path, path.with_suffix(".idx")):
+        half.rename(half.with_name(half.name.upper()))
+    for name in ("M.BIN", "M.IDX", "*"):
+        with pytest.raises(UserError, match="Make it with --append-eod"):  # its index is looked at
+            opened(tmp_path / "big" / name, tokenizer)
+
+
+def test_a_saved_data_set_is_read_from_its_own_folder_alone(tokenizer, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"input_ids": [[5, tokenizer.eos_token_id]]}).save_to_disk(tmp_path / "a")
+    (tmp_path / "a/dataset_dict.json").write_text('{"splits": ["../a"]}')
+    with pytest.raises(UserError, match=r"dataset_dict.json' is damaged"):
+        resolve("c", CorpusSpec(files=str(tmp_path / "a")))
+    (tmp_path / "a/dataset_dict.json").unlink()
+    state = (tmp_path / "a/state.json").read_text()
+    (tmp_path / "a/state.json").write_text(state.replace("data-00000", "../a/data-00000"))
+    with pytest.raises(UserError, match=r"state.json' is damaged"):  # what is read is what is hashed
+        resolve("c", CorpusSpec(files=str(tmp_path / "a")))
+
+
+def test_data_sets_of_several_integers_are_one_corpus_of_integers(tokenizer, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [[5, 6, tokenizer.eos_token_id], [7, tokenizer.eos_token_id]]
+    for kind in ("uint64", "int32"):
+        features = datasets.Features({"input_ids": datasets.List(datasets.Value(kind))})
+        datasets.Dataset.from_dict({"input_ids": rows}, features=features).save_to_disk(tmp_path / kind)
+    file = opened(tmp_path / "*", tokenizer)
+    assert file.tokens.dtype == np.int64 and same(file, np.array([i for row in rows * 2 for i in row]))
+
+
+def test_an_index_is_of_the_token_that_begins_texts(tokenizer, tmp_path):
+    np.array([9, 5, 6, 9, 7, 8, 8], dtype=np.uint16).tofile(tmp_path / "b.bin")
+    other = copy.deepcopy(tokenizer)
+    for separator, n_documents in ((9, 3), (8, 1)):
+        other.bos_token = tokenizer.convert_ids_to_tokens(separator)
+        assert opened(tmp_path / "b.bin", other).n_documents == n_documents
 
 
 def test_tokens_of_another_tokenizer_are_doubted(tokenizer, tmp_path, capsys):
@@ -372,4 +435,7 @@ def test_output_of_nanogpt_trains_in_a_recipe_and_its_perplexity_is_that_of_the_
     (tmp_path / "val.bin").write_bytes((tmp_path / "val.bin").read_bytes()[:-1])
     path.write_text(yaml.safe_dump(data))
     with pytest.raises(UserError, match=r"val.bin' has .* bytes, which is no whole number of uint16"):
+        plan(load_recipe(path))
+    path.write_text(yaml.safe_dump(data | {"corpora": {"nano": {"files": "val.bin", "holdout": 0.1}}}))
+    with pytest.raises(UserError, match=r"^corpus 'nano': .*no whole number of uint16"):  # told once, of both splits
         plan(load_recipe(path))
