@@ -260,13 +260,11 @@ def start(launch: Launch, argv: list[str], precision: str, next_step: str = RESU
             if reported.exists():
                 message = reported.read_text(encoding="utf-8")
         except (DistNetworkError, DistStoreError) as error:
-            code, message = (
-                1,
-                (
-                    f"the {launch.machines} machines did not meet at {settings.get('main_process_ip')}, port "
-                    f"{settings['main_process_port']}, within {meeting} s: start the same command on each, with a "
-                    f"--machine-rank of its own ({first_line(error)})"
-                ),
+            code = 1
+            message = (
+                f"the {launch.machines} machines did not meet at {settings.get('main_process_ip')}, port "
+                f"{settings['main_process_port']}, within {meeting} s: start the same command on each, with a "
+                f"--machine-rank of its own ({first_line(error)})"
             )
         else:
             return 0

@@ -73,10 +73,8 @@ class Presence(threading.Thread):
         unreachable = f"the first machine ({os.environ['MASTER_ADDR']}) did not answer for {self.seconds:g} s"
         while not self.gone.wait(self.seconds / 6):
             number += 1
-            late = threading.Timer(
-                self.seconds, self._end, [unreachable]
-            )  # the store's own limit holds for waits alone
-            late.daemon = True
+            late = threading.Timer(self.seconds, self._end, [unreachable])
+            late.daemon = True  # the store's own limit holds for waits alone
             late.start()
             try:
                 self.store.set(f"{self.key}/{self.rank}", self._sign(number))
