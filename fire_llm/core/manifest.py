@@ -44,7 +44,7 @@ def write_manifest(folder: Path, known: Mapping[Path, str] | None = None) -> int
 
     Args:
         folder: The folder.
-        known: Hashes of files that whoever wrote them has hashed.
+        known: Hashes of files that are known already.
     """
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
     sizes = {name: (folder / name).stat().st_size for name in names}

@@ -35,6 +35,16 @@ def first_rank() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def launched_in_shards() -> bool:
+    """Return whether a launcher asks for FSDP."""
+    return flag("ACCELERATE_USE_FSDP")
+
+
+def flag(name: str) -> bool:
+    """Return whether a variable of the environment says yes, as accelerate reads it."""
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+
+
 def settle_launcher() -> None:
     """Find out whether a launcher started this process; drop what one has left in the environment, and say so.
 

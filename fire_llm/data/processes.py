@@ -1,6 +1,6 @@
 """Tokenise a corpus in parts, by several processes and machines that know each other only by locks.
 
-    CACHE/.NAME.parts/manifest.json             how the corpus is cut: the same for whoever works on it
+    CACHE/.NAME.parts/manifest.json             how the corpus is cut: the same for all that work on it
     CACHE/.NAME.parts/part-00007/               a finished part, a token file of its own
     CACHE/.NAME.parts/.part-00007.lock          held by who makes it
 
@@ -141,10 +141,10 @@ def tokenize_parts(job: Job, encoder: Encoder, processes: int, advance: Callable
     command = [sys.executable, "-c", _PROGRAM, os.pathsep.join(sys.path), str(file)]
     started: list[subprocess.Popen[bytes]] = []
     pool = ThreadPoolExecutor(processes)
-    told = threading.Lock()
+    one_at_a_time = threading.Lock()
 
     def advance_one(n_bytes: int, n_tokens: int) -> None:
-        with told:
+        with one_at_a_time:
             advance(n_bytes, n_tokens)
 
     try:

@@ -86,6 +86,11 @@ class Block:
         return self.tensor.element_size() * math.prod(self.shape)
 
 
+def is_sharded(value: Any) -> bool:
+    """Return whether a value is a tensor of which each rank holds its part."""
+    return hasattr(value, "placements")
+
+
 def placement_of(tensor: Any, group: Any = None) -> Placement | None:
     """Return where a parameter lives; None where its placement has no plan of its own (shards along two axes, say).
 

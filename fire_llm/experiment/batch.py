@@ -6,6 +6,7 @@ import math
 
 from fire_llm.core.errors import UserError
 from fire_llm.core.hardware import accelerator_memory, resolve_precision
+from fire_llm.core.ranks import launched_in_shards
 from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.recipe import PhaseSection
 
@@ -65,6 +66,7 @@ def _tokens_at_once(run: RunContext, memory: int, checkpointed: bool) -> int:
         return CPU_TOKENS
     if memory < 0 or run.sizes is None:
         return ACCELERATOR_TOKENS
-    kept = run.sizes.kept_a_token(checkpointed=checkpointed, compiled=run.recipe.compile is not False)
+    compiled = run.recipe.compile is not False and not launched_in_shards()
+    kept = run.sizes.kept_a_token(checkpointed=checkpointed, compiled=compiled)
     kept *= 2 if resolve_precision(run.recipe.precision) == "fp32" else 1
     return min(MOST_TOKENS, int(KEPT_SHARE * memory / kept))

@@ -20,6 +20,7 @@ from fire_llm.core.errors import UserError
 from fire_llm.core.hardware import resolve_precision
 from fire_llm.core.hashing import hash_file
 from fire_llm.core.manifest import weights_hash
+from fire_llm.core.ranks import launched_in_shards
 from fire_llm.data import Mixture
 from fire_llm.distributed import ranks
 from fire_llm.evaluation.measurement import first_token
@@ -49,7 +50,6 @@ from fire_llm.training import (
 from fire_llm.training.callbacks import initial_model
 from fire_llm.training.masking import check_document_mask
 from fire_llm.training.saving import resumption, verified
-from fire_llm.training.sharding import shards_asked
 from fire_llm.training.trackers import Tracked, reporting
 
 SPECTRA_WIDTH = 1024
@@ -279,7 +279,9 @@ def _arguments(stage: Stage, run: RunContext, folder: Path, steps: int) -> Conti
         bf16_params=precision == "bf16-params",
         fp16=precision == "fp16",
         **checkpointing(recipe.gradient_checkpointing),
-        torch_compile=torch.cuda.is_available() and not shards_asked() if recipe.compile == "auto" else recipe.compile,
+        torch_compile=torch.cuda.is_available() and not launched_in_shards()
+        if recipe.compile == "auto"
+        else recipe.compile,
         nonfinite=recipe.nonfinite,
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.accelerator.is_available(),

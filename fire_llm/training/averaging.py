@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, TrainerCallback
 from fire_llm.architectures.names import plain_name
 from fire_llm.core.atomic import AVERAGED
 from fire_llm.core.errors import UserError
-from fire_llm.distributed import make_current
+from fire_llm.distributed import is_sharded, make_current
 from fire_llm.training.beginning import local
-from fire_llm.training.sharding import is_sharded, load_weights
+from fire_llm.training.sharding import load_weights
 
 
 class Averaging(TrainerCallback):

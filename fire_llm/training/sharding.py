@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from fire_llm.architectures.names import plain_name
 from fire_llm.core.errors import CHECKPOINTED_ONCE, ENGINES, UserError
 from fire_llm.core.manifest import OPTIMIZER_SHARDS, SHARDED, in_shards
-from fire_llm.distributed import is_first, make_current
+from fire_llm.core.ranks import flag, launched_in_shards
+from fire_llm.distributed import is_first, is_sharded, make_current
 from fire_llm.models import load_model
 
 OPTIMIZER = "optimizer.pt"
@@ -42,9 +43,9 @@ def refuse_engines(args: Any) -> None:
     Raises:
         UserError: For FSDP1, DeepSpeed and Megatron-LM, with what to use.
     """
-    if getattr(args, "deepspeed", None) or _flag("ACCELERATE_USE_DEEPSPEED"):
+    if getattr(args, "deepspeed", None) or flag("ACCELERATE_USE_DEEPSPEED"):
         raise UserError(ENGINES["DEEPSPEED"])
-    if _flag("ACCELERATE_USE_MEGATRON_LM"):
+    if flag("ACCELERATE_USE_MEGATRON_LM"):
         raise UserError(ENGINES["MEGATRON_LM"])
     given = getattr(args, "fsdp_plugin_args", None)
     if shards_asked(args):
@@ -55,11 +56,7 @@ def refuse_engines(args: Any) -> None:
 
 def shards_asked(args: Any = None) -> bool:
     """Return whether the launcher, or a `Trainer`'s arguments, ask for FSDP."""
-    return getattr(args, "fsdp_plugin_args", None) is not None or _flag("ACCELERATE_USE_FSDP")
-
-
-def _flag(name: str) -> bool:
-    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+    return getattr(args, "fsdp_plugin_args", None) is not None or launched_in_shards()
 
 
 @contextmanager
@@ -77,9 +74,9 @@ def sharding(trainer: Any) -> Iterator[None]:
     from accelerate.utils import FullyShardedDataParallelPlugin, ParallelismConfig
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
-    on_cpu = trainer.args.device.type == "cpu" and _flag("ACCELERATE_USE_FSDP")
+    on_cpu = trainer.args.device.type == "cpu" and launched_in_shards()
     given = getattr(trainer.args, "fsdp_plugin_args", None) or {}
-    asked = _flag("ACCELERATE_USE_FSDP") and _flag("FSDP_ACTIVATION_CHECKPOINTING")
+    asked = launched_in_shards() and flag("FSDP_ACTIVATION_CHECKPOINTING")
     if given.get("activation_checkpointing") or asked:
         raise UserError(f"FSDP's activation_checkpointing {CHECKPOINTED_ONCE}")
     if trainer.args.torch_compile and shards_asked(trainer.args):
@@ -102,7 +99,7 @@ def sharding(trainer: Any) -> Iterator[None]:
         if state.mixed_precision != "no":
             state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
         state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-        if mesh is not None and _flag(_MESH):
+        if mesh is not None and flag(_MESH):
             state.parallelism_config = ParallelismConfig()
             state.device_mesh = state.parallelism_config.get_device_mesh("cpu")
     # Of accelerate's own use of torch's meshes; users can do nothing about it.
@@ -153,11 +150,6 @@ def named_once(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors, first = _tensors(model), dict[int, str]()
     names = {name: first.setdefault(id(tensors[name]), name) for name in map(plain_name, model.state_dict())}
     return {name: tensors[name].detach() for name in first.values()}, names
-
-
-def is_sharded(value: Any) -> bool:
-    """Return whether a value is a tensor of which each rank holds its part."""
-    return hasattr(value, "placements")
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:

@@ -15,9 +15,10 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from fire_llm.core.atomic import AVERAGED
 from fire_llm.core.manifest import OPTIMIZER_SHARDS, SHARDED
+from fire_llm.distributed import is_sharded
 from fire_llm.distributed.shards import whole_tensors, write_shards
 from fire_llm.training.arguments import plain
-from fire_llm.training.sharding import is_sharded, named_once
+from fire_llm.training.sharding import named_once
 
 
 class ShardedSave:
