@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: what stands above docs/ (README, CONTRIBUTING, CHANGELOG) and the notebooks are pages of the site too."""
+"""Hooks of mkdocs: README, CONTRIBUTING, CHANGELOG, which stand above docs/, and the notebooks are pages of the site too."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent.parent
 ABOVE = {"README.md": "readme.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+ITEM = re.compile(r"(-|\d+\.) ")
 LINK = re.compile(r"(\]\()([^)#\s]+)(#[^)\s]*)?(\))")
 
 
@@ -37,7 +38,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         to = re.sub(r"(tutorials/\w+)\.ipynb$", r"\1.md", to)
         return f"{begin}{to}{heading or ''}{end}"
 
-    return LINK.sub(moved, markdown)
+    return apart(LINK.sub(moved, markdown))
 
 
 def of_notebook(path: Path) -> str:
@@ -52,3 +53,16 @@ def of_notebook(path: Path) -> str:
             parts.append(f"```python\n{source}\n```")
             parts += [f"```text\n{printed}```"] if printed else []
     return "\n\n".join(parts) + "\n"
+
+
+def apart(markdown: str) -> str:
+    """Return Markdown with an empty line before each list, which GitHub does not need and mkdocs does."""
+    lines: list[str] = []
+    code = False
+    for line in markdown.splitlines():
+        above = lines[-1] if lines else ""
+        if ITEM.match(line) and above.strip() and not code and not ITEM.match(above) and not above.startswith("  "):
+            lines.append("")
+        code ^= line.lstrip().startswith("```")
+        lines.append(line)
+    return "\n".join(lines)
