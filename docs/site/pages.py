@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: README, CONTRIBUTING, CHANGELOG, which stand above docs/, and the notebooks are pages of the site too."""
+"""Hooks of mkdocs: README, CONTRIBUTING, CHANGELOG (above docs/) and the notebooks are pages of the site too."""
 
 from __future__ import annotations
 
