@@ -319,42 +319,49 @@ def with_attention(config: Any, attention: str | None) -> Any:
     return config
 
 
-def fresh_model(config: Any, seed: int) -> Any:
-    """Build a model with newly drawn fp32 weights that depend on the config and the seed alone.
+def fresh_model(config: Any, seed: int, kind: Any = None) -> Any:
+    """Build a model with newly drawn fp32 weights that depend on the config, the class and the seed alone.
 
     Args:
         config: A transformers config.
         seed: Seeds torch's generator for the drawing; the caller's generator is left as it was.
+        kind: A class of transformers; None: the causal LM.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
-        return _built(config, dtype=torch.float32)
+        return _built(config, kind, dtype=torch.float32)
 
 
-def model_on_meta(config: Any) -> Any:
+def model_on_meta(config: Any, kind: Any = None) -> Any:
     """Build the model without memory, to count, name and cut its parameters.
 
+    Args:
+        config: A transformers config.
+        kind: As in `fresh_model`.
+
     Raises:
-        UserError: transformers cannot build a causal LM from the config.
+        UserError: transformers cannot build such a model from the config.
     """
     try:
         with torch.device("meta"):
-            return _built(config)
+            return _built(config, kind)
     except UserError:
         raise
     except Exception as error:  # the classes raise whatever a config leads them to
+        name = type(config).__name__.removesuffix("Config") if kind is None else kind.__name__
         raise UserError(
-            f"transformers cannot build {type(config).__name__.removesuffix('Config')} from this config: "
-            f"{type(error).__name__}, {first_line(error)}"
+            f"transformers cannot build {name} from this config: {type(error).__name__}, {first_line(error)}"
         ) from error
 
 
-def _built(config: Any, **options: Any) -> Any:
-    """Build what AutoModelForCausalLM would; for a config it does not list, the causal LM that the config names.
+def _built(config: Any, kind: Any = None, **options: Any) -> Any:
+    """Build a class; or what AutoModelForCausalLM would, and for a config it does not list, the causal LM named there.
 
     Raises:
-        UserError: It is no causal LM.
+        UserError: It is no causal LM, and no class is given.
     """
+    if kind is not None:
+        return kind._from_config(config, **options)
     import transformers
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
