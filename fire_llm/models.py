@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fire_llm.architectures.classes import CAUSAL, causal_class, named_class
 from fire_llm.architectures.configs import (
     CONFIG,
     MOST_ENTRIES,
@@ -283,6 +284,13 @@ def pretrained_config(name: str | Path) -> Any:
             ".save_pretrained(MERGED)"
         )
     config = read_config(place)
+    if not causal_class(config):
+        kind = named_class(config)
+        raise UserError(
+            f"model: '{name}' is no causal language model, but {'a ' + kind.__name__ if kind else type(config).__name__}: "
+            "recipes and eval are for language models that predict the next token. fire_, apply_reset, fire-llm apply "
+            "and inspect act on image models, encoders and classifiers too (docs/layouts.md)"
+        )
     with reading(f"model: the config of '{name}' gives no length of context"):
         longest_context(config)
     return config
@@ -364,14 +372,12 @@ def _built(config: Any, kind: Any = None, **options: Any) -> Any:
         return kind._from_config(config, **options)
     import transformers
     from transformers import AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return AutoModelForCausalLM.from_config(config, **options)
-    named = [n for n in getattr(config, "architectures", None) or () if n in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()]
-    if not named:
-        raise UserError(f"{type(config).__name__} is no causal language model of transformers")
-    return getattr(transformers, named[0])._from_config(config, **options)
+    if causal := causal_class(config):
+        if causal == CAUSAL:
+            return AutoModelForCausalLM.from_config(config, **options)
+        return getattr(transformers, causal)._from_config(config, **options)
+    raise UserError(f"{type(config).__name__} is no causal language model of transformers")
 
 
 def load_model(

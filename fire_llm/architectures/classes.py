@@ -8,7 +8,7 @@ CAUSAL = "AutoModelForCausalLM"
 
 
 def model_classes(config: Any) -> tuple[Any, ...]:
-    """Return the classes that a checkpoint may be of, in the order they are tried; None: what AutoModelForCausalLM takes.
+    """Return the classes that a checkpoint may be of, in the order they are tried; None: AutoModelForCausalLM's.
 
     `architectures` in the config names the class. AutoModelForCausalLM chooses where it names nothing that transformers
     has, a causal LM, or a model whose language model is one part of several. A bare trunk of a language model, such as
@@ -24,11 +24,21 @@ def model_classes(config: Any) -> tuple[Any, ...]:
         return (None,)
     if type(config) not in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
         return (named,)
-    whole = {*auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values(), *auto.MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING_NAMES.values()}
-    if named.__name__ in whole - {*auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()}:
+    several = (auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES, auto.MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING_NAMES)
+    if any(named.__name__ in names.values() for names in several):
         return (None,)
     trunk = named.__name__ in auto.MODEL_MAPPING_NAMES.values() and not config.is_encoder_decoder
     return (None, named) if trunk else (named,)
+
+
+def causal_class(config: Any) -> str:
+    """Return what builds a config's causal LM: AutoModelForCausalLM, or else a class named there; empty without one."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return CAUSAL
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return next((name for name in getattr(config, "architectures", None) or () if name in known), "")
 
 
 def named_class(config: Any) -> Any:

@@ -178,7 +178,8 @@ class _Rewrite:
         # transformers draws a buffer that is not stored: there is nothing to reset.
         plan.keep(lambda weight: not weight.buffer or weight.parameter in stored.places.of)
         if not plan.wanted:
-            raise UserError(f"{plan.idle(str(src))} {_next_step(plan)}")
+            another = "--role conv" if plan.convolutions else "a role with --role"
+            raise UserError(f"{plan.idle(str(src))} Add {another}, or take back an --exclude")
         for weight in plan.wanted:
             stored.check_readable(weight)
         if start is not None:

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 import transformers
-from support.small_models import VOCABULARY, shrink
 from torch import Tensor, nn
+
+from support.small_models import VOCABULARY, shrink
 
 TOKENS = 9
 
@@ -61,6 +62,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "DistilBertForQuestionAnswering": dict(vocab_size=VOCABULARY, dim=48, hidden_dim=40, n_layers=2, n_heads=4),
     "AlbertForMaskedLM": {"embedding_size": 20},
     "DebertaForSequenceClassification": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    "DebertaForSequenceClassification+plain": {"relative_attention": False},
     "DebertaV2ForSequenceClassification": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
     "ModernBertForMaskedLM": {},
     "LlamaForSequenceClassification": {"num_labels": 3, "pad_token_id": 0},
@@ -120,3 +122,38 @@ def outputs_of(model: Any) -> Tensor:
     with torch.no_grad():
         out = model(**inputs_of(model)).to_tuple()
     return next(tensor for tensor in out if isinstance(tensor, Tensor))
+
+
+TASKS = ("IMAGE_CLASSIFICATION", "SEQUENCE_CLASSIFICATION", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM")
+BESIDE = """
+CLIPModel CLIPTextModelWithProjection CLIPVisionModelWithProjection T5EncoderModel WhisperForConditionalGeneration
+"""
+"""Classes of no such task that are listed too."""
+_NEEDS = {"EsmForMaskedLM": {"vocab_size": 33}, "EsmForSequenceClassification": {"vocab_size": 33}}
+
+
+def classes_of_tasks() -> list[str]:
+    """Return the names of all classes of `TASKS`, each once, and those of `BESIDE`."""
+    from transformers.models.auto import modeling_auto
+
+    found = [
+        name
+        for task in TASKS
+        for names in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values()
+        for name in ([names] if isinstance(names, str) else names)
+    ]
+    return list(dict.fromkeys([*found, *BESIDE.split()]))
+
+
+def on_meta(name: str) -> Any:
+    """Build a class of `classes_of_tasks` on the meta device, with its default config.
+
+    Raises:
+        ImportError: It needs a library that is not here.
+    """
+    kind = getattr(transformers, name)
+    with torch.device("meta"):
+        try:
+            return kind._from_config(kind.config_class(**_NEEDS.get(name, {})))
+        except (TypeError, KeyError, ValueError):  # some default configs build nothing
+            return kind._from_config(shrink(kind.config_class.model_type))

@@ -21,14 +21,14 @@ def _of(prefixes: str, name: str) -> str:
 TABLE = merge(
     entries("attention", "query key value", f"AlbertAttention {_of(_BERT_LIKE, 'SelfAttention')}"),
     entries("attention", "dense", f"AlbertAttention {_of(_BERT_LIKE, 'SelfOutput')}"),
-    entries("mlp", "dense", f"{_of(_BERT_LIKE, 'Intermediate')} {_of(_BERT_LIKE, 'Output')} FNetIntermediate FNetOutput"),
+    entries(
+        "mlp", "dense", f"{_of(_BERT_LIKE, 'Intermediate')} {_of(_BERT_LIKE, 'Output')} FNetIntermediate FNetOutput"
+    ),
     entries("mlp", "ffn ffn_output", "AlbertLayer"),
     # Of positions on a page, of entities, and of the tokens that all others look at.
     entries("attention", "layout_query layout_key layout_value", "LiltSelfAttention"),
     entries("attention", "w2e_query e2w_query e2e_query", "LukeSelfAttention"),
-    entries(
-        "attention", "query_global key_global value_global", "LongformerSelfAttention LEDEncoderSelfAttention"
-    ),
+    entries("attention", "query_global key_global value_global", "LongformerSelfAttention LEDEncoderSelfAttention"),
     entries("attention", "query key value", "LEDEncoderSelfAttention BigBirdPegasusBlockSparseAttention"),
     entries("attention", "query key value", "BigBirdPegasusSelfAttention"),
     entries("attention", "output", "LEDEncoderAttention BigBirdPegasusEncoderAttention"),
