@@ -285,9 +285,9 @@ def pretrained_config(name: str | Path) -> Any:
         )
     config = read_config(place)
     if not causal_class(config):
-        kind = named_class(config)
+        what = getattr(named_class(config), "__name__", type(config).__name__)
         raise UserError(
-            f"model: '{name}' is no causal language model, but {'a ' + kind.__name__ if kind else type(config).__name__}: "
+            f"model: '{name}' is no causal language model, but a {what}: "
             "recipes and eval are for language models that predict the next token. fire_, apply_reset, fire-llm apply "
             "and inspect act on image models, encoders and classifiers too (docs/layouts.md)"
         )

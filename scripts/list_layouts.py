@@ -69,7 +69,7 @@ configurations.
 |---|---|---|
 """
 REFUSED = """
-These are refused, with the first weight that no layout describes; `fire_(model, layout="modules")` takes them in memory:
+These are refused, with the first weight without a layout. `fire_(model, layout="modules")` takes them in memory.
 
 """
 

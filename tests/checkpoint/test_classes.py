@@ -88,7 +88,7 @@ def test_initial_weights_are_those_of_the_class(name: str, options: dict[str, An
 
 def test_a_network_of_convolutions_alone_asks_for_their_role(tmp_path: Path) -> None:
     model = saved("ResNetForImageClassification", tmp_path / "src")
-    with pytest.raises(UserError, match="whose matrices have the roles conv, lm_head .* Add --role conv"):
+    with pytest.raises(UserError, match=r"whose matrices have the roles conv, lm_head .* Add --role conv"):
         reset_checkpoint(tmp_path / "src", tmp_path / "dst")
     with pytest.raises(UserError, match="Name the role conv"):
         fire_(model)
@@ -126,7 +126,7 @@ def test_what_is_for_language_models_says_so(tmp_path: Path) -> None:
     saved("ViTForImageClassification", tmp_path / "src")
     text = tmp_path / "text.txt"
     text.write_text("A text.\n\nAnother one.\n")
-    with pytest.raises(UserError, match="--measure-on .* causal language models, and '.*src' is a ViTForImageClass"):
+    with pytest.raises(UserError, match=r"--measure-on .* causal language models, and '.*src' is a ViTForImageClass"):
         reset_checkpoint(tmp_path / "src", tmp_path / "dst", measure_on=[str(text)])
     from fire_llm.evaluation.checkpoints import score_checkpoints
 
