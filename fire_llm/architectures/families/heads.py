@@ -34,7 +34,8 @@ TABLE = merge(
         "lm_head",
         "summary",
         """
-        ElectraSequenceSummary FlaubertSequenceSummary GPT2SequenceSummary XLMSequenceSummary XLNetSequenceSummary
+        ElectraSequenceSummary FlaubertSequenceSummary GPT2SequenceSummary OpenAIGPTSequenceSummary XLMSequenceSummary
+        XLNetSequenceSummary
         """,
     ),
     entries(
