@@ -47,7 +47,7 @@ def named_class(config: Any) -> Any:
 
     names = getattr(config, "architectures", None)
     for name in names if isinstance(names, list) else ():
-        kind = getattr(transformers, name, None) if isinstance(name, str) and not name.startswith("_") else None
+        kind: Any = getattr(transformers, name, None) if isinstance(name, str) and not name.startswith("_") else None
         ours = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
         if ours and kind.config_class is not None and isinstance(config, kind.config_class):
             return kind
