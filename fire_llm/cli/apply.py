@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "fire-llm apply openai-community/gpt2 gpt2-fire --dry-run",
-    "fire-llm apply trained trained-fire --iterations 10 --role lm_head",
     "fire-llm apply trained trained-fire --layers 4-11 --exclude 'self_attn\\.[qk]_proj' --measure-on notes.txt",
     "fire-llm apply microsoft/resnet-18 resnet-fire --role conv --iterations 10",
     "fire-llm apply trained trained-shrunk --method shrink_perturb --shrink 0.5 --init step-0",
