@@ -64,6 +64,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "DebertaForSequenceClassification": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
     "DebertaForSequenceClassification+plain": {"relative_attention": False},
     "DebertaV2ForSequenceClassification": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    "DebertaV2ForSequenceClassification+plain": {"relative_attention": False},
     "ModernBertForMaskedLM": {},
     "LlamaForSequenceClassification": {"num_labels": 3, "pad_token_id": 0},
     "Qwen2ForTokenClassification": {"num_labels": 3, "tie_word_embeddings": True},
