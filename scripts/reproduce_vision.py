@@ -1,0 +1,584 @@
+"""FIRE and what it is compared with on images: a first phase on a part of the data, a reset, a second phase on all.
+
+    apt-get install dataset-fashion-mnist        # 70,000 real images, nothing else is downloaded
+    python scripts/reproduce_vision.py --output runs/vision --seeds 1 2 3 --workers 2
+    python scripts/reproduce_vision.py --output runs/cifar --data cifar-10-batches-bin --size paper --networks resnet
+    python scripts/reproduce_vision.py --output runs/smoke --quick
+
+Settings: warm-start (a tenth of the images, then all of them), noisy-start (the same, with random labels for the first
+tenth), continual (images arrive in parts, old ones stay) and class-incremental (classes arrive, old ones stay). Arms
+that reset act between phases; those that act while training act from the second phase on in the two starts and from
+the first in the others, as in the authors' code. What it prints stands in vision.json and vision.md too, each unit's
+own figures in units/. Started again, it goes on; a finished unit is not trained again, an interrupted one goes on at
+its last finished phase. `--study FILE` writes what docs/results/ takes.
+
+Source: FIRE, arXiv 2602.08040, section 5.1, and its authors' public code, whose settings `--size paper` takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from vision_data import Images, load
+from vision_networks import NETWORKS, build
+
+from fire_llm import Penalties, Recycling, UserError, apply_reset, diagnose_module, inject_plasticity_
+from fire_llm.core.atomic import read_json, write_json
+from fire_llm.reporting.comparison import paired_interval
+
+SETTINGS = ("warm-start", "noisy-start", "continual", "class-incremental")
+STARTS = ("warm-start", "noisy-start")
+"""Settings of two phases, the first on a part of the images, as many steps each."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one arm does."""
+
+    resets: Any = None
+    """Between phases, as `apply_reset` takes them; by network where they differ."""
+    penalty: dict[str, Any] | None = None
+    recycling: str = ""
+    muon: bool = False
+    inject: bool = False
+
+    @property
+    def trains_otherwise(self) -> bool:
+        return bool(self.penalty or self.recycling or self.muon)
+
+
+FIRE = {"method": "fire", "iterations": 10}
+QUERIES_KEYS = {"query_key": r"\.to_(q|k)\."}
+ARMS = {
+    "base": Arm(),
+    "fresh": Arm("full_reset"),
+    "s-and-p": Arm({"method": "shrink_perturb", "shrink": 0.8}),
+    "dash": Arm({"method": "dash", "floor": 0.05}),
+    "fire": Arm({**dict.fromkeys(NETWORKS, FIRE), "vit": "paper-vit"}),
+    "fire-all": Arm({"vit": FIRE}),
+    "rescale": Arm({**dict.fromkeys(NETWORKS, FIRE | {"method": "rescale"}),
+                    "vit": FIRE | {"method": "rescale", "roles": QUERIES_KEYS}}),
+    "injection": Arm(inject=True),
+    "l2-init": Arm(penalty={"method": "l2_init", "strength": 5e-4}),
+    "parseval": Arm(penalty={"method": "parseval", "strength": 1e-3, "scale": 1.0}),
+    "redo": Arm(recycling="redo"),
+    "cbp": Arm(recycling="continual_backprop"),
+    "snr": Arm(recycling="snr"),
+    "muon": Arm(muon=True),
+}  # fmt: skip
+DASH_ALPHA = 0.3
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is trained."""
+
+    name: str
+    images: dict[str, int | None]
+    """By network; None for all."""
+    epochs: dict[str, int]
+    """Of a phase on all images, by network."""
+    batch: int
+    parts: int
+    """Phases of the continual and the class-incremental setting."""
+    test_images: int | None = None
+    halve: tuple[str, ...] = ()
+    """Networks that see images of half the side."""
+    lr: float = 1e-3
+    clip: float = 0.5
+    first: float = 0.1
+    """Share of the images in the first phase of a start."""
+    noise: float = 1.0
+    """Share of the first phase's labels that are drawn at random in the noisy start."""
+    scopes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Networks of each setting."""
+
+
+EVERY = dict.fromkeys(SETTINGS, NETWORKS)
+SIZES = {
+    "small": Size(
+        "small",
+        {"mlp": 1000, "vgg": 1000, "resnet": 1000, "vit": 1000},
+        {"mlp": 60, "vgg": 30, "resnet": 20, "vit": 20},
+        64, 5, 2000, ("mlp", "vgg", "resnet"),
+        scopes=EVERY | {"continual": ("mlp", "vgg"), "class-incremental": ("mlp", "vgg")},
+    ),
+    "paper": Size("paper", dict.fromkeys(NETWORKS), dict.fromkeys(NETWORKS, 100), 256, 10, scopes=EVERY),
+    "quick": Size(
+        "small", dict.fromkeys(NETWORKS, 128), dict.fromkeys(NETWORKS, 1), 64, 2, 100, ("mlp", "vgg", "resnet"),
+        scopes=EVERY,
+    ),
+}  # fmt: skip
+"""By name: a CPU's quarter of an hour for three seeds, the paper's, and a smoke test."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One arm of one network in one setting, from one seed."""
+
+    setting: str
+    network: str
+    seed: int
+    arm: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.setting}.{self.network}.{self.seed}.{self.arm}"
+
+
+# ---- data
+
+
+def prepared(images: Images, network: str, size: Size, seed: int) -> Images:
+    """Return the images that a network sees, drawn by the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    most = size.images[network]
+    chosen = torch.randperm(len(images.x), generator=generator)[:most]
+    held = torch.randperm(len(images.test_x), generator=generator)[: size.test_images]
+    x, test_x = images.x[chosen], images.test_x[held]
+    if network in size.halve and x.shape[-1] >= 28:
+        x, test_x = F.avg_pool2d(x, 2), F.avg_pool2d(test_x, 2)
+    return Images(images.name, x, images.y[chosen], test_x, images.test_y[held])
+
+
+def phases(unit: Unit, images: Images, size: Size) -> list[tuple[Tensor, Tensor, int, Tensor]]:
+    """Return of each phase its images' numbers, their labels, how often they are seen, and the test images' numbers."""
+    count, epochs = len(images.x), size.epochs[unit.network]
+    everything, tests = torch.arange(count), torch.arange(len(images.test_x))
+    if unit.setting in STARTS:
+        part = everything[: round(count * size.first)]
+        labels = images.y[part]
+        if unit.setting == "noisy-start":
+            drawn = torch.Generator().manual_seed(unit.seed)
+            wrong = torch.rand(len(part), generator=drawn) < size.noise
+            labels = torch.where(wrong, torch.randint(images.classes, (len(part),), generator=drawn), labels)
+        return [
+            (part, labels, round(epochs / size.first), tests),
+            (everything, images.y, epochs, tests),
+        ]
+    found = []
+    order = torch.randperm(images.classes, generator=torch.Generator().manual_seed(unit.seed))
+    for number in range(1, size.parts + 1):
+        if unit.setting == "continual":
+            part, held = everything[: count * number // size.parts], tests
+        else:
+            known = order[: images.classes * number // size.parts]
+            part = everything[torch.isin(images.y, known)]
+            held = tests[torch.isin(images.test_y, known)]
+        found.append((part, images.y[part], epochs, held))
+    return found
+
+
+# ---- training
+
+
+def optimizers(model: nn.Module, muon: bool, lr: float) -> tuple[list[torch.optim.Optimizer], list[tuple[Any, Any]]]:
+    """Return the optimizers, and pairs of a weight and its flattened view, which Muon is given.
+
+    Muon takes what has two axes or more, but for the last layer; a kernel is flattened, and shares its memory.
+    """
+    if not muon:
+        return [torch.optim.Adam(model.parameters(), lr)], []
+    holders = (nn.Linear, nn.Conv2d)
+    last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    own = [m.weight for m in model.modules() if isinstance(m, holders) and m is not last]
+    flat = [(w, nn.Parameter(w.detach().flatten(1))) for w in own]
+    rest = [p for p in model.parameters() if all(p is not w for w in own)]
+    adam = torch.optim.Adam(rest, lr, betas=(0.9, 0.95))
+    return [torch.optim.Muon([f for _, f in flat], 10 * lr, weight_decay=0.0), adam], flat
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Return the percentage that is right, in evaluation mode."""
+    model.eval()
+    right = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(500), y.split(500), strict=True))
+    return 100 * right / len(y)
+
+
+def recycled_by(arm: Arm, model: Any, steps: int, each: int, seed: int) -> Recycling | None:
+    """Return what recycles units; rates are the paper's for a phase, however many steps it has here."""
+    options: dict[str, dict[str, Any]] = {
+        "redo": {"every": each, "threshold": 0.5},  # once an epoch
+        "continual_backprop": {"rate": min(1.0, 1e-4 * 19_600 / steps), "maturity": round(steps * 1000 / 19_600)},
+        "snr": {"eta": 0.01},
+    }
+    if not arm.recycling:
+        return None
+    return Recycling(model, arm.recycling, hidden=model.hidden(), seed=seed, **options[arm.recycling])
+
+
+def train(
+    model: nn.Module, arm: Arm, acts: bool, initial: nn.Module, x: Tensor, y: Tensor, epochs: int, seed: int, size: Size
+) -> int:
+    """Train a phase; the order of the images is the same for every arm.
+
+    Args:
+        model: What is trained.
+        arm: What it does.
+        acts: Whether what the arm does while training acts in this phase.
+        initial: The weights that training began with.
+        x: Images.
+        y: Their labels.
+        epochs: How often each is seen.
+        seed: Of the order.
+        size: Batch, learning rate and the norm that gradients are clipped to.
+
+    Returns:
+        How many units were recycled.
+    """
+    each = -(-len(x) // size.batch)
+    steps, step = epochs * each, 0
+    given, flat = optimizers(model, arm.muon and acts, size.lr)
+    rates = [[group["lr"] for group in one.param_groups] for one in given]
+    recycling = recycled_by(arm, model, steps, each, seed) if acts else None
+    penalties = None
+    if acts and arm.penalty:
+        penalties = Penalties(model, arm.penalty, initial=initial, layout="modules")
+    generator = torch.Generator().manual_seed(seed)
+    model.train()
+    for _ in range(epochs):
+        for batch in torch.randperm(len(x), generator=generator).split(size.batch):
+            step += 1
+            for one, own in zip(given, rates, strict=True):
+                for group, rate in zip(one.param_groups, own, strict=True):
+                    group["lr"] = rate * min(1.0, 10 * step / steps)  # a tenth of the phase warms up
+            model.zero_grad()
+            F.cross_entropy(model(x[batch]), y[batch]).backward()
+            if penalties is not None:
+                penalties.add_()
+            nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], size.clip)
+            for weight, view in flat:
+                view.grad = weight.grad.flatten(1)
+            for one in given:
+                one.step()
+            if recycling is not None:
+                recycling.step(given[0])
+    if recycling is not None:
+        recycling.remove()
+    return recycling.recycled if recycling is not None else 0
+
+
+def gather_gradients(model: nn.Module, x: Tensor, y: Tensor, seed: int, size: Size) -> None:
+    """Leave in `.grad` what DASH reads: a moving average of the gradients over one pass of the coming data."""
+    means = {p: torch.zeros_like(p) for p in model.parameters()}
+    frozen = copy.deepcopy({k: b for k, b in model.named_buffers()})
+    model.train()
+    for batch in torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).split(size.batch):
+        model.zero_grad()
+        F.cross_entropy(model(x[batch]), y[batch]).backward()
+        for p, mean in means.items():
+            mean.lerp_(p.grad, DASH_ALPHA)
+    for p, mean in means.items():
+        p.grad = mean
+    for key, buffer in model.named_buffers():
+        buffer.copy_(frozen[key])
+
+
+def transition(unit: Unit, model: nn.Module, initial: nn.Module, x: Tensor, y: Tensor, number: int, size: Size) -> None:
+    """Do what the arm does between two phases."""
+    arm, resets = ARMS[unit.arm], ARMS[unit.arm].resets
+    if isinstance(resets, dict) and unit.network in resets:
+        resets = resets[unit.network]
+    if unit.arm == "dash":
+        gather_gradients(model, x, y, 1000 * unit.seed + number, size)
+    if resets is not None:
+        apply_reset(model, resets, layout="modules", initial=initial)
+        model.zero_grad()
+    if arm.inject and number == 1:  # once, as its paper does
+        inject_plasticity_(model, "head", seed=1000 * unit.seed + number)
+
+
+def diagnosed(model: Any, unit: Unit, x: Tensor, y: Tensor, before: nn.Module) -> dict[str, Any]:
+    """Return how plastic a network is before its second phase."""
+    readers = [names[-1] for names in model.hidden()]
+    head = readers[-1] if unit.network != "vit" else "head"
+    found = diagnose_module(
+        model,
+        lambda network, batch: F.cross_entropy(network(x[batch]), y[batch]),
+        [torch.arange(i, i + 64) for i in range(0, min(512, len(x) - 63), 64)],
+        features=head, units=readers, reference=before, iterations=10, tolerance=0.05,
+    )  # fmt: skip
+    return found.measures()
+
+
+# ---- units
+
+
+class Work:
+    """The units of one run, trained one by one."""
+
+    def __init__(self, output: Path, data: Path | None, size: Size, diagnose: bool) -> None:
+        self.output, self.size, self.diagnose = output, size, diagnose
+        self.images = load(data)
+
+    def file(self, unit: Unit) -> Path:
+        return self.output / "units" / f"{unit.name}.json"
+
+    def run(self, unit: Unit) -> dict[str, Any]:
+        """Train one unit, from its last finished phase on; return and write what it gave."""
+        if self.file(unit).exists():
+            return read_json(self.file(unit), "delete it to train the unit again")
+        images, arm = prepared(self.images, unit.network, self.size, unit.seed), ARMS[unit.arm]
+        shape = (images.x.shape[1], images.x.shape[2])
+        initial = build(unit.network, shape, self.images.classes, self.size.name, unit.seed)
+        model = copy.deepcopy(initial)
+        begun = Path(f"{self.file(unit)}.begun.safetensors")
+        found: list[dict[str, Any]] = []
+        diagnostics = None
+        if begun.exists():
+            state = load_file(begun)
+            found = json.loads(bytes(state.pop("@found").tolist()))
+            diagnostics = found.pop() if found and "srank" in found[-1] else None
+            if arm.inject and len(found) > 1:
+                transition(unit, model, initial, images.x, images.y, 1, self.size)
+            model.load_state_dict(state)
+        for number, (part, labels, epochs, held) in enumerate(phases(unit, images, self.size)):
+            if number < len(found):
+                continue
+            x, y, clock = images.x[part], labels, time.process_time()
+            entry: dict[str, Any] = {"images": len(x), "steps": epochs * -(-len(x) // self.size.batch)}
+            first = self.output / "units" / f"first.{unit.setting}.{unit.network}.{unit.seed}.safetensors"
+            acts = number > 0 or unit.setting not in STARTS
+            shared = number == 0 and not (acts and arm.trains_otherwise)
+            if shared and first.exists():
+                model.load_state_dict(load_file(first))
+            else:
+                before = copy.deepcopy(model)
+                if number:
+                    transition(unit, model, initial, x, y, number, self.size)
+                    entry["after_reset"] = accuracy(model, images.test_x[held], images.test_y[held])
+                    if number == 1 and unit.setting in STARTS and self.diagnose and not arm.trains_otherwise:
+                        diagnostics = None if arm.inject else diagnosed(model, unit, x, y, before)
+                seed = 1000 * unit.seed + 100 + number
+                entry["recycled"] = train(model, arm, acts, initial, x, y, epochs, seed, self.size)
+                if shared:
+                    keep(model.state_dict(), first)
+            entry["train"] = accuracy(model, x, y)
+            entry["test"] = accuracy(model, images.test_x[held], images.test_y[held])
+            entry["cpu_seconds"] = round(time.process_time() - clock, 2)
+            found.append(entry)
+            said = json.dumps([*found, *([diagnostics] if diagnostics else [])]).encode()
+            keep({**model.state_dict(), "@found": torch.tensor(list(said), dtype=torch.uint8)}, begun)
+        result = {**asdict(unit), "phases": found, "diagnostics": diagnostics}
+        write_json(self.file(unit), result)
+        begun.unlink()
+        return result
+
+
+def keep(state: dict[str, Tensor], file: Path) -> None:
+    """Write tensors so that the file is there as a whole or not at all."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    save_file({key: t.contiguous().clone() for key, t in state.items()}, partial)
+    partial.replace(file)
+
+
+_WORK: Work
+
+
+def _start(*given: Any) -> None:
+    global _WORK
+    torch.set_num_threads(1)
+    _WORK = Work(*given)
+
+
+def _run(unit: Unit) -> dict[str, Any]:
+    return _WORK.run(unit)
+
+
+def done(units: list[Unit], workers: int, given: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
+    """Yield the units' results as they come; those whose first phase others share come first."""
+    wave = {(u.setting, u.network, u.seed): u for u in reversed(units) if not ARMS[u.arm].trains_otherwise}
+    waves = [[*wave.values()], [u for u in units if u not in wave.values()]]
+    if workers == 1:
+        _start(*given)
+        yield from (_run(unit) for own in waves for unit in own)
+        return
+    with multiprocessing.get_context("spawn").Pool(workers, _start, given) as pool:
+        for own in waves:
+            yield from pool.imap_unordered(_run, own)
+
+
+# ---- results
+
+
+def last(result: dict[str, Any]) -> float:
+    return float(result["phases"][-1]["test"])
+
+
+def mean_of_later(result: dict[str, Any]) -> float:
+    """Return the mean over the phases behind the first, where arms differ."""
+    return fmean(phase["test"] for phase in result["phases"][1:])
+
+
+def tables(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return a table a setting and network: columns of accuracy in percent, differences paired by seed."""
+    found: dict[str, dict[str, Any]] = {}
+    for setting in SETTINGS:
+        for network in NETWORKS:
+            own = [r for r in results if (r["setting"], r["network"]) == (setting, network)]
+            if own:
+                found[f"{setting}, {network}"] = table(f"{setting} {network}", own, setting in STARTS)
+    return found
+
+
+def table(name: str, results: list[dict[str, Any]], start: bool) -> dict[str, Any]:
+    measure = last if start else mean_of_later
+    arms = {arm: {r["seed"]: r for r in results if r["arm"] == arm} for arm in ARMS}
+    arms = {arm: by_seed for arm, by_seed in arms.items() if by_seed}
+    rows = []
+    for arm, by_seed in arms.items():
+        row: list[Any] = [arm, level([measure(r) for r in by_seed.values()])]
+        for other in ("base", "fresh"):
+            theirs = arms.get(other, {})
+            shared = [seed for seed in by_seed if seed in theirs]
+            pairs = [measure(by_seed[s]) - measure(theirs[s]) for s in shared]
+            row.append(None if arm == other or not pairs else difference(pairs))
+        ends = [r["phases"][-1] for r in by_seed.values()]
+        row += [tenth(fmean(e["train"] for e in ends)), tenth(fmean(e["after_reset"] for e in ends))]
+        if any(r["diagnostics"] for r in results):
+            known = [r["diagnostics"] for r in by_seed.values() if r["diagnostics"]]
+            for key in ("srank_share", "dormant_share", "hessian_eigenvalue", "dfi_mean"):
+                row.append(float(f"{fmean(d[key] for d in known):.3g}") if known else None)
+        rows.append(row)
+    accuracy_of = "test" if start else "mean test"
+    columns = ["arm", f"{name}: {accuracy_of}", f"{name}: vs base", f"{name}: vs fresh", f"{name}: training"]
+    columns.append(f"{name}: after the reset")
+    if any(r["diagnostics"] for r in results):
+        columns += [f"{name}: {what}" for what in ("srank share", "dormant", "curvature", "DfI")]
+    return {"columns": columns, "rows": rows}
+
+
+def tenth(value: float) -> float:
+    return round(value, 1)
+
+
+def level(values: list[float]) -> Any:
+    return {"mean": tenth(fmean(values)), "sd": tenth(stdev(values))} if len(values) > 1 else tenth(values[0])
+
+
+def difference(pairs: list[float]) -> Any:
+    interval = paired_interval(pairs)
+    half = (interval[1] - interval[0]) / 2 if interval else math.nan
+    return {"mean": tenth(fmean(pairs)), "half": tenth(half)} if interval else tenth(fmean(pairs))
+
+
+def written(cell: Any) -> str:
+    if isinstance(cell, dict):
+        spread = cell.get("half", cell.get("sd"))
+        return f"{cell['mean']:+.1f} ± {spread:.1f}" if "half" in cell else f"{cell['mean']:.1f} ± {spread:.1f}"
+    return "–" if cell is None else str(cell)
+
+
+def markdown(found: dict[str, dict[str, Any]]) -> str:
+    """Return the tables as a page."""
+    parts = ["Accuracy in percent, mean ± standard deviation over seeds; differences paired by seed ± half their 95 %"]
+    parts[0] += " interval. Diagnostics right after the reset, before the second phase."
+    for name, one in found.items():
+        heads = [column.rpartition(": ")[2] for column in one["columns"]]
+        lines = [f"**{name}**", "", "| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
+        lines += ["| " + " | ".join(map(written, row)) + " |" for row in one["rows"]]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+# ---- the command
+
+
+def settled(output: Path, about: dict[str, Any]) -> None:
+    """Begin a folder of units, or see that it is of the same settings.
+
+    Raises:
+        UserError: It is of others.
+    """
+    (output / "units").mkdir(parents=True, exist_ok=True)
+    file = output / "settings.json"
+    if not file.exists():
+        write_json(file, about)
+    elif (before := read_json(file, "choose another --output")) != json.loads(json.dumps(about)):
+        others = [key for key in about if before.get(key) != json.loads(json.dumps(about))[key]]
+        raise UserError(f"--output {output}: its units are of another {', '.join(others)}. Choose another folder")
+
+
+def main(argv: list[str] | None = None) -> int:
+    assert __doc__
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where units and tables go")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="MNIST family, CIFAR (binary) or Tiny-ImageNet")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="1 2 3")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS], metavar="SETTING")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=[*NETWORKS], metavar="NETWORK")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=[*ARMS], metavar="ARM", help=f"of {', '.join(ARMS)}")
+    parser.add_argument("--size", choices=("small", "paper"), default="small", help="an eighth of the paper's width, or it")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes of one thread each (1)")
+    parser.add_argument("--no-diagnostics", action="store_true", help="leave srank, curvature and the like out")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: one seed, 128 images, one epoch")
+    parser.add_argument("--study", type=Path, metavar="FILE", help="also write what docs/results/ takes")
+    args = parser.parse_args(argv)
+    size = SIZES["quick" if args.quick else args.size]
+    seeds = args.seeds[:1] if args.quick else args.seeds
+    try:
+        images = load(args.data)
+        about = {"size": asdict(size), "data": images.name, "images": images.digest, "diagnostics": not args.no_diagnostics}
+        settled(args.output, about)
+    except UserError as fault:
+        parser.error(str(fault))
+    units = [
+        Unit(setting, network, seed, arm)
+        for seed in seeds
+        for setting in args.settings
+        for network in args.networks
+        if network in size.scopes[setting]
+        for arm in args.arms
+        if not isinstance(ARMS[arm].resets, dict) or "method" in ARMS[arm].resets or network in ARMS[arm].resets
+    ]
+    results: list[dict[str, Any]] = []
+    clock, fresh = time.monotonic(), 0
+    finished = {f.name for f in (args.output / "units").glob("*.json")}
+    for result in done(units, args.workers, (args.output, args.data, size, not args.no_diagnostics)):
+        results.append(result)
+        name = Unit(*(result[key] for key in ("setting", "network", "seed", "arm"))).name
+        if f"{name}.json" in finished:
+            continue
+        fresh += 1
+        left = (time.monotonic() - clock) / fresh * (len(units) - len(results)) / 60
+        print(f"[{len(results)}/{len(units)}] {name}: {last(result):.1f} %, {left:.0f} min left", file=sys.stderr, flush=True)
+    found = tables(results)
+    versions = {"torch": torch.__version__.partition("+")[0]}
+    study = {
+        "date": date.today().isoformat(),
+        "command": "python scripts/reproduce_vision.py " + " ".join(argv if argv is not None else sys.argv[1:]),
+        "machine": f"{os.cpu_count()} cores of {platform.processor() or platform.machine()}",
+        "seeds": ", ".join(map(str, seeds)),
+        "data": images.name,
+        **versions,
+        "tables": found,
+    }
+    write_json(args.output / "vision.json", {**study, "units": results})
+    (args.output / "vision.md").write_text(markdown(found), encoding="utf-8")
+    if args.study:
+        args.study.write_text(json.dumps(study, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(markdown(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
