@@ -527,7 +527,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS], metavar="SETTING")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=[*NETWORKS], metavar="NETWORK")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=[*ARMS], metavar="ARM", help=f"of {', '.join(ARMS)}")
-    parser.add_argument("--size", choices=("small", "paper"), default="small", help="an eighth of the paper's width, or it")
+    parser.add_argument(
+        "--size", choices=("small", "paper"), default="small", help="an eighth of the paper's width, or it"
+    )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes of one thread each (1)")
     parser.add_argument("--no-diagnostics", action="store_true", help="leave srank, curvature and the like out")
     parser.add_argument("--quick", action="store_true", help="a smoke test: one seed, 128 images, one epoch")
@@ -537,7 +539,12 @@ def main(argv: list[str] | None = None) -> int:
     seeds = args.seeds[:1] if args.quick else args.seeds
     try:
         images = load(args.data)
-        about = {"size": asdict(size), "data": images.name, "images": images.digest, "diagnostics": not args.no_diagnostics}
+        about = {
+            "size": asdict(size),
+            "data": images.name,
+            "images": images.digest,
+            "diagnostics": not args.no_diagnostics,
+        }
         settled(args.output, about)
     except UserError as fault:
         parser.error(str(fault))
@@ -560,7 +567,11 @@ def main(argv: list[str] | None = None) -> int:
             continue
         fresh += 1
         left = (time.monotonic() - clock) / fresh * (len(units) - len(results)) / 60
-        print(f"[{len(results)}/{len(units)}] {name}: {last(result):.1f} %, {left:.0f} min left", file=sys.stderr, flush=True)
+        print(
+            f"[{len(results)}/{len(units)}] {name}: {last(result):.1f} %, {left:.0f} min left",
+            file=sys.stderr,
+            flush=True,
+        )
     found = tables(results)
     versions = {"torch": torch.__version__.partition("+")[0]}
     study = {

@@ -156,7 +156,9 @@ def _fresh(module: nn.Module) -> nn.Module:
     for kind in ("_parameters", "_buffers"):
         held = vars(module)[kind].items()
         own = {key: None if t is None else torch.zeros_like(t, device="cpu") for key, t in held}
-        vars(drawn)[kind] = {k: nn.Parameter(t) if kind == "_parameters" and t is not None else t for k, t in own.items()}
+        vars(drawn)[kind] = {
+            k: nn.Parameter(t) if kind == "_parameters" and t is not None else t for k, t in own.items()
+        }
     reset: Any = drawn.reset_parameters
     reset()
     return drawn

@@ -39,7 +39,7 @@ def inject_plasticity_(model: nn.Module, name: str, *, seed: int = 0) -> Plastic
 
     Args:
         model: Any module.
-        name: Of the head: a module that returns a tensor, each part of it with parameters of its own `reset_parameters`.
+        name: Of the head: a module that returns a tensor, whose parts can draw themselves (`reset_parameters`).
         seed: Of what is drawn; no other generator is touched.
 
     Raises:

@@ -136,33 +136,37 @@ class Renewal:
             outgoing = weights.sum(dim=[axis for axis in range(weights.ndim) if axis != 1])
             masks.append(torch.cat([whole[-1:] == 0, recycler.pop_stale(outgoing)]))
         # The one time a step that the host waits.
+        stale: dict[int, Tensor] = {}
         for number, mask in enumerate(self._split(torch.cat(masks).cpu())):
             if mask[0]:
                 raise UserError(
                     f"'{self.spec.method}': no token passed the module of '{self.layers[number].name}': exclude that "
                     "layer; a network that is no language model has to be in training mode"
                 )
-            units = mask[1:].nonzero().flatten()
-            if len(units):
-                self.renew(number, units, step, optimizer)
+            if mask[1:].any():
+                stale[number] = mask[1:].nonzero().flatten()
+        self.renew(stale, step, optimizer)
 
     def _split(self, joined: Tensor) -> tuple[Tensor, ...]:
         return torch.split(joined, [layer.units + 1 for layer in self.layers])
 
-    def renew(self, number: int, units: Tensor, step: int, optimizer: Any) -> None:
-        """Draw what leads to a layer's units again, and zero what leads away and all moments of both.
+    def renew(self, stale: dict[int, Tensor], step: int, optimizer: Any) -> None:
+        """Draw what leads to units again, and then zero what leads away from them, and all moments of both.
+
+        Where one layer reads another, what leads from a new unit to a new unit is zero too.
 
         Args:
-            number: Of the layer.
-            units: (n,) int64 on the CPU.
+            stale: By number of the layer, (n,) int64 on the CPU.
             step: Optimizer steps so far.
             optimizer: Whose moments are cleared.
         """
-        layer = self.layers[number]
-        self.recycled += len(units)
-        for slice_, drawn in zip(layer.incoming, self.draw(layer, units, step), strict=True):
-            _put(slice_, 0, units, drawn, optimizer)
-        _put(layer.outgoing, 1, units, None, optimizer)
+        for number, units in stale.items():
+            layer = self.layers[number]
+            self.recycled += len(units)
+            for slice_, drawn in zip(layer.incoming, self.draw(layer, units, step), strict=True):
+                _put(slice_, 0, units, drawn, optimizer)
+        for number, units in stale.items():
+            _put(self.layers[number].outgoing, 1, units, None, optimizer)
 
 
 def generator(*what: Any) -> torch.Generator:

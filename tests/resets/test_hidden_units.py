@@ -116,8 +116,8 @@ def test_the_network_changes_by_what_the_units_put_out_and_by_nothing_else():
         with torch.no_grad():
             silenced.get_submodule(name).weight[:, columns] = 0
     recycling = Recycling(model, "snr", hidden=HIDDEN)
-    for number, units in enumerate(([1, 4], [2], [0, 7])):
-        recycling._work.renew(number, torch.tensor(units), 1, torch.optim.SGD(model.parameters()))
+    stale = {number: torch.tensor(units) for number, units in enumerate(([1, 4], [2], [0, 7]))}
+    recycling._work.renew(stale, 1, torch.optim.SGD(model.parameters()))
     assert torch.equal(state, torch.get_rng_state())
     with torch.no_grad():
         torch.testing.assert_close(model(images()), silenced(images()), rtol=0, atol=1e-6)
@@ -128,7 +128,7 @@ def test_rows_are_drawn_as_the_modules_draw_them_by_seed_step_and_layer():
         model = nn.Sequential(nn.Conv1d(4, 600, 5), nn.ReLU(), nn.Conv1d(600, 2, 1))
         nn.init.constant_(model[0].weight, 9.0)
         recycling = Recycling(model, "redo", hidden=[("0", "2")], seed=seed)
-        recycling._work.renew(0, torch.arange(500), step, torch.optim.SGD(model.parameters()))
+        recycling._work.renew({0: torch.arange(500)}, step, torch.optim.SGD(model.parameters()))
         assert (model[0].weight[500:] == 9).all()
         return model[0].weight.detach()[:500]
 
@@ -159,7 +159,7 @@ def test_moments_are_cleared_and_a_resumed_loop_ends_as_one_that_was_not_cut_off
 
     moment = optimizer.state[model.conv2.weight]["exp_avg"]
     assert moment[:, 2].any()
-    recycling._work.renew(0, torch.tensor([2]), 10, optimizer)
+    recycling._work.renew({0: torch.tensor([2])}, 10, optimizer)
     assert not moment[:, 2].any() and moment[:, 1].any() and not model.conv2.weight[:, 2].any()
     assert not optimizer.state[model.bn1.weight]["exp_avg_sq"][2] and optimizer.state[model.bn1.weight]["exp_avg_sq"][1]
 
@@ -169,7 +169,7 @@ def test_what_is_measured_in_evaluation_does_not_count_and_hooks_can_be_taken_ou
     recycling = Recycling(model, {"method": "redo", "every": 1, "threshold": 0.0}, hidden=HIDDEN)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     model.eval()(images())
-    with pytest.raises(UserError, match="'redo': no token passed the module of 'conv1 → conv2'.*training mode"):
+    with pytest.raises(UserError, match=r"'redo': no token passed the module of 'conv1 → conv2'.*training mode"):
         recycling.step(optimizer)
     recycling.remove()
     assert not any(m._forward_pre_hooks for m in model.modules())
@@ -259,13 +259,15 @@ def test_penalties_refuse_what_is_none_and_initial_weights_that_are_missing():
 
 def test_injection_computes_what_the_network_did_and_trains_the_new_head_alone():
     model = net()
-    before, state = model(images()).detach(), torch.get_rng_state()
+    before, state = copy.deepcopy(model)(images()).detach(), torch.get_rng_state()
     old = copy.deepcopy(model.fc2)
     injected = inject_plasticity_(model, "fc2", seed=4)
     assert isinstance(model.fc2, PlasticityInjection) and torch.equal(state, torch.get_rng_state())
     torch.testing.assert_close(model.eval()(images()), net().eval()(images()))
     torch.testing.assert_close(model.train()(images()).detach(), before, rtol=0, atol=1e-5)
-    assert float(injected.new.weight.detach().abs().max()) <= 8**-0.5 and not torch.equal(injected.new.weight, old.weight)
+    assert float(injected.new.weight.detach().abs().max()) <= 8**-0.5 and not torch.equal(
+        injected.new.weight, old.weight
+    )
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     F.cross_entropy(model(images()), torch.arange(16) % 3).backward()
     optimizer.step()

@@ -182,7 +182,7 @@ def test_a_unit_is_its_rows_and_its_column(build):
         before, _ = activations(model, layer, ids())
         callback = prepared(model, "redo")
         number = [one.name for one in callback.work.layers].index(layer.name)
-        callback.work.renew(number, torch.tensor([5, 17]), 1, torch.optim.SGD(model.parameters()))
+        callback.work.renew({number: torch.tensor([5, 17])}, 1, torch.optim.SGD(model.parameters()))
         after, _ = activations(model, layer, ids())
         assert (before != after).any(0).any(0).nonzero().flatten().tolist() == [5, 17]
 
@@ -199,7 +199,7 @@ def test_the_model_changes_by_what_the_units_put_out_and_by_nothing_else(build):
     _, silenced = activations(model, layer, ids(), silence=[0, 31, 79])
     callback = prepared(model, "snr")
     state = torch.get_rng_state()
-    callback.work.renew(1, torch.tensor([0, 31, 79]), 4, torch.optim.SGD(model.parameters()))
+    callback.work.renew({1: torch.tensor([0, 31, 79])}, 4, torch.optim.SGD(model.parameters()))
     assert torch.equal(state, torch.get_rng_state())
     _, renewed = activations(model, layer, ids())
     torch.testing.assert_close(renewed, silenced, rtol=0, atol=1e-6)
@@ -217,7 +217,7 @@ def test_new_rows_are_drawn_as_the_model_draws_them_by_seed_step_and_layer():
     def draw(seed, step, number=0):
         model = tiny_gpt2(n_inner=512, initializer_range=0.05)
         callback = prepared(model, "redo", seed=seed)
-        callback.work.renew(number, torch.arange(500), step, torch.optim.SGD(model.parameters()))
+        callback.work.renew({number: torch.arange(500)}, step, torch.optim.SGD(model.parameters()))
         mlp = model.transformer.h[number].mlp
         assert not mlp.c_fc.bias.any() and not mlp.c_proj.weight[:500].any() and mlp.c_proj.weight[500:].all()
         return mlp.c_fc.weight.detach()[:, :500]
@@ -239,7 +239,7 @@ def test_moments_of_exactly_the_touched_weights_are_cleared(build, muon, tmp_pat
     named = dict(model.named_parameters())
     names = {p: name for name, p in named.items()}
     before = {names[p]: {k: copy.deepcopy(v) for k, v in s.items()} for p, s in optimizer.state.items()}
-    callback.work.renew(0, torch.tensor([3, 40]), 2, optimizer)
+    callback.work.renew({0: torch.tensor([3, 40])}, 2, optimizer)
     moved = set()
     for p, state in optimizer.state.items():
         for key, value in state.items():
