@@ -55,7 +55,7 @@ class Arm:
 
     resets: Any = None
     """Between phases, as `apply_reset` takes them; by network where they differ."""
-    penalty: dict[str, Any] | None = None
+    penalty: str = ""
     recycling: str = ""
     muon: bool = False
     inject: bool = False
@@ -71,20 +71,58 @@ ARMS = {
     "base": Arm(),
     "fresh": Arm("full_reset"),
     "s-and-p": Arm({"method": "shrink_perturb", "shrink": 0.8}),
-    "dash": Arm({"method": "dash", "floor": 0.05}),
+    "dash": Arm({"method": "dash"}),
     "fire": Arm({**dict.fromkeys(NETWORKS, FIRE), "vit": "paper-vit"}),
     "fire-all": Arm({"vit": FIRE}),
     "rescale": Arm({**dict.fromkeys(NETWORKS, FIRE | {"method": "rescale"}),
                     "vit": FIRE | {"method": "rescale", "roles": QUERIES_KEYS}}),
     "injection": Arm(inject=True),
-    "l2-init": Arm(penalty={"method": "l2_init", "strength": 5e-4}),
-    "parseval": Arm(penalty={"method": "parseval", "strength": 1e-3, "scale": 1.0}),
+    "l2-init": Arm(penalty="l2_init"),
+    "parseval": Arm(penalty="parseval"),
     "redo": Arm(recycling="redo"),
     "cbp": Arm(recycling="continual_backprop"),
     "snr": Arm(recycling="snr"),
     "muon": Arm(muon=True),
 }  # fmt: skip
-DASH_ALPHA = 0.3
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What the authors chose for one network in one setting; shrink-and-perturb has 0.8 in all."""
+
+    alpha: float
+    """Of DASH, with its floor."""
+    floor: float
+    parseval: float
+    cbp_rate: float
+    """A step, with the age in steps from which on a unit is mature."""
+    cbp_maturity: int
+    redo: float
+    """Threshold, once an epoch."""
+    l2_init: float
+    """Coefficient of half the squared distance."""
+    snr: float
+
+
+TUNED = {
+    ("start", "resnet"): Tuned(0.3, 0.05, 1e-3, 1e-4, 1000, 0.5, 1e-3, 0.01),
+    ("start", "vgg"): Tuned(0.1, 0.05, 1e-3, 1e-4, 1000, 0.5, 1e-3, 0.08),
+    ("start", "vit"): Tuned(0.1, 0.05, 1e-5, 1e-4, 100, 0.5, 1e-3, 0.01),
+    ("continual", "resnet"): Tuned(0.3, 0.05, 1e-3, 1e-5, 1000, 0.05, 1e-5, 0.08),
+    ("continual", "vgg"): Tuned(0.1, 0.1, 1e-4, 1e-5, 1000, 0.01, 1e-5, 0.01),
+    ("continual", "vit"): Tuned(0.1, 0.05, 1e-5, 1e-5, 1000, 0.01, 1e-4, 0.04),
+    ("class-incremental", "vgg"): Tuned(0.3, 0.1, 1e-3, 1e-4, 1000, 0.05, 1e-4, 0.02),
+    ("class-incremental", "vit"): Tuned(0.3, 0.3, 1e-5, 1e-5, 1000, 0.01, 1e-5, 0.08),
+}
+PAPER_STEPS = {"resnet": 19_600, "vit": 19_600, "vgg": 39_100}
+"""Of a phase on all images there, by which the rate and the maturity of continual backprop are scaled."""
+
+
+def tuned(setting: str, network: str) -> Tuned:
+    """Return the authors' choice; the MLP, which is not theirs, and what they did not run take the nearest one."""
+    kind = "start" if setting in STARTS else setting
+    network = "resnet" if network == "mlp" else network
+    return TUNED.get((kind, network)) or TUNED[kind, "vgg"]
 
 
 @dataclass(frozen=True)
@@ -115,11 +153,9 @@ class Size:
 EVERY = dict.fromkeys(SETTINGS, NETWORKS)
 SIZES = {
     "small": Size(
-        "small",
-        {"mlp": 1000, "vgg": 1000, "resnet": 1000, "vit": 1000},
-        {"mlp": 60, "vgg": 30, "resnet": 20, "vit": 20},
-        64, 5, 2000, ("mlp", "vgg", "resnet"),
-        scopes=EVERY | {"continual": ("mlp", "vgg"), "class-incremental": ("mlp", "vgg")},
+        "small", dict.fromkeys(NETWORKS, 1000), {"mlp": 40, "vgg": 20, "resnet": 20, "vit": 20}, 64, 5, 2000,
+        ("mlp", "vgg", "resnet"),
+        scopes=EVERY | dict.fromkeys(("noisy-start", "continual", "class-incremental"), ("vgg",)),
     ),
     "paper": Size("paper", dict.fromkeys(NETWORKS), dict.fromkeys(NETWORKS, 100), 256, 10, scopes=EVERY),
     "quick": Size(
@@ -214,45 +250,64 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return 100 * right / len(y)
 
 
-def recycled_by(arm: Arm, model: Any, steps: int, each: int, seed: int) -> Recycling | None:
-    """Return what recycles units; rates are the paper's for a phase, however many steps it has here."""
+def recycled_by(unit: Unit, model: Any, each: int, whole: int, seed: int) -> Recycling | None:
+    """Return what recycles units, if the arm does.
+
+    Args:
+        unit: Says the arm, and what the authors chose for its network and setting.
+        model: Knows its hidden layers.
+        each: Steps an epoch.
+        whole: Steps of a phase on all images.
+        seed: Of what is drawn.
+    """
+    method, of = ARMS[unit.arm].recycling, tuned(unit.setting, unit.network)
+    times = PAPER_STEPS.get(unit.network, PAPER_STEPS["resnet"]) / whole
     options: dict[str, dict[str, Any]] = {
-        "redo": {"every": each, "threshold": 0.5},  # once an epoch
-        "continual_backprop": {"rate": min(1.0, 1e-4 * 19_600 / steps), "maturity": round(steps * 1000 / 19_600)},
-        "snr": {"eta": 0.01},
+        "redo": {"every": each, "threshold": of.redo},
+        "continual_backprop": {"rate": min(1.0, of.cbp_rate * times), "maturity": round(of.cbp_maturity / times)},
+        "snr": {"eta": of.snr},
     }
-    if not arm.recycling:
-        return None
-    return Recycling(model, arm.recycling, hidden=model.hidden(), seed=seed, **options[arm.recycling])
+    return Recycling(model, method, hidden=model.hidden(), seed=seed, **options[method]) if method else None
 
 
 def train(
-    model: nn.Module, arm: Arm, acts: bool, initial: nn.Module, x: Tensor, y: Tensor, epochs: int, seed: int, size: Size
+    model: nn.Module,
+    unit: Unit,
+    acts: bool,
+    initial: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    epochs: int,
+    whole: int,
+    seed: int,
+    size: Size,
 ) -> int:
     """Train a phase; the order of the images is the same for every arm.
 
     Args:
         model: What is trained.
-        arm: What it does.
+        unit: Says what the arm does.
         acts: Whether what the arm does while training acts in this phase.
         initial: The weights that training began with.
         x: Images.
         y: Their labels.
         epochs: How often each is seen.
+        whole: Steps of a phase on all images.
         seed: Of the order.
         size: Batch, learning rate and the norm that gradients are clipped to.
 
     Returns:
         How many units were recycled.
     """
-    each = -(-len(x) // size.batch)
+    arm, of, each = ARMS[unit.arm], tuned(unit.setting, unit.network), -(-len(x) // size.batch)
     steps, step = epochs * each, 0
     given, flat = optimizers(model, arm.muon and acts, size.lr)
     rates = [[group["lr"] for group in one.param_groups] for one in given]
-    recycling = recycled_by(arm, model, steps, each, seed) if acts else None
+    recycling = recycled_by(unit, model, each, whole, seed) if acts else None
     penalties = None
     if acts and arm.penalty:
-        penalties = Penalties(model, arm.penalty, initial=initial, layout="modules")
+        options = {"l2_init": {"strength": of.l2_init / 2}, "parseval": {"strength": of.parseval, "scale": 1.0}}
+        penalties = Penalties(model, arm.penalty, initial=initial, layout="modules", **options[arm.penalty])
     generator = torch.Generator().manual_seed(seed)
     model.train()
     for _ in range(epochs):
@@ -277,7 +332,7 @@ def train(
     return recycling.recycled if recycling is not None else 0
 
 
-def gather_gradients(model: nn.Module, x: Tensor, y: Tensor, seed: int, size: Size) -> None:
+def gather_gradients(model: nn.Module, x: Tensor, y: Tensor, alpha: float, seed: int, size: Size) -> None:
     """Leave in `.grad` what DASH reads: a moving average of the gradients over one pass of the coming data."""
     means = {p: torch.zeros_like(p) for p in model.parameters()}
     frozen = copy.deepcopy({k: b for k, b in model.named_buffers()})
@@ -286,7 +341,7 @@ def gather_gradients(model: nn.Module, x: Tensor, y: Tensor, seed: int, size: Si
         model.zero_grad()
         F.cross_entropy(model(x[batch]), y[batch]).backward()
         for p, mean in means.items():
-            mean.lerp_(p.grad, DASH_ALPHA)
+            mean.lerp_(p.grad, alpha)
     for p, mean in means.items():
         p.grad = mean
     for key, buffer in model.named_buffers():
@@ -299,7 +354,9 @@ def transition(unit: Unit, model: nn.Module, initial: nn.Module, x: Tensor, y: T
     if isinstance(resets, dict) and unit.network in resets:
         resets = resets[unit.network]
     if unit.arm == "dash":
-        gather_gradients(model, x, y, 1000 * unit.seed + number, size)
+        of = tuned(unit.setting, unit.network)
+        gather_gradients(model, x, y, of.alpha, 1000 * unit.seed + number, size)
+        resets = resets | {"floor": of.floor}
     if resets is not None:
         apply_reset(model, resets, layout="modules", initial=initial)
         model.zero_grad()
@@ -351,6 +408,7 @@ class Work:
             if arm.inject and len(found) > 1:
                 transition(unit, model, initial, images.x, images.y, 1, self.size)
             model.load_state_dict(state)
+        whole = self.size.epochs[unit.network] * -(-len(images.x) // self.size.batch)
         for number, (part, labels, epochs, held) in enumerate(phases(unit, images, self.size)):
             if number < len(found):
                 continue
@@ -369,7 +427,7 @@ class Work:
                     if number == 1 and unit.setting in STARTS and self.diagnose and not arm.trains_otherwise:
                         diagnostics = None if arm.inject else diagnosed(model, unit, x, y, before)
                 seed = 1000 * unit.seed + 100 + number
-                entry["recycled"] = train(model, arm, acts, initial, x, y, epochs, seed, self.size)
+                entry["recycled"] = train(model, unit, acts, initial, x, y, epochs, whole, seed, self.size)
                 if shared:
                     keep(model.state_dict(), first)
             entry["train"] = accuracy(model, x, y)
@@ -405,9 +463,15 @@ def _run(unit: Unit) -> dict[str, Any]:
 
 
 def done(units: list[Unit], workers: int, given: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
-    """Yield the units' results as they come; those whose first phase others share come first."""
-    wave = {(u.setting, u.network, u.seed): u for u in reversed(units) if not ARMS[u.arm].trains_otherwise}
-    waves = [[*wave.values()], [u for u in units if u not in wave.values()]]
+    """Yield the units' results as they come, a setting and network after another.
+
+    Of each, those whose first phase others share come first.
+    """
+    waves: list[list[Unit]] = []
+    for key in dict.fromkeys((u.setting, u.network) for u in units):
+        own = [u for u in units if (u.setting, u.network) == key]
+        first = {u.seed: u for u in reversed(own) if not ARMS[u.arm].trains_otherwise}
+        waves += [[*first.values()], [u for u in own if u not in first.values()]]
     if workers == 1:
         _start(*given)
         yield from (_run(unit) for own in waves for unit in own)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NETWORKS = ("mlp", "vgg", "resnet", "vit")
+NETWORKS = ("vgg", "mlp", "resnet", "vit")
 VGG = {"small": (1, "M", 2, "M", 4, 4, "M", 8, 8, "M"),
        "paper": (1, 1, "M", 2, 2, "M", 4, 4, 4, "M", 8, 8, 8, "M", 8, 8, 8, "M")}  # fmt: skip
 """Channels of a VGG over its width, M where a feature map is halved: of 6 convolutions, and VGG-16."""
@@ -132,7 +132,7 @@ def build(network: str, shape: tuple[int, int], n: int, size: str, seed: int) ->
         network: One of `NETWORKS`.
         shape: c and side.
         n: Classes.
-        size: small, an eighth of the paper's width, or paper.
+        size: small, an eighth of the paper's width (a sixteenth of the ResNet's, a quarter of the ViT's), or paper.
         seed: Of its initial weights; no other generator is touched.
     """
     (c, side), width = shape, {"small": 8, "paper": 64}[size]
@@ -143,7 +143,7 @@ def build(network: str, shape: tuple[int, int], n: int, size: str, seed: int) ->
         if network == "vgg":
             return VGGNet(c, side, n, width, size)
         if network == "resnet":
-            return ResNet18(c, n, width)
+            return ResNet18(c, n, 4 if size == "small" else width)
         patch = max(p for p in range(1, side // 4 + 1) if side % p == 0)
         layers, heads_width = (4, 48) if size == "small" else (12, 192)
         return ViT(c, side, n, heads_width, 4 if size == "paper" else patch, layers)
