@@ -5,8 +5,8 @@
     python scripts/reproduce_vision.py --output runs/cifar --data cifar-10-batches-bin --size paper --networks resnet
     python scripts/reproduce_vision.py --output runs/smoke --quick
 
-Settings: warm-start (a tenth of the images, then all of them), noisy-start (the same, with random labels for the first
-tenth), continual (images arrive in parts, old ones stay) and class-incremental (classes arrive, old ones stay). Arms
+Settings: warm-start (a tenth of the images, then all of them), noisy-start (half of them with random labels, then all
+with their own: ours, and harsher than anything in the paper), continual (images arrive in parts, old ones stay) and class-incremental (classes arrive, old ones stay). Arms
 that reset act between phases; those that act while training act from the second phase on in the two starts and from
 the first in the others, as in the authors' code. What it prints stands in vision.json and vision.md too, each unit's
 own figures in units/. Started again, it goes on; a finished unit is not trained again, an interrupted one goes on at
@@ -142,10 +142,8 @@ class Size:
     """Networks that see images of half the side."""
     lr: float = 1e-3
     clip: float = 0.5
-    first: float = 0.1
+    first: dict[str, float] = field(default_factory=lambda: {"warm-start": 0.1, "noisy-start": 0.5})
     """Share of the images in the first phase of a start."""
-    noise: float = 1.0
-    """Share of the first phase's labels that are drawn at random in the noisy start."""
     scopes: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Networks of each setting."""
 
@@ -155,7 +153,7 @@ SIZES = {
     "small": Size(
         "small", dict.fromkeys(NETWORKS, 1000), {"mlp": 40, "vgg": 20, "resnet": 20, "vit": 20}, 64, 5, 2000,
         ("mlp", "vgg", "resnet"),
-        scopes=EVERY | dict.fromkeys(("noisy-start", "continual", "class-incremental"), ("vgg",)),
+        scopes=EVERY | {"noisy-start": ("vgg", "mlp"), "continual": ("vgg",), "class-incremental": ("vgg",)},
     ),
     "paper": Size("paper", dict.fromkeys(NETWORKS), dict.fromkeys(NETWORKS, 100), 256, 10, scopes=EVERY),
     "quick": Size(
@@ -200,14 +198,13 @@ def phases(unit: Unit, images: Images, size: Size) -> list[tuple[Tensor, Tensor,
     count, epochs = len(images.x), size.epochs[unit.network]
     everything, tests = torch.arange(count), torch.arange(len(images.test_x))
     if unit.setting in STARTS:
-        part = everything[: round(count * size.first)]
-        labels = images.y[part]
-        if unit.setting == "noisy-start":
-            drawn = torch.Generator().manual_seed(unit.seed)
-            wrong = torch.rand(len(part), generator=drawn) < size.noise
-            labels = torch.where(wrong, torch.randint(images.classes, (len(part),), generator=drawn), labels)
+        share = size.first[unit.setting]
+        part = everything[: round(count * share)]
+        drawn = torch.Generator().manual_seed(unit.seed)
+        noise = torch.randint(images.classes, (len(part),), generator=drawn)
+        labels = noise if unit.setting == "noisy-start" else images.y[part]
         return [
-            (part, labels, round(epochs / size.first), tests),
+            (part, labels, round(epochs / share), tests),
             (everything, images.y, epochs, tests),
         ]
     found = []
@@ -383,8 +380,8 @@ def diagnosed(model: Any, unit: Unit, x: Tensor, y: Tensor, before: nn.Module) -
 class Work:
     """The units of one run, trained one by one."""
 
-    def __init__(self, output: Path, data: Path | None, size: Size, diagnose: bool) -> None:
-        self.output, self.size, self.diagnose = output, size, diagnose
+    def __init__(self, output: Path, data: Path | None, size: Size, diagnose: bool, device: str) -> None:
+        self.output, self.size, self.diagnose, self.device = output, size, diagnose, device
         self.images = load(data)
 
     def file(self, unit: Unit) -> Path:
@@ -396,7 +393,7 @@ class Work:
             return read_json(self.file(unit), "delete it to train the unit again")
         images, arm = prepared(self.images, unit.network, self.size, unit.seed), ARMS[unit.arm]
         shape = (images.x.shape[1], images.x.shape[2])
-        initial = build(unit.network, shape, self.images.classes, self.size.name, unit.seed)
+        initial = build(unit.network, shape, self.images.classes, self.size.name, unit.seed).to(self.device)
         model = copy.deepcopy(initial)
         begun = Path(f"{self.file(unit)}.begun.safetensors")
         found: list[dict[str, Any]] = []
@@ -412,7 +409,8 @@ class Work:
         for number, (part, labels, epochs, held) in enumerate(phases(unit, images, self.size)):
             if number < len(found):
                 continue
-            x, y, clock = images.x[part], labels, time.process_time()
+            x, y, clock = images.x[part].to(self.device), labels.to(self.device), time.process_time()
+            test_x, test_y = images.test_x[held].to(self.device), images.test_y[held].to(self.device)
             entry: dict[str, Any] = {"images": len(x), "steps": epochs * -(-len(x) // self.size.batch)}
             first = self.output / "units" / f"first.{unit.setting}.{unit.network}.{unit.seed}.safetensors"
             acts = number > 0 or unit.setting not in STARTS
@@ -423,7 +421,7 @@ class Work:
                 before = copy.deepcopy(model)
                 if number:
                     transition(unit, model, initial, x, y, number, self.size)
-                    entry["after_reset"] = accuracy(model, images.test_x[held], images.test_y[held])
+                    entry["after_reset"] = accuracy(model, test_x, test_y)
                     if number == 1 and unit.setting in STARTS and self.diagnose and not arm.trains_otherwise:
                         diagnostics = None if arm.inject else diagnosed(model, unit, x, y, before)
                 seed = 1000 * unit.seed + 100 + number
@@ -431,7 +429,7 @@ class Work:
                 if shared:
                     keep(model.state_dict(), first)
             entry["train"] = accuracy(model, x, y)
-            entry["test"] = accuracy(model, images.test_x[held], images.test_y[held])
+            entry["test"] = accuracy(model, test_x, test_y)
             entry["cpu_seconds"] = round(time.process_time() - clock, 2)
             found.append(entry)
             said = json.dumps([*found, *([diagnostics] if diagnostics else [])]).encode()
@@ -582,6 +580,13 @@ def settled(output: Path, about: dict[str, Any]) -> None:
         raise UserError(f"--output {output}: its units are of another {', '.join(others)}. Choose another folder")
 
 
+def usual(args: argparse.Namespace) -> str:
+    """Return what trains the same again, on any machine."""
+    data = " --data FOLDER" if args.data else ""
+    small = " --size paper" if args.size == "paper" else ""
+    return f"--output runs/vision{data}{small} --seeds {' '.join(map(str, args.seeds))} --workers {args.workers}"
+
+
 def main(argv: list[str] | None = None) -> int:
     assert __doc__
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -595,6 +600,7 @@ def main(argv: list[str] | None = None) -> int:
         "--size", choices=("small", "paper"), default="small", help="an eighth of the paper's width, or it"
     )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes of one thread each (1)")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda: for the paper's size")
     parser.add_argument("--no-diagnostics", action="store_true", help="leave srank, curvature and the like out")
     parser.add_argument("--quick", action="store_true", help="a smoke test: one seed, 128 images, one epoch")
     parser.add_argument("--study", type=Path, metavar="FILE", help="also write what docs/results/ takes")
@@ -624,7 +630,7 @@ def main(argv: list[str] | None = None) -> int:
     results: list[dict[str, Any]] = []
     clock, fresh = time.monotonic(), 0
     finished = {f.name for f in (args.output / "units").glob("*.json")}
-    for result in done(units, args.workers, (args.output, args.data, size, not args.no_diagnostics)):
+    for result in done(units, args.workers, (args.output, args.data, size, not args.no_diagnostics, args.device)):
         results.append(result)
         name = Unit(*(result[key] for key in ("setting", "network", "seed", "arm"))).name
         if f"{name}.json" in finished:
@@ -640,8 +646,8 @@ def main(argv: list[str] | None = None) -> int:
     versions = {"torch": torch.__version__.partition("+")[0]}
     study = {
         "date": date.today().isoformat(),
-        "command": "python scripts/reproduce_vision.py " + " ".join(argv if argv is not None else sys.argv[1:]),
-        "machine": f"{os.cpu_count()} cores of {platform.processor() or platform.machine()}",
+        "command": f"python scripts/reproduce_vision.py {usual(args)}",
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "seeds": ", ".join(map(str, seeds)),
         "data": images.name,
         **versions,
