@@ -6,11 +6,12 @@
     python scripts/reproduce_vision.py --output runs/smoke --quick
 
 Settings: warm-start (a tenth of the images, then all of them), noisy-start (half of them with random labels, then all
-with their own: ours, and harsher than anything in the paper), continual (images arrive in parts, old ones stay) and class-incremental (classes arrive, old ones stay). Arms
-that reset act between phases; those that act while training act from the second phase on in the two starts and from
-the first in the others, as in the authors' code. What it prints stands in vision.json and vision.md too, each unit's
-own figures in units/. Started again, it goes on; a finished unit is not trained again, an interrupted one goes on at
-its last finished phase. `--study FILE` writes what docs/results/ takes.
+with their own: ours, and harsher than anything in the paper), continual (images arrive in parts, old ones stay) and
+class-incremental (classes arrive, old ones stay). Arms that reset act between phases; those that act while training
+act from the second phase on in the two starts and from the first in the others, as in the authors' code. What it prints
+stands in vision.json and vision.md too, each unit's own figures in units/. Started again, it goes on; a finished unit
+is not trained again, an interrupted one goes on at its last finished phase. `--study FILE` writes what docs/results/
+takes.
 
 Source: FIRE, arXiv 2602.08040, section 5.1, and its authors' public code, whose settings `--size paper` takes.
 """
