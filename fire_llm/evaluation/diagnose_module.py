@@ -101,7 +101,7 @@ def diagnose_module(
         return (loss(model, batch) / len(few) for batch in few)
 
     top, gradient = None, None
-    with undisturbed(model):  # type: ignore[arg-type]
+    with undisturbed(model):
         hooks = [_listen(readers[name], activity.add) for name, activity in activities.items()]
         hooks += [_listen(readers[features], seen.add)] if features is not None else []
         try:

@@ -103,7 +103,7 @@ def _layer(model: nn.Module, names: Sequence[str]) -> ModuleLayer:
     units = weight.shape[0]
     incoming = [UnitSlot(f"{first}.weight", weight, (units, math.prod(weight.shape[1:])))]
     if writer.bias is not None:
-        incoming.append(UnitSlot(f"{first}.bias", writer.bias, (units, 1)))  # type: ignore[arg-type]
+        incoming.append(UnitSlot(f"{first}.bias", writer.bias, (units, 1)))
     for name, between in modules[1:-1]:
         incoming += _rows_of(name, between, units)
     return ModuleLayer(

@@ -59,7 +59,7 @@ def inject_plasticity_(model: nn.Module, name: str, *, seed: int = 0) -> Plastic
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for _, module in holding:
-            module.reset_parameters()  # type: ignore[operator]
+            module.reset_parameters()
     injected = PlasticityInjection(old, new.to(next(old.parameters()).device))
     above, _, child = name.rpartition(".")
     setattr(model.get_submodule(above), child, injected.train(old.training))
