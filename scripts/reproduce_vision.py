@@ -152,9 +152,14 @@ class Size:
 EVERY = dict.fromkeys(SETTINGS, NETWORKS)
 SIZES = {
     "small": Size(
-        "small", dict.fromkeys(NETWORKS, 1000), {"mlp": 40, "vgg": 20, "resnet": 20, "vit": 20}, 64, 5, 2000,
+        "small",
+        {"mlp": 4000, "vgg": 2000, "resnet": 2000, "vit": 2000},
+        {"mlp": 30, "vgg": 30, "resnet": 15, "vit": 15},
+        128,
+        5,
+        None,
         ("mlp", "vgg", "resnet"),
-        scopes=EVERY | {"noisy-start": ("vgg", "mlp"), "continual": ("vgg",), "class-incremental": ("vgg",)},
+        scopes=EVERY | {"noisy-start": ("mlp", "vgg"), "continual": ("mlp",), "class-incremental": ("mlp",)},
     ),
     "paper": Size("paper", dict.fromkeys(NETWORKS), dict.fromkeys(NETWORKS, 100), 256, 10, scopes=EVERY),
     "quick": Size(
@@ -611,7 +616,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         images = load(args.data)
         about = {
-            "size": asdict(size),
+            "size": {key: value for key, value in asdict(size).items() if key != "scopes"},
             "data": images.name,
             "images": images.digest,
             "diagnostics": not args.no_diagnostics,

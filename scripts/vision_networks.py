@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NETWORKS = ("vgg", "mlp", "resnet", "vit")
+NETWORKS = ("mlp", "vgg", "resnet", "vit")
 VGG = {"small": (1, "M", 2, "M", 4, 4, "M", 8, 8, "M"),
        "paper": (1, 1, "M", 2, 2, "M", 4, 4, 4, "M", 8, 8, 8, "M", 8, 8, 8, "M")}  # fmt: skip
 """Channels of a VGG over its width, M where a feature map is halved: of 6 convolutions, and VGG-16."""
