@@ -229,20 +229,38 @@ def phases(unit: Unit, images: Images, size: Size) -> list[tuple[Tensor, Tensor,
 # ---- training
 
 
-def optimizers(model: nn.Module, muon: bool, lr: float) -> tuple[list[torch.optim.Optimizer], list[tuple[Any, Any]]]:
-    """Return the optimizers, and pairs of a weight and its flattened view, which Muon is given.
+class Muon(torch.optim.Optimizer):
+    """Muon in fp32, kernels of convolutions flattened: torch's computes in bf16, which takes minutes a phase on a CPU.
 
-    Muon takes what has two axes or more, but for the last layer; a kernel is flattened, and shares its memory.
+    Source: Jordan et al., Muon, 2024, as in `torch.optim.Muon` without weight decay.
     """
+
+    def __init__(self, params: Any, lr: float, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                mean = self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
+                x = p.grad.lerp(mean, group["momentum"]).flatten(1)
+                tall = len(x) > x.shape[1]
+                x = (x.T if tall else x) / x.norm().clamp(min=1e-7)
+                for _ in range(5):
+                    gram = x @ x.T
+                    x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+                x = x.T if tall else x
+                p.sub_(x.reshape(p.shape), alpha=group["lr"] * math.sqrt(max(1, len(x) / x.shape[1])))
+
+
+def optimizers(model: nn.Module, muon: bool, lr: float) -> list[torch.optim.Optimizer]:
+    """Return the optimizers: Adam, or Muon of every linear layer and convolution but the last, and Adam of the rest."""
     if not muon:
-        return [torch.optim.Adam(model.parameters(), lr)], []
-    holders = (nn.Linear, nn.Conv2d)
+        return [torch.optim.Adam(model.parameters(), lr)]
     last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
-    own = [m.weight for m in model.modules() if isinstance(m, holders) and m is not last]
-    flat = [(w, nn.Parameter(w.detach().flatten(1))) for w in own]
+    own = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and m is not last]
     rest = [p for p in model.parameters() if all(p is not w for w in own)]
-    adam = torch.optim.Adam(rest, lr, betas=(0.9, 0.95))
-    return [torch.optim.Muon([f for _, f in flat], 10 * lr, weight_decay=0.0), adam], flat
+    return [Muon(own, 10 * lr), torch.optim.Adam(rest, lr, betas=(0.9, 0.95))]
 
 
 @torch.no_grad()
@@ -304,7 +322,7 @@ def train(
     """
     arm, of, each = ARMS[unit.arm], tuned(unit.setting, unit.network), -(-len(x) // size.batch)
     steps, step = epochs * each, 0
-    given, flat = optimizers(model, arm.muon and acts, size.lr)
+    given = optimizers(model, arm.muon and acts, size.lr)
     rates = [[group["lr"] for group in one.param_groups] for one in given]
     recycling = recycled_by(unit, model, each, whole, seed) if acts else None
     penalties = None
@@ -324,8 +342,6 @@ def train(
             if penalties is not None:
                 penalties.add_()
             nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], size.clip)
-            for weight, view in flat:
-                view.grad = weight.grad.flatten(1)
             for one in given:
                 one.step()
             if recycling is not None:
@@ -368,13 +384,13 @@ def transition(unit: Unit, model: nn.Module, initial: nn.Module, x: Tensor, y: T
 
 
 def diagnosed(model: Any, unit: Unit, x: Tensor, y: Tensor, before: nn.Module) -> dict[str, Any]:
-    """Return how plastic a network is before its second phase."""
+    """Return how plastic a network is before its second phase, on images that it has not seen."""
     readers = [names[-1] for names in model.hidden()]
     head = readers[-1] if unit.network != "vit" else "head"
     found = diagnose_module(
         model,
         lambda network, batch: F.cross_entropy(network(x[batch]), y[batch]),
-        [torch.arange(i, i + 64) for i in range(0, min(512, len(x) - 63), 64)],
+        torch.arange(len(x))[-512:].split(64),
         features=head, units=readers, reference=before, iterations=10, tolerance=0.05,
     )  # fmt: skip
     return found.measures()

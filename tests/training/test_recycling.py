@@ -418,7 +418,7 @@ def test_training_stops_where_it_would_not_do_what_was_asked(tmp_path):
     codes = torch.zeros_like(model.transformer.h[0].mlp.c_fc.weight, dtype=torch.uint8)
     optimizer = SimpleNamespace(state={model.transformer.h[0].mlp.c_fc.weight: {"state1": codes}})
     with pytest.raises(UserError, match=r"'state1' of .* not one number a weight"):
-        prepared(model, "redo").on_step_end(None, None, None, optimizer=optimizer)
+        prepared(model, "redo").on_step_end(None, SimpleNamespace(global_step=1), None, optimizer=optimizer)
     with pytest.raises(UserError, match=r"'exp_avg_sq_row' .* not one number a weight"):
         train(tiny_gpt2(), tmp_path / "b", callbacks=[RecyclingCallback("redo", seed=0)], optim="adafactor")
 
