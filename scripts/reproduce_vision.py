@@ -501,6 +501,14 @@ def done(units: list[Unit], workers: int, given: tuple[Any, ...]) -> Iterator[di
             yield from pool.imap_unordered(_run, own)
 
 
+def whole_arms(units: list[Unit], output: Path) -> list[dict[str, Any]]:
+    """Return what is finished of those arms of which every seed is."""
+    files = {unit: output / "units" / f"{unit.name}.json" for unit in units}
+    lacking = {(u.setting, u.network, u.arm) for u, file in files.items() if not file.exists()}
+    own = [file for u, file in files.items() if (u.setting, u.network, u.arm) not in lacking]
+    return [read_json(file, "delete it to train the unit again") for file in own]
+
+
 # ---- results
 
 
@@ -624,6 +632,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes of one thread each (1)")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda: for the paper's size")
     parser.add_argument("--no-diagnostics", action="store_true", help="leave srank, curvature and the like out")
+    parser.add_argument("--report", action="store_true", help="train nothing; tables of what is finished for all seeds")
     parser.add_argument("--quick", action="store_true", help="a smoke test: one seed, 128 images, one epoch")
     parser.add_argument("--study", type=Path, metavar="FILE", help="also write what docs/results/ takes")
     args = parser.parse_args(argv)
@@ -652,7 +661,8 @@ def main(argv: list[str] | None = None) -> int:
     results: list[dict[str, Any]] = []
     clock, fresh = time.monotonic(), 0
     finished = {f.name for f in (args.output / "units").glob("*.json")}
-    for result in done(units, args.workers, (args.output, args.data, size, not args.no_diagnostics, args.device)):
+    trained = done(units, args.workers, (args.output, args.data, size, not args.no_diagnostics, args.device))
+    for result in whole_arms(units, args.output) if args.report else trained:
         results.append(result)
         name = Unit(*(result[key] for key in ("setting", "network", "seed", "arm"))).name
         if f"{name}.json" in finished:
@@ -672,6 +682,7 @@ def main(argv: list[str] | None = None) -> int:
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "seeds": ", ".join(map(str, seeds)),
         "data": images.name,
+        "unfinished": len(units) - len(results),
         **versions,
         "tables": found,
     }
