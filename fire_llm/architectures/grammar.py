@@ -2,6 +2,8 @@
 
     stored tensor ─ stack ─▶ A × B ─ orientation ─▶ out × in ─ groups × parts, on the out axis ─▶ one matrix a part
 
+The kernel of a convolution, out × in × k × …, is one (out, in) matrix at each of its positions.
+
 FIRE does not care in which order a matrix keeps its rows or columns (permuting them commutes with orthogonalising),
 so a layout only has to state WHICH rows belong together and which axis is `out`.
 """
@@ -17,6 +19,9 @@ from fire_llm.core.errors import UserError, did_you_mean
 
 ROLES = ("attention", "mlp", "ssm", "embedding", "lm_head", "norm", "bias", "router", "other")
 MATRIX_ROLES = ("attention", "mlp", "ssm", "lm_head")
+MODULE_MATRIX_ROLES = ("linear", "conv", "attention", "recurrent")
+MODULE_ROLES = (*MODULE_MATRIX_ROLES, "embedding", "norm", "bias", "linear_bias", "conv_bias", "other", "buffer")
+"""Roles in any torch module, by the kind of module that holds a weight rather than by a table."""
 ORIENTATIONS = ("out_first", "in_first")
 WHOLE_SUBTREE = "**"
 """The child that stands for every parameter below a module, e.g. below a vision tower."""
@@ -52,6 +57,7 @@ class SliceSpec:
         offset: First row of the part within a group.
         size: Rows of the part within a group.
         columns: Length of the in axis.
+        kernel: Sizes of a convolution's kernel, (k, …), of which each position is a matrix; None for one matrix.
     """
 
     name: str
@@ -62,11 +68,13 @@ class SliceSpec:
     offset: int
     size: int
     columns: int
+    kernel: tuple[int, ...] | None = None
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Return (out, in) of the logical matrix."""
-        return self.groups * self.size, self.columns
+    def shape(self) -> tuple[int, ...]:
+        """Return (out, in) of the logical matrix; of a kernel (positions, out, in)."""
+        one = (self.groups * self.size, self.columns)
+        return one if self.kernel is None else (math.prod(self.kernel), *one)
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,8 @@ class Layout:
         stack: Matrices along the first axis (experts), each cut alike; None where the first axis is no stack.
         module_class: Class that must hold a parameter called `weight`, because a quantised or adapted substitute
             stores something else; None accepts any. It does not apply to parameters that the block holds itself.
+        kernel: Whether the axes after (out, in) are the positions of a convolution's kernel, each a matrix. Otherwise
+            they belong to the in axis.
 
     Raises:
         UserError: The role or the orientation is unknown.
@@ -95,6 +105,7 @@ class Layout:
     groups: Sizes = 1
     stack: Sizes | None = None
     module_class: str | None = "Linear"
+    kernel: bool = False
 
     def __post_init__(self) -> None:
         for what, value, allowed in (("role", self.role, ROLES), ("orientation", self.orientation, ORIENTATIONS)):
@@ -124,7 +135,8 @@ class Layout:
             raise UserError(
                 f"'{name}': shape {tuple(shape)} leaves no matrix once the stack axis ({stack}) is taken off"
             )
-        first, second = rest[0], math.prod(rest[1:])
+        kernel = rest[2:] if self.kernel else None
+        first, second = rest[0], rest[1] if self.kernel else math.prod(rest[1:])
         in_first = self.orientation == "in_first"
         rows, columns = (second, first) if in_first else (first, second)
         groups = _resolve(self.groups, block)
@@ -143,7 +155,7 @@ class Layout:
             offset = 0
             for part in parts:
                 size = share if part.size is None else part.size
-                specs.append(SliceSpec(part.name, index, stack, in_first, groups, offset, size, columns))
+                specs.append(SliceSpec(part.name, index, stack, in_first, groups, offset, size, columns, kernel))
                 offset += size
         return specs
 

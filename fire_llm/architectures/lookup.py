@@ -16,6 +16,12 @@ _HEAD = Layout("lm_head")
 _CLASSIFIERS = ("score", "classifier", "qa_outputs")
 """Names of the heads of transformers' classifiers and question answerers, beside the trunk."""
 
+ANY_MODULE = (
+    "Of a model that is no causal LM of transformers, fire_(model, layout='modules') takes every Linear, convolution "
+    "and MultiheadAttention (docs/modules.md)"
+)
+"""The next step for a model without a layout."""
+
 
 @dataclass(frozen=True)
 class Location:
@@ -146,7 +152,7 @@ def refusal(kind: str, unknown: list[tuple[Location, tuple[int, ...]]]) -> str:
         f"{kind}: no layout is known for {block}.{child} ('{location.name}', shape {shape}, held by "
         f"{class_of(location.owner).__name__}).{also} Nothing is guessed: add an entry for ('{block}', '{child}') to a "
         f"file in fire_llm/architectures/families/ (docs/adding.md, 'A layout'), or call "
-        f"fire_llm.register_layout('{block}', '{child}', role=...)"
+        f"fire_llm.register_layout('{block}', '{child}', role=...). {ANY_MODULE}"
     )
 
 

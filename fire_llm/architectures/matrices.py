@@ -17,8 +17,17 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from fire_llm.architectures.families import TYPES
-from fire_llm.architectures.grammar import MATRIX_ROLES, ROLES, Layout, Part, PartLike, Sizes, SliceSpec
-from fire_llm.architectures.lookup import REGISTERED, Location, Lookup, Match, class_of, refusal
+from fire_llm.architectures.grammar import (
+    MATRIX_ROLES,
+    MODULE_MATRIX_ROLES,
+    ROLES,
+    Layout,
+    Part,
+    PartLike,
+    Sizes,
+    SliceSpec,
+)
+from fire_llm.architectures.lookup import ANY_MODULE, REGISTERED, Location, Lookup, Match, class_of, refusal
 from fire_llm.architectures.names import plain_buffers, plain_parameters, unwrap
 from fire_llm.core.compat import left_out
 from fire_llm.core.errors import UserError, did_you_mean
@@ -39,11 +48,12 @@ __all__ = [
 
 _WRITABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _BLOCK_ROLES = frozenset({"attention", "mlp", "ssm"})
+_HOLD_MATRICES = {*MATRIX_ROLES, *MODULE_MATRIX_ROLES}
 
 
 @dataclass(frozen=True, eq=False)
 class ParameterSlice:
-    """One slice of a model: a logical (out, in) matrix, or a parameter that is kept whole.
+    """One slice of a model: a logical (out, in) matrix, the matrices of a kernel, or a parameter that is kept whole.
 
     Args:
         parameter: Full plain name, as `named_parameters()` of the model without wrappers has it.
@@ -53,6 +63,8 @@ class ParameterSlice:
         spec: Where the matrix lies in the parameter; None where the parameter is kept whole.
         buffer: Whether it is a buffer: numbers that training moves by other means than gradients, kept whole.
         frozen: Whether training leaves a buffer alone; a parameter's own `requires_grad` says so.
+        refused: Why no reset of matrices may touch it, although its role says so; empty where one may.
+        own_role: The role of one's own under which it is listed; empty where there is none.
     """
 
     parameter: str
@@ -62,11 +74,18 @@ class ParameterSlice:
     spec: SliceSpec | None = None
     buffer: bool = False
     frozen: bool = False
+    refused: str = ""
+    own_role: str = ""
 
     @property
     def matrix(self) -> bool:
-        """Return whether this is an (out, in) matrix rather than a parameter kept whole."""
+        """Return whether this is an (out, in) matrix, or a kernel of them, rather than a parameter kept whole."""
         return self.spec is not None
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Return the sizes of a convolution's kernel, (k, …); () where this is none."""
+        return (self.spec and self.spec.kernel) or ()
 
     @property
     def part(self) -> str:
@@ -76,7 +95,7 @@ class ParameterSlice:
     @property
     def role(self) -> str:
         """Return the one role it is listed under: that of a matrix where it plays several."""
-        return min(self.roles, key=lambda role: (role not in MATRIX_ROLES, role))
+        return self.own_role or min(self.roles, key=lambda role: (role not in _HOLD_MATRICES, role))
 
     @property
     def name(self) -> str:
@@ -87,7 +106,7 @@ class ParameterSlice:
 
     @property
     def shape(self) -> torch.Size:
-        """Return (out, in), or the stored shape of a parameter kept whole."""
+        """Return (out, in), of a kernel (positions, out, in), or the stored shape of a parameter kept whole."""
         return torch.Size(self.spec.shape) if self.spec else self.tensor.shape
 
     @property
@@ -119,11 +138,16 @@ class ParameterSlice:
         """Return the (out, in) matrix as a view sharing storage with the parameter, outside autograd.
 
         Raises:
-            UserError: Its rows are interleaved with another part's, so that no 2-D view exists.
+            UserError: It is a kernel, or its rows are interleaved with another part's, so that no 2-D view exists.
         """
         slot = self._slot()
         if self.spec is None:
             return slot
+        if self.spec.kernel is not None:
+            raise UserError(
+                f"'{self.name}' holds {self.shape[0]} matrices, one at each position of a kernel, and no 2-D view of "
+                "them exists: use read() and write_()"
+            )
         try:
             return slot.view(self.shape)
         except RuntimeError as error:
@@ -133,7 +157,7 @@ class ParameterSlice:
             ) from error
 
     def read(self) -> Tensor:
-        """Return the (out, in) matrix outside autograd; do not write into it, it may or may not be a copy."""
+        """Return what `shape` says, outside autograd; do not write into it, it may or may not be a copy."""
         return self._slot().reshape(self.shape)
 
     def write_(self, new: Tensor) -> None:
@@ -148,18 +172,18 @@ class ParameterSlice:
         slot.copy_(new.detach().reshape(slot.shape))
 
     def _slot(self) -> Tensor:
-        """Return the stored elements as a strided view, (groups, size, in) for a matrix."""
+        """Return the stored elements as a strided view, (groups, size, in) of a matrix, (k, …, groups, size, in)."""
         stored, spec = self.tensor.detach(), self.spec
         if spec is None:
             return stored
         if spec.index is not None:
             # A 2-D tensor stacks blocks of rows: split them off first.
             stored = (stored if stored.ndim > 2 else stored.unflatten(0, (spec.stack, -1)))[spec.index]
-        if stored.ndim > 2:
-            stored = stored.view(stored.shape[0], -1)
-        rows = stored.t() if spec.in_first else stored
-        grouped: Tensor = rows.unflatten(0, (spec.groups, -1))
-        return grouped.narrow(1, spec.offset, spec.size)
+        if spec.in_first:
+            stored = (stored if stored.ndim == 2 else stored.view(stored.shape[0], -1)).t()
+        grouped: Tensor = stored.unflatten(0, (spec.groups, -1)).narrow(1, spec.offset, spec.size)
+        # Of any memory format: the axes of a kernel are moved, and not joined before they are read.
+        return grouped if spec.kernel is None else grouped.movedim((0, 1, 2), (-3, -2, -1))
 
 
 def register_layout(
@@ -172,6 +196,7 @@ def register_layout(
     groups: Sizes = 1,
     stack: Sizes | None = None,
     module_class: str | None = "Linear",
+    kernel: bool = False,
     leaf: str | None = "Linear",
 ) -> None:
     """Add one entry from outside; it goes before the built-in table and applies to any class of that name.
@@ -186,13 +211,14 @@ def register_layout(
         groups: Repeats of the parts on the out axis.
         stack: Matrices along the first axis.
         module_class: Class name of the module that holds `weight`.
+        kernel: Whether it is a convolution's: one matrix at each position.
         leaf: The former name of `module_class`, which is still read.
 
     Raises:
         UserError: The role or the orientation is unknown.
     """
     REGISTERED[block_class, child] = Layout(
-        role, parts, orientation, groups, stack, module_class if leaf == "Linear" else leaf
+        role, parts, orientation, groups, stack, module_class if leaf == "Linear" else leaf, kernel
     )
 
 
@@ -274,23 +300,25 @@ def parameter_slices(model: nn.Module, *, strict: bool = True) -> list[Parameter
         raise UserError(refusal(kind, unknown))
     if strict and not any(weight.roles & _BLOCK_ROLES for weight in result):
         raise UserError(
-            f"{kind} holds no attention, MLP or SSM matrix: is it a language model with at least one layer?"
+            f"{kind} holds no attention, MLP or SSM matrix: is it a language model with at least one layer? "
+            f"{ANY_MODULE}"
         )
     return result
 
 
 def _refuse_convolution(parameter: nn.Parameter, matches: Sequence[Match]) -> None:
-    """Refuse a kernel of a convolution that is to be a matrix: the paper takes one at each position, none flattened.
+    """Refuse a kernel of a convolution that is to be one matrix: the paper takes one at each position.
 
     Raises:
         UserError: Naming the weight.
     """
     for match in matches:
         kernel = tuple(parameter.shape[2:])
-        if match.role in MATRIX_ROLES and isinstance(match.location.owner, _ConvNd) and math.prod(kernel) > 1:
+        cut = match.role in MATRIX_ROLES and not (match.layout and match.layout.kernel)
+        if cut and isinstance(match.location.owner, _ConvNd) and math.prod(kernel) > 1:
             raise UserError(
-                f"'{match.location.name}' is a convolution's kernel of {' × '.join(map(str, kernel))}, which is no "
-                "(out, in) matrix: resets of matrices know none. Register it with role='other', which is left alone"
+                f"'{match.location.name}' is a convolution's kernel of {' × '.join(map(str, kernel))}, which holds an "
+                "(out, in) matrix at each position: register it with kernel=True, or role='other' to leave it alone"
             )
 
 

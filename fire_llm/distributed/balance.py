@@ -23,10 +23,10 @@ HARDWARE = {"cpu": (1e11, 1e9, 2e-3), "accelerator": (3e14, 5e10, 2e-4)}
 
 
 def cost(shape: Sequence[int]) -> int:
-    """Return what orthogonalising a matrix costs: max·min², to a constant factor; the elements of what is no matrix."""
-    if len(shape) != 2:
-        return math.prod(shape)
-    return max(shape) * min(shape) ** 2
+    """Return what orthogonalising matrices (…, out, in) costs: max·min² each, to a constant factor."""
+    *many, last = shape or (1,)
+    across = many.pop() if many else 1
+    return math.prod(many) * max(across, last) * min(across, last) ** 2
 
 
 def assign(costs: Sequence[int], ranks: int) -> list[int]:

@@ -63,7 +63,7 @@ def _sample(stored: Stored, specs: list[ResetSpec]) -> list[TensorReport]:
         row = TensorReport.of(weight)
         row.norm_before = float(torch.linalg.vector_norm(x))
         for spec in actions:
-            x = RESETS[spec.method].function(x, **spec.options)
+            x = RESETS[spec.method].act(x, options=spec.options, kernel=weight.kernel)
         row.norm_after = float(torch.linalg.vector_norm(x))
         rows.append(row)
     return rows

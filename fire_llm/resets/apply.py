@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from fire_llm.architectures.modules import Kernels, ModuleLayout, SplitLike
 from fire_llm.architectures.names import plain_parameters, unwrap
+from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.distributed import AGREE_SECONDS, is_first, together
 from fire_llm.resets.execute import ResetExecutor
 from fire_llm.resets.methods import ComputeDtype, Scale, Solver, Strength
@@ -18,6 +20,10 @@ from fire_llm.resets.norms import newly_drawn, norm_warning
 from fire_llm.resets.plan import Plan
 from fire_llm.resets.report import ResetReport, Spectra
 from fire_llm.resets.spec import ResetsLike, parse_resets
+
+LayoutName = Literal["transformers", "modules"]
+LAYOUTS = ("transformers", "modules")
+"""Where the matrices of a model are found: in the tables of transformers' language models, or by kinds of modules."""
 
 
 @torch.no_grad()
@@ -31,6 +37,9 @@ def apply_reset(
     progress: bool = False,
     process_group: Any = None,
     timeout: float = AGREE_SECONDS,
+    layout: LayoutName = "transformers",
+    split: SplitLike | None = None,
+    kernels: Kernels = "positions",
     **options: Any,
 ) -> ResetReport:
     """Apply one reset, or several in order, to a model in place.
@@ -40,7 +49,8 @@ def apply_reset(
     bitwise equal, and FSDP2's shards keep their placements; each rank works on a bounded share of rows at a time.
 
     Args:
-        model: Any causal LM whose layout is known; wrapped by DDP or `torch.compile`, or sharded by FSDP2, is fine.
+        model: Any causal LM whose layout is known, or any torch module (see `layout`); wrapped by DDP or
+            `torch.compile`, or sharded by FSDP2, is fine.
         resets: A method's name, `{"method": …, option: …}`, or a list of these, each with the roles it acts on.
         initial: The same architecture with the run's initial weights, whole on every rank; wanted by `full_reset` and
             `shrink_perturb`. (`dash` wants gradients: those that the parameters hold, the same on every rank.)
@@ -50,6 +60,13 @@ def apply_reset(
         process_group: Ranks that hold this model, None for all; give one where ranks hold different layers. What a
             pattern or a number of a layer does not find here is then taken to be elsewhere.
         timeout: Seconds that a rank waits for the others to call it too.
+        layout: `transformers` looks the weights of a language model up in tables. `modules` takes every Linear,
+            convolution and MultiheadAttention of any torch module as matrices, and knows the paper's presets by name
+            (docs/modules.md).
+        split: With `modules`, weights that hold several matrices: {regular expression of names: parts}, such as
+            `{"qkv": ("q", "k", "v")}`.
+        kernels: With `modules`, whether a convolution is one matrix at each of the `positions` of its kernel, as in the
+            paper, or one `flattened`, (out, in · positions).
         **options: Options of the method, where `resets` is its name: `apply_reset(model, "fire", iterations=10)`.
 
     Returns:
@@ -62,12 +79,19 @@ def apply_reset(
             frozen or out of reach (FSDP1, DeepSpeed), or a rank that did not come. On every rank alike.
         RuntimeError: Where a result is not finite (those tensors are as they were), or a reset failed on another rank.
     """
-    plan = together(
-        process_group,
-        lambda: Plan.make(model, parse_resets(resets, options), initial, optimizer, whole=process_group is None),
-        Plan.request,
-        timeout,
-    )
+
+    def make() -> Plan:
+        cut = module_layout(layout, split, kernels)
+        specs = parse_resets(resets, options, modules=cut is not None)
+        return Plan.make(model, specs, initial, optimizer, whole=process_group is None, layout=cut)
+
+    plan = together(process_group, make, Plan.request, timeout)
+    if plan.fused and is_first():
+        warnings.warn(
+            f"{', '.join(plan.fused[:3])}{', …' if len(plan.fused) > 3 else ''}: taken as one matrix each. If they "
+            "hold several, as their names say, name the parts, such as split={'qkv': ('q', 'k', 'v')}",
+            stacklevel=3,
+        )
     executor = ResetExecutor(plan, spectra)
     began = time.perf_counter()
     shared = executor.run(process_group, progress)
@@ -77,6 +101,25 @@ def apply_reset(
     report = executor.report(seconds, shared)
     report.optimizer_states_cleared = _clear_states(model, optimizer, {t.parameter for t in report.touched})
     return report
+
+
+def module_layout(layout: str, split: SplitLike | None, kernels: str) -> ModuleLayout | None:
+    """Return how any torch module is cut into matrices; None where the tables say it.
+
+    Raises:
+        UserError: The layout is unknown, or one option is not read with it.
+    """
+    if layout not in LAYOUTS:
+        raise UserError(
+            f"layout: {layout!r} is not allowed.{did_you_mean(layout, LAYOUTS)} Give {' or '.join(LAYOUTS)}"
+        )
+    if layout == "modules":
+        return ModuleLayout.of(split, kernels)
+    if split is not None or kernels != "positions":
+        raise UserError(
+            f"{'split' if split is not None else 'kernels'}: read with layout='modules' alone: leave it out"
+        )
+    return None
 
 
 def _clear_states(model: nn.Module, optimizer: Any, names: set[str]) -> int:
@@ -97,35 +140,48 @@ def fire_(
     scale: Scale = "sqrt",
     compute_dtype: ComputeDtype = None,
     strength: Strength = 1.0,
-    roles: str | Iterable[str] = ("attention", "mlp"),
+    roles: str | Iterable[str] | Mapping[str, str] | None = None,
     include: str | Iterable[str] = (),
     exclude: str | Iterable[str] = (),
     layers: str | int | None = None,
     optimizer: Any = None,
     process_group: Any = None,
     timeout: float = AGREE_SECONDS,
+    layout: LayoutName = "transformers",
+    split: SplitLike | None = None,
+    kernels: Kernels = "positions",
 ) -> ResetReport:
-    """Apply FIRE to a causal LM in place: each attention and MLP matrix becomes (nearly) its polar factor.
+    """Apply FIRE in place: each attention and MLP matrix of a causal LM becomes (nearly) its polar factor.
+
+    In any other torch module, `layout="modules"`, each matrix of a Linear, a convolution and a MultiheadAttention does.
 
     Args:
-        model: Any causal LM whose layout is known (q, k and v are separate matrices even where they are stored as one).
-        iterations: Number of cubic Newton–Schulz steps, 5 by default: the paper's choice for language models.
+        model: Any causal LM whose layout is known (q, k and v are separate matrices even where they are stored as one),
+            or any torch module (see `layout`).
+        iterations: Number of cubic Newton–Schulz steps, 5 by default: the paper's choice for language models. It takes
+            10 elsewhere.
         solver: `newton-schulz`, or `polar` for the true projection to `tolerance`.
         tolerance: Largest relative Frobenius distance to the polar factor that `polar` may leave, 1e-3 by default.
-        scale: `sqrt` for √(d_out/d_in), `keep-norm`, or `none`.
+        scale: `sqrt` for √(d_out/d_in), over the positions of a convolution's kernel, `keep-norm`, or `none`.
         compute_dtype: Precision of the matrix products; the iterate stays in fp32.
         strength: How far to go, from 0 to 1: (1−c)·W + c·FIRE(W).
-        roles: Which matrices; add `lm_head` (and with it a tied embedding) to mirror the paper's code.
+        roles: Which matrices, attention and mlp by default; add `lm_head` (and with it a tied embedding) to mirror the
+            paper's code. With `modules`: some of linear, conv, attention and recurrent, all by default, or roles of
+            your own with regular expressions of names, `{"attention": "attn.(q|k)"}`.
         include: Regular expressions, looked for anywhere in a name: what none of them finds is left alone.
         exclude: Regular expressions of names to leave alone.
         layers: Act on these layers alone: 4, "4-11" or "0-3,8", counted from 0.
         optimizer: Its state of exactly the touched parameters is cleared.
         process_group: See `apply_reset`; under torch.distributed every rank calls this.
         timeout: See `apply_reset`.
+        layout: See `apply_reset`, like the next two.
+        split: Weights that hold several matrices.
+        kernels: What a convolution is.
 
     Warns:
-        UserWarning: The norm of all touched matrices together falls or grows by more than half, and they are not as
-            their initialisation drew them.
+        UserWarning: The norm of all touched matrices of a language model together falls or grows by more than half, and
+            they are not as their initialisation drew them. Or a Linear of another module is named like several
+            matrices in one, and `split` does not say which.
 
     Raises:
         UserError, RuntimeError: See `apply_reset`.
@@ -133,8 +189,8 @@ def fire_(
     Source: arXiv 2602.08040.
     """
     given = {"iterations": iterations, "tolerance": tolerance, "compute_dtype": compute_dtype, "layers": layers}
-    names = {"roles": roles, "include": include, "exclude": exclude}
-    spec = {
+    names = {"include": include, "exclude": exclude}
+    spec: dict[str, Any] = {
         "method": "fire",
         "solver": solver,
         "scale": scale,
@@ -142,7 +198,20 @@ def fire_(
         **{key: value for key, value in given.items() if value is not None},
         **{key: (value,) if isinstance(value, str) else tuple(value) for key, value in names.items()},
     }
-    report = apply_reset(model, spec, optimizer=optimizer, process_group=process_group, timeout=timeout)
+    if roles is not None:
+        spec["roles"] = roles if isinstance(roles, Mapping) else (roles,) if isinstance(roles, str) else tuple(roles)
+    report = apply_reset(
+        model,
+        spec,
+        optimizer=optimizer,
+        process_group=process_group,
+        timeout=timeout,
+        layout=layout,
+        split=split,
+        kernels=kernels,
+    )
+    if layout == "modules":  # the bounds of the warning are those of language models
+        return report
     said = norm_warning(report.resets, report.touched)
     if said is not None and is_first() and not newly_drawn(getattr(unwrap(model), "config", None), report):
         warnings.warn(said, stacklevel=2)

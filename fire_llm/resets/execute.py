@@ -161,7 +161,7 @@ class ResetExecutor:
                     self.reports[index] = report
                     continue
                 batched = together(tensor) and all(RESETS[s.method].batched for s in actions)
-                key = (weight.shape, tensor.dtype, *map(id, actions)) if batched else index
+                key = (weight.shape, weight.kernel, tensor.dtype, *map(id, actions)) if batched else index
                 groups[key].append((index, weight))
         return groups.values()
 
@@ -177,9 +177,10 @@ class ResetExecutor:
             for read in self.plan.inputs(spec):
                 beside = [read(index).to(x) for index, _ in group]
                 arguments.append(torch.stack(beside) if stacked else beside[0])
-            method = RESETS[spec.method]
-            more = {"grams": grams} if method.gives_grams and number == 0 and self.measured and not stacked else {}
-            x = method.function(x, *arguments, **spec.options, **more)
+            method, kernel = RESETS[spec.method], group[0][1].kernel
+            measurable = method.gives_grams and number == 0 and self.measured and not stacked and not kernel
+            more = {"grams": grams} if measurable else {}
+            x = method.act(x, *arguments, options=spec.options, kernel=kernel, **more)
         rounded_to = self.rounded_to if before.is_floating_point() else None
         x = x.to(rounded_to or before.dtype).to(before.dtype)
         rows = list(zip(group, before if stacked else (before,), x.unbind() if stacked else (x,), strict=True))

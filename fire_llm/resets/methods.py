@@ -63,6 +63,8 @@ class ResetMethod:
     """Which buffers it acts on, beside parameters."""
     gives_grams: bool = False
     """Whether the function takes a list `grams`, for the Gram matrices that it forms on the way."""
+    takes_kernels: bool = False
+    """Whether the function takes `positions`, the number of matrices of a convolution's kernel, and all of them."""
 
     @property
     def when(self) -> Literal["transition", "training"]:
@@ -83,6 +85,27 @@ class ResetMethod:
             return None
         what = f"'{options[key]}' is" if when.among else "it is"
         return f"{what} read with {when.option} {when.value} alone, not with {options[when.option]}: leave it out"
+
+    def act(
+        self, x: Tensor, *beside: Tensor, options: Mapping[str, Any], kernel: tuple[int, ...] = (), **more: Any
+    ) -> Tensor:
+        """Return what the method makes of a slice.
+
+        Args:
+            x: (out, in), a parameter kept whole, or the matrices of a kernel, (K, out, in); stacks of these, (B, …),
+                where the method is batched.
+            *beside: Initial values or a gradient, of the shape of `x`.
+            options: Of the method.
+            kernel: Sizes of the kernel, () where there is none.
+            **more: Further arguments, where it takes them.
+        """
+        found: Tensor
+        if kernel and not self.takes_kernels and not self.batched:
+            each = zip(*(tensor.unbind() for tensor in (x, *beside)), strict=True)
+            return torch.stack([self.function(*one, **options, **more) for one in each])
+        positions = {"positions": math.prod(kernel)} if kernel and self.takes_kernels else {}
+        found = self.function(x, *beside, **positions, **options, **more)
+        return found
 
     def leaves(self, buffer: Tensor) -> str | None:
         """Return why a buffer is left alone, None where it is not."""
@@ -109,7 +132,9 @@ def register_reset(
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a reset: `f(w, *, option=default, …)`, `f(w, initial, *, …)` or `f(w, gradient, *, …)`.
 
-    All tensors are of one shape, fp32 or fp64.
+    All tensors are of one shape, fp32 or fp64. The matrices of a convolution's kernel, one at each of its K positions,
+    come one by one, or where `f` has an argument `positions` before the options, as (K, out, in) with K; it is 0 for
+    one matrix.
 
     Args:
         name: What recipes call it.
@@ -196,7 +221,7 @@ def _register(
     taken = {p.name for p in inspect.signature(entry).parameters.values() if p.kind is not p.KEYWORD_ONLY}
     RESETS[name] = ResetMethod(
         name, entry, roles, "initial" in taken, "gradient" in taken, batched, schema, kind, elementwise, reads, buffers,
-        "grams" in taken,
+        "grams" in taken, "positions" in taken,
     )  # fmt: skip
 
 
@@ -236,6 +261,7 @@ Strength = Annotated[float, Field(ge=0, le=1)]
 def fire(
     w: Tensor,
     grams: list[Tensor] | None = None,
+    positions: int = 0,
     *,
     iterations: Iterations = 5,
     solver: Solver = "newton-schulz",
@@ -247,7 +273,8 @@ def fire(
     """Replace a matrix by (nearly) its orthogonal polar factor.
 
     `solver` newton-schulz takes `iterations` cubic steps, as the paper does; polar projects truly, to `tolerance`.
-    `scale` sqrt multiplies by √(d_out/d_in), keep-norm restores the Frobenius norm of w, none does neither.
+    `scale` sqrt multiplies by √(d_out/d_in), keep-norm restores the Frobenius norm of w, none does neither. Of a
+    convolution, w is the matrix at one of the K positions of its kernel, and sqrt is √(d_out/d_in)/K.
     With c = `strength` below 1, the result is (1−c)·w + c·fire(w), as in `shrink_perturb`.
     Source: arXiv 2602.08040, algorithm 1.
     """
@@ -257,7 +284,7 @@ def fire(
     else:
         x = newton_schulz(w, iterations, compute_dtype=dtype, grams=grams)
     if scale == "sqrt":
-        x = x * math.sqrt(w.shape[-2] / w.shape[-1])
+        x = x * (math.sqrt(w.shape[-2] / w.shape[-1]) / (positions or 1))
     elif scale == "keep-norm":
         x = _with_norm(x, _norm(w))
     return x if strength == 1 else torch.lerp(w, x, strength)
@@ -285,12 +312,12 @@ def fire_by_gram(
 
 
 @register_reset("rescale", roles=("attention", "mlp"), options_of=fire, batched=True)
-def rescale(w: Tensor, **options: Any) -> Tensor:
+def rescale(w: Tensor, positions: int = 0, **options: Any) -> Tensor:
     """Scale a matrix to the Frobenius norm that `fire` with the same options would give it; keep its direction.
 
     The control for FIRE: what part of its effect is the change of norm alone.
     """
-    return _with_norm(w, _norm(fire(w, **options)))
+    return _with_norm(w, _norm(fire(w, positions=positions, **options)))
 
 
 @register_reset("flatten_spectrum", roles=("attention", "mlp"), batched=True)
@@ -311,6 +338,7 @@ def flatten_spectrum(w: Tensor, *, strength: Strength = 0.5) -> Tensor:
 def dash(
     w: Tensor,
     gradient: Tensor,
+    positions: int = 0,
     *,
     floor: Annotated[float, Field(ge=0, le=1)] = 0.3,
     alpha: Annotated[float, Field(gt=0, le=1)] = 0.3,
@@ -319,12 +347,14 @@ def dash(
     """Shrink each row by max(λ, cos(row, −gradient)), λ = `floor`: what the data to come does not ask for is forgotten.
 
     A trainer gathers the gradient G ← (1−α)·G + α·g over the `batches` steps to come, before any of the arm's resets;
-    with α = 0.3, 97 % of it comes from the last 10. Elsewhere it is what the parameters' `.grad` holds.
+    with α = 0.3, 97 % of it comes from the last 10. Elsewhere it is what the parameters' `.grad` holds. Of a
+    convolution, the weights from one channel to another, at all K positions of the kernel, take the place of a row.
 
     Source: Shin et al., arXiv 2410.23495, algorithm 1; λ and α as in the authors' code.
     """
     tiny = torch.finfo(w.dtype).tiny
-    cosine = -(normalize(w, dim=-1, eps=tiny) * normalize(gradient, dim=-1, eps=tiny)).sum(-1, keepdim=True)
+    along = -3 if positions else -1
+    cosine = -(normalize(w, dim=along, eps=tiny) * normalize(gradient, dim=along, eps=tiny)).sum(along, keepdim=True)
     return w * cosine.clamp(floor, 1)
 
 

@@ -24,15 +24,24 @@ def l2_init(w: Tensor, initial: Tensor, *, strength: Strength = 1e-3) -> Tensor:
 
 @register_training("parseval", roles=("attention", "mlp"), kind="penalty")
 def parseval(
-    w: Tensor, *, strength: Strength = 1e-3, scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
+    w: Tensor,
+    positions: int = 0,
+    *,
+    strength: Strength = 1e-3,
+    scale: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0,
 ) -> Tensor:
     """Keep rows orthogonal: λ·‖W Wᵀ − s·I‖²_F in the loss, λ = `strength`, s = `scale`.
 
     Its gradient, 4λ(W Wᵀ − s·I)W, is that of λ·‖Wᵀ W − s·I‖²_F too: the two differ by a constant, (out − in)·s²·λ. So
-    the smaller Gram matrix is taken, and a tall matrix, whose rows cannot be orthogonal, gets orthogonal columns.
+    the smaller Gram matrix is taken, and a tall matrix, whose rows cannot be orthogonal, gets orthogonal columns. The
+    kernel of a convolution is one matrix, (out, in · positions), as in that code.
 
     Source: Chung et al., arXiv 2412.07224, section 3; λ and s as in the authors' code, at their width of 64.
     """
+    if positions:  # the order of columns does not matter
+        flat = w.movedim(0, 1).reshape(w.shape[1], -1)
+        slope = parseval(flat, strength=strength, scale=scale)
+        return slope.view(w.shape[1], positions, -1).movedim(1, 0)
     out, into = w.shape
     with exact_products(w.device):
         product = (w @ w.mT) @ w if out <= into else w @ (w.mT @ w)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fire_llm.architectures.matrices import ROLES, ParameterSlice, buffer_slices, parameter_slices
+from fire_llm.architectures.modules import ModuleLayout, is_fused, module_slices
 from fire_llm.core.errors import UserError
 from fire_llm.distributed import Block, blocks_of, make_current, refuse_engines
 from fire_llm.resets.methods import RESETS, Kind
@@ -28,6 +30,8 @@ class Plan:
     """Of each slice, in order."""
     start: Mapping[str, ParameterSlice] = field(default_factory=dict)
     """Initial slices by name; empty where no reset wants them."""
+    fused: list[str] = field(default_factory=list)
+    """Weights that are touched as one matrix each, although their names say that they hold several."""
 
     @classmethod
     def of(
@@ -38,6 +42,7 @@ class Plan:
         kind: Kind = "transition",
         *,
         whole: bool = True,
+        layout: ModuleLayout | None = None,
     ) -> Plan:
         """Return what is done to each slice; names and shapes alone are looked at, so that `meta` will do.
 
@@ -47,13 +52,15 @@ class Plan:
             initial: The initial weights, where a reset wants them.
             kind: Of the resets.
             whole: Whether the model is all there is: then patterns and layers that find nothing are refused.
+            layout: How any torch module is cut into matrices; None for a language model, by the tables.
 
         Raises:
             UserError: There is nothing to do, a pattern or a layer finds nothing, a method is of another kind, the
-                initial weights are missing or of another architecture, or a gradient is missing.
+                initial weights are missing or of another architecture, a gradient is missing, or a weight that a
+                reset of matrices would touch is none, or not what the forward pass reads.
         """
         refuse_kinds(specs, kind)
-        cut = slices_of(model, specs, kind)
+        cut = slices_of(model, specs, kind, layout)
         if whole:
             refuse_unfound(specs, cut)
         plan = cls(specs, cut, [[s for s in specs if s.why_not(p) is None] for p in cut])
@@ -64,18 +71,42 @@ class Plan:
                 "--seed)"
             )
         if wanting and initial is not None:
-            plan.start = {p.name: p for p in slices_of(initial, specs, kind)}
+            plan.start = {p.name: p for p in slices_of(initial, specs, kind, layout)}
         plan._check_names()
+        if layout is not None:
+            plan._check_modules(whole)
         return plan
+
+    def _check_modules(self, whole: bool) -> None:
+        """Refuse weights that a reset of matrices cannot reach, and a reset that finds nothing."""
+        for weight, actions in zip(self.slices, self.actions, strict=True):
+            if weight.refused and any(RESETS[s.method].matrices_only for s in actions):
+                raise UserError(weight.refused)
+        for spec in self.specs:
+            if whole and not spec.idle and not any(spec in actions for actions in self.actions):
+                why = sorted({str(spec.why_not(weight)) for weight in self.slices})
+                raise UserError(f"'{spec.label()}' finds nothing to reset in the model ({'; '.join(why[:3])})")
+        self.fused = [
+            w.parameter
+            for w, actions in zip(self.slices, self.actions, strict=True)
+            if is_fused(w) and any(RESETS[s.method].matrices_only for s in actions)
+        ]
 
     @classmethod
     def make(
-        cls, model: nn.Module, specs: list[ResetSpec], initial: nn.Module | None, optimizer: Any, *, whole: bool = True
+        cls,
+        model: nn.Module,
+        specs: list[ResetSpec],
+        initial: nn.Module | None,
+        optimizer: Any,
+        *,
+        whole: bool = True,
+        layout: ModuleLayout | None = None,
     ) -> Plan:
         """Return the plan for a model in memory; refuse what cannot be done before anything is done."""
         refuse_engines(model, optimizer)
         make_current(model)
-        plan = cls.of(model, specs, initial, whole=whole)
+        plan = cls.of(model, specs, initial, whole=whole, layout=layout)
         if whole and not plan.wanted and not all(spec.idle for spec in specs):
             raise UserError(f"{plan.idle(type(model).__name__)} Name another role, or take back a pattern of exclude")
         plan._check_values()
@@ -177,12 +208,22 @@ class Plan:
         return "; ".join(dict.fromkeys(str(s.why_not(self.slices[index])) for s in self.specs))
 
 
-def slices_of(model: nn.Module, specs: list[ResetSpec], kind: Kind = "transition") -> list[ParameterSlice]:
+def slices_of(
+    model: nn.Module, specs: list[ResetSpec], kind: Kind = "transition", layout: ModuleLayout | None = None
+) -> list[ParameterSlice]:
     """List the slices of a model that some resets of a kind choose from: of parameters, and once also of buffers.
 
     Raises:
-        UserError: See `parameter_slices`; a weight without a layout may be kept whole where no roles are named.
+        UserError: See `parameter_slices`; a weight without a layout may be kept whole where no roles are named. Or see
+            `module_slices`, where any torch module is cut.
     """
+    if layout is not None:
+        found = module_slices(model, layout, buffers=kind == "transition")
+        own = [pair for spec in specs for pair in spec.patterns]
+        return [
+            replace(weight, own_role=next((role for role, pattern in own if re.search(pattern, weight.name)), ""))
+            for weight in found
+        ]
     cut = parameter_slices(model, strict=any(set(spec.roles) != set(ROLES) for spec in specs))
     return [*cut, *buffer_slices(model)] if kind == "transition" else cut
 

@@ -29,6 +29,7 @@ class TensorReport:
     part: str
     role: str
     shape: list[int]
+    """(out, in), of a convolution's kernel (out, in, k, …), or the stored shape of what is kept whole."""
     reason: str | None = None
     """Why it was left alone; None where it was touched."""
     sfe: float | None = 0.0
@@ -47,7 +48,8 @@ class TensorReport:
     @classmethod
     def of(cls, weight: ParameterSlice) -> TensorReport:
         """Return a report that names a slice, and holds no measure yet."""
-        return cls(weight.name, weight.parameter, weight.part, weight.role, list(weight.shape))
+        shape = [*weight.shape[1:], *weight.kernel] if weight.kernel else list(weight.shape)
+        return cls(weight.name, weight.parameter, weight.part, weight.role, shape)
 
     def _normed(self, norm: float) -> None:
         self.norm_before = self.norm_after = norm
@@ -60,11 +62,12 @@ class TensorReport:
     def residual(self) -> float | None:
         """Return ‖X Xᵀ − I‖_F / √n of the result scaled to ‖X‖_F = √n: 0 for a multiple of an orthogonal matrix.
 
-        Of the n squared singular values it is the standard deviation over the mean, so no scale enters.
+        Of the n squared singular values it is the standard deviation over the mean, so no scale enters. Those of a
+        kernel are the ones at all of its positions.
         """
         if self.dfi_after is None or not self.norm_after:
             return None
-        n, squared = min(self.shape), self.norm_after**2
+        n, squared = min(self.shape[:2]) * math.prod(self.shape[2:]), self.norm_after**2
         gram = self.dfi_after + 2 * squared - n  # ‖X Xᵀ‖²_F
         return math.sqrt(max(0.0, n * gram / squared**2 - 1))
 
@@ -99,6 +102,9 @@ class ResetReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data (see docs/results-schema.md)."""
         data = asdict(self)
+        for reset in [*data["resets"], *data["training"]]:
+            if not reset["patterns"]:
+                del reset["patterns"]
         for key, rows in (("touched", self.touched), ("untouched", self.untouched)):
             for entry, row in zip(data[key], rows, strict=True):
                 entry["residual"] = row.residual
@@ -137,6 +143,18 @@ def fetch(scalars: Sequence[Tensor]) -> list[Any]:
         own = [i for i, scalar in enumerate(scalars) if scalar.device == device]
         found |= zip(own, torch.stack([scalars[i] for i in own]).tolist(), strict=True)
     return [found[i] for i in range(len(scalars))]
+
+
+class _Sums:
+    """Add up what is measured at each position of a kernel, in the place of a report."""
+
+    def __init__(self, report: TensorReport, positions: int) -> None:
+        self.report, self.left, self.squared, self.dfi = report, positions, 0.0, 0.0
+
+    def _measured(self, norm: float, dfi: float) -> None:
+        self.left, self.squared, self.dfi = self.left - 1, self.squared + norm**2, self.dfi + dfi
+        if not self.left:
+            self.report._measured(math.sqrt(self.squared), self.dfi)
 
 
 class Measures:
@@ -183,18 +201,26 @@ def describe(
     if not weight.matrix:
         numbers = tensor if tensor.is_floating_point() else tensor.double()
         later.add(report._normed, torch.linalg.vector_norm(numbers, dtype=torch.float64))
-    elif spectra == "range":
-        found = extent(tensor, known)
-        report._measured(found.norm, found.dfi)
-        report.sigma_before = report.sigma_after = [found.largest, found.smallest]
     else:
-        if on_host(tensor):
-            report._measured(*norm_and_dfi(tensor, known))
-        else:
-            g = gram(tensor if tensor.shape[0] >= tensor.shape[1] else tensor.mT)
-            later.add(report._measured, g.trace().sqrt(), dfi_of_gram(g))
-        if spectra:
-            report.sigma_before = report.sigma_after = sigma_quantiles(singular_values(tensor))
+        many = tensor if weight.kernel else (tensor,)
+        into: Any = _Sums(report, len(many)) if weight.kernel else report
+        ends: list[float] = []
+        for one in many:
+            if spectra == "range":
+                found = extent(one, known)
+                into._measured(found.norm, found.dfi)
+                ends += [found.largest, found.smallest]
+            elif on_host(one):
+                into._measured(*norm_and_dfi(one, known))
+            else:
+                g = gram(one if one.shape[0] >= one.shape[1] else one.mT)
+                later.add(into._measured, g.trace().sqrt(), dfi_of_gram(g))
+        if spectra == "range":
+            report.sigma_before = report.sigma_after = [max(ends), min(ends)]
+        elif spectra:
+            sigma = singular_values(tensor)
+            sigma = sigma.flatten().sort(descending=True).values if weight.kernel else sigma
+            report.sigma_before = report.sigma_after = sigma_quantiles(sigma)
     if measures is None:
         later.fetch()
     return report

@@ -26,6 +26,7 @@ def by_rows(
     if placement.shards is None or placement.axis or len(block.members) != 1 or len(actions) != 1:
         return False
     whole = weight.spec is not None and not weight.spec.in_first and weight.shape == weight.tensor.shape
+    whole = whole and not weight.kernel
     known = actions[0].method == "fire" and actions[0].options["solver"] == "newton-schulz"
     ranks = placement.n_shards * placement.n_replicas
     return whole and known and splits(weight.shape, weight.tensor.element_size(), total_cost, ranks)

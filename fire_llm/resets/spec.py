@@ -9,10 +9,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from fire_llm.architectures.grammar import MODULE_MATRIX_ROLES, MODULE_ROLES
 from fire_llm.architectures.matrices import MATRIX_ROLES, ROLES, ParameterSlice
 from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.resets.conditions import CONDITIONS, Overtraining, condition
 from fire_llm.resets.methods import FORMER, RESETS, Kind, ResetMethod
+from fire_llm.resets.presets import PRESETS
 from fire_llm.resets.selection import LAYERS, compiles, layer_of, parse_layers
 
 FROZEN = "frozen: requires_grad is off"
@@ -40,6 +42,8 @@ class ResetSpec:
     """The condition under which it acts, and its number; None for always."""
     found: Overtraining | None = None
     """What the condition found; None where there is none, or where nobody has looked."""
+    patterns: tuple[tuple[str, str], ...] = ()
+    """Roles of one's own in any torch module, each with the regular expression that finds its weights."""
 
     @property
     def read(self) -> dict[str, Any]:
@@ -74,31 +78,41 @@ class ResetSpec:
         return RESETS[self.method].kind
 
     @classmethod
-    def parse(cls, spec: str | Mapping[str, Any] | ResetSpec) -> ResetSpec:
+    def parse(cls, spec: str | Mapping[str, Any] | ResetSpec, *, modules: bool = False) -> ResetSpec:
         """Read `"fire"` or `{"method": "fire", "iterations": 5, "roles": [...]}`.
+
+        Args:
+            spec: What is read.
+            modules: Whether its roles are those of any torch module rather than of a language model.
 
         Raises:
             UserError: With every fault, one a line, each as `key: what is wrong`.
         """
         if isinstance(spec, ResetSpec):
             return spec
-        faults, parsed = cls.check(spec)
+        faults, parsed = cls.check(spec, modules=modules)
         if parsed is None:
             raise UserError("\n".join(f"{key}: {message}" for key, message in faults))
         return parsed
 
     @classmethod
-    def check(cls, spec: str | Mapping[str, Any]) -> tuple[list[tuple[str, str]], ResetSpec | None]:
-        """Return the faults as (key, message) pairs, and the spec where there are none."""
+    def check(
+        cls, spec: str | Mapping[str, Any], *, modules: bool = False
+    ) -> tuple[list[tuple[str, str]], ResetSpec | None]:
+        """Return the faults as (key, message) pairs, and the spec where there are none; arguments as in `parse`."""
         given = {"method": spec} if isinstance(spec, str) else dict(spec)
         name = given.pop("method", None)
         if name is None:
             return [("method", f"missing; one of {', '.join(RESETS)}")], None
         if isinstance(name, str) and name not in RESETS:
             name = FORMER.get(name, name)
+        if isinstance(name, str) and name in PRESETS:
+            return [("method", f"'{name}' is a preset for any torch module, with options of its own: give its name "
+                     f"alone, as in apply_reset(model, '{name}', layout='modules', initial=…)")], None  # fmt: skip
         if not isinstance(name, str) or name not in RESETS:
             return [("method", f"unknown reset '{name}'.{did_you_mean(name, RESETS)} Known: {', '.join(RESETS)}")], None
         method = RESETS[name]
+        own = given.pop("roles", None) if modules else None
         try:
             # Lists are what YAML and JSON have; the schema's tuples are strict.
             given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
@@ -114,11 +128,18 @@ class ResetSpec:
         ]
         if numbers is not None and parse_layers(layers) is None:
             faults.append(("layers", f"'{layers}' is not allowed: give {LAYERS}"))
-        wrong = [r for r in roles if r not in MATRIX_ROLES]
+        roles, patterns, why = _module_roles(own, method) if modules else (roles, (), "")
+        if modules and numbers is not None:
+            faults.append(("layers", "counts the blocks of a language model: name modules with include=[…] instead"))
+        known = MODULE_MATRIX_ROLES if modules else MATRIX_ROLES
+        wrong = [r for r in roles if r not in known] if not patterns and not why else []
+        if why:
+            faults.append(("roles", why))
         if method.matrices_only and wrong:
-            allowed = ", ".join(MATRIX_ROLES)
+            allowed = ", ".join(known)
             faults.append(("roles", f"'{name}' acts on matrices ({allowed}); {', '.join(wrong)} are not. Remove them"))
-        return faults, None if faults else cls(name, options, roles, **chosen, layers=layers, when=when)
+        spec_ = cls(name, options, roles, **chosen, layers=layers, when=when, patterns=patterns)
+        return faults, None if faults else spec_
 
     def without_effect(self) -> list[tuple[str, str]]:
         """Return the option that leaves a method nothing to do, as (key, message), in a list; empty where it acts.
@@ -133,7 +154,12 @@ class ResetSpec:
         """Return why this reset leaves a slice alone, or None where it acts."""
         if self.idle:
             return self.idle
-        if not weight.roles & set(self.roles):
+        if self.patterns:
+            if not any(re.search(pattern, weight.name) for _, pattern in self.patterns):
+                return f"found by no pattern of roles ({', '.join(role for role, _ in self.patterns)})"
+            if RESETS[self.method].matrices_only and not weight.matrix and not weight.refused:
+                return f"no matrix, and '{self.method}' acts on matrices"
+        elif not weight.roles & set(self.roles):
             return f"role {'/'.join(sorted(weight.roles))} is not among {', '.join(self.roles)}"
         if weight.buffer and (why := RESETS[self.method].leaves(weight.tensor)):
             return why
@@ -153,7 +179,7 @@ class ResetSpec:
         shown = [
             f"{k} {v}" for k, v in self.read.items() if v != getattr(defaults, k) or (k in _ALWAYS_SHOWN and v != 1)
         ]
-        if self.roles != ROLES:
+        if self.roles not in (ROLES, MODULE_ROLES):
             shown.append(f"roles {' '.join(self.roles)}")
         shown += [f"{k} {v if isinstance(v, str) else ' '.join(v)}" for k, v in self.selection.items()]
         shown += [f"when {name} by more than {number:g} nats" for name, number in (self.when or {}).items()]
@@ -170,6 +196,8 @@ def _fault(error: Any, method: ResetMethod) -> tuple[str, str]:
         return key, f"'{method.name}' acts during the whole phase, and a condition is for what acts once: leave it out"
     if error["type"] == "extra_forbidden":
         return key, f"unknown option of '{method.name}'.{did_you_mean(key, allowed)} Known: {', '.join(allowed)}"
+    if loc[0] == "roles" and isinstance(value, Mapping):
+        return "roles", "patterns of roles are for any torch module: give layout='modules', or use include"
     if loc[0] == "roles":
         return "roles", f"unknown role {value!r}.{did_you_mean(str(value), ROLES)} Known: {', '.join(ROLES)}"
     if loc[0] == "layers":
@@ -183,16 +211,51 @@ def _fault(error: Any, method: ResetMethod) -> tuple[str, str]:
 ResetsLike = str | Mapping[str, Any] | ResetSpec | Iterable["str | Mapping[str, Any] | ResetSpec"]
 
 
-def parse_resets(resets: ResetsLike, options: Mapping[str, Any] | None = None) -> list[ResetSpec]:
+def _module_roles(given: Any, method: ResetMethod) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...], str]:
+    """Return the roles in any torch module, the patterns of roles of one's own, and what is wrong with them."""
+    if given is None:
+        if method.matrices_only:
+            return MODULE_MATRIX_ROLES, (), ""
+        wanted = {role for role in method.roles if role in MODULE_ROLES}
+        wanted |= {*MODULE_MATRIX_ROLES} if set(method.roles) & set(MATRIX_ROLES) else set()
+        wanted |= {"linear_bias", "conv_bias"} if "bias" in wanted else set()
+        wanted |= {"buffer"} if method.buffers == "all" or method.name == "none" else set()
+        return tuple(role for role in MODULE_ROLES if role in wanted), (), ""
+    if isinstance(given, Mapping):
+        for role, pattern in given.items():
+            if not isinstance(role, str) or not role or not isinstance(pattern, str) or not compiles(pattern):
+                return (), (), f"{role!r}: {pattern!r} is not allowed: give a name and a regular expression"
+        if given:
+            return tuple(given), tuple(given.items()), ""
+    roles = (given,) if isinstance(given, str) else tuple(given)
+    if unknown := [role for role in roles if role not in MODULE_ROLES]:
+        role = unknown[0]
+        return (), (), (
+            f"unknown role {role!r}.{did_you_mean(str(role), MODULE_ROLES)} Of any torch module: "
+            f"{', '.join(MODULE_ROLES)}; or a role of your own with a pattern of names, {{'mine': r'\\.fc\\d'}}"
+        )  # fmt: skip
+    return roles, (), "" if roles else "give one role at least"
+
+
+def _spelt_out(one: str | Mapping[str, Any] | ResetSpec) -> Iterable[str | Mapping[str, Any] | ResetSpec]:
+    """Return the resets of a preset, or the one reset that is given."""
+    name = one.get("method") if isinstance(one, Mapping) and len(one) == 1 else one
+    return PRESETS[name] if isinstance(name, str) and name in PRESETS else (one,)
+
+
+def parse_resets(
+    resets: ResetsLike, options: Mapping[str, Any] | None = None, *, modules: bool = False
+) -> list[ResetSpec]:
     """Read one reset or a list of them.
 
     Args:
-        resets: A method's name, a spec, or a list of these.
+        resets: A method's name, a spec, or a list of these; for any torch module also the name of a preset.
         options: Of the method, where `resets` is its name alone.
+        modules: Whether they are for any torch module (`layout="modules"`).
 
     Raises:
-        UserError: A method or an option is wrong, options stand beside a spec, which holds its own, or a reset waits
-            for what only a recipe knows.
+        UserError: A method or an option is wrong, options stand beside a spec, which holds its own, a reset waits for
+            what only a recipe knows, or one was read for the other layout.
     """
     if options:
         if not isinstance(resets, str):
@@ -200,11 +263,18 @@ def parse_resets(resets: ResetsLike, options: Mapping[str, Any] | None = None) -
                 f"{', '.join(options)}: options stand beside a method's name alone; write them into the spec, such as "
                 f"{{'method': 'fire', {next(iter(options))!r}: …}}"
             )
-        specs = [ResetSpec.parse({"method": resets, **options})]
+        specs = [ResetSpec.parse({"method": resets, **options}, modules=modules)]
     else:
         many = [resets] if isinstance(resets, str | Mapping | ResetSpec) else list(resets)
-        specs = [ResetSpec.parse(r) for r in many]
+        many = [part for one in many for part in _spelt_out(one)] if modules else many
+        specs = [ResetSpec.parse(r, modules=modules) for r in many]
     for spec in specs:
+        strange = set(spec.roles) - set(MODULE_ROLES if modules else ROLES) and not (modules and spec.patterns)
+        if strange or (spec.patterns and not modules):
+            raise UserError(
+                f"roles: '{spec.method}' was read for {'a language model' if modules else 'any torch module'}, with "
+                f"the roles {', '.join(spec.roles)}: give its name or its options"
+            )
         for key, message in spec.without_effect():
             raise UserError(f"{key}: {message}")
         if spec.when is not None and spec.found is None:

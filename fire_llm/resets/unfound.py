@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
 
 from fire_llm.architectures.matrices import ParameterSlice
+from fire_llm.architectures.modules import is_fused
 from fire_llm.core.errors import UserError
 from fire_llm.resets.selection import layer_of, parse_layers
 from fire_llm.resets.spec import ResetSpec
@@ -22,6 +23,7 @@ def refuse_unfound(specs: Iterable[ResetSpec], slices: Sequence[ParameterSlice])
     Raises:
         UserError: Naming the pattern and the names nearest to it, or the layers that there are.
     """
+    found: Sequence[ParameterSlice]
     for spec in specs:
         for pattern in spec.exclude:
             if not any(re.search(pattern, weight.name) for weight in slices):
@@ -31,6 +33,13 @@ def refuse_unfound(specs: Iterable[ResetSpec], slices: Sequence[ParameterSlice])
             if not found:
                 raise UserError(_unfound("include", pattern, slices))
             _refuse_idle(spec, f"include '{pattern}'", found)
+        for role, pattern in spec.patterns:
+            found = [weight for weight in slices if re.search(pattern, weight.name)]
+            if not found:
+                fused = next((weight.parameter for weight in slices if is_fused(weight)), "")
+                hint = f". If '{fused}' holds it, name its parts with split" if fused else ""
+                raise UserError(_unfound(f"roles: {role}", pattern, slices) + hint)
+            _refuse_idle(spec, f"the role {role}, '{pattern}',", found)
         _refuse_layers(spec, slices)
 
 

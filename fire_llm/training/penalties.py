@@ -58,7 +58,8 @@ class PenaltyCallback(TrainerCallback):
         for spec in self.penalties:
             for slice_ in _given(plan, spec):
                 beside = [_placed(starts[slice_.parameter], slice_)] if spec.needs_initial else []
-                self._terms.append((slice_, partial(_gradient, spec.method, beside, spec.options)))
+                act = partial(RESETS[spec.method].act, options=spec.options, kernel=slice_.kernel)
+                self._terms.append((slice_, partial(_gradient, act, beside)))
 
     @torch.no_grad()
     def add(self, scale: float) -> None:
@@ -89,9 +90,8 @@ def add_penalties(trainer: Any) -> None:
             callback.add(1.0 if scaler is None else scaler.get_scale())  # fp16's gradients are still scaled
 
 
-def _gradient(method: str, beside: list[Tensor], options: dict[str, Any], w: Tensor) -> Tensor:
-    gradient: Tensor = RESETS[method].function(w, *beside, **options)
-    return gradient
+def _gradient(act: Callable[..., Tensor], beside: list[Tensor], w: Tensor) -> Tensor:
+    return act(w, *beside)
 
 
 def _given(plan: Plan, spec: ResetSpec) -> list[ParameterSlice]:

@@ -1,0 +1,305 @@
+"""Which (out, in) matrices any torch module holds, by the kind of module that holds a weight, whatever its name.
+
+Nothing here is looked up in a table: who asks for this says that each Linear is one matrix, and names those that hold
+several (`split`). Shapes: out = rows of y = W x, in = its columns; of a convolution at each position of its kernel.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import UninitializedParameter
+
+from fire_llm.architectures.grammar import Layout, Part, PartLike
+from fire_llm.architectures.lookup import REGISTERED, Location, Lookup, class_of
+from fire_llm.architectures.matrices import ParameterSlice, buffer_slices
+from fire_llm.architectures.names import plain_modules, plain_parameters, unwrap
+from fire_llm.core.errors import UserError
+
+Kernels = Literal["positions", "flattened"]
+KERNELS = ("positions", "flattened")
+SplitLike = Mapping[str, int | Sequence[PartLike]]
+
+FUSED = re.compile(r"(^|[._])(w?qkv|w?kv|qkvz?|in_proj|c_attn|query_key_value|gate_up_proj)(_proj)?$", re.IGNORECASE)
+"""Names of Linears that hold several matrices in most libraries."""
+
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
+_QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
+_GATES = {(nn.LSTM, nn.LSTMCell): ("i", "f", "g", "o"), (nn.GRU, nn.GRUCell): ("r", "z", "n")}
+_ROLES = {"mlp": "linear", "ssm": "linear", "lm_head": "linear", "router": "other"}
+"""Roles here of those that a registered layout may have."""
+_LINEAR_OR_CONV: dict[type[nn.Module] | None, str] = {nn.Linear: "linear_bias", _ConvNd: "conv_bias"}
+_UNDONE = {
+    "g": "remove_weight_norm(module)",
+    "v": "remove_weight_norm(module)",
+    "orig": "remove_spectral_norm(module), or prune.remove(module, name)",
+}
+"""Endings of what a weight is computed from in hooks, and what takes the hook off."""
+_IN_PROJECTIONS = {"in_proj_weight": ("q", "k", "v"), "q_proj_weight": (), "k_proj_weight": (), "v_proj_weight": ()}
+
+
+@dataclass(frozen=True)
+class ModuleLayout:
+    """What is asked for beyond the kinds of modules.
+
+    Args:
+        split: Patterns of names, each with the parts that the out axis of such a weight holds.
+        kernels: Whether a convolution is one matrix at each position of its kernel, or one (out, in · positions).
+    """
+
+    split: tuple[tuple[str, tuple[PartLike, ...]], ...] = ()
+    kernels: Kernels = "positions"
+
+    @classmethod
+    def of(cls, split: SplitLike | None = None, kernels: str = "positions") -> ModuleLayout:
+        """Check what is asked for.
+
+        Args:
+            split: By regular expression, looked for anywhere in a name: a number of equal parts, or the parts' names
+                (`("q", "k", "v")`), or names with rows (`(("q", 64), ("k", 16), ("v", 16))`).
+            kernels: One of `KERNELS`.
+
+        Raises:
+            UserError: A pattern, a part or `kernels` is not as above.
+        """
+        if kernels not in KERNELS:
+            raise UserError(f"kernels: {kernels!r} is not allowed: give {' or '.join(map(repr, KERNELS))}")
+        parsed = []
+        for pattern, given in (split or {}).items():
+            parts = _named(given)
+            if not isinstance(pattern, str) or not _compiles(pattern) or not parts:
+                raise UserError(
+                    f"split: {pattern!r}: {given!r} is not allowed: give a regular expression and its parts, as "
+                    "{r'\\.qkv\\.': ('q', 'k', 'v')}, or their number"
+                )
+            parsed.append((pattern, parts))
+        return cls(tuple(parsed), "positions" if kernels == "positions" else "flattened")
+
+    def parts(self, name: str) -> tuple[PartLike, ...] | None:
+        """Return the parts that a weight of this name is split into; None where no pattern finds it."""
+        return next((parts for pattern, parts in self.split if re.search(pattern, name)), None)
+
+
+def _named(given: Any) -> tuple[PartLike, ...]:
+    """Return the parts that a split gives; none where it is not allowed."""
+    if isinstance(given, int) and not isinstance(given, bool):
+        return tuple(str(n) if given > 1 else "" for n in range(given))
+    parts: list[PartLike] = []
+    for part in given if isinstance(given, (list, tuple)) else ():
+        match part:
+            case str() | Part():
+                parts.append(part)
+            case (str(name), int(rows)) if rows > 0:
+                parts.append((name, rows))
+            case _:
+                return ()
+    return tuple(parts)
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What one name of a parameter means: its role, its layout where it holds matrices, and why it is refused."""
+
+    role: str
+    layout: Layout | None = None
+    refused: str = ""
+
+
+def module_slices(model: nn.Module, layout: ModuleLayout, *, buffers: bool = True) -> list[ParameterSlice]:
+    """Cut every parameter of any torch module into its matrices, and list the others whole.
+
+    Args:
+        model: Module, wrapped or not, on any device, `meta` included.
+        layout: What is asked for.
+        buffers: Whether the buffers that a checkpoint holds are listed too, with the role `buffer`.
+
+    Returns:
+        Each parameter exactly once (a tied one under its first plain name, with the roles of all of its names), in the
+        order of `named_parameters()`.
+
+    Raises:
+        UserError: There are no parameters, one is quantised, complex or not initialised yet, or `split` finds nothing
+            or does not fit.
+    """
+    model = unwrap(model)
+    _refuse_quantised(model)
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in plain_parameters(model):
+        names.setdefault(parameter, []).append(name)
+    if not names:
+        raise UserError(f"{class_of(model).__name__} has no parameters: nothing to reset")
+    lookup, modules = Lookup(model), plain_modules(model)
+    slices: list[ParameterSlice] = []
+    for parameter, tied in names.items():
+        _refuse_values(parameter, tied[0])
+        locations = [lookup.location(name) for name in tied]
+        found = [_classify(location, parameter, modules, layout) for location in locations]
+        slices += _cut(parameter, tied[0], locations, found)
+    for pattern, _ in layout.split:
+        if not any(weight.matrix and re.search(pattern, weight.parameter) for weight in slices):
+            raise UserError(
+                f"split: '{pattern}' finds no weight that can be split. The matrices are "
+                f"{', '.join(list(dict.fromkeys(w.parameter for w in slices if w.matrix))[:5])}, …"
+            )
+    return [*slices, *(replace(b, roles=frozenset({"buffer"})) for b in buffer_slices(model))] if buffers else slices
+
+
+def is_fused(weight: ParameterSlice) -> bool:
+    """Return whether a weight is taken as one matrix although its name says that it holds several."""
+    whole = weight.matrix and not weight.kernel and not weight.part
+    return whole and FUSED.search(weight.parameter.removesuffix(".weight")) is not None
+
+
+def _cut(
+    parameter: nn.Parameter, name: str, locations: Sequence[Location], found: Sequence[_Found]
+) -> Iterator[ParameterSlice]:
+    """Yield the slices of one parameter, given what each of its names means."""
+    roles, block = frozenset(f.role for f in found), locations[0].block_class
+    refused = next((f.refused for f in found if f.refused), "")
+    for location, one in zip(locations, found, strict=True):
+        if one.layout is not None and not refused:
+            for cut in one.layout.specs(location.block, parameter.shape, name):
+                yield ParameterSlice(name, parameter, roles, block, cut)
+            return
+    yield ParameterSlice(name, parameter, roles, block, refused=refused)
+
+
+def _classify(location: Location, parameter: Tensor, modules: Mapping[str, nn.Module], layout: ModuleLayout) -> _Found:
+    """Say what a parameter is by the kind of module that holds it."""
+    owner, name, kind = location.owner, location.name, class_of(location.owner).__name__
+    attribute, in_attention = name.rpartition(".")[2], isinstance(location.ancestors[-2:][0], nn.MultiheadAttention)
+    if (known := _registered(location)) or (known := _recomputed(name, modules)):
+        return known
+    if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
+        return _Found("embedding")
+    if isinstance(owner, _NORMS) or ("Norm" in kind and not list(owner.children())):
+        return _Found("norm")
+    if parameter.ndim < 2:
+        of = "" if in_attention or attribute != "bias" else _LINEAR_OR_CONV.get(_kind(owner), "")
+        return _Found(of or ("bias" if "bias" in attribute else "other"))
+    parts, exclude = layout.parts(name), f"leave it out with exclude=[r'{re.escape(name)}']"
+    if any(step.startswith("lora_") or step == "base_layer" for step in name.split(".")):
+        why = "belongs to an adapter, whose product is added to weights that stay as they are: reset the model before "
+        return _Found("linear", refused=f"'{name}' {why}the adapter is put on it, or the sum, merge_and_unload()")
+    if isinstance(owner, nn.MultiheadAttention) and attribute in _IN_PROJECTIONS:
+        return _Found("attention", _layout(name, parts or _IN_PROJECTIONS[attribute], parameter))
+    if isinstance(owner, (nn.RNNBase, nn.RNNCellBase)) and attribute.startswith("weight_"):
+        gates = next((gates for kinds, gates in _GATES.items() if isinstance(owner, kinds)), ())
+        projected = attribute.startswith("weight_hr")  # what an LSTM puts out, made smaller
+        return _Found("recurrent", _layout(name, parts or (() if projected else gates), parameter))
+    if attribute == "weight" and _kind(owner) is nn.Linear:
+        return _Found("attention" if in_attention else "linear", _layout(name, parts, parameter))
+    if attribute == "weight" and _kind(owner) is _ConvNd:
+        return _Found("conv", _layout(name, parts, parameter, kernel=layout.kernels == "positions"))
+    if attribute == "weight" and isinstance(owner, _ConvTransposeNd):
+        why = f"belongs to a {kind}, stored (in, out/groups, …), for which no rule is published"
+        return _Found("conv", refused=f"'{name}' {why}: {exclude}")
+    if kind == "Conv1D" and class_of(owner).__module__.startswith("transformers."):
+        return _Found("linear", replace(_layout(name, parts, parameter.mT), orientation="in_first"))
+    if parts is not None:
+        return _Found("linear", _layout(name, parts, parameter))
+    if attribute == "weight":
+        why = f"of shape {tuple(parameter.shape)}, belongs to a {kind}, and what that does with it is not known"
+        how = f"or, where it is stored (out, in), say how many matrices it holds: split={{r'{re.escape(name)}': 1}}"
+        return _Found("linear", refused=f"'{name}', {why}: {exclude}, {how}")
+    return _Found("other")
+
+
+def _kind(owner: nn.Module) -> type[nn.Module] | None:
+    """Return nn.Linear or _ConvNd where a module is one, or of a class that extends it."""
+    if isinstance(owner, _ConvNd) and not isinstance(owner, _ConvTransposeNd):
+        return _ConvNd
+    return nn.Linear if isinstance(owner, nn.Linear) else None
+
+
+def _layout(name: str, parts: Sequence[PartLike] | None, parameter: Tensor, kernel: bool = False) -> Layout:
+    """Return the layout of a weight (out, in, …), once its parts are known to fit.
+
+    Raises:
+        UserError: They do not.
+    """
+    sizes = [None if isinstance(p, str) else p.size if isinstance(p, Part) else p[1] for p in parts or ()]
+    shares, left = sizes.count(None), parameter.shape[0] - sum(size or 0 for size in sizes)
+    if sizes and (left % shares or not left if shares else left):
+        raise UserError(
+            f"split: '{name}' has {parameter.shape[0]} rows, which the parts {list(parts or ())} do not fill"
+        )
+    return Layout("other", parts or (), kernel=kernel)
+
+
+def _registered(location: Location) -> _Found | None:
+    """Return what a layout says that was registered for the very block and child."""
+    layout = REGISTERED.get((location.block_class, location.child))
+    kinds = (None, class_of(location.owner).__name__)
+    if layout is None or (location.is_weight and layout.module_class not in kinds):
+        return None
+    role = "conv" if layout.kernel else _ROLES.get(layout.role, layout.role)
+    return _Found(role, layout if layout.matrix else None)
+
+
+def _recomputed(name: str, modules: Mapping[str, nn.Module]) -> _Found | None:
+    """Refuse what a weight is computed from at each forward pass: what is written to the weight itself is lost."""
+    path, _, attribute = name.rpartition(".")
+    above, parametrised, below = f".{name}".partition(".parametrizations.")
+    if parametrised:
+        path, weight = above[1:], below.partition(".")[0]
+        undo = f"parametrize.remove_parametrizations(module, '{weight}')"
+    else:
+        weight, _, suffix = attribute.rpartition("_")
+        made = getattr(modules[path], weight, None) if suffix in _UNDONE and weight else None
+        if not isinstance(made, Tensor) or weight in modules[path]._parameters:
+            return None
+        undo = _UNDONE[suffix]
+    owner, whole = modules[path], f"{path}.{weight}" if path else weight
+    if "weight" not in weight:
+        return _Found("bias" if "bias" in weight else "other")
+    role = (
+        "conv" if isinstance(owner, _ConvNd) else "attention" if isinstance(owner, nn.MultiheadAttention) else "linear"
+    )
+    why = f"'{whole}' is computed from '{name}' at each forward pass, so a reset of it would be lost"
+    return _Found(role, refused=f"{why}: take that off before (torch.nn.utils.{undo}), and put it on again afterwards")
+
+
+def _refuse_values(parameter: nn.Parameter, name: str) -> None:
+    """Refuse a parameter whose values are not there, or are no real numbers.
+
+    Raises:
+        UserError: Naming it.
+    """
+    if isinstance(parameter, UninitializedParameter):
+        raise UserError(f"'{name}' is not initialised yet (a lazy module): run one forward pass first")
+    if parameter.is_complex():
+        raise UserError(f"'{name}' is complex ({parameter.dtype}): resets are for real weights")
+    kind = type(parameter.data)
+    if parameter.ndim > 1 and (parameter.dtype not in _FLOATS or kind.__module__.startswith("torchao.")):
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        raise UserError(f"'{name}' is {dtype}, quantised: load the model in float32, float16 or bfloat16")
+
+
+def _refuse_quantised(model: nn.Module) -> None:
+    """Refuse modules that hold codes in place of weights, which would be passed over.
+
+    Raises:
+        UserError: Naming the first.
+    """
+    for name, module in plain_modules(model).items():
+        if class_of(module).__module__.startswith(_QUANTISED) and "qat" not in class_of(module).__module__.split("."):
+            raise UserError(
+                f"'{name}' is a {class_of(module).__name__}, quantised, its weights are codes: reset the model before "
+                "it is quantised"
+            )
