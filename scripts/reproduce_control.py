@@ -69,22 +69,54 @@ class Task:
     replay_ratio: int
     """Gradient steps to one step of the environment."""
     learning_rate: float
-    width: int = 128
-    batch: int = 32
-    learning_starts: int = 1000
-    envs: int = 1
+    width: int
+    batch: int
+    envs: int
+    learning_starts: int = 200
 
 
 TASKS = {
     task.name: task
     for task in (
-        Task("breakout", "dqn", "MinAtar/Breakout-v1", 24_000, 1_200, 16, 2, 2.5e-4, envs=4),
-        Task("hopper", "sac", "Hopper-v5", 8_000, 400, 8, 4, 3e-4, batch=128),
+        Task("catch", "dqn", "Catch", 6_000, 300, 16, 1, 1e-3, width=128, batch=32, envs=4),
+        Task("pendulum", "sac", "InvertedPendulum-v5", 2_400, 120, 4, 2, 1e-3, width=64, batch=64, envs=1),
+        Task("breakout", "dqn", "MinAtar/Breakout-v1", 200_000, 5_000, 32, 1, 2.5e-4, width=128, batch=32, envs=4),
     )
 }
+DEFAULT = ("catch", "pendulum")
+"""Tasks of minutes; the third takes hours."""
 
 
 # ---- agents
+
+
+class Catch(gymnasium.Env[np.ndarray, int]):
+    """A ball falls down a board of 10 x 10, and a paddle is to be below it: +1 caught, -1 missed (Osband et al. 2020).
+
+    An observation has two planes, the ball and the paddle; an episode has nine steps: left, stay or right.
+    """
+
+    size = 10
+    observation_space = gymnasium.spaces.Box(0, 1, (2, size, size), np.uint8)
+    action_space = gymnasium.spaces.Discrete(3)
+
+    def __init__(self) -> None:
+        self.row, self.ball, self.paddle = 0, 0, 0
+
+    def board(self) -> np.ndarray:
+        planes = np.zeros((2, self.size, self.size), np.uint8)
+        planes[0, self.row, self.ball] = planes[1, -1, self.paddle] = 1
+        return planes
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict]:
+        super().reset(seed=seed)
+        self.row, (self.ball, self.paddle) = 0, (int(n) for n in self.np_random.integers(0, self.size, 2))
+        return self.board(), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
+        self.row, self.paddle = self.row + 1, int(np.clip(self.paddle + action - 1, 0, self.size - 1))
+        over = self.row == self.size - 1
+        return self.board(), (1.0 if self.ball == self.paddle else -1.0) if over else 0.0, over, False, {}
 
 
 class MinAtarView(gymnasium.ObservationWrapper[np.ndarray, int, np.ndarray]):
@@ -100,7 +132,7 @@ class MinAtarView(gymnasium.ObservationWrapper[np.ndarray, int, np.ndarray]):
 
 
 class Features(BaseFeaturesExtractor):
-    """Two convolutions and a linear layer: what three convolutions are to Atari's larger pictures."""
+    """Two convolutions and a linear layer, for pictures of 10 x 10."""
 
     def __init__(self, observation_space: gymnasium.spaces.Box, features_dim: int) -> None:
         super().__init__(observation_space, features_dim)
@@ -118,6 +150,8 @@ class Features(BaseFeaturesExtractor):
 
 def environment(name: str) -> gymnasium.Env[Any, Any]:
     """Make one environment; a game of MinAtar ends after 1,000 steps if not before."""
+    if name == "Catch":
+        return Catch()
     if not name.startswith("MinAtar/"):
         return gymnasium.make(name)
     from minatar.gym import register_envs
@@ -152,7 +186,7 @@ def agent(task: Task, seed: int) -> BaseAlgorithm:
     if task.algorithm == "dqn":
         look = {"features_extractor_class": Features, "features_extractor_kwargs": {"features_dim": task.width}}
         # Exploration falls during a tenth of all steps, a fifth of the half that `learn` is called for.
-        ends = {"exploration_fraction": 0.2, "exploration_final_eps": 0.01, "target_update_interval": 1000}
+        ends = {"exploration_fraction": 0.2, "exploration_final_eps": 0.01, "target_update_interval": 200}
         policy = {**look, "net_arch": [], "normalize_images": False, **FUSED}
         return DQN("CnnPolicy", policy_kwargs=policy, **ends, **common)
     policy = {"net_arch": [task.width, task.width], **FUSED}
@@ -343,8 +377,9 @@ def paired(mine: Sequence[float], theirs: Sequence[float], digits: int) -> dict[
     """Return a cell of a table: the mean difference by seed, and half its 95 % interval; None for fewer than two."""
     differences = [a - b for a, b in zip(mine, theirs, strict=True)]
     interval = paired_interval(differences)
-    half = interval and (interval[1] - interval[0]) / 2
-    return half and {"mean": round(fmean(differences), digits), "half": round(half, digits)}
+    if interval is None:
+        return None
+    return {"mean": round(fmean(differences), digits), "half": round((interval[1] - interval[0]) / 2, digits)}
 
 
 Units = dict[str, list[dict[str, Any]]]
@@ -353,7 +388,8 @@ Units = dict[str, list[dict[str, Any]]]
 
 def returns(task: str, units: Units) -> dict[str, Any]:
     """Return the table of returns after the reset, each against base, and FIRE against each."""
-    digits = 1 if max(map(abs, (last(unit["curve"]) for unit in units["middle"]))) < 100 else 0
+    largest = max(abs(value) for of in units.values() for unit in of for _, value in unit["curve"])
+    digits = 2 if largest <= 10 else 1 if largest <= 100 else 0
     arms = [arm for arm in units if arm != "middle"]
     columns = ["arm"]
     rows: list[list[Any]] = [[arm] for arm in arms]
@@ -445,12 +481,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the units and what is gathered")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="of every task (1 2 3)")
-    for name, known in (("tasks", [*TASKS]), ("arms", [*ARMS])):
-        allowed = ", ".join(known)
-        parser.add_argument(f"--{name}", nargs="+", choices=known, default=known, metavar="NAME", help=f"of {allowed}")
+    for name, known, default in (("tasks", TASKS, DEFAULT), ("arms", ARMS, ARMS)):
+        words = f"of {', '.join(known)}" + ("" if default is known else f" ({' '.join(default)})")
+        parser.add_argument(f"--{name}", nargs="+", choices=known, default=default, metavar="NAME", help=words)
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="one thread each (1)")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything; the figures mean nothing")
     args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
     tasks = [quick(TASKS[name]) if args.quick else TASKS[name] for name in args.tasks]
     jobs = [(task, seed, args.arms, args.out) for seed in args.seeds for task in tasks]
     try:
