@@ -78,8 +78,8 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
-        Task("catch", "dqn", "Catch", 6_000, 300, 16, 1, 1e-3, width=128, batch=32, envs=4),
-        Task("pendulum", "sac", "InvertedPendulum-v5", 2_400, 120, 4, 2, 1e-3, width=64, batch=64, envs=1),
+        Task("catch", "dqn", "Catch", 4_800, 240, 32, 1, 1e-3, width=128, batch=32, envs=4),
+        Task("pendulum", "sac", "InvertedPendulum-v5", 2_000, 100, 4, 2, 1e-3, width=64, batch=64, envs=1),
         Task("breakout", "dqn", "MinAtar/Breakout-v1", 200_000, 5_000, 32, 1, 2.5e-4, width=128, batch=32, envs=4),
     )
 }
@@ -138,7 +138,7 @@ class Features(BaseFeaturesExtractor):
         super().__init__(observation_space, features_dim)
         channels = observation_space.shape[0]
         self.convolutions = nn.Sequential(
-            nn.Conv2d(channels, 16, 3, stride=2), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten()
+            nn.Conv2d(channels, 16, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten()
         )
         size = self.convolutions(torch.zeros(1, *observation_space.shape)).shape[1]
         self.linear = nn.Sequential(nn.Linear(size, features_dim), nn.ReLU())
@@ -489,7 +489,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     tasks = [quick(TASKS[name]) if args.quick else TASKS[name] for name in args.tasks]
-    jobs = [(task, seed, args.arms, args.out) for seed in args.seeds for task in tasks]
+    jobs = [(task, seed, args.arms, args.out) for task in tasks for seed in args.seeds]
     try:
         if args.processes > 1:
             with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
