@@ -4,10 +4,13 @@
     python scripts/reproduce_control.py --out runs/control --seeds 1 2 3 4 5 --processes 2
     python scripts/reproduce_control.py --out /tmp/control --quick            half a minute: does everything work
 
-Each seed trains one agent to the middle. From there every arm goes on with the same weights, optimizer state and replay
-buffer: `base` as it is, the others with a reset at their first step. `full-reset` takes all weights back to their
-initial values, `s-and-p` 80 % of the way; `fire` acts on the scope that the paper's code has for this algorithm, and
-so does `s-and-p` (for DQN: convolutions, and the linear layers are set back in both). The target network follows.
+Each seed trains one agent to the middle. From there every arm goes on with the same weights and replay buffer: `base` as
+it is, the others with a reset at their first step, after which the target network follows.
+
+    full-reset      all weights back to their initial values
+    s-and-p         the same, 80 % of the way; for DQN convolutions alone, and linear layers are set back in full
+    fire            the paper's scope: SAC: every linear layer; DQN: convolutions, and linear layers are set back in full
+    fire-keep-norm  a control that the paper lacks: the same projection, each matrix at the norm that it had
 
 Every finished unit is a file under --out. The same command goes on where it was stopped, and with more seeds it trains
 only those. It prints a table, and writes `study.json` (for docs/results/) and `curves.svg` beside the units.
@@ -51,7 +54,7 @@ from fire_llm.linalg.activations import dormant_scores, dormant_share, feature_s
 from fire_llm.reporting.comparison import paired_interval
 from fire_llm.reporting.plots.base import palette
 
-ARMS = ("base", "full-reset", "s-and-p", "fire")
+ARMS = ("base", "full-reset", "s-and-p", "fire", "fire-keep-norm")
 
 
 @dataclass(frozen=True)
@@ -195,13 +198,24 @@ def agent(task: Task, seed: int) -> BaseAlgorithm:
 
 # ---- the reset
 
+PROJECTED = {"method": "fire", "iterations": 10, "scale": "keep-norm"}
 RESETS: dict[str, dict[str, Any]] = {
-    "dqn": {"base": None, "full-reset": "full_reset", "s-and-p": "paper-dqn-shrink-perturb", "fire": "paper-dqn"},
+    "dqn": {
+        "base": None,
+        "full-reset": "full_reset",
+        "s-and-p": "paper-dqn-shrink-perturb",
+        "fire": "paper-dqn",
+        "fire-keep-norm": [
+            {**PROJECTED, "roles": ["conv"]},
+            {"method": "full_reset", "roles": ["linear", "linear_bias"]},
+        ],
+    },
     "sac": {
         "base": None,
         "full-reset": "full_reset",
         "s-and-p": {"method": "shrink_perturb", "shrink": 0.8},
         "fire": "paper-simba",
+        "fire-keep-norm": {**PROJECTED, "roles": ["linear"]},
     },
 }
 """By algorithm and arm: what `apply_reset` is given."""

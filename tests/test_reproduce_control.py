@@ -38,7 +38,7 @@ def test_differences_are_paired_by_seed(script):
     assert script.spread([1, 2, 3], 1) == {"mean": 2, "sd": 1}
 
 
-@pytest.mark.parametrize("arm", ["base", "full-reset", "s-and-p", "fire"])
+@pytest.mark.parametrize("arm", ["base", "full-reset", "s-and-p", "fire", "fire-keep-norm"])
 @pytest.mark.parametrize("algorithm", ["dqn", "sac"])
 def test_an_arm_does_to_an_agent_what_it_says(script, algorithm, arm):
     agent = script.agent(task(script, algorithm), seed=1)
@@ -70,6 +70,9 @@ def test_an_arm_does_to_an_agent_what_it_says(script, algorithm, arm):
                 for _ in range(10):
                     sigma = 1.5 * sigma - 0.5 * sigma**3
                 scale = (weight.shape[0] / weight.shape[1]) ** 0.5 / len(matrices)
+                if arm == "fire-keep-norm":
+                    scale = matrices.norm(dim=(1, 2)) / sigma.norm(dim=-1)
+                    scale = scale[:, None, None]
                 expected = (scale * (u * sigma[:, None]) @ v).movedim(0, -1).reshape(weight.shape)
             torch.testing.assert_close(
                 weight, expected.to(weight), rtol=1e-4, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}"
