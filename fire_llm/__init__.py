@@ -16,6 +16,7 @@ _HOMES = {
     "sfe": "linalg.measures",
     "dfi": "linalg.measures",
     "logical_matrices": "architectures.matrices",
+    "module_matrices": "architectures.modules",
     "register_layout": "architectures.matrices",
     "fire_": "resets",
     "apply_reset": "resets",

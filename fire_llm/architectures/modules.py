@@ -7,7 +7,7 @@ several (`split`). Shapes: out = rows of y = W x, in = its columns; of a convolu
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
-from fire_llm.architectures.grammar import Layout, Part, PartLike
+from fire_llm.architectures.grammar import MODULE_MATRIX_ROLES, Layout, Part, PartLike
 from fire_llm.architectures.lookup import REGISTERED, Location, Lookup, class_of
 from fire_llm.architectures.matrices import ParameterSlice, buffer_slices
 from fire_llm.architectures.names import plain_modules, plain_parameters, unwrap
-from fire_llm.core.errors import UserError
+from fire_llm.core.errors import UserError, did_you_mean
 
 Kernels = Literal["positions", "flattened"]
 KERNELS = ("positions", "flattened")
@@ -159,8 +159,33 @@ def module_slices(model: nn.Module, layout: ModuleLayout, *, buffers: bool = Tru
     return [*slices, *(replace(b, roles=frozenset({"buffer"})) for b in buffer_slices(model))] if buffers else slices
 
 
+def module_matrices(
+    model: nn.Module, roles: Iterable[str] | None = None, *, split: SplitLike | None = None, kernels: str = "positions"
+) -> Iterator[ParameterSlice]:
+    """Yield the matrices of any torch module, in the order of `named_parameters()`; a kernel is one slice.
+
+    Args:
+        model: As in `module_slices`.
+        roles: Some of `MODULE_MATRIX_ROLES`, all by default.
+        split: Weights that hold several matrices, as in `ModuleLayout.of`.
+        kernels: What a convolution is, as there.
+
+    Raises:
+        UserError: As in `module_slices` and `ModuleLayout.of`; a role is unknown, or a weight is not understood.
+    """
+    wanted = {*MODULE_MATRIX_ROLES} if roles is None else {roles} if isinstance(roles, str) else {*roles}
+    for role in sorted(wanted - {*MODULE_MATRIX_ROLES}):
+        known = f"{did_you_mean(role, MODULE_MATRIX_ROLES)} Allowed: {', '.join(MODULE_MATRIX_ROLES)}"
+        raise UserError(f"roles: unknown role '{role}'.{known}")
+    found = [weight for weight in module_slices(model, ModuleLayout.of(split, kernels)) if weight.roles & wanted]
+    for weight in found:
+        if weight.refused:
+            raise UserError(weight.refused)
+    return (weight for weight in found if weight.matrix)
+
+
 def is_fused(weight: ParameterSlice) -> bool:
-    """Return whether a weight is taken as one matrix although its name says that it holds several."""
+    """Return whether a weight is one matrix although its name says that it holds several."""
     whole = weight.matrix and not weight.kernel and not weight.part
     return whole and FUSED.search(weight.parameter.removesuffix(".weight")) is not None
 
@@ -187,7 +212,7 @@ def _classify(location: Location, parameter: Tensor, modules: Mapping[str, nn.Mo
         return known
     if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
         return _Found("embedding")
-    if isinstance(owner, _NORMS) or ("Norm" in kind and not list(owner.children())):
+    if isinstance(owner, _NORMS) or (_is_vector(parameter) and "Norm" in kind and not list(owner.children())):
         return _Found("norm")
     if parameter.ndim < 2:
         of = "" if in_attention or attribute != "bias" else _LINEAR_OR_CONV.get(_kind(owner), "")
@@ -220,6 +245,11 @@ def _classify(location: Location, parameter: Tensor, modules: Mapping[str, nn.Mo
     return _Found("other")
 
 
+def _is_vector(parameter: Tensor) -> bool:
+    """Return whether one axis alone is longer than 1, as of a scale (channels, 1, 1)."""
+    return sum(size > 1 for size in parameter.shape) < 2
+
+
 def _kind(owner: nn.Module) -> type[nn.Module] | None:
     """Return nn.Linear or _ConvNd where a module is one, or of a class that extends it."""
     if isinstance(owner, _ConvNd) and not isinstance(owner, _ConvTransposeNd):
@@ -243,10 +273,12 @@ def _layout(name: str, parts: Sequence[PartLike] | None, parameter: Tensor, kern
 
 
 def _registered(location: Location) -> _Found | None:
-    """Return what a layout says that was registered for the very block and child."""
+    """Return what a layout says that was registered for the block and child, but for a kernel taken as one matrix."""
     layout = REGISTERED.get((location.block_class, location.child))
     kinds = (None, class_of(location.owner).__name__)
     if layout is None or (location.is_weight and layout.module_class not in kinds):
+        return None
+    if layout.matrix and not layout.kernel and _kind(location.owner) is _ConvNd:
         return None
     role = "conv" if layout.kernel else _ROLES.get(layout.role, layout.role)
     return _Found(role, layout if layout.matrix else None)

@@ -56,7 +56,7 @@ RECORDED = {"files", "tokens", "weights", "reset"}
 REPORT = "reset.json"
 """File in a stage's folder with what its reset did."""
 
-_LATER = {"include": (), "layers": "", "when": None, "found": None}
+_LATER = {"include": (), "layers": "", "patterns": (), "when": None, "found": None}
 """Fields that older runs' `unit.json` lacks, and what they are where nobody gives them: they are left out there.
 
 So is the strength of `fire` and `rescale` where it is 1."""

@@ -200,7 +200,7 @@ class TensorEntry(Record):
     parameter: str = Field("", description="First half of the name: the parameter")
     part: str = Field("", description="Second half: the matrix, where one parameter holds several")
     role: str = Field("", description="attention, mlp, ssm, embedding, lm_head, norm, bias, router or other")
-    shape: list[int] = Field([], description="[out, in], whatever the storage order")
+    shape: list[int] = Field([], description="[out, in], whatever the storage order; of a kernel [out, in, k, …]")
     reason: str | None = Field(None, description="Why it was left alone; null where it was changed")
     sfe: Number = Field(0.0, description="‖W − W̃‖²_F between before and after")
     dfi_before: Number = Field(None, description="‖WᵀW − I‖²_F on the smaller Gram matrix; null where not measured")

@@ -41,7 +41,7 @@ def parseval(
     if positions:  # the order of columns does not matter
         flat = w.movedim(0, 1).reshape(w.shape[1], -1)
         slope = parseval(flat, strength=strength, scale=scale)
-        return slope.view(w.shape[1], positions, -1).movedim(1, 0)
+        return slope.reshape(w.shape[1], positions, -1).movedim(1, 0)
     out, into = w.shape
     with exact_products(w.device):
         product = (w @ w.mT) @ w if out <= into else w @ (w.mT @ w)

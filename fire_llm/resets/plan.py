@@ -74,10 +74,10 @@ class Plan:
             plan.start = {p.name: p for p in slices_of(initial, specs, kind, layout)}
         plan._check_names()
         if layout is not None:
-            plan._check_modules(whole)
+            plan._check_modules(layout, whole)
         return plan
 
-    def _check_modules(self, whole: bool) -> None:
+    def _check_modules(self, layout: ModuleLayout, whole: bool) -> None:
         """Refuse weights that a reset of matrices cannot reach, and a reset that finds nothing."""
         for weight, actions in zip(self.slices, self.actions, strict=True):
             if weight.refused and any(RESETS[s.method].matrices_only for s in actions):
@@ -87,9 +87,11 @@ class Plan:
                 why = sorted({str(spec.why_not(weight)) for weight in self.slices})
                 raise UserError(f"'{spec.label()}' finds nothing to reset in the model ({'; '.join(why[:3])})")
         self.fused = [
-            w.parameter
-            for w, actions in zip(self.slices, self.actions, strict=True)
-            if is_fused(w) and any(RESETS[s.method].matrices_only for s in actions)
+            weight.parameter
+            for weight, actions in zip(self.slices, self.actions, strict=True)
+            if is_fused(weight)
+            and layout.parts(weight.parameter) is None
+            and any(RESETS[s.method].matrices_only for s in actions)
         ]
 
     @classmethod
