@@ -4,12 +4,12 @@
     python scripts/reproduce_control.py --out runs/control --seeds 1 2 3 4 5 --processes 2
     python scripts/reproduce_control.py --out /tmp/control --quick            half a minute: does everything work
 
-Each seed trains one agent to the middle. From there every arm goes on with the same weights and replay buffer: `base` as
-it is, the others with a reset at their first step, after which the target network follows.
+Each seed trains one agent to the middle. From there every arm goes on with the same weights and replay buffer: `base`
+as it is, the others with a reset at their first step, after which the target network follows.
 
     full-reset      all weights back to their initial values
-    s-and-p         the same, 80 % of the way; for DQN convolutions alone, and linear layers are set back in full
-    fire            the paper's scope: SAC: every linear layer; DQN: convolutions, and linear layers are set back in full
+    s-and-p         80 % of the way back: all weights of SAC; convolutions of DQN, whose linear layers are set back
+    fire            the paper's: every linear layer of SAC; convolutions of DQN, whose linear layers are set back
     fire-keep-norm  a control that the paper lacks: the same projection, each matrix at the norm that it had
 
 Every finished unit is a file under --out. The same command goes on where it was stopped, and with more seeds it trains
