@@ -451,21 +451,32 @@ def markdown(table: dict[str, Any]) -> str:
 
 
 def gathered(tasks: Sequence[Task], seeds: Sequence[int], arms: Sequence[str], out: Path) -> dict[str, Any]:
-    """Return the study of what is finished, and write its plot."""
+    """Return the study of the seeds that are finished, and write its plot.
+
+    Raises:
+        UserError: None is.
+    """
     tables, values, panels, seconds = {}, {}, [], 0.0
     for task in tasks:
-        units: Units = {
-            name: [json.loads((out / task.name / f"seed-{seed}" / f"{name}.json").read_text()) for seed in seeds]
-            for name in ("middle", *arms)
+        names = ("middle", *arms)
+        found = {
+            seed: [finished(out / task.name / f"seed-{seed}" / f"{name}.json", task) for name in names]
+            for seed in seeds
         }
+        whole = {seed: [unit for unit in of if unit] for seed, of in found.items() if all(of)}
+        if not whole:
+            continue
+        units: Units = {name: [of[i] for of in whole.values()] for i, name in enumerate(names)}
         tables[task.name] = returns(task.name, units)
         tables[f"{task.name}, networks"] = networks(task.name, units)
         values[task.name] = {
             arm: {name: [round(measure(unit["curve"]), 3) for unit in units[arm]] for name, measure in MEASURES.items()}
             for arm in units
-        }
+        } | {"seeds": [*whole]}
         panels.append(panel(task, units))
         seconds += sum(unit["seconds"] for of in units.values() for unit in of)
+    if not tables:
+        raise UserError(f"{out}: no seed of {', '.join(task.name for task in tasks)} is finished in every arm")
     (out / "curves.svg").write_text(svg([panels], palette(arms, {"base"})), encoding="utf-8")
     return {
         "date": date.today().isoformat(),
@@ -475,7 +486,6 @@ def gathered(tasks: Sequence[Task], seeds: Sequence[int], arms: Sequence[str], o
         "torch": torch.__version__.partition("+")[0],
         "gymnasium": gymnasium.__version__,
         "stable_baselines3": stable_baselines3.__version__,
-        "seeds": ", ".join(map(str, seeds)),
         "minutes": round(seconds / 60),
         "settings": {task.name: asdict(task) for task in tasks},
         "values": values,
@@ -497,11 +507,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         words = f"of {', '.join(known)}"
         parser.add_argument(f"--{name}", nargs="+", choices=known, default=known, metavar="NAME", help=words)
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="one thread each (1)")
+    parser.add_argument("--table", action="store_true", help="train nothing: gather the seeds that are finished")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything; the figures mean nothing")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     tasks = [quick(TASKS[name]) if args.quick else TASKS[name] for name in args.tasks]
-    jobs = [(task, seed, args.arms, args.out) for task in tasks for seed in args.seeds]
+    jobs = [] if args.table else [(task, seed, args.arms, args.out) for task in tasks for seed in args.seeds]
     try:
         if args.processes > 1:
             with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
