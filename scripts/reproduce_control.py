@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import shlex
 import sys
 import time
@@ -380,18 +381,27 @@ def area(curve: Sequence[tuple[int, float]]) -> float:
 MEASURES = {"last three": last, "area": area}
 
 
-def spread(values: Sequence[float], digits: int) -> dict[str, float]:
+def number(value: float, digits: int) -> str:
+    """Return a number with the digits that `as_json` writes it with, zeros at the end among them."""
+    return f"#{round(value, digits) + 0.0:.{digits}f}"
+
+
+def as_json(study: dict[str, Any]) -> str:
+    return re.sub(r'"#(-?[\d.]+)"', r"\1", json.dumps(study, indent=1))
+
+
+def spread(values: Sequence[float], digits: int) -> dict[str, str]:
     """Return a cell of a table: mean and standard deviation."""
-    return {"mean": round(fmean(values), digits), "sd": round(stdev(values) if len(values) > 1 else 0.0, digits)}
+    return {"mean": number(fmean(values), digits), "sd": number(stdev(values) if len(values) > 1 else 0.0, digits)}
 
 
-def paired(mine: Sequence[float], theirs: Sequence[float], digits: int) -> dict[str, float] | None:
+def paired(mine: Sequence[float], theirs: Sequence[float], digits: int) -> dict[str, str] | None:
     """Return a cell of a table: the mean difference by seed, and half its 95 % interval; None for fewer than two."""
     differences = [a - b for a, b in zip(mine, theirs, strict=True)]
     interval = paired_interval(differences)
     if interval is None:
         return None
-    return {"mean": round(fmean(differences), digits), "half": round((interval[1] - interval[0]) / 2, digits)}
+    return {"mean": number(fmean(differences), digits), "half": number((interval[1] - interval[0]) / 2, digits)}
 
 
 Units = dict[str, list[dict[str, Any]]]
@@ -400,8 +410,7 @@ Units = dict[str, list[dict[str, Any]]]
 
 def returns(task: str, units: Units) -> dict[str, Any]:
     """Return the table of returns after the reset, each against base, and FIRE against each."""
-    largest = max(abs(value) for of in units.values() for unit in of for _, value in unit["curve"])
-    digits = 2 if largest <= 10 else 1 if largest <= 100 else 0
+    digits = 2 if max(abs(value) for of in units.values() for unit in of for _, value in unit["curve"]) <= 10 else 1
     arms = [arm for arm in units if arm != "middle"]
     columns = ["arm"]
     rows: list[list[Any]] = [[arm] for arm in arms]
@@ -447,7 +456,7 @@ def panel(task: Task, units: Units) -> Panel:
 
 def markdown(table: dict[str, Any]) -> str:
     """Return a table as the page of results has it."""
-    return OfTables({"tables": {"": json.loads(json.dumps(table), parse_float=Figure)}}).tables()[""]
+    return OfTables({"tables": {"": json.loads(as_json(table), parse_float=Figure)}}).tables()[""]
 
 
 def gathered(tasks: Sequence[Task], seeds: Sequence[int], arms: Sequence[str], out: Path) -> dict[str, Any]:
@@ -524,7 +533,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         study = gathered(tasks, args.seeds, args.arms, args.out)
     except UserError as fault:
         sys.exit(str(fault))
-    (args.out / "study.json").write_text(json.dumps(study, indent=1) + "\n", encoding="utf-8")
+    (args.out / "study.json").write_text(as_json(study) + "\n", encoding="utf-8")
     for name, table in study["tables"].items():
         print(f"**{name}**\n\n{markdown(table)}\n")
 
