@@ -11,6 +11,7 @@ as it is, the others with a reset at their first step, after which the target ne
     s-and-p         80 % of the way back: all weights of SAC; convolutions of DQN, whose linear layers are set back
     fire            the paper's: every linear layer of SAC; convolutions of DQN, whose linear layers are set back
     fire-keep-norm  a control that the paper lacks: the same projection, each matrix at the norm that it had
+    linear-reset    another, for DQN: linear layers are set back, convolutions stay
 
 Every finished unit is a file under --out. The same command goes on where it was stopped, and with more seeds it trains
 only those. It prints a table, and writes `study.json` (for docs/results/) and `curves.svg` beside the units.
@@ -55,7 +56,7 @@ from fire_llm.linalg.activations import dormant_scores, dormant_share, feature_s
 from fire_llm.reporting.comparison import paired_interval
 from fire_llm.reporting.plots.base import palette
 
-ARMS = ("base", "full-reset", "s-and-p", "fire", "fire-keep-norm")
+ARMS = ("base", "full-reset", "s-and-p", "fire", "fire-keep-norm", "linear-reset")
 
 
 @dataclass(frozen=True)
@@ -198,16 +199,15 @@ def agent(task: Task, seed: int) -> BaseAlgorithm:
 # ---- the reset
 
 PROJECTED = {"method": "fire", "iterations": 10, "scale": "keep-norm"}
+LINEAR = {"method": "full_reset", "roles": ["linear", "linear_bias"]}
 RESETS: dict[str, dict[str, Any]] = {
     "dqn": {
         "base": None,
         "full-reset": "full_reset",
         "s-and-p": "paper-dqn-shrink-perturb",
         "fire": "paper-dqn",
-        "fire-keep-norm": [
-            {**PROJECTED, "roles": ["conv"]},
-            {"method": "full_reset", "roles": ["linear", "linear_bias"]},
-        ],
+        "fire-keep-norm": [{**PROJECTED, "roles": ["conv"]}, LINEAR],
+        "linear-reset": LINEAR,
     },
     "sac": {
         "base": None,
@@ -334,6 +334,7 @@ def finished(path: Path, task: Task) -> dict[str, Any] | None:
 
 def train(task: Task, seed: int, arms: Sequence[str], out: Path) -> None:
     """Train one seed of a task to the middle and each arm from there to the end, without what is finished."""
+    arms = [arm for arm in arms if arm in RESETS[task.algorithm]]
     place = out / task.name / f"seed-{seed}"
     if all(finished(place / f"{name}.json", task) for name in ("middle", *arms)):
         return
@@ -387,7 +388,9 @@ def number(value: float, digits: int) -> str:
 
 
 def as_json(study: dict[str, Any]) -> str:
-    return re.sub(r'"#(-?[\d.]+)"', r"\1", json.dumps(study, indent=1))
+    """Return JSON with what holds no other list or object in one line."""
+    text = re.sub(r'"#(-?[\d.]+)"', r"\1", json.dumps(study, indent=1))
+    return re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda inner: " ".join(inner[0].split()), text)
 
 
 def spread(values: Sequence[float], digits: int) -> dict[str, str]:
@@ -467,7 +470,7 @@ def gathered(tasks: Sequence[Task], seeds: Sequence[int], arms: Sequence[str], o
     """
     tables, values, panels, seconds = {}, {}, [], 0.0
     for task in tasks:
-        names = ("middle", *arms)
+        names = ("middle", *(arm for arm in arms if arm in RESETS[task.algorithm]))
         found = {
             seed: [finished(out / task.name / f"seed-{seed}" / f"{name}.json", task) for name in names]
             for seed in seeds
