@@ -191,7 +191,13 @@ def agent(task: Task, seed: int) -> BaseAlgorithm:
         # Exploration falls during a tenth of all steps, a fifth of the half that `learn` is called for.
         ends = {"exploration_fraction": 0.2, "exploration_final_eps": 0.01, "target_update_interval": 200}
         policy = {**look, "net_arch": [], "normalize_images": False, **FUSED}
-        return DQN("CnnPolicy", policy_kwargs=policy, **ends, **common)
+        model = DQN("CnnPolicy", policy_kwargs=policy, **ends, **common)
+        for module in model.q_net.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):  # as the paper's code begins
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        model.q_net_target.load_state_dict(model.q_net.state_dict())
+        return model
     policy = {"net_arch": [task.width, task.width], **FUSED}
     return SAC("MlpPolicy", policy_kwargs=policy, ent_coef="auto_0.1", **common)
 
