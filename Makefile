@@ -19,7 +19,7 @@ FLOOR_TESTS := $(addprefix tests/,$(addsuffix .py,test_imports core/test_compat 
 # Dozens of processes import the package and the tests: compiled once, whatever the shell says.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test test-all test-lowest test-floor lint format schema clean
+.PHONY: help demo test test-all test-lowest test-floor lint format schema docs notebooks clean
 
 help:  ## list what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -78,6 +78,17 @@ schema: $(VENV)/.installed  ## write the JSON schemas, the tables of docs/result
 	$(BIN)/python scripts/write_schema_page.py
 	$(BIN)/python scripts/write_trainer_page.py
 	$(BIN)/python scripts/write_results_page.py
+
+# What builds the site is installed where it is asked for.
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs  ## build the site into site/; warnings and broken links are errors
+	NO_MKDOCS_2_WARNING=1 PATH=$(BIN):$$PATH $(BIN)/mkdocs build --quiet
+
+notebooks: $(VENV)/.installed  ## run the tutorials and store what they print
+	$(BIN)/python scripts/write_notebooks.py
 
 clean:  ## delete the environments, not the runs
 	rm -rf $(VENV) $(LOWEST) $(FLOOR)

@@ -473,7 +473,7 @@ def kept(results: Results) -> dict[str, Any]:
 
 
 def rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 6)
+    return None if value is None else round(value, 9)
 
 
 def without_paths(data: Any) -> Any:

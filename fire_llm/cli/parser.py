@@ -21,6 +21,7 @@ VERBS = {
     "inspect": "measure the logical matrices of a checkpoint: spectra, DfI, norms",
     "eval": "measure exact perplexity of checkpoints, or of a run's, on corpora or files",
     "report": "print the table of runs, as far as they are, and write the page",
+    "push": "upload one arm of a run to the Hub, with a card that compares all of them",
     "demo": "run the built-in recipe, which needs no network, then report",
 }
 """Each is a module of this package, with `EXAMPLES`, `add_options` and `main`."""

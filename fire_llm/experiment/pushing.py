@@ -8,30 +8,36 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import TrainerCallback
 
 from fire_llm import __version__
 from fire_llm.checkpoint import check_repository
 from fire_llm.checkpoint.refusals import refuse_files
 from fire_llm.core.atomic import checkpoints, read_json, write_json
-from fire_llm.core.errors import UserError, first_line, redact
+from fire_llm.core.errors import UserError, did_you_mean, first_line, redact
 from fire_llm.core.manifest import TRAINER_STATE, read_state, weights_hash
 from fire_llm.core.signals import asked
 from fire_llm.distributed import is_first
 from fire_llm.experiment.collect import measured_nll
 from fire_llm.experiment.conditions import decided_resets
 from fire_llm.experiment.context import RunContext
+from fire_llm.experiment.evaluate_run import run_and_stages
 from fire_llm.experiment.recipe import Recipe
 from fire_llm.experiment.sources import COMPANIONS, MODEL, TOKENIZER
 from fire_llm.experiment.stages import Stage, expand, final_checkpoint, labelled_checkpoint, step_behind
+from fire_llm.reporting.tables import load_results, markdown_table
 
 PUSHED = "pushed.json"
 """File in a stage's folder: which weights were pushed last, and where to."""
+
+PRIVATE = {"hub.repo": "hub.private is true", "push": "--public was not given"}
+"""Why a repository is to be private, by the option that named it."""
 
 _SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 """Files in which libraries note where they read something."""
@@ -45,8 +51,8 @@ _CARD = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{repo}", revision="{branch}")
-tokenizer = AutoTokenizer.from_pretrained("{repo}", revision="{branch}")
+model = AutoModelForCausalLM.from_pretrained({place})
+tokenizer = AutoTokenizer.from_pretrained({place})
 ```
 """
 
@@ -54,6 +60,86 @@ tokenizer = AutoTokenizer.from_pretrained("{repo}", revision="{branch}")
 def branch_of(stage: Stage) -> str:
     """Return the branch of a stage: the run's name and the stage's folder, such as `demo/second/fire/seed-1`."""
     return f"{stage.run.recipe.name}/{stage.folder}"
+
+
+def push_run(
+    folder: Path,
+    repo: str,
+    *,
+    arm: str | None = None,
+    seed: int | None = None,
+    start: str | None = None,
+    checkpoint: str = "final",
+    private: bool = True,
+) -> str:
+    """Upload one arm of a finished run to the main branch of a repository, in one commit.
+
+    The card compares all arms. The recipe and the page with the plots lie beside the weights.
+
+    Args:
+        folder: Of the run.
+        repo: owner/name; made where it is not there.
+        arm: One of the last phase; where there is but one, it is taken.
+        seed: Of the recipe's; the first by default.
+        start: Of the last phase's warm starts; needed where there are several.
+        checkpoint: `final`, or one that the phase keeps: `best`, `ema`, or a number of steps.
+        private: Whether a repository that is made is private. One that is public is refused where this is asked for.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        UserError: It is no run, the arm is not finished, or the repository cannot be written to. Nothing is uploaded.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    run, stages = run_and_stages(folder, progress=False)
+    stage = _chosen(stages, arm, seed, start)
+    weights = labelled_checkpoint(folder / stage.folder, checkpoint)
+    results = load_results(folder)
+    operations = [*_files(weights), _text("recipe.yaml", _recipe_text(run.recipe))]
+    page = folder / "report.html"
+    if page.is_file():
+        operations.append(CommitOperationAdd(path_in_repo=page.name, path_or_fileobj=str(page)))
+    beside = "`recipe.yaml` is the recipe, with which the same command trains the same batches."
+    beside += " `report.html` has the curves.\n\n" if page.is_file() else "\n\n"
+    facts, table = _facts(stage, weights)
+    body = f"{facts}\n{table}## All arms\n\n{markdown_table(results)}\n{beside}"
+    title, what = f"{run.recipe.name}: {stage.title}", f"The weights after step {step_behind(weights):,}"
+    operations.append(_text("README.md", _with_head(stage, title, what, body, repo)))
+    _open_repository(repo, "push", private)
+    try:
+        done = HfApi().create_commit(repo, operations, commit_message=_message(stage.title))
+    except Exception as error:  # whatever the network, the Hub or the rights bring
+        raise UserError(
+            f"push: nothing was uploaded to '{repo}' ({_said(error)}). Try again, or log in with a token that may "
+            "write there (`hf auth login`)"
+        ) from error
+    return str(done.commit_url)
+
+
+def _chosen(stages: list[Stage], arm: str | None, seed: int | None, start: str | None) -> Stage:
+    """Return the stage of the last phase that is meant.
+
+    Raises:
+        UserError: There is none, or several; with those that there are.
+    """
+    last = [stage for stage in stages if stage.phase is stages[-1].phase]
+    for key, wanted in {"arm": arm, "start": start, "seed": last[0].seed if seed is None else seed}.items():
+        there = list(dict.fromkeys(getattr(stage, key) for stage in last))
+        if wanted is None and len(there) > 1:
+            raise UserError(f"--{key}: say which: {', '.join(map(str, there))}")
+        if wanted is not None and wanted not in there:
+            near = did_you_mean(str(wanted), [str(one) for one in there])
+            raise UserError(f"--{key}: the run has no '{wanted}'.{near} It has: {', '.join(map(str, there))}")
+        last = [stage for stage in last if wanted is None or getattr(stage, key) == wanted]
+    return last[0]
+
+
+def _recipe_text(recipe: Recipe) -> str:
+    """Return a recipe as YAML, as it was given: its defaults and the places of this machine left out."""
+    data = recipe.model_dump(mode="json", exclude_unset=True)
+    return yaml.safe_dump({k: v for k, v in data.items() if k not in ("data_root", "hub")}, sort_keys=False)
 
 
 def check_hub(stages: Iterable[Stage], finished: Iterable[Stage] = ()) -> None:
@@ -77,34 +163,46 @@ def check_hub(stages: Iterable[Stage], finished: Iterable[Stage] = ()) -> None:
     stages = list(stages)
     if not stages or (section := stages[0].run.recipe.hub) is None:
         return
+    _open_repository(section.repo, "hub.repo", section.private, stages)
+
+
+def _open_repository(repo: str, option: str, private: bool, stages: Sequence[Stage] = ()) -> None:
+    """Try the login; make the repository, where it is not there, and a branch for each stage, and write a card to it.
+
+    Args:
+        repo: owner/name.
+        option: As which it was given, for messages.
+        private: As in `push_run`.
+        stages: That are to have branches.
+
+    Raises:
+        UserError: What of it cannot be had, with the next step.
+    """
     from huggingface_hub import HfApi
 
-    said = f"hub.repo '{section.repo}'"
-    check_repository(section.repo, "hub.repo")
+    said = f"{option} '{repo}'"
+    check_repository(repo, option)
     api = HfApi()
     try:
         api.whoami()
     except Exception as error:  # whatever the network, the Hub or the token bring
         raise UserError(f"{said}: the login was not accepted ({_said(error)}): `hf auth login`, or HF_TOKEN") from error
     try:
-        api.create_repo(section.repo, private=section.private, exist_ok=True)
-        there = api.model_info(section.repo)
-        if section.private and there.private is False:
-            raise UserError(
-                f"{said} is public, and hub.private is true: make it private on its page, or write private: false"
-            )
-        if "README.md" not in {file.rfilename for file in there.siblings or ()}:
-            api.create_commit(
-                section.repo, [_text("README.md", _contents(stages))], commit_message=_message("the card")
-            )
+        api.create_repo(repo, private=private, exist_ok=True)
+        there = api.model_info(repo)
+        if private and there.private is False:
+            how = "write private: false" if option == "hub.repo" else "give --public"
+            raise UserError(f"{said} is public, and {PRIVATE[option]}: make it private on its page, or {how}")
+        if stages and "README.md" not in {file.rfilename for file in there.siblings or ()}:
+            api.create_commit(repo, [_text("README.md", _contents(stages))], commit_message=_message("the card"))
         for stage in stages:
-            api.create_branch(section.repo, branch=branch_of(stage), exist_ok=True)
+            api.create_branch(repo, branch=branch_of(stage), exist_ok=True)
     except UserError:
         raise
     except Exception as error:
         raise UserError(
             f"{said} cannot be written to ({_said(error)}): log in with a token that may write there "
-            "(`hf auth login`), name a repository of your own, or leave hub out"
+            f"(`hf auth login`), name a repository of your own{', or leave hub out' if stages else ''}"
         ) from error
 
 
@@ -168,19 +266,11 @@ def _record(stage: Stage, checkpoint: Path) -> dict[str, Any]:
 
 
 def _push(stage: Stage, checkpoint: Path) -> bool:
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import HfApi
 
     record, step = _record(stage, checkpoint), step_behind(checkpoint)
-    patterns = (*MODEL, *TOKENIZER, *COMPANIONS)
     try:
-        refuse_files(str(checkpoint), (p.name for p in checkpoint.iterdir()))
-        files = sorted(p for p in checkpoint.iterdir() if p.is_file() and any(fnmatch(p.name, one) for one in patterns))
-        operations = [
-            _text(p.name, _without_paths(p))
-            if p.name in _SETTINGS
-            else CommitOperationAdd(path_in_repo=p.name, path_or_fileobj=str(p))
-            for p in files
-        ]
+        operations = _files(checkpoint)
         card = _text("README.md", _card(stage, checkpoint))
         api = HfApi()
         api.create_branch(record["repo"], branch=record["branch"], exist_ok=True)
@@ -195,6 +285,25 @@ def _push(stage: Stage, checkpoint: Path) -> bool:
         return False
     write_json(stage.run.folder / stage.folder / PUSHED, record)
     return True
+
+
+def _files(checkpoint: Path) -> list[Any]:
+    """Return the operations that upload a checkpoint: its weights, its tokenizer, and what goes with them.
+
+    Raises:
+        UserError: There is something in it that is no regular file.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    patterns = (*MODEL, *TOKENIZER, *COMPANIONS)
+    refuse_files(str(checkpoint), (p.name for p in checkpoint.iterdir()))
+    files = sorted(p for p in checkpoint.iterdir() if p.is_file() and any(fnmatch(p.name, one) for one in patterns))
+    return [
+        _text(p.name, _without_paths(p))
+        if p.name in _SETTINGS
+        else CommitOperationAdd(path_in_repo=p.name, path_or_fileobj=str(p))
+        for p in files
+    ]
 
 
 def _text(name: str, text: str) -> Any:
@@ -229,6 +338,15 @@ def _is_place(key: str, value: Any) -> bool:
 
 def _card(stage: Stage, checkpoint: Path) -> str:
     """Return the card of a checkpoint: how it was trained, and what it was measured at."""
+    facts, table = _facts(stage, checkpoint)
+    title, branch = f"{stage.run.recipe.name}: {stage.title}", branch_of(stage)
+    what = f"The weights after step {step_behind(checkpoint):,}"
+    assert stage.run.recipe.hub is not None
+    return _with_head(stage, title, what, f"{facts}\n{table}", stage.run.recipe.hub.repo, branch)
+
+
+def _facts(stage: Stage, checkpoint: Path) -> tuple[str, str]:
+    """Return how a checkpoint was trained, as a list, and what it was measured at, as a table or nothing."""
     recipe, state = stage.run.recipe, read_state(checkpoint, TRAINER_STATE)
     step = state["global_step"]
     resets = "; ".join(reset.label() for reset in decided_resets(stage))
@@ -244,24 +362,21 @@ def _card(stage: Stage, checkpoint: Path) -> str:
     }
     nll = "".join(f"| {corpus} | {value:.4f} |\n" for corpus, value in measured_nll(checkpoint).items())
     table = f"| held-out text | NLL, nats per token |\n|---|---|\n{nll}\n" if nll else ""
-    body = "".join(f"- {name}: {value}\n" for name, value in facts.items() if value is not None) + f"\n{table}"
-    title = f"{recipe.name}: {stage.title}"
-    return _with_head(stage, title, f"The weights after step {step:,}", body, branch_of(stage))
+    return "".join(f"- {name}: {value}\n" for name, value in facts.items() if value is not None), table
 
 
-def _contents(stages: list[Stage]) -> str:
+def _contents(stages: Sequence[Stage]) -> str:
     """Return the card of the repository: its branches."""
     recipe, first = stages[0].run.recipe, branch_of(stages[0])
     body = "Each stage has a branch:\n\n" + "".join(f"- `{branch_of(stage)}`\n" for stage in stages) + "\n"
-    return _with_head(stages[0], recipe.name, "The stages of a run", body, first)
+    assert recipe.hub is not None
+    return _with_head(stages[0], recipe.name, "The stages of a run", body, recipe.hub.repo, first)
 
 
-def _with_head(stage: Stage, title: str, what: str, body: str, branch: str) -> str:
+def _with_head(stage: Stage, title: str, what: str, body: str, repo: str, branch: str | None = None) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
-    recipe = stage.run.recipe
-    assert recipe.hub is not None
-    given = recipe.model.checkpoint
+    given = stage.run.recipe.model.checkpoint
     methods = dict.fromkeys(reset.method for reset in stage.resets)
     data = ModelCardData(
         base_model=given if given and given.count("/") == 1 and not os.path.exists(given) else None,
@@ -269,5 +384,6 @@ def _with_head(stage: Stage, title: str, what: str, body: str, branch: str) -> s
         pipeline_tag="text-generation",
         tags=["fire_llm", "continual-pretraining", *methods],
     )
-    text = _CARD.format(title=title, what=what, version=__version__, body=body, repo=recipe.hub.repo, branch=branch)
+    place = f'"{repo}"' if branch is None else f'"{repo}", revision="{branch}"'
+    text = _CARD.format(title=title, what=what, version=__version__, body=body, place=place)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))

@@ -93,6 +93,7 @@ def test_the_flags_are_frozen():
             "--per-document", "--prefix", "--split", "--stride", "--tasks",
         ],
         "report": ["--markdown", "--output", "--schema"],
+        "push": ["--arm", "--checkpoint", "--public", "--seed", "--start"],
         "demo": [
             "--accelerate-config", "--machine-rank", "--main-address", "--num-machines", "--num-processes", "--output",
             "--report-to", "--set", "--workers",

@@ -221,3 +221,42 @@ def test_without_a_login_or_in_a_grid_it_is_refused(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     with pytest.raises(UserError, match=r"hub.repo me/it: nobody is logged in"):
         run(tmp_path, "hub={repo: me/it}")
+
+
+def test_one_arm_of_a_run_goes_to_the_main_branch_with_a_card_that_compares_all(hub, tmp_path, capfd):
+    arms = "phases.1.arms={base: {method: none}, fire: {method: fire}}"
+    run(tmp_path, arms)
+    folder = str(tmp_path / "run")
+    assert main(["push", folder, "me/it"]) == 2 and "--arm: say which: base, fire" in capfd.readouterr().err
+    assert main(["push", folder, "me/it", "--arm", "fir"]) == 2
+    assert "--arm: the run has no 'fir'. Did you mean 'fire'?" in capfd.readouterr().err and not hub.commits
+    assert main(["push", folder, "me/it", "--arm", "fire", "--checkpoint", "best"]) == 2
+    assert "kept no checkpoint 'best'" in capfd.readouterr().err and not hub.commits
+    assert main(["push", folder, "me/it", "--arm", "fire"]) == 0
+    said = capfd.readouterr()
+    assert "pushed: https://huggingface.co/me/it/commit/0" in said.out and SECRET not in said.out + said.err
+    assert [branch for branch, _ in hub.commits] == ["main"]
+    pushed = hub.branches["main"]
+    own = tmp_path / "run" / "second" / "fire" / "seed-1" / "checkpoint-3"
+    assert pushed["model.safetensors"] == (own / "model.safetensors").read_bytes()
+    card = pushed["README.md"].decode()
+    assert "## All arms" in card and 'from_pretrained("me/it")' in card
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    for arm in ("base", "fire"):
+        assert re.search(rf"\| (\*\*)?{arm}\b.*{results['arms'][arm]['final']['b']['nll']:.4f}", card), arm
+    (tmp_path / "again.yaml").write_bytes(pushed["recipe.yaml"])
+    assert load_recipe(tmp_path / "again.yaml", [f"data_root={tmp_path}"]).phases[1].steps == 3
+    for name, content in pushed.items():
+        assert str(tmp_path).encode() not in content, name
+
+
+def test_a_public_repository_is_pushed_to_where_that_is_said(hub, tmp_path, capfd):
+    run(tmp_path)
+    hub.private = False
+    assert main(["push", str(tmp_path / "run"), "me/it"]) == 2
+    assert "push 'me/it' is public, and --public was not given" in capfd.readouterr().err and not hub.commits
+    assert main(["push", str(tmp_path / "run"), "me/it", "--public"]) == 0
+    hub.refused = {"commit/main"}
+    assert main(["push", str(tmp_path / "run"), "me/it", "--public"]) == 2
+    assert "push: nothing was uploaded to 'me/it'" in capfd.readouterr().err
+    assert main(["push", str(tmp_path), "me/it"]) == 2 and "is no run" in capfd.readouterr().err
