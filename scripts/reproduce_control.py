@@ -85,7 +85,7 @@ TASKS = {
     for task in (
         Task("catch", "dqn", "Catch", 4_800, 240, 32, 1, 1e-3, width=128, batch=32, envs=4),
         Task("pendulum", "sac", "InvertedPendulum-v5", 2_000, 100, 4, 2, 1e-3, width=64, batch=64, envs=1),
-        Task("space-invaders", "dqn", "MinAtar/SpaceInvaders-v1", 4_800, 240, 16, 2, 1e-3, width=128, batch=32, envs=4),
+        Task("space-invaders", "dqn", "MinAtar/SpaceInvaders-v1", 3_600, 180, 16, 2, 1e-3, width=128, batch=32, envs=4),
     )
 }
 
