@@ -560,7 +560,7 @@ def table(name: str, results: list[dict[str, Any]], start: bool) -> dict[str, An
 
 
 def tenth(value: float) -> float:
-    return round(value, 1)
+    return round(value, 1) + 0.0  # no minus before a zero
 
 
 def level(values: list[float]) -> Any:
