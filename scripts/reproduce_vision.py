@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from vision_data import Images, load
+from vision_data import PACKAGED, Images, load
 from vision_networks import NETWORKS, build
 
 from fire_llm import Penalties, Recycling, UserError, apply_reset, diagnose_module, inject_plasticity_
@@ -560,7 +560,7 @@ def table(name: str, results: list[dict[str, Any]], start: bool) -> dict[str, An
 
 
 def tenth(value: float) -> float:
-    return round(value, 1)
+    return round(value, 1) + 0.0  # no minus before a zero
 
 
 def level(values: list[float]) -> Any:
@@ -610,9 +610,9 @@ def settled(output: Path, about: dict[str, Any]) -> None:
         raise UserError(f"--output {output}: its units are of another {', '.join(others)}. Choose another folder")
 
 
-def usual(args: argparse.Namespace) -> str:
+def usual(args: argparse.Namespace, images: Images) -> str:
     """Return what trains the same again, on any machine."""
-    data = " --data FOLDER" if args.data else ""
+    data = "" if images.name in (PACKAGED.name, "digits") else " --data FOLDER"
     small = " --size paper" if args.size == "paper" else ""
     return f"--output runs/vision{data}{small} --seeds {' '.join(map(str, args.seeds))} --workers {args.workers}"
 
@@ -678,7 +678,7 @@ def main(argv: list[str] | None = None) -> int:
     versions = {"torch": torch.__version__.partition("+")[0]}
     study = {
         "date": date.today().isoformat(),
-        "command": f"python scripts/reproduce_vision.py {usual(args)}",
+        "command": f"python scripts/reproduce_vision.py {usual(args, images)}",
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "seeds": ", ".join(map(str, seeds)),
         "data": images.name,
@@ -689,7 +689,9 @@ def main(argv: list[str] | None = None) -> int:
     write_json(args.output / "vision.json", {**study, "units": results})
     (args.output / "vision.md").write_text(markdown(found), encoding="utf-8")
     if args.study:
-        args.study.write_text(json.dumps(study, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        from write_results_page import lines
+
+        args.study.write_text(lines(study) + "\n", encoding="utf-8")
     print(markdown(found))
     return 0
 
