@@ -459,7 +459,7 @@ def panel(task: Task, units: Units) -> Panel:
 
     before = mean("middle")
     lines = [Line(arm, [*(before if arm == "base" else before[-1:]), *mean(arm)]) for arm in units if arm != "middle"]
-    within = (0.0, task.steps * 1.02, *spanned([y for line in lines for _, y in line.points]))
+    within = (0.0, task.steps * 1.02, *spanned([y for line in lines for _, y in line.points], 1e-3))
     return Panel(f"{task.algorithm.upper()}, {task.environment}", "steps of the environment", "return", lines, within)
 
 
