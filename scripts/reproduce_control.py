@@ -399,9 +399,10 @@ def as_json(study: dict[str, Any]) -> str:
     return re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda inner: " ".join(inner[0].split()), text)
 
 
-def spread(values: Sequence[float], digits: int) -> dict[str, str]:
-    """Return a cell of a table: mean and standard deviation."""
-    return {"mean": number(fmean(values), digits), "sd": number(stdev(values) if len(values) > 1 else 0.0, digits)}
+def spread(values: Sequence[float], digits: int) -> dict[str, str] | str:
+    """Return a cell of a table: mean and standard deviation, or the one value."""
+    mean = number(fmean(values), digits)
+    return {"mean": mean, "sd": number(stdev(values), digits)} if len(values) > 1 else mean
 
 
 def paired(mine: Sequence[float], theirs: Sequence[float], digits: int) -> dict[str, str] | None:
@@ -459,7 +460,7 @@ def panel(task: Task, units: Units) -> Panel:
 
     before = mean("middle")
     lines = [Line(arm, [*(before if arm == "base" else before[-1:]), *mean(arm)]) for arm in units if arm != "middle"]
-    within = (0.0, task.steps * 1.02, *spanned([y for line in lines for _, y in line.points]))
+    within = (0.0, task.steps * 1.02, *spanned([y for line in lines for _, y in line.points], 1e-3))
     return Panel(f"{task.algorithm.upper()}, {task.environment}", "steps of the environment", "return", lines, within)
 
 
