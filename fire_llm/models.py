@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fire_llm.architectures.classes import CAUSAL, causal_class, named_class
 from fire_llm.architectures.configs import (
     CONFIG,
     MOST_ENTRIES,
@@ -283,6 +284,13 @@ def pretrained_config(name: str | Path) -> Any:
             ".save_pretrained(MERGED)"
         )
     config = read_config(place)
+    if not causal_class(config):
+        what = getattr(named_class(config), "__name__", type(config).__name__)
+        raise UserError(
+            f"model: '{name}' is no causal language model, but a {what}: "
+            "recipes and eval are for language models that predict the next token. fire_, apply_reset, fire-llm apply "
+            "and inspect act on image models, encoders and classifiers too (docs/layouts.md)"
+        )
     with reading(f"model: the config of '{name}' gives no length of context"):
         longest_context(config)
     return config
@@ -319,52 +327,57 @@ def with_attention(config: Any, attention: str | None) -> Any:
     return config
 
 
-def fresh_model(config: Any, seed: int) -> Any:
-    """Build a model with newly drawn fp32 weights that depend on the config and the seed alone.
+def fresh_model(config: Any, seed: int, kind: Any = None) -> Any:
+    """Build a model with newly drawn fp32 weights that depend on the config, the class and the seed alone.
 
     Args:
         config: A transformers config.
         seed: Seeds torch's generator for the drawing; the caller's generator is left as it was.
+        kind: A class of transformers; None: the causal LM.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
-        return _built(config, dtype=torch.float32)
+        return _built(config, kind, dtype=torch.float32)
 
 
-def model_on_meta(config: Any) -> Any:
+def model_on_meta(config: Any, kind: Any = None) -> Any:
     """Build the model without memory, to count, name and cut its parameters.
 
+    Args:
+        config: A transformers config.
+        kind: As in `fresh_model`.
+
     Raises:
-        UserError: transformers cannot build a causal LM from the config.
+        UserError: transformers cannot build such a model from the config.
     """
     try:
         with torch.device("meta"):
-            return _built(config)
+            return _built(config, kind)
     except UserError:
         raise
     except Exception as error:  # the classes raise whatever a config leads them to
+        name = type(config).__name__.removesuffix("Config") if kind is None else kind.__name__
         raise UserError(
-            f"transformers cannot build {type(config).__name__.removesuffix('Config')} from this config: "
-            f"{type(error).__name__}, {first_line(error)}"
+            f"transformers cannot build {name} from this config: {type(error).__name__}, {first_line(error)}"
         ) from error
 
 
-def _built(config: Any, **options: Any) -> Any:
-    """Build what AutoModelForCausalLM would; for a config it does not list, the causal LM that the config names.
+def _built(config: Any, kind: Any = None, **options: Any) -> Any:
+    """Build a class; or what AutoModelForCausalLM would, and for a config it does not list, the causal LM named there.
 
     Raises:
-        UserError: It is no causal LM.
+        UserError: It is no causal LM, and no class is given.
     """
+    if kind is not None:
+        return kind._from_config(config, **options)
     import transformers
     from transformers import AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return AutoModelForCausalLM.from_config(config, **options)
-    named = [n for n in getattr(config, "architectures", None) or () if n in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()]
-    if not named:
-        raise UserError(f"{type(config).__name__} is no causal language model of transformers")
-    return getattr(transformers, named[0])._from_config(config, **options)
+    if causal := causal_class(config):
+        if causal == CAUSAL:
+            return AutoModelForCausalLM.from_config(config, **options)
+        return getattr(transformers, causal)._from_config(config, **options)
+    raise UserError(f"{type(config).__name__} is no causal language model of transformers")
 
 
 def load_model(

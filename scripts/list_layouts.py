@@ -1,8 +1,9 @@
-"""Write docs/layouts.md: every causal LM of the installed transformers, and how it stores what a reset acts on.
+"""Write docs/layouts.md: the models of the installed transformers, and how they store what a reset acts on.
 
     python scripts/list_layouts.py
 
-Each type is built small, from the configurations that the tests use, and its matrices are listed by block and child.
+Each causal LM is built small, from the configurations that the tests use, and its matrices are listed by block and
+child; classes of other tasks are built on the meta device, from their default configurations.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 from support.small_models import CANNOT, SMALL, build  # noqa: E402
+from support.small_others import classes_of_tasks, on_meta  # noqa: E402
 
 from fire_llm.architectures.families import TYPES  # noqa: E402
 from fire_llm.architectures.lookup import Lookup  # noqa: E402
 from fire_llm.architectures.matrices import logical_matrices  # noqa: E402
+from fire_llm.core.errors import UserError  # noqa: E402
 
 HEAD = """\
 # Layouts
@@ -45,6 +48,29 @@ using the rule (`tests/architectures/test_layout_proofs.py`).
 
 | type | class | support | what is not plain | *ssm* |
 |---|---|---|---|---|
+"""
+
+BEYOND = """
+## Beyond causal language models
+
+All classes of four more tasks of transformers: image classification, sequence classification, masked language models
+and encoder-decoders (`MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING`); and CLIP's towers, T5's encoder and Whisper. {known} of
+{count} have layouts. Token classifiers, question answerers and bare trunks (`ViTModel`) of the same families have them
+too. `apply` and `inspect` take the class that `config.json` names in `architectures`. Numbers are those of the default
+configurations.
+
+- *conv*: convolutions, one (out, in) matrix at each position of the kernel, left alone unless you give `--role conv`.
+  A ResNet has no other matrix, and asks for it.
+- Patch embeddings, class tokens and tables of positions have the role `embedding`. Heads of classifiers, with the
+  square layer before them, have the role `lm_head`, like those of language models. Poolers and projections between
+  widths (`PatchMerging.reduction`, `visual_projection`) have the role `other`.
+
+| class | what is not plain | *conv* |
+|---|---|---|
+"""
+REFUSED = """
+These are refused, with the first weight without a layout. `fire_(model, layout="modules")` takes them in memory.
+
 """
 
 
@@ -81,6 +107,42 @@ def row(name: str) -> str:
     return f"| {name} | {kind} | yes | {_join(cells['other']) or 'plain'} | {_join(cells['ssm'])} |"
 
 
+def other_row(name: str) -> str:
+    """Return the table's row of a class beyond causal LMs.
+
+    Raises:
+        UserError: A weight has no layout.
+    """
+    model = on_meta(name)
+    lookup = Lookup(model)
+    by_parameter: dict[str, list[Any]] = defaultdict(list)
+    for matrix in logical_matrices(model, ("attention", "mlp", "ssm", "conv")):
+        by_parameter[matrix.parameter].append(matrix)
+    plain, convolutions = {}, {}
+    for parameter, cuts in by_parameter.items():
+        key = f"{cuts[0].block}.{lookup.location(parameter).child}"
+        if cuts[0].role == "conv":
+            convolutions[key] = f"`{key}`"
+        elif text := describe([cut.spec for cut in cuts]):
+            plain.setdefault(key, f"`{key}` → {text}")
+    return f"| {name} | {_join(plain) or 'plain'} | {_join(convolutions)} |"
+
+
+def others() -> str:
+    """Return the section on all that are no causal LMs."""
+    rows, refused = [], []
+    names = classes_of_tasks()
+    for name in names:
+        try:
+            rows.append(other_row(name))
+        except UserError as error:
+            refused.append(f"- {name}: {str(error).partition(': ')[2].partition(' (')[0].partition(': is it')[0]}")
+        except Exception as error:  # a library that is not here, a default config that builds nothing
+            refused.append(f"- {name}: not built here, {type(error).__name__}")
+    head = BEYOND.format(known=len(rows), count=len(names))
+    return head + "\n".join(sorted(rows)) + "\n" + REFUSED + "\n".join(sorted(refused)) + "\n"
+
+
 def _join(cell: dict[str, str]) -> str:
     return "<br>".join(sorted(cell.values()))
 
@@ -90,7 +152,7 @@ def main() -> None:
     rows = [row(name) for name in TYPES if name not in CANNOT]
     rows += [f"| {name} | | yes, not built by the tests: {reason} | | |" for name, reason in CANNOT.items()]
     head = HEAD.format(version=transformers.__version__, count=len(TYPES))
-    (ROOT / "docs" / "layouts.md").write_text(head + "\n".join(sorted(rows)) + "\n", encoding="utf-8")
+    (ROOT / "docs" / "layouts.md").write_text(head + "\n".join(sorted(rows)) + "\n" + others(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from statistics import fmean
+from typing import Any
 
 from fire_llm.core.errors import UserError
 from fire_llm.reporting.comparison import BASE, Comparison, evaluations, paired_interval
@@ -46,6 +47,8 @@ class Panel:
     log: bool = False
     zeros: tuple[bool, bool] = field(default=(False, False))
     """Whether a line stands at x = 0, at y = 0."""
+    rows: Sequence[str] = ()
+    """Names at y = 0, 1, …, in place of numbers."""
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -125,7 +128,10 @@ def drawn(panel: Panel, styles: dict[str, Style], i: int, j: int) -> list[str]:
         x = at(tick, low)[0]
         shade = "#444" if panel.zeros[0] and abs(tick) < 1e-12 else "#ddd"
         parts.append(f'<path d="M{x:.1f} {y0}v{HEIGHT}" stroke="{shade}"/>' + text(x, y0 + HEIGHT + 16, written(tick)))
-    for tick in ticks(low, high):
+    for number, name in enumerate(panel.rows):
+        y = at(right, number)[1]
+        parts.append(f'<path d="M{x0} {y:.1f}h{WIDTH}" stroke="#eee"/>' + text(x0 - 6, y + 4, name, "end"))
+    for tick in () if panel.rows else ticks(low, high):
         y = at(right, tick)[1]
         shade = "#444" if panel.zeros[1] and abs(tick) < 1e-12 else "#ddd"
         parts.append(f'<path d="M{x0} {y:.1f}h{WIDTH}" stroke="{shade}"/>' + text(x0 - 6, y + 4, written(tick), "end"))
@@ -241,6 +247,32 @@ def trade_off(of: Comparison) -> str:
     return svg([rows], palette(families))
 
 
+def against_base(tables: Mapping[str, Mapping[str, Any]], across: int = 2) -> str:
+    """Return a panel a table that has a column `vs base`: each row's difference with half its interval."""
+    panels = []
+    for name, table in tables.items():
+        column = next((i for i, head in enumerate(table["columns"]) if head.endswith("vs base")), None)
+        cells = [(str(row[0]), row[column]) for row in table["rows"] if column is not None]
+        known = [(arm, float(c["mean"]), float(c["half"])) for arm, c in cells if isinstance(c, dict) and "half" in c]
+        if known:
+            known.reverse()  # the first at the top
+            lines = [Line(BAR, [(mean, i)], [""], [(half, 0.0)]) for i, (_, mean, half) in enumerate(known)]
+            around = spanned([0.0, *(mean for _, mean, _ in known)], 0.5)
+            within = (*around, -0.6, len(known) - 0.4)
+            panels.append(
+                Panel(name, "less base's", "", lines, within, zeros=(True, False), rows=[k[0] for k in known])
+            )
+    return svg([panels[i : i + across] for i in range(0, len(panels), across)], palette([BAR]))
+
+
+BAR = "difference to base, paired by seed, with its 95 % interval"
+TABLE_PLOTS: dict[str, tuple[Callable[[Mapping[str, Mapping[str, Any]]], str], str]] = {
+    "against-base": (
+        against_base,
+        "Mean difference to base over the seeds, with its 95 % interval, which may reach beyond the panel.",
+    )
+}
+"""The same for studies of which only tables are kept."""
 PLOTS: dict[str, tuple[Callable[[Comparison], str], str]] = {
     "curves": (lambda of: panels(of, False), "Mean NLL over the seeds against tokens, logarithmic."),
     "differences": (

@@ -10,6 +10,7 @@ docs/results/NAME.json. What a text says in braces, outside of code, is filled i
     {command} {date} {machine} {seeds} {torch} …    what the JSON knows: its keys, or what its run recorded
     {tables}  {table web-text}                      all tables, each below its name; one of them
     {plot curves} {plot differences} {plot trade-off}    NLL against tokens; less that of base; old corpus against new
+    {plot against-base}                             of a study of tables: each row less base, with its interval
     {web-text/fire}                                 4.7611 ± 0.0140: mean NLL ± standard deviation over the seeds
     {web-text/fire - base}                          +0.0175 ± 0.0029: paired by seed, ± half the 95 % interval
     {web-text/fire/perplexity} {web-text/fire/steps saved}    another column of the table
@@ -39,7 +40,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from results_plots import PLOTS
+from results_plots import PLOTS, TABLE_PLOTS
 
 from fire_llm.core.errors import UserError
 from fire_llm.reporting.comparison import Comparison, paired_interval
@@ -375,10 +376,11 @@ class Page:
         return fill(file.read_text(encoding="utf-8").rstrip("\n"), known, file.name)
 
     def _plot(self, name: str, kind: str, study: OfRun | OfTables) -> str:
-        if kind not in PLOTS or not isinstance(study, OfRun):
-            raise UserError(f"plots of a kept run are {', '.join(PLOTS)}")
-        draw, words = PLOTS[kind]
-        self.plots[f"{name}-{kind}.svg"] = draw(study.of)
+        known: dict[str, Any] = dict(PLOTS if isinstance(study, OfRun) else TABLE_PLOTS)
+        if kind not in known:
+            raise UserError(f"plots of a kept run are {', '.join(PLOTS)}; of tables {', '.join(TABLE_PLOTS)}")
+        draw, words = known[kind]
+        self.plots[f"{name}-{kind}.svg"] = draw(study.of if isinstance(study, OfRun) else study.data)
         return f"![{words}]({self.folder.name}/{name}-{kind}.svg)\n\n*{words}*"
 
 

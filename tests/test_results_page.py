@@ -268,6 +268,24 @@ def test_printed_numbers_keep_their_digits(script, folder):
     )
 
 
+def test_differences_of_a_table_are_drawn_beside_the_names_of_its_rows(script, folder):
+    table_study(folder, "{plot against-base}\n")
+    data = json.loads((folder / "old.json").read_text())
+    rows = [["base", 1, None], ["up", 1, {"mean": 2.0, "half": 0.5}], ["down", 1, {"mean": -1.0, "half": 0.25}]]
+    data["tables"]["a"]["rows"] = rows
+    (folder / "old.json").write_text(json.dumps(data))
+    assert script.main([], folder) == 0
+    elements = [*ElementTree.parse(folder / "old-against-base.svg").iter()]
+    places = {e.text: e for e in elements if e.tag.endswith("text")}
+    assert "base" not in places and float(places["up"].get("y")) < float(places["down"].get("y"))
+    marks = [(float(e.get("cx")), float(e.get("cy"))) for e in elements if e.tag.endswith("circle")][:2]
+    (left, low), (right, high) = sorted(marks)
+    assert low == pytest.approx(float(places["down"].get("y")) - 4, abs=0.1) and high < low
+    per_point = (right - left) / 3  # pixels between −1 and 2
+    zero = next(e for e in elements if e.get("stroke") == "#444")
+    assert float(zero.get("d").split()[0][1:]) == pytest.approx(left + per_point, abs=0.2)
+
+
 @pytest.mark.parametrize(
     ("text", "fault"),
     [

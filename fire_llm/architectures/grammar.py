@@ -17,8 +17,8 @@ from typing import Any
 
 from fire_llm.core.errors import UserError, did_you_mean
 
-ROLES = ("attention", "mlp", "ssm", "embedding", "lm_head", "norm", "bias", "router", "other")
-MATRIX_ROLES = ("attention", "mlp", "ssm", "lm_head")
+ROLES = ("attention", "mlp", "ssm", "conv", "embedding", "lm_head", "norm", "bias", "router", "other")
+MATRIX_ROLES = ("attention", "mlp", "ssm", "conv", "lm_head")
 MODULE_MATRIX_ROLES = ("linear", "conv", "attention", "recurrent")
 MODULE_ROLES = (*MODULE_MATRIX_ROLES, "embedding", "norm", "bias", "linear_bias", "conv_bias", "other", "buffer")
 """Roles in any torch module, by the kind of module that holds a weight rather than by a table."""

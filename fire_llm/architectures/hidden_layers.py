@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fire_llm.architectures.lookup import Lookup
 from fire_llm.architectures.matrices import ParameterSlice, logical_matrices
@@ -33,6 +33,10 @@ class HiddenLayer:
     def units(self) -> int:
         """Return how many units there are."""
         return self.outgoing.shape[1]
+
+    def rows(self, inputs: Tensor) -> Tensor:
+        """Return (..., units) activations, given what the reader reads."""
+        return inputs
 
 
 def hidden_layers(

@@ -14,7 +14,7 @@ REGISTERED: Table = {}
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList)
 _HEAD = Layout("lm_head")
 _CLASSIFIERS = ("score", "classifier", "qa_outputs")
-"""Names of the heads of transformers' classifiers and question answerers, beside the trunk."""
+"""Names of the heads of transformers' classifiers and question answerers, beside the trunk; others are in the table."""
 
 ANY_MODULE = (
     "Of a model that is no causal LM of transformers, fire_(model, layout='modules') takes every Linear, convolution "
@@ -96,16 +96,22 @@ class Lookup:
         if layout := _entry(location.block, location.child):
             if not layout.matrix:
                 return Match(layout.role, location)
-            fits = layout.module_class in (None, class_of(location.owner).__name__) or not location.is_weight
-            return Match(layout.role, location, layout) if fits else None
+            if layout.module_class in (None, class_of(location.owner).__name__) or not location.is_weight:
+                return Match(layout.role, location, layout)
+            if not (ndim == 1 and _is_norm(location.owner)):  # `child.*` may be a norm, and then a layer
+                return None
         if isinstance(location.owner, nn.Embedding):
             return Match("embedding", location)
         if ndim > 1:
             return None
-        # Only a module without children is known by its name: whole blocks are called RobertaPreLayerNorm… too.
-        if "Norm" in class_of(location.owner).__name__ and not list(location.owner.children()):
+        if _is_norm(location.owner):
             return Match("norm", location)
         return Match("bias" if location.name.endswith("bias") else "other", location)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Return whether a module is a norm by its name; whole blocks are called RobertaPreLayerNorm… too."""
+    return "Norm" in class_of(module).__name__ and not list(module.children())
 
 
 def class_of(module: nn.Module) -> type:

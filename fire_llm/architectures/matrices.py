@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 _WRITABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_BLOCK_ROLES = frozenset({"attention", "mlp", "ssm"})
+_BLOCK_ROLES = frozenset({"attention", "mlp", "ssm", "conv"})
 _HOLD_MATRICES = {*MATRIX_ROLES, *MODULE_MATRIX_ROLES}
 
 

@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any
 
 from fire_llm import __version__
+from fire_llm.architectures.classes import CAUSAL
 from fire_llm.checkpoint.stored import Stored
 from fire_llm.core.atomic import write_json
 from fire_llm.core.compat import installed
@@ -54,9 +55,9 @@ Computed on `{device}`. Kinds of devices round differently: bytes are equal on t
 {losses}## How to go on
 
 ```python
-from transformers import AutoModelForCausalLM
+from transformers import {loader}
 
-model = AutoModelForCausalLM.from_pretrained("{folder}")  # then train: Trainer, TRL's SFTTrainer, fire_llm
+model = {loader}.from_pretrained("{folder}")  # then train: {trainers}
 ```
 
 ## How it was made
@@ -114,7 +115,7 @@ def write_card(path: Path, stored: Stored, report: ResetReport, call: Mapping[st
         base_model=base,
         base_model_relation="finetune" if base else None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=_task(stored.kind),
         tags=["fire_llm", "continual-pretraining", *methods],
         **_inherited(source.folder),
     )
@@ -131,7 +132,9 @@ def write_card(path: Path, stored: Stored, report: ResetReport, call: Mapping[st
         measured=_MEASURED if any(t.dfi_after is not None for t in report.touched) else "",
         left=alike if call["dtype"] == "keep" else f"hold the source's numbers in {call['dtype']}, like the others",
         ignored=ignored if report.kept_unread else "",
-        losses=_losses(report, source.config.get_text_config().vocab_size),
+        losses=_losses(report, source.config) if report.nll else "",
+        loader=CAUSAL if stored.kind is None else stored.kind.__name__,
+        trainers="Trainer, TRL's SFTTrainer, fire_llm" if stored.kind is None else "Trainer",
         folder="this repository or folder",
         made=how_made(report.resets, call),
         device=call["device"],
@@ -223,10 +226,18 @@ def _rows(touched: Iterable[TensorReport]) -> Iterable[str]:
         yield f"| {role} | {name} | {len(members)} | {' | '.join(map(_median, columns))} |"
 
 
-def _losses(report: ResetReport, vocabulary: int) -> str:
-    """Return the section on the loss before and after; empty where it was not measured."""
-    if not report.nll:
-        return ""
+def _task(kind: Any) -> str | None:
+    """Return what the Hub calls the task of a class, None where it has no name for it."""
+    from transformers.modelcard import TASK_MAPPING
+
+    if kind is None:
+        return "text-generation"
+    return next((task for task, of in TASK_MAPPING.items() if kind.__name__ in of.values()), None)
+
+
+def _losses(report: ResetReport, config: Any) -> str:
+    """Return the section on the loss before and after."""
+    vocabulary = config.get_text_config().vocab_size
     rows = "\n".join(f"| {text} | {before:.4f} | {after:.4f} |" for text, (before, after) in report.nll.items())
     return (
         "## What is left\n\nMean negative log-likelihood, nats a token. A uniform guess has "

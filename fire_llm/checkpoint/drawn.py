@@ -111,16 +111,19 @@ class Drawn(Slices):
         config: A transformers config; it is not modified.
         seed: As `fresh_model` takes it.
         advance: Called with the number of elements after each draw, of which there are about two a weight.
+        kind: As in `fresh_model`.
 
     Raises:
         NotImplementedError: The architecture draws some weights from the numbers of others, which is not followed.
     """
 
-    def __init__(self, config: Any, seed: int, advance: Callable[[int], Any] = lambda _: None) -> None:
+    def __init__(
+        self, config: Any, seed: int, advance: Callable[[int], Any] = lambda _: None, kind: Any = None
+    ) -> None:
         self._recorder = _Recorder(advance)
         try:
             with self._recorder, _Pretending():
-                self.model = fresh_model(copy.deepcopy(config), seed)
+                self.model = fresh_model(copy.deepcopy(config), seed, kind)
         except RuntimeError as error:  # NotImplementedError among them, and reading a number of a hollow tensor
             raise NotImplementedError(str(error)) from error
         for name, parameter in [*self.model.named_parameters(), *plain_buffers(self.model)]:
@@ -154,21 +157,24 @@ class Drawn(Slices):
         return stored.as_strided(hollow.shape, hollow.stride(), hollow.storage_offset())
 
 
-def draw_initial(config: Any, seed: int, progress: bool = False) -> tuple[Any, Mapping[str, ParameterSlice]]:
+def draw_initial(
+    config: Any, seed: int, progress: bool = False, kind: Any = None
+) -> tuple[Any, Mapping[str, ParameterSlice]]:
     """Draw initial weights: the model, hollow or whole, and its slices by name.
 
     Args:
         config: A transformers config; it is not modified.
         seed: As `fresh_model` takes it.
         progress: Show a progress bar.
+        kind: As in `fresh_model`.
 
     Raises:
         UserError: They can only be drawn all at once, and the memory does not hold a whole model.
     """
-    total = sum(p.numel() for p in model_on_meta(copy.deepcopy(config)).parameters())
+    total = sum(p.numel() for p in model_on_meta(copy.deepcopy(config), kind).parameters())
     try:
         with progress_bar("drawing", 2 * total, "weight", shown=progress) as bar:
-            drawn = Drawn(config, seed, bar.update)
+            drawn = Drawn(config, seed, bar.update, kind)
         return drawn.model, drawn
     except NotImplementedError:
         needed, free = 4 * total, free_memory()
@@ -178,5 +184,5 @@ def draw_initial(config: Any, seed: int, progress: bool = False) -> tuple[Any, M
                 f"memory, and {free / 1e9:.1f} GB are free: draw and save them on a larger machine, and give that "
                 "folder as --init"
             ) from None
-    model = fresh_model(copy.deepcopy(config), seed)
+    model = fresh_model(copy.deepcopy(config), seed, kind)
     return model, {weight.name: weight for weight in [*parameter_slices(model, strict=False), *buffer_slices(model)]}

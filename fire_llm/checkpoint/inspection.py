@@ -21,6 +21,8 @@ from fire_llm.models import find_device
 from fire_llm.resets import sigma_quantiles
 
 SCHEMA_VERSION = 1
+ROLES = ("attention", "mlp", "conv", "lm_head")
+"""What is measured unless others are named."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Inspection:
     """What `sfe` and `cosine` compare it with."""
     device: str
     rows: list[dict[str, Any]]
-    """One a logical matrix: shape, singular values, DfI, effective rank and norm."""
+    """One a logical matrix, or a convolution's kernel: shape, singular values, DfI, effective rank and norm."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `fire-llm inspect --json` writes."""
@@ -67,7 +69,7 @@ class Inspection:
 def inspect_checkpoint(
     checkpoint: str | Path,
     against: str | Path | None = None,
-    roles: Iterable[str] = ("attention", "mlp", "lm_head"),
+    roles: Iterable[str] = ROLES,
     progress: bool = True,
     device: str = "cpu",
     native: bool = False,
@@ -106,7 +108,8 @@ def inspect_checkpoint(
     rows, bar = [], progress_bar("inspecting", len(matrices), "matrix", shown=progress)
     for matrix in matrices:
         w = _weights(stored, matrix, where)
-        row = {"name": matrix.name, "role": matrix.role, "shape": list(matrix.shape), **_measures(w)}
+        shape = [*matrix.shape[-2:], *matrix.kernel]
+        row = {"name": matrix.name, "role": matrix.role, "shape": shape, **_measures(w)}
         if other is not None:
             v = _weights(other, pairs[matrix.name], where)
             norms = torch.linalg.vector_norm(w, dtype=torch.float64) * torch.linalg.vector_norm(v, dtype=torch.float64)
@@ -127,13 +130,16 @@ def _weights(stored: Stored, matrix: ParameterSlice, device: torch.device) -> to
 
 
 def _measures(w: torch.Tensor) -> dict[str, Any]:
-    sigma = singular_values(w)
+    """Measure a matrix, or all at the positions of a kernel: DfI is their sum, the effective rank their mean."""
+    each = w[None] if w.ndim == 2 else w
+    spectra = [singular_values(one) for one in each]
+    sigma = spectra[0] if len(spectra) == 1 else torch.cat(spectra).sort(descending=True).values
     return {
         "sigma_min": float(sigma[-1]),
         "sigma_median": float(sigma.median()),
         "sigma_max": float(sigma[0]),
-        "dfi": dfi(w),
-        "effective_rank": effective_rank(sigma),
+        "dfi": sum(dfi(one) for one in each),
+        "effective_rank": sum(effective_rank(one) for one in spectra) / len(spectra),
         "norm": float(torch.linalg.vector_norm(sigma)),
         "sigma": sigma_quantiles(sigma),
     }

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fire_llm.architectures.classes import CAUSAL
 from fire_llm.checkpoint.headers import WRITABLE, StoredTensor
 from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.core.manifest import MANIFEST, SHARDED
@@ -33,12 +34,13 @@ _CODES = {
 _ADAPTER_KEYS = (".lora_A.", ".lora_B.", ".lora_embedding_", ".base_layer.", "base_model.model.")
 
 
-def refuse_files(name: str, files: Iterable[str]) -> None:
+def refuse_files(name: str, files: Iterable[str], loader: str = CAUSAL) -> None:
     """Refuse a checkpoint for the files it consists of: adapters, GGUF, pickles, settings of quantisation, no weights.
 
     Args:
         name: Of the checkpoint, for the message.
         files: Names of its files.
+        loader: The class that loads it, for the message.
 
     Raises:
         UserError: What it is, and how to get something that can be rewritten.
@@ -68,7 +70,7 @@ def refuse_files(name: str, files: Iterable[str]) -> None:
     if pickled := next((by_kind[kind] for kind in (".bin", ".pt", ".pth", ".ckpt") if kind in by_kind), None):
         raise UserError(
             f"'{name}' holds pickled weights ('{pickled}'), which can run code when they are read: convert them "
-            "first, where you trust them: AutoModelForCausalLM.from_pretrained(SRC).save_pretrained(CONVERTED)"
+            f"first, where you trust them: {loader}.from_pretrained(SRC).save_pretrained(CONVERTED)"
         )
     if foreign := next((by_kind[kind] for kind in (".h5", ".msgpack", ".onnx") if kind in by_kind), None):
         raise UserError(f"'{name}' holds weights of another framework ('{foreign}'): convert them to safetensors")
@@ -112,7 +114,8 @@ def refuse_config(folder: Path, settings: Mapping[str, Any], *, native: bool = F
 
 
 def _refuse_architecture(folder: Path, kind: Any, classes: Any) -> None:
-    """Refuse what AutoModelForCausalLM does not load, by the model_type and the classes that a config names."""
+    """Refuse what neither AutoModelForCausalLM nor a class that a config names loads, by its model_type."""
+    import transformers
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
@@ -123,11 +126,12 @@ def _refuse_architecture(folder: Path, kind: Any, classes: Any) -> None:
     what, near = "unknown to the installed transformers", did_you_mean(kind, NAMES) or " A newer one may know it."
     if kind in CONFIG_MAPPING:
         listed = classes if isinstance(classes, list) else []
-        if CONFIG_MAPPING[kind] in CAUSAL or any(c in NAMES.values() for c in listed):
+        if CONFIG_MAPPING[kind] in CAUSAL or any(isinstance(c, str) and hasattr(transformers, c) for c in listed):
             return
         what, near = "no causal language model", ""
     raise UserError(
-        f"'{folder}': model_type '{kind}' is {what}.{near} Only what AutoModelForCausalLM loads can be rewritten"
+        f"'{folder}': model_type '{kind}' is {what}.{near} Only what AutoModelForCausalLM loads can be rewritten, or a "
+        "class of transformers that config.json names in 'architectures', such as [\"ViTForImageClassification\"]"
     )
 
 

@@ -161,6 +161,11 @@ class _Rewrite:
         stored = Stored.open(src, revision, native=native)
         more = cast_bytes(stored.source.tensors.values(), dtype) if dtype != "keep" else 0
         refuse_destination(dst, stored.source.folder, stored.source.n_bytes + more, free_bytes(dst.parent))
+        if texts.names and stored.kind is not None:
+            raise UserError(
+                f"--measure-on measures the perplexity of causal language models, and '{src}' is a "
+                f"{stored.kind.__name__}: leave it out, and evaluate the result as you evaluate the source"
+            )
         texts.check(stored.source.folder)
         start = Stored.open(init, native=native) if init is not None else None
         initial: Any = start.model if start is not None else None
@@ -168,12 +173,13 @@ class _Rewrite:
         if seed is not None and dry_run:
             initial = stored.model  # the same names and shapes, and nothing is drawn
         elif seed is not None:
-            initial, slices = draw_initial(stored.source.config, seed, progress)
+            initial, slices = draw_initial(stored.source.config, seed, progress, stored.kind)
         plan = Plan.of(stored.model, specs, initial)
         # transformers draws a buffer that is not stored: there is nothing to reset.
         plan.keep(lambda weight: not weight.buffer or weight.parameter in stored.places.of)
         if not plan.wanted:
-            raise UserError(f"{plan.idle(str(src))} Add a role with --role, or take back an --exclude")
+            another = "--role conv" if plan.convolutions else "a role with --role"
+            raise UserError(f"{plan.idle(str(src))} Add {another}, or take back an --exclude")
         for weight in plan.wanted:
             stored.check_readable(weight)
         if start is not None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from fire_llm.architectures.classes import CAUSAL, loader
 from fire_llm.architectures.configs import CONFIG, read_config, read_settings
 from fire_llm.checkpoint.headers import StoredTensor, read_header, read_index
 from fire_llm.checkpoint.refusals import INDEX, WEIGHTS, refuse_config, refuse_files, refuse_tensors
@@ -67,7 +69,7 @@ class Source:
             UserError: It is missing, damaged, quantised, an adapter, remote code, pickled, or no causal LM.
         """
         folder = _folder(str(name), revision)
-        refuse_files(str(name), (p.name for p in folder.iterdir()))
+        refuse_files(str(name), (p.name for p in folder.iterdir()), _loader(folder))
         companions, left_behind = _companions(folder)
         settings = read_settings(folder)
         refuse_config(folder, settings, native=native)
@@ -113,6 +115,13 @@ def _companions(folder: Path) -> tuple[dict[str, SourceFile], list[str]]:
         elif path.exists():
             companions[name] = SourceFile.of(path)
     return companions, others
+
+
+def _loader(folder: Path) -> str:
+    """Return the name of what loads a checkpoint, whatever else is wrong with it."""
+    with suppress(UserError):
+        return loader(read_settings(folder))
+    return CAUSAL
 
 
 def _folder(name: str, revision: str | None) -> Path:

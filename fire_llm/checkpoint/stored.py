@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from fire_llm.architectures.classes import model_classes
 from fire_llm.architectures.matrices import ParameterSlice, buffer_slices, parameter_slices
 from fire_llm.checkpoint.headers import NUMBERS, WRITABLE
 from fire_llm.checkpoint.mapping import Places, places_of
@@ -26,6 +28,8 @@ class Stored:
     source: Source
     model: Any
     places: Places
+    kind: Any = None
+    """The class of the model; None: the one that AutoModelForCausalLM takes."""
     _last: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -41,13 +45,21 @@ class Stored:
             UserError: It is missing, damaged, quantised, of an unknown architecture, or does not fit its config.
         """
         source = Source.open(name, revision, native=native)
-        model = model_on_meta(source.config)
+        *first, last = model_classes(source.config)
+        for kind in first:
+            with suppress(UserError):
+                return cls._of(source, kind)
         try:
-            return cls(source, model, places_of(model, source.tensors))
+            return cls._of(source, last)
         except UserError as error:
             if not source.unheld:
                 raise
             raise UserError(f"{error}; '{source.index}' lists {names(source.unheld)}, which no shard holds") from error
+
+    @classmethod
+    def _of(cls, source: Source, kind: Any) -> Stored:
+        model = model_on_meta(source.config, kind)
+        return cls(source, model, places_of(model, source.tensors), kind)
 
     def check_readable(self, weight: ParameterSlice) -> None:
         """Refuse a slice that is converted in a way not followed here, or whose numbers are no floating-point ones.

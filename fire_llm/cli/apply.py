@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = (
     "fire-llm apply openai-community/gpt2 gpt2-fire --dry-run",
-    "fire-llm apply trained trained-fire --iterations 10 --role lm_head",
     "fire-llm apply trained trained-fire --layers 4-11 --exclude 'self_attn\\.[qk]_proj' --measure-on notes.txt",
+    "fire-llm apply microsoft/resnet-18 resnet-fire --role conv --iterations 10",
     "fire-llm apply trained trained-shrunk --method shrink_perturb --shrink 0.5 --init step-0",
 )
 
@@ -33,7 +33,12 @@ def add_options(verb: ArgumentParser) -> None:
     verb.add_argument("--scale", metavar="NAME", help="sqrt (default), keep-norm or none")
     verb.add_argument("--strength", type=float, metavar="C", help="how far fire goes from the old weights, 0 to 1 (1)")
     verb.add_argument("--shrink", type=float, metavar="C", help="share of the initial weights in shrink_perturb (0.5)")
-    verb.add_argument("--role", action="append", metavar="ROLE", help="add a role to attention and mlp (repeatable)")
+    verb.add_argument(
+        "--role",
+        action="append",
+        metavar="ROLE",
+        help="add a role to attention and mlp: conv, ssm, lm_head (repeatable)",
+    )
     verb.add_argument(
         "--include", action="append", metavar="REGEX", help="only names in which it is found (repeatable)"
     )

@@ -17,7 +17,9 @@ def add_options(verb: ArgumentParser) -> None:
     """Add the verb's arguments and options."""
     verb.add_argument("checkpoint", type=path, metavar="CKPT", help="checkpoint folder or Hub id")
     verb.add_argument("--against", type=path, metavar="CKPT", help="also SFE and cosine against this checkpoint")
-    verb.add_argument("--role", action="append", metavar="ROLE", help="these roles instead of attention, mlp, lm_head")
+    verb.add_argument(
+        "--role", action="append", metavar="ROLE", help="these roles instead of attention, mlp, conv, lm_head"
+    )
     add_device(verb)
     add_native(verb)
     verb.add_argument("--all", action="store_true", help="list each matrix in a terminal too (by part and by layer)")
@@ -27,7 +29,7 @@ def add_options(verb: ArgumentParser) -> None:
 
 def main(arguments: Namespace) -> None:
     """Print the table of matrices, and write what was asked for."""
-    from fire_llm.checkpoint.inspection import inspect_checkpoint
+    from fire_llm.checkpoint.inspection import ROLES, inspect_checkpoint
     from fire_llm.core.atomic import check_file, write_json
     from fire_llm.models import find_device
 
@@ -39,7 +41,7 @@ def main(arguments: Namespace) -> None:
     if arguments.html:
         check_page()
     device = str(find_device(arguments.device))
-    roles = arguments.role or ("attention", "mlp", "lm_head")
+    roles = arguments.role or ROLES
     inspection = inspect_checkpoint(
         arguments.checkpoint, arguments.against, roles, device=device, native=arguments.native
     )

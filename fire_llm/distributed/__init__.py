@@ -13,6 +13,7 @@ from fire_llm.distributed.placement import (
     fsdp_modules,
     is_sharded,
     make_current,
+    placed_like,
     placement_of,
     refuse_engines,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "join",
     "leaving",
     "make_current",
+    "placed_like",
     "placement_of",
     "ranks",
     "refuse_engines",

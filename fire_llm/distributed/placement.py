@@ -167,3 +167,13 @@ def refuse_engines(model: nn.Module, optimizer: Any = None) -> None:
     deepspeed = any("deepspeed" in c.__module__.split(".") or c.__name__.startswith("DeepSpeed") for c in classes)
     if deepspeed or any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in model.parameters()):
         raise UserError(ENGINES["DEEPSPEED"])
+
+
+def placed_like(parameter: Tensor, whole: Tensor) -> Tensor:
+    """Return a whole tensor placed as a parameter is, from the first rank's copy; collective for shards."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    whole = whole.to(parameter.device, parameter.dtype)
+    if not isinstance(parameter, DTensor):
+        return whole
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements)

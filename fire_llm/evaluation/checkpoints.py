@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fire_llm.architectures.configs import CONFIG
 from fire_llm.architectures.context import choose_context
 from fire_llm.core.errors import UserError
 from fire_llm.data import tokenize_corpus
@@ -162,6 +163,9 @@ def open_checkpoints(
         raise UserError(f"--max-tokens {max_tokens}: at least 2 are needed, one to predict and one before it")
     read = (_corpus(name, split, column, document) for name in data)
     corpora = {corpus.name: (corpus, part) for corpus, part in read}
+    for name in names:
+        if os.path.isfile(os.path.join(name, CONFIG)):
+            pretrained_config(name)  # of what is no language model nobody looks for a tokenizer
     tokenizers = {name: load_tokenizer(name) for name in names}
     for name, tokenizer in tokenizers.items():
         config = pretrained_config(name)

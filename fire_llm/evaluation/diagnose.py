@@ -31,47 +31,53 @@ LOG_PREFIX = "diag_"
 
 
 @dataclass(frozen=True)
-class Diagnostics:
-    """What was measured and how; None stands for what was not, with the reason in `not_measured`."""
+class Plasticity:
+    """What was measured of any network and how; None stands for what was not, with the reason in `not_measured`."""
 
     srank: int | None
-    """srank_delta of the last hidden states, which the head reads."""
+    """srank_delta of the features, which the last layer reads: of a language model the last hidden states."""
     srank_share: float | None
     """That over their width."""
     dormant_share: float | None
-    """Share of the MLPs' units whose score is at most tau."""
+    """Share of the hidden units, of a language model those of its MLPs, whose score is at most tau."""
     hessian_eigenvalue: float | None
-    """Eigenvalue of the Hessian of the mean NLL (nats per token) with the largest magnitude, with its sign."""
+    """Eigenvalue of the Hessian of the loss (mean NLL, nats per token) with the largest magnitude, with its sign."""
     hessian_residual: float | None
     """||H x - eigenvalue x||: some eigenvalue lies within it."""
     gradient_norm: float | None
-    """Of the mean NLL of the same tokens, over all trainable parameters."""
+    """Of the loss on the same data, over all trainable parameters."""
     dfi_mean: float
     """Over the logical matrices of the roles, like the next two."""
     dfi_median: float
     sfe: float | None
     """Total, against the reference."""
     dormant: dict[str, float]
-    """Dormant share of every MLP measured, under the name of its down projection."""
+    """Dormant share of every layer measured, under the name of what reads it: in an MLP its down projection."""
     not_measured: dict[str, str]
-    """Why, by field; `dormant` may miss a part of the MLPs."""
-    tokens: int
-    """Tokens read for the features and the units."""
-    hessian_tokens: int
-    """Tokens predicted for the Hessian and the gradient."""
-    context: int
+    """Why, by field; `dormant` may miss a part of the layers."""
     delta: float
     tau: float
-    roles: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
         return asdict(self)
 
     def measures(self) -> dict[str, float]:
-        """Return the numbers that were measured, those of single MLPs left out: what a log takes."""
+        """Return the numbers that were measured, those of single layers left out: what a log takes."""
         found = {name: getattr(self, name) for name in MEASURES}
         return {name: value for name, value in found.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Diagnostics(Plasticity):
+    """The same of a causal LM on a text."""
+
+    tokens: int
+    """Tokens read for the features and the units."""
+    hessian_tokens: int
+    """Tokens predicted for the Hessian and the gradient."""
+    context: int
+    roles: tuple[str, ...]
 
 
 def diagnose(
@@ -119,9 +125,10 @@ def diagnose(
             causal head, a reference of another architecture, an operation without a second derivative, FSDP1 or
             DeepSpeed; and, by name, for what is not finite.
     """
-    _check(sequences=sequences, batch_size=batch_size, hessian_sequences=hessian_sequences, iterations=iterations)
-    if not 0 <= delta < 1 or tau < 0:
-        raise UserError(f"delta {delta} must lie in [0, 1) and tau {tau} must not be negative")
+    check_settings(
+        delta, tau, sequences=sequences, batch_size=batch_size, hessian_sequences=hessian_sequences,
+        iterations=iterations,
+    )  # fmt: skip
     refuse_engines(model)
     model, roles = unwrap(model), (roles,) if isinstance(roles, str) else tuple(roles)
     matrices = list(logical_matrices(model, roles))
@@ -142,33 +149,51 @@ def diagnose(
         else:
             reason = "the weights lie in shards" if network.sharded else "no parameter requires gradients"
             skipped |= {"gradient_norm": reason} | ({"hessian_eigenvalue": reason} if hessian else {})
+    return Diagnostics(
+        **measured(features, activities, matrices, reference, skipped, delta, tau),
+        hessian_eigenvalue=top.value if top else None,
+        hessian_residual=top.residual if top else None,
+        gradient_norm=gradient,
+        tokens=ids[:, 1:].numel(),
+        hessian_tokens=few[:, 1:].numel() if gradient is not None else 0,
+        context=ids.shape[1] - 1,
+        roles=roles,
+    )
+
+
+def measured(
+    features: Features,
+    activities: Mapping[str, Activity],
+    matrices: Sequence[ParameterSlice],
+    reference: nn.Module | Mapping[str, Tensor] | None,
+    skipped: dict[str, str],
+    delta: float,
+    tau: float,
+) -> dict[str, Any]:
+    """Return what `Plasticity` says of features, units and matrices, by field."""
     deviations, moved = _distances(matrices, reference)
     if moved is None:
         skipped["sfe"] = "no reference was given"
     rank = srank(features.singular_values(), delta) if features.rows else None
     scores = {name: activity.scores() for name, activity in activities.items()}
-    return Diagnostics(
-        srank=rank,
-        srank_share=None if rank is None else rank / features.width,
-        dormant_share=dormant_share(torch.cat([*scores.values()]), tau) if scores else None,
-        hessian_eigenvalue=top.value if top else None,
-        hessian_residual=top.residual if top else None,
-        gradient_norm=gradient,
-        dfi_mean=fmean(deviations),
-        dfi_median=median(deviations),
-        sfe=moved,
-        dormant={name: dormant_share(units, tau) for name, units in scores.items()},
-        not_measured=skipped,
-        tokens=ids[:, 1:].numel(),
-        hessian_tokens=few[:, 1:].numel() if gradient is not None else 0,
-        context=ids.shape[1] - 1,
-        delta=delta,
-        tau=tau,
-        roles=roles,
-    )
+    return {
+        "srank": rank,
+        "srank_share": None if rank is None else rank / features.width,
+        "dormant_share": dormant_share(torch.cat([*scores.values()]), tau) if scores else None,
+        "dfi_mean": fmean(deviations),
+        "dfi_median": median(deviations),
+        "sfe": moved,
+        "dormant": {name: dormant_share(units, tau) for name, units in scores.items()},
+        "not_measured": skipped,
+        "delta": delta,
+        "tau": tau,
+    }
 
 
-def _check(**counts: int) -> None:
+def check_settings(delta: float, tau: float, **counts: int) -> None:
+    """Refuse settings that are out of range."""
+    if not 0 <= delta < 1 or tau < 0:
+        raise UserError(f"delta {delta} must lie in [0, 1) and tau {tau} must not be negative")
     for name, value in counts.items():
         if value < 1:
             raise UserError(f"{name}: {value} is not a number of {name.rpartition('_')[2]}; give 1 or more")
@@ -184,9 +209,9 @@ def _read(
     activities = {name: Activity() for name in found}
     model: Any = network.model
     head = model.get_output_embeddings()
-    hooks = [_listen(module, activities[name].add) for name, module in found.items()]
+    hooks = [listen(module, activities[name].add) for name, module in found.items()]
     if head is not None:
-        hooks.append(_listen(head, features.add))
+        hooks.append(listen(head, features.add))
     try:
         for batch in ids.split(batch_size):
             network.logits(batch)
@@ -202,7 +227,7 @@ def _read(
     return features, {name: activity for name, activity in activities.items() if activity.rows}
 
 
-def _listen(module: nn.Module, take: Any) -> Any:
+def listen(module: nn.Module, take: Any) -> Any:
     """Pass a module's input on, before the module reads it."""
     return module.register_forward_pre_hook(lambda _, inputs: take(inputs[0]))
 
@@ -228,10 +253,13 @@ def _distances(
                 other = _whole(_counterpart(reference, parameter, whole))
         rows = slice(matrix.rows.start, matrix.rows.stop)
         here = matrix.within(whole[rows]).read()
-        deviation = dfi(here)
-        if deviation != deviation or deviation == float("inf"):
-            raise UserError(f"'{matrix.name}' holds NaN or infinity: it has no DfI. Go back to an earlier checkpoint")
-        deviations.append(deviation)
+        for one in here if here.ndim == 3 else [here]:  # a convolution has a matrix at each position of its kernel
+            deviation = dfi(one)
+            if deviation != deviation or deviation == float("inf"):
+                raise UserError(
+                    f"'{matrix.name}' holds NaN or infinity: it has no DfI. Go back to an earlier checkpoint"
+                )
+            deviations.append(deviation)
         total += sfe(here, matrix.within(other[rows]).read()) if reference is not None else 0.0
     return deviations, None if reference is None else total
 

@@ -160,6 +160,8 @@ def _stored(reset: ResetSpec) -> dict[str, Any]:
     fields = {key: value for key, value in vars(reset).items() if key not in _LATER or value != _LATER[key]}
     if reset.method in ("fire", "rescale") and reset.options["strength"] == 1:
         fields["options"] = {key: value for key, value in reset.options.items() if key != "strength"}
+    # No language model has a convolution with this role.
+    fields["roles"] = [role for role in reset.roles if role != "conv"]
     return {**fields, "method": STORED.get(reset.method, reset.method)}
 
 

@@ -199,7 +199,7 @@ class TensorEntry(Record):
     name: str = Field(description="Parameter and part: `transformer.h.3.attn.c_attn.weight[q]`")
     parameter: str = Field("", description="First half of the name: the parameter")
     part: str = Field("", description="Second half: the matrix, where one parameter holds several")
-    role: str = Field("", description="attention, mlp, ssm, embedding, lm_head, norm, bias, router or other")
+    role: str = Field("", description="attention, mlp, ssm, conv, embedding, lm_head, norm, bias, router or other")
     shape: list[int] = Field([], description="[out, in], whatever the storage order; of a kernel [out, in, k, …]")
     reason: str | None = Field(None, description="Why it was left alone; null where it was changed")
     sfe: Number = Field(0.0, description="‖W − W̃‖²_F between before and after")

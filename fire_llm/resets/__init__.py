@@ -10,7 +10,10 @@ from __future__ import annotations
 
 from fire_llm.architectures.grammar import ROLES
 from fire_llm.resets.apply import apply_reset, fire_
+from fire_llm.resets.hidden_units import Recycling
+from fire_llm.resets.injection import PlasticityInjection, inject_plasticity_
 from fire_llm.resets.methods import FORMER, RESETS, ResetMethod, register_reset, register_training
+from fire_llm.resets.penalizing import Penalties
 from fire_llm.resets.penalties import l2_init, parseval
 from fire_llm.resets.recycling import ContinualBackprop, ReDo, SelfNormalizedResets
 from fire_llm.resets.report import SIGMA_QUANTILES, ResetReport, TensorReport, sigma_quantiles
@@ -22,7 +25,10 @@ __all__ = [
     "ROLES",
     "SIGMA_QUANTILES",
     "ContinualBackprop",
+    "Penalties",
+    "PlasticityInjection",
     "ReDo",
+    "Recycling",
     "ResetMethod",
     "ResetReport",
     "ResetSpec",
@@ -31,6 +37,7 @@ __all__ = [
     "TensorReport",
     "apply_reset",
     "fire_",
+    "inject_plasticity_",
     "l2_init",
     "parse_resets",
     "parseval",

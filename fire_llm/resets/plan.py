@@ -110,7 +110,8 @@ class Plan:
         make_current(model)
         plan = cls.of(model, specs, initial, whole=whole, layout=layout)
         if whole and not plan.wanted and not all(spec.idle for spec in specs):
-            raise UserError(f"{plan.idle(type(model).__name__)} Name another role, or take back a pattern of exclude")
+            another = "the role conv" if plan.convolutions else "another role"
+            raise UserError(f"{plan.idle(type(model).__name__)} Name {another}, or take back a pattern of exclude")
         plan._check_values()
         return plan
 
@@ -192,6 +193,12 @@ class Plan:
         report = TensorReport.of(weight) if apart else describe(weight, held(weight), spectra, measures)
         report.reason = self.reason(index) if not self.actions[index] else None
         return report
+
+    @property
+    def convolutions(self) -> bool:
+        """Return whether there are convolutions whose role no reset names."""
+        named = {role for spec in self.specs for role in spec.roles}
+        return "conv" not in named and any(weight.role == "conv" for weight in self.slices)
 
     def idle(self, name: str) -> str:
         """Return the message about resets that would change nothing.

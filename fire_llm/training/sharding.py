@@ -22,7 +22,7 @@ from fire_llm.architectures.names import plain_name
 from fire_llm.core.errors import CHECKPOINTED_ONCE, ENGINES, UserError
 from fire_llm.core.manifest import OPTIMIZER_SHARDS, SHARDED, in_shards
 from fire_llm.core.ranks import flag, launched_in_shards
-from fire_llm.distributed import is_first, is_sharded, make_current
+from fire_llm.distributed import is_first, is_sharded, make_current, placed_like
 from fire_llm.models import load_model
 
 OPTIMIZER = "optimizer.pt"
@@ -227,13 +227,3 @@ def _whole(tensor: Tensor, keep: bool) -> Tensor:
     if hasattr(whole, "full_tensor"):
         whole = whole.full_tensor()
     return whole.cpu() if keep else torch.empty(0)
-
-
-def placed_like(parameter: Tensor, whole: Tensor) -> Tensor:
-    """Return a whole tensor placed as a parameter is, from the first rank's copy; collective for shards."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    whole = whole.to(parameter.device, parameter.dtype)
-    if not isinstance(parameter, DTensor):
-        return whole
-    return distribute_tensor(whole, parameter.device_mesh, parameter.placements)

@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from support.small_models import SMALL, build, stand_ins
+from support.small_others import classes_of_tasks, on_meta
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from fire_llm import fire_, reset_checkpoint
 from fire_llm.architectures.families import TYPES
+from fire_llm.architectures.matrices import parameter_slices
+from fire_llm.core.errors import UserError
 
 # One of every way to lie on the disk: plain, Conv1D, fused orders, MLA, experts one by one, stacked, renamed, cut.
 FEW = [
@@ -62,3 +65,26 @@ def test_the_documented_table_lists_every_type() -> None:
     page = (Path(__file__).parents[2] / "docs" / "layouts.md").read_text(encoding="utf-8")
     listed = [line.split(" | ")[0].removeprefix("| ") for line in page.splitlines() if line.count(" | ") >= 4]
     assert listed[0] == "type" and sorted(listed[1:]) == sorted(TYPES)
+
+
+@pytest.mark.slow
+def test_all_classes_of_four_more_tasks_are_known_or_refused_by_name() -> None:
+    """As docs/layouts.md lists them; a refusal names the weight, and the way that is left."""
+    page = (Path(__file__).parents[2] / "docs" / "layouts.md").read_text(encoding="utf-8")
+    section = page.partition("## Beyond")[2]
+    known = [line.split(" | ")[0].removeprefix("| ") for line in section.splitlines() if line.count(" | ") == 2]
+    refused = [line[2:].partition(":")[0] for line in section.splitlines() if line.startswith("- ") and "For" in line]
+    assert known[0] == "class" and sorted([*known[1:], *refused]) == sorted(classes_of_tasks())
+    for name in classes_of_tasks():
+        try:
+            model = on_meta(name)
+        except Exception:  # a library that is not here
+            assert name in refused
+            continue
+        if name in known:
+            cut = parameter_slices(model)
+            assert sum(p.tensor.numel() for p in {id(p.tensor): p for p in cut}.values()) == model.num_parameters()
+            assert {p.role for p in cut} & {"attention", "mlp", "conv"}
+        else:
+            with pytest.raises(UserError, match=r"layout='modules'"):
+                parameter_slices(model)

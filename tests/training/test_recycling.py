@@ -181,8 +181,8 @@ def test_a_unit_is_its_rows_and_its_column(build):
         assert len(layer.incoming) == matrices + biases
         before, _ = activations(model, layer, ids())
         callback = prepared(model, "redo")
-        number = [one.name for one in callback.layers].index(layer.name)
-        callback._renew(number, torch.tensor([5, 17]), 1, torch.optim.SGD(model.parameters()))
+        number = [one.name for one in callback.work.layers].index(layer.name)
+        callback.work.renew({number: torch.tensor([5, 17])}, 1, torch.optim.SGD(model.parameters()))
         after, _ = activations(model, layer, ids())
         assert (before != after).any(0).any(0).nonzero().flatten().tolist() == [5, 17]
 
@@ -199,7 +199,7 @@ def test_the_model_changes_by_what_the_units_put_out_and_by_nothing_else(build):
     _, silenced = activations(model, layer, ids(), silence=[0, 31, 79])
     callback = prepared(model, "snr")
     state = torch.get_rng_state()
-    callback._renew(1, torch.tensor([0, 31, 79]), 4, torch.optim.SGD(model.parameters()))
+    callback.work.renew({1: torch.tensor([0, 31, 79])}, 4, torch.optim.SGD(model.parameters()))
     assert torch.equal(state, torch.get_rng_state())
     _, renewed = activations(model, layer, ids())
     torch.testing.assert_close(renewed, silenced, rtol=0, atol=1e-6)
@@ -217,7 +217,7 @@ def test_new_rows_are_drawn_as_the_model_draws_them_by_seed_step_and_layer():
     def draw(seed, step, number=0):
         model = tiny_gpt2(n_inner=512, initializer_range=0.05)
         callback = prepared(model, "redo", seed=seed)
-        callback._renew(number, torch.arange(500), step, torch.optim.SGD(model.parameters()))
+        callback.work.renew({number: torch.arange(500)}, step, torch.optim.SGD(model.parameters()))
         mlp = model.transformer.h[number].mlp
         assert not mlp.c_fc.bias.any() and not mlp.c_proj.weight[:500].any() and mlp.c_proj.weight[500:].all()
         return mlp.c_fc.weight.detach()[:, :500]
@@ -235,11 +235,11 @@ def test_moments_of_exactly_the_touched_weights_are_cleared(build, muon, tmp_pat
     trainer = train(build(), tmp_path, max_steps=2, muon=muon)
     model, optimizer = trainer.model, trainer.optimizer
     callback = prepared(model, "redo")
-    layer = callback.layers[0]
+    layer = callback.work.layers[0]
     named = dict(model.named_parameters())
     names = {p: name for name, p in named.items()}
     before = {names[p]: {k: copy.deepcopy(v) for k, v in s.items()} for p, s in optimizer.state.items()}
-    callback._renew(0, torch.tensor([3, 40]), 2, optimizer)
+    callback.work.renew({0: torch.tensor([3, 40])}, 2, optimizer)
     moved = set()
     for p, state in optimizer.state.items():
         for key, value in state.items():
@@ -265,7 +265,7 @@ def test_training_that_broke_off_leaves_no_second_listener():
     model = tiny_gpt2()
     for _ in range(2):
         callback.on_train_begin(ARGUMENTS, SimpleNamespace(global_step=0), None, model=model)
-    assert [len(layer.reader._forward_pre_hooks) for layer in callback.layers] == [1, 1]
+    assert [len(layer.reader._forward_pre_hooks) for layer in callback.work.layers] == [1, 1]
 
 
 def test_what_cannot_be_recycled_is_refused():
@@ -390,8 +390,8 @@ def test_a_step_is_judged_by_all_of_its_tokens_and_by_no_others(whole, tmp_path,
 
     class Watching(RecyclingCallback):
         def on_step_end(self, *args, **kwargs):
-            if self._listening:
-                seen.append([r.sums.clone() for r in self.recyclers])
+            if self.work.listening:
+                seen.append([r.sums.clone() for r in self.work.recyclers])
             super().on_step_end(*args, **kwargs)
 
     options = {"eval_strategy": "steps", "eval_steps": 1, "eval_context": 16, "eval_on_start": True, "max_steps": 3}
@@ -399,7 +399,7 @@ def test_a_step_is_judged_by_all_of_its_tokens_and_by_no_others(whole, tmp_path,
     watching = Watching({"method": "redo", "every": 1, "threshold": 0.0}, seed=0)
     sets = {"c": EvaluationSet(torch.arange(97), 300, 0)}
     trainer = train(copy.deepcopy(start), tmp_path, callbacks=[watching], sets=sets, learning_rate=0.0, **options)
-    assert len(seen) == 3 and not any(layer.reader._forward_pre_hooks for layer in watching.layers)
+    assert len(seen) == 3 and not any(layer.reader._forward_pre_hooks for layer in watching.work.layers)
     assert all(entry["recycled"] == 0 for entry in trainer.state.log_history if "loss" in entry)
     for step, sums in enumerate(seen):
         tokens = torch.stack([Samples()[4 * step + i]["input_ids"] for i in range(4)])
@@ -418,7 +418,7 @@ def test_training_stops_where_it_would_not_do_what_was_asked(tmp_path):
     codes = torch.zeros_like(model.transformer.h[0].mlp.c_fc.weight, dtype=torch.uint8)
     optimizer = SimpleNamespace(state={model.transformer.h[0].mlp.c_fc.weight: {"state1": codes}})
     with pytest.raises(UserError, match=r"'state1' of .* not one number a weight"):
-        prepared(model, "redo").on_step_end(None, None, None, optimizer=optimizer)
+        prepared(model, "redo").on_step_end(None, SimpleNamespace(global_step=1), None, optimizer=optimizer)
     with pytest.raises(UserError, match=r"'exp_avg_sq_row' .* not one number a weight"):
         train(tiny_gpt2(), tmp_path / "b", callbacks=[RecyclingCallback("redo", seed=0)], optim="adafactor")
 

@@ -1,4 +1,4 @@
-"""Decoders cut from encoder-decoders, and OPT: nn.Linear q, k, v, out and a two-layer MLP held by the layer itself."""
+"""Encoder-decoders, decoders cut from them, and OPT: nn.Linear q, k, v, out and a two-layer MLP held by the layer."""
 
 from __future__ import annotations
 
@@ -15,23 +15,29 @@ TABLE = merge(
         "q_proj k_proj v_proj out_proj",
         """
         BartAttention BigBirdPegasusDecoderAttention BioGptAttention BlenderbotAttention BlenderbotSmallAttention
-        MBartAttention MarianAttention MusicgenAttention MusicgenMelodyAttention MvpAttention OPTAttention
-        PLBartAttention PegasusAttention TrOCRAttention WhisperAttention XGLMAttention
+        LEDDecoderAttention M2M100Attention MBartAttention MarianAttention MusicgenAttention MusicgenMelodyAttention
+        MvpAttention NllbMoeAttention OPTAttention PLBartAttention PegasusAttention PegasusXAttention
+        PegasusXGlobalLocalAttention TrOCRAttention WhisperAttention XGLMAttention
         """,
     ),
     entries(
         "mlp",
         "fc1 fc2",
         """
-        BartDecoderLayer BigBirdPegasusDecoderLayer BioGptDecoderLayer BlenderbotDecoderLayer
-        BlenderbotSmallDecoderLayer MBartDecoderLayer MarianDecoderLayer MusicgenDecoderLayer
-        MusicgenMelodyDecoderLayer MvpDecoderLayer OPTDecoderLayer PLBartDecoderLayer PegasusDecoderLayer
-        TrOCRDecoderLayer WhisperDecoderLayer XGLMDecoderLayer
+        BartDecoderLayer BartEncoderLayer BigBirdPegasusDecoderLayer BigBirdPegasusEncoderLayer BioGptDecoderLayer
+        BlenderbotDecoderLayer BlenderbotEncoderLayer BlenderbotSmallDecoderLayer BlenderbotSmallEncoderLayer
+        LEDDecoderLayer LEDEncoderLayer M2M100DecoderLayer M2M100EncoderLayer MBartDecoderLayer MBartEncoderLayer
+        MarianDecoderLayer MarianEncoderLayer MusicgenDecoderLayer MusicgenMelodyDecoderLayer MvpDecoderLayer
+        MvpEncoderLayer NllbMoeDenseActDense OPTDecoderLayer PLBartDecoderLayer PLBartEncoderLayer PegasusDecoderLayer
+        PegasusEncoderLayer PegasusXDecoderLayer PegasusXEncoderLayer TrOCRDecoderLayer WhisperDecoderLayer
+        WhisperEncoderLayer XGLMDecoderLayer
         """,
     ),
     entries("attention", "query_proj key_proj value_proj out_proj", "ProphetNetAttention ProphetNetNgramSelfAttention"),
     entries("mlp", "intermediate output", "ProphetNetFeedForward"),
     entries("other", "relative_pos_embeddings", "ProphetNetNgramSelfAttention"),
+    # Whisper's first two layers read spectra.
+    entries("conv", "conv1 conv2", "WhisperEncoder", kernel=True, module_class="Conv1d"),
     entries("other", "project_in project_out", "OPTDecoder"),
     entries("other", "prompt_trans.*", "MvpPrompt"),
 )

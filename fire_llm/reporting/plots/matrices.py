@@ -12,7 +12,7 @@ from typing import NamedTuple
 from fire_llm.reporting.plots.base import BAR, NEUTRAL, Figure, Style, escaped, figure, log_axis, number, short
 from fire_llm.reporting.schema import InspectedMatrix, ResetEntry, TensorEntry
 
-MATRIX_ROLES = ("attention", "mlp", "ssm", "lm_head")
+MATRIX_ROLES = ("attention", "mlp", "ssm", "conv", "lm_head")
 LEAVES = {"out": "o", "c_fc": "fc"}  # after "_proj" is dropped
 
 

@@ -1,0 +1,66 @@
+"""Plasticity injection: a network goes on learning with a newly drawn head, and computes what it did until it does."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fire_llm.architectures.names import unwrap
+from fire_llm.core.errors import UserError, did_you_mean
+
+
+class PlasticityInjection(nn.Module):
+    """A head that learns anew: old(x) + new(x) − drawn(x), of which `new` alone is trained.
+
+    `drawn` is `new` as it was drawn, so that at first the sum is old(x).
+    Source: Nikishin et al., "Deep reinforcement learning with plasticity injection", arXiv 2305.15555, section 4.
+    """
+
+    def __init__(self, old: nn.Module, new: nn.Module) -> None:
+        super().__init__()
+        self.old = old.requires_grad_(False)
+        self.new = new.requires_grad_(True)
+        self.drawn = copy.deepcopy(new).requires_grad_(False)
+
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        """Return what the old head gives, and what the new one has learned."""
+        found: Tensor = self.old(*inputs, **named) + self.new(*inputs, **named) - self.drawn(*inputs, **named)
+        return found
+
+
+def inject_plasticity_(model: nn.Module, name: str, *, seed: int = 0) -> PlasticityInjection:
+    """Replace a network's head by one that can learn anew, in place; what the network computes stays as it is.
+
+    Make a new optimizer afterwards, and keep the head's dropout, if it has any, out of `name`: the three parts would
+    draw their own.
+
+    Args:
+        model: Any module.
+        name: Of the head: a module that returns a tensor, whose parts can draw themselves (`reset_parameters`).
+        seed: Of what is drawn; no other generator is touched.
+
+    Raises:
+        UserError: There is no such module, it is the whole model, has no parameters, or a part of it cannot be drawn.
+    """
+    model = unwrap(model)
+    known = dict(model.named_modules())
+    if name not in known or not name:
+        raise UserError(f"'{name}' names no module inside the model.{did_you_mean(name, known)}")
+    old = known[name]
+    new = copy.deepcopy(old).cpu()
+    holding = [(key, m) for key, m in new.named_modules() if [*m.parameters(recurse=False)]]
+    lacking = [key or name for key, module in holding if not hasattr(module, "reset_parameters")]
+    if lacking or not holding:
+        why = f"'{lacking[0]}' in it has no reset_parameters" if lacking else "it has no parameters"
+        raise UserError(f"'{name}' cannot be drawn again: {why}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for _, module in holding:
+            module.reset_parameters()
+    injected = PlasticityInjection(old, new.to(next(old.parameters()).device))
+    above, _, child = name.rpartition(".")
+    setattr(model.get_submodule(above), child, injected.train(old.training))
+    return injected
