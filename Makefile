@@ -26,6 +26,8 @@ help:  ## list what can be made
 
 # torch is named first and exactly, so that an index with CPU builds is asked for that one.
 $(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than Python 3.11, \
+which constraints.txt needs: PYTHON=python3.12 make …, or pip install -e ."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'

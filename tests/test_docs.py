@@ -143,7 +143,9 @@ def test_no_section_of_the_schema_lacks_a_table() -> None:
 def test_every_method_and_option_stands_in_the_page() -> None:
     methods, options = part("## Resets\n", "## Optimizers").split("| method | option |")
     listed = rows("\n".join(line for line in methods.splitlines() if line.startswith("|")))
-    assert sorted(name.strip("`") for name, *_ in listed) == sorted(RESETS)
+    there = {name.strip("`") for name, *_ in listed}
+    assert there ^ {*RESETS} == set(), "docs/recipes.md, Resets, first table: a row a method, and no other"
+    assert len(listed) == len(there)
     for name, when, acts_on, _ in listed:
         method = RESETS[name.strip("`")]
         roles = "every parameter" if method.roles == ROLES else ", ".join(method.roles)
@@ -161,7 +163,8 @@ def test_every_method_and_option_stands_in_the_page() -> None:
                 assert set(kind.split(" or ")) == kinds(own), key
             else:
                 check_row(f"{name}.{key}", kind, default, schema.model_fields[key], own)
-    assert found == {name: set(method.options.model_fields) for name, method in RESETS.items()}
+    for name, method in RESETS.items():
+        assert found[name] ^ {*method.options.model_fields} == set(), f"docs/recipes.md, Resets, options of {name}"
 
 
 def test_the_recipes_that_come_with_the_package_are_listed() -> None:

@@ -72,7 +72,9 @@ def main(arguments: Namespace) -> int | None:
     if of_run:
         _check_run_alone(arguments, of_run[0])
     if not (arguments.data or arguments.tasks or of_run):
-        raise UserError("eval: name what to measure on: --data with corpora or files, or --tasks of lm-eval")
+        gone = next((name for name in arguments.checkpoints if not Path(name).exists()), None)
+        run = f". The folder of a run needs neither, and there is no folder '{gone}'" if gone is not None else ""
+        raise UserError(f"eval: name what to measure on: --data with corpora or files, or --tasks of lm-eval{run}")
     if arguments.max_tokens is not None and not (arguments.data or of_run):
         raise UserError("eval: --max-tokens counts those of --data, and there is none; for --tasks, give --limit")
     if arguments.again and not of_run:

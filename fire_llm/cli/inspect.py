@@ -52,4 +52,6 @@ def main(arguments: Namespace) -> None:
         names = [arguments.checkpoint, *([arguments.against] if arguments.against is not None else [])]
         inspect_page(found["rows"], Path(arguments.html), " against ".join(names), about(found))
     print_inspection(found, arguments.all)
+    for page in filter(None, (arguments.json, arguments.html)):
+        print(f"saved: {page}")
     print(f"computed on {device}")

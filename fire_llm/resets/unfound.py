@@ -70,5 +70,5 @@ def _unfound(option: str, pattern: str, slices: Sequence[ParameterSlice]) -> str
     near = ", ".join(f"'{name}'" for name in sorted(names, key=likeness, reverse=True)[:3])
     return (
         f"{option} '{pattern}' finds no name in the model. The nearest are {near}. It is a regular expression, looked "
-        "for anywhere in a name; --dry-run and inspect list all of them"
+        "for anywhere in a name; --dry-run, inspect and module_matrices(model) list all of them"
     )
