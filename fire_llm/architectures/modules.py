@@ -72,6 +72,10 @@ class ModuleLayout:
         if kernels not in KERNELS:
             raise UserError(f"kernels: {kernels!r} is not allowed: give {' or '.join(map(repr, KERNELS))}")
         parsed = []
+        if split is not None and not isinstance(split, Mapping):
+            raise UserError(
+                f"split: {split!r} is not allowed: give patterns with their parts, as {{r'\\.qkv\\.': ('q', 'k', 'v')}}"
+            )
         for pattern, given in (split or {}).items():
             parts = _named(given)
             if not isinstance(pattern, str) or not _compiles(pattern) or not parts:
@@ -100,7 +104,8 @@ def _named(given: Any) -> tuple[PartLike, ...]:
                 parts.append((name, rows))
             case _:
                 return ()
-    return tuple(parts)
+    names = [part if isinstance(part, str) else part.name if isinstance(part, Part) else part[0] for part in parts]
+    return tuple(parts) if len({*names}) == len(names) else ()  # slices are known by their names
 
 
 def _compiles(pattern: str) -> bool:
@@ -212,7 +217,8 @@ def _classify(location: Location, parameter: Tensor, modules: Mapping[str, nn.Mo
         return known
     if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
         return _Found("embedding")
-    if isinstance(owner, _NORMS) or (_is_vector(parameter) and "Norm" in kind and not list(owner.children())):
+    named_so = "Norm" in kind and _kind(owner) is None and not list(owner.children())  # NormedLinear is a Linear
+    if isinstance(owner, _NORMS) or (named_so and _is_vector(parameter)):
         return _Found("norm")
     if parameter.ndim < 2:
         of = "" if in_attention or attribute != "bias" else _LINEAR_OR_CONV.get(_kind(owner), "")

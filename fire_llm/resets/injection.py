@@ -57,7 +57,7 @@ def inject_plasticity_(model: nn.Module, name: str, *, seed: int = 0) -> Plastic
         why = f"'{lacking[0]}' in it has no reset_parameters" if lacking else "it has no parameters"
         raise UserError(f"'{name}' cannot be drawn again: {why}")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.random.set_rng_state(torch.Generator().manual_seed(seed).get_state())  # torch.manual_seed seeds CUDA too
         for _, module in holding:
             module.reset_parameters()
     injected = PlasticityInjection(old, new.to(next(old.parameters()).device))

@@ -71,6 +71,11 @@ class Plan:
                 "--seed)"
             )
         if wanting and initial is not None:
+            if {p.data_ptr() for p in initial.parameters()} & {p.data_ptr() for p in model.parameters() if p.numel()} - {0}:
+                raise UserError(
+                    f"'{wanting[0]}': `initial` holds the very weights of the model: give a copy from before training, "
+                    "copy.deepcopy(model)"
+                )
             plan.start = {p.name: p for p in slices_of(initial, specs, kind, layout)}
         plan._check_names()
         if layout is not None:
