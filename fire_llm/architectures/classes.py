@@ -6,6 +6,9 @@ from typing import Any
 
 CAUSAL = "AutoModelForCausalLM"
 
+_MOST = 10
+"""Names in `architectures` that are looked at; configs have one."""
+
 
 def model_classes(config: Any) -> tuple[Any, ...]:
     """Return the classes that a checkpoint may be of, in the order they are tried; None: AutoModelForCausalLM's.
@@ -46,7 +49,7 @@ def named_class(config: Any) -> Any:
     import transformers
 
     names = getattr(config, "architectures", None)
-    for name in names if isinstance(names, list) else ():
+    for name in names[:_MOST] if isinstance(names, list) else ():
         kind: Any = getattr(transformers, name, None) if isinstance(name, str) and not name.startswith("_") else None
         ours = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
         if ours and kind.config_class is not None and isinstance(config, kind.config_class):

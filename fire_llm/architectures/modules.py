@@ -87,8 +87,16 @@ class ModuleLayout:
         return cls(tuple(parsed), "positions" if kernels == "positions" else "flattened")
 
     def parts(self, name: str) -> tuple[PartLike, ...] | None:
-        """Return the parts that a weight of this name is split into; None where no pattern finds it."""
-        return next((parts for pattern, parts in self.split if re.search(pattern, name)), None)
+        """Return the parts that a weight of this name is split into; None where no pattern finds it.
+
+        Raises:
+            UserError: Several patterns find it, with different parts.
+        """
+        found = [(pattern, parts) for pattern, parts in self.split if re.search(pattern, name)]
+        if len({parts for _, parts in found}) > 1:
+            patterns = " and ".join(f"'{pattern}'" for pattern, _ in found)
+            raise UserError(f"split: '{name}' is found by {patterns}, with different parts: leave one of them to it")
+        return found[0][1] if found else None
 
 
 def _named(given: Any) -> tuple[PartLike, ...]:
@@ -306,9 +314,8 @@ def _recomputed(name: str, modules: Mapping[str, nn.Module]) -> _Found | None:
     owner, whole = modules[path], f"{path}.{weight}" if path else weight
     if "weight" not in weight:
         return _Found("bias" if "bias" in weight else "other")
-    role = (
-        "conv" if isinstance(owner, _ConvNd) else "attention" if isinstance(owner, nn.MultiheadAttention) else "linear"
-    )
+    kinds = {_ConvNd: "conv", nn.MultiheadAttention: "attention", (nn.RNNBase, nn.RNNCellBase): "recurrent"}
+    role = next((role for kind, role in kinds.items() if isinstance(owner, kind)), "linear")
     why = f"'{whole}' is computed from '{name}' at each forward pass, so a reset of it would be lost"
     return _Found(role, refused=f"{why}: take that off before (torch.nn.utils.{undo}), and put it on again afterwards")
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -21,7 +22,8 @@ from fire_llm.checkpoint import check_repository
 from fire_llm.checkpoint.refusals import refuse_files
 from fire_llm.core.atomic import checkpoints, read_json, write_json
 from fire_llm.core.errors import UserError, did_you_mean, first_line, redact
-from fire_llm.core.manifest import TRAINER_STATE, read_state, weights_hash
+from fire_llm.core.files import leads_out
+from fire_llm.core.manifest import TRAINER_STATE, damage, read_state, weights_hash
 from fire_llm.core.signals import asked
 from fire_llm.distributed import is_first
 from fire_llm.experiment.collect import measured_nll
@@ -31,11 +33,13 @@ from fire_llm.experiment.evaluate_run import run_and_stages
 from fire_llm.experiment.recipe import Recipe
 from fire_llm.experiment.sources import COMPANIONS, MODEL, TOKENIZER
 from fire_llm.experiment.stages import Stage, expand, final_checkpoint, labelled_checkpoint, step_behind
-from fire_llm.reporting.tables import load_results, markdown_table
+from fire_llm.reporting.schema import Results
+from fire_llm.reporting.tables import load_results, markdown_table, page_fault, write_report
 
 PUSHED = "pushed.json"
 """File in a stage's folder: which weights were pushed last, and where to."""
 
+PAGE = "report.html"
 PRIVATE = {"hub.repo": "hub.private is true", "push": "--public was not given"}
 """Why a repository is to be private, by the option that named it."""
 
@@ -91,23 +95,28 @@ def push_run(
     Raises:
         UserError: It is no run, the arm is not finished, or the repository cannot be written to. Nothing is uploaded.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationDelete, HfApi
 
     run, stages = run_and_stages(folder, progress=False)
     stage = _chosen(stages, arm, seed, start)
     weights = labelled_checkpoint(folder / stage.folder, checkpoint)
-    results = load_results(folder)
+    if fault := damage(weights):
+        raise UserError(f"push: '{weights}' is damaged: {fault}. Delete it: the same `run` trains it again")
+    results = Results.model_validate(_by_name(load_results(folder).model_dump(mode="json")))
     operations = [*_files(weights), _text("recipe.yaml", _recipe_text(run.recipe))]
-    page = folder / "report.html"
-    if page.is_file():
-        operations.append(CommitOperationAdd(path_in_repo=page.name, path_or_fileobj=str(page)))
+    page = None if page_fault() else _page(results)
+    if page is not None:
+        operations.append(_text(PAGE, page))
     beside = "`recipe.yaml` is the recipe, with which the same command trains the same batches."
-    beside += " `report.html` has the curves.\n\n" if page.is_file() else "\n\n"
+    beside += " `report.html` has the curves.\n\n" if page is not None else "\n\n"
     facts, table = _facts(stage, weights)
     body = f"{facts}\n{table}## All arms\n\n{markdown_table(results)}\n{beside}"
     title, what = f"{run.recipe.name}: {stage.title}", f"The weights after step {step_behind(weights):,}"
     operations.append(_text("README.md", _with_head(stage, title, what, body, repo)))
-    _open_repository(repo, "push", private)
+    there = _open_repository(repo, "push", private)
+    ours, patterns = {operation.path_in_repo for operation in operations}, (*MODEL, *TOKENIZER, *COMPANIONS, PAGE)
+    stale = sorted(name for name in there - ours if any(fnmatch(name, pattern) for pattern in patterns))
+    operations += [CommitOperationDelete(path_in_repo=name) for name in stale]  # of another model, that was there
     try:
         done = HfApi().create_commit(repo, operations, commit_message=_message(stage.title))
     except Exception as error:  # whatever the network, the Hub or the rights bring
@@ -136,10 +145,30 @@ def _chosen(stages: list[Stage], arm: str | None, seed: int | None, start: str |
     return last[0]
 
 
+def _page(results: Results) -> str:
+    """Return the report's page."""
+    with TemporaryDirectory() as folder:
+        return write_report(results, Path(folder) / PAGE).read_text(encoding="utf-8")
+
+
 def _recipe_text(recipe: Recipe) -> str:
     """Return a recipe as YAML, as it was given: its defaults and the places of this machine left out."""
     data = recipe.model_dump(mode="json", exclude_unset=True)
-    return yaml.safe_dump({k: v for k, v in data.items() if k not in ("data_root", "hub")}, sort_keys=False)
+    kept = {k: v for k, v in data.items() if k not in ("data_root", "hub")}
+    return yaml.safe_dump(_by_name(kept), sort_keys=False)
+
+
+def _by_name(value: Any) -> Any:
+    """Return plain data with the places of this machine in it cut down to their last names."""
+    if isinstance(value, dict):
+        return {key: _by_name(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_by_name(one) for one in value]
+    return Path(value).name if isinstance(value, str) and _is_absolute(value) else value
+
+
+def _is_absolute(text: str) -> bool:
+    return os.path.isabs(os.path.expanduser(text)) or text.startswith("file:")
 
 
 def check_hub(stages: Iterable[Stage], finished: Iterable[Stage] = ()) -> None:
@@ -166,7 +195,7 @@ def check_hub(stages: Iterable[Stage], finished: Iterable[Stage] = ()) -> None:
     _open_repository(section.repo, "hub.repo", section.private, stages)
 
 
-def _open_repository(repo: str, option: str, private: bool, stages: Sequence[Stage] = ()) -> None:
+def _open_repository(repo: str, option: str, private: bool, stages: Sequence[Stage] = ()) -> set[str]:
     """Try the login; make the repository, where it is not there, and a branch for each stage, and write a card to it.
 
     Args:
@@ -174,6 +203,9 @@ def _open_repository(repo: str, option: str, private: bool, stages: Sequence[Sta
         option: As which it was given, for messages.
         private: As in `push_run`.
         stages: That are to have branches.
+
+    Returns:
+        The names of the files that were there.
 
     Raises:
         UserError: What of it cannot be had, with the next step.
@@ -193,10 +225,12 @@ def _open_repository(repo: str, option: str, private: bool, stages: Sequence[Sta
         if private and there.private is False:
             how = "write private: false" if option == "hub.repo" else "give --public"
             raise UserError(f"{said} is public, and {PRIVATE[option]}: make it private on its page, or {how}")
-        if stages and "README.md" not in {file.rfilename for file in there.siblings or ()}:
+        files = {file.rfilename for file in there.siblings or ()}
+        if stages and "README.md" not in files:
             api.create_commit(repo, [_text("README.md", _contents(stages))], commit_message=_message("the card"))
         for stage in stages:
             api.create_branch(repo, branch=branch_of(stage), exist_ok=True)
+        return files
     except UserError:
         raise
     except Exception as error:
@@ -298,6 +332,9 @@ def _files(checkpoint: Path) -> list[Any]:
     patterns = (*MODEL, *TOKENIZER, *COMPANIONS)
     refuse_files(str(checkpoint), (p.name for p in checkpoint.iterdir()))
     files = sorted(p for p in checkpoint.iterdir() if p.is_file() and any(fnmatch(p.name, one) for one in patterns))
+    for path in files:
+        if leads_out(path, checkpoint):
+            raise UserError(f"'{path}' is a link to a file outside of the checkpoint, which is not uploaded: delete it")
     return [
         _text(p.name, _without_paths(p))
         if p.name in _SETTINGS
@@ -326,14 +363,16 @@ def _without_paths(path: Path) -> str:
     def cleaned(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: cleaned(v) for k, v in value.items() if not _is_place(k, v)}
-        return [cleaned(one) for one in value] if isinstance(value, list) else value
+        if isinstance(value, list):
+            return [cleaned(one) for one in value if not (isinstance(one, str) and _is_absolute(one))]
+        return value
 
     return json.dumps(cleaned(json.loads(path.read_text(encoding="utf-8"))), indent=2, ensure_ascii=False) + "\n"
 
 
 def _is_place(key: str, value: Any) -> bool:
     named = key.endswith(("name_or_path", "_file", "_dir"))
-    return isinstance(value, str) and (os.path.isabs(value) or (named and os.path.exists(value)))
+    return isinstance(value, str) and (_is_absolute(value) or (named and os.path.exists(value)))
 
 
 def _card(stage: Stage, checkpoint: Path) -> str:

@@ -199,7 +199,8 @@ def fire_(
         **{key: (value,) if isinstance(value, str) else tuple(value) for key, value in names.items()},
     }
     if roles is not None:
-        spec["roles"] = roles if isinstance(roles, Mapping) else (roles,) if isinstance(roles, str) else tuple(roles)
+        listed = isinstance(roles, Iterable) and not isinstance(roles, str | Mapping)
+        spec["roles"] = tuple(roles) if listed else (roles,) if isinstance(roles, str) else roles
     report = apply_reset(
         model,
         spec,

@@ -15,6 +15,7 @@ from fire_llm.architectures.modules import ModuleLayout, is_fused, module_slices
 from fire_llm.core.errors import UserError
 from fire_llm.distributed import Block, blocks_of, make_current, refuse_engines
 from fire_llm.resets.methods import RESETS, Kind
+from fire_llm.resets.presets import QUERY_OR_KEY
 from fire_llm.resets.report import Measures, Spectra, TensorReport, describe, fetch
 from fire_llm.resets.spec import FROZEN, ResetSpec, refuse_kinds
 from fire_llm.resets.unfound import refuse_unfound
@@ -71,12 +72,15 @@ class Plan:
                 "--seed)"
             )
         if wanting and initial is not None:
-            if {p.data_ptr() for p in initial.parameters()} & {p.data_ptr() for p in model.parameters() if p.numel()} - {0}:
-                raise UserError(
-                    f"'{wanting[0]}': `initial` holds the very weights of the model: give a copy from before training, "
-                    "copy.deepcopy(model)"
-                )
+            if not isinstance(initial, nn.Module):
+                raise UserError(f"initial: a {type(initial).__name__} is given: give a module with the initial weights")
             plan.start = {p.name: p for p in slices_of(initial, specs, kind, layout)}
+            own = next((p for p in plan.wanted if _same(plan.start.get(p.name), p)), None)
+            if own is not None and kind == "transition":
+                raise UserError(
+                    f"'{wanting[0]}': `initial` holds the model's very own '{own.parameter}': give a copy from before "
+                    "training, copy.deepcopy(model)"
+                )
         plan._check_names()
         if layout is not None:
             plan._check_modules(layout, whole)
@@ -91,6 +95,13 @@ class Plan:
             if whole and not spec.idle and not any(spec in actions for actions in self.actions):
                 why = sorted({str(spec.why_not(weight)) for weight in self.slices})
                 raise UserError(f"'{spec.label()}' finds nothing to reset in the model ({'; '.join(why[:3])})")
+        if any(pattern == QUERY_OR_KEY for spec in self.specs for _, pattern in spec.patterns):
+            hidden = next((w.parameter for w in self.slices if is_fused(w) and layout.parts(w.parameter) is None), None)
+            if hidden is not None:
+                raise UserError(
+                    f"queries and keys are wanted, and by its name '{hidden}' holds several matrices: name its parts, "
+                    "as in split={'qkv': ('q', 'k', 'v')}, or give 1 where it is one matrix"
+                )
         self.fused = [
             weight.parameter
             for weight, actions in zip(self.slices, self.actions, strict=True)
@@ -220,6 +231,11 @@ class Plan:
     def reason(self, index: int) -> str:
         """Return why a slice is left alone."""
         return "; ".join(dict.fromkeys(str(s.why_not(self.slices[index])) for s in self.specs))
+
+
+def _same(initial: ParameterSlice | None, weight: ParameterSlice) -> bool:
+    """Return whether two slices are of one tensor that holds numbers."""
+    return initial is not None and initial.tensor is weight.tensor and not weight.tensor.is_meta
 
 
 def slices_of(

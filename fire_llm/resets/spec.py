@@ -227,6 +227,8 @@ def _module_roles(given: Any, method: ResetMethod) -> tuple[tuple[str, ...], tup
                 return (), (), f"{role!r}: {pattern!r} is not allowed: give a name and a regular expression"
         if given:
             return tuple(given), tuple(given.items()), ""
+    if not isinstance(given, Iterable):
+        return (), (), f"{given!r} is not allowed: give a list of roles, or a mapping of roles to patterns"
     roles = (given,) if isinstance(given, str) else tuple(given)
     if unknown := [role for role in roles if role not in MODULE_ROLES]:
         role = unknown[0]

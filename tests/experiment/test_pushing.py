@@ -84,6 +84,8 @@ def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     if line["key"] == "file":
                         content = base64.b64decode(line["value"]["content"])
                         hub.branches[match[1]][line["value"]["path"]] = content
+                    elif line["key"] == "deletedFile":
+                        del hub.branches[match[1]][line["value"]["path"]]
                 hub.commits.append((match[1], lines[0]["value"]["summary"]))
                 return self.answer(
                     {"commitUrl": "https://huggingface.co/me/it/commit/0", "commitOid": "0" * 40, "success": True}
@@ -225,7 +227,10 @@ def test_without_a_login_or_in_a_grid_it_is_refused(hub, tmp_path, monkeypatch):
 
 def test_one_arm_of_a_run_goes_to_the_main_branch_with_a_card_that_compares_all(hub, tmp_path, capfd):
     arms = "phases.1.arms={base: {method: none}, fire: {method: fire}}"
-    run(tmp_path, arms)
+    run(tmp_path, arms, f"corpora.a.files={tmp_path}/a.jsonl")
+    assert main(["report", str(tmp_path / "run")]) == 0
+    stale = "model-00001-of-00002.safetensors"
+    hub.branches["main"] = dict.fromkeys([stale, "notes.md"], b"old")
     folder = str(tmp_path / "run")
     assert main(["push", folder, "me/it"]) == 2 and "--arm: say which: base, fire" in capfd.readouterr().err
     assert main(["push", folder, "me/it", "--arm", "fir"]) == 2
@@ -246,8 +251,23 @@ def test_one_arm_of_a_run_goes_to_the_main_branch_with_a_card_that_compares_all(
         assert re.search(rf"\| (\*\*)?{arm}\b.*{results['arms'][arm]['final']['b']['nll']:.4f}", card), arm
     (tmp_path / "again.yaml").write_bytes(pushed["recipe.yaml"])
     assert load_recipe(tmp_path / "again.yaml", [f"data_root={tmp_path}"]).phases[1].steps == 3
+    assert {"notes.md", "report.html"} <= set(pushed) and stale not in pushed
     for name, content in pushed.items():
         assert str(tmp_path).encode() not in content, name
+
+
+def test_what_is_damaged_or_a_link_is_not_pushed(hub, tmp_path, capfd):
+    run(tmp_path)
+    own = tmp_path / "run" / "second" / "fire" / "seed-1" / "checkpoint-3"
+    (tmp_path / "private.txt").write_text("mine")
+    (own / "tokenizer_private.json").symlink_to(tmp_path / "private.txt")
+    assert main(["push", str(tmp_path / "run"), "me/it"]) == 2
+    assert "tokenizer_private.json' is a link to a file outside of the checkpoint" in capfd.readouterr().err
+    (own / "tokenizer_private.json").unlink()
+    weights = own / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    assert main(["push", str(tmp_path / "run"), "me/it"]) == 2
+    assert "is damaged" in capfd.readouterr().err and not hub.commits
 
 
 def test_a_public_repository_is_pushed_to_where_that_is_said(hub, tmp_path, capfd):

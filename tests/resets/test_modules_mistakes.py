@@ -27,8 +27,39 @@ def test_a_split_that_is_no_mapping_is_refused(split):
 def test_initial_weights_that_are_the_model_itself_are_refused(method):
     model = nn.Linear(3, 3)
     for initial in (model, copy.copy(model)):
-        with pytest.raises(UserError, match="holds the very weights of the model"):
+        with pytest.raises(UserError, match="`initial` holds the model's very own 'weight'"):
             apply_reset(model, method, layout="modules", initial=initial)
+
+
+def test_a_state_dict_is_no_initial_model():
+    model = nn.Linear(3, 3)
+    with pytest.raises(UserError, match="initial: a OrderedDict is given: give a module"):
+        apply_reset(model, "full_reset", layout="modules", initial=model.state_dict())
+
+
+def test_patterns_of_split_that_contradict_each_other_are_refused():
+    with pytest.raises(UserError, match=r"'qkv\.weight' is found by 'q' and 'qkv', with different parts"):
+        fire_(nn.ModuleDict({"qkv": nn.Linear(4, 12)}), layout="modules", split={"q": 1, "qkv": ("q", "k", "v")})
+
+
+def test_queries_and_keys_that_a_fused_weight_holds_are_not_left_in_silence():
+    parts = {"q": nn.Linear(4, 4), "k": nn.Linear(4, 4), "kv": nn.Linear(4, 8)}
+    model = nn.ModuleDict({"attn": nn.ModuleDict(parts)})
+    with pytest.raises(UserError, match=r"by its name 'attn\.kv\.weight' holds several matrices: name its parts"):
+        apply_reset(model, "paper-vit", layout="modules")
+    report = apply_reset(model, "paper-vit", layout="modules", split={"kv": ("k", "v")})
+    assert [weight.name for weight in report.touched] == ["attn.q.weight", "attn.k.weight", "attn.kv.weight[k]"]
+
+
+def test_roles_that_are_no_list_are_refused():
+    with pytest.raises(UserError, match="roles: 5 is not allowed"):
+        fire_(nn.Linear(3, 3), layout="modules", roles=5)
+
+
+def test_a_normed_weight_of_an_lstm_is_refused_as_recurrent():
+    model = nn.utils.parametrizations.weight_norm(nn.LSTM(3, 4), "weight_hh_l0")
+    with pytest.raises(UserError, match="a reset of it would be lost"):
+        fire_(model, layout="modules", roles=["recurrent"])
 
 
 class NormedLinear(nn.Linear):
