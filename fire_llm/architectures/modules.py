@@ -314,7 +314,8 @@ def _recomputed(name: str, modules: Mapping[str, nn.Module]) -> _Found | None:
     owner, whole = modules[path], f"{path}.{weight}" if path else weight
     if "weight" not in weight:
         return _Found("bias" if "bias" in weight else "other")
-    kinds = {_ConvNd: "conv", nn.MultiheadAttention: "attention", (nn.RNNBase, nn.RNNCellBase): "recurrent"}
+    recurrent = (nn.RNNBase, nn.RNNCellBase)
+    kinds: dict[Any, str] = {_ConvNd: "conv", nn.MultiheadAttention: "attention", recurrent: "recurrent"}
     role = next((role for kind, role in kinds.items() if isinstance(owner, kind)), "linear")
     why = f"'{whole}' is computed from '{name}' at each forward pass, so a reset of it would be lost"
     return _Found(role, refused=f"{why}: take that off before (torch.nn.utils.{undo}), and put it on again afterwards")
