@@ -91,6 +91,12 @@ def is_sharded(value: Any) -> bool:
     return hasattr(value, "placements")
 
 
+def local_part(tensor: Any) -> Tensor:
+    """Return what this rank holds of a tensor, outside autograd."""
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    return part.detach()
+
+
 def placement_of(tensor: Any, group: Any = None) -> Placement | None:
     """Return where a parameter lives; None where its placement has no plan of its own (shards along two axes, say).
 

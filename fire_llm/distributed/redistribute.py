@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fire_llm.distributed.agree import wire_device
 from fire_llm.distributed.balance import BUCKET_BYTES, assign, buckets
-from fire_llm.distributed.placement import Block, Placement
+from fire_llm.distributed.placement import Block, Placement, local_part
 
 _ALIGN = 16
 _Segment = tuple[Block, range, int]
@@ -109,7 +109,7 @@ class Redistribution:
         """Return a segment in this rank's own memory."""
         block, span, axis = segment
         tensor = block.tensor.detach()
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        local = local_part(tensor)
         if not local.ndim:
             return local
         first = self.placement.held(self.shard, tensor.shape[axis]).start

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fire_llm.architectures.matrices import ParameterSlice
 from fire_llm.architectures.modules import Kernels, SplitLike
 from fire_llm.core.errors import UserError
-from fire_llm.distributed import placed_like
+from fire_llm.distributed import is_sharded, local_part, placed_like
 from fire_llm.resets.apply import LayoutName, module_layout
 from fire_llm.resets.methods import RESETS
 from fire_llm.resets.plan import Plan
@@ -63,12 +63,12 @@ class Penalties:
         specs = parse_resets(penalties, options, modules=cut is not None)
         plan = Plan.of(model, specs, initial, "penalty", layout=cut)
         starts = {slice_.parameter: slice_.tensor for slice_ in plan.start.values()}
-        self._terms: list[tuple[ParameterSlice, Callable[[Tensor], Tensor]]] = []
+        self._terms: list[tuple[ParameterSlice, Callable[..., Tensor], list[Tensor]]] = []
         for spec in specs:
             for slice_ in _given(plan, spec):
                 beside = [_placed(starts[slice_.parameter], slice_)] if spec.needs_initial else []
                 act = partial(RESETS[spec.method].act, options=spec.options, kernel=slice_.kernel)
-                self._terms.append((slice_, partial(_gradient, act, beside)))
+                self._terms.append((slice_, act, beside))
 
     @torch.no_grad()
     def add_(self, scale: float = 1.0) -> None:
@@ -77,15 +77,11 @@ class Penalties:
         Args:
             scale: What the gradients are multiplied by at this point: that of a `GradScaler`, or 1.
         """
-        for slice_, gradient in self._terms:
+        for slice_, act, beside in self._terms:
             if slice_.tensor.grad is None:
                 slice_.tensor.grad = torch.zeros_like(slice_.tensor)
-            held, slope = (replace(slice_, tensor=_local(t)) for t in (slice_.tensor, slice_.tensor.grad))
-            slope.write_(slope.read().add(gradient(held.read()), alpha=scale))
-
-
-def _gradient(act: Callable[..., Tensor], beside: list[Tensor], w: Tensor) -> Tensor:
-    return act(w, *beside)
+            held, slope = (replace(slice_, tensor=local_part(t)) for t in (slice_.tensor, slice_.tensor.grad))
+            slope.write_(slope.read().add(act(held.read(), *beside), alpha=scale))
 
 
 def _given(plan: Plan, spec: ResetSpec) -> list[ParameterSlice]:
@@ -98,7 +94,7 @@ def _given(plan: Plan, spec: ResetSpec) -> list[ParameterSlice]:
     for parameter, slices in groupby(plan.slices, attrgetter("parameter")):
         own = [(slice_, spec.why_not(slice_) is None) for slice_ in slices]
         chosen = [slice_ for slice_, wanted in own if wanted]
-        if chosen and hasattr(chosen[0].tensor, "to_local"):
+        if chosen and is_sharded(chosen[0].tensor):
             if not RESETS[spec.method].elementwise or len(chosen) < len(own):
                 raise UserError(
                     f"'{spec.method}' needs the matrices of '{parameter}' whole, and FSDP2 shards them: train replicas"
@@ -108,14 +104,8 @@ def _given(plan: Plan, spec: ResetSpec) -> list[ParameterSlice]:
     return given
 
 
-def _local(tensor: Any) -> Tensor:
-    """Return what this rank holds of a tensor."""
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local
-
-
 def _placed(whole: Tensor, slice_: ParameterSlice) -> Tensor:
     """Return the part of a whole parameter that a slice stands for, where and as the slice is."""
-    if hasattr(slice_.tensor, "to_local"):
-        return _local(placed_like(slice_.tensor, whole.detach()))
+    if is_sharded(slice_.tensor):
+        return local_part(placed_like(slice_.tensor, whole.detach()))
     return replace(slice_, tensor=whole).read().to(slice_.tensor, copy=True)  # `initial` may be the model itself

@@ -14,8 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from fire_llm.architectures.names import plain_name
 from fire_llm.core.atomic import AVERAGED
 from fire_llm.core.errors import UserError
-from fire_llm.distributed import is_sharded, make_current
-from fire_llm.training.beginning import local
+from fire_llm.distributed import is_sharded, local_part, make_current
 from fire_llm.training.sharding import load_weights
 
 
@@ -63,7 +62,7 @@ class Averaging(TrainerCallback):
                 f"ema_decay: '{resumed}' holds no average, as it was not asked for there: leave it out, or begin a new "
                 "training"
             )
-        self._averages = {name: local(p).clone() for name, p in self._weights().items()}
+        self._averages = {name: local_part(p).clone() for name, p in self._weights().items()}
         if resumed is not None:
             with self.applied():
                 load_weights(model, resumed / AVERAGED)
@@ -71,7 +70,7 @@ class Averaging(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Average the weights in."""
         if self.on:
-            held = [local(p) for p in self._weights().values()]
+            held = [local_part(p) for p in self._weights().values()]
             get_ema_multi_avg_fn(args.ema_decay)([*self._averages.values()], held, 0)
 
     @contextmanager
@@ -99,7 +98,7 @@ class Averaging(TrainerCallback):
     def _exchange(self) -> None:
         make_current(self.trainer.model)
         for name, p in self._weights().items():
-            weights, average = local(p), self._averages[name]
+            weights, average = local_part(p), self._averages[name]
             held = weights.clone()
             weights.copy_(average)
             average.copy_(held)

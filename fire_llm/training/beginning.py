@@ -12,6 +12,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
 from fire_llm.core.errors import UserError
+from fire_llm.distributed import local_part
 from fire_llm.training.progress import report_line
 from fire_llm.training.writer import on_host
 
@@ -44,7 +45,7 @@ class Beginning:
         if not getattr(args, "auto_find_batch_size", False):
             return False
         before, self._at = self._at, (state.global_step, state.train_batch_size)
-        weights = {name: local(tensor) for name, tensor in model.state_dict().items()}
+        weights = {name: local_part(tensor) for name, tensor in model.state_dict().items()}
         if before is not None and before[0] == state.global_step:
             if state.global_step:
                 self._at = None
@@ -152,9 +153,3 @@ def _held(state: Any) -> Any:
     """Return a copy of a state, in host memory where it can be had there."""
     copied = on_host(state)
     return deepcopy(state) if copied is None else copied[0]
-
-
-def local(tensor: Any) -> Tensor:
-    """Return what this rank holds of a tensor."""
-    local: Tensor = (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
-    return local
