@@ -406,3 +406,51 @@ def test_python_in_blocks_imports_and_calls_what_is_there(page: Path) -> None:
                 inspect.signature(known[node.func.id]).bind_partial(
                     *node.args, **{k.arg: k.value for k in node.keywords if k.arg}
                 )
+
+
+# ---- papers.md
+
+ARXIV = re.compile(r"(?<![\d.])\d{4}\.\d{5}(?![\d.])")
+
+
+def test_the_index_of_papers_holds_every_paper_that_is_named_and_no_other() -> None:
+    index = ROOT / "docs" / "papers.md"
+    naming = [*(ROOT / "fire_llm").rglob("*.py"), *(ROOT / "recipes").rglob("*.yaml"), *(set(PAGES) - {index})]
+    named_ids = {paper for path in naming for paper in ARXIV.findall(text_of(path))}
+    assert {*ARXIV.findall(text_of(index))} == named_ids
+    for link in re.findall(r"\[arXiv [\d.]+\]\(\S+\)", text_of(index)):
+        shown, to = ARXIV.findall(link)
+        assert shown == to and link.endswith(f"(https://arxiv.org/abs/{to})"), link
+
+
+# ---- footguns.md, whose code runs
+
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
+
+
+def check_line(statement: ast.stmt, told: str, scope: dict[str, Any]) -> None:
+    """Run a line behind which stands what it gives, or the error or the warning that it ends with."""
+    code = ast.unparse(statement)
+    if raised := re.match(r"(\w+(?:Error|Warning)): (.*)", told):
+        with pytest.raises((Exception, Warning)) as caught:
+            exec(code, scope)
+        assert type(caught.value).__name__ == raised[1], code
+        assert raised[2] in str(caught.value), code
+        return
+    found = repr(eval(code, scope))
+    assert NUMBER.sub("0", found) == NUMBER.sub("0", told), f"{code} gives {found}, the page says {told}"
+    numbers = [[float(n) for n in NUMBER.findall(text)] for text in (found, told)]
+    assert numbers[0] == pytest.approx(numbers[1], rel=0.02), f"{code} gives {found}, the page says {told}"
+
+
+@pytest.mark.filterwarnings("error")
+def test_code_behind_which_stands_what_it_gives_gives_it() -> None:
+    page = ROOT / "docs" / "footguns.md"
+    scope: dict[str, Any] = {"__name__": "footguns"}
+    for content in blocks(page, "python"):
+        lines = content.splitlines()
+        for statement in ast.parse(content).body:
+            if found := re.search("  # [❌✅] (.+)$", lines[(statement.end_lineno or 0) - 1]):
+                check_line(statement, found[1], scope)
+            else:
+                exec(compile(ast.Module([statement], []), page.name, "exec"), scope)

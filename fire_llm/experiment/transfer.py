@@ -1,6 +1,6 @@
 """Forgetting and forward transfer: differences between rows of a matrix, with intervals over documents.
 
-Source: Lopez-Paz & Ranzato, Gradient Episodic Memory (arXiv 1706.08840), section 3; in nats per byte of held-out text
+Source: Lopez-Paz & Ranzato, Gradient Episodic Memory (arXiv 1706.08840), section 2; in nats per byte of held-out text
 instead of accuracy, so that a positive number is a loss.
 """
 
