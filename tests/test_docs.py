@@ -21,7 +21,7 @@ from support import tiny_recipe
 from support.recipes import validator
 from transformers import TrainingArguments
 
-from fire_llm import load_recipe, run_recipe
+from fire_llm import __version__, load_recipe, run_recipe
 from fire_llm.architectures.matrices import ROLES
 from fire_llm.cli.parser import VERBS, parser
 from fire_llm.data.corpora import CORPORA, CorpusSpec
@@ -406,6 +406,13 @@ def test_python_in_blocks_imports_and_calls_what_is_there(page: Path) -> None:
                 inspect.signature(known[node.func.id]).bind_partial(
                     *node.args, **{k.arg: k.value for k in node.keywords if k.arg}
                 )
+
+
+def test_the_version_is_the_newest_of_the_changelog_and_that_of_the_citation() -> None:
+    newest = re.search(r"^## (\d\S+) – (\S+)$", text_of(ROOT / "CHANGELOG.md"), re.MULTILINE)
+    cited = yaml.safe_load(text_of(ROOT / "CITATION.cff"))
+    assert newest is not None
+    assert newest.groups() == (__version__, str(cited["date-released"])) and cited["version"] == __version__
 
 
 # ---- papers.md
