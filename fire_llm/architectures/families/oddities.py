@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fire_llm.architectures.grammar import entries, merge
 
-TYPES = "inkling2_text inkling_text xlnet"
+TYPES = "inkling2_loop_text inkling2_text inkling_text xlnet"
 
 INKLING = "Inkling2FullAttention Inkling2SlidingAttention InklingAttention"
 
@@ -22,8 +22,22 @@ TABLE = merge(
     entries("mlp", "gate_proj up_proj down_proj", "InklingMLP"),
     entries("other", "sink_proj", "Inkling2FullAttention Inkling2SlidingAttention"),
     entries("other", "proj", "Inkling2RelativeLogits InklingRelativeLogits"),
-    entries("other", "conv1d", "Inkling2ShortConvolution InklingShortConvolution"),
-    entries("other", "static_weight weight_proj", "Inkling2DynamicShortConvolution"),
-    entries("other", "query", "Inkling2BlockAttentionResidual"),
-    entries("norm", "scale", "Inkling2ScaledL2Clip"),
+    entries("other", "conv1d", "Inkling2LoopShortConvolution Inkling2ShortConvolution InklingShortConvolution"),
+    entries(
+        "other", "static_weight weight_proj", "Inkling2DynamicShortConvolution Inkling2LoopDynamicShortConvolution"
+    ),
+    entries("other", "query", "Inkling2BlockAttentionResidual Inkling2LoopBlockAttentionResidual"),
+    entries("norm", "scale", "Inkling2LoopLogScaledL2Clip Inkling2LoopScaledL2Clip Inkling2ScaledL2Clip"),
+    # A module for each projection: the one of relative positions is r_proj above.
+    entries(
+        "attention",
+        "linear",
+        "Inkling2LoopKeyValueProjection Inkling2LoopQueryProjection Inkling2LoopRelativePositionBias",
+    ),
+    entries("attention", "gate_proj linear", "Inkling2LoopGatedOutputProjection"),
+    entries("other", "sink_proj", "Inkling2LoopFullAttention Inkling2LoopSlidingAttention"),
+    entries("other", "proj", "Inkling2LoopRelativePositionBias"),
+    # What a loop of layers passes on to the next one.
+    entries("other", "down_proj forget_gate_proj message_gate_proj", "Inkling2LoopMessageGate"),
+    entries("other", "query", "Inkling2LoopMessageAttentionResidual"),
 )
