@@ -100,7 +100,7 @@ ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 SECTIONS = {**ROPE, "mrope_section": [2, 2, 4]}  # before 5.18 the default ones are those of wider heads
 HALF = {**ROPE, "partial_rotary_factor": 0.5}
 MLA = """axk1 axk2 bailing_hybrid deepseek_v2 deepseek_v3 deepseek_v32 dots3_note_text glm4_moe_lite glm_moe_dsa
-    kimi_linear minicpm3 youtu hy_v4 longcat_flash"""
+    kimi_linear minicpm3 sarvam_mla youtu hy_v4 longcat_flash"""
 QSA = {f"indexer_{n}": v for n, v in dict(n_heads=2, kv_heads=1, head_dim=16, budget=8, compress_ratio=2).items()}
 QWEN4 = dict(
     QSA,
