@@ -92,7 +92,7 @@ class Lookup:
             if subtree := _entry(module, WHOLE_SUBTREE):
                 return Match(subtree.role, location)
         if location.is_weight and any(location.owner is head for head in self._heads):
-            return Match("lm_head", location, _HEAD) if class_of(location.owner) is nn.Linear else None
+            return self._head(location)
         if layout := _entry(location.block, location.child):
             if not layout.matrix:
                 return Match(layout.role, location)
@@ -107,6 +107,14 @@ class Lookup:
         if _is_norm(location.owner):
             return Match("norm", location)
         return Match("bias" if location.name.endswith("bias") else "other", location)
+
+    @staticmethod
+    def _head(location: Location) -> Match | None:
+        """Return what an output head is: a plain linear layer, or of the very class that a table names."""
+        kind = class_of(location.owner)
+        listed = _HEAD if kind is nn.Linear else _entry(location.block, location.child)
+        named = listed is not None and (kind is nn.Linear or listed.module_class == kind.__name__)
+        return Match("lm_head", location, listed) if named else None
 
 
 def _is_norm(module: nn.Module) -> bool:

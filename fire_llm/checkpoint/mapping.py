@@ -222,10 +222,15 @@ def _convert(
 ) -> None:
     """Record where the parameters lie that one conversion makes of some stored tensors."""
     steps = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
+    if len(sources) == 1:  # weights without scales are taken as they are
+        steps = [step for step in steps if step[0] != "Inkling2LoopDequantizeExperts"]
     ordered = [sources[pattern] for pattern in converter.source_patterns if pattern in sources]
     first = converter.target_patterns[0]
     targets = [name.replace(first, target, 1) for target in converter.target_patterns]
-    if steps in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
+    if not steps:
+        (tensor,) = ordered[0]
+        found[name] = [Place(tensor, range(tensor.n_rows))]
+    elif steps in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
         found[name] = list(_stacked(ordered, joined=len(steps) > 1))
     elif steps == [("Concatenate", 0)]:
         starts, places = 0, []
@@ -241,7 +246,7 @@ def _convert(
             start += rows
         if start != tensor.n_rows:
             raise UserError(f"'{tensor.name}' has {tensor.n_rows} rows, and the config says {start}: they do not fit")
-    elif steps == [("Interleave", 1)] and not converter.operations[0].inverse:
+    elif steps == [("Interleave", 1)] and not converter.operations[-1].inverse:
         (tensor,) = ordered[0]
         found[name] = [Place(tensor, range(tensor.n_rows), interleaved=True)]
     else:

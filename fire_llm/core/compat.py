@@ -115,28 +115,38 @@ def fsdp2_policy(state: Any) -> Any:
     return state._mp_policy
 
 
-def set_fsdp2_policy(state: Any, policy: Any, buffers: Sequence[tuple[Any, Any]] = ()) -> list[tuple[Any, Any]]:
+def set_fsdp2_policy(state: Any, policy: Any, held: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
     """Set another `MixedPrecisionPolicy` for parameters that FSDP2 has sharded; torch has no public way to.
 
     Args:
         state: One of `fsdp2_states`, its parameters in shards (`reshard`).
         policy: Holds from the next gathering on.
-        buffers: What this returned when the policy was replaced, to be put back with it.
+        held: What this returned when the policy was replaced, to be put back with it.
 
     Returns:
-        The buffers, in the other dtype, that parameters were gathered in. The gradients of a step's micro-batches so
-        far belong to them.
+        What each parameter held of the policy: the buffers, in the other dtype, that it was gathered in, to which the
+        gradients of a step's micro-batches so far belong, and from torch 2.15 on a policy of its own.
+
+    Raises:
+        UserError: The installed torch gathers in the other dtype all the same.
     """
     state._mp_policy = policy
     # A list of groups in torch 2.13; one group or none in 2.11 and below.
     groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
     parameters = [parameter for group in groups if group is not None for parameter in group.fsdp_params]
-    before = [(parameter.all_gather_outputs, vars(parameter).pop("_unsharded_param", None)) for parameter in parameters]
+    before = []
+    for parameter, own in zip(parameters, held or [{}] * len(parameters), strict=True):
+        kept = vars(parameter)
+        names = kept.keys() & {"all_gather_outputs", "_unsharded_param", "mp_policy"}
+        before.append({name: kept.pop(name) for name in names})
+        new = {"all_gather_outputs": [], **({"mp_policy": policy} if "mp_policy" in names else {}), **own}
+        kept.update(new)
     for group in filter(None, groups):
         group.mp_policy = policy
         group._init_mp_dtypes()
-    for parameter, (outputs, unsharded) in zip(parameters, buffers or [([], None)] * len(parameters), strict=True):
-        parameter.all_gather_outputs = outputs
-        if unsharded is not None:
-            parameter._unsharded_param = unsharded
+    if policy.param_dtype is None and any(parameter.param_dtype is not None for parameter in parameters):
+        raise UserError(
+            f"torch {installed('torch')} keeps the precision of FSDP2's shards where it cannot be set: evaluate the "
+            "saved checkpoint instead, or install a version that fire-llm is tested with: see docs/dependencies.md"
+        )
     return before

@@ -53,13 +53,9 @@ class HubParts:
 
     @cached_property
     def _pinned(self) -> str | None:
-        """The commit that a stream reads from its first part to its last, where the Hub can be asked for one."""
+        """The commit that is read from the first part to the last, where the Hub can be asked for one."""
         given = self.revision or self.spec.revision
-        if (
-            not self.spec.streaming
-            or Path(str(self.spec.dataset)).exists()
-            or re.fullmatch("[0-9a-f]{40}", given or "")
-        ):
+        if Path(str(self.spec.dataset)).exists() or re.fullmatch("[0-9a-f]{40}", given or ""):
             return given
         settle_hub()
         from huggingface_hub import HfApi

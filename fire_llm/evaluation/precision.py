@@ -135,10 +135,10 @@ def _gathered_as_stored(model: nn.Module) -> Iterator[None]:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     make_current(model)
-    buffers = [set_fsdp2_policy(state, MixedPrecisionPolicy()) for state in states]
+    held = [set_fsdp2_policy(state, MixedPrecisionPolicy()) for state in states]
     try:
         yield
     finally:
         make_current(model)
-        for state, policy, before in zip(states, policies, buffers, strict=True):
+        for state, policy, before in zip(states, policies, held, strict=True):
             set_fsdp2_policy(state, policy, before)

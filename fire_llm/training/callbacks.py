@@ -6,12 +6,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import PretrainedConfig, TrainerCallback
 
+from fire_llm.architectures.modules import Kernels, SplitLike
 from fire_llm.core.atomic import write_json
 from fire_llm.core.errors import UserError
 from fire_llm.models import fresh_model
 from fire_llm.resets import ResetReport, ResetsLike, apply_reset, parse_resets
+from fire_llm.resets.apply import LayoutName, module_layout
 from fire_llm.resets.spec import ResetSpec, refuse_kinds
 from fire_llm.training.beginning import Beginning
 from fire_llm.training.gradients import gather_gradient
@@ -20,9 +22,20 @@ from fire_llm.training.sharding import load_optimizer, refuse_engines
 
 
 def initial_model(resets: Sequence[ResetSpec], given: Any, config: Any, seed: int) -> Any:
-    """Return the initial weights for some resets: those given, else, where one of them wants any, newly drawn ones."""
-    wanted = given is None and any(reset.needs_initial for reset in resets)
-    return fresh_model(config, seed) if wanted else given
+    """Return the initial weights for some resets: those given, else, where one of them wants any, newly drawn ones.
+
+    Raises:
+        UserError: They are wanted and not given, and there is no config of transformers' to draw them from.
+    """
+    wanted = next((reset.method for reset in resets if reset.needs_initial), None)
+    if given is not None or wanted is None:
+        return given
+    if not isinstance(config, PretrainedConfig):
+        raise UserError(
+            f"initial: {wanted} needs the initial weights, and this model has no config to draw them from: give "
+            "initial=, a copy of the model from before training"
+        )
+    return fresh_model(config, seed)
 
 
 class ResetCallback(TrainerCallback):
@@ -40,6 +53,9 @@ class ResetCallback(TrainerCallback):
         report_file: Where to write the report as JSON.
         spectra: Whether the report holds singular values.
         training: What other callbacks do during training, for the report.
+        layout: `modules` for a model that is no language model of transformers: see `apply_reset`, like the next two.
+        split: Weights that hold several matrices.
+        kernels: What a convolution is.
         **options: Options of the method, where `resets` is its name: `ResetCallback("fire", iterations=10)`.
 
     Raises:
@@ -57,9 +73,14 @@ class ResetCallback(TrainerCallback):
         report_file: str | Path | None = None,
         spectra: bool = False,
         training: ResetsLike = (),
+        layout: LayoutName = "transformers",
+        split: SplitLike | None = None,
+        kernels: Kernels = "positions",
         **options: Any,
     ) -> None:
-        self.resets = parse_resets(resets, options)
+        modules = module_layout(layout, split, kernels) is not None
+        self.layout: dict[str, Any] = {"layout": layout, "split": split, "kernels": kernels}
+        self.resets = parse_resets(resets, options, modules=modules)
         refuse_kinds(self.resets)
         self.training = parse_resets(training)
         self.at_steps = frozenset(at_steps)
@@ -109,11 +130,13 @@ class ResetCallback(TrainerCallback):
 
     def _apply(self, args: Any, model: Any = None, optimizer: Any = None, **_: Any) -> None:
         seed = args.seed if self.seed is None else self.seed
-        initial = initial_model(self.resets, self.initial, model.config, seed)
+        initial = initial_model(self.resets, self.initial, getattr(model, "config", None), seed)
         gathering = self._trainer is not None and any(r.needs_gradient for r in self.resets)
         if gathering:
             gather_gradient(self._trainer, self.resets)
-        report = apply_reset(model, self.resets, initial=initial, optimizer=optimizer, spectra=self.spectra)
+        report = apply_reset(
+            model, self.resets, initial=initial, optimizer=optimizer, spectra=self.spectra, **self.layout
+        )
         if gathering:
             model.zero_grad()
         report.training = self.training

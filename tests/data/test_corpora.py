@@ -26,6 +26,7 @@ from fire_llm.data import builtin, extract
 from fire_llm.data.builtin import Builtin
 from fire_llm.data.cache import content_hashes
 from fire_llm.data.corpora import CORPORA, CorpusSpec, held_out, resolve
+from fire_llm.data.hub import HubParts
 
 ALL = {"holdout": 0.0}
 
@@ -364,6 +365,23 @@ def test_wikitext_uses_its_published_split_and_leaves_empty_rows_out(hub: Simple
     assert sorted(corpus.documents("train")) == [" = A = \n", "text\n"]
     assert list(corpus.documents("validation")) == ["v\n"]
     assert hub.calls == [(("Salesforce/wikitext", "wikitext-103-raw-v1"), {"revision": None})]
+
+
+def test_every_process_reads_the_commit_that_the_first_one_saw(hub: SimpleNamespace, monkeypatch) -> None:
+    """The Hub moves on between two processes: the second is told the commit and asks for nothing."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: SimpleNamespace(sha=commits.pop()))
+    hub.result = {"train": FakeRows(text=["one", "two"])}
+    for streaming in (None, True):
+        commits = ["a" * 40]
+        first = resolve("user/data", CorpusSpec(revision="main", holdout=0, streaming=streaming))
+        assert list(first.documents("train")) and list(first.documents("validation")) == []
+        told = json.loads(json.dumps(first.parts.described()))
+        assert list(HubParts.restored(told).read("train"))
+        options = {"streaming": True} if streaming else {}
+        assert hub.calls == 2 * [(("user/data", None), {"revision": "a" * 40, **options})]
+        hub.calls.clear()
 
 
 def test_openwebtext_and_a_set_holdout_hold_out_by_hash(hub: SimpleNamespace) -> None:

@@ -455,7 +455,7 @@ def test_the_kernel_compiles_for_an_h100(monkeypatch, tmp_path, dtype):
     types = {"logits": f"*{name}", "targets": "*i64", "out": "*fp64", "stride": "i32"}
     constants = {"SIZE": 50_304, "BLOCK": 4096}
     source = compiler.ASTSource(kernels.kernel(), types | dict.fromkeys(constants, "constexpr"), constants)
-    made = compiler.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    made = compiler.compile(source, target=GPUTarget("cuda", 90, 32), options=kernels.OPTIONS)
     assert made.asm["cubin"] and "ex2.approx" not in made.asm["ptx"]
 
 

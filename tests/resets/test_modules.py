@@ -9,6 +9,7 @@ import copy
 import re
 import warnings
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from support.models import tiny_gpt2
 from support.ranks import run_ranks
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+from transformers import Trainer, TrainingArguments
 
-from fire_llm import UserError, apply_reset, fire_, module_matrices, register_layout, register_reset
+from fire_llm import ResetCallback, UserError, apply_reset, fire_, module_matrices, register_layout, register_reset
 from fire_llm.architectures.lookup import REGISTERED
 from fire_llm.architectures.modules import ModuleLayout, module_slices
 from fire_llm.resets import RESETS, ResetSpec
@@ -706,3 +708,61 @@ def test_replicas_and_shards_end_as_one_process(tmp_path) -> None:
 def test_one_row_a_kernel_keeps_a_report_small() -> None:
     rows = [TensorReport.of(s) for s in module_slices(seeded(ResNet), ModuleLayout(), buffers=False) if s.kernel]
     assert len(rows) == 7
+
+
+class Classifier(nn.Module):
+    """A network that is none of transformers', with a loss as `Trainer` wants it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.Linear(24, 3)
+
+    def forward(self, pixels: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.head(self.norm(self.conv(pixels)).relu().flatten(1))
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def trained(network: nn.Module, folder: Path, callback: ResetCallback, **options) -> Trainer:
+    images = torch.randn(32, 1, 4, 4, generator=torch.Generator().manual_seed(3))
+    rows = [{"pixels": image, "labels": i % 3} for i, image in enumerate(images)]
+    arguments = TrainingArguments(
+        str(folder), max_steps=4, per_device_train_batch_size=8, save_strategy="no", report_to=[], disable_tqdm=True,
+        use_cpu=True, logging_strategy="no", dataloader_pin_memory=False, **options,
+    )  # fmt: skip
+    trainer = Trainer(network, arguments, train_dataset=rows, callbacks=[callback])
+    trainer.train()
+    return trainer
+
+
+def test_any_network_is_reset_inside_of_a_trainer(tmp_path):
+    """At the start and after a step: what `apply_reset` would do by itself, moments cleared, training going on."""
+    initial = Classifier()
+    network = copy.deepcopy(initial)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(3)
+    alone = copy.deepcopy(network)
+    apply_reset(alone, "paper-dqn", layout="modules", initial=initial)
+    callback = ResetCallback("paper-dqn", layout="modules", initial=initial)
+    trained(network, tmp_path, callback, learning_rate=0.0)
+    assert all(same(a, b, 0) for a, b in zip(alone.parameters(), network.parameters(), strict=True))
+    assert {t.parameter for t in callback.reports[0].touched} == {"conv.weight", "head.weight", "head.bias"}
+
+    seen = []
+
+    class Watch(ResetCallback):
+        def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+            super().on_step_end(args, state, control, model=model, optimizer=optimizer, **kwargs)
+            kept = {name for name, parameter in model.named_parameters() if parameter in optimizer.state}
+            seen.append((state.global_step, kept))
+
+    trained(Classifier(), tmp_path, Watch("fire", layout="modules", at_steps=[2], iterations=10))
+    every = {name for name, _ in network.named_parameters()}
+    assert seen == [(1, every), (2, every - {"conv.weight", "head.weight"}), (3, every), (4, every)]
+
+
+def test_a_callback_says_what_it_needs_for_a_network_of_its_own(tmp_path):
+    with pytest.raises(UserError, match=r"split: read with layout='modules' alone"):
+        ResetCallback("fire", split={"qkv": 3})
+    with pytest.raises(UserError, match="this model has no config to draw them from: give initial="):
+        trained(Classifier(), tmp_path, ResetCallback("full_reset", layout="modules"))

@@ -100,7 +100,7 @@ ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 SECTIONS = {**ROPE, "mrope_section": [2, 2, 4]}  # before 5.18 the default ones are those of wider heads
 HALF = {**ROPE, "partial_rotary_factor": 0.5}
 MLA = """axk1 axk2 bailing_hybrid deepseek_v2 deepseek_v3 deepseek_v32 dots3_note_text glm4_moe_lite glm_moe_dsa
-    kimi_linear minicpm3 youtu hy_v4 longcat_flash"""
+    kimi_linear minicpm3 sarvam_mla youtu hy_v4 longcat_flash"""
 QSA = {f"indexer_{n}": v for n, v in dict(n_heads=2, kv_heads=1, head_dim=16, budget=8, compress_ratio=2).items()}
 QWEN4 = dict(
     QSA,
@@ -118,6 +118,7 @@ HYBRID = ["linear_attention", "full_attention"]
 _OPTIONS: dict[str, dict[str, Any]] = {
     **{name: {"num_key_value_heads": 4} for name in MLA.split()},
     "longcat_flash": {"num_key_value_heads": 4, "head_dim": 8},
+    "apertus1p5_text": {"rope_parameters": ROPE},
     "blt": {"encoder_hash_byte_group_size": [3, 4], "encoder_hash_byte_group_vocab": 60},
     "blt_global_transformer": {"head_dim": 12},
     "blt_local_decoder": {"head_dim": 12},
@@ -147,6 +148,10 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "hidden_size": 48,
     },
     "flint": {"mlp_only_layers": [0]},
+    "dory": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        **{"num_hidden_layers": 3, "n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
+    },
     "dots1": {"first_k_dense_replace": 1, "n_routed_experts": 4, "n_shared_experts": 2, "num_experts_per_tok": 2},
     "gemma3n_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -158,6 +163,11 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "helium": {"head_dim": 12},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
+    "inkling2_loop_text": {
+        "layer_types": ["hybrid_sliding", "hybrid_sliding", "hybrid", "hybrid"],
+        **{"num_hidden_layers": 4, "n_layers_per_attn_res_block": 1, "loop_num_passes": 2, "loop_gate_rank": 6},
+        **{"loop_layer_index_start": 1, "loop_layer_index_end": 3},
+    },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 0},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},

@@ -14,10 +14,10 @@ AXK1Experts AXK2Experts AfmoeExperts BailingHybridExperts BeamExperts Cohere2Moe
 DeepseekV32Experts DeepseekV3Experts DeepseekV4Experts Dots1Experts Dots3NoteExperts Ernie4_5_MoeExperts
 ExaoneMoeExperts FlexOlmoExperts FlintExperts Gemma4TextExperts Glm4MoeExperts Glm4MoeLiteExperts GlmMoeDsaExperts
 GraniteMoeExperts GraniteMoeHybridExperts GraniteMoeSWAExperts GraniteMoeSharedExperts HYV3Experts HYV4Experts
-HunYuanMoEV1Experts Inkling2Experts InklingExperts JambaExperts KimiLinearExperts Kolibri1Experts LagunaExperts
-Lfm2MoeExperts MellumExperts MiMoV2FlashExperts MiniMaxExperts MiniMaxM2Experts MiniMaxM3VLExperts MixtralExperts
-OlmoeExperts PhimoeExperts Qwen2MoeExperts Qwen3MoeExperts Qwen3NextExperts Qwen3_5MoeExperts Qwen4ExpTextExperts
-SolarOpenExperts ZayaExperts
+HunYuanMoEV1Experts Inkling2Experts Inkling2LoopExperts InklingExperts JambaExperts KimiLinearExperts Kolibri1Experts
+LagunaExperts LaraMiniExperts Lfm2MoeExperts MellumExperts MiMoV2FlashExperts MiniMaxExperts MiniMaxM2Experts
+MiniMaxM3VLExperts MixtralExperts OlmoeExperts PhimoeExperts Qwen2MoeExperts Qwen3MoeExperts Qwen3NextExperts
+Qwen3_5MoeExperts Qwen4ExpTextExperts SolarOpenExperts ZayaExperts
 """
 
 
@@ -121,10 +121,11 @@ TABLE = merge(
         AXK1MoE AXK2MoE AfmoeTokenChoiceRouter BailingHybridMoE BeamMoE Cohere2MoeSparseMoeBlock DeepseekV2Moe
         DeepseekV32MoE DeepseekV3MoE DeepseekV4SparseMoeBlock Dots1MoE Dots3NoteTextMoE Ernie4_5_MoeSparseMoeBlock
         ExaoneMoeSparseMoEBlock FlexOlmoSparseMoeBlock FlintSparseMoeBlock Glm4MoeLiteMoE Glm4MoeMoE GlmMoeDsaMoE
-        HYV3MoE HYV4MoE Inkling2SparseMoeBlock InklingMoE KimiLinearMoE Kolibri1SparseMoeBlock LagunaSparseMoeBlock
-        Lfm2MoeSparseMoeBlock MellumSparseMoeBlock MiMoV2FlashMoE MiniMaxM2SparseMoeBlock MiniMaxM3VLSparseMoeBlock
-        MiniMaxSparseMoeBlock MixtralSparseMoeBlock NemotronHMoE OlmoeSparseMoeBlock Qwen2MoeSparseMoeBlock
-        Qwen3MoeSparseMoeBlock Qwen3NextSparseMoeBlock Qwen3_5MoeSparseMoeBlock Qwen4ExpTextSparseMoeBlock SolarOpenMoE
+        HYV3MoE HYV4MoE Inkling2LoopSparseMoeBlock Inkling2SparseMoeBlock InklingMoE KimiLinearMoE
+        Kolibri1SparseMoeBlock LagunaSparseMoeBlock LaraMiniSparseMoeBlock Lfm2MoeSparseMoeBlock MellumSparseMoeBlock
+        MiMoV2FlashMoE MiniMaxM2SparseMoeBlock MiniMaxM3VLSparseMoeBlock MiniMaxSparseMoeBlock MixtralSparseMoeBlock
+        NemotronHMoE OlmoeSparseMoeBlock Qwen2MoeSparseMoeBlock Qwen3MoeSparseMoeBlock Qwen3NextSparseMoeBlock
+        Qwen3_5MoeSparseMoeBlock Qwen4ExpTextSparseMoeBlock SolarOpenMoE
         """,
     ),
     entries(

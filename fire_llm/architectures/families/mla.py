@@ -8,7 +8,7 @@ from fire_llm.architectures.grammar import Part, entries, merge
 
 TYPES = """
 axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 dots3_note dots3_note_text glm4_moe_lite glm_moe_dsa hy_v4
-longcat_flash minicpm3 youtu
+longcat_flash minicpm3 sarvam_mla youtu
 """
 
 CLASSES = """

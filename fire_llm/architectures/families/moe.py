@@ -7,7 +7,7 @@ from fire_llm.architectures.grammar import Part, entries, merge
 TYPES = """
 afmoe aria_text beam cohere2_moe dbrx dots1 ernie4_5_moe exaone_moe flex_olmo flint gemma4_text glm4_moe gpt_oss
 granitemoe granitemoe_swa granitemoeshared hunyuan_v1_moe hy_v3 jetmoe kolibri1 laguna llama4 llama4_text mellum
-mimo_v2_flash minimax_m2 minimax_m3_vl_text mixtral olmoe phimoe qwen2_moe qwen3_moe solar_open zaya
+mimo_v2_flash minimax_m2 minimax_m3_vl_text mixtral olmoe phimoe qwen2_moe qwen3_moe sarvam_moe solar_open zaya
 """
 
 TABLE = merge(

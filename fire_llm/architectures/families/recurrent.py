@@ -7,11 +7,11 @@ from typing import Any
 from fire_llm.architectures.grammar import Part, entries, merge
 
 TYPES = """
-bailing_hybrid kimi_linear lfm2 lfm2_moe lfm3 minimax olmo_hybrid qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text
-qwen3_next qwen4_exp qwen4_exp_text recurrent_gemma rwkv xlstm
+bailing_hybrid kimi_linear lara_mini lfm2 lfm2_moe lfm3 minimax olmo_hybrid qwen3_5 qwen3_5_moe qwen3_5_moe_text
+qwen3_5_text qwen3_next qwen4_exp qwen4_exp_text recurrent_gemma rwkv xlstm
 """
 
-GATED_DELTA = "Qwen3_5GatedDeltaNet Qwen3_5MoeGatedDeltaNet Qwen4ExpTextGatedDeltaNet"
+GATED_DELTA = "LaraMiniGatedDeltaNet Qwen3_5GatedDeltaNet Qwen3_5MoeGatedDeltaNet Qwen4ExpTextGatedDeltaNet"
 GATED_QUERY = "Qwen3NextAttention Qwen3_5Attention Qwen3_5MoeAttention Qwen4ExpTextAttention"
 SHORT_CONV = "Lfm2MoeShortConv Lfm2ShortConv Lfm3ShortConv"
 
@@ -100,11 +100,16 @@ TABLE = merge(
         "mlp",
         "gate_proj up_proj down_proj",
         """
-        BailingHybridMLP KimiLinearMLP Qwen3NextMLP Qwen3_5MLP Qwen3_5MoeMLP Qwen4ExpTextMLP RecurrentGemmaMlp
+        BailingHybridMLP KimiLinearMLP LaraMiniMLP Qwen3NextMLP Qwen3_5MLP Qwen3_5MoeMLP Qwen4ExpTextMLP
+        RecurrentGemmaMlp
         """,
     ),
     entries("mlp", "w1 w2 w3", "Lfm2MLP Lfm2MoeMLP Lfm3MLP"),
-    entries("attention", "q_proj k_proj v_proj o_proj", "MiniMaxAttention RecurrentGemmaAttention Lfm3Attention"),
+    entries(
+        "attention",
+        "q_proj k_proj v_proj o_proj",
+        "LaraMiniAttention Lfm3Attention MiniMaxAttention RecurrentGemmaAttention",
+    ),
     entries("attention", "q_proj k_proj v_proj out_proj", "Lfm2Attention Lfm2MoeAttention"),
     # One number a head.
     entries("other", "g_proj", "Lfm3Attention"),
