@@ -123,6 +123,12 @@ def class_of(module: nn.Module) -> type:
     )
 
 
+def in_adapter(location: Location) -> bool:
+    """Return whether a parameter belongs to a layer of PEFT's, or has a name that adapters of LoRA have."""
+    kinds = (kind.__name__ for module in location.ancestors for kind in type(module).__mro__)
+    return "BaseTunerLayer" in kinds or any(step.startswith("lora_") for step in location.name.split("."))
+
+
 def refusal(kind: str, unknown: list[tuple[Location, tuple[int, ...]]]) -> str:
     """Return the message about weights without a layout: the first in full, the others by name, and what to do.
 
@@ -137,7 +143,7 @@ def refusal(kind: str, unknown: list[tuple[Location, tuple[int, ...]]]) -> str:
     also = f" Also unknown: {', '.join(pairs[:5])}{' and more' if len(pairs) > 5 else ''}." if pairs else ""
     if others:
         also += f" Registered for {block}: {', '.join(others)}."
-    if any(step.startswith(("lora_", "base_layer")) for s, _ in unknown for step in s.name.split(".")):
+    if any(in_adapter(s) for s, _ in unknown):
         return (
             f"{kind}: '{location.name}' belongs to an adapter, whose product is added to weights that stay as they "
             "are. Reset the base before the adapter is put on it: fire_(model), then get_peft_model(model, config). "

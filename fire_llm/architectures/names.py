@@ -57,10 +57,8 @@ def plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def plain_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the buffers of an unwrapped model that a checkpoint holds, each under its first plain name."""
-    seen: set[Tensor] = set()
+    """Yield the buffers of an unwrapped model that a checkpoint holds, under every plain name."""
     for owner, module in plain_modules(model).items():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set and buffer not in seen:
-                seen.add(buffer)
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            if name not in module._non_persistent_buffers_set:
                 yield f"{owner}.{name}" if owner else name, buffer

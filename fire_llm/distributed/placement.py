@@ -86,14 +86,22 @@ class Block:
         return self.tensor.element_size() * math.prod(self.shape)
 
 
-def is_sharded(value: Any) -> bool:
-    """Return whether a value is a tensor of which each rank holds its part."""
+def is_dtensor(value: Any) -> bool:
+    """Return whether a value is a DTensor, of which each rank holds its part, or one copy of all."""
     return hasattr(value, "placements")
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Return whether this rank holds only a part of a tensor."""
+    return is_dtensor(tensor) and any(
+        tensor.device_mesh.size(dim) > 1 and not placement.is_replicate()
+        for dim, placement in enumerate(tensor.placements)
+    )
 
 
 def local_part(tensor: Any) -> Tensor:
     """Return what this rank holds of a tensor, outside autograd."""
-    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    part: Tensor = tensor.to_local() if is_dtensor(tensor) else tensor
     return part.detach()
 
 

@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from fire_llm.architectures.context import choose_context
 from fire_llm.core.errors import UserError
-from fire_llm.distributed import fsdp_modules, is_sharded
+from fire_llm.distributed import fsdp_modules, is_dtensor
 from fire_llm.evaluation.precision import attention_among, evaluating, own_precision
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Network:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.sharded = bool(fsdp_modules(model)) or any(map(is_sharded, model.parameters()))
+        self.sharded = bool(fsdp_modules(model)) or any(map(is_dtensor, model.parameters()))
         named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self._tensors = {} if self.sharded else {name: _fine(tensor) for name, tensor in named.items()}
         self.trained = [tensor for tensor in self._tensors.values() if tensor.requires_grad]

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.parameter import UninitializedParameter
 
 from fire_llm.architectures.lookup import class_of
+from fire_llm.architectures.matrices import refuse_uninitialised
 from fire_llm.architectures.names import unwrap
 from fire_llm.core.errors import UserError, did_you_mean
+from fire_llm.resets.memory import refuse_memory
 from fire_llm.resets.renewal import Renewal, UnitLayer, generator
 from fire_llm.resets.spec import ResetSpec, parse_resets, refuse_kinds
 
@@ -83,6 +84,8 @@ def named_layers(model: nn.Module, hidden: Iterable[Sequence[str]]) -> list[Modu
         names = [layer.name.split(" → ")[which] for layer in layers]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise UserError(f"hidden: '{twice}' {'writes' if which == 0 else 'reads'} units of two layers: name one")
+    slots = [slot for layer in layers for slot in (*layer.incoming, layer.outgoing)]
+    refuse_memory(slots, slots)
     return layers
 
 
@@ -102,7 +105,7 @@ def _layer(model: nn.Module, names: Sequence[str]) -> ModuleLayer:
     weight: Any = writer.weight
     units = weight.shape[0]
     incoming = [UnitSlot(f"{first}.weight", weight, (units, math.prod(weight.shape[1:])))]
-    if writer.bias is not None:
+    if writer.bias is not None and writer.bias.requires_grad:
         incoming.append(UnitSlot(f"{first}.bias", writer.bias, (units, 1)))
     for name, between in modules[1:-1]:
         incoming += _rows_of(name, between, units)
@@ -119,21 +122,28 @@ def _check_weight(name: str, module: nn.Module) -> None:
     weight = module._parameters.get("weight")
     if weight is None:
         raise UserError(f"hidden: the weight of '{name}' is computed at each pass, so what is written to it is lost")
-    if isinstance(weight, UninitializedParameter):
-        raise UserError(f"hidden: '{name}' is not initialised yet (a lazy module): run one forward pass first")
+    refuse_uninitialised(weight, f"{name}.weight")
     if not weight.requires_grad:
         raise UserError(f"hidden: '{name}' is frozen: leave it out, or call requires_grad_(True) first")
 
 
 def _rows_of(name: str, module: nn.Module, units: int) -> list[UnitSlot]:
-    """Return what a norm holds of each unit: scale, shift and statistics."""
-    held = [(key, t) for key, t in (*module.named_parameters(), *module.named_buffers()) if t.ndim]
+    """Return what a norm holds of each unit and is not frozen: scale, shift, and statistics unless all of it is."""
+    parameters, buffers = [*module.named_parameters()], [*module.named_buffers()]
+    for key, tensor in (*parameters, *buffers):
+        refuse_uninitialised(tensor, f"{name}.{key}")
+    held = [(key, t) for key, t in (*parameters, *buffers) if t.ndim]
     if not hasattr(module, "reset_parameters") or any(t.shape[:1] != (units,) for _, t in held):
         raise UserError(
             f"hidden: '{name}' is a {class_of(module).__name__} between the two, and does not hold one number for each "
             f"of {units} units: name norms only"
         )
-    return [UnitSlot(f"{name}.{key}", t, (units, math.prod(t.shape[1:]))) for key, t in held]
+    trained = not parameters or any(p.requires_grad for _, p in parameters)
+    return [
+        UnitSlot(f"{name}.{key}", t, (units, math.prod(t.shape[1:])))
+        for key, t in held
+        if (t.requires_grad if isinstance(t, nn.Parameter) else trained)
+    ]
 
 
 def _outgoing(name: str, reader: Any, units: int, writer: nn.Module) -> UnitSlot:

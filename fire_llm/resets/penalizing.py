@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fire_llm.architectures.matrices import ParameterSlice
 from fire_llm.architectures.modules import Kernels, SplitLike
 from fire_llm.core.errors import UserError
-from fire_llm.distributed import is_sharded, local_part, placed_like
+from fire_llm.distributed import is_dtensor, local_part, placed_like
 from fire_llm.resets.apply import LayoutName, module_layout
 from fire_llm.resets.methods import RESETS
 from fire_llm.resets.plan import Plan
@@ -80,6 +80,8 @@ class Penalties:
         for slice_, act, beside in self._terms:
             if slice_.tensor.grad is None:
                 slice_.tensor.grad = torch.zeros_like(slice_.tensor)
+            elif slice_.tensor.grad.is_sparse:  # of an embedding; a penalty concerns each of its rows
+                slice_.tensor.grad = slice_.tensor.grad.to_dense()
             held, slope = (replace(slice_, tensor=local_part(t)) for t in (slice_.tensor, slice_.tensor.grad))
             slope.write_(slope.read().add(act(held.read(), *beside), alpha=scale))
 
@@ -94,7 +96,7 @@ def _given(plan: Plan, spec: ResetSpec) -> list[ParameterSlice]:
     for parameter, slices in groupby(plan.slices, attrgetter("parameter")):
         own = [(slice_, spec.why_not(slice_) is None) for slice_ in slices]
         chosen = [slice_ for slice_, wanted in own if wanted]
-        if chosen and is_sharded(chosen[0].tensor):
+        if chosen and is_dtensor(chosen[0].tensor):
             if not RESETS[spec.method].elementwise or len(chosen) < len(own):
                 raise UserError(
                     f"'{spec.method}' needs the matrices of '{parameter}' whole, and FSDP2 shards them: train replicas"
@@ -106,6 +108,6 @@ def _given(plan: Plan, spec: ResetSpec) -> list[ParameterSlice]:
 
 def _placed(whole: Tensor, slice_: ParameterSlice) -> Tensor:
     """Return the part of a whole parameter that a slice stands for, where and as the slice is."""
-    if is_sharded(slice_.tensor):
+    if is_dtensor(slice_.tensor):
         return local_part(placed_like(slice_.tensor, whole.detach()))
     return replace(slice_, tensor=whole).read().to(slice_.tensor, copy=True)  # `initial` may be the model itself

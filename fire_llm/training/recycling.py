@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from fire_llm.architectures.hidden_layers import HiddenLayer, hidden_layers
 from fire_llm.architectures.names import plain_parameters, unwrap
 from fire_llm.core.errors import UserError
-from fire_llm.distributed import fsdp_modules, is_sharded
+from fire_llm.distributed import fsdp_modules, is_dtensor
 from fire_llm.models import fresh_model
 from fire_llm.resets import ResetSpec, parse_resets
 from fire_llm.resets.plan import slices_of
@@ -96,7 +96,7 @@ class RecyclingCallback(TrainerCallback):
         """Find the units, the scales at which they are drawn, and what a checkpoint kept; hook into the model."""
         if self.work is not None:
             self.work.unhook()
-        if fsdp_modules(model) or any(map(is_sharded, model.parameters())) or args.n_gpu > 1:
+        if fsdp_modules(model) or any(map(is_dtensor, model.parameters())) or args.n_gpu > 1:
             raise UserError(
                 f"'{self.spec.method}' needs whole weights, which FSDP2 shards and DataParallel copies: train "
                 "replicas, one process a device"

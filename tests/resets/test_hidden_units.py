@@ -164,6 +164,26 @@ def test_moments_are_cleared_and_a_resumed_loop_ends_as_one_that_was_not_cut_off
     assert not optimizer.state[model.bn1.weight]["exp_avg_sq"][2] and optimizer.state[model.bn1.weight]["exp_avg_sq"][1]
 
 
+@pytest.mark.parametrize(
+    ("frozen", "stay"),
+    [
+        (("bn1",), {"bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var"}),
+        (("bn1.weight", "conv1.bias"), {"bn1.weight", "conv1.bias"}),
+    ],
+)
+def test_what_is_frozen_stays(frozen, stay):
+    model = net()
+    for name, p in model.named_parameters():
+        p.requires_grad_(not name.startswith(frozen))
+    model.train()(images())
+    before = copy.deepcopy(model.state_dict())
+    recycling = Recycling(model, "redo", hidden=HIDDEN[:1])
+    recycling._work.renew({0: torch.arange(6)}, 1, torch.optim.SGD(model.parameters()))
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    whole = {"conv1.weight", "conv1.bias", "conv2.weight"}
+    assert moved == (whole | {f"bn1.{key}" for key in ("weight", "bias", "running_mean", "running_var")}) - stay
+
+
 def test_what_is_measured_in_evaluation_does_not_count_and_hooks_can_be_taken_out():
     model = net()
     recycling = Recycling(model, {"method": "redo", "every": 1, "threshold": 0.0}, hidden=HIDDEN)
@@ -247,6 +267,20 @@ def test_penalties_add_the_gradient_of_what_autograd_adds(given):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-6, atol=1e-9)
 
 
+def test_sparse_gradients_are_added_to_as_dense_ones():
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model, initial = (nn.Sequential(nn.Embedding(5, 3, sparse=sparse), nn.Linear(3, 2)) for _ in range(2))
+        penalties = Penalties(model, "l2_init", initial=initial, layout="modules")
+        for _ in range(2):
+            model(torch.tensor([1, 3, 3])).sum().backward()
+            penalties.add_()
+        found.append([p.grad.clone() for p in model.parameters()])
+    for dense, other in zip(*found, strict=True):
+        torch.testing.assert_close(dense, other)
+
+
 def test_penalties_refuse_what_is_none_and_initial_weights_that_are_missing():
     with pytest.raises(UserError, match="'fire' acts on weights, once"):
         Penalties(net(), "fire", layout="modules")
@@ -276,6 +310,42 @@ def test_injection_computes_what_the_network_did_and_trains_the_new_head_alone()
     x = torch.randn(2, 8)
     by_hand = F.linear(x, old.weight + injected.new.weight - injected.drawn.weight)
     torch.testing.assert_close(injected(x) - injected(torch.zeros(2, 8)), by_hand)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        self.head.weight = self.words.weight
+        self.again = self.head
+
+    def forward(self, tokens):
+        return self.head(self.words(tokens))
+
+
+def test_a_tied_head_is_untied_and_its_embedding_learns():
+    model, tokens = Tied(), torch.arange(7)
+    before = model(tokens).detach()
+    with pytest.warns(UserWarning, match=r"'head' shares 'words\.weight' with the rest of the model"):
+        injected = inject_plasticity_(model, "head")
+    assert model.again is model.head is injected
+    torch.testing.assert_close(model(tokens).detach(), before)
+    model(tokens).square().sum().backward()
+    assert model.words.weight.grad.any() and not injected.old.weight.requires_grad
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    assert not torch.equal(model.words.weight, injected.old.weight)
+
+
+def test_a_second_injection_freezes_the_head_that_learned():
+    model = net()
+    first = inject_plasticity_(model, "fc2", seed=1)
+    with torch.no_grad():
+        first.new.weight.add_(1)
+    before = model(images()).detach()
+    second = inject_plasticity_(model, "fc2", seed=2)
+    torch.testing.assert_close(model(images()).detach(), before)
+    trained = {name for name, p in second.named_parameters() if p.requires_grad}
+    assert second.old is first and trained == {"new.weight", "new.bias"}
 
 
 def test_injection_refuses_what_it_cannot_draw():
