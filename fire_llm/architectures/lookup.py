@@ -73,7 +73,7 @@ class Lookup:
         heads = list(head) if isinstance(head, nn.ModuleList) else [head]
         if class_of(model).__module__.startswith("transformers."):
             heads += [self._modules.get(name) for name in _CLASSIFIERS]
-        self._heads = [unwrap(one) for one in heads if one is not None]
+        self._heads = [unwrap(one) for one in heads if isinstance(one, nn.Module)]
 
     def location(self, name: str) -> Location:
         """Find the block and the child path of a parameter."""

@@ -23,6 +23,8 @@ from fire_llm.core.errors import UserError, did_you_mean
 
 Kernels = Literal["positions", "flattened"]
 KERNELS = ("positions", "flattened")
+MOST_PARTS = 1 << 20
+"""Of one weight: more than any has rows."""
 SplitLike = Mapping[str, int | Sequence[PartLike]]
 
 FUSED = re.compile(r"(^|[._])(w?qkv|w?kv|qkvz?|in_proj|c_attn|query_key_value|gate_up_proj)(_proj)?$", re.IGNORECASE)
@@ -101,7 +103,7 @@ class ModuleLayout:
 
 def _named(given: Any) -> tuple[PartLike, ...]:
     """Return the parts that a split gives; none where it is not allowed."""
-    if isinstance(given, int) and not isinstance(given, bool):
+    if isinstance(given, int) and not isinstance(given, bool) and given <= MOST_PARTS:
         return tuple(str(n) if given > 1 else "" for n in range(given))
     parts: list[PartLike] = []
     for part in given if isinstance(given, (list, tuple)) else ():

@@ -8,8 +8,11 @@ and reports speak of `layers.0.mlp.up_proj.weight`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
+
+from fire_llm.core.errors import UserError
 
 STEPS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Attributes that hold what torch.compile, activation checkpointing and FSDP1 wrap; no model has such names itself."""
@@ -24,8 +27,27 @@ def _inner(module: nn.Module) -> str | None:
     return next((step for step in STEPS if isinstance(own.get(step), nn.Module)), None)
 
 
+def refuse_no_module(model: Any) -> None:
+    """Refuse what is given in the place of a model.
+
+    Raises:
+        UserError: It is no torch module, but a path, a state_dict or the like.
+    """
+    if not isinstance(model, nn.Module):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise UserError(
+            f"model: {kind} is given, and a torch module is wanted: load it first. (A checkpoint on the disk is reset "
+            "by reset_checkpoint, or `fire-llm apply`)"
+        )
+
+
 def unwrap(model: nn.Module) -> nn.Module:
-    """Peel what DistributedDataParallel, DataParallel, torch.compile and the like put around a model."""
+    """Peel what DistributedDataParallel, DataParallel, torch.compile and the like put around a model.
+
+    Raises:
+        UserError: It is no torch module.
+    """
+    refuse_no_module(model)
     while (step := _inner(model)) is not None:
         model = getattr(model, step)
     return model

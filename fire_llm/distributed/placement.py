@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fire_llm.architectures.matrices import ParameterSlice
+from fire_llm.architectures.names import refuse_no_module
 from fire_llm.core.errors import ENGINES, UserError
 from fire_llm.distributed.agree import active
 from fire_llm.distributed.balance import cost
@@ -169,8 +170,9 @@ def refuse_engines(model: nn.Module, optimizer: Any = None) -> None:
     """Refuse what keeps weights where a reset cannot reach them.
 
     Raises:
-        UserError: For FSDP1 and DeepSpeed, with what to use.
+        UserError: For FSDP1 and DeepSpeed, with what to use, and for what is no torch module.
     """
+    refuse_no_module(model)
     classes = {kind for module in model.modules() for kind in type(module).__mro__}
     fsdp1 = any(c.__name__ == "FullyShardedDataParallel" and c.__module__.startswith("torch.") for c in classes)
     if fsdp1 or any(type(p).__name__ == "FlatParameter" for p in model.parameters()):

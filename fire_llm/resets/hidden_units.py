@@ -19,7 +19,7 @@ from fire_llm.architectures.lookup import class_of
 from fire_llm.architectures.matrices import refuse_uninitialised
 from fire_llm.architectures.names import unwrap
 from fire_llm.core.errors import UserError, did_you_mean
-from fire_llm.resets.memory import refuse_memory
+from fire_llm.resets.memory import refuse_memory, refuse_other_optimizer, refuse_replaced
 from fire_llm.resets.renewal import Renewal, UnitLayer, generator
 from fire_llm.resets.spec import ResetSpec, parse_resets, refuse_kinds
 
@@ -218,6 +218,7 @@ class Recycling:
         if unread := [key for key in ("roles", "include", "exclude", "layers") if key in given]:
             raise UserError(f"{unread[0]}: not read here, where `hidden` names the layers: leave it out")
         self.seed, self.steps = seed, 0
+        self._modules = dict(unwrap(model).named_modules())
         self._work = Renewal(spec, named_layers(unwrap(model), hidden), self._draw)
         self._work.begin(1)
         self._work.listen()
@@ -243,7 +244,13 @@ class Recycling:
 
         Returns:
             How many units were recycled.
+
+        Raises:
+            UserError: The optimizer is another model's, or the model holds other tensors than it did.
         """
+        slots = [slot for layer in self._work.layers for slot in (*layer.incoming, layer.outgoing)]
+        refuse_replaced(self._modules, slots)
+        refuse_other_optimizer(optimizer, slots)
         before = self.recycled
         self.steps += 1
         self._work.end(self.steps, optimizer)

@@ -1,15 +1,15 @@
-"""Refuse weights whose memory a reset would write twice, or cannot write: views, expanded and inference tensors."""
+"""Refuse weights whose memory a reset would write twice, cannot write, or would write in vain."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fire_llm.core.errors import UserError
-from fire_llm.distributed import local_part
+from fire_llm.distributed import is_dtensor, local_part
 
 _OWN = "p.data = p.data.clone()"
 
@@ -60,6 +60,42 @@ def same_memory(one: Held, other: Held) -> bool:
     """Return whether two tensors begin at one place of this machine's memory."""
     a, b = local_part(one.tensor), local_part(other.tensor)
     return _is_here(a) and _is_here(b) and a.data_ptr() == b.data_ptr()
+
+
+def refuse_replaced(modules: Mapping[str, nn.Module], held: Iterable[Held]) -> None:
+    """Refuse tensors that a model no longer holds: what is done to them would have no effect.
+
+    Args:
+        modules: Of the model, by name.
+        held: Parts of what it held.
+
+    Raises:
+        UserError: Naming the first.
+    """
+    for one in held:
+        path, _, attribute = one.parameter.rpartition(".")
+        if not is_dtensor(one.tensor) and getattr(modules[path], attribute, None) is not one.tensor:
+            raise UserError(
+                f"'{one.parameter}' is another tensor now, by load_state_dict(assign=True), a conversion of the model "
+                "or the like: make this anew, after it"
+            )
+
+
+def refuse_other_optimizer(optimizer: Any, held: Sequence[Held]) -> None:
+    """Refuse what is no optimizer, or one of another model, so that the moments of this one would stay.
+
+    Raises:
+        UserError: Naming a parameter that it does not train.
+    """
+    groups = getattr(optimizer, "param_groups", None)
+    if groups is None:
+        raise UserError(f"optimizer: a {type(optimizer).__name__} is given: give the one that trains the model")
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
+    if held and not any(id(one.tensor) in trained for one in held):
+        raise UserError(
+            f"optimizer: it trains none of the weights that are to be reset, such as '{held[0].parameter}': give the "
+            "one that trains this model, or make it anew from model.parameters()"
+        )
 
 
 def _is_here(part: Tensor) -> bool:

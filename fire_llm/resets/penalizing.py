@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from fire_llm.architectures.matrices import ParameterSlice
 from fire_llm.architectures.modules import Kernels, SplitLike
+from fire_llm.architectures.names import plain_modules, unwrap
 from fire_llm.core.errors import UserError
 from fire_llm.distributed import is_dtensor, local_part, placed_like
 from fire_llm.resets.apply import LayoutName, module_layout
+from fire_llm.resets.memory import refuse_replaced
 from fire_llm.resets.methods import RESETS
 from fire_llm.resets.plan import Plan
 from fire_llm.resets.spec import ResetsLike, ResetSpec, parse_resets
@@ -62,6 +64,7 @@ class Penalties:
         cut = module_layout(layout, split, kernels)
         specs = parse_resets(penalties, options, modules=cut is not None)
         plan = Plan.of(model, specs, initial, "penalty", layout=cut)
+        self._modules = plain_modules(unwrap(model))
         starts = {slice_.parameter: slice_.tensor for slice_ in plan.start.values()}
         self._terms: list[tuple[ParameterSlice, Callable[..., Tensor], list[Tensor]]] = []
         for spec in specs:
@@ -76,7 +79,11 @@ class Penalties:
 
         Args:
             scale: What the gradients are multiplied by at this point: that of a `GradScaler`, or 1.
+
+        Raises:
+            UserError: The model holds another parameter than it did.
         """
+        refuse_replaced(self._modules, (slice_ for slice_, *_ in self._terms))
         for slice_, act, beside in self._terms:
             if slice_.tensor.grad is None:
                 slice_.tensor.grad = torch.zeros_like(slice_.tensor)

@@ -13,7 +13,7 @@ from fire_llm.architectures.matrices import ROLES, ParameterSlice, buffer_slices
 from fire_llm.architectures.modules import ModuleLayout, is_fused, module_slices
 from fire_llm.core.errors import UserError
 from fire_llm.distributed import Block, blocks_of, is_sharded, make_current, refuse_engines
-from fire_llm.resets.memory import refuse_memory, same_memory
+from fire_llm.resets.memory import refuse_memory, refuse_other_optimizer, same_memory
 from fire_llm.resets.methods import RESETS, Kind
 from fire_llm.resets.presets import QUERY_OR_KEY
 from fire_llm.resets.report import Measures, Spectra, TensorReport, describe, fetch
@@ -128,6 +128,8 @@ class Plan:
             another = "the role conv" if plan.convolutions else "another role"
             raise UserError(f"{plan.idle(type(model).__name__)} Name {another}, or take back a pattern of exclude")
         plan._check_values()
+        if optimizer is not None:
+            refuse_other_optimizer(optimizer, [weight for weight in plan.wanted if not weight.buffer])
         return plan
 
     @property

@@ -248,6 +248,22 @@ def _spelt_out(one: str | Mapping[str, Any] | ResetSpec) -> Iterable[str | Mappi
     return PRESETS[name] if isinstance(name, str) and name in PRESETS else (one,)
 
 
+def _several(resets: Any) -> list[Any]:
+    """Return a list of resets.
+
+    Raises:
+        UserError: It is none, or holds what is no reset.
+    """
+    listed = [*resets] if isinstance(resets, Iterable) else [resets]
+    for one in listed:
+        if not isinstance(one, str | Mapping | ResetSpec):
+            raise UserError(
+                f"resets: {one!r} is not allowed: give a method's name, such as 'fire', {{'method': …, option: …}}, or "
+                "a list of these"
+            )
+    return listed
+
+
 def parse_resets(
     resets: ResetsLike, options: Mapping[str, Any] | None = None, *, modules: bool = False
 ) -> list[ResetSpec]:
@@ -270,7 +286,7 @@ def parse_resets(
             )
         specs = [ResetSpec.parse({"method": resets, **options}, modules=modules)]
     else:
-        many = [resets] if isinstance(resets, str | Mapping | ResetSpec) else list(resets)
+        many = [resets] if isinstance(resets, str | Mapping | ResetSpec) else _several(resets)
         many = [part for one in many for part in _spelt_out(one)] if modules else many
         specs = [ResetSpec.parse(r, modules=modules) for r in many]
     for spec in specs:
