@@ -187,6 +187,8 @@ class ParameterSlice:
     def _slot(self) -> Tensor:
         """Return the stored elements as a strided view, (groups, size, in) of a matrix, (k, …, groups, size, in)."""
         stored, spec = self.tensor.detach(), self.spec
+        if stored.layout != torch.strided:  # a copy, to be read: who writes refuses it
+            stored = stored.to_dense()
         if spec is None:
             return stored
         if spec.index is not None:

@@ -40,7 +40,10 @@ def refuse_memory(held: Iterable[Held], written: Sequence[Held]) -> None:
         UserError: Naming the tensor, or both.
     """
     for one in written:
-        if _is_here(part := local_part(one.tensor)):
+        part = local_part(one.tensor)
+        if part.layout != torch.strided:
+            raise UserError(f"'{one.parameter}' is stored as {part.layout}: make it dense, p.to_dense(), or exclude it")
+        if _is_here(part):
             _refuse_unwritable(one.parameter, part)
     targets, names = {id(one.tensor) for one in written}, {id(one.tensor): one.parameter for one in held}
     parts = {id(one.tensor): part for one in held if _is_here(part := local_part(one.tensor))}
@@ -100,7 +103,7 @@ def refuse_other_optimizer(optimizer: Any, held: Sequence[Held]) -> None:
 
 def _is_here(part: Tensor) -> bool:
     """Return whether a tensor is an ordinary one that holds numbers."""
-    return type(part) is Tensor and not part.is_meta and part.layout == torch.strided and part.numel() > 0
+    return type(part) is Tensor and part.layout == torch.strided and not part.is_meta and part.numel() > 0
 
 
 def _refuse_unwritable(name: str, tensor: Tensor) -> None:

@@ -184,13 +184,15 @@ class Plan:
         return [read for wanted, read in given if wanted]
 
     def _check_values(self) -> None:
-        """Refuse weights that are not there or not finite."""
-        for weight in self.wanted:
-            if weight.tensor.is_meta:
-                raise UserError(f"'{weight.name}' is on the meta device: load the weights before a reset")
-        for weight, finite in zip(self.wanted, all_finite(held(weight) for weight in self.wanted), strict=True):
-            if not finite:
-                raise UserError(not_finite(weight.name))
+        """Refuse weights, initial ones too, that are not there or not finite."""
+        start = [self.start[w.name] for w in self.wanted if self.start]
+        for whose, weights in (("", self.wanted), ("the initial ", start)):
+            for weight in weights:
+                if weight.tensor.is_meta:
+                    raise UserError(f"{whose}'{weight.name}' is on the meta device: load the weights before a reset")
+            for weight, finite in zip(weights, all_finite(held(weight) for weight in weights), strict=True):
+                if not finite:
+                    raise UserError(f"{whose}{not_finite(weight.name)}")
         read = list(self._read_by_gradient())
         gradients = all_finite(with_gradient(weight).read() for _, weight in read)
         for (spec, weight), finite in zip(read, gradients, strict=True):

@@ -85,13 +85,14 @@ def test_initial_weights_in_the_models_memory_are_the_models_own() -> None:
 
 
 UNWRITABLE = {
-    "expanded": (lambda: torch.randn(4, 1).expand(4, 4), "'0.weight' is expanded: several of its numbers are one"),
-    "windows": (lambda: torch.randn(7).unfold(0, 4, 1), "'0.weight' is expanded"),
+    "sparse": (lambda: torch.eye(4).to_sparse(), r"'0.weight' is stored as torch.sparse_coo: make it dense"),
+    "expanded": (lambda: torch.randn(4, 1).expand(4, 4), r"'0\.weight' is expanded: several of its numbers are one"),
+    "windows": (lambda: torch.randn(7).unfold(0, 4, 1), r"'0\.weight' is expanded"),
 }
 
 
 @pytest.mark.parametrize("how", UNWRITABLE)
-def test_expanded_weights_are_refused_by_name(how) -> None:
+def test_weights_that_cannot_be_written_are_refused_by_name(how) -> None:
     make, message = UNWRITABLE[how]
     model = pair(make(), torch.randn(4, 4))
     with pytest.raises(UserError, match=message):
@@ -99,6 +100,14 @@ def test_expanded_weights_are_refused_by_name(how) -> None:
     with pytest.raises(UserError, match=message):
         Recycling(model, "redo", hidden=[("0", "1")])
     assert [t.name for t in fire_(model, layout="modules", exclude=["^0"]).touched] == ["1.weight"]
+
+
+def test_a_sparse_buffer_is_read_and_left() -> None:
+    model = nn.Linear(3, 3)
+    model.register_buffer("graph", torch.eye(3).to_sparse())
+    assert {t.name: t.norm_after for t in fire_(model, layout="modules").untouched}["graph"] == pytest.approx(3**0.5)
+    with pytest.raises(UserError, match=r"'graph' is stored as torch\.sparse_coo"):
+        apply_reset(model, "full_reset", layout="modules", initial=copy.deepcopy(model))
 
 
 def test_weights_of_inference_mode_are_refused_outside_of_it_alone() -> None:
@@ -198,6 +207,23 @@ def test_initial_kernels_of_another_shape_are_another_architecture(given, initia
     shape = re.escape(str(tuple(given.weight.shape)))
     with pytest.raises(UserError, match=rf"the initial weights hold no 'weight' of shape {shape}: another arch"):
         apply_reset(given, method, layout="modules", initial=initial, kernels=kernels)
+
+
+@pytest.mark.parametrize("method", ["full_reset", "shrink_perturb"])
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda m: m[1].weight.data.fill_(float("nan")), r"the initial '1\.weight' holds NaN or infinity"),
+        (lambda m: m[1].to("meta"), r"the initial '1\.weight' is on the meta device: load the weights"),
+    ],
+)
+def test_initial_weights_that_are_no_numbers_are_refused_before_anything_is_done(spoil, says, method) -> None:
+    model, initial = (nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)) for _ in range(2))
+    before = copy.deepcopy(model.state_dict())
+    spoil(initial)
+    with pytest.raises(UserError, match=says):
+        apply_reset(model, method, layout="modules", initial=initial)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 class Flags(nn.Module):
