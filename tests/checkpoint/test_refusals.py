@@ -355,7 +355,7 @@ CONFIG = [
          settings(model_type="lama")),
     Case("model-type-a-list", r"'.*config.json' has \['llama'\] as model_type: a name", settings(model_type=["llama"])),
     Case("model-type-a-number", "'.*config.json' has 5 as model_type: a name such as", settings(model_type=5)),
-    Case("t5", r"'.*src': model_type 't5' is no causal language model\. Only what AutoModelForCausalLM loads .*, or a "
+    Case("t5", r"'.*src': model_type 't5' is no causal language model, and .*\. Only what AutoModelForCausalLM loads .*, or a "
          "class of transformers that config.json names in 'architectures'",
          settings(model_type="t5", architectures=["T5ForNothing"])),
     Case("another-class", r"the checkpoint lacks \d+ of the tensors of ViTForImageClassification",
@@ -610,6 +610,7 @@ OPTIONS = [
     asked("init-and-seed", "'full_reset' needs initial weights: give one of --init CHECKPOINT and --seed N",
           *RESET, "--init", "{src}", "--seed", "1"),
     asked("neither", "'full_reset' needs initial weights: give one of --init CHECKPOINT and --seed N", *RESET),
+    asked("init-is-src", "--init: '.*src' is the checkpoint that is reset, and no initial", *RESET, "--init", "{src}"),
     asked("init-for-fire", "--init: 'fire' uses no initial weights: leave it out", "--init", "{src}"),
     asked("seed-for-fire", "--seed: 'fire' uses no initial weights: leave it out", "--seed", "1"),
     asked("seed-for-keep", "--seed: 'none' uses no initial weights: leave it out", "--method", "keep", "--seed", "1"),
