@@ -21,7 +21,7 @@ from fire_llm.architectures.names import unwrap
 from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.resets.memory import refuse_memory, refuse_other_optimizer, refuse_replaced
 from fire_llm.resets.renewal import Renewal, UnitLayer, generator
-from fire_llm.resets.spec import ResetSpec, parse_resets, refuse_kinds
+from fire_llm.resets.spec import ResetSpec, parse_one
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ def named_layers(model: nn.Module, hidden: Iterable[Sequence[str]]) -> list[Modu
     Raises:
         UserError: There is none, or a name, a kind of module or a shape does not fit.
     """
+    if not isinstance(hidden, Iterable):
+        raise UserError(f"hidden: {hidden!r} is not allowed: give a list of layers, such as [('fc1', 'fc2')]")
     layers = [_layer(model, names) for names in hidden]
     if not layers:
         raise UserError("hidden: no layer is named; give pairs such as [('fc1', 'fc2')], first the module that writes")
@@ -86,11 +88,27 @@ def named_layers(model: nn.Module, hidden: Iterable[Sequence[str]]) -> list[Modu
             raise UserError(f"hidden: '{twice}' {'writes' if which == 0 else 'reads'} units of two layers: name one")
     slots = [slot for layer in layers for slot in (*layer.incoming, layer.outgoing)]
     refuse_memory(slots, slots)
+    _refuse_tied(model, slots)
     return layers
 
 
+def _refuse_tied(model: nn.Module, slots: Iterable[UnitSlot]) -> None:
+    """Refuse weights that another module holds too: drawing a unit again would change what that computes."""
+    holders: dict[int, list[str]] = {}
+    for place, module in model.named_modules():
+        for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            holders.setdefault(id(tensor), []).append(f"{place}.{key}" if place else key)
+    for slot in slots:
+        if len(names := holders[id(slot.tensor)]) > 1:
+            raise UserError(
+                f"hidden: '{names[0]}' and '{names[1]}' are one weight, and a unit that is drawn again in one would "
+                "change the other: leave that layer out, or untie them"
+            )
+
+
 def _layer(model: nn.Module, names: Sequence[str]) -> ModuleLayer:
-    if isinstance(names, str) or len(names) < 2:
+    listed = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    if not listed or len(names) < 2:
         raise UserError(
             f"hidden: {names!r} is not allowed: name the module that writes the units, norms between, and the one that "
             "reads them, such as ('conv1', 'bn1', 'conv2')"
@@ -212,8 +230,7 @@ class Recycling:
         seed: int = 0,
         **options: Any,
     ) -> None:
-        [spec] = parse_resets(method, options)
-        refuse_kinds([spec], "recycling")
+        spec = parse_one(method, options, "recycling")
         given = {**options, **(method if isinstance(method, Mapping) else {})}
         if unread := [key for key in ("roles", "include", "exclude", "layers") if key in given]:
             raise UserError(f"{unread[0]}: not read here, where `hidden` names the layers: leave it out")

@@ -28,8 +28,18 @@ class PlasticityInjection(nn.Module):
         self.drawn = copy.deepcopy(new).requires_grad_(False)
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
-        """Return what the old head gives, and what the new one has learned."""
-        found: Tensor = self.old(*inputs, **named) + self.new(*inputs, **named) - self.drawn(*inputs, **named)
+        """Return what the old head gives, and what the new one has learned.
+
+        Raises:
+            UserError: The head returns no tensor.
+        """
+        old = self.old(*inputs, **named)
+        if not isinstance(old, Tensor):
+            raise UserError(
+                f"plasticity injection adds what heads return, and this {type(self.old).__name__} returns a "
+                f"{type(old).__name__}: inject into a part of it that returns a tensor"
+            )
+        found: Tensor = old + self.new(*inputs, **named) - self.drawn(*inputs, **named)
         return found
 
 

@@ -64,6 +64,7 @@ class Penalties:
         cut = module_layout(layout, split, kernels)
         specs = parse_resets(penalties, options, modules=cut is not None)
         plan = Plan.of(model, specs, initial, "penalty", layout=cut)
+        plan.check_values()
         self._modules = plain_modules(unwrap(model))
         starts = {slice_.parameter: slice_.tensor for slice_ in plan.start.values()}
         self._terms: list[tuple[ParameterSlice, Callable[..., Tensor], list[Tensor]]] = []

@@ -127,7 +127,7 @@ class Plan:
         if whole and not plan.wanted and not all(spec.idle for spec in specs):
             another = "the role conv" if plan.convolutions else "another role"
             raise UserError(f"{plan.idle(type(model).__name__)} Name {another}, or take back a pattern of exclude")
-        plan._check_values()
+        plan.check_values()
         if optimizer is not None:
             refuse_other_optimizer(optimizer, [weight for weight in plan.wanted if not weight.buffer])
         return plan
@@ -183,7 +183,7 @@ class Plan:
         ]
         return [read for wanted, read in given if wanted]
 
-    def _check_values(self) -> None:
+    def check_values(self) -> None:
         """Refuse weights, initial ones too, that are not there or not finite."""
         start = [self.start[w.name] for w in self.wanted if self.start]
         for whose, weights in (("", self.wanted), ("the initial ", start)):

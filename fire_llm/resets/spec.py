@@ -318,3 +318,21 @@ def refuse_kinds(specs: Iterable[ResetSpec], kind: Kind = "transition") -> None:
             raise UserError(
                 f"'{spec.method}' {acts}: make it an arm of a recipe, or in a script give it to {_PLACES[spec.kind]}"
             )
+
+
+def parse_one(method: Any, options: Mapping[str, Any], kind: Kind) -> ResetSpec:
+    """Read the one method of a kind that the caller runs.
+
+    Args:
+        method: As in `parse_resets`, like the next.
+        options: Of the method.
+        kind: Of the method.
+
+    Raises:
+        UserError: As in `parse_resets` and `refuse_kinds`; or there is another number of methods.
+    """
+    specs = parse_resets(method, options)
+    refuse_kinds(specs, kind)
+    if len(specs) != 1:
+        raise UserError(f"one method is wanted here, and {len(specs)} are given: give its name, or its spec")
+    return specs[0]

@@ -14,10 +14,10 @@ from fire_llm.architectures.names import plain_parameters, unwrap
 from fire_llm.core.errors import UserError
 from fire_llm.distributed import fsdp_modules, is_dtensor
 from fire_llm.models import fresh_model
-from fire_llm.resets import ResetSpec, parse_resets
+from fire_llm.resets import ResetSpec
 from fire_llm.resets.plan import slices_of
 from fire_llm.resets.renewal import Renewal, UnitLayer, generator, within
-from fire_llm.resets.spec import refuse_kinds
+from fire_llm.resets.spec import parse_one
 from fire_llm.resets.unfound import refuse_unfound
 from fire_llm.training.beginning import Beginning
 
@@ -65,8 +65,7 @@ class RecyclingCallback(TrainerCallback):
     """
 
     def __init__(self, spec: str | Mapping[str, Any] | ResetSpec, *, seed: int, **options: Any) -> None:
-        [self.spec] = parse_resets(spec, options)
-        refuse_kinds([self.spec], "recycling")
+        self.spec = parse_one(spec, options, "recycling")
         self.seed = seed
         self.work: Renewal | None = None
         """The layers and what is known of their units, while training goes on."""

@@ -218,6 +218,10 @@ def refused(match, **given):
 def test_what_does_not_fit_is_refused_by_name():
     refused(r"no module 'conv3'.*Did you mean", hidden=[("conv1", "conv3")])
     refused("no layer is named", hidden=[])
+    refused("hidden: None is not allowed", hidden=None)
+    refused(r"hidden: \(0, 1\) is not allowed", hidden=[(0, 1)])
+    refused("one method is wanted here, and 2 are given", method=["redo", "snr"])
+    refused("one method is wanted here, and 0 are given", method=[])
     refused("'conv1' is not allowed", hidden=["conv1"])
     refused("'bn1' is a BatchNorm2d: units are written", hidden=[("bn1", "conv2")])
     refused("'fc2' reads 8 inputs, and not the 5 units", hidden=[("conv2", "fc2")])
@@ -235,6 +239,39 @@ def test_what_does_not_fit_is_refused_by_name():
     normed = net()
     nn.utils.parametrizations.weight_norm(normed.fc1)
     refused("weight of 'fc1' is computed at each pass", model=normed)
+
+
+class Keyworded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        return self.c(self.b(input=self.a(x).relu()))
+
+
+def test_a_reader_may_be_called_by_keyword():
+    recycling = Recycling(model := Keyworded(), "redo", hidden=[("a", "b")], every=1, threshold=1.0)
+    model(torch.randn(5, 4))
+    assert recycling.step(torch.optim.SGD(model.parameters())) > 0
+
+
+@pytest.mark.parametrize(("one", "other"), [("a", "b"), ("a", "c"), ("b", "c")])
+def test_units_of_tied_weights_are_refused(one, other):
+    model = Keyworded()
+    model.get_submodule(other).weight = model.get_submodule(one).weight
+    model.alias = model.a  # the same module under another name is none
+    refused(rf"'{one}\.weight' and '{other}\.weight' are one weight", model=model, hidden=[("a", "b")])
+
+
+def test_the_moment_of_a_single_weight_is_cleared_too():
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    recycling, optimizer = Recycling(model, "redo", hidden=[("0", "1")]), torch.optim.Adam(model.parameters())
+    model(torch.ones(2, 1)).sum().backward()
+    optimizer.step()
+    recycling._work.renew({0: torch.tensor([0])}, 1, optimizer)
+    for p in (model[0].weight, model[0].bias, model[1].weight):
+        assert not optimizer.state[p]["exp_avg"].any() and optimizer.state[p]["step"] == 1
 
 
 # ---- penalties
@@ -282,6 +319,8 @@ def test_sparse_gradients_are_added_to_as_dense_ones():
 
 
 def test_penalties_refuse_what_is_none_and_initial_weights_that_are_missing():
+    with pytest.raises(UserError, match=r"the initial 'conv1\.weight' is on the meta device"):
+        Penalties(net(), "l2_init", initial=net().to("meta"), layout="modules")
     with pytest.raises(UserError, match="'fire' acts on weights, once"):
         Penalties(net(), "fire", layout="modules")
     with pytest.raises(UserError, match="'l2_init' needs the run's initial weights"):
@@ -346,6 +385,12 @@ def test_a_second_injection_freezes_the_head_that_learned():
     torch.testing.assert_close(model(images()).detach(), before)
     trained = {name for name, p in second.named_parameters() if p.requires_grad}
     assert second.old is first and trained == {"new.weight", "new.bias"}
+
+
+def test_a_head_that_returns_no_tensor_is_told():
+    model = nn.ModuleDict({"head": nn.LSTM(3, 3)})
+    with pytest.raises(UserError, match="this LSTM returns a tuple"):
+        inject_plasticity_(model, "head")(torch.zeros(1, 1, 3))
 
 
 def test_injection_refuses_what_it_cannot_draw():
