@@ -470,7 +470,9 @@ def load_tokenizer(name: str | Path) -> Any:
     # From GPT-2's two files alone AutoTokenizer does not know whose they are.
     bare = (Path(place) / "merges.txt").is_file() and not list(Path(place).glob("tokenizer*.json"))
     missing = "" if local else f"{no_folder(place)}, and "
-    with reading(f"tokenizer: {missing}none could be read from '{name}'"):
+    files = [path for kind in ("tokenizer*", "vocab*", "*.model", "*.tiktoken") for path in Path(place).glob(kind)]
+    hint = "" if files or not local else ", which holds no file of one: save the model's own tokenizer there"
+    with reading(f"tokenizer: {missing}none could be read from '{name}'{hint}"):
         tokenizer = (GPT2TokenizerFast if bare else AutoTokenizer).from_pretrained(place, trust_remote_code=False)
         size = len(tokenizer)
         tokenizer("a", add_special_tokens=False)  # some are found out only when they are to do something

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -61,6 +64,14 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     from support.ranks import fork_the_server
 
     fork_the_server()
+
+
+@pytest.fixture(scope="module")
+def script(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """Import the script that a module of tests names in `SCRIPT`, and with it those beside it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent.parent / "scripts"))
+        yield importlib.import_module(request.module.SCRIPT)
 
 
 @pytest.fixture

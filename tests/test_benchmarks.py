@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from support.models import tiny_gpt2
 
 from fire_llm import perplexity
 
+SCRIPT = "rolling_loop"
 TOKENS = torch.randint(0, 97, (203,), generator=torch.Generator().manual_seed(0)).numpy()
-
-
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "scripts"))
-    yield __import__("rolling_loop")
-    sys.modules.pop("rolling_loop")
 
 
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 32, 33, 203])

@@ -11,15 +11,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+SCRIPT = "reproduce_control"
+
 for package in ("stable_baselines3", "minatar", "mujoco"):
     pytest.importorskip(package)
-
-
-@pytest.fixture(scope="module")
-def script():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "scripts"))
-        yield __import__("reproduce_control")
 
 
 def task(script, algorithm: str):

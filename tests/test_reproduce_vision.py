@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    return __import__("reproduce_vision")
+SCRIPT = "reproduce_vision"
 
 
 @pytest.fixture

@@ -15,16 +15,11 @@ from scipy import stats
 from fire_llm.core.errors import UserError
 
 ROOT = Path(__file__).parent.parent
+SCRIPT = "write_results_page"
 STEPS = (0, 10, 20, 30, 40)
 # By arm and start, the gap to base at the end, on the new corpus and on the old; s-and-p crosses base on its way.
 ARMS = {"base": (0, 0), "full-reset": (0.3, 0.5), "s-and-p-0.5": (-0.04, 0.02), "s-and-p-0.2": (-0.01, 0.005)}
 METHODS = {"base": "none", "full-reset": "full_reset"}
-
-
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    return __import__("write_results_page")
 
 
 @pytest.fixture

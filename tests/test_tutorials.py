@@ -12,16 +12,16 @@ import yaml
 import fire_llm
 
 ROOT = Path(__file__).parent.parent
+SCRIPT = "write_notebooks"
 NOTEBOOKS = sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))
 
 
 @pytest.fixture
-def notebooks(monkeypatch):
+def notebooks(script):
     """Return the script that runs notebooks; transformers has said by then that W&B is offline."""
     import transformers.integrations.integration_utils  # noqa: F401
 
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    return __import__("write_notebooks")
+    return script
 
 
 @pytest.mark.filterwarnings("default")  # a reader's notebook goes on after a warning

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
+
+from torch import nn
 
 CAUSAL = "AutoModelForCausalLM"
 
@@ -46,13 +49,28 @@ def causal_class(config: Any) -> str:
 
 def named_class(config: Any) -> Any:
     """Return the first of transformers' own model classes that a config's `architectures` names; None without one."""
+    return first_class(getattr(config, "architectures", None), type(config))
+
+
+def first_class(names: Any, config_class: type) -> Any:
+    """Return the first class of transformers, by its name, that is a model of such a config; None where there is none.
+
+    A model computes something: the common bases of a type's models, such as ViTPreTrainedModel, are none.
+
+    Args:
+        names: What `architectures` of a config holds; whatever a file may hold.
+        config_class: Of the config.
+    """
     import transformers
 
-    names = getattr(config, "architectures", None)
     for name in names[:_MOST] if isinstance(names, list) else ():
-        kind: Any = getattr(transformers, name, None) if isinstance(name, str) and not name.startswith("_") else None
+        kind: Any = None
+        if isinstance(name, str) and not name.startswith("_"):
+            with suppress(Exception):  # of a library that the class needs and that is not here
+                kind = getattr(transformers, name, None)
         ours = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
-        if ours and kind.config_class is not None and isinstance(config, kind.config_class):
+        whole = ours and kind.forward is not nn.Module.forward
+        if whole and kind.config_class is not None and issubclass(config_class, kind.config_class):
             return kind
     return None
 

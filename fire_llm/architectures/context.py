@@ -25,6 +25,23 @@ FROM_PADDING = {
 """Types whose first token has the position after the padding token's id: of 514 positions, 512 hold tokens."""
 
 
+def vocabulary_of(model: Any) -> int:
+    """Return how many tokens a language model knows.
+
+    Raises:
+        UserError: It is none of transformers.
+    """
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    size = getattr(text, "vocab_size", None)
+    if not isinstance(size, int):
+        raise UserError(
+            f"{type(model).__name__} is no language model of transformers: its config has no vocab_size. Perplexity "
+            "and diagnose read tokens; diagnose_module measures any network"
+        )
+    return size
+
+
 def longest_context(config: Any) -> int | None:
     """Return the most tokens that a model reads at once, or None where it has no limit.
 

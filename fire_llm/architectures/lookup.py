@@ -73,7 +73,7 @@ class Lookup:
         heads = list(head) if isinstance(head, nn.ModuleList) else [head]
         if class_of(model).__module__.startswith("transformers."):
             heads += [self._modules.get(name) for name in _CLASSIFIERS]
-        self._heads = [unwrap(one) for one in heads if one is not None]
+        self._heads = [unwrap(one) for one in heads if isinstance(one, nn.Module)]
 
     def location(self, name: str) -> Location:
         """Find the block and the child path of a parameter."""
@@ -131,6 +131,12 @@ def class_of(module: nn.Module) -> type:
     )
 
 
+def in_adapter(location: Location) -> bool:
+    """Return whether a parameter belongs to a layer of PEFT's, or has a name that adapters of LoRA have."""
+    kinds = (kind.__name__ for module in location.ancestors for kind in type(module).__mro__)
+    return "BaseTunerLayer" in kinds or any(step.startswith("lora_") for step in location.name.split("."))
+
+
 def refusal(kind: str, unknown: list[tuple[Location, tuple[int, ...]]]) -> str:
     """Return the message about weights without a layout: the first in full, the others by name, and what to do.
 
@@ -145,7 +151,7 @@ def refusal(kind: str, unknown: list[tuple[Location, tuple[int, ...]]]) -> str:
     also = f" Also unknown: {', '.join(pairs[:5])}{' and more' if len(pairs) > 5 else ''}." if pairs else ""
     if others:
         also += f" Registered for {block}: {', '.join(others)}."
-    if any(step.startswith(("lora_", "base_layer")) for s, _ in unknown for step in s.name.split(".")):
+    if any(in_adapter(s) for s, _ in unknown):
         return (
             f"{kind}: '{location.name}' belongs to an adapter, whose product is added to weights that stay as they "
             "are. Reset the base before the adapter is put on it: fire_(model), then get_peft_model(model, config). "

@@ -8,6 +8,7 @@ which is no mere container, the child is the path from there with indices writte
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from fire_llm.architectures.families import TYPES
 from fire_llm.architectures.grammar import (
@@ -65,6 +67,7 @@ class ParameterSlice:
         frozen: Whether training leaves a buffer alone; a parameter's own `requires_grad` says so.
         refused: Why no reset of matrices may touch it, although its role says so; empty where one may.
         own_role: The role of one's own under which it is listed; empty where there is none.
+        tied: The parameter's further plain names, where it is tied.
     """
 
     parameter: str
@@ -76,6 +79,7 @@ class ParameterSlice:
     frozen: bool = False
     refused: str = ""
     own_role: str = ""
+    tied: tuple[str, ...] = ()
 
     @property
     def matrix(self) -> bool:
@@ -100,9 +104,18 @@ class ParameterSlice:
     @property
     def name(self) -> str:
         """Return a unique name: `h.0.attn.c_attn.weight[q]`, `experts.gate_up_proj[3.up]`, or the parameter's own."""
+        return self.names[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the name under each name of the parameter; a tied one has several."""
         index = "" if self.spec is None or self.spec.index is None else str(self.spec.index)
         inside = ".".join(filter(None, (index, self.part)))
-        return f"{self.parameter}[{inside}]" if inside else self.parameter
+        return tuple(f"{name}[{inside}]" if inside else name for name in (self.parameter, *self.tied))
+
+    def found_by(self, pattern: str) -> bool:
+        """Return whether a regular expression finds any of its names."""
+        return any(re.search(pattern, name) for name in self.names)
 
     @property
     def shape(self) -> torch.Size:
@@ -174,6 +187,8 @@ class ParameterSlice:
     def _slot(self) -> Tensor:
         """Return the stored elements as a strided view, (groups, size, in) of a matrix, (k, …, groups, size, in)."""
         stored, spec = self.tensor.detach(), self.spec
+        if stored.layout != torch.strided:  # a copy, to be read: who writes refuses it
+            stored = stored.to_dense()
         if spec is None:
             return stored
         if spec.index is not None:
@@ -270,7 +285,8 @@ def parameter_slices(model: nn.Module, *, strict: bool = True) -> list[Parameter
         Each parameter exactly once (a tied one under its first plain name), in the order of `named_parameters()`.
 
     Raises:
-        UserError: A weight is quantised, unknown (`strict`), or does not fit its layout; or there are no weights.
+        UserError: A weight is not initialised yet, quantised, unknown (`strict`), or does not fit its layout; or there
+            are no weights.
     """
     model = unwrap(model)
     kind = class_of(model).__name__
@@ -285,6 +301,7 @@ def parameter_slices(model: nn.Module, *, strict: bool = True) -> list[Parameter
     result: list[ParameterSlice] = []
     unknown: list[tuple[Location, tuple[int, ...]]] = []
     for parameter, tied in names.items():
+        refuse_uninitialised(parameter, tied[0])
         if parameter.ndim > 1 and parameter.dtype not in _WRITABLE:
             dtype = str(parameter.dtype).removeprefix("torch.")
             raise UserError(f"'{tied[0]}' is {dtype}, quantised: load the model in float32, float16 or bfloat16")
@@ -304,6 +321,16 @@ def parameter_slices(model: nn.Module, *, strict: bool = True) -> list[Parameter
             f"{ANY_MODULE}"
         )
     return result
+
+
+def refuse_uninitialised(tensor: Tensor, name: str) -> None:
+    """Refuse a parameter or a buffer of a lazy module that has not seen an input.
+
+    Raises:
+        UserError: Naming it.
+    """
+    if isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
+        raise UserError(f"'{name}' is not initialised yet (a lazy module): run one forward pass first")
 
 
 def _refuse_convolution(parameter: nn.Parameter, matches: Sequence[Match]) -> None:
@@ -329,30 +356,39 @@ def buffer_slices(model: nn.Module) -> list[ParameterSlice]:
         model: As in `parameter_slices`.
 
     Returns:
-        Those that hold numbers, not yes or no, under their first plain names. One is frozen where the module that holds
-        it has parameters, and all of them are.
+        Each under its first plain name. One is frozen where the module that holds it has parameters, and all of them
+        are.
+
+    Raises:
+        UserError: One is not initialised yet.
     """
     model = unwrap(model)
     lookup = Lookup(model)
-    result = []
+    names: dict[Tensor, list[str]] = {}
     for name, buffer in plain_buffers(model):
-        if buffer.dtype == torch.bool or buffer.is_complex():
-            continue
+        names.setdefault(buffer, []).append(name)
+    result = []
+    for buffer, (name, *tied) in names.items():
+        refuse_uninitialised(buffer, name)
         location = lookup.location(name)
         match = lookup.classify(location, 1)
         beside = [p.requires_grad for p in location.owner.parameters()]
         frozen = bool(beside) and not any(beside)
         role = match.role if match is not None else "other"
-        result.append(ParameterSlice(name, buffer, frozenset({role}), location.block_class, buffer=True, frozen=frozen))
+        result.append(
+            ParameterSlice(
+                name, buffer, frozenset({role}), location.block_class, buffer=True, frozen=frozen, tied=(*tied,)
+            )
+        )
     return result
 
 
 def _cut(parameter: nn.Parameter, known: list[Match]) -> Iterator[ParameterSlice]:
     """Yield the slices of one parameter, given what each of its names means."""
-    name, roles = known[0].location.name, frozenset(k.role for k in known)
+    (name, *tied), roles = [k.location.name for k in known], frozenset(k.role for k in known)
     for k in known:
-        if k.layout:
+        if k.layout and parameter.numel():
             for cut in k.layout.specs(k.location.block, parameter.shape, name):
-                yield ParameterSlice(name, parameter, roles, k.location.block_class, cut)
+                yield ParameterSlice(name, parameter, roles, k.location.block_class, cut, tied=(*tied,))
             return
-    yield ParameterSlice(name, parameter, roles, known[0].location.block_class)
+    yield ParameterSlice(name, parameter, roles, known[0].location.block_class, tied=(*tied,))

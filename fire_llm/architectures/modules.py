@@ -14,16 +14,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.parameter import UninitializedParameter
 
 from fire_llm.architectures.grammar import MODULE_MATRIX_ROLES, Layout, Part, PartLike
-from fire_llm.architectures.lookup import REGISTERED, Location, Lookup, class_of
-from fire_llm.architectures.matrices import ParameterSlice, buffer_slices
+from fire_llm.architectures.lookup import REGISTERED, Location, Lookup, class_of, in_adapter
+from fire_llm.architectures.matrices import ParameterSlice, buffer_slices, refuse_uninitialised
 from fire_llm.architectures.names import plain_modules, plain_parameters, unwrap
 from fire_llm.core.errors import UserError, did_you_mean
 
 Kernels = Literal["positions", "flattened"]
 KERNELS = ("positions", "flattened")
+MOST_PARTS = 1 << 20
+"""Of one weight: more than any has rows."""
 SplitLike = Mapping[str, int | Sequence[PartLike]]
 
 FUSED = re.compile(r"(^|[._])(w?qkv|w?kv|qkvz?|in_proj|c_attn|query_key_value|gate_up_proj)(_proj)?$", re.IGNORECASE)
@@ -70,7 +71,8 @@ class ModuleLayout:
             UserError: A pattern, a part or `kernels` is not as above.
         """
         if kernels not in KERNELS:
-            raise UserError(f"kernels: {kernels!r} is not allowed: give {' or '.join(map(repr, KERNELS))}")
+            near = did_you_mean(kernels, KERNELS)
+            raise UserError(f"kernels: {kernels!r} is not allowed.{near} Give {' or '.join(map(repr, KERNELS))}")
         parsed = []
         if split is not None and not isinstance(split, Mapping):
             raise UserError(
@@ -86,22 +88,22 @@ class ModuleLayout:
             parsed.append((pattern, parts))
         return cls(tuple(parsed), "positions" if kernels == "positions" else "flattened")
 
-    def parts(self, name: str) -> tuple[PartLike, ...] | None:
-        """Return the parts that a weight of this name is split into; None where no pattern finds it.
+    def parts(self, *names: str) -> tuple[PartLike, ...] | None:
+        """Return the parts that a weight is split into, by its names; None where no pattern finds any of them.
 
         Raises:
             UserError: Several patterns find it, with different parts.
         """
-        found = [(pattern, parts) for pattern, parts in self.split if re.search(pattern, name)]
+        found = [(pattern, parts) for pattern, parts in self.split if any(re.search(pattern, name) for name in names)]
         if len({parts for _, parts in found}) > 1:
             patterns = " and ".join(f"'{pattern}'" for pattern, _ in found)
-            raise UserError(f"split: '{name}' is found by {patterns}, with different parts: leave one of them to it")
+            raise UserError(f"split: '{names[0]}' is found by {patterns}, with different parts: leave it one of them")
         return found[0][1] if found else None
 
 
 def _named(given: Any) -> tuple[PartLike, ...]:
     """Return the parts that a split gives; none where it is not allowed."""
-    if isinstance(given, int) and not isinstance(given, bool):
+    if isinstance(given, int) and not isinstance(given, bool) and given <= MOST_PARTS:
         return tuple(str(n) if given > 1 else "" for n in range(given))
     parts: list[PartLike] = []
     for part in given if isinstance(given, (list, tuple)) else ():
@@ -161,10 +163,10 @@ def module_slices(model: nn.Module, layout: ModuleLayout, *, buffers: bool = Tru
     for parameter, tied in names.items():
         _refuse_values(parameter, tied[0])
         locations = [lookup.location(name) for name in tied]
-        found = [_classify(location, parameter, modules, layout) for location in locations]
+        found = [_classify(location, parameter, modules, layout.parts(*tied), layout.kernels) for location in locations]
         slices += _cut(parameter, tied[0], locations, found)
     for pattern, _ in layout.split:
-        if not any(weight.matrix and re.search(pattern, weight.parameter) for weight in slices):
+        if not any(weight.matrix and weight.found_by(pattern) for weight in slices):
             raise UserError(
                 f"split: '{pattern}' finds no weight that can be split. The matrices are "
                 f"{', '.join(list(dict.fromkeys(w.parameter for w in slices if w.matrix))[:5])}, …"
@@ -200,7 +202,7 @@ def module_matrices(
 def is_fused(weight: ParameterSlice) -> bool:
     """Return whether a weight is one matrix although its name says that it holds several."""
     whole = weight.matrix and not weight.kernel and not weight.part
-    return whole and FUSED.search(weight.parameter.removesuffix(".weight")) is not None
+    return whole and any(FUSED.search(name.removesuffix(".weight")) for name in weight.names)
 
 
 def _cut(
@@ -208,16 +210,22 @@ def _cut(
 ) -> Iterator[ParameterSlice]:
     """Yield the slices of one parameter, given what each of its names means."""
     roles, block = frozenset(f.role for f in found), locations[0].block_class
-    refused = next((f.refused for f in found if f.refused), "")
+    refused, tied = next((f.refused for f in found if f.refused), ""), tuple(one.name for one in locations[1:])
     for location, one in zip(locations, found, strict=True):
-        if one.layout is not None and not refused:
+        if one.layout is not None and not refused and parameter.numel():
             for cut in one.layout.specs(location.block, parameter.shape, name):
-                yield ParameterSlice(name, parameter, roles, block, cut)
+                yield ParameterSlice(name, parameter, roles, block, cut, tied=tied)
             return
-    yield ParameterSlice(name, parameter, roles, block, refused=refused)
+    yield ParameterSlice(name, parameter, roles, block, refused=refused, tied=tied)
 
 
-def _classify(location: Location, parameter: Tensor, modules: Mapping[str, nn.Module], layout: ModuleLayout) -> _Found:
+def _classify(
+    location: Location,
+    parameter: Tensor,
+    modules: Mapping[str, nn.Module],
+    parts: tuple[PartLike, ...] | None,
+    kernels: Kernels,
+) -> _Found:
     """Say what a parameter is by the kind of module that holds it."""
     owner, name, kind = location.owner, location.name, class_of(location.owner).__name__
     attribute, in_attention = name.rpartition(".")[2], isinstance(location.ancestors[-2:][0], nn.MultiheadAttention)
@@ -231,8 +239,8 @@ def _classify(location: Location, parameter: Tensor, modules: Mapping[str, nn.Mo
     if parameter.ndim < 2:
         of = "" if in_attention or attribute != "bias" else _LINEAR_OR_CONV.get(_kind(owner), "")
         return _Found(of or ("bias" if "bias" in attribute else "other"))
-    parts, exclude = layout.parts(name), f"leave it out with exclude=[r'{re.escape(name)}']"
-    if any(step.startswith("lora_") or step == "base_layer" for step in name.split(".")):
+    exclude = f"leave it out with exclude=[r'{re.escape(name)}']"
+    if in_adapter(location):
         why = "belongs to an adapter, whose product is added to weights that stay as they are: reset the model before "
         return _Found("linear", refused=f"'{name}' {why}the adapter is put on it, or the sum, merge_and_unload()")
     if isinstance(owner, nn.MultiheadAttention) and attribute in _IN_PROJECTIONS:
@@ -244,7 +252,7 @@ def _classify(location: Location, parameter: Tensor, modules: Mapping[str, nn.Mo
     if attribute == "weight" and _kind(owner) is nn.Linear:
         return _Found("attention" if in_attention else "linear", _layout(name, parts, parameter))
     if attribute == "weight" and _kind(owner) is _ConvNd:
-        return _Found("conv", _layout(name, parts, parameter, kernel=layout.kernels == "positions"))
+        return _Found("conv", _layout(name, parts, parameter, kernel=kernels == "positions"))
     if attribute == "weight" and isinstance(owner, _ConvTransposeNd):
         why = f"belongs to a {kind}, stored (in, out/groups, …), for which no rule is published"
         return _Found("conv", refused=f"'{name}' {why}: {exclude}")
@@ -253,9 +261,12 @@ def _classify(location: Location, parameter: Tensor, modules: Mapping[str, nn.Mo
     if parts is not None:
         return _Found("linear", _layout(name, parts, parameter))
     if attribute == "weight":
-        why = f"of shape {tuple(parameter.shape)}, belongs to a {kind}, and what that does with it is not known"
-        how = f"or, where it is stored (out, in), say how many matrices it holds: split={{r'{re.escape(name)}': 1}}"
-        return _Found("linear", refused=f"'{name}', {why}: {exclude}, {how}")
+        why = f"of shape {tuple(parameter.shape)}, belongs to a {kind}"
+        how = "and what that does with it is not known", "where it is stored (out, in), say how many matrices it holds"
+        if isinstance(owner, nn.Bilinear):
+            how = "which multiplies two inputs", "for one matrix (out, in1 · in2) that maps their products, give"
+        one = f"{how[1]}: split={{r'{re.escape(name)}': 1}}"
+        return _Found("linear", refused=f"'{name}', {why}, {how[0]}: {exclude}, or, {one}")
     return _Found("other")
 
 
@@ -327,8 +338,7 @@ def _refuse_values(parameter: nn.Parameter, name: str) -> None:
     Raises:
         UserError: Naming it.
     """
-    if isinstance(parameter, UninitializedParameter):
-        raise UserError(f"'{name}' is not initialised yet (a lazy module): run one forward pass first")
+    refuse_uninitialised(parameter, name)
     if parameter.is_complex():
         raise UserError(f"'{name}' is complex ({parameter.dtype}): resets are for real weights")
     kind = type(parameter.data)

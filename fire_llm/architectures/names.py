@@ -8,8 +8,11 @@ and reports speak of `layers.0.mlp.up_proj.weight`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
+
+from fire_llm.core.errors import UserError
 
 STEPS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Attributes that hold what torch.compile, activation checkpointing and FSDP1 wrap; no model has such names itself."""
@@ -24,8 +27,27 @@ def _inner(module: nn.Module) -> str | None:
     return next((step for step in STEPS if isinstance(own.get(step), nn.Module)), None)
 
 
+def refuse_no_module(model: Any) -> None:
+    """Refuse what is given in the place of a model.
+
+    Raises:
+        UserError: It is no torch module, but a path, a state_dict or the like.
+    """
+    if not isinstance(model, nn.Module):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise UserError(
+            f"model: {kind} is given, and a torch module is wanted: load it first. (A checkpoint on the disk is reset "
+            "by reset_checkpoint, or `fire-llm apply`)"
+        )
+
+
 def unwrap(model: nn.Module) -> nn.Module:
-    """Peel what DistributedDataParallel, DataParallel, torch.compile and the like put around a model."""
+    """Peel what DistributedDataParallel, DataParallel, torch.compile and the like put around a model.
+
+    Raises:
+        UserError: It is no torch module.
+    """
+    refuse_no_module(model)
     while (step := _inner(model)) is not None:
         model = getattr(model, step)
     return model
@@ -57,10 +79,8 @@ def plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def plain_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the buffers of an unwrapped model that a checkpoint holds, each under its first plain name."""
-    seen: set[Tensor] = set()
+    """Yield the buffers of an unwrapped model that a checkpoint holds, under every plain name."""
     for owner, module in plain_modules(model).items():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set and buffer not in seen:
-                seen.add(buffer)
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            if name not in module._non_persistent_buffers_set:
                 yield f"{owner}.{name}" if owner else name, buffer

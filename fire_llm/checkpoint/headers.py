@@ -20,7 +20,10 @@ from fire_llm.core.files import LONGEST, Reader, SourceFile, read_file
 WRITABLE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types that a reset can read and write, under the names that safetensors has for them."""
 
-NUMBERS = {**WRITABLE, "I64": torch.int64, "I32": torch.int32}
+NUMBERS = {
+    **WRITABLE, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
 """The same with those of buffers."""
 
 _BITS = {

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fire_llm.architectures.classes import CAUSAL
+from fire_llm.architectures.classes import CAUSAL, first_class
 from fire_llm.checkpoint.headers import WRITABLE, StoredTensor
 from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.core.manifest import MANIFEST, SHARDED
@@ -115,7 +115,6 @@ def refuse_config(folder: Path, settings: Mapping[str, Any], *, native: bool = F
 
 def _refuse_architecture(folder: Path, kind: Any, classes: Any) -> None:
     """Refuse what neither AutoModelForCausalLM nor a class that a config names loads, by its model_type."""
-    import transformers
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
@@ -125,10 +124,11 @@ def _refuse_architecture(folder: Path, kind: Any, classes: Any) -> None:
         raise UserError(f"'{folder / 'config.json'}' has {given}: a name such as 'llama' must name the architecture")
     what, near = "unknown to the installed transformers", did_you_mean(kind, NAMES) or " A newer one may know it."
     if kind in CONFIG_MAPPING:
-        listed = classes if isinstance(classes, list) else []
-        if CONFIG_MAPPING[kind] in CAUSAL or any(isinstance(c, str) and hasattr(transformers, c) for c in listed):
+        if CONFIG_MAPPING[kind] in CAUSAL or first_class(classes, CONFIG_MAPPING[kind]) is not None:
             return
         what, near = "no causal language model", ""
+        if classes:
+            what += f", and {str(classes)[:60]} in 'architectures' names no model of that type"
     raise UserError(
         f"'{folder}': model_type '{kind}' is {what}.{near} Only what AutoModelForCausalLM loads can be rewritten, or a "
         "class of transformers that config.json names in 'architectures', such as [\"ViTForImageClassification\"]"

@@ -168,6 +168,11 @@ class _Rewrite:
             )
         texts.check(stored.source.folder)
         start = Stored.open(init, native=native) if init is not None else None
+        if start is not None and start.source.folder.samefile(stored.source.folder):
+            raise UserError(
+                f"--init: '{init}' is the checkpoint that is reset, and no initial weights of it: give one from before "
+                "training, or --seed N"
+            )
         initial: Any = start.model if start is not None else None
         slices: Mapping[str, ParameterSlice] | None = Slices(start.model, start.loaded) if start is not None else None
         if seed is not None and dry_run:

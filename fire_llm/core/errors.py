@@ -160,6 +160,7 @@ def check_all(*checks: Callable[[], Any]) -> None:
 
 
 def did_you_mean(value: str, allowed: Iterable[str]) -> str:
-    """Return " Did you mean 'x'?" for the nearest allowed name, or an empty string where none is near."""
-    near = difflib.get_close_matches(str(value), list(allowed), n=1, cutoff=0.5)
-    return f" Did you mean '{near[0]}'?" if near else ""
+    """Return " Did you mean 'x'?" for the nearest allowed name, in any case, or an empty string where none is near."""
+    lower = {name.lower(): name for name in allowed}
+    near = difflib.get_close_matches(str(value).lower(), lower, n=1, cutoff=0.5)
+    return f" Did you mean '{lower[near[0]]}'?" if near else ""

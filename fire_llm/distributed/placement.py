@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fire_llm.architectures.matrices import ParameterSlice
+from fire_llm.architectures.names import refuse_no_module
 from fire_llm.core.errors import ENGINES, UserError
 from fire_llm.distributed.agree import active
 from fire_llm.distributed.balance import cost
@@ -86,14 +87,22 @@ class Block:
         return self.tensor.element_size() * math.prod(self.shape)
 
 
-def is_sharded(value: Any) -> bool:
-    """Return whether a value is a tensor of which each rank holds its part."""
+def is_dtensor(value: Any) -> bool:
+    """Return whether a value is a DTensor, of which each rank holds its part, or one copy of all."""
     return hasattr(value, "placements")
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Return whether this rank holds only a part of a tensor."""
+    return is_dtensor(tensor) and any(
+        tensor.device_mesh.size(dim) > 1 and not placement.is_replicate()
+        for dim, placement in enumerate(tensor.placements)
+    )
 
 
 def local_part(tensor: Any) -> Tensor:
     """Return what this rank holds of a tensor, outside autograd."""
-    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    part: Tensor = tensor.to_local() if is_dtensor(tensor) else tensor
     return part.detach()
 
 
@@ -161,8 +170,9 @@ def refuse_engines(model: nn.Module, optimizer: Any = None) -> None:
     """Refuse what keeps weights where a reset cannot reach them.
 
     Raises:
-        UserError: For FSDP1 and DeepSpeed, with what to use.
+        UserError: For FSDP1 and DeepSpeed, with what to use, and for what is no torch module.
     """
+    refuse_no_module(model)
     classes = {kind for module in model.modules() for kind in type(module).__mro__}
     fsdp1 = any(c.__name__ == "FullyShardedDataParallel" and c.__module__.startswith("torch.") for c in classes)
     if fsdp1 or any(type(p).__name__ == "FlatParameter" for p in model.parameters()):

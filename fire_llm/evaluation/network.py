@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fire_llm.architectures.context import choose_context
+from fire_llm.architectures.context import choose_context, vocabulary_of
 from fire_llm.core.errors import UserError
-from fire_llm.distributed import fsdp_modules, is_sharded
+from fire_llm.distributed import fsdp_modules, is_dtensor
 from fire_llm.evaluation.precision import attention_among, evaluating, own_precision
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Network:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.sharded = bool(fsdp_modules(model)) or any(map(is_sharded, model.parameters()))
+        self.sharded = bool(fsdp_modules(model)) or any(map(is_dtensor, model.parameters()))
         named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self._tensors = {} if self.sharded else {name: _fine(tensor) for name, tensor in named.items()}
         self.trained = [tensor for tensor in self._tensors.values() if tensor.requires_grad]
@@ -108,9 +108,8 @@ def sample(model: nn.Module, tokens: Any, context: int | None, sequences: int) -
         UserError: For fewer than context + 1 tokens, a bad context, or an id outside the vocabulary.
     """
     stream = np.asarray(tokens).reshape(-1)
-    config: Any = model.config
-    text = config.get_text_config()
-    length = choose_context(config, context)
+    size = vocabulary_of(model)
+    length = choose_context(model.config, context)
     if context is None:
         length = max(1, min(length, len(stream) - 1))
     if len(stream) <= length:
@@ -122,9 +121,9 @@ def sample(model: nn.Module, tokens: Any, context: int | None, sequences: int) -
     chosen = min(sequences, count)
     starts = [i * count // chosen * length for i in range(chosen)]
     ids = torch.from_numpy(np.stack([stream[start : start + length + 1] for start in starts]).astype(np.int64))
-    if int(ids.min()) < 0 or int(ids.max()) >= text.vocab_size:
+    if int(ids.min()) < 0 or int(ids.max()) >= size:
         raise UserError(
-            f"tokens {int(ids.min())} to {int(ids.max())} do not fit the model's vocabulary of {text.vocab_size}: "
+            f"tokens {int(ids.min())} to {int(ids.max())} do not fit the model's vocabulary of {size}: "
             "another tokenizer's tokens?"
         )
     return ids

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fire_llm.architectures.context import choose_context
+from fire_llm.architectures.context import choose_context, vocabulary_of
 from fire_llm.architectures.names import unwrap
 from fire_llm.core.errors import UserError
 from fire_llm.core.progress import progress_bar
@@ -303,7 +303,8 @@ def _ends(documents: Any, n: int, prefix: int) -> np.ndarray:
 
 
 def _window(model: Any, context: int | None, stride: int | None) -> tuple[int, int]:
-    """Check and return the context and the stride."""
+    """Check and return the context and the stride, of what is a language model."""
+    vocabulary_of(model)
     context = choose_context(model.config, context)
     stride = context if stride is None else stride
     if not 1 <= stride <= context:
@@ -312,7 +313,7 @@ def _window(model: Any, context: int | None, stride: int | None) -> tuple[int, i
 
 
 def _check_ids(model: Any, text: np.ndarray, prefix: int | None) -> None:
-    size = model.config.get_text_config().vocab_size
+    size = vocabulary_of(model)
     ids = [*([int(text.max()), int(text.min())] if len(text) else ()), *(() if prefix is None else (prefix,))]
     top, least = max(ids), min(ids)
     if top >= size or least < 0:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fire_llm.architectures.context import longest_context
+from fire_llm.architectures.context import longest_context, vocabulary_of
 from fire_llm.architectures.names import unwrap
 from fire_llm.core.errors import UserError, reading
 from fire_llm.core.hardware import device_memory
@@ -140,7 +140,7 @@ class Scorer:
     def _score(self, ids: Tensor, targets: Tensor, rows: Tensor | None) -> Tensor:
         if self.trunk is None:
             return exact_nll(_taken(self.root(input_ids=ids, use_cache=False).logits, rows), targets)
-        some = _slice(len(targets), _vocabulary(self.model), ids.device)
+        some = _slice(len(targets), vocabulary_of(self.model), ids.device)
         forward = self.fast if self.fast is not None and ids.shape == self.compiled else self.trunk.forward
         parts = _logits_in_slices(self.model, self.trunk, forward, ids, rows, some)
         nll = torch.empty(len(targets), dtype=torch.float64, device=ids.device)
@@ -167,10 +167,6 @@ def _slice(scored: int, vocabulary: int, device: torch.device) -> int:
 
 _KNOWN: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 """Name of each model's trunk, None where it has to be run whole."""
-
-
-def _vocabulary(model: Any) -> int:
-    return int(model.config.get_text_config().vocab_size)
 
 
 def _logits_in_slices(
@@ -214,7 +210,7 @@ def _probe(model: Any, sample: Tensor) -> Tensor:
     n = min(PROBE, longest_context(model.config) or PROBE)
     tokens = sample.repeat(-(-n // len(sample)))[:n]
     padding = getattr(model.config.get_text_config(), "pad_token_id", None)
-    return tokens if padding is None else tokens.masked_fill(tokens == padding, (padding + 1) % _vocabulary(model))
+    return tokens if padding is None else tokens.masked_fill(tokens == padding, (padding + 1) % vocabulary_of(model))
 
 
 def _look_at(model: Any, ids: Tensor) -> str | None:
@@ -264,7 +260,7 @@ def _refuse_foresight(model: Any, ids: Tensor, logits: Tensor) -> None:
     if ids.shape[1] < 2:
         return
     other = ids.clone()
-    other[:, -1] = (other[:, -1] + 1) % _vocabulary(model)
+    other[:, -1] = (other[:, -1] + 1) % vocabulary_of(model)
     before, after = logits[0, :-1], model(input_ids=other, use_cache=False).logits[0, :-1]
     # In half precision rounding hides what a later token does to the logits. It hides no gradient, which is zero where
     # that token does nothing.

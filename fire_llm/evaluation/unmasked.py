@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fire_llm.architectures.context import vocabulary_of
 from fire_llm.distributed import in_parts
 from fire_llm.evaluation.precision import attention_configs, attention_kept, evaluating, own_precision
 
@@ -60,7 +61,7 @@ def needs_no_mask(model: Any, context: int, part: nn.Module | None = None, root:
 def _look(model: Any, configs: Sequence[Any], context: int, part: nn.Module, root: nn.Module | None) -> bool:
     _register()
     device = next(model.parameters()).device
-    ids = torch.arange(context, device=device)[None] % int(model.config.get_text_config().vocab_size)
+    ids = torch.arange(context, device=device)[None] % vocabulary_of(model)
     _seen.clear()
     try:
         with own_precision(model), torch.no_grad():

@@ -182,7 +182,9 @@ def run_and_stages(folder: Path, progress: bool) -> tuple[RunContext, list[Stage
     """
     path = folder / "recipe.json"
     if not is_run(folder):
-        raise UserError(f"'{folder}' is no run: it has no recipe.json. Give the folder that `fire-llm run` made")
+        inside = next((place.parent for place in sorted(folder.glob("*/recipe.json"))), None)
+        which = f"one of the runs inside, such as '{inside}'" if inside else "the folder that `fire-llm run` made"
+        raise UserError(f"'{folder}' is no run: it has no recipe.json. Give {which}")
     data = read_json(path, "run the recipe again, which writes it again")
     try:
         run = RunContext(load_recipe(data, made=True), folder, progress)

@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -20,10 +19,10 @@ from transformers import TrainerCallback
 from fire_llm import __version__
 from fire_llm.checkpoint import check_repository
 from fire_llm.checkpoint.refusals import refuse_files
-from fire_llm.core.atomic import checkpoints, read_json, write_json
+from fire_llm.core.atomic import AVERAGED, checkpoints, read_json, write_json
 from fire_llm.core.errors import UserError, did_you_mean, first_line, redact
 from fire_llm.core.files import leads_out
-from fire_llm.core.manifest import TRAINER_STATE, damage, read_state, weights_hash
+from fire_llm.core.manifest import damage, trainer_state, weights_hash
 from fire_llm.core.signals import asked
 from fire_llm.distributed import is_first
 from fire_llm.experiment.collect import measured_nll
@@ -34,7 +33,7 @@ from fire_llm.experiment.recipe import Recipe
 from fire_llm.experiment.sources import COMPANIONS, MODEL, TOKENIZER
 from fire_llm.experiment.stages import Stage, expand, final_checkpoint, labelled_checkpoint, step_behind
 from fire_llm.reporting.schema import Results
-from fire_llm.reporting.tables import load_results, markdown_table, page_fault, write_report
+from fire_llm.reporting.tables import load_results, markdown_table, page_fault, report_page
 
 PUSHED = "pushed.json"
 """File in a stage's folder: which weights were pushed last, and where to."""
@@ -104,15 +103,15 @@ def push_run(
         raise UserError(f"push: '{weights}' is damaged: {fault}. Delete it: the same `run` trains it again")
     results = Results.model_validate(_by_name(load_results(folder).model_dump(mode="json")))
     operations = [*_files(weights), _text("recipe.yaml", _recipe_text(run.recipe))]
-    page = None if page_fault() else _page(results)
+    page = None if page_fault() else report_page(results)
     if page is not None:
         operations.append(_text(PAGE, page))
     beside = "`recipe.yaml` is the recipe, with which the same command trains the same batches."
     beside += " `report.html` has the curves.\n\n" if page is not None else "\n\n"
     facts, table = _facts(stage, weights)
     body = f"{facts}\n{table}## All arms\n\n{markdown_table(results)}\n{beside}"
-    title, what = f"{run.recipe.name}: {stage.title}", f"The weights after step {step_behind(weights):,}"
-    operations.append(_text("README.md", _with_head(stage, title, what, body, repo)))
+    title = f"{run.recipe.name}: {stage.title}"
+    operations.append(_text("README.md", _with_head(stage, title, _weights_of(weights), body, repo)))
     there = _open_repository(repo, "push", private)
     ours, patterns = {operation.path_in_repo for operation in operations}, (*MODEL, *TOKENIZER, *COMPANIONS, PAGE)
     stale = sorted(name for name in there - ours if any(fnmatch(name, pattern) for pattern in patterns))
@@ -134,26 +133,29 @@ def _chosen(stages: list[Stage], arm: str | None, seed: int | None, start: str |
         UserError: There is none, or several; with those that there are.
     """
     last = [stage for stage in stages if stage.phase is stages[-1].phase]
-    for key, wanted in {"arm": arm, "start": start, "seed": last[0].seed if seed is None else seed}.items():
-        there = list(dict.fromkeys(getattr(stage, key) for stage in last))
+    if arm and "@" in arm and (named := [stage for stage in last if stage.arm == arm]):  # as tables name it
+        last, arm = named, named[0].recipe_arm
+    keys: dict[str, tuple[Any, Callable[[Stage], Any]]] = {
+        "arm": (arm, lambda stage: stage.recipe_arm),
+        "start": (start, lambda stage: stage.start_name),
+        "seed": (last[0].seed if seed is None else seed, lambda stage: stage.seed),
+    }
+    for key, (wanted, of) in keys.items():
+        there = [str(one) for one in dict.fromkeys(map(of, last))]
         if wanted is None and len(there) > 1:
-            raise UserError(f"--{key}: say which: {', '.join(map(str, there))}")
-        if wanted is not None and wanted not in there:
-            near = did_you_mean(str(wanted), [str(one) for one in there])
-            raise UserError(f"--{key}: the run has no '{wanted}'.{near} It has: {', '.join(map(str, there))}")
-        last = [stage for stage in last if wanted is None or getattr(stage, key) == wanted]
+            raise UserError(f"--{key}: say which: {', '.join(there)}")
+        if wanted is not None and there == [""]:
+            raise UserError(f"--{key}: the last phase, '{last[0].phase.name}', has no {key}s: leave it out")
+        if wanted is not None and str(wanted) not in there:
+            near = did_you_mean(str(wanted), there)
+            raise UserError(f"--{key}: the run has no '{wanted}'.{near} It has: {', '.join(there)}")
+        last = [stage for stage in last if wanted is None or of(stage) == wanted]
     return last[0]
 
 
-def _page(results: Results) -> str:
-    """Return the report's page."""
-    with TemporaryDirectory() as folder:
-        return write_report(results, Path(folder) / PAGE).read_text(encoding="utf-8")
-
-
 def _recipe_text(recipe: Recipe) -> str:
-    """Return a recipe as YAML, as it was given: its defaults and the places of this machine left out."""
-    data = recipe.model_dump(mode="json", exclude_unset=True)
+    """Return a recipe as YAML, with every key at its value, and the places of this machine left out."""
+    data = recipe.model_dump(mode="json")
     kept = {k: v for k, v in data.items() if k not in ("data_root", "hub")}
     return yaml.safe_dump(_by_name(kept), sort_keys=False)
 
@@ -379,14 +381,19 @@ def _card(stage: Stage, checkpoint: Path) -> str:
     """Return the card of a checkpoint: how it was trained, and what it was measured at."""
     facts, table = _facts(stage, checkpoint)
     title, branch = f"{stage.run.recipe.name}: {stage.title}", branch_of(stage)
-    what = f"The weights after step {step_behind(checkpoint):,}"
     assert stage.run.recipe.hub is not None
-    return _with_head(stage, title, what, f"{facts}\n{table}", stage.run.recipe.hub.repo, branch)
+    return _with_head(stage, title, _weights_of(checkpoint), f"{facts}\n{table}", stage.run.recipe.hub.repo, branch)
+
+
+def _weights_of(checkpoint: Path) -> str:
+    """Return in words which weights a checkpoint holds."""
+    what = "The moving average of the weights" if checkpoint.name == AVERAGED else "The weights"
+    return f"{what} after step {step_behind(checkpoint):,}"
 
 
 def _facts(stage: Stage, checkpoint: Path) -> tuple[str, str]:
     """Return how a checkpoint was trained, as a list, and what it was measured at, as a table or nothing."""
-    recipe, state = stage.run.recipe, read_state(checkpoint, TRAINER_STATE)
+    recipe, state = stage.run.recipe, trainer_state(checkpoint)
     step = state["global_step"]
     resets = "; ".join(reset.label() for reset in decided_resets(stage))
     facts = {

@@ -93,6 +93,12 @@ class Stage:
         """Return the arm as the recipe names it, without the start that it is trained from; empty for none."""
         return (self.arm or "").partition("@")[0]
 
+    @property
+    def start_name(self) -> str:
+        """Return the warm start as folders name it: its label, behind its stage's name where stages differ."""
+        name = self.folder.removeprefix(f"{self.phase.name}/").removesuffix(f"seed-{self.seed}").rstrip("/")
+        return (name.partition("@")[2] if self.arm else name) or self.start
+
     @cached_property
     def spec(self) -> dict[str, Any]:
         """Everything that the weights depend on: the content of `unit.json`. Text, model and tokenizer are hashed."""

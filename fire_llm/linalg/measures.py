@@ -33,6 +33,8 @@ def sfe(before: Tensor, after: Tensor) -> float:
 def squared_error(before: Tensor, after: Tensor) -> Tensor:
     """Return `sfe` of tensors of one shape as a float64 scalar on the device of `before`, which is not waited for."""
     total = torch.zeros((), dtype=torch.float64, device=before.device)
+    if before.is_complex():
+        before, after = torch.view_as_real(before), torch.view_as_real(after)
     size = CACHED_ELEMENTS if before.device.type == "cpu" else CHUNK_ELEMENTS
     for a, b in zip(*(torch.split(one.reshape(-1), size) for one in (before, after)), strict=True):
         total += (a.double() - b.to(a.device).double()).square_().sum()

@@ -30,6 +30,7 @@ __all__ = [
     "page_line",
     "print_table",
     "render_table",
+    "report_page",
     "steps_saved",
     "write_page",
     "write_report",
@@ -89,11 +90,20 @@ def write_report(results: Results | Sequence[Results], output: Path) -> Path:
     Raises:
         UserError: where the file cannot be written, or plotly is not installed.
     """
+    return _write(output, report_page(results))
+
+
+def report_page(results: Results | Sequence[Results]) -> str:
+    """Return the page that `write_report` writes.
+
+    Raises:
+        UserError: plotly is not installed.
+    """
     check_page()
     runs = [results] if isinstance(results, Results) else list(results)
     names = [run.name or "run" for run in runs]
     title = names[0] if len(names) == 1 else f"{len(names)} runs"
-    return write_page("report.html.j2", output, title=title, sections=[section(run, i) for i, run in enumerate(runs)])
+    return render("report.html.j2", title=title, sections=[section(run, i) for i, run in enumerate(runs)])
 
 
 def check_page() -> None:
@@ -103,7 +113,12 @@ def check_page() -> None:
 
 
 def write_page(template: str, output: Path, **context: object) -> Path:
-    """Render a template with plotly's script inside and move the finished page into place."""
+    """Render a template and move the finished page into place."""
+    return _write(output, render(template, **context))
+
+
+def render(template: str, **context: object) -> str:
+    """Return the page that a template gives, with plotly's script inside."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from plotly.offline import get_plotlyjs
 
@@ -115,7 +130,11 @@ def write_page(template: str, output: Path, **context: object) -> Path:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    page = environment.get_template(template).render(plotly=get_plotlyjs(), **context)
+    return environment.get_template(template).render(plotly=get_plotlyjs(), **context)
+
+
+def _write(output: Path, page: str) -> Path:
+    """Write a page where it appears whole or not at all; `report.html` where a folder is given."""
     path = Path(output) / "report.html" if Path(output).is_dir() else Path(output)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -141,8 +141,8 @@ def fire_(
     compute_dtype: ComputeDtype = None,
     strength: Strength = 1.0,
     roles: str | Iterable[str] | Mapping[str, str] | None = None,
-    include: str | Iterable[str] = (),
-    exclude: str | Iterable[str] = (),
+    include: str | Iterable[str] | None = (),
+    exclude: str | Iterable[str] | None = (),
     layers: str | int | None = None,
     optimizer: Any = None,
     process_group: Any = None,
@@ -196,7 +196,7 @@ def fire_(
         "scale": scale,
         "strength": strength,
         **{key: value for key, value in given.items() if value is not None},
-        **{key: (value,) if isinstance(value, str) else tuple(value) for key, value in names.items()},
+        **{key: (value,) if isinstance(value, str) else tuple(value or ()) for key, value in names.items()},
     }
     if roles is not None:
         listed = isinstance(roles, Iterable) and not isinstance(roles, str | Mapping)

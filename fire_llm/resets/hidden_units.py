@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.parameter import UninitializedParameter
 
 from fire_llm.architectures.lookup import class_of
+from fire_llm.architectures.matrices import refuse_uninitialised
 from fire_llm.architectures.names import unwrap
 from fire_llm.core.errors import UserError, did_you_mean
+from fire_llm.resets.memory import refuse_memory, refuse_other_optimizer, refuse_replaced
 from fire_llm.resets.renewal import Renewal, UnitLayer, generator
-from fire_llm.resets.spec import ResetSpec, parse_resets, refuse_kinds
+from fire_llm.resets.spec import ResetSpec, parse_one
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ def named_layers(model: nn.Module, hidden: Iterable[Sequence[str]]) -> list[Modu
     Raises:
         UserError: There is none, or a name, a kind of module or a shape does not fit.
     """
+    if not isinstance(hidden, Iterable):
+        raise UserError(f"hidden: {hidden!r} is not allowed: give a list of layers, such as [('fc1', 'fc2')]")
     layers = [_layer(model, names) for names in hidden]
     if not layers:
         raise UserError("hidden: no layer is named; give pairs such as [('fc1', 'fc2')], first the module that writes")
@@ -83,11 +86,29 @@ def named_layers(model: nn.Module, hidden: Iterable[Sequence[str]]) -> list[Modu
         names = [layer.name.split(" → ")[which] for layer in layers]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise UserError(f"hidden: '{twice}' {'writes' if which == 0 else 'reads'} units of two layers: name one")
+    slots = [slot for layer in layers for slot in (*layer.incoming, layer.outgoing)]
+    refuse_memory(slots, slots)
+    _refuse_tied(model, slots)
     return layers
 
 
+def _refuse_tied(model: nn.Module, slots: Iterable[UnitSlot]) -> None:
+    """Refuse weights that another module holds too: drawing a unit again would change what that computes."""
+    holders: dict[int, list[str]] = {}
+    for place, module in model.named_modules():
+        for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            holders.setdefault(id(tensor), []).append(f"{place}.{key}" if place else key)
+    for slot in slots:
+        if len(names := holders[id(slot.tensor)]) > 1:
+            raise UserError(
+                f"hidden: '{names[0]}' and '{names[1]}' are one weight, and a unit that is drawn again in one would "
+                "change the other: leave that layer out, or untie them"
+            )
+
+
 def _layer(model: nn.Module, names: Sequence[str]) -> ModuleLayer:
-    if isinstance(names, str) or len(names) < 2:
+    listed = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    if not listed or len(names) < 2:
         raise UserError(
             f"hidden: {names!r} is not allowed: name the module that writes the units, norms between, and the one that "
             "reads them, such as ('conv1', 'bn1', 'conv2')"
@@ -102,7 +123,7 @@ def _layer(model: nn.Module, names: Sequence[str]) -> ModuleLayer:
     weight: Any = writer.weight
     units = weight.shape[0]
     incoming = [UnitSlot(f"{first}.weight", weight, (units, math.prod(weight.shape[1:])))]
-    if writer.bias is not None:
+    if writer.bias is not None and writer.bias.requires_grad:
         incoming.append(UnitSlot(f"{first}.bias", writer.bias, (units, 1)))
     for name, between in modules[1:-1]:
         incoming += _rows_of(name, between, units)
@@ -119,21 +140,28 @@ def _check_weight(name: str, module: nn.Module) -> None:
     weight = module._parameters.get("weight")
     if weight is None:
         raise UserError(f"hidden: the weight of '{name}' is computed at each pass, so what is written to it is lost")
-    if isinstance(weight, UninitializedParameter):
-        raise UserError(f"hidden: '{name}' is not initialised yet (a lazy module): run one forward pass first")
+    refuse_uninitialised(weight, f"{name}.weight")
     if not weight.requires_grad:
         raise UserError(f"hidden: '{name}' is frozen: leave it out, or call requires_grad_(True) first")
 
 
 def _rows_of(name: str, module: nn.Module, units: int) -> list[UnitSlot]:
-    """Return what a norm holds of each unit: scale, shift and statistics."""
-    held = [(key, t) for key, t in (*module.named_parameters(), *module.named_buffers()) if t.ndim]
+    """Return what a norm holds of each unit and is not frozen: scale, shift, and statistics unless all of it is."""
+    parameters, buffers = [*module.named_parameters()], [*module.named_buffers()]
+    for key, tensor in (*parameters, *buffers):
+        refuse_uninitialised(tensor, f"{name}.{key}")
+    held = [(key, t) for key, t in (*parameters, *buffers) if t.ndim]
     if not hasattr(module, "reset_parameters") or any(t.shape[:1] != (units,) for _, t in held):
         raise UserError(
             f"hidden: '{name}' is a {class_of(module).__name__} between the two, and does not hold one number for each "
             f"of {units} units: name norms only"
         )
-    return [UnitSlot(f"{name}.{key}", t, (units, math.prod(t.shape[1:]))) for key, t in held]
+    trained = not parameters or any(p.requires_grad for _, p in parameters)
+    return [
+        UnitSlot(f"{name}.{key}", t, (units, math.prod(t.shape[1:])))
+        for key, t in held
+        if (t.requires_grad if isinstance(t, nn.Parameter) else trained)
+    ]
 
 
 def _outgoing(name: str, reader: Any, units: int, writer: nn.Module) -> UnitSlot:
@@ -202,12 +230,12 @@ class Recycling:
         seed: int = 0,
         **options: Any,
     ) -> None:
-        [spec] = parse_resets(method, options)
-        refuse_kinds([spec], "recycling")
+        spec = parse_one(method, options, "recycling")
         given = {**options, **(method if isinstance(method, Mapping) else {})}
         if unread := [key for key in ("roles", "include", "exclude", "layers") if key in given]:
             raise UserError(f"{unread[0]}: not read here, where `hidden` names the layers: leave it out")
         self.seed, self.steps = seed, 0
+        self._modules = dict(unwrap(model).named_modules())
         self._work = Renewal(spec, named_layers(unwrap(model), hidden), self._draw)
         self._work.begin(1)
         self._work.listen()
@@ -233,7 +261,13 @@ class Recycling:
 
         Returns:
             How many units were recycled.
+
+        Raises:
+            UserError: The optimizer is another model's, or the model holds other tensors than it did.
         """
+        slots = [slot for layer in self._work.layers for slot in (*layer.incoming, layer.outgoing)]
+        refuse_replaced(self._modules, slots)
+        refuse_other_optimizer(optimizer, slots)
         before = self.recycled
         self.steps += 1
         self._work.end(self.steps, optimizer)

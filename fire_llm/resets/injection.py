@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fire_llm.architectures.matrices import refuse_uninitialised
 from fire_llm.architectures.names import unwrap
 from fire_llm.core.errors import UserError, did_you_mean
 
@@ -26,8 +28,18 @@ class PlasticityInjection(nn.Module):
         self.drawn = copy.deepcopy(new).requires_grad_(False)
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
-        """Return what the old head gives, and what the new one has learned."""
-        found: Tensor = self.old(*inputs, **named) + self.new(*inputs, **named) - self.drawn(*inputs, **named)
+        """Return what the old head gives, and what the new one has learned.
+
+        Raises:
+            UserError: The head returns no tensor.
+        """
+        old = self.old(*inputs, **named)
+        if not isinstance(old, Tensor):
+            raise UserError(
+                f"plasticity injection adds what heads return, and this {type(self.old).__name__} returns a "
+                f"{type(old).__name__}: inject into a part of it that returns a tensor"
+            )
+        found: Tensor = old + self.new(*inputs, **named) - self.drawn(*inputs, **named)
         return found
 
 
@@ -39,18 +51,25 @@ def inject_plasticity_(model: nn.Module, name: str, *, seed: int = 0) -> Plastic
 
     Args:
         model: Any module.
-        name: Of the head: a module that returns a tensor, whose parts can draw themselves (`reset_parameters`).
+        name: Of the head: a module that returns a tensor, whose parts can draw themselves (`reset_parameters`). One
+            that is injected already gets a new head in the place of the one that learned; that is frozen beside it.
         seed: Of what is drawn; no other generator is touched.
+
+    Warns:
+        UserWarning: The head shares a weight with the rest of the model, such as the embedding that it is tied to. It
+            gets a copy, which is frozen; the rest goes on learning.
 
     Raises:
         UserError: There is no such module, it is the whole model, has no parameters, or a part of it cannot be drawn.
     """
     model = unwrap(model)
-    known = dict(model.named_modules())
+    known = dict(model.named_modules(remove_duplicate=False))
     if name not in known or not name:
         raise UserError(f"'{name}' names no module inside the model.{did_you_mean(name, known)}")
     old = known[name]
-    new = copy.deepcopy(old).cpu()
+    for key, tensor in (*old.named_parameters(), *old.named_buffers()):
+        refuse_uninitialised(tensor, f"{name}.{key}")
+    new = copy.deepcopy(old.new if isinstance(old, PlasticityInjection) else old).cpu()
     holding = [(key, m) for key, m in new.named_modules() if [*m.parameters(recurse=False)]]
     lacking = [key or name for key, module in holding if not hasattr(module, "reset_parameters")]
     if lacking or not holding:
@@ -60,7 +79,24 @@ def inject_plasticity_(model: nn.Module, name: str, *, seed: int = 0) -> Plastic
         torch.random.set_rng_state(torch.Generator().manual_seed(seed).get_state())  # torch.manual_seed seeds CUDA too
         for _, module in holding:
             module.reset_parameters()
+    places = [place for place, module in known.items() if module is old]
+    if shared := _shared(known, old, places):
+        warnings.warn(
+            f"'{name}' shares '{shared}' with the rest of the model: the old head is frozen as a copy of its own, so "
+            f"that '{shared}' goes on learning",
+            stacklevel=2,
+        )
+        old = copy.deepcopy(old)
     injected = PlasticityInjection(old, new.to(next(old.parameters()).device))
-    above, _, child = name.rpartition(".")
-    setattr(model.get_submodule(above), child, injected.train(old.training))
+    for place in places:
+        above, _, child = place.rpartition(".")
+        setattr(model.get_submodule(above), child, injected.train(old.training))
     return injected
+
+
+def _shared(known: dict[str, nn.Module], head: nn.Module, places: list[str]) -> str:
+    """Return the name, outside of a head, of a parameter that it shares with the model; empty where there is none."""
+    own, inside = {id(p) for p in head.parameters()}, tuple(f"{place}." for place in places)
+    around = ((place, module) for place, module in known.items() if not f"{place}.".startswith(inside))
+    held = ((place, key, p) for place, module in around for key, p in module.named_parameters(recurse=False))
+    return next((f"{place}.{key}" if place else key for place, key, p in held if id(p) in own), "")

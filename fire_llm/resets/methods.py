@@ -112,7 +112,8 @@ class ResetMethod:
         if self.buffers == "none":
             return f"a buffer, and '{self.name}' acts on parameters"
         if self.buffers == "floats" and not buffer.is_floating_point():
-            return f"a buffer of whole numbers, which '{self.name}' does not mix"
+            kind = "yes and no" if buffer.dtype == torch.bool else "complex numbers" if buffer.is_complex() else ""
+            return f"a buffer of {kind or 'whole numbers'}, which '{self.name}' does not mix"
         return None
 
 
@@ -143,7 +144,8 @@ def register_reset(
         batched: Whether `f` also takes matrices of one shape stacked, (B, out, in), which accelerators are faster at.
         options_of: A reset whose options this one takes too, as `**options`; its own are its keyword-only arguments.
         buffers: Whether `f` is also given the buffers that checkpoints hold, such as running statistics: `floats`
-            those of floating-point numbers, `all` also those of whole numbers, in their own dtype.
+            those of floating-point numbers, `all` also those of whole numbers, of yes and no, and of complex numbers,
+            in their own dtype.
     """
 
     def add(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

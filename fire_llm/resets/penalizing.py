@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from fire_llm.architectures.matrices import ParameterSlice
 from fire_llm.architectures.modules import Kernels, SplitLike
+from fire_llm.architectures.names import plain_modules, unwrap
 from fire_llm.core.errors import UserError
-from fire_llm.distributed import is_sharded, local_part, placed_like
+from fire_llm.distributed import is_dtensor, local_part, placed_like
 from fire_llm.resets.apply import LayoutName, module_layout
+from fire_llm.resets.memory import refuse_replaced
 from fire_llm.resets.methods import RESETS
 from fire_llm.resets.plan import Plan
 from fire_llm.resets.spec import ResetsLike, ResetSpec, parse_resets
@@ -62,6 +64,8 @@ class Penalties:
         cut = module_layout(layout, split, kernels)
         specs = parse_resets(penalties, options, modules=cut is not None)
         plan = Plan.of(model, specs, initial, "penalty", layout=cut)
+        plan.check_values()
+        self._modules = plain_modules(unwrap(model))
         starts = {slice_.parameter: slice_.tensor for slice_ in plan.start.values()}
         self._terms: list[tuple[ParameterSlice, Callable[..., Tensor], list[Tensor]]] = []
         for spec in specs:
@@ -76,10 +80,16 @@ class Penalties:
 
         Args:
             scale: What the gradients are multiplied by at this point: that of a `GradScaler`, or 1.
+
+        Raises:
+            UserError: The model holds another parameter than it did.
         """
+        refuse_replaced(self._modules, (slice_ for slice_, *_ in self._terms))
         for slice_, act, beside in self._terms:
             if slice_.tensor.grad is None:
                 slice_.tensor.grad = torch.zeros_like(slice_.tensor)
+            elif slice_.tensor.grad.is_sparse:  # of an embedding; a penalty concerns each of its rows
+                slice_.tensor.grad = slice_.tensor.grad.to_dense()
             held, slope = (replace(slice_, tensor=local_part(t)) for t in (slice_.tensor, slice_.tensor.grad))
             slope.write_(slope.read().add(act(held.read(), *beside), alpha=scale))
 
@@ -94,7 +104,7 @@ def _given(plan: Plan, spec: ResetSpec) -> list[ParameterSlice]:
     for parameter, slices in groupby(plan.slices, attrgetter("parameter")):
         own = [(slice_, spec.why_not(slice_) is None) for slice_ in slices]
         chosen = [slice_ for slice_, wanted in own if wanted]
-        if chosen and is_sharded(chosen[0].tensor):
+        if chosen and is_dtensor(chosen[0].tensor):
             if not RESETS[spec.method].elementwise or len(chosen) < len(own):
                 raise UserError(
                     f"'{spec.method}' needs the matrices of '{parameter}' whole, and FSDP2 shards them: train replicas"
@@ -106,6 +116,6 @@ def _given(plan: Plan, spec: ResetSpec) -> list[ParameterSlice]:
 
 def _placed(whole: Tensor, slice_: ParameterSlice) -> Tensor:
     """Return the part of a whole parameter that a slice stands for, where and as the slice is."""
-    if is_sharded(slice_.tensor):
+    if is_dtensor(slice_.tensor):
         return local_part(placed_like(slice_.tensor, whole.detach()))
     return replace(slice_, tensor=whole).read().to(slice_.tensor, copy=True)  # `initial` may be the model itself

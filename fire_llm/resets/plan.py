@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 from fire_llm.architectures.matrices import ROLES, ParameterSlice, buffer_slices, parameter_slices
 from fire_llm.architectures.modules import ModuleLayout, is_fused, module_slices
 from fire_llm.core.errors import UserError
-from fire_llm.distributed import Block, blocks_of, make_current, refuse_engines
+from fire_llm.distributed import Block, blocks_of, is_sharded, make_current, refuse_engines
+from fire_llm.resets.memory import refuse_memory, refuse_other_optimizer, same_memory
 from fire_llm.resets.methods import RESETS, Kind
 from fire_llm.resets.presets import QUERY_OR_KEY
 from fire_llm.resets.report import Measures, Spectra, TensorReport, describe, fetch
@@ -58,7 +58,7 @@ class Plan:
         Raises:
             UserError: There is nothing to do, a pattern or a layer finds nothing, a method is of another kind, the
                 initial weights are missing or of another architecture, a gradient is missing, or a weight that a
-                reset of matrices would touch is none, or not what the forward pass reads.
+                reset of matrices would touch is none, or not what the forward pass reads; or `refuse_memory`.
         """
         refuse_kinds(specs, kind)
         cut = slices_of(model, specs, kind, layout)
@@ -75,13 +75,14 @@ class Plan:
             if not isinstance(initial, nn.Module):
                 raise UserError(f"initial: a {type(initial).__name__} is given: give a module with the initial weights")
             plan.start = {p.name: p for p in slices_of(initial, specs, kind, layout)}
-            own = next((p for p in plan.wanted if _same(plan.start.get(p.name), p)), None)
+            own = next((p for p in plan.wanted if p.name in plan.start and same_memory(plan.start[p.name], p)), None)
             if own is not None and kind == "transition":
                 raise UserError(
                     f"'{wanting[0]}': `initial` holds the model's very own '{own.parameter}': give a copy from before "
                     "training, copy.deepcopy(model)"
                 )
         plan._check_names()
+        refuse_memory(plan.slices, plan.wanted)
         if layout is not None:
             plan._check_modules(layout, whole)
         return plan
@@ -96,7 +97,7 @@ class Plan:
                 why = sorted({str(spec.why_not(weight)) for weight in self.slices})
                 raise UserError(f"'{spec.label()}' finds nothing to reset in the model ({'; '.join(why[:3])})")
         if any(pattern == QUERY_OR_KEY for spec in self.specs for _, pattern in spec.patterns):
-            hidden = next((w.parameter for w in self.slices if is_fused(w) and layout.parts(w.parameter) is None), None)
+            hidden = next((w.parameter for w in self.slices if _is_open(w, layout)), None)
             if hidden is not None:
                 raise UserError(
                     f"queries and keys are wanted, and by its name '{hidden}' holds several matrices: name its parts, "
@@ -105,9 +106,7 @@ class Plan:
         self.fused = [
             weight.parameter
             for weight, actions in zip(self.slices, self.actions, strict=True)
-            if is_fused(weight)
-            and layout.parts(weight.parameter) is None
-            and any(RESETS[s.method].matrices_only for s in actions)
+            if _is_open(weight, layout) and any(RESETS[s.method].matrices_only for s in actions)
         ]
 
     @classmethod
@@ -128,7 +127,9 @@ class Plan:
         if whole and not plan.wanted and not all(spec.idle for spec in specs):
             another = "the role conv" if plan.convolutions else "another role"
             raise UserError(f"{plan.idle(type(model).__name__)} Name {another}, or take back a pattern of exclude")
-        plan._check_values()
+        plan.check_values()
+        if optimizer is not None:
+            refuse_other_optimizer(optimizer, [weight for weight in plan.wanted if not weight.buffer])
         return plan
 
     @property
@@ -153,9 +154,10 @@ class Plan:
             raise UserError("every parameter that the reset would touch is frozen: call requires_grad_(True) first")
         for weight in self.wanted if self.start else ():
             before = self.start.get(weight.name)
-            if before is None or before.shape != weight.shape:
+            if before is None or before.shape != weight.shape or before.tensor.shape != weight.tensor.shape:
                 raise UserError(
-                    f"the initial weights hold no '{weight.name}' of shape {tuple(weight.shape)}: another architecture"
+                    f"the initial weights hold no '{weight.name}' of shape {tuple(weight.tensor.shape)}: another "
+                    "architecture"
                 )
             if is_sharded(before.tensor):
                 raise UserError(f"the initial weights of '{weight.name}' are sharded: give them whole on every rank")
@@ -181,14 +183,16 @@ class Plan:
         ]
         return [read for wanted, read in given if wanted]
 
-    def _check_values(self) -> None:
-        """Refuse weights that are not there or not finite."""
-        for weight in self.wanted:
-            if weight.tensor.is_meta:
-                raise UserError(f"'{weight.name}' is on the meta device: load the weights before a reset")
-        for weight, finite in zip(self.wanted, all_finite(held(weight) for weight in self.wanted), strict=True):
-            if not finite:
-                raise UserError(not_finite(weight.name))
+    def check_values(self) -> None:
+        """Refuse weights, initial ones too, that are not there or not finite."""
+        start = [self.start[w.name] for w in self.wanted if self.start]
+        for whose, weights in (("", self.wanted), ("the initial ", start)):
+            for weight in weights:
+                if weight.tensor.is_meta:
+                    raise UserError(f"{whose}'{weight.name}' is on the meta device: load the weights before a reset")
+            for weight, finite in zip(weights, all_finite(held(weight) for weight in weights), strict=True):
+                if not finite:
+                    raise UserError(f"{whose}{not_finite(weight.name)}")
         read = list(self._read_by_gradient())
         gradients = all_finite(with_gradient(weight).read() for _, weight in read)
         for (spec, weight), finite in zip(read, gradients, strict=True):
@@ -233,9 +237,9 @@ class Plan:
         return "; ".join(dict.fromkeys(str(s.why_not(self.slices[index])) for s in self.specs))
 
 
-def _same(initial: ParameterSlice | None, weight: ParameterSlice) -> bool:
-    """Return whether two slices are of one tensor that holds numbers."""
-    return initial is not None and initial.tensor is weight.tensor and not weight.tensor.is_meta
+def _is_open(weight: ParameterSlice, layout: ModuleLayout) -> bool:
+    """Return whether a weight is one matrix, its name says that it holds several, and nobody has said which."""
+    return is_fused(weight) and layout.parts(weight.parameter, *weight.tied) is None
 
 
 def slices_of(
@@ -251,7 +255,7 @@ def slices_of(
         found = module_slices(model, layout, buffers=kind == "transition")
         own = [pair for spec in specs for pair in spec.patterns]
         return [
-            replace(weight, own_role=next((role for role, pattern in own if re.search(pattern, weight.name)), ""))
+            replace(weight, own_role=next((role for role, pattern in own if weight.found_by(pattern)), ""))
             for weight in found
         ]
     cut = parameter_slices(model, strict=any(set(spec.roles) != set(ROLES) for spec in specs))
@@ -267,20 +271,12 @@ def with_gradient(weight: ParameterSlice) -> ParameterSlice:
     """Return the same slice of the parameter's gradient."""
     gradient = weight.tensor.grad
     assert gradient is not None
-    return replace(weight, tensor=gradient)
+    return replace(weight, tensor=gradient.to_dense())  # of an embedding it may be sparse
 
 
 def not_finite(name: str) -> str:
     """Return the message about weights that are NaN or infinite."""
     return f"'{name}' holds NaN or infinity: a reset would spread it. Start from a sound checkpoint"
-
-
-def is_sharded(tensor: Any) -> bool:
-    """Return whether this rank holds only a part of a parameter."""
-    mesh = getattr(tensor, "device_mesh", None)
-    return mesh is not None and any(
-        mesh.size(dim) > 1 and not placement.is_replicate() for dim, placement in enumerate(tensor.placements)
-    )
 
 
 def held(weight: ParameterSlice) -> Tensor:

@@ -96,12 +96,13 @@ class Renewal:
     def listen(self) -> None:
         """Hook into the readers; activations count while `listening`, in training mode."""
         for layer, recycler in zip(self.layers, self.recyclers, strict=True):
-            self._hooks.append(layer.reader.register_forward_pre_hook(self._listener(layer, recycler)))
+            hear = self._listener(layer, recycler)
+            self._hooks.append(layer.reader.register_forward_pre_hook(hear, with_kwargs=True))
 
     def _listener(self, layer: UnitLayer, recycler: Recycler) -> Any:
-        def hear(module: nn.Module, inputs: Any) -> None:
+        def hear(module: nn.Module, inputs: Any, named: Any) -> None:
             if self.listening and module.training:  # not while something is measured
-                recycler.observe(layer.rows(inputs[0]))
+                recycler.observe(layer.rows(inputs[0] if inputs else next(iter(named.values()))))
 
         return hear
 
@@ -205,7 +206,7 @@ def moments(optimizer: Any, slice_: Any) -> Iterator[Tensor]:
     """
     parameter = slice_.tensor
     for key, kept in optimizer.state.get(parameter, {}).items():
-        if not isinstance(kept, Tensor) or kept.numel() == 1:
+        if not isinstance(kept, Tensor) or (kept.numel() == 1 and kept.shape != parameter.shape):
             continue
         if kept.shape != parameter.shape or not kept.is_floating_point():
             raise UserError(

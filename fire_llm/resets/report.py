@@ -199,7 +199,8 @@ def describe(
     """
     report, later = TensorReport.of(weight), measures or Measures()
     if not weight.matrix:
-        numbers = tensor if tensor.is_floating_point() else tensor.double()
+        numbers = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+        numbers = numbers if numbers.is_floating_point() else numbers.double()
         later.add(report._normed, torch.linalg.vector_norm(numbers, dtype=torch.float64))
     else:
         many = tensor if weight.kernel else (tensor,)

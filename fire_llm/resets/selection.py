@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Protocol
 
+from fire_llm.architectures.matrices import ParameterSlice
+
 LAYERS = "numbers of layers, counted from 0: 4, 4-11 or 0-3,8"
 
 
@@ -38,5 +40,15 @@ def parse_layers(text: str) -> list[range] | None:
 
 def layer_of(weight: Named) -> int | None:
     """Return the number of the layer that holds a slice, the first in its name; None outside of layers."""
-    numbers = (int(step) for step in weight.parameter.split(".") if step.isdecimal())
-    return None if weight.role in ("embedding", "lm_head") else next(numbers, None)
+    return None if weight.role in ("embedding", "lm_head") else _number(weight.parameter)
+
+
+def layers_of(weight: ParameterSlice) -> set[int]:
+    """Return the numbers of the layers that hold a slice: of a tied one several, outside of layers none."""
+    if weight.role in ("embedding", "lm_head"):
+        return set()
+    return {number for name in (weight.parameter, *weight.tied) if (number := _number(name)) is not None}
+
+
+def _number(name: str) -> int | None:
+    return next((int(step) for step in name.split(".") if step.isdecimal()), None)

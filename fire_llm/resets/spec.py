@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,7 @@ from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.resets.conditions import CONDITIONS, Overtraining, condition
 from fire_llm.resets.methods import FORMER, RESETS, Kind, ResetMethod
 from fire_llm.resets.presets import PRESETS
-from fire_llm.resets.selection import LAYERS, compiles, layer_of, parse_layers
+from fire_llm.resets.selection import LAYERS, compiles, layers_of, parse_layers
 
 FROZEN = "frozen: requires_grad is off"
 """Why a reset leaves a parameter alone that could not learn again what it loses."""
@@ -110,7 +109,8 @@ class ResetSpec:
             return [("method", f"'{name}' is a preset for any torch module, with options of its own: give its name "
                      f"alone, as in apply_reset(model, '{name}', layout='modules', initial=…)")], None  # fmt: skip
         if not isinstance(name, str) or name not in RESETS:
-            return [("method", f"unknown reset '{name}'.{did_you_mean(name, RESETS)} Known: {', '.join(RESETS)}")], None
+            near, presets = did_you_mean(str(name), [*RESETS, *PRESETS]), PRESETS if modules else ()
+            return [("method", f"unknown reset '{name}'.{near} Known: {', '.join([*RESETS, *presets])}")], None
         method = RESETS[name]
         own = given.pop("roles", None) if modules else None
         try:
@@ -154,8 +154,10 @@ class ResetSpec:
         """Return why this reset leaves a slice alone, or None where it acts."""
         if self.idle:
             return self.idle
+        if 0 in weight.tensor.shape:
+            return f"it holds no numbers, its shape is {tuple(weight.tensor.shape)}"
         if self.patterns:
-            if not any(re.search(pattern, weight.name) for _, pattern in self.patterns):
+            if not any(weight.found_by(pattern) for _, pattern in self.patterns):
                 return f"found by no pattern of roles ({', '.join(role for role, _ in self.patterns)})"
             if RESETS[self.method].matrices_only and not weight.matrix and not weight.refused:
                 return f"no matrix, and '{self.method}' acts on matrices"
@@ -163,11 +165,12 @@ class ResetSpec:
             return f"role {'/'.join(sorted(weight.roles))} is not among {', '.join(self.roles)}"
         if weight.buffer and (why := RESETS[self.method].leaves(weight.tensor)):
             return why
-        if self.layers and not any(layer_of(weight) in numbers for numbers in parse_layers(self.layers) or ()):
+        numbered = parse_layers(self.layers) or () if self.layers else ()
+        if self.layers and not any(n in numbers for numbers in numbered for n in layers_of(weight)):
             return f"not in layers {self.layers}"
-        if self.include and not any(re.search(e, weight.name) for e in self.include):
+        if self.include and not any(weight.found_by(e) for e in self.include):
             return f"found by no pattern of include ({', '.join(self.include)})"
-        pattern = next((e for e in self.exclude if re.search(e, weight.name)), None)
+        pattern = next((e for e in self.exclude if weight.found_by(e)), None)
         if pattern is not None:
             return f"excluded by '{pattern}'"
         return None if weight.trainable else FROZEN
@@ -245,6 +248,22 @@ def _spelt_out(one: str | Mapping[str, Any] | ResetSpec) -> Iterable[str | Mappi
     return PRESETS[name] if isinstance(name, str) and name in PRESETS else (one,)
 
 
+def _several(resets: Any) -> list[Any]:
+    """Return a list of resets.
+
+    Raises:
+        UserError: It is none, or holds what is no reset.
+    """
+    listed = [*resets] if isinstance(resets, Iterable) else [resets]
+    for one in listed:
+        if not isinstance(one, str | Mapping | ResetSpec):
+            raise UserError(
+                f"resets: {one!r} is not allowed: give a method's name, such as 'fire', {{'method': …, option: …}}, or "
+                "a list of these"
+            )
+    return listed
+
+
 def parse_resets(
     resets: ResetsLike, options: Mapping[str, Any] | None = None, *, modules: bool = False
 ) -> list[ResetSpec]:
@@ -267,7 +286,7 @@ def parse_resets(
             )
         specs = [ResetSpec.parse({"method": resets, **options}, modules=modules)]
     else:
-        many = [resets] if isinstance(resets, str | Mapping | ResetSpec) else list(resets)
+        many = [resets] if isinstance(resets, str | Mapping | ResetSpec) else _several(resets)
         many = [part for one in many for part in _spelt_out(one)] if modules else many
         specs = [ResetSpec.parse(r, modules=modules) for r in many]
     for spec in specs:
@@ -299,3 +318,21 @@ def refuse_kinds(specs: Iterable[ResetSpec], kind: Kind = "transition") -> None:
             raise UserError(
                 f"'{spec.method}' {acts}: make it an arm of a recipe, or in a script give it to {_PLACES[spec.kind]}"
             )
+
+
+def parse_one(method: Any, options: Mapping[str, Any], kind: Kind) -> ResetSpec:
+    """Read the one method of a kind that the caller runs.
+
+    Args:
+        method: As in `parse_resets`, like the next.
+        options: Of the method.
+        kind: Of the method.
+
+    Raises:
+        UserError: As in `parse_resets` and `refuse_kinds`; or there is another number of methods.
+    """
+    specs = parse_resets(method, options)
+    refuse_kinds(specs, kind)
+    if len(specs) != 1:
+        raise UserError(f"one method is wanted here, and {len(specs)} are given: give its name, or its spec")
+    return specs[0]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from difflib import SequenceMatcher
 
 from fire_llm.architectures.matrices import ParameterSlice
 from fire_llm.architectures.modules import is_fused
 from fire_llm.core.errors import UserError
-from fire_llm.resets.selection import layer_of, parse_layers
+from fire_llm.resets.selection import layers_of, parse_layers
 from fire_llm.resets.spec import ResetSpec
 
 
@@ -26,15 +25,15 @@ def refuse_unfound(specs: Iterable[ResetSpec], slices: Sequence[ParameterSlice])
     found: Sequence[ParameterSlice]
     for spec in specs:
         for pattern in spec.exclude:
-            if not any(re.search(pattern, weight.name) for weight in slices):
+            if not any(weight.found_by(pattern) for weight in slices):
                 raise UserError(_unfound("exclude", pattern, slices))
         for pattern in spec.include:
-            found = [weight for weight in slices if re.search(pattern, weight.name)]
+            found = [weight for weight in slices if weight.found_by(pattern)]
             if not found:
                 raise UserError(_unfound("include", pattern, slices))
             _refuse_idle(spec, f"include '{pattern}'", found)
         for role, pattern in spec.patterns:
-            found = [weight for weight in slices if re.search(pattern, weight.name)]
+            found = [weight for weight in slices if weight.found_by(pattern)]
             if not found:
                 fused = next((weight.parameter for weight in slices if is_fused(weight)), "")
                 hint = f". If '{fused}' holds it, name its parts with split" if fused else ""
@@ -44,12 +43,13 @@ def refuse_unfound(specs: Iterable[ResetSpec], slices: Sequence[ParameterSlice])
 
 
 def _refuse_layers(spec: ResetSpec, slices: Sequence[ParameterSlice]) -> None:
-    there = {layer for weight in slices if (layer := layer_of(weight)) is not None}
+    there = {number for weight in slices for number in layers_of(weight)}
     for numbers in parse_layers(spec.layers) or ():
         if missing := [number for number in numbers if number not in there]:
             known = f"{min(there)} to {max(there)}" if there else "none"
             raise UserError(f"layers '{spec.layers}': the model has no layer {missing[0]}; its layers are {known}")
-        _refuse_idle(spec, f"layers '{spec.layers}'", [weight for weight in slices if layer_of(weight) in numbers])
+        found = [weight for weight in slices if any(number in numbers for number in layers_of(weight))]
+        _refuse_idle(spec, f"layers '{spec.layers}'", found)
 
 
 def _refuse_idle(spec: ResetSpec, named: str, found: Sequence[ParameterSlice]) -> None:
@@ -62,7 +62,7 @@ def _refuse_idle(spec: ResetSpec, named: str, found: Sequence[ParameterSlice]) -
 
 
 def _unfound(option: str, pattern: str, slices: Sequence[ParameterSlice]) -> str:
-    names = list(dict.fromkeys(weight.name for weight in slices))
+    names = list(dict.fromkeys(name for weight in slices for name in weight.names))
 
     def likeness(name: str) -> int:
         return sum(block.size for block in SequenceMatcher(None, pattern, name, autojunk=False).get_matching_blocks())

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from fire_llm.architectures.names import plain_name
 from fire_llm.core.atomic import AVERAGED
 from fire_llm.core.errors import UserError
-from fire_llm.distributed import is_sharded, local_part, make_current
+from fire_llm.distributed import is_dtensor, local_part, make_current
 from fire_llm.training.sharding import load_weights
 
 
@@ -89,7 +89,7 @@ class Averaging(TrainerCallback):
         weights = self._weights()
         return {
             name: DTensor.from_local(average, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
-            if is_sharded(p := weights[name])
+            if is_dtensor(p := weights[name])
             else average
             for name, average in self._averages.items()
         }

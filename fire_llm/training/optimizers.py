@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from fire_llm.architectures.matrices import hidden_matrices
 from fire_llm.architectures.names import plain_parameters, unwrap
 from fire_llm.core.errors import UserError
-from fire_llm.distributed import Block, Placement, Redistribution, cost, is_sharded, placement_of
+from fire_llm.distributed import Block, Placement, Redistribution, cost, is_dtensor, placement_of
 from fire_llm.training.arguments import ContinualArguments
 from fire_llm.training.schedules import multiplier
 
@@ -110,7 +110,7 @@ class MuonAdamW(torch.optim.Optimizer):
         for inner in (self._muon, self._adamw):
             inner.param_groups = [g for g in self.param_groups if ("momentum" in g) == (inner is self._muon)]
             inner.state = self.state
-        sharded = any(is_sharded(p) for group in self._muon.param_groups for p in group["params"])
+        sharded = any(is_dtensor(p) for group in self._muon.param_groups for p in group["params"])
         if sharded:
             self._step_shards()
         else:

@@ -12,12 +12,12 @@ from transformers import TrainerCallback
 from fire_llm.architectures.hidden_layers import HiddenLayer, hidden_layers
 from fire_llm.architectures.names import plain_parameters, unwrap
 from fire_llm.core.errors import UserError
-from fire_llm.distributed import fsdp_modules, is_sharded
+from fire_llm.distributed import fsdp_modules, is_dtensor
 from fire_llm.models import fresh_model
-from fire_llm.resets import ResetSpec, parse_resets
+from fire_llm.resets import ResetSpec
 from fire_llm.resets.plan import slices_of
 from fire_llm.resets.renewal import Renewal, UnitLayer, generator, within
-from fire_llm.resets.spec import refuse_kinds
+from fire_llm.resets.spec import parse_one
 from fire_llm.resets.unfound import refuse_unfound
 from fire_llm.training.beginning import Beginning
 
@@ -65,8 +65,7 @@ class RecyclingCallback(TrainerCallback):
     """
 
     def __init__(self, spec: str | Mapping[str, Any] | ResetSpec, *, seed: int, **options: Any) -> None:
-        [self.spec] = parse_resets(spec, options)
-        refuse_kinds([self.spec], "recycling")
+        self.spec = parse_one(spec, options, "recycling")
         self.seed = seed
         self.work: Renewal | None = None
         """The layers and what is known of their units, while training goes on."""
@@ -96,7 +95,7 @@ class RecyclingCallback(TrainerCallback):
         """Find the units, the scales at which they are drawn, and what a checkpoint kept; hook into the model."""
         if self.work is not None:
             self.work.unhook()
-        if fsdp_modules(model) or any(map(is_sharded, model.parameters())) or args.n_gpu > 1:
+        if fsdp_modules(model) or any(map(is_dtensor, model.parameters())) or args.n_gpu > 1:
             raise UserError(
                 f"'{self.spec.method}' needs whole weights, which FSDP2 shards and DataParallel copies: train "
                 "replicas, one process a device"

@@ -22,7 +22,7 @@ from fire_llm.architectures.names import plain_name
 from fire_llm.core.errors import CHECKPOINTED_ONCE, ENGINES, UserError
 from fire_llm.core.manifest import OPTIMIZER_SHARDS, SHARDED, in_shards
 from fire_llm.core.ranks import flag, launched_in_shards
-from fire_llm.distributed import is_first, is_sharded, make_current, placed_like
+from fire_llm.distributed import is_dtensor, is_first, make_current, placed_like
 from fire_llm.models import load_model
 
 OPTIMIZER = "optimizer.pt"
@@ -193,7 +193,7 @@ def load_optimizer(optimizer: Any, folder: Path, *, settings: bool = True) -> No
         parameter = parameters[number]
         for key, value in one.items():
             if isinstance(value, Tensor):  # nothing stays mapped: the folder may be deleted while training goes on
-                sharded = is_sharded(parameter) and value.shape == parameter.shape
+                sharded = is_dtensor(parameter) and value.shape == parameter.shape
                 one[key] = placed_like(parameter, value) if sharded else value.clone()
     if (folder / OPTIMIZER_SHARDS).is_dir():
         _add_shards(state["state"], parameters, folder / OPTIMIZER_SHARDS)

@@ -15,7 +15,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from fire_llm.core.atomic import AVERAGED
 from fire_llm.core.manifest import OPTIMIZER_SHARDS, SHARDED
-from fire_llm.distributed import is_sharded
+from fire_llm.distributed import is_dtensor
 from fire_llm.distributed.shards import whole_tensors, write_shards
 from fire_llm.training.arguments import plain
 from fire_llm.training.sharding import named_once
@@ -41,7 +41,7 @@ class ShardedSave:
                 f"{number}.{key}": value
                 for number, one in trainer.optimizer.state_dict()["state"].items()
                 for key, value in one.items()
-                if is_sharded(value)
+                if is_dtensor(value)
             }
         self.parts = parts if stager is None else stager.stage(parts)
         self.shell = _shell(trainer.model)
@@ -49,7 +49,7 @@ class ShardedSave:
     def optimizer(self) -> dict[str, Any]:
         """Return the optimizer's state but for what lies in shards, which is small."""
         state = self.trainer.optimizer.state_dict()
-        rest = {n: {k: v for k, v in one.items() if not is_sharded(v)} for n, one in state["state"].items()}
+        rest = {n: {k: v for k, v in one.items() if not is_dtensor(v)} for n, one in state["state"].items()}
         return {"state": rest, "param_groups": state["param_groups"]}
 
     def describe(self, folder: Path) -> None:

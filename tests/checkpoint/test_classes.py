@@ -21,6 +21,7 @@ from fire_llm import apply_reset, fire_, reset_checkpoint
 from fire_llm.architectures.matrices import parameter_slices
 from fire_llm.checkpoint import Stored
 from fire_llm.checkpoint.inspection import inspect_checkpoint
+from fire_llm.checkpoint.refusals import refuse_config
 from fire_llm.core.errors import UserError
 from fire_llm.models import fresh_model, load_model
 
@@ -60,6 +61,20 @@ def test_rewriting_equals_the_reset_in_memory(name: str, tmp_path: Path) -> None
         assert json.loads((tmp_path / "dst" / "fire.json").read_text())["source"]["class"] == kind.__name__
         card = (tmp_path / "dst" / "README.md").read_text()
         assert f"{kind.__name__}.from_pretrained(" in card and "pipeline_tag: text-generation" not in card
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "__init__", "logging", "pipeline", "PreTrainedModel", "ViTPreTrainedModel", "AutoModel", "ViTConfig", "models",
+        "GPT2LMHeadModel", "ViTForImageClassification.forward", ["ViTForImageClassification"], "",
+    ],
+)  # fmt: skip
+def test_a_name_of_no_model_of_the_type_is_refused(named: Any) -> None:
+    settings = {"model_type": "vit", "architectures": [named]}
+    with pytest.raises(UserError, match=r"'src': model_type 'vit' is no causal .*, and .* names no model of that type"):
+        refuse_config(Path("src"), settings)
+    refuse_config(Path("src"), {**settings, "architectures": [named, "ViTForImageClassification"]})
 
 
 @pytest.mark.parametrize(

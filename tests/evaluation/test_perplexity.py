@@ -30,9 +30,11 @@ from transformers import (
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
-from fire_llm import UserError, perplexity
+from fire_llm import UserError, diagnose, perplexity
 from fire_llm.evaluation import kernels, scores, scoring, windows
 
 TOKENS = torch.randint(0, 97, (1003,), generator=torch.Generator().manual_seed(0))
@@ -579,3 +581,14 @@ def test_weights_that_accelerate_keeps_elsewhere_and_weights_that_are_nowhere():
     assert perplexity(cpu_offload(tiny_llama(), execution_device="cpu"), TOKENS[:100], context=32).nll == plain
     with pytest.raises(UserError, match="LlamaForCausalLM is on device 'meta', without weights: load them"):
         perplexity(tiny_llama().to("meta"), TOKENS[:100])
+
+
+@pytest.mark.parametrize("measure", [perplexity, diagnose])
+def test_what_is_no_language_model_is_refused_by_name(measure):
+    settings = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    images = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **settings))
+    for model in (images, *([torch.nn.Linear(2, 2)] if measure is perplexity else [])):
+        with pytest.raises(
+            UserError, match=f"{type(model).__name__} is no language model .*; diagnose_module measures"
+        ):
+            measure(model, np.arange(20))

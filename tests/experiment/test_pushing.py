@@ -18,7 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fire_llm import UserError, load_recipe, run_recipe
 from fire_llm.cli import main
+from fire_llm.experiment.context import RunContext
+from fire_llm.experiment.pushing import _chosen
 from fire_llm.experiment.recipe import load_trials
+from fire_llm.experiment.stages import expand
 
 SECRET = "hf_" + "s" * 34
 
@@ -279,4 +282,56 @@ def test_a_public_repository_is_pushed_to_where_that_is_said(hub, tmp_path, capf
     hub.refused = {"commit/main"}
     assert main(["push", str(tmp_path / "run"), "me/it", "--public"]) == 2
     assert "push: nothing was uploaded to 'me/it'" in capfd.readouterr().err
-    assert main(["push", str(tmp_path), "me/it"]) == 2 and "is no run" in capfd.readouterr().err
+    for folder, says in (
+        (tmp_path, f"one of the runs inside, such as '{tmp_path / 'run'}'"),
+        (tmp_path / "run" / "first", "the folder that"),
+    ):
+        assert main(["push", str(folder), "me/it"]) == 2
+        assert f"'{folder}' is no run: it has no recipe.json. Give {says}" in capfd.readouterr().err
+
+
+def test_an_average_from_a_warm_start_is_pushed_as_such(hub, tmp_path, capfd):
+    run(tmp_path, "phases.1.start_from={first: [2, final]}", "phases.1.ema={decay: 0.5}", "phases.0.keep=[2]")
+    assert main(["push", str(tmp_path / "run"), "me/it"]) == 2
+    assert "--start: say which: 2, final" in capfd.readouterr().err and not hub.commits
+    assert main(["push", str(tmp_path / "run"), "me/it", "--start", "2", "--checkpoint", "ema"]) == 0
+    own, pushed = tmp_path / "run" / "second" / "fire@2" / "seed-1" / "checkpoint-3", hub.branches["main"]
+    assert pushed["model.safetensors"] == (own / "ema" / "model.safetensors").read_bytes()
+    assert pushed["model.safetensors"] != (own / "model.safetensors").read_bytes()
+    assert {"config.json", "tokenizer.json", "report.html", "recipe.yaml"} <= {*pushed}
+    card = pushed["README.md"].decode()
+    assert "# tiny: second / fire@2\n\nThe moving average of the weights after step 3, by" in card
+    assert "- steps of this phase: 3 of 3" in card and "| held-out text |" in card
+
+
+ARMS = "phases.1.arms={base: {method: none}, fire: {method: fire}}"
+STARTS = "phases.1.start_from={first: [2, final]}"
+TWO_PARENTS = (
+    "phases=[{name: first, data: {a: 1.0}, steps: 1, arms: {base: none, fire: fire}}, "
+    "{name: second, data: {a: 1.0}, steps: 1, start_from: {first/base: final, first/fire: final}, arms: {base: none}}]"
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "folder"),
+    [
+        ((ARMS, STARTS), {"arm": "fire", "start": "2"}, "second/fire@2/seed-1"),
+        ((ARMS, STARTS), {"arm": "base@final", "seed": 2}, "second/base@final/seed-2"),
+        ((ARMS, STARTS), {"arm": "fire"}, "--start: say which: 2, final"),
+        ((ARMS, STARTS), {"arm": "fire", "start": "fianl"}, "--start: the run has no 'fianl'. Did you mean 'final'"),
+        ((ARMS, STARTS), {"arm": "fire@3"}, "--arm: the run has no 'fire@3'. Did you mean 'fire'? It has: base, fire"),
+        ((ARMS, STARTS), {"arm": "fire", "start": "2", "seed": 3}, "--seed: the run has no '3'. It has: 1, 2"),
+        ((STARTS, "phases.1.arms={}"), {"start": "final"}, "second/final/seed-1"),
+        ((STARTS, "phases.1.arms={}"), {"arm": "fire"}, "--arm: the last phase, 'second', has no arms: leave it out"),
+        ((TWO_PARENTS,), {}, "--start: say which: first-base-final, first-fire-final"),
+        ((TWO_PARENTS,), {"start": "first-fire-final"}, "second/base@first-fire-final/seed-1"),
+    ],
+)
+def test_a_stage_is_chosen_by_what_folders_and_tables_call_it(settings, options, folder, tmp_path):
+    recipe = load_recipe(quick_recipe(tmp_path), ["seed=[1, 2]", "phases.0.keep=[2]", *settings])
+    stages, wanted = expand(RunContext(recipe)), {"arm": None, "seed": None, "start": None, **options}
+    if folder.startswith("--"):
+        with pytest.raises(UserError, match=re.escape(folder)):
+            _chosen(stages, **wanted)
+    else:
+        assert _chosen(stages, **wanted).folder == folder

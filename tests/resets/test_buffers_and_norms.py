@@ -32,7 +32,9 @@ def trained(model: nn.Module) -> nn.Module:
     """Move every number of a model's state."""
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
-            if tensor.dtype != torch.bool:
+            if tensor.dtype == torch.bool:
+                tensor.logical_not_()
+            else:
                 tensor.copy_(tensor + torch.arange(tensor.numel()).reshape(tensor.shape).add(len(name)))
     return model
 
@@ -49,10 +51,10 @@ def test_running_statistics_are_reset_with_the_weights() -> None:
         whole = not tensor.is_floating_point()
         assert torch.allclose(tensor, before[name] if whole else 0.75 * before[name] + 0.25 * start[name]), name
     assert {"norm.running_mean", "norm.running_var"} <= {t.name for t in report.touched}
-    [left] = report.untouched
-    assert left.name == "norm.num_batches_tracked" and left.reason == (
-        "a buffer of whole numbers, which 'shrink_perturb' does not mix"
-    )
+    assert {left.name: left.reason for left in report.untouched} == {
+        "mask": "a buffer of yes and no, which 'shrink_perturb' does not mix",
+        "norm.num_batches_tracked": "a buffer of whole numbers, which 'shrink_perturb' does not mix",
+    }
     report = apply_reset(model, "full_reset", initial=initial)
     assert all(torch.equal(tensor, start[name]) for name, tensor in model.state_dict().items())
     assert not report.untouched and report.touched[-1].role == "norm"

@@ -164,6 +164,26 @@ def test_moments_are_cleared_and_a_resumed_loop_ends_as_one_that_was_not_cut_off
     assert not optimizer.state[model.bn1.weight]["exp_avg_sq"][2] and optimizer.state[model.bn1.weight]["exp_avg_sq"][1]
 
 
+@pytest.mark.parametrize(
+    ("frozen", "stay"),
+    [
+        (("bn1",), {"bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var"}),
+        (("bn1.weight", "conv1.bias"), {"bn1.weight", "conv1.bias"}),
+    ],
+)
+def test_what_is_frozen_stays(frozen, stay):
+    model = net()
+    for name, p in model.named_parameters():
+        p.requires_grad_(not name.startswith(frozen))
+    model.train()(images())
+    before = copy.deepcopy(model.state_dict())
+    recycling = Recycling(model, "redo", hidden=HIDDEN[:1])
+    recycling._work.renew({0: torch.arange(6)}, 1, torch.optim.SGD(model.parameters()))
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    whole = {"conv1.weight", "conv1.bias", "conv2.weight"}
+    assert moved == (whole | {f"bn1.{key}" for key in ("weight", "bias", "running_mean", "running_var")}) - stay
+
+
 def test_what_is_measured_in_evaluation_does_not_count_and_hooks_can_be_taken_out():
     model = net()
     recycling = Recycling(model, {"method": "redo", "every": 1, "threshold": 0.0}, hidden=HIDDEN)
@@ -198,6 +218,10 @@ def refused(match, **given):
 def test_what_does_not_fit_is_refused_by_name():
     refused(r"no module 'conv3'.*Did you mean", hidden=[("conv1", "conv3")])
     refused("no layer is named", hidden=[])
+    refused("hidden: None is not allowed", hidden=None)
+    refused(r"hidden: \(0, 1\) is not allowed", hidden=[(0, 1)])
+    refused("one method is wanted here, and 2 are given", method=["redo", "snr"])
+    refused("one method is wanted here, and 0 are given", method=[])
     refused("'conv1' is not allowed", hidden=["conv1"])
     refused("'bn1' is a BatchNorm2d: units are written", hidden=[("bn1", "conv2")])
     refused("'fc2' reads 8 inputs, and not the 5 units", hidden=[("conv2", "fc2")])
@@ -215,6 +239,39 @@ def test_what_does_not_fit_is_refused_by_name():
     normed = net()
     nn.utils.parametrizations.weight_norm(normed.fc1)
     refused("weight of 'fc1' is computed at each pass", model=normed)
+
+
+class Keyworded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        return self.c(self.b(input=self.a(x).relu()))
+
+
+def test_a_reader_may_be_called_by_keyword():
+    recycling = Recycling(model := Keyworded(), "redo", hidden=[("a", "b")], every=1, threshold=1.0)
+    model(torch.randn(5, 4))
+    assert recycling.step(torch.optim.SGD(model.parameters())) > 0
+
+
+@pytest.mark.parametrize(("one", "other"), [("a", "b"), ("a", "c"), ("b", "c")])
+def test_units_of_tied_weights_are_refused(one, other):
+    model = Keyworded()
+    model.get_submodule(other).weight = model.get_submodule(one).weight
+    model.alias = model.a  # the same module under another name is none
+    refused(rf"'{one}\.weight' and '{other}\.weight' are one weight", model=model, hidden=[("a", "b")])
+
+
+def test_the_moment_of_a_single_weight_is_cleared_too():
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    recycling, optimizer = Recycling(model, "redo", hidden=[("0", "1")]), torch.optim.Adam(model.parameters())
+    model(torch.ones(2, 1)).sum().backward()
+    optimizer.step()
+    recycling._work.renew({0: torch.tensor([0])}, 1, optimizer)
+    for p in (model[0].weight, model[0].bias, model[1].weight):
+        assert not optimizer.state[p]["exp_avg"].any() and optimizer.state[p]["step"] == 1
 
 
 # ---- penalties
@@ -247,7 +304,23 @@ def test_penalties_add_the_gradient_of_what_autograd_adds(given):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-6, atol=1e-9)
 
 
+def test_sparse_gradients_are_added_to_as_dense_ones():
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model, initial = (nn.Sequential(nn.Embedding(5, 3, sparse=sparse), nn.Linear(3, 2)) for _ in range(2))
+        penalties = Penalties(model, "l2_init", initial=initial, layout="modules")
+        for _ in range(2):
+            model(torch.tensor([1, 3, 3])).sum().backward()
+            penalties.add_()
+        found.append([p.grad.clone() for p in model.parameters()])
+    for dense, other in zip(*found, strict=True):
+        torch.testing.assert_close(dense, other)
+
+
 def test_penalties_refuse_what_is_none_and_initial_weights_that_are_missing():
+    with pytest.raises(UserError, match=r"the initial 'conv1\.weight' is on the meta device"):
+        Penalties(net(), "l2_init", initial=net().to("meta"), layout="modules")
     with pytest.raises(UserError, match="'fire' acts on weights, once"):
         Penalties(net(), "fire", layout="modules")
     with pytest.raises(UserError, match="'l2_init' needs the run's initial weights"):
@@ -276,6 +349,48 @@ def test_injection_computes_what_the_network_did_and_trains_the_new_head_alone()
     x = torch.randn(2, 8)
     by_hand = F.linear(x, old.weight + injected.new.weight - injected.drawn.weight)
     torch.testing.assert_close(injected(x) - injected(torch.zeros(2, 8)), by_hand)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.head = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+        self.head.weight = self.words.weight
+        self.again = self.head
+
+    def forward(self, tokens):
+        return self.head(self.words(tokens))
+
+
+def test_a_tied_head_is_untied_and_its_embedding_learns():
+    model, tokens = Tied(), torch.arange(7)
+    before = model(tokens).detach()
+    with pytest.warns(UserWarning, match=r"'head' shares 'words\.weight' with the rest of the model"):
+        injected = inject_plasticity_(model, "head")
+    assert model.again is model.head is injected
+    torch.testing.assert_close(model(tokens).detach(), before)
+    model(tokens).square().sum().backward()
+    assert model.words.weight.grad.any() and not injected.old.weight.requires_grad
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    assert not torch.equal(model.words.weight, injected.old.weight)
+
+
+def test_a_second_injection_freezes_the_head_that_learned():
+    model = net()
+    first = inject_plasticity_(model, "fc2", seed=1)
+    with torch.no_grad():
+        first.new.weight.add_(1)
+    before = model(images()).detach()
+    second = inject_plasticity_(model, "fc2", seed=2)
+    torch.testing.assert_close(model(images()).detach(), before)
+    trained = {name for name, p in second.named_parameters() if p.requires_grad}
+    assert second.old is first and trained == {"new.weight", "new.bias"}
+
+
+def test_a_head_that_returns_no_tensor_is_told():
+    model = nn.ModuleDict({"head": nn.LSTM(3, 3)})
+    with pytest.raises(UserError, match="this LSTM returns a tuple"):
+        inject_plasticity_(model, "head")(torch.zeros(1, 1, 3))
 
 
 def test_injection_refuses_what_it_cannot_draw():

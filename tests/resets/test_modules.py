@@ -526,8 +526,13 @@ def recomputed(wrap, at):
 
 def lora():
     model = nn.Sequential(nn.Module())
-    model[0].base_layer, model[0].lora_A = nn.Linear(4, 4), nn.ModuleDict({"default": nn.Linear(4, 2, bias=False)})
+    model[0].lora_A = nn.ModuleDict({"default": nn.Linear(4, 2, bias=False)})
     return model
+
+
+def adapted():
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), peft.OFTConfig(oft_block_size=2, target_modules=["0"]))
 
 
 def complex_linear():
@@ -553,13 +558,15 @@ HIDDEN = {
 MODELS = {
     "bilinear": (
         lambda: nn.Sequential(nn.Bilinear(2, 3, 4)),
-        r"'0\.weight', of shape \(4, 2, 3\), belongs to a Bilinear",
+        r"'0\.weight', of shape \(4, 2, 3\), belongs to a Bilinear, which multiplies two inputs: leave it out with "
+        r"exclude=.*, or, for one matrix \(out, in1 · in2\) that maps their products, give: split=",
     ),
     "transposed": (
         lambda: nn.Sequential(nn.ConvTranspose2d(2, 3, 3)),
         r"'0\.weight' belongs to a ConvTranspose2d, .*exclude=\[r'0\\\.weight'\]",
     ),
-    "adapter": (lora, r"'0\.base_layer\.weight' belongs to an adapter"),
+    "adapter": (lora, r"'0\.lora_A\.default\.weight' belongs to an adapter"),
+    "adapter of PEFT": (adapted, r"'base_model\.model\.0\.\S+' belongs to an adapter"),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(3)), r"'0\.weight' is not initialised yet .*forward pass"),
     "complex": (complex_linear, r"'1\.weight' is complex \(torch\.complex64\)"),
     "integer": (quarters, r"'0' is int8, quantised"),
@@ -583,7 +590,7 @@ OPTIONS = {
     "split of nothing": ({"split": {"head": 0}}, "split: 'head': 0 is not allowed: give a regular"),
     "split of text": ({"split": {"head": "qkv"}}, "split: 'head': 'qkv' is not allowed"),
     "split pattern": ({"split": {"(": 2}}, r"split: '\(': 2 is not allowed"),
-    "kernels": ({"kernels": "flat"}, "kernels: 'flat' is not allowed: give 'positions' or 'flattened'"),
+    "kernels": ({"kernels": "flat"}, r"kernels: 'flat' is not allowed\. Did you mean 'flattened'\? Give"),
     "layout": ({"layout": "module"}, r"layout: 'module' is not allowed\. Did you mean 'modules'\?"),
     "split elsewhere": ({"layout": "transformers", "split": {"a": 1}}, "split: read with layout='modules' alone"),
     "kernels elsewhere": ({"layout": "transformers", "kernels": "flattened"}, "kernels: read with layout"),
@@ -624,6 +631,11 @@ def test_what_is_refused_does_not_matter_where_it_is_left_out() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
 
 
+def test_a_module_called_base_layer_is_no_adapter() -> None:
+    model = nn.ModuleDict({"base_layer": nn.Linear(4, 4), "top": nn.Linear(4, 4)})
+    assert [t.name for t in modules(model).touched] == ["base_layer.weight", "top.weight"]
+
+
 def test_quantised_modules_are_refused() -> None:
     coded = type("Linear", (nn.Module,), {"__module__": "torch.ao.nn.quantized.dynamic.modules.linear"})
     with pytest.raises(UserError, match=r"'1' is a Linear, quantised"):
@@ -635,6 +647,13 @@ def test_classes_that_extend_torchs_are_taken_whatever_their_names() -> None:
     assert [t.name for t in modules(model).touched] == ["0.weight"]
     with pytest.raises(UserError, match=r"'0\.weight', of shape \(2, 3\), belongs to a ScaleNorm"):
         modules(nn.Sequential(ScaleNorm(2, 3)))
+
+
+@pytest.mark.parametrize("layout", ["modules", "transformers"])
+@pytest.mark.parametrize(("given", "meant"), [("paper-resnt", "paper-resnet"), ("fier", "fire")])
+def test_the_name_that_was_meant_is_told(layout, given, meant) -> None:
+    with pytest.raises(UserError, match=f"unknown reset '{given}'. Did you mean '{meant}'"):
+        apply_reset(seeded(ResNet), given, layout=layout)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fire_llm import UserError, apply_reset, fire_
+from fire_llm import Penalties, Recycling, UserError, apply_reset, fire_, inject_plasticity_
 
 
 def test_parts_of_one_name_are_refused():
@@ -35,6 +35,67 @@ def test_a_state_dict_is_no_initial_model():
     model = nn.Linear(3, 3)
     with pytest.raises(UserError, match="initial: a OrderedDict is given: give a module"):
         apply_reset(model, "full_reset", layout="modules", initial=model.state_dict())
+
+
+@pytest.mark.parametrize("model", [None, "folder", {}, [nn.Linear(2, 2)], nn.Linear, torch.zeros(2)])
+@pytest.mark.parametrize("layout", ["modules", "transformers"])
+def test_what_is_no_module_is_no_model(model, layout):
+    for act in (
+        lambda: fire_(model, layout=layout),
+        lambda: apply_reset(model, "none", layout=layout),
+        lambda: Penalties(model, "parseval", layout=layout),
+        lambda: Recycling(model, "redo", hidden=[("0", "1")]),
+        lambda: inject_plasticity_(model, "head"),
+    ):
+        with pytest.raises(UserError, match=r"model: .* is given, and a torch module is wanted: load it first"):
+            act()
+
+
+@pytest.mark.parametrize("resets", [None, 5, [None], [["fire"]], ["fire", 5], object()])
+def test_what_is_no_reset_is_refused(resets):
+    with pytest.raises(UserError, match=r"resets: .* is not allowed: give a method's name, such as 'fire'"):
+        apply_reset(nn.Linear(3, 3), resets, layout="modules")
+
+
+def test_a_name_in_capitals_is_known():
+    with pytest.raises(UserError, match=r"unknown reset 'FIRE'. Did you mean 'fire'"):
+        apply_reset(nn.Linear(3, 3), "FIRE", layout="modules")
+
+
+def test_an_optimizer_of_another_model_is_refused_before_anything_is_done():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    before = copy.deepcopy(model.state_dict())
+    recycling = Recycling(model, "redo", hidden=[("0", "1")], every=1)
+    for optimizer, says in (
+        (5, "optimizer: a int is given"),
+        (torch.optim.SGD(copy.deepcopy(model).parameters()), "it trains none of the weights .* such as '0.weight'"),
+    ):
+        with pytest.raises(UserError, match=says):
+            fire_(model, layout="modules", optimizer=optimizer)
+        with pytest.raises(UserError, match=says):
+            recycling.step(optimizer)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("change", ["assign", "double", "parametrise"])
+def test_what_acts_on_weights_that_the_model_no_longer_holds_says_so(change):
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
+    penalties = Penalties(model, "parseval", layout="modules")
+    recycling = Recycling(model, "redo", hidden=[("0", "1", "2")], every=1)
+    if change == "assign":
+        model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    elif change == "double":
+        model.double()  # which gives the norm other statistics
+    else:
+        nn.utils.parametrizations.orthogonal(model[2])
+    said = r"is another tensor now, by load_state_dict\(assign=True\)"
+    with pytest.raises(UserError, match=said):
+        recycling.step(torch.optim.SGD(model.parameters()))
+    if change == "double":
+        penalties.add_()
+    else:
+        with pytest.raises(UserError, match=said):
+            penalties.add_()
 
 
 def test_patterns_of_split_that_contradict_each_other_are_refused():
@@ -74,7 +135,5 @@ def test_a_linear_called_norm_is_a_linear():
 
 
 def test_injection_seeds_no_accelerator(monkeypatch):
-    from fire_llm import inject_plasticity_
-
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("the generators of CUDA were seeded"))
     inject_plasticity_(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), "1", seed=4)

@@ -73,19 +73,19 @@ TABLE = merge(
         "relative_position_bias_table",
         "BeitRelativePositionBias Data2VecVisionRelativePositionBias DonutSwinSelfAttention SwinRelativePositionBias",
     ),
-    entries("conv", "convolution", "ResNetConvLayer ResNetShortCut RegNetConvLayer RegNetShortCut", **CONV),
+    entries(
+        "conv",
+        "convolution",
+        """
+        CvtSelfAttentionConvProjection EfficientNetEmbeddings HGNetV2ConvLayer MobileNetV1ConvLayer MobileNetV2ConvLayer
+        MobileViTConvLayer MobileViTV2ConvLayer RegNetConvLayer RegNetShortCut ResNetConvLayer ResNetShortCut
+        """,
+        **CONV,
+    ),
     entries("conv", "dwconv", "ConvNextLayer ConvNextV2Layer", **CONV),
     entries("conv", "downsampling_layer.*", "ConvNextStage ConvNextV2Stage", **CONV),
     entries("conv", "conv1 conv2", "PoolFormerOutput", **CONV),
     entries("conv", "dwconv", "SegformerDepthWiseConv PvtV2DepthWiseConv", **CONV),
-    entries("conv", "convolution", "CvtSelfAttentionConvProjection MobileViTConvLayer", **CONV),
-    entries(
-        "conv",
-        "convolution",
-        "HGNetV2ConvLayer MobileNetV1ConvLayer MobileNetV2ConvLayer MobileViTV2ConvLayer",
-        **CONV,
-    ),
-    entries("conv", "convolution", "EfficientNetEmbeddings", **CONV),
     entries("conv", "expand_conv project_conv", "EfficientNetExpansionLayer EfficientNetFinalBlockLayer", **CONV),
     entries(
         "conv", "depthwise_conv", "EfficientNetDepthwiseLayer", kernel=True, module_class="EfficientNetDepthwiseConv2d"
