@@ -14,12 +14,12 @@ TORCH        := $(shell grep '^torch==' constraints.txt)
 LOWEST_TORCH := $(shell sed -n 's/^ *"torch>=\(.*\)",$$/torch==\1/p' pyproject.toml)
 # What of the suite fits into ten minutes, installing included.
 FLOOR_TESTS := $(addprefix tests/,$(addsuffix .py,test_imports core/test_compat test_models architectures/test_layout \
-	checkpoint/test_rewrite evaluation/test_perplexity training/test_trainer))
+	checkpoint/test_rewrite evaluation/test_perplexity experiment/test_losses training/test_trainer))
 
 # Dozens of processes import the package and the tests: compiled once, whatever the shell says.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: help demo test test-all test-lowest test-floor lint format schema docs notebooks clean
+.PHONY: help demo test test-all coverage test-lowest test-floor ratios lint format schema docs notebooks clean
 
 help:  ## list what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -59,11 +59,19 @@ test: $(VENV)/.installed  ## run the tests: no network, no accelerator (ARGS="--
 test-all: $(VENV)/.installed  ## run the slow tests too
 	$(PYTEST) -m 'not gpu'
 
+coverage: $(VENV)/.installed  ## run the tests and count the lines they reach; fails below the floor in pyproject.toml
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest $(OPTIONS)
+	$(BIN)/coverage report
+
 test-lowest: $(LOWEST)/.installed  ## run the tests at the lowest versions that pyproject.toml allows (gigabytes)
 	$(LOWEST)/bin/python -m pytest $(OPTIONS)
 
 test-floor: $(FLOOR)/.installed  ## run a part of the tests at the lowest versions, but for torch and Python
 	$(FLOOR)/bin/python -m pytest $(OPTIONS) $(FLOOR_TESTS)
+
+ratios: $(VENV)/.installed  ## run the benchmarks whose ratios are tracked: minutes (ARGS="--only plan", ARGS=--write)
+	$(BIN)/python scripts/check_ratios.py $(ARGS)
 
 lint: $(VENV)/.installed  ## check style, imports and types
 	$(BIN)/ruff check .

@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1, help="turns")
     parser.add_argument("--device", default="cpu", help="for apply")
     parser.add_argument("--num-processes", type=int, default=1, help="for apply")
+    parser.add_argument("--json", type=Path, help="write the ratios to this file too")
     parser.add_argument("--keep", action="store_true", help="do not delete what was written")
     args = parser.parse_args()
     folder = args.folder or Path(tempfile.mkdtemp(prefix="fire-llm-apply-"))
@@ -200,7 +201,7 @@ def main() -> None:
         "cp": ["sh", "-c", f"cp -r '{source}' '{results['cp']}' && sync"],
         "load": [sys.executable, "-c", BASELINE, str(source), str(results["load"])],
     }  # fmt: skip
-    own, figures = Path(__file__).parents[1], {}
+    own, figures, peaks = Path(__file__).parents[1], {}, {}
     for name in [*args.only] * args.repeat:
         shutil.rmtree(results[name], ignore_errors=True)
         code, seconds, cpu, peak = timed(commands[name], args.before if name == "before" else own)
@@ -208,6 +209,7 @@ def main() -> None:
         print(f"{name}: {seconds:.0f} s, {cpu:.0f} s of CPU, peak resident memory {peak:.2f} GiB{ended}", flush=True)
         if code == 0:
             figures[name] = min(cpu, figures.get(name, cpu))
+            peaks[name] = max(peak, peaks.get(name, peak))
         if code == 0 and name in ("apply", "no-measures", "before"):
             took = json.loads((results[name] / "fire.json").read_text())
             parts = {"resets": "seconds", "measuring": "measuring_seconds", "copying": "copying_seconds"}
@@ -225,6 +227,14 @@ def main() -> None:
         print(f"apply takes {figures['apply'] / figures['before']:.2f} of the other clone's CPU time")
     if "load" in figures and "apply" in figures:
         print(f"apply takes {figures['apply'] / figures['load']:.2f} of the baseline's time")
+    if args.json:
+        each = {"CPU seconds": figures, "peak memory": peaks}
+        ratios = {
+            f"{unit}, {name} / apply": value / found["apply"]
+            for unit, found in each.items()
+            for name, value in (found.items() if "apply" in found else ())
+        }
+        args.json.write_text(json.dumps({"ratios": ratios}, indent=1))
     if results["apply"].exists():
         compare(source, results["apply"], results["load"] if results["load"].exists() else None)
     if not args.keep and args.folder is None:

@@ -268,6 +268,11 @@ def main() -> int:
                 result["mixture"] = mixing(files, args)
             if "resume" in args.only:
                 result["resume"] = resuming(files, args)
+    result["ratios"] = {
+        f"{part}, ours / {name}": row["ratio_of_first"] ** (-1 if result[part]["unit"] == "s" else 1)
+        for part in ("tokenise", "mixture", "resume")
+        for name, row in (result[part]["rows"] if part in result else {}).items()
+    }
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1))
     return 0

@@ -10,6 +10,7 @@ largest difference between any rank's weights and those of one rank, `extra MB` 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import resource
 import tempfile
@@ -95,22 +96,26 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", help="numbers of ranks (1 2 4, or as many as there are GPUs)")
     parser.add_argument("--model", choices=SIZES, default="gpt2")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write the ratios to this file too")
     args = parser.parse_args()
     gpus = torch.cuda.device_count()
     ranks = args.ranks or [n for n in (1, 2, 4, 8) if n <= (gpus or 4)]
     name = torch.cuda.get_device_name() if gpus else f"{os.cpu_count()} CPU cores, one thread a rank"
     print(f"FIRE, 5 steps, {args.model}; {name}; torch {torch.__version__}")
     print(f"{'ranks':>5}  {'mode':15}{'seconds':>9}{'speed-up':>10}{'apart':>10}{'extra MB':>10}")
-    first = None
+    first, ratios = None, {}
     with tempfile.TemporaryDirectory() as folder:
         for world in dict.fromkeys([1, *ranks]):
             mp.spawn(rank_main, args=(world, args.model, args.repeat, folder), nprocs=world)
             for mode, seconds, apart, extra in torch.load(Path(folder) / f"rows-{world}.pt"):
                 first = first or seconds
+                ratios[f"{world} ranks, {mode}: one rank / these"] = first / seconds
                 print(
                     f"{world:5}  {mode:15}{seconds:9.3f}{first / seconds:9.2f}x{apart:10.1e}{extra / 2**20:10.0f}",
                     flush=True,
                 )
+    if args.json:
+        args.json.write_text(json.dumps({"ratios": ratios}, indent=1))
 
 
 if __name__ == "__main__":

@@ -313,8 +313,11 @@ def main() -> None:
         return
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     figures = {name: {"speed": speed, "memory": memory, "precisions": precisions}[name](args) for name in args.only}
+    ratios = {f"speed, ours / {name}": ratio for name, ratio in figures.get("speed", {}).get("ratios", {}).items()}
+    above = {name: row["above"] for name, row in figures.get("memory", {}).items()}
+    ratios |= {f"memory, {name} / ours": more / above["ours"] for name, more in above.items() if "ours" in above}
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=1, default=str))
+        args.json.write_text(json.dumps(figures | {"ratios": ratios}, indent=1, default=str))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ robin for comparison, and with the matrices that alone exceed a fair share split
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections import Counter
+from pathlib import Path
 
 from fire_llm.distributed.balance import assign, cost, makespan, split_cost, splits
 
@@ -54,15 +56,20 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, action="append", help="repeatable; default: all")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024])
     parser.add_argument("--lm-head", action="store_true", help="the head too, as the paper's code does")
+    parser.add_argument("--json", type=Path, help="write the ratios to this file too")
     args = parser.parse_args()
+    ratios = {}
     for model in args.model or MODELS:
         shapes = matrices(model, args.lm_head)
         print(f"\n{model}: {len(shapes)} matrices, {20 * sum(map(cost, shapes)) / 1e12:.3g} TFLOP by the paper's loop")
         print(f"{'ranks':>6}{'LPT':>8}{'robin':>8}{'split':>8}{'plan ms':>9}  split by rows")
         for ranks in args.ranks:
             lpt, robin, split, apart, seconds = simulate(shapes, ranks)
+            ratios[f"{model}, {ranks} ranks: ideal / split"] = 1 / split
             named = ", ".join(f"{n} of {o}×{i}" for (o, i), n in Counter(apart).items()) or "-"
             print(f"{ranks:6}{lpt:8.2f}{robin:8.2f}{split:8.2f}{1000 * seconds:9.2f}  {named}", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps({"ratios": ratios}, indent=1))
 
 
 if __name__ == "__main__":

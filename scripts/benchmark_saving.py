@@ -12,6 +12,7 @@ Memory of files that the system can drop at any time is not counted.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import tempfile
@@ -99,7 +100,7 @@ def rank_main(rank: int, world: int, args: argparse.Namespace, folder: str) -> N
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     sizes = {"n_embd": args.width, "n_layer": args.layers, "n_head": 8, "vocab_size": VOCABULARY, "n_positions": 64}
-    base = 0.0
+    base, ratios = 0.0, {}
     for way in WAYS:
         torch.manual_seed(0)
         model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
@@ -119,12 +120,15 @@ def rank_main(rank: int, world: int, args: argparse.Namespace, folder: str) -> N
         # The last save is an ordinary folder, waited for: how long that takes is not what is compared.
         stalls = sorted(trainer.stalls[: args.saves])
         base = base or median(stalls)
+        ratios[f"stall, gathered / {way}"] = base / median(stalls)
         if rank == 0:
             show(way, model.num_parameters(), stalls, base, grown)
         del trainer, model
         dist.barrier()
         if rank == 0:
             shutil.rmtree(output)
+    if rank == 0 and args.json:
+        args.json.write_text(json.dumps({"ratios": ratios}, indent=1))
     dist.destroy_process_group()
 
 
@@ -149,6 +153,7 @@ def main() -> None:
     parser.add_argument("--saves", type=int, default=3, help="timed saves of each way (default 3)")
     parser.add_argument("--every", type=int, default=8, help="steps between saves (default 8)")
     parser.add_argument("--output", metavar="FOLDER", help="where to save (default: a temporary folder)")
+    parser.add_argument("--json", type=Path, help="write the ratios to this file too")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(rank_main, (args.ranks, args, folder), nprocs=args.ranks)

@@ -131,8 +131,11 @@ def main() -> int:
         rows[name] = {**row, "all": turns}
         cells = (row["seconds"], row["cpu"], args.mb / row["seconds"], row["faster"])
         print(f"{name:<28}{''.join(f'{cell:>8.2f}' for cell in cells)}{row['expected']:>10.2f}")
+    ratios = {f"{name} / one process": row["faster"] for name, row in rows.items()}
+    ratios |= {f"{name} / one process, by CPU seconds": row["expected"] for name, row in rows.items()}
     if args.json:
-        Path(args.json).write_text(json.dumps({"settings": vars(args), "versions": versions, "rows": rows}, indent=1))
+        figures = {"settings": vars(args), "versions": versions, "rows": rows, "ratios": ratios}
+        Path(args.json).write_text(json.dumps(figures, indent=1))
     return 0
 
 

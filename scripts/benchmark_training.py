@@ -190,8 +190,8 @@ def contestant(name: str, args: argparse.Namespace, steps: int) -> Callable[[], 
     return functools.partial(train_for, TRAINERS[name](args, steps), args) if name in TRAINERS else bare(args, steps)
 
 
-def speed(args: argparse.Namespace) -> None:
-    """Time the contestants in turns and print medians and ratios."""
+def speed(args: argparse.Namespace) -> dict[str, float]:
+    """Time the contestants in turns, print medians and ratios, and return the ratios."""
     command = [sys.executable, __file__, *sys.argv[1:], "--only", "turns-of", "--contestant"]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
     runs = {name: subprocess.Popen([*command, name], **pipes) for name in CONTESTANTS}
@@ -217,10 +217,13 @@ def speed(args: argparse.Namespace) -> None:
         rate = tokens / statistics.median(times)
         mfu = f", MFU {rate * flops / peak:.1%}" if flops and peak else ""
         print(f"  {name:6} {rate:12,.0f} tokens/s{mfu}")
+    found = {}
     for other, target in TARGETS.items():
         ratios = [b / a for a, b in zip(seconds["ours"], seconds[other], strict=True)]
         spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+        found[f"speed, ours / {other}"] = statistics.median(ratios)
         print(f"  ours / {other}: {statistics.median(ratios):.3f} ({spread}); wanted ≥ {target}")
+    return found
 
 
 def turns_of(args: argparse.Namespace) -> None:
@@ -232,8 +235,9 @@ def turns_of(args: argparse.Namespace) -> None:
         print(f"{TOOK}{run()}", flush=True)
 
 
-def memory(args: argparse.Namespace) -> None:
-    """Print the peak memory of each contestant above what was held before it began, each in its own process."""
+def memory(args: argparse.Namespace) -> dict[str, float]:
+    """Print the peak memory of each contestant above what it held before, each in a process; return the ratios."""
+    ratios = {}
     for vocabulary in args.vocabularies:
         found = {}
         for name in ("ours", "stock"):
@@ -254,6 +258,8 @@ def memory(args: argparse.Namespace) -> None:
             f"  vocabulary {vocabulary}: ours {found['ours'] / 2**20:,.0f} MiB, stock {found['stock'] / 2**20:,.0f} "
             f"MiB above the process before it began ({found['stock'] / found['ours']:.2f} times ours)"
         )
+        ratios[f"memory, stock / ours, vocabulary {vocabulary}"] = found["stock"] / found["ours"]
+    return ratios
 
 
 def memory_of(args: argparse.Namespace) -> None:
@@ -295,6 +301,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--only", choices=["speed", "memory", "memory-of", "turns-of"])
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[50304, 131072])
+    parser.add_argument("--json", type=Path, help="write the ratios to this file too")
     parser.add_argument("--contestant", choices=[*CONTESTANTS], help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.batch = args.batch or (32 if args.device == "cuda" else 8)
@@ -306,10 +313,10 @@ def main() -> None:
         turns_of(args)
         return
     print(platform.processor() or platform.machine(), torch.cuda.get_device_name() if args.device == "cuda" else "CPU")
-    if args.only != "memory":
-        speed(args)
-    if args.only != "speed":
-        memory(args)
+    ratios = speed(args) if args.only != "memory" else {}
+    ratios |= memory(args) if args.only != "speed" else {}
+    if args.json:
+        args.json.write_text(json.dumps({"ratios": ratios}, indent=1))
 
 
 if __name__ == "__main__":

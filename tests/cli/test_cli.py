@@ -293,6 +293,7 @@ MISTAKES = [
     (["eval", "{c}", "--data", "{t}/x.txt", "--context", "999"], "999"),
     (["eval", "{c}", "--data", "{t}/x.txt", "--context", "8", "--stride", "9"], "stride 9"),
     (["eval", "{t}/nowhere", "--data", "{t}/x.txt"], "nowhere"),
+    (["check"], "check: name a RECIPE, such as demo or a YAML file"),
     (["eval", "{c}"], "name what to measure on: --data with corpora or files, or --tasks"),
     (["eval", "{c}", "--data", "{t}/x.txt", "--column", "text"], "names a column, and .txt files have none"),
     (["eval", "{c}", "--data", "{t}/r.jsonl", "--column", "body"], "body"),
