@@ -46,8 +46,8 @@ def flops_per_token(model: PreTrainedModel, context: int) -> float | None:
     """Return the floating-point operations of one token, forward and backward; None where this does not count them.
 
     6 for every weight that is multiplied, and 12·width·context for the attention of each layer, or 12·width·window
-    where that is shorter; both as often as the layer runs. Tables that are only looked up do not count, a head does. Stacked experts, of which a token
-    sees a few, and models that have layers without attention are not counted.
+    where that is shorter; both as often as the layer runs. Tables that are only looked up do not count, a head does.
+    Stacked experts, of which a token sees a few, and models that have layers without attention are not counted.
 
     Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """

@@ -140,7 +140,8 @@ class Plan:
     @property
     def begun(self) -> list[ParameterSlice]:
         """List the slices that something is done to with their initial weights."""
-        return [p for p, actions in zip(self.slices, self.actions, strict=True) if any(s.needs_initial for s in actions)]
+        rows = zip(self.slices, self.actions, strict=True)
+        return [weight for weight, actions in rows if any(spec.needs_initial for spec in actions)]
 
     @property
     def blocks(self) -> list[Block]:
