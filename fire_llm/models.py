@@ -27,7 +27,8 @@ from fire_llm.architectures.configs import (
 from fire_llm.architectures.context import choose_context, longest_context
 from fire_llm.architectures.dropout import set_dropout
 from fire_llm.architectures.fresh import IDS, fresh_config, refuse_other_than_text
-from fire_llm.architectures.names import STEPS
+from fire_llm.architectures.lookup import class_of
+from fire_llm.architectures.names import STEPS, unwrap
 from fire_llm.core.errors import UserError, did_you_mean, first_line, reading
 from fire_llm.core.files import refuse_irregular
 from fire_llm.core.hub import no_folder, settle_hub
@@ -338,6 +339,20 @@ def fresh_model(config: Any, seed: int, kind: Any = None) -> Any:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
         return _built(config, kind, dtype=torch.float32)
+
+
+def fresh_like(model: Any, seed: int) -> Any:
+    """Build a model of another's class and config with newly drawn weights, as `fresh_model` does.
+
+    Args:
+        model: One of transformers, wrapped or not; of what is none, but has such a config, the causal LM is built.
+        seed: As in `fresh_model`.
+    """
+    from transformers import PreTrainedModel
+
+    kind = class_of(unwrap(model))
+    config = copy.deepcopy(model.config)  # building sets its dtype
+    return fresh_model(config, seed, kind if issubclass(kind, PreTrainedModel) else None)
 
 
 def model_on_meta(config: Any, kind: Any = None) -> Any:

@@ -15,6 +15,9 @@ VOCABULARY_MULTIPLE = 64
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Attributes of a config that are a tokenizer's."""
 
+_FOLLOWING = ("unpadded_vocab_size", "vocab_size_per_layer_input")
+"""Attributes that are the vocabulary's size too: of Inkling's head, of a table in each layer of Gemma 3n and 4."""
+
 _BESIDE_TEXT = {"audio_config", "audio_encoder", "audio_encoder_config", "text_config", "vision_config", "vq_config"}
 """Parts of configs of models that read more than tokens of text."""
 
@@ -113,6 +116,9 @@ def fresh_config(
         key: True for key in _DECODER if getattr(standard, key, None) is False
     }
     settings |= {key: value for key, value in named.items() if value is not None or key in own}
+    for key in _FOLLOWING:
+        if hasattr(standard, key):
+            settings.setdefault(key, settings["vocab_size"])
     heads, shared = (settings.get(key) for key in ("num_attention_heads", "num_key_value_heads"))
     if isinstance(heads, int) and isinstance(shared, int) and shared > 0 and heads % shared:
         raise UserError(

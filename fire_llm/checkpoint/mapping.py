@@ -227,9 +227,9 @@ def _convert(
     ordered = [sources[pattern] for pattern in converter.source_patterns if pattern in sources]
     first = converter.target_patterns[0]
     targets = [name.replace(first, target, 1) for target in converter.target_patterns]
-    if not steps:
+    if not steps or steps == [("Inkling2UnpadVocab", None)]:  # whose further rows are padding
         (tensor,) = ordered[0]
-        found[name] = [Place(tensor, range(tensor.n_rows))]
+        found[name] = [Place(tensor, range(min(tensor.n_rows, state[name].shape[0])))]
     elif steps in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
         found[name] = list(_stacked(ordered, joined=len(steps) > 1))
     elif steps == [("Concatenate", 0)]:

@@ -128,9 +128,9 @@ def set_fsdp2_policy(state: Any, policy: Any, held: Sequence[dict[str, Any]] = (
         gradients of a step's micro-batches so far belong, and from torch 2.15 on a policy of its own.
 
     Raises:
-        UserError: The installed torch gathers in the other dtype all the same.
+        UserError: The installed torch gathers in the other dtype all the same; everything is as it was.
     """
-    state._mp_policy = policy
+    replaced, state._mp_policy = state._mp_policy, policy
     # A list of groups in torch 2.13; one group or none in 2.11 and below.
     groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
     parameters = [parameter for group in groups if group is not None for parameter in group.fsdp_params]
@@ -145,6 +145,8 @@ def set_fsdp2_policy(state: Any, policy: Any, held: Sequence[dict[str, Any]] = (
         group.mp_policy = policy
         group._init_mp_dtypes()
     if policy.param_dtype is None and any(parameter.param_dtype is not None for parameter in parameters):
+        if replaced.param_dtype is not None:
+            set_fsdp2_policy(state, replaced, before)
         raise UserError(
             f"torch {installed('torch')} keeps the precision of FSDP2's shards where it cannot be set: evaluate the "
             "saved checkpoint instead, or install a version that fire-llm is tested with: see docs/dependencies.md"

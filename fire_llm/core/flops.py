@@ -46,8 +46,8 @@ def flops_per_token(model: PreTrainedModel, context: int) -> float | None:
     """Return the floating-point operations of one token, forward and backward; None where this does not count them.
 
     6 for every weight that is multiplied, and 12·width·context for the attention of each layer, or 12·width·window
-    where that is shorter. Tables that are only looked up do not count, a head does. Stacked experts, of which a token
-    sees a few, and models that have layers without attention are not counted.
+    where that is shorter; both as often as the layer runs. Tables that are only looked up do not count, a head does.
+    Stacked experts, of which a token sees a few, and models that have layers without attention are not counted.
 
     Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """
@@ -59,13 +59,33 @@ def flops_per_token(model: PreTrainedModel, context: int) -> float | None:
     head = getattr(model.get_output_embeddings(), "weight", None)
     tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not head}
     weights = sum(p.numel() for p in model.parameters() if p not in tables)
-    return float(6.0 * weights + attention)
+    runs = layer_runs(config.get_text_config())
+    again = sum((n - 1) * size for n, size in zip(runs, layer_sizes(model, len(runs)), strict=False))
+    return float(6.0 * (weights + again) + attention)
 
 
 def layer_configs(text: Any) -> list[Any]:
     """Return the config of each layer of a text model: one and the same, unless layers differ in what can be read."""
-    each = getattr(text, "per_layer_config", None)
-    return list(each) if isinstance(each, Sequence) else [text] * text.num_hidden_layers
+    layers = getattr(text, "num_hidden_layers", 0)  # BLT has none: its parts have
+    each = getattr(text, "per_layer_config", None) if layers else None
+    return list(each) if isinstance(each, Sequence) else [text] * layers
+
+
+def layer_runs(text: Any) -> list[int]:
+    """Return how often a forward pass runs each layer of a text model: those of a loop several times."""
+    first, end, runs = 0, 0, 1
+    if hasattr(text, "n_recurrent_loops"):  # Dory
+        first, runs = text.n_input_layers, text.n_recurrent_loops
+        end = first + text.n_recurrent_layers
+    elif hasattr(text, "loop_num_passes"):  # Inkling 2 Loop
+        first, end, runs = text.loop_layer_index_start, text.loop_layer_index_end, text.loop_num_passes
+    return [runs if first <= layer < end else 1 for layer in range(len(layer_configs(text)))]
+
+
+def layer_sizes(model: nn.Module, layers: int) -> list[int]:
+    """Return the parameters of each layer: of the list of as many modules as there are layers."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    return [sum(p.numel() for p in block.parameters()) for block in lists[0]] if lists else []
 
 
 def _attention(text: Any, context: int) -> float | None:
@@ -73,7 +93,7 @@ def _attention(text: Any, context: int) -> float | None:
     layers = layer_configs(text)
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or [""] * len(layers)
     total = 0.0
-    for layer, kind in zip(layers, kinds, strict=False):
+    for layer, kind, runs in zip(layers, kinds, layer_runs(text), strict=False):
         heads, width = getattr(layer, "num_attention_heads", None), getattr(layer, "hidden_size", None)
         if kind not in _ATTENTION or not isinstance(heads, int) or not isinstance(width, int):
             return None
@@ -83,5 +103,5 @@ def _attention(text: Any, context: int) -> float | None:
         sizes = (key or size, getattr(layer, "v_head_dim", None) or size)  # of scores, of what they weigh
         if not all(isinstance(number, int) for number in (*sizes, window or 0)):
             return None
-        total += 6.0 * heads * sum(sizes) * min(context, window or context)
-    return total
+        total += 6.0 * heads * sum(sizes) * min(context, window or context) * runs
+    return total if layers else None

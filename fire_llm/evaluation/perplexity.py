@@ -314,12 +314,19 @@ def _window(model: Any, context: int | None, stride: int | None) -> tuple[int, i
 
 def _check_ids(model: Any, text: np.ndarray, prefix: int | None) -> None:
     size = vocabulary_of(model)
-    ids = [*([int(text.max()), int(text.min())] if len(text) else ()), *(() if prefix is None else (prefix,))]
+    last, first = (int(text.max()), int(text.min())) if len(text) else (0, 0)
+    ids = [last, first, *(() if prefix is None else (prefix,))]
     top, least = max(ids), min(ids)
     if top >= size or least < 0:
         raise UserError(
             f"token {top if top >= size else least} is outside the model's vocabulary of {size}: "
             "another tokenizer's tokens? Use the one that was saved with the model"
+        )
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if last >= (outputs := getattr(head, "out_features", size)):
+        raise UserError(
+            f"token {last} is one that the model reads and never predicts: its head has {outputs} outputs. Leave the "
+            "documents that hold it out"
         )
 
 

@@ -135,10 +135,12 @@ def _gathered_as_stored(model: nn.Module) -> Iterator[None]:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     make_current(model)
-    held = [set_fsdp2_policy(state, MixedPrecisionPolicy()) for state in states]
+    held: list[Any] = []
     try:
+        for state in states:
+            held.append(set_fsdp2_policy(state, MixedPrecisionPolicy()))
         yield
     finally:
         make_current(model)
-        for state, policy, before in zip(states, policies, held, strict=True):
+        for state, policy, before in zip(states, policies, held, strict=False):  # fewer where one was refused
             set_fsdp2_policy(state, policy, before)

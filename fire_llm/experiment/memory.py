@@ -12,7 +12,7 @@ from torch import nn
 
 from fire_llm.architectures.matrices import logical_matrices
 from fire_llm.core.errors import UserError
-from fire_llm.core.flops import layer_configs
+from fire_llm.core.flops import layer_configs, layer_runs, layer_sizes
 
 STEPWISE = ("gelu_new", "gelu_fast", "gelu_python", "quick_gelu")
 """Activations that transformers computes in several operations, each of which keeps its inputs where none is fused."""
@@ -30,6 +30,7 @@ class Sizes:
     root: int
     """Of what is in none of these, nor in an embedding of its own: a table of positions, say."""
     layers: int
+    """That a forward pass runs: one of a loop counts as often as it runs."""
     width: int
     vocabulary: int
     kept: int
@@ -65,7 +66,7 @@ def sizes(model: Any) -> Sizes | None:
         return None
     found = [_kept(model, one, width) for one in layer_configs(text)]
     kept, unfused = (max(each) for each in zip(*found, strict=True))
-    blocks = _blocks(model, layers)
+    blocks = layer_sizes(model, layers)
     numbers = {id(p): p.numel() for p in model.parameters()}
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     head = sum(p.numel() for p in output.parameters()) if output is not None else 0
@@ -77,18 +78,12 @@ def sizes(model: Any) -> Sizes | None:
         head=head,
         layer=max(blocks, default=0),
         root=max(0, total - head - own - sum(blocks)),
-        layers=layers,
+        layers=sum(layer_runs(text)),
         width=width,
         vocabulary=int(text.vocab_size),
         kept=kept,
         unfused=unfused,
     )
-
-
-def _blocks(model: nn.Module, layers: int) -> list[int]:
-    """Return the parameters of each layer: of the list of as many modules as there are layers."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
-    return [sum(p.numel() for p in block.parameters()) for block in lists[0]] if lists else []
 
 
 def _kept(model: nn.Module, layer: Any, width: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, TrainerCallback
 from fire_llm.architectures.modules import Kernels, SplitLike
 from fire_llm.core.atomic import write_json
 from fire_llm.core.errors import UserError
-from fire_llm.models import fresh_model
+from fire_llm.models import fresh_like, fresh_model
 from fire_llm.resets import ResetReport, ResetsLike, apply_reset, parse_resets
 from fire_llm.resets.apply import LayoutName, module_layout
 from fire_llm.resets.spec import ResetSpec, refuse_kinds
@@ -21,8 +21,14 @@ from fire_llm.training.progress import report_line
 from fire_llm.training.sharding import load_optimizer, refuse_engines
 
 
-def initial_model(resets: Sequence[ResetSpec], given: Any, config: Any, seed: int) -> Any:
+def initial_model(resets: Sequence[ResetSpec], given: Any, of: Any, seed: int) -> Any:
     """Return the initial weights for some resets: those given, else, where one of them wants any, newly drawn ones.
+
+    Args:
+        resets: Which may want any.
+        given: What the user gives; None for nothing.
+        of: The model, or the config of a causal LM.
+        seed: Of what is drawn.
 
     Raises:
         UserError: They are wanted and not given, and there is no config of transformers' to draw them from.
@@ -30,12 +36,14 @@ def initial_model(resets: Sequence[ResetSpec], given: Any, config: Any, seed: in
     wanted = next((reset.method for reset in resets if reset.needs_initial), None)
     if given is not None or wanted is None:
         return given
-    if not isinstance(config, PretrainedConfig):
+    if isinstance(of, PretrainedConfig):
+        return fresh_model(of, seed)
+    if not isinstance(getattr(of, "config", None), PretrainedConfig):
         raise UserError(
             f"initial: {wanted} needs the initial weights, and this model has no config to draw them from: give "
             "initial=, a copy of the model from before training"
         )
-    return fresh_model(config, seed)
+    return fresh_like(of, seed)
 
 
 class ResetCallback(TrainerCallback):
@@ -130,7 +138,7 @@ class ResetCallback(TrainerCallback):
 
     def _apply(self, args: Any, model: Any = None, optimizer: Any = None, **_: Any) -> None:
         seed = args.seed if self.seed is None else self.seed
-        initial = initial_model(self.resets, self.initial, getattr(model, "config", None), seed)
+        initial = initial_model(self.resets, self.initial, model, seed)
         gathering = self._trainer is not None and any(r.needs_gradient for r in self.resets)
         if gathering:
             gather_gradient(self._trainer, self.resets)

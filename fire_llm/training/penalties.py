@@ -41,9 +41,7 @@ class PenaltyCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Find what is penalised, and the weights it is drawn to."""
         seed = args.seed if self.seed is None else self.seed
-        self._work = Penalties(
-            model, self.penalties, initial=initial_model(self.penalties, self.initial, model.config, seed)
-        )
+        self._work = Penalties(model, self.penalties, initial=initial_model(self.penalties, self.initial, model, seed))
 
     def add(self, scale: float) -> None:
         """Add the penalties' gradients to those of a step.

@@ -13,7 +13,7 @@ from fire_llm.architectures.hidden_layers import HiddenLayer, hidden_layers
 from fire_llm.architectures.names import plain_parameters, unwrap
 from fire_llm.core.errors import UserError
 from fire_llm.distributed import fsdp_modules, is_dtensor
-from fire_llm.models import fresh_model
+from fire_llm.models import fresh_like
 from fire_llm.resets import ResetSpec
 from fire_llm.resets.plan import slices_of
 from fire_llm.resets.renewal import Renewal, UnitLayer, generator, within
@@ -104,7 +104,7 @@ class RecyclingCallback(TrainerCallback):
             self._beginning.again(args, state, model, optimizer)
         model = unwrap(model)
         layers = recycled_layers(model, self.spec)
-        scales = _scales(fresh_model(model.config, self.seed), layers)
+        scales = _scales(fresh_like(model, self.seed), layers)
 
         def draw(layer: UnitLayer, units: Tensor, step: int) -> list[Tensor]:
             drawn = []

@@ -42,6 +42,18 @@ def test_a_new_model_is_made_for_its_tokenizer_and_context():
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 7, 500)
 
 
+@pytest.mark.parametrize("name", ["gemma3n_text", "gemma4_text", "inkling_text", "inkling2_text", "inkling2_loop_text"])
+def test_further_tables_and_heads_are_as_long_as_the_vocabulary(name):
+    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        pytest.skip("of a newer transformers")
+    for given, size in (({}, 320), ({"vocab_size": 512}, 512)):
+        config = new_config(name, tokenizer=Tokenizer(pad=0), context=16, overrides=given)
+        found = {key: value for key, value in config.to_dict().items() if "vocab_size" in key}
+        assert len(found) == 2 and {*found.values()} == {size}
+    (other,) = found.keys() - {"vocab_size"}
+    assert getattr(new_config(name, tokenizer=Tokenizer(pad=0), overrides={other: 77}), other) == 77
+
+
 def test_its_weights_are_those_that_transformers_draws():
     model = fresh_model(new_config("llama", tokenizer=Tokenizer(), context=16, overrides=TINY), 3)
     sizes = {**TINY, "vocab_size": 320, "max_position_embeddings": 16}

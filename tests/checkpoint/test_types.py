@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.small_models import SMALL, build, stand_ins
 from support.small_others import classes_of_tasks, on_meta
 from transformers import AutoModelForCausalLM
@@ -40,6 +41,23 @@ def test_rewriting_equals_the_reset_in_memory(name: str, tmp_path: Path) -> None
         assert torch.equal(a, b), key
         changed |= {key} if not torch.equal(b, c) else set()
     assert changed == {t.parameter for t in report.touched}
+
+
+@pytest.mark.parametrize("name", ["inkling2_loop_text", "inkling2_text"])
+def test_a_head_that_is_stored_with_rows_of_padding_is_reset_without_them(name: str, tmp_path: Path) -> None:
+    if "inkling2_loop_text" not in SMALL:
+        pytest.skip("transformers 5.24 is the first that stores it so")
+    config = SMALL[name]()
+    config.unpadded_vocab_size = 64
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "src")
+    reset_checkpoint(tmp_path / "src", tmp_path / "dst", roles=["lm_head"])
+    wanted, result = (AutoModelForCausalLM.from_pretrained(tmp_path / n) for n in ("src", "dst"))
+    assert wanted.lm_head.weight.shape[0] == 64
+    fire_(wanted, roles=["lm_head"])
+    assert torch.equal(wanted.lm_head.weight, result.lm_head.weight)
+    before, after = (load_file(tmp_path / n / "model.safetensors") for n in ("src", "dst"))
+    (head,) = (key for key in before if not torch.equal(before[key], after[key]))
+    assert before[head].shape[0] == 96 and torch.equal(before[head][64:], after[head][64:])
 
 
 @pytest.mark.parametrize("name", ["gemma3", "llama4", "mllama", "qwen3_5", "qwen3_5_moe"])

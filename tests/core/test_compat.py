@@ -7,8 +7,10 @@ import inspect
 import re
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import Trainer
 
 from fire_llm import ContinualTrainer, UserError
@@ -88,3 +90,15 @@ def test_missing_metadata_of_a_library_is_no_error_at_the_end_of_a_run(monkeypat
     monkeypatch.setattr(compat, "version", version)
     found = results.versions()
     assert found.datasets is None and found.torch == "1.0"
+
+
+def test_a_torch_that_keeps_the_precision_of_shards_elsewhere_is_refused_and_nothing_is_changed():
+    """A stand-in for a later FSDP2, whose parameters take their dtype from a place that is not known."""
+    bf16 = SimpleNamespace(param_dtype=torch.bfloat16)
+    parameter = SimpleNamespace(param_dtype=torch.bfloat16, all_gather_outputs=["kept"], _unsharded_param="kept")
+    group = SimpleNamespace(fsdp_params=[parameter], mp_policy=bf16, _init_mp_dtypes=lambda: None)
+    state = SimpleNamespace(_mp_policy=bf16, _fsdp_param_groups=[group])
+    before = dict(vars(parameter))
+    with pytest.raises(UserError, match="keeps the precision of FSDP2's shards where it cannot be set"):
+        compat.set_fsdp2_policy(state, SimpleNamespace(param_dtype=None))
+    assert vars(parameter) == before and state._mp_policy is bf16 and group.mp_policy is bf16

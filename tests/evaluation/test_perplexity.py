@@ -568,6 +568,15 @@ def test_ids_outside_the_vocabulary_are_refused(tokens, prefix):
         perplexity(tiny_gpt2(), tokens, prefix=prefix)
 
 
+def test_ids_that_a_model_reads_and_never_predicts_are_refused():
+    """As in Apertus 1.5 and Inkling, whose heads have fewer outputs than the embedding has rows."""
+    model = tiny_llama()
+    model.lm_head = torch.nn.Linear(32, 50, bias=False)
+    assert perplexity(model, [5, 49, 7], context=4, prefix=96).tokens == 3
+    with pytest.raises(UserError, match="token 50 is one that the model reads and never predicts: its head has 50 out"):
+        perplexity(model, [5, 50, 7], context=4)
+
+
 def test_a_wrapped_model_is_measured_as_the_one_inside():
     plain = perplexity(tiny_llama(), TOKENS[:100], context=32).nll
     for wrapped in (torch.compile(tiny_llama(), backend="eager", fullgraph=True), torch.nn.DataParallel(tiny_llama())):

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from support.models import tiny_gpt2
 from support.ranks import run_ranks
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from fire_llm import ResetCallback, UserError, apply_reset, fire_, module_matrices, register_layout, register_reset
 from fire_llm.architectures.lookup import REGISTERED
@@ -741,6 +742,14 @@ class Classifier(nn.Module):
         return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
+_WIDTHS = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20}
+TINY = {
+    "ViTForImageClassification": {**_WIDTHS, "image_size": 8, "patch_size": 4},
+    "BertForSequenceClassification": {**_WIDTHS, "vocab_size": 32},
+    "GPT2Model": {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 32, "n_positions": 8},
+}
+
+
 def trained(network: nn.Module, folder: Path, callback: ResetCallback, **options) -> Trainer:
     images = torch.randn(32, 1, 4, 4, generator=torch.Generator().manual_seed(3))
     rows = [{"pixels": image, "labels": i % 3} for i, image in enumerate(images)]
@@ -785,3 +794,19 @@ def test_a_callback_says_what_it_needs_for_a_network_of_its_own(tmp_path):
         ResetCallback("fire", split={"qkv": 3})
     with pytest.raises(UserError, match="this model has no config to draw them from: give initial="):
         trained(Classifier(), tmp_path, ResetCallback("full_reset", layout="modules"))
+
+
+@pytest.mark.parametrize("layout", ["modules", "transformers"])
+@pytest.mark.parametrize("kind", ["ViTForImageClassification", "BertForSequenceClassification", "GPT2Model"])
+def test_a_callback_draws_the_initial_weights_of_the_models_own_class(kind, layout, tmp_path):
+    own = getattr(transformers, kind)
+    config = own.config_class(**TINY[kind])
+    model = own(config).to(torch.bfloat16)
+    config.dtype = torch.bfloat16
+    callback, state = ResetCallback("full_reset", layout=layout, seed=5), TrainerState(max_steps=1)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    callback.on_train_begin(arguments, state, TrainerControl(), model=model, optimizer=None)
+    torch.manual_seed(5)
+    drawn = own(config).to(torch.bfloat16)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), drawn.parameters(), strict=True))
+    assert model.config.dtype == torch.bfloat16

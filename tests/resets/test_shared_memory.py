@@ -226,6 +226,15 @@ def test_initial_weights_that_are_no_numbers_are_refused_before_anything_is_done
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("spoil", [lambda m: m.weight.data.fill_(float("nan")), lambda m: m.to("meta")])
+def test_initial_weights_that_no_reset_reads_may_be_anything(spoil) -> None:
+    """FIRE reads none, and the other acts on the second layer alone."""
+    model, initial = (nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)) for _ in range(2))
+    spoil(initial[0])
+    apply_reset(model, ["fire", {"method": "full_reset", "include": ["^1"]}], layout="modules", initial=initial)
+    assert torch.equal(model[1].weight, initial[1].weight)
+
+
 class Flags(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -17,11 +17,15 @@ import torch
 import torch.nn.functional as F
 from support.models import tiny_gpt2, tiny_llama
 from support.ranks import run_ranks
+from support.small_models import build
 from support.training import ACCUMULATION, CONTEXT, MICRO, Samples, arguments, by_hand, losses, train
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback, TrainingArguments
 
 from fire_llm import ContinualTrainer, UserError, load_recipe, run_recipe
+from fire_llm.architectures.matrices import supported_types
 from fire_llm.core.flops import flops_per_token, peak_flops
+from fire_llm.experiment.memory import sizes
 from fire_llm.training import EvaluationSet, nonfinite
 from fire_llm.training import loss as sliced
 from fire_llm.training.loss import SummedLoss
@@ -583,6 +587,22 @@ def test_flops_of_a_token_are_those_counted_by_hand():
     block = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 80 + 2 * 32
     assert flops_per_token(tiny_llama(), 64) == 6 * (97 * 32 + 2 * block + 32) + attention  # no input embedding
     assert flops_per_token(tiny("mamba"), 64) is None  # its scan is no matrix product
+    assert flops_per_token(build("blt"), 64) is None  # its config has no layers, its parts have
+
+
+def test_a_layer_in_a_loop_counts_as_often_as_it_runs():
+    """By hand, and against what torch counts, which takes the whole context where a window is shorter."""
+    if "dory" not in supported_types():
+        pytest.skip("transformers 5.24 is the first with Dory")
+    model = build("dory")  # 48 wide, 3 layers: one before the loop, one in it, which runs twice, one behind it
+    attention, mlp = 2 * 48 * 64 + 2 * 48 * 32 + 48 * 64, 3 * 48 * 40
+    scales = 2 * 64 + 2 * 40 + 2 * 48  # of a layer; the head has 96
+    products = 6 * (4 * (attention + mlp) + 48 * 96) + 12 * 64 * (16 + 2 * 64 + 16)
+    assert flops_per_token(model, 64) == products + 6 * (4 * scales + 96)
+    with FlopCounterMode(display=False) as counted:
+        model(input_ids=torch.zeros(1, 64, dtype=torch.long))
+    assert products == 3 * counted.get_total_flops() / 64 - 12 * 64 * 2 * (64 - 16)
+    assert sizes(model).kept_a_token() == 4 * (sizes(model).kept + 8 * 48)
 
 
 def test_experts_have_no_flops_known():
