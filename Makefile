@@ -94,7 +94,8 @@ $(VENV)/.docs: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@
 
-docs: $(VENV)/.docs  ## build the site into site/; warnings and broken links are errors
+docs: $(VENV)/.docs  ## build the site into site/; warnings, broken links and misspelt words are errors
+	$(BIN)/codespell
 	NO_MKDOCS_2_WARNING=1 PATH=$(BIN):$$PATH $(BIN)/mkdocs build --quiet
 
 notebooks: $(VENV)/.installed  ## run the tutorials and store what they print
