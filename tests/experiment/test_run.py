@@ -231,10 +231,9 @@ def test_shards_resume_bit_for_bit_and_on_more_processes(finished, texts, tmp_pa
     [
         (4, HSDP),
         (2, {**FSDP2, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}),
-        (2, {**FSDP2, "FSDP_ACTIVATION_CHECKPOINTING": "true"}),
         (2, {**FSDP2, "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}),
     ],
-    ids=["hsdp", "one-loads", "activation-checkpointing", "no-wrap"],
+    ids=["hsdp", "one-loads", "no-wrap"],
 )
 def test_other_ways_to_shard_end_at_the_same_losses(world, changes, texts, tmp_path):
     data = recipe_data(texts)
