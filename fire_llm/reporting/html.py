@@ -221,7 +221,8 @@ def _transfer_row(entry: Transfer) -> Row:
     if entry.replayed is None:  # forward transfer
         when = f"before {entry.phase}"
     sure = "" if entry.se is None else f" ± {entry.se:.4f}"
-    interval = DASH if entry.low is None else f"{entry.low:+.4f} to {entry.high:+.4f}"
+    known = entry.low is not None and entry.high is not None
+    interval = f"{entry.low:+.4f} to {entry.high:+.4f}" if known else DASH
     return Row((entry.data, when), (str(entry.seed), entry.trained_in, f"{entry.mean:+.4f}{sure}", interval))
 
 
