@@ -112,9 +112,11 @@ class Lookup:
     def _head(location: Location) -> Match | None:
         """Return what an output head is: a plain linear layer, or of the very class that a table names."""
         kind = class_of(location.owner)
-        listed = _HEAD if kind is nn.Linear else _entry(location.block, location.child)
-        named = listed is not None and (kind is nn.Linear or listed.module_class == kind.__name__)
-        return Match("lm_head", location, listed) if named else None
+        if kind is nn.Linear:
+            return Match("lm_head", location, _HEAD)
+        listed = _entry(location.block, location.child)
+        own = listed is not None and listed.module_class == kind.__name__
+        return Match("lm_head", location, listed) if own else None
 
 
 def _is_norm(module: nn.Module) -> bool:

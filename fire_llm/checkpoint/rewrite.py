@@ -188,7 +188,7 @@ class _Rewrite:
         for weight in plan.wanted:
             stored.check_readable(weight)
         if start is not None:
-            for weight in plan.begun:
+            for weight in plan.reading_initial:
                 start.check_readable(plan.start[weight.name])
         if slices is not None:
             plan.start = slices

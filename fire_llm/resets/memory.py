@@ -80,7 +80,7 @@ def refuse_replaced(modules: Mapping[str, nn.Module], held: Iterable[Held]) -> N
         if not is_dtensor(one.tensor) and getattr(modules[path], attribute, None) is not one.tensor:
             raise UserError(
                 f"'{one.parameter}' is another tensor now, by load_state_dict(assign=True), a conversion of the model "
-                "or the like: make this anew, after it"
+                "or the like: make this again, after it"
             )
 
 
@@ -97,7 +97,7 @@ def refuse_other_optimizer(optimizer: Any, held: Sequence[Held]) -> None:
     if held and not any(id(one.tensor) in trained for one in held):
         raise UserError(
             f"optimizer: it trains none of the weights that are to be reset, such as '{held[0].parameter}': give the "
-            "one that trains this model, or make it anew from model.parameters()"
+            "one that trains this model, or make a new one from model.parameters()"
         )
 
 

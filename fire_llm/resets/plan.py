@@ -75,7 +75,9 @@ class Plan:
             if not isinstance(initial, nn.Module):
                 raise UserError(f"initial: a {type(initial).__name__} is given: give a module with the initial weights")
             plan.start = {p.name: p for p in slices_of(initial, specs, kind, layout)}
-            own = next((p for p in plan.begun if p.name in plan.start and same_memory(plan.start[p.name], p)), None)
+            own = next(
+                (p for p in plan.reading_initial if p.name in plan.start and same_memory(plan.start[p.name], p)), None
+            )
             if own is not None and kind == "transition":
                 raise UserError(
                     f"'{wanting[0]}': `initial` holds the model's very own '{own.parameter}': give a copy from before "
@@ -138,7 +140,7 @@ class Plan:
         return [p for p, actions in zip(self.slices, self.actions, strict=True) if actions]
 
     @property
-    def begun(self) -> list[ParameterSlice]:
+    def reading_initial(self) -> list[ParameterSlice]:
         """List the slices that something is done to with their initial weights."""
         rows = zip(self.slices, self.actions, strict=True)
         return [weight for weight, actions in rows if any(spec.needs_initial for spec in actions)]
@@ -158,7 +160,7 @@ class Plan:
         """Refuse a plan that would touch nothing but frozen parameters, or whose initial weights do not match."""
         if not self.wanted and any(s.why_not(p) == FROZEN for p in self.slices for s in self.specs):
             raise UserError("every parameter that the reset would touch is frozen: call requires_grad_(True) first")
-        for weight in self.begun if self.start else ():
+        for weight in self.reading_initial if self.start else ():
             before = self.start.get(weight.name)
             if before is None or before.shape != weight.shape or before.tensor.shape != weight.tensor.shape:
                 raise UserError(
@@ -191,7 +193,7 @@ class Plan:
 
     def check_values(self) -> None:
         """Refuse weights, initial ones too, that are not there or not finite."""
-        start = [self.start[w.name] for w in self.begun if self.start]
+        start = [self.start[w.name] for w in self.reading_initial if self.start]
         for whose, weights in (("", self.wanted), ("the initial ", start)):
             for weight in weights:
                 if weight.tensor.is_meta:
