@@ -396,7 +396,12 @@ def _built(config: Any, kind: Any = None, **options: Any) -> Any:
 
 
 def load_model(
-    folder: str | Path, dtype: torch.dtype | str = "auto", *, config: Any = None, attention: str | None = None
+    folder: str | Path,
+    dtype: torch.dtype | str = "auto",
+    *,
+    config: Any = None,
+    attention: str | None = None,
+    kind: Any = None,
 ) -> Any:
     """Load a causal LM from a folder or a Hub id: safetensors, whole or in shards, and transformers' own classes.
 
@@ -405,6 +410,7 @@ def load_model(
         dtype: "auto" keeps the checkpoint's; training wants torch.float32.
         config: In the place of the checkpoint's own.
         attention: `attn_implementation`; None: transformers' choice.
+        kind: A subclass of `PreTrainedModel`; None: the causal LM that the config stands for.
 
     Raises:
         UserError: Where the checkpoint is missing, truncated, pickled or not a causal LM.
@@ -424,7 +430,7 @@ def load_model(
             model, loading = type(model_on_meta(config)).from_pretrained(None, state_dict=weights, **options)
             model._weight_conversions = None  # names as the model has them were read; it is saved under its usual ones
         else:
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            model, loading = (kind or AutoModelForCausalLM).from_pretrained(
                 place, use_safetensors=True, trust_remote_code=False, **options
             )
     if loading["mismatched_keys"]:

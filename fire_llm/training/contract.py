@@ -301,8 +301,8 @@ METHODS: dict[str, Rule] = dict.fromkeys(
     "save_model": Rule("the same folder for shards as for replicas"),
     "train": Rule(
         "`resume_from_checkpoint` takes a checkpoint of a `ContinualTrainer`, which is verified; True: the newest in "
-        "`output_dir` that is whole; data with a length go on at the next sample, with another batch size too; `trial` "
-        "is refused"
+        "`output_dir` that is whole; weights stored under other names, as experts are, are read, and those of another "
+        "model refused; data with a length go on at the next sample, with another batch size too; `trial` is refused"
     ),
     "training_step": Rule("a loss that is not finite is noted"),
 }  # fmt: skip

@@ -16,9 +16,12 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType, PartialState
+from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from fire_llm.architectures.names import plain_name
+from fire_llm.architectures.lookup import class_of
+from fire_llm.architectures.names import plain_name, unwrap
 from fire_llm.core.errors import CHECKPOINTED_ONCE, ENGINES, UserError
 from fire_llm.core.manifest import OPTIMIZER_SHARDS, SHARDED, in_shards
 from fire_llm.core.ranks import flag, launched_in_shards
@@ -156,27 +159,70 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     """Give a model the weights of a checkpoint folder, in shards or whole; collective where the model is in shards.
 
     Raises:
-        UserError: Where the folder cannot be read.
+        UserError: Where the folder cannot be read, or is of another model.
     """
     if in_shards(folder):
         from fire_llm.distributed.shards import read_shards
 
         return read_shards(named_once(model)[0], folder / SHARDED)
-    found = _tensors(load_like(model, folder))
+    loaded = load_like(model, folder)
+    found = _tensors(loaded)
     own, saved = _tensors(model), [plain_name(name) for name in model.state_dict()]
+    named = {plain_name(name) for name in loaded.state_dict()}
+    _refuse_another(folder, named - set(saved), set(saved) - named)
     with torch.no_grad():
         for name in {id(own[name]): name for name in saved}.values():  # tied weights once
             own[name].copy_(placed_like(own[name], found[name]))
 
 
 def load_like(model: nn.Module, folder: Path) -> Any:
-    """Load the model in a checkpoint folder in the finest dtype that another's parameters have, fp32 or fp64.
+    """Load the weights of a checkpoint folder into another model of a model's class, in its finest dtype, fp32 or fp64.
 
     Raises:
-        UserError: Where the folder cannot be read.
+        UserError: Where the folder cannot be read, or holds another model.
     """
     fine = any(p.dtype == torch.float64 for p in model.parameters())
-    return load_model(folder, torch.float64 if fine else torch.float32)
+    own = class_of(unwrap(model))
+    kind = own if issubclass(own, PreTrainedModel) else None
+    return load_model(folder, torch.float64 if fine else torch.float32, kind=kind)
+
+
+def stored_otherwise(model: nn.Module, folder: Path) -> bool:
+    """Return whether a checkpoint folder has tensors under other names than the model itself.
+
+    `save_pretrained` writes many models under the names of their first published checkpoints: the experts of a Mixtral
+    one by one, which are a single parameter in the model. `load_state_dict` would take none of these.
+
+    Raises:
+        UserError: The checkpoint is of another model.
+    """
+    files = list(folder.glob("model*.safetensors"))
+    if not files:  # an adapter's
+        return False
+    stored = set[str]()
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            stored |= set(opened.keys())
+    own = {plain_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
+    inner = unwrap(model)
+    if (others := stored - own.keys()) and isinstance(inner, PreTrainedModel):
+        return True
+    held = {own[name].data_ptr() for name in stored - others}  # a tied weight is stored under one of its names
+    left_out = getattr(inner, "_keys_to_ignore_on_save", None) or ()
+    lacking = {name for name, tensor in own.items() if tensor.data_ptr() not in held and name not in left_out}
+    _refuse_another(folder, others, lacking)
+    return False
+
+
+def _refuse_another(folder: Path, others: set[str], lacking: set[str]) -> None:
+    """Refuse a checkpoint with tensors that the model has not, or without some that it has."""
+    for names, said in ((others, "has {}, which the model lacks"), (lacking, "lacks {}, which the model has")):
+        if names:
+            which = f"{len(names)} tensors, '{min(names)}' among them" if len(names) > 1 else f"'{min(names)}'"
+            raise UserError(
+                f"checkpoint '{folder}' {said.format(which)}: it is of another model. Give the model that was "
+                "trained, or begin a new training"
+            )
 
 
 def load_optimizer(optimizer: Any, folder: Path, *, settings: bool = True) -> None:

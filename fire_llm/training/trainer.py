@@ -48,7 +48,14 @@ from fire_llm.training.preemption import Stopping, TimedSaves
 from fire_llm.training.progress import Progress, report_line
 from fire_llm.training.recycling import RecyclingCallback
 from fire_llm.training.saving import Saver, checkpoint_to_resume, try_configs
-from fire_llm.training.sharding import load_optimizer, load_weights, refuse_engines, sharding, whole_weights
+from fire_llm.training.sharding import (
+    load_optimizer,
+    load_weights,
+    refuse_engines,
+    sharding,
+    stored_otherwise,
+    whole_weights,
+)
 from fire_llm.training.throughput import throughput
 from fire_llm.training.trackers import guard_trackers
 from fire_llm.training.validation import validate
@@ -618,7 +625,7 @@ class ContinualTrainer(Trainer):
     def _load_best_model(self) -> None:
         self.settle()
         best = Path(self.state.best_model_checkpoint)
-        if self.is_fsdp_enabled or in_shards(best):
+        if self._loads_weights(self.model, best):
             load_weights(self.model, best)
         else:
             super()._load_best_model()
@@ -641,10 +648,19 @@ class ContinualTrainer(Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled or in_shards(Path(resume_from_checkpoint)):
-            load_weights(model or self.model, Path(resume_from_checkpoint))
+        folder, model = Path(resume_from_checkpoint), model or self.model
+        if self._loads_weights(model, folder):
+            load_weights(model, folder)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _loads_weights(self, model: Any, folder: Path) -> bool:
+        """Return whether a checkpoint's weights are in shards, for shards, or under other names than the model's.
+
+        Raises:
+            UserError: They are another model's. `Trainer` would warn, and train on with what the model had.
+        """
+        return self.is_fsdp_enabled or in_shards(folder) or stored_otherwise(model, folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # transformers below 5.18 cannot load replicas' states on CPUs: torch knows no place "cpu:0".

@@ -14,6 +14,19 @@ def tiny_gpt2(seed: int = 0, **settings):
     return GPT2LMHeadModel(GPT2Config(**{**defaults, **off, **settings}))
 
 
+def tiny_mixtral(seed: int = 0, **settings):
+    """Build a mixture of experts of width 32, which transformers stores under other names than it holds."""
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(seed)
+    defaults = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 97, "num_local_experts": 3, "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+    return MixtralForCausalLM(MixtralConfig(**{**defaults, **settings}))
+
+
 def tiny_llama(seed: int = 0, **settings):
     """Build a Llama of 2 layers, width 32 and grouped queries."""
     import torch

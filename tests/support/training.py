@@ -32,8 +32,9 @@ def arguments(folder, **changes):
     return ContinualArguments(**{**settings, **changes})
 
 
-def train(model, folder, resume=None, callbacks=(), sets=None, data=None, **changes):
-    trainer = ContinualTrainer(model, arguments(folder, **changes), data or Samples(), sets, callbacks)
+def train(model, folder, resume=None, callbacks=(), sets=None, data=None, eval_dataset=None, **changes):
+    options = {} if eval_dataset is None else {"eval_dataset": eval_dataset}
+    trainer = ContinualTrainer(model, arguments(folder, **changes), data or Samples(), sets, callbacks, **options)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 

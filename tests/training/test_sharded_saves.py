@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.models import tiny_gpt2
+from support.models import tiny_gpt2, tiny_mixtral
 from support.ranks import Raised, run_ranks
 from support.training import FSDP2, losses, train
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from fire_llm import UserError
 from fire_llm.checkpoint import consolidate, reset_checkpoint
@@ -56,14 +56,6 @@ class TooLarge(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         if args.process_index == 1 and state.global_step == 4:
             resource.setrlimit(resource.RLIMIT_FSIZE, (30000, resource.RLIM_INFINITY))
-
-
-def tiny_mixtral(seed=0):
-    """Build a mixture of experts, which transformers stores under other names than it holds."""
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    more = {"num_key_value_heads": 2, "vocab_size": 97, "num_local_experts": 3, "bos_token_id": 0, "eos_token_id": 0}
-    return MixtralForCausalLM(MixtralConfig(**sizes, **more))
 
 
 def ranks_train(rank, world, folder, environment, resume, changes=None, limited=False, build=tiny_gpt2):
