@@ -105,6 +105,11 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
+def spent(stager: Any) -> bool:
+    """Return whether a `DefaultStager` of torch was emptied by its first save, as in torch 2.11: a second one fails."""
+    return not getattr(getattr(stager, "_state_dict_stager", None), "_deepcopy_dispatch", True)
+
+
 def fsdp2_states(modules: Iterable[Any]) -> list[Any]:
     """Return what FSDP2 keeps of some of its modules, once each: modules that are gathered together share it."""
     return list({id(state): state for state in (module._get_fsdp_state() for module in modules)}.values())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fire_llm.architectures.matrices import ParameterSlice
+from fire_llm.core.compat import installed
 from fire_llm.core.errors import UserError
 from fire_llm.core.progress import progress_bar
 from fire_llm.distributed import Block, Placement, Redistribution, gather_objects, placement_of, worthwhile
@@ -67,6 +68,7 @@ class ResetExecutor:
         if progress:
             total = sum(len(b.members) for b in [*(b for e in redistributions for b in e.mine), *odd]) + len(apart)
             self.bar = progress_bar("reset", total, "tensor", delay=0)
+        self._gather_whole(odd)  # first, as torch may refuse it
         for redistribution in redistributions:
             for mine in redistribution:
                 self.transform(mine)
@@ -75,7 +77,6 @@ class ResetExecutor:
             if report is None:
                 self.failed.add(plan.slices[index].name)
             self._done(index, report or TensorReport.of(plan.slices[index]))
-        self._gather_whole(odd)
         if self.bar is not None:
             self.bar.close()
         return max((e.placement.n_replicas * e.placement.n_shards for e in redistributions), default=1)
@@ -127,7 +128,14 @@ class ResetExecutor:
             by_parameter[id(block.tensor)].append(block)
         for of_one in by_parameter.values():
             tensor: Any = of_one[0].tensor.detach()
-            whole = tensor.full_tensor()
+            try:
+                whole = tensor.full_tensor()
+            except ValueError as error:  # torch 2.11, of strided shards
+                name = self.plan.slices[of_one[0].members[0]].name
+                raise UserError(
+                    f"'{name}' lies in parts {tensor.placements} that torch {installed('torch')} cannot put together: "
+                    "update torch, or reset the checkpoint on the disk (fire-llm apply)"
+                ) from error
             self.transform([(b, whole[b.rows.start : b.rows.stop]) for b in of_one])
             _put_back(tensor, whole)
         self.gathered_whole = len(by_parameter)

@@ -43,6 +43,7 @@ from fire_llm.core.atomic import (
     write_json,
     writing,
 )
+from fire_llm.core.compat import spent
 from fire_llm.core.errors import UserError
 from fire_llm.core.manifest import REPLACED, TRAINER_STATE, damage, newest_intact, prune, read_state, write_manifest
 from fire_llm.core.signals import asked
@@ -335,8 +336,11 @@ class Saver:
         return last or stays or trainer.args.save_only_model or self._looked_at()
 
     def _stages(self) -> Any:
-        """Return what copies shards to the host, into page-locked memory where they come from CUDA."""
-        if self._stager is None:
+        """Return what copies shards to the host, into page-locked memory where they come from CUDA.
+
+        One serves all saves and keeps their memory, but in torch 2.11, which empties it after a save.
+        """
+        if self._stager is None or spent(self._stager):
             from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
             on_cuda = self.trainer.args.device.type == "cuda"

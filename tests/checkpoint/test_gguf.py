@@ -77,7 +77,10 @@ def test_the_way_round_that_the_page_gives(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="GGUF"):
         reset_checkpoint("folder", "dst")
     block = next(b for b in re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL) if "gguf" in b)
-    exec("\n".join(line for line in block.splitlines() if not line.startswith("AutoTokenizer")), {})  # no vocabulary
+    try:
+        exec(re.sub("^AutoTokenizer.*", "", block, flags=re.MULTILINE), {})  # it has no vocabulary
+    except ImportError as error:  # below 5.18 transformers reads such files by the package gguf
+        pytest.skip(str(error))
     saved = load_model("folder-safetensors")
     for (name, a), (_, b) in zip(model.named_parameters(), saved.named_parameters(), strict=True):
         assert torch.equal(a, b), name

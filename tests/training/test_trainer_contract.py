@@ -544,6 +544,7 @@ def test_every_option_parameter_and_method_of_the_installed_trainer_is_in_the_ta
     assert {name for name in dir(Trainer) if not name.startswith("_")} - set(METHODS) == set()
 
 
+@pytest.mark.skipif(not hasattr(TrainingArguments, "activation_checkpointing"), reason="the page is of a later version")
 def test_the_page_is_what_the_tables_say():
     spec = importlib.util.spec_from_file_location("write_trainer_page", ROOT / "scripts" / "write_trainer_page.py")
     script = importlib.util.module_from_spec(spec)
