@@ -34,6 +34,7 @@ from fire_llm.core.files import refuse_irregular
 from fire_llm.core.hub import no_folder, settle_hub
 from fire_llm.core.manifest import SHARDED, in_shards
 from fire_llm.data.encode import vocabulary_size
+from fire_llm.data.stored_tokenizer import as_stored
 
 _GPT: dict[str, Any] = {
     "model_type": "gpt2",
@@ -495,6 +496,7 @@ def load_tokenizer(name: str | Path) -> Any:
     hint = "" if files or not local else ", which holds no file of one: save the model's own tokenizer there"
     with reading(f"tokenizer: {missing}none could be read from '{name}'{hint}"):
         tokenizer = (GPT2TokenizerFast if bare else AutoTokenizer).from_pretrained(place, trust_remote_code=False)
+        tokenizer = as_stored(tokenizer, place)
         size = len(tokenizer)
         tokenizer("a", add_special_tokens=False)  # some are found out only when they are to do something
     if size < 2:
