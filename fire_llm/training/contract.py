@@ -275,8 +275,8 @@ METHODS: dict[str, Rule] = dict.fromkeys(
     SAME,
 ) | {
     "compute_loss": Rule(
-        "of a causal LM: the sum over scored tokens by the tokens of the whole accumulated batch; losses that a model "
-        "adds by itself, such as that of routers, are not in it"
+        "of a causal LM: the sum over scored tokens by the tokens of the whole accumulated batch; the loss of "
+        "routers is in it, where the config has `output_router_logits`; no other that a model adds by itself"
     ),
     "create_accelerator_and_postprocess": Rule(
         "FSDP2 and fp16 on CPUs too; FSDP1, DeepSpeed and Megatron-LM are refused"

@@ -43,6 +43,9 @@ Head = Callable[[Tensor], Tensor]
 class SummedLoss:
     """Sum the negative log-likelihood of a micro-batch's tokens, its logits held a slice at a time.
 
+    What a mixture of experts adds for the balance of its routers, if its config asks for that (`output_router_logits`),
+    is added too, as often as there are tokens, so that a mean over tokens has it once.
+
     The model's own forward does everything, as in `evaluation.scoring`: its trunk runs once, and the model is run on
     slices of what the trunk gave, so that what a class does after its head is done as it does it. The gradient of a
     slice is taken as soon as its logits are there, and is kept in place of them: nothing is computed twice.
@@ -80,7 +83,7 @@ class SummedLoss:
         self._differentiate = _differentiate if compiling is None else self._compiled(_differentiate_at_once)
 
     def __call__(self, model: nn.Module, labels: Tensor, **inputs: Tensor) -> Tensor:
-        """Return Σ nll, (), fp32.
+        """Return Σ nll, and Σ of what the model adds, (), fp32.
 
         Args:
             model: The model as it was wrapped for training.
@@ -94,8 +97,9 @@ class SummedLoss:
             if not sliced:
                 if self.params is not None:
                     stack.enter_context(forward_replaced(self.model, self._rounded_forward))
-                nll: Tensor = token_nll(model(**inputs, use_cache=False).logits, labels)
-                return nll.sum()
+                outputs = model(**inputs, use_cache=False)
+                nll: Tensor = token_nll(outputs.logits, labels)
+                return with_router_loss(nll.sum(), router_loss(self.model, outputs), labels)
             stack.enter_context(self.autocast())
             first, last = partial(self._first, inputs), partial(self._last, labels.flatten(), inputs)
             total: Tensor
@@ -165,8 +169,12 @@ class SummedLoss:
         config: Any = self.model.config
         return int(config.get_text_config().vocab_size)
 
-    def _first(self, inputs: dict[str, Tensor]) -> tuple[Any, list[Tensor]]:
-        """Run the trunk; return its outputs and the parameters that stand behind it, a tied embedding among them."""
+    def _first(self, inputs: dict[str, Tensor]) -> tuple[Any, list[Tensor], Tensor | None]:
+        """Run the trunk.
+
+        Returns:
+            Its outputs; the parameters that stand behind it, a tied embedding among them; the loss of its routers, ().
+        """
         trunk, forward = self._trunk, self._forward
         assert trunk is not None and forward is not None
         outputs: Any = None
@@ -180,12 +188,15 @@ class SummedLoss:
             return with_hidden(outputs, part[None])
 
         with forward_replaced(trunk, run):
-            logits = self._logits(inputs)  # of one position, which shows the parameters
-        return outputs, [leaf for leaf in _leaves(logits) if leaf is not part]
+            one = self._outputs(inputs)  # of one position, which shows the parameters
+        parameters = [leaf for leaf in _leaves(one.logits) if leaf is not part]
+        return outputs, parameters, router_loss(self.model, one)
 
-    def _last(self, targets: Tensor, inputs: dict[str, Tensor], found: tuple[Any, list[Tensor]]) -> Tensor:
+    def _last(
+        self, targets: Tensor, inputs: dict[str, Tensor], found: tuple[Any, list[Tensor], Tensor | None]
+    ) -> Tensor:
         assert self._trunk is not None
-        outputs, parameters = found
+        outputs, parameters, added = found
         part: Tensor
 
         def replay(*_: Any, **__: Any) -> Any:
@@ -194,20 +205,49 @@ class SummedLoss:
         def head(hidden: Tensor) -> Tensor:
             nonlocal part
             part = hidden
-            return self._logits(inputs)
+            logits: Tensor = self._outputs(inputs).logits
+            return logits.squeeze(0)
 
         with forward_replaced(self._trunk, replay):
             hidden = outputs[0].flatten(0, 1)
             rows = even_rows(len(hidden), max(1, logits_at_once(hidden.device) // self._vocabulary()))
             apply: Any = _Sliced.apply
             total: Tensor = apply(head, self._differentiate, targets, rows, hidden, *parameters)
-            return total
+            return with_router_loss(total, added, targets)
 
-    def _logits(self, inputs: dict[str, Tensor]) -> Tensor:
+    def _outputs(self, inputs: dict[str, Tensor]) -> Any:
         # The class's forward: accelerate's own, on the instance, would make fp32 of the logits. A row taken by its
         # index would have a gradient of zeros, as large as the logits, that the row's own is copied into.
-        logits: Tensor = type(self.model).forward(self.model, **inputs, use_cache=False).logits
-        return logits.squeeze(0)
+        return type(self.model).forward(self.model, **inputs, use_cache=False)
+
+
+def router_loss(model: Any, outputs: Any) -> Tensor | None:
+    """Return what a mixture of experts adds to its mean loss for the balance of its routers, (); None for nothing.
+
+    It is the class's own `aux_loss` times its coefficient, where the config asks for it by `output_router_logits`.
+
+    Raises:
+        UserError: The config asks for it, and the outputs hold none.
+    """
+    config = model.config.get_text_config()
+    if not getattr(config, "output_router_logits", False):
+        return None
+    held = [getattr(of, name, None) for of in (model, config) for name in ("router_aux_loss_coef", "aux_loss_coef")]
+    coefficient = next((one for one in held if one is not None), None)
+    if coefficient is None:  # not a class that has such a loss
+        return None
+    balance = getattr(outputs, "aux_loss", None)
+    if not isinstance(balance, Tensor):
+        raise UserError(
+            f"output_router_logits: the config asks for the loss of the routers, and {type(model).__name__} gives "
+            "none. Set output_router_logits to false in the config, or train without compile"
+        )
+    return balance * float(coefficient)
+
+
+def with_router_loss(total: Tensor, added: Tensor | None, targets: Tensor) -> Tensor:
+    """Return Σ nll, and `router_loss` as often as tokens are scored: a mean over tokens has it once."""
+    return total if added is None else total + added * (targets != IGNORE).sum()
 
 
 def summed_loss(trainer: Any) -> SummedLoss:

@@ -40,7 +40,7 @@ from fire_llm.training.beginning import Start, largest_part
 from fire_llm.training.callbacks import Keeping, ResetCallback
 from fire_llm.training.contract import METHODS, OPTIONS, PARAMETERS, Given, refuse_options
 from fire_llm.training.epochs import Epochs
-from fire_llm.training.loss import smoothed_nll, summed_loss
+from fire_llm.training.loss import router_loss, smoothed_nll, summed_loss, with_router_loss
 from fire_llm.training.nonfinite import SKIPPED, FiniteGuard, propagate_nonfinite
 from fire_llm.training.optimizers import muon_adamw, scheduled
 from fire_llm.training.penalties import add_penalties
@@ -496,6 +496,8 @@ class ContinualTrainer(Trainer):
                 nll = smoothed_nll(outputs.logits, targets, smoothing)
             else:
                 nll = token_nll(outputs.logits, targets).sum()
+            if outputs is not None:
+                nll = with_router_loss(nll, router_loss(self._summed_loss.model, outputs), targets)
             loss = nll / ((targets != IGNORE).sum().clamp(min=1) if items is None else items)
         loss = propagate_nonfinite(loss)
         return (loss, outputs) if return_outputs else loss

@@ -32,9 +32,9 @@ def arguments(folder, **changes):
     return ContinualArguments(**{**settings, **changes})
 
 
-def train(model, folder, resume=None, callbacks=(), sets=None, data=None, eval_dataset=None, **changes):
-    options = {} if eval_dataset is None else {"eval_dataset": eval_dataset}
-    trainer = ContinualTrainer(model, arguments(folder, **changes), data or Samples(), sets, callbacks, **options)
+def train(model, folder, resume=None, callbacks=(), sets=None, data=None, given=None, **changes):
+    """Train a model; `given` is what else the trainer is given, `changes` are its arguments."""
+    trainer = ContinualTrainer(model, arguments(folder, **changes), data or Samples(), sets, callbacks, **given or {})
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 

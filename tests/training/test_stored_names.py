@@ -78,7 +78,9 @@ def test_a_run_that_was_cut_off_ends_as_the_whole_one(tmp_path):
 def test_the_best_model_is_what_its_checkpoint_holds(tmp_path):
     held_out = torch.utils.data.Subset(Samples(), range(100, 104))
     settings = {"eval_strategy": "steps", "eval_steps": 4, "load_best_model_at_end": True, "keep_last": 9}
-    trainer = train(tiny_mixtral(), tmp_path, eval_dataset=held_out, metric_for_best_model="eval_loss", **settings)
+    trainer = train(
+        tiny_mixtral(), tmp_path, given={"eval_dataset": held_out}, metric_for_best_model="eval_loss", **settings
+    )
     best = AutoModelForCausalLM.from_pretrained(trainer.state.best_model_checkpoint)
     assert not trainer.state.best_model_checkpoint.endswith("checkpoint-12")
     for (name, one), (_, other) in zip(best.named_parameters(), trainer.model.named_parameters(), strict=True):
