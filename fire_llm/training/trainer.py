@@ -365,6 +365,8 @@ class ContinualTrainer(Trainer):
         self.state.train_batch_size = self._train_batch_size  # `Trainer` goes on with the checkpoint's
         self.guard.resume(self.state.log_history)
         try_configs(self.model)
+        if said := coarse_weights(self.model):
+            report_line(self.args, said)
         if self.epochs is not None and self.epochs.moved:
             epochs, batches = self.epochs.begin.epoch, self.epochs.skipped
         return epochs, 0 if self.order == "numbered" else batches
@@ -704,6 +706,22 @@ class ContinualTrainer(Trainer):
     def hash_of_batches(self) -> str:
         """Return the hash over all ranks of every batch so far, 16 hexadecimal digits; collective."""
         return f"{self.saver.hash_over_ranks() & (2**64 - 1):016x}"
+
+
+def coarse_weights(model: Any) -> str | None:
+    """Return a warning of trained weights in 16 bits, which is what transformers 5 loads most checkpoints as."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.is_floating_point()]
+    coarse = [(name, p) for name, p in trained if p.element_size() < 4]
+    if not coarse:
+        return None
+    share = sum(p.numel() for _, p in coarse) / sum(p.numel() for _, p in trained)
+    name, first = coarse[0]
+    kind = str(first.dtype).removeprefix("torch.")
+    return (
+        f"{share:.0%} of the trained weights are in {kind} ('{name}' is the first): a step is lost wherever it is "
+        f"smaller than about a {2 / torch.finfo(first.dtype).eps:.0f}th of the weight. Load them with "
+        "dtype=torch.float32; bf16=True computes in bf16 all the same"
+    )
 
 
 def is_causal(model: Any) -> bool:

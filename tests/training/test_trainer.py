@@ -17,6 +17,7 @@ from fire_llm import ContinualTrainer, ResetCallback, UserError, fire_, logical_
 from fire_llm.core.atomic import checkpoints
 from fire_llm.training import EvaluationSet, hash_batch
 from fire_llm.training.throughput import MEASURES
+from fire_llm.training.trainer import coarse_weights
 
 
 @pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama])
@@ -291,3 +292,17 @@ def test_compiling_leaves_the_products_of_the_process_alone(precision, tmp_path,
     finally:
         torch.backends.fp32_precision = "none"
         torch.set_float32_matmul_precision(before)
+
+
+def test_weights_in_16_bits_are_warned_of_where_they_are_trained(tmp_path, capsys):
+    model = tiny_gpt2().to(torch.bfloat16)
+    train(model, tmp_path / "coarse", max_steps=1)
+    said = capsys.readouterr().err
+    assert "100% of the trained weights are in bfloat16 ('transformer.wte.weight'" in said and "a 256th" in said
+    for name, parameter in model.named_parameters():  # as under an adapter
+        parameter.requires_grad_("ln_" in name)
+        if "ln_" in name:
+            parameter.data = parameter.data.float()
+    assert coarse_weights(model) is None
+    train(tiny_gpt2(), tmp_path / "fine", max_steps=1)
+    assert "trained weights" not in capsys.readouterr().err
