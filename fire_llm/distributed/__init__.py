@@ -15,9 +15,11 @@ from fire_llm.distributed.placement import (
     is_sharded,
     local_part,
     make_current,
+    optimizer_states,
     placed_like,
     placement_of,
     refuse_engines,
+    trains_any,
 )
 from fire_llm.distributed.redistribute import Redistribution
 
@@ -43,11 +45,13 @@ __all__ = [
     "leaving",
     "local_part",
     "make_current",
+    "optimizer_states",
     "placed_like",
     "placement_of",
     "ranks",
     "refuse_engines",
     "splits",
     "together",
+    "trains_any",
     "worthwhile",
 ]

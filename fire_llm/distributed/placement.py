@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -166,6 +166,41 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
+def optimizers_in(given: Any) -> list[Any]:
+    """Return the optimizers that are given and those that they wrap, each once.
+
+    A wrapper's own `state` may be empty or stale. Example: `ZeroRedundancyOptimizer` keeps the moments in its `optim`.
+
+    Args:
+        given: An optimizer, or a list, tuple or dict of several; anything else holds none.
+    """
+    found, seen, waiting = [], set(), [given]
+    while waiting:
+        one = waiting.pop(0)
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, list | tuple | dict):
+            waiting += one.values() if isinstance(one, dict) else one
+        elif hasattr(one, "param_groups"):
+            found.append(one)
+            held = getattr(one, "__dict__", {})
+            waiting += [value for name, value in held.items() if name not in ("param_groups", "state")]
+    return found
+
+
+def optimizer_states(given: Any) -> list[Any]:
+    """Return the different `state`s, by parameter, that some optimizers and those that they wrap keep."""
+    states = [getattr(one, "state", {}) for one in optimizers_in(given)]
+    return list({id(state): state for state in states}.values())
+
+
+def trains_any(given: Any, tensors: Iterable[Tensor]) -> bool:
+    """Return whether some optimizers, or those that they wrap, train one of some tensors."""
+    trained = {id(p) for one in optimizers_in(given) for group in one.param_groups for p in group["params"]}
+    return any(id(tensor) in trained for tensor in tensors)
+
+
 def refuse_engines(model: nn.Module, optimizer: Any = None) -> None:
     """Refuse what keeps weights where a reset cannot reach them.
 
@@ -177,9 +212,7 @@ def refuse_engines(model: nn.Module, optimizer: Any = None) -> None:
     fsdp1 = any(c.__name__ == "FullyShardedDataParallel" and c.__module__.startswith("torch.") for c in classes)
     if fsdp1 or any(type(p).__name__ == "FlatParameter" for p in model.parameters()):
         raise UserError(ENGINES["FSDP1"])
-    while optimizer is not None:
-        classes |= set(type(optimizer).__mro__)
-        optimizer = getattr(optimizer, "optimizer", None)
+    classes |= {kind for one in [optimizer, *optimizers_in(optimizer)] for kind in type(one).__mro__}
     deepspeed = any("deepspeed" in c.__module__.split(".") or c.__name__.startswith("DeepSpeed") for c in classes)
     if deepspeed or any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in model.parameters()):
         raise UserError(ENGINES["DEEPSPEED"])

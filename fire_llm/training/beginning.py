@@ -12,7 +12,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
 from fire_llm.core.errors import UserError
-from fire_llm.distributed import local_part
+from fire_llm.distributed import local_part, optimizer_states
 from fire_llm.training.progress import report_line
 from fire_llm.training.writer import on_host
 
@@ -26,7 +26,8 @@ class Beginning:
 
     def __init__(self) -> None:
         self._weights: dict[str, Tensor] = {}
-        self._moments: dict[Any, Any] = {}
+        self._moments: list[dict[Any, Any]] = []
+        """Of the optimizer and of those that it wraps."""
         self._at: tuple[int, int] | None = None
         """The step that training began at, and the micro-batch's size."""
 
@@ -58,17 +59,18 @@ class Beginning:
                 with torch.no_grad():
                     for name, tensor in weights.items():
                         tensor.copy_(self._weights[name])
-                if optimizer is not None:
-                    optimizer.state.clear()
-                    optimizer.state.update({p: deepcopy(held) for p, held in self._moments.items()})
+                for moments, held in zip(optimizer_states(optimizer), self._moments, strict=True):
+                    moments.clear()
+                    moments.update({p: deepcopy(values) for p, values in held.items()})
                 return True
         self._weights = {name: tensor.to("cpu", copy=True) for name, tensor in weights.items()}
-        self._moments = {} if optimizer is None else {p: deepcopy(held) for p, held in optimizer.state.items()}
+        states = optimizer_states(optimizer)
+        self._moments = [{p: deepcopy(values) for p, values in state.items()} for state in states]
         return False
 
     def end(self) -> None:
         """Let go of what is held: training has ended."""
-        self._weights, self._moments, self._at = {}, {}, None
+        self._weights, self._moments, self._at = {}, [], None
 
 
 class Start:

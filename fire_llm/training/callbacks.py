@@ -11,9 +11,10 @@ from transformers import PretrainedConfig, TrainerCallback
 from fire_llm.architectures.modules import Kernels, SplitLike
 from fire_llm.core.atomic import write_json
 from fire_llm.core.errors import UserError
+from fire_llm.distributed import make_current, trains_any
 from fire_llm.models import fresh_like, fresh_model
 from fire_llm.resets import ResetReport, ResetsLike, apply_reset, parse_resets
-from fire_llm.resets.apply import LayoutName, module_layout
+from fire_llm.resets.apply import LayoutName, clear_states, module_layout
 from fire_llm.resets.spec import ResetSpec, refuse_kinds
 from fire_llm.training.beginning import Beginning
 from fire_llm.training.gradients import gather_gradient
@@ -49,8 +50,9 @@ def initial_model(resets: Sequence[ResetSpec], given: Any, of: Any, seed: int) -
 class ResetCallback(TrainerCallback):
     """Apply a reset inside a running `Trainer`: when training begins, or after given steps; never again on resumption.
 
-    Works in any `Trainer`. The state of exactly the touched parameters is cleared in its optimizer. A reset that reads
-    the gradient (`dash`) needs a `ContinualTrainer`, which gathers it from the batches to come.
+    Works in any `Trainer`. The state of exactly the touched parameters is cleared in its optimizer; one that trains
+    only others, such as a head, has none. A reset that reads the gradient (`dash`) needs a `ContinualTrainer`, which
+    gathers it from the batches to come.
 
     Args:
         resets: A method's name, a spec, or a list of specs, as `apply_reset` takes them.
@@ -142,9 +144,15 @@ class ResetCallback(TrainerCallback):
         gathering = self._trainer is not None and any(r.needs_gradient for r in self.resets)
         if gathering:
             gather_gradient(self._trainer, self.resets)
-        report = apply_reset(
-            model, self.resets, initial=initial, optimizer=optimizer, spectra=self.spectra, **self.layout
-        )
+        make_current(model)
+        if optimizer is not None and not trains_any(optimizer, model.parameters()):
+            raise UserError(
+                "optimizers: the one that is given trains no parameter of the trainer's model, but those of a copy, or "
+                "master copies that would undo a reset: make one from model.parameters()"
+            )
+        # It need not train what is reset: one of the head alone has no moments that a reset of the body could clear.
+        report = apply_reset(model, self.resets, initial=initial, spectra=self.spectra, **self.layout)
+        report.optimizer_states_cleared = clear_states(model, optimizer, report)
         if gathering:
             model.zero_grad()
         report.training = self.training
