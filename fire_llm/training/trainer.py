@@ -540,6 +540,8 @@ class ContinualTrainer(Trainer):
             )
         metrics: dict[str, float] = {}
         if sets:
+            if callable(getattr(self.optimizer, "eval", None)):
+                self.optimizer.eval()  # a schedule-free one trains other weights; the next step puts them back
             metrics = validate(self.model, sets, self.args, metric_key_prefix)
             state, best = self.state, self.state.best_metric
             nll = metrics.get(f"{metric_key_prefix}_nll", math.inf) if self.args.keep_best and regular else math.inf
