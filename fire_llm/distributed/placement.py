@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from fire_llm.architectures.names import refuse_no_module
 from fire_llm.core.errors import ENGINES, UserError
 from fire_llm.distributed.agree import active
 from fire_llm.distributed.balance import cost
+from fire_llm.distributed.optimizers import optimizers_in
 
 
 @dataclass(frozen=True)
@@ -160,41 +161,6 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
     if fsdp is None or not hasattr(fsdp, "FSDPModule"):
         return []
     return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
-
-
-def optimizers_in(given: Any) -> list[Any]:
-    """Return the optimizers that are given and those that they wrap, each once.
-
-    A wrapper's own `state` may be empty or stale. Example: `ZeroRedundancyOptimizer` keeps the moments in its `optim`.
-
-    Args:
-        given: An optimizer, or a list, tuple or dict of several; anything else holds none.
-    """
-    found, seen, waiting = [], set(), [given]
-    while waiting:
-        one = waiting.pop(0)
-        if id(one) in seen:
-            continue
-        seen.add(id(one))
-        if isinstance(one, list | tuple | dict):
-            waiting += one.values() if isinstance(one, dict) else one
-        elif hasattr(one, "param_groups"):
-            found.append(one)
-            held = getattr(one, "__dict__", {})
-            waiting += [value for name, value in held.items() if name not in ("param_groups", "state")]
-    return found
-
-
-def optimizer_states(given: Any) -> list[Any]:
-    """Return the different `state`s, by parameter, that some optimizers and those that they wrap keep."""
-    states = [getattr(one, "state", {}) for one in optimizers_in(given)]
-    return list({id(state): state for state in states}.values())
-
-
-def trains_any(given: Any, tensors: Iterable[Tensor]) -> bool:
-    """Return whether some optimizers, or those that they wrap, train one of some tensors."""
-    trained = {id(p) for one in optimizers_in(given) for group in one.param_groups for p in group["params"]}
-    return any(id(tensor) in trained for tensor in tensors)
 
 
 def refuse_engines(model: nn.Module, optimizer: Any = None) -> None:
