@@ -1,4 +1,4 @@
-"""Presets, architectures and Hub models: a name, a seed and a vocabulary give a causal LM.
+"""Causal LMs from presets, architectures, folders and the Hub: their configs, weights and tokenizers.
 
 Adding a preset is one entry in `PRESETS`.
 """
@@ -78,14 +78,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-6,
     },
 }  # fmt: skip
-"""Attributes of the config of a `model_type`; without a `vocab_size`, the tokenizer's is taken."""
+"""By preset, attributes of the config of its `model_type`; where `vocab_size` is None, the tokenizer decides."""
 
 WRAPPERS = tuple(f"{step}." for step in (*STEPS, "module"))
-"""What torch.compile, data parallelism and other wrappers put into the names of the tensors they hold."""
+"""Parts of tensor names that torch.compile, data parallelism and other wrappers add."""
 VOCABULARY = 50257
-"""Tokens that a tokenizer is taken to have, GPT-2's, before it is known."""
+"""Size of the vocabulary, GPT-2's, that is assumed until the tokenizer is known."""
 TRAINED = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
-"""What `special_ids` gives for a tokenizer that a run trains."""
+"""The `special_ids` of a tokenizer that a run trains."""
 
 
 def config_for(
@@ -105,7 +105,7 @@ def config_for(
         context: Tokens a block; the preset's own by default.
         overrides: Attributes of the config to set; those of a Hub id or folder may not change a tensor's shape.
         dropout: Share that every dropout drops; None: as the config has it.
-        vocabulary: Size of the tokenizer, where it is not there yet and has no padding token.
+        vocabulary: Size of a tokenizer that does not exist yet and will have no padding token.
 
     Raises:
         UserError: For an unknown name or attribute, a context or vocabulary that does not fit.
@@ -140,22 +140,22 @@ def new_config(
         context: Tokens a block.
         overrides: Attributes of the config.
         dropout: Share that every dropout drops.
-        vocabulary: Size of the tokenizer, where it is not there yet and has no padding token.
+        vocabulary: Size of a tokenizer that does not exist yet and will have no padding token.
 
     Raises:
-        UserError: There is no such architecture or attribute, or nothing can be built.
+        UserError: There is no such architecture or attribute, or no model can be built.
     """
-    base, given = dict(preset or {}), overrides or {}
+    base, overrides = dict(preset or {}), overrides or {}
     kind = base.pop("model_type", architecture)
     size = vocabulary_size(tokenizer) if tokenizer is not None else vocabulary or VOCABULARY
     longest = context or base.get("n_positions") or base.get("max_position_embeddings")
     ids = special_ids(tokenizer) if tokenizer is not None else None if vocabulary is None else TRAINED
-    config = fresh_config(kind, base, given, vocabulary=size, ids=ids, context=longest)
+    config = fresh_config(kind, base, overrides, vocabulary=size, ids=ids, context=longest)
     if kind == "gpt2":
         config.use_cache = False
-    if given or preset is None:
+    if overrides or preset is None:
         _refuse_unbuildable(config)
-    return _finished(config, tokenizer, context, dropout, given, vocabulary)
+    return _finished(config, tokenizer, context, dropout, overrides, vocabulary)
 
 
 def copied_config(
@@ -170,13 +170,10 @@ def copied_config(
         dropout: Share that every dropout drops.
 
     Raises:
-        UserError: There is none, it is of code of its own or of quantised weights, or reads more than text.
+        UserError: There is none; it needs code of its own, has quantised weights, or reads more than text.
     """
-    config = (
-        read_config(os.path.expanduser(place))
-        if os.path.isfile(os.path.expanduser(place))
-        else (pretrained_config(place))
-    )
+    file = os.path.expanduser(place)
+    config = read_config(file) if os.path.isfile(file) else pretrained_config(place)
     if getattr(config, "auto_map", None):
         raise UserError(
             f"model.config: '{place}' names code of its own (auto_map), which is never run: take auto_map out, and "
@@ -192,9 +189,9 @@ def copied_config(
 
 
 def special_ids(tokenizer: Any) -> dict[str, int | None]:
-    """Return the ids of a tokenizer's special tokens, as a config names them; all None without one.
+    """Return the ids of a tokenizer's special tokens, by their names in a config; all None without a tokenizer.
 
-    A padding token that also ends texts is none: models keep the embedding of padding at zero.
+    A padding token that also begins or ends texts counts as none: models keep the embedding of padding at zero.
     """
     bos, eos, pad = (getattr(tokenizer, key, None) for key in IDS)
     return dict(zip(IDS, (eos if bos is None else bos, eos, None if pad in (bos, eos) else pad), strict=True))
@@ -205,22 +202,19 @@ def _finished(
     tokenizer: Any,
     context: int | None,
     dropout: float | None,
-    given: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
     vocabulary: int | None = None,
 ) -> Any:
+    """Set the dropout of a config, and check that it fits tokenizer and context."""
     if dropout is not None:
-        set_dropout(config, dropout, given or ())
+        set_dropout(config, dropout, overrides or ())
         _refuse_unbuildable(config)
     check_fits(config, tokenizer, context, vocabulary)
     return config
 
 
 def _override(config: Any, overrides: Mapping[str, Any]) -> None:
-    """Set attributes of a checkpoint's config: those that it stores, and that leave its tensors their shapes.
-
-    Raises:
-        UserError: For an unknown attribute, or a value that the config refuses or that nothing can be built from.
-    """
+    """Set attributes of a checkpoint's config: only those that it stores and that change no shape of a tensor."""
     name, before = type(config).__name__, _shapes(config)
     refuse_attributes(config, overrides)
     for key, value in overrides.items():
@@ -228,10 +222,10 @@ def _override(config: Any, overrides: Mapping[str, Any]) -> None:
     _refuse_unbuildable(config)
     after = _shapes(config)
     if changed := sorted(n for n in before.keys() | after.keys() if before.get(n) != after.get(n)):
-        was, now = (shapes.get(changed[0], "absent") for shapes in (before, after))
+        old, new = (shapes.get(changed[0], "absent") for shapes in (before, after))
         raise UserError(
             f"model.config: {', '.join(overrides)} would change {len(changed)} of the checkpoint's tensors, "
-            f"'{changed[0]}' from {was} to {now} among them: set what changes no shape, or begin with new weights "
+            f"'{changed[0]}' from {old} to {new} among them: set what changes no shape, or begin with new weights "
             "(config: PATH in the place of checkpoint)"
         )
 
@@ -241,20 +235,16 @@ def _shapes(config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _refuse_unbuildable(config: Any) -> None:
-    """Refuse a config that can no longer be read, whose sizes are none, or from which nothing can be built.
-
-    Raises:
-        UserError: Naming it.
-    """
+    """Refuse a config that cannot be read any more, has impossible sizes, or gives no model."""
     name = type(config).__name__
     try:
         positions = [] if longest_context(config) is None else ["max_position_embeddings"]  # XLNet has none to count
         text = config.get_text_config()
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", *positions)
-        found = {size: getattr(text, size) for size in sizes if getattr(text, size, None) is not None}
+        values = {size: getattr(text, size) for size in sizes if getattr(text, size, None) is not None}
     except Exception as error:
         raise UserError(f"model.config: {name} can no longer be read: {first_line(error)}") from error
-    for size, value in found.items():
+    for size, value in values.items():
         most = MOST_LAYERS if size == "num_hidden_layers" else MOST_ENTRIES
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
             raise UserError(f"model.config: {size} is {value!r}; a whole number from 1 to {most:,} is wanted")
@@ -265,11 +255,11 @@ def _refuse_unbuildable(config: Any) -> None:
 
 
 def pretrained_config(name: str | Path) -> Any:
-    """Return the transformers config of a folder or a Hub id; no code of its own is run, and none fetched for it.
+    """Return the transformers config of a folder or a Hub id; code that belongs to it is neither run nor fetched.
 
     Raises:
-        UserError: There is none, or nothing can be made of it: it is damaged, an adapter's, or of sizes beyond
-            `architectures.configs`' bounds.
+        UserError: There is none, or none that can be used: it is damaged, belongs to an adapter, or has sizes beyond
+            the bounds of `architectures.configs`.
     """
     place = os.path.expanduser(name)
     local = os.path.isdir(place)
@@ -287,9 +277,9 @@ def pretrained_config(name: str | Path) -> Any:
         )
     config = read_config(place)
     if not causal_class(config):
-        what = getattr(named_class(config), "__name__", type(config).__name__)
+        kind = getattr(named_class(config), "__name__", type(config).__name__)
         raise UserError(
-            f"model: '{name}' is no causal language model, but a {what}: "
+            f"model: '{name}' is no causal language model, but a {kind}: "
             "recipes and eval are for language models that predict the next token. fire_, apply_reset, fire-llm apply "
             "and inspect act on image models, encoders and classifiers too (docs/layouts.md)"
         )
@@ -303,12 +293,9 @@ def check_fits(config: Any, tokenizer: Any, context: int | None, vocabulary: int
 
     Args:
         config: Of the model.
-        tokenizer: None where it is not there yet.
+        tokenizer: None where it does not exist yet.
         context: Tokens a sequence; None: as many as the model reads.
-        vocabulary: Size of a tokenizer that is not there yet.
-
-    Raises:
-        UserError: With both numbers.
+        vocabulary: Size of a tokenizer that does not exist yet.
     """
     text = config.get_text_config()
     size = (vocabulary or 0) if tokenizer is None else vocabulary_size(tokenizer)
@@ -321,7 +308,7 @@ def check_fits(config: Any, tokenizer: Any, context: int | None, vocabulary: int
 
 
 def with_attention(config: Any, attention: str | None) -> Any:
-    """Return a config whose models take another `attn_implementation`; the same config for None."""
+    """Return a copy of a config with another `attn_implementation`; the same config for None."""
     if attention is None:
         return config
     config = copy.deepcopy(config)
@@ -330,11 +317,11 @@ def with_attention(config: Any, attention: str | None) -> Any:
 
 
 def fresh_model(config: Any, seed: int, kind: Any = None) -> Any:
-    """Build a model with newly drawn fp32 weights that depend on the config, the class and the seed alone.
+    """Build a model with newly drawn fp32 weights, which depend on the config, the class and the seed alone.
 
     Args:
         config: A transformers config.
-        seed: Seeds torch's generator for the drawing; the caller's generator is left as it was.
+        seed: Seeds torch's generator meanwhile; the caller's generator does not change.
         kind: A class of transformers; None: the causal LM.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -343,10 +330,10 @@ def fresh_model(config: Any, seed: int, kind: Any = None) -> Any:
 
 
 def fresh_like(model: Any, seed: int) -> Any:
-    """Build a model of another's class and config with newly drawn weights, as `fresh_model` does.
+    """Build a model of the same class and config as another, with newly drawn weights, as `fresh_model` does.
 
     Args:
-        model: One of transformers, wrapped or not; of what is none, but has such a config, the causal LM is built.
+        model: One of transformers, wrapped or not. For another model with such a config, the causal LM is built.
         seed: As in `fresh_model`.
     """
     from transformers import PreTrainedModel
@@ -357,21 +344,18 @@ def fresh_like(model: Any, seed: int) -> Any:
 
 
 def model_on_meta(config: Any, kind: Any = None) -> Any:
-    """Build the model without memory, to count, name and cut its parameters.
+    """Build the model on the meta device, without memory, to read names and shapes off it.
 
     Args:
         config: A transformers config.
         kind: As in `fresh_model`.
-
-    Raises:
-        UserError: transformers cannot build such a model from the config.
     """
     try:
         with torch.device("meta"):
             return _built(config, kind)
     except UserError:
         raise
-    except Exception as error:  # the classes raise whatever a config leads them to
+    except Exception as error:  # the classes raise exceptions of any kind
         name = type(config).__name__.removesuffix("Config") if kind is None else kind.__name__
         raise UserError(
             f"transformers cannot build {name} from this config: {type(error).__name__}, {first_line(error)}"
@@ -379,11 +363,7 @@ def model_on_meta(config: Any, kind: Any = None) -> Any:
 
 
 def _built(config: Any, kind: Any = None, **options: Any) -> Any:
-    """Build a class; or what AutoModelForCausalLM would, and for a config it does not list, the causal LM named there.
-
-    Raises:
-        UserError: It is no causal LM, and no class is given.
-    """
+    """Build `kind`, else the class of AutoModelForCausalLM, else the causal LM that the config names."""
     if kind is not None:
         return kind._from_config(config, **options)
     import transformers
@@ -404,12 +384,12 @@ def load_model(
     attention: str | None = None,
     kind: Any = None,
 ) -> Any:
-    """Load a causal LM from a folder or a Hub id: safetensors, whole or in shards, and transformers' own classes.
+    """Load a causal LM from a folder or a Hub id, by a class of transformers, from safetensors, whole or in shards.
 
     Args:
         folder: A checkpoint folder or a Hub id.
-        dtype: "auto" keeps the checkpoint's; training wants torch.float32.
-        config: In the place of the checkpoint's own.
+        dtype: "auto" keeps the checkpoint's; training needs torch.float32.
+        config: Instead of the checkpoint's own.
         attention: `attn_implementation`; None: transformers' choice.
         kind: A subclass of `PreTrainedModel`; None: the causal LM that the config stands for.
 
@@ -421,7 +401,7 @@ def load_model(
     place = os.path.expanduser(folder)
     config = with_attention(pretrained_config(place) if config is None else config, attention)
     _refuse_pickles(Path(place))
-    # Sizes that differ are named below.
+    # A difference in shape is reported below.
     options = {"config": config, "dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with reading(f"checkpoint '{folder}' cannot be read"):
         if in_shards(Path(place)):
@@ -429,16 +409,16 @@ def load_model(
 
             weights = whole_tensors(Path(place) / SHARDED)
             model, loading = type(model_on_meta(config)).from_pretrained(None, state_dict=weights, **options)
-            model._weight_conversions = None  # names as the model has them were read; it is saved under its usual ones
+            model._weight_conversions = None  # the shards have the model's own names; it is saved under the usual ones
         else:
             model, loading = (kind or AutoModelForCausalLM).from_pretrained(
                 place, use_safetensors=True, trust_remote_code=False, **options
             )
     if loading["mismatched_keys"]:
-        apart = [f"'{n}' {tuple(stored)}, not {tuple(wanted)}" for n, stored, wanted in loading["mismatched_keys"]]
-        more = f" and {len(apart) - 5} more" if len(apart) > 5 else ""
+        shapes = [f"'{n}' {tuple(stored)}, not {tuple(wanted)}" for n, stored, wanted in loading["mismatched_keys"]]
+        more = f" and {len(shapes) - 5} more" if len(shapes) > 5 else ""
         raise UserError(
-            f"checkpoint '{folder}' has other shapes than {CONFIG} asks for: {'; '.join(sorted(apart)[:5])}{more}. "
+            f"checkpoint '{folder}' has other shapes than {CONFIG} asks for: {'; '.join(sorted(shapes)[:5])}{more}. "
             f"Correct {CONFIG}, or take the weights that belong to it"
         )
     if loading["missing_keys"]:
@@ -451,7 +431,7 @@ def load_model(
 
 
 def wrapper_advice(names: Iterable[str]) -> str:
-    """Return how to get rid of what a wrapper put into stored names; an empty string where none did."""
+    """Return how to remove a wrapper's part from stored names; an empty string where there is none."""
     name, wrapper = next(((n, w) for n in sorted(names) for w in WRAPPERS if f".{w}" in f".{n}"), ("", ""))
     plain = f"k.removeprefix('{wrapper}')" if name.startswith(wrapper) else f"k.replace('{wrapper}', '')"
     return name and (
@@ -462,7 +442,7 @@ def wrapper_advice(names: Iterable[str]) -> str:
 
 
 def _refuse_pickles(folder: Path) -> None:
-    """Refuse a folder whose weights are pickles alone, before any of it is read."""
+    """Refuse a folder whose weights are only pickles, before any of it is read."""
     pickled = sorted(p.name for kind in ("bin", "pt", "pth", "ckpt") for p in folder.glob(f"*model*.{kind}"))
     if pickled and not any(folder.glob("*.safetensors")):
         raise UserError(
@@ -485,11 +465,11 @@ def load_tokenizer(name: str | Path) -> Any:
         raise UserError(f"tokenizer: {no_folder(place)}")
     if local:
         refuse_irregular(Path(place))
-        if (Path(place) / CONFIG).is_file():  # AutoTokenizer builds the config too
+        if (Path(place) / CONFIG).is_file():  # AutoTokenizer builds the config, too
             read_settings(Path(place))
     else:
         settle_hub()
-    # From GPT-2's two files alone AutoTokenizer does not know whose they are.
+    # AutoTokenizer does not recognise GPT-2's two files without a config.
     bare = (Path(place) / "merges.txt").is_file() and not list(Path(place).glob("tokenizer*.json"))
     missing = "" if local else f"{no_folder(place)}, and "
     files = [path for kind in ("tokenizer*", "vocab*", "*.model", "*.tiktoken") for path in Path(place).glob(kind)]
@@ -498,7 +478,7 @@ def load_tokenizer(name: str | Path) -> Any:
         tokenizer = (GPT2TokenizerFast if bare else AutoTokenizer).from_pretrained(place, trust_remote_code=False)
         tokenizer = as_stored(tokenizer, place)
         size = len(tokenizer)
-        tokenizer("a", add_special_tokens=False)  # some are found out only when they are to do something
+        tokenizer("a", add_special_tokens=False)  # some faults show only here
     if size < 2:
         raise UserError(f"tokenizer: '{name}' gives an empty vocabulary; the folder should hold tokenizer.json")
     if tokenizer.eos_token_id is None:
@@ -507,26 +487,27 @@ def load_tokenizer(name: str | Path) -> Any:
 
 
 def find_device(name: str) -> torch.device:
-    """Return the device of a name; each rank takes its own where none is numbered.
+    """Return the device of a name; without a number, each rank gets its own.
 
     Args:
-        name: `cpu`, `cuda`, `cuda:1`; `auto` is the accelerator where there is one that has float64, in which measures
-            are taken (`mps` has none), else the CPU.
+        name: `cpu`, `cuda`, `cuda:1`; `auto` is the accelerator, if it has the float64 that measures need (`mps` has
+            none), else the CPU.
 
     Raises:
         UserError: There is no such device here.
     """
-    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    present = accelerator.type if accelerator is not None else "cpu"
     if name == "auto":
-        name = here.type if here is not None and here.type != "mps" else "cpu"
+        name = present if present != "mps" else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"device: '{name}' is none; give auto, cpu, cuda or cuda:N") from error
     if device.type == "cpu":
         return device
-    if here is None or here.type != device.type:
-        raise UserError(f"device: '{name}' is not on this machine, which has {here.type if here else 'cpu'} alone")
+    if device.type != present:
+        raise UserError(f"device: '{name}' is not on this machine, which has {present} alone")
     count = torch.accelerator.device_count()
     index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", "0")) % count
     if index >= count:
@@ -535,7 +516,7 @@ def find_device(name: str) -> torch.device:
 
 
 def describe(model: Any) -> str:
-    """Return what a model is: `GPT2LMHeadModel, 4 layers, width 128, vocabulary 2048, 1.07 M parameters`."""
+    """Describe a model: `GPT2LMHeadModel, 4 layers, width 128, vocabulary 2048, 1.07 M parameters`."""
     text = model.config.get_text_config()
     count = sum(p.numel() for p in model.parameters()) / 1e6
     size = f"{text.num_hidden_layers} layers, width {text.hidden_size}, vocabulary {text.vocab_size}"

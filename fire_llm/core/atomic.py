@@ -1,4 +1,4 @@
-"""Folders and files that appear whole or not at all, and which checkpoints of a run are whole."""
+"""Write folders and files so that they appear whole or not at all, and list the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -17,21 +17,20 @@ STAGING_SUFFIX = ".partial"
 """Ending of the name under which a folder is written before it is renamed to its own."""
 
 BYTES_A_PARAMETER = 12
-"""Of a checkpoint: weights and AdamW's two moments, in fp32."""
+"""Size of a checkpoint: weights and AdamW's two moments, in fp32."""
 
 CONTINUAL_STATE = "continual_state.json"
 """File in a checkpoint that holds what `TrainerState` has no room for."""
 
-
 AVERAGED = "ema"
-"""Folder in a checkpoint with the moving average of its weights, as a model of its own; and the label of that model."""
+"""Folder in a checkpoint with the moving average of its weights, as a model of its own; also that model's label."""
 
 AVERAGED_BYTES = 4
-"""Of a parameter of that: fp32."""
+"""Bytes of an averaged parameter: fp32."""
 
 
 def sync(folder: Path, *, below: bool = True) -> None:
-    """Flush every file below a folder, and the folders themselves, to the disk; or the folder's list of names alone."""
+    """Flush a folder with all files and folders below it to the disk; without `below`, its list of names alone."""
     for path in [*(sorted(folder.rglob("*")) if below else ()), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -47,9 +46,9 @@ def partial_of(destination: Path) -> Path:
 
 @contextmanager
 def renamed(partial: Path, destination: Path) -> Iterator[Path]:
-    """Yield an empty folder that is renamed when the block ends, all its files on the disk by then.
+    """Yield an empty folder, which is flushed to the disk and renamed when the block ends.
 
-    It takes the place of what has the first name, and is deleted where the block ends with an error.
+    What has the first name is deleted before, and the folder is deleted where the block raises.
     """
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -64,18 +63,14 @@ def renamed(partial: Path, destination: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turn a full disk, missing rights and a file in a folder's place into one clear message.
-
-    Raises:
-        UserError: Naming the folder.
-    """
+    """Turn a full disk, missing permissions and a file in a folder's place into one clear message."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         reason = system_reason(error)
-        # torch reports whatever keeps it from writing in words of its own.
+        # torch reports a failed write in its own words.
         if reason is None and not isinstance(error, OSError) and "writ" in str(error) and free_bytes(folder) < 2**20:
             reason = REASONS[errno.ENOSPC]
         if reason is None or reason == REASONS[errno.ENOMEM]:
@@ -92,7 +87,7 @@ def remove(path: Path) -> None:
 
 
 def remove_empty(folders: Iterable[Path]) -> None:
-    """Delete those of some folders that hold nothing, in the order given: the innermost first."""
+    """Delete those of some folders that are empty, in the given order: the innermost first."""
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()
@@ -107,33 +102,33 @@ def free_bytes(folder: Path) -> int:
 
 def checkpoints(folder: Path) -> list[tuple[Path, int]]:
     """Return the whole checkpoints in a phase's folder with their steps, oldest first."""
-    found = [(p.parent, step) for p in folder.glob(f"*/{CONTINUAL_STATE}") if (step := step_of(p.parent)) is not None]
-    return sorted(found, key=lambda pair: pair[1])
+    there = [(p.parent, step) for p in folder.glob(f"*/{CONTINUAL_STATE}") if (step := step_of(p.parent)) is not None]
+    return sorted(there, key=lambda pair: pair[1])
 
 
 def step_of(checkpoint: Path) -> int | None:
-    """Return the step in a checkpoint's name; None where the name is not a checkpoint's."""
+    """Return the step in the name of a checkpoint; None for another name."""
     number = checkpoint.name.removeprefix("checkpoint-")
     return int(number) if number.isdecimal() else None
 
 
 def clear_partial_checkpoints(folder: Path) -> None:
-    """Delete what processes that died left half-written among a stage's checkpoints; links are not followed."""
-    for left in folder.glob(f"checkpoint-*{STAGING_SUFFIX}"):
-        if step_of(left.with_suffix("")) is not None:
-            remove(left)
+    """Delete the half-written checkpoints of processes that died; links are not followed."""
+    for partial in folder.glob(f"checkpoint-*{STAGING_SUFFIX}"):
+        if step_of(partial.with_suffix("")) is not None:
+            remove(partial)
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether a folder is a run's rather than a checkpoint."""
+    """Return whether a folder is that of a run, and no checkpoint."""
     return (folder / "recipe.json").is_file()
 
 
 def check_file(option: str, name: str | None) -> None:
-    """Refuse, before any work, a file that could not be written where an option names it; it is tried.
+    """Refuse, before any work, an option's file that cannot be written; that is tried with another name.
 
     Raises:
-        UserError: It is a folder or a device, lies below a file, or nobody may write there.
+        UserError: It is a folder or a device, lies below a file, or may not be written.
     """
     if name is None:
         return
@@ -159,14 +154,14 @@ def check_file(option: str, name: str | None) -> None:
 
 
 def read_json(path: Path, advice: str) -> dict[str, Any]:
-    """Return the mapping that a JSON file holds.
+    """Return the mapping in a JSON file.
 
     Args:
         path: The file.
         advice: The next step, for the message.
 
     Raises:
-        UserError: It is not there, cannot be read, is no JSON or holds something else.
+        UserError: It does not exist, cannot be read, is no JSON or holds something else.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -178,12 +173,12 @@ def read_json(path: Path, advice: str) -> dict[str, Any]:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON in one rename, so that a reader never sees half of it; its folder is made where there is none."""
+    """Write JSON in one rename, so that a reader never sees half of it; make its folder where there is none."""
     partial = path.with_name(path.name + STAGING_SUFFIX)
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.unlink(missing_ok=True)  # a link that lies there is not followed
-        # JSON spells what is no text as the error handler does.
+        partial.unlink(missing_ok=True)  # never write through a link of that name
+        # The error handler escapes surrogates as JSON does.
         with partial.open("x", encoding="utf-8", errors="backslashreplace") as file:
             json.dump(data, file, indent=1, ensure_ascii=False)
             file.write("\n")

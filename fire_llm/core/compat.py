@@ -1,10 +1,10 @@
-"""What this package needs of the libraries beyond their documented interface, and what differs between their versions.
+"""What this package uses of libraries beyond their documented interface, and what differs between their versions.
 
-`ContinualTrainer` overrides methods of `Trainer`, some of them private, which come and go from release to release.
-Where one is no longer called, the override is left out and nothing says so. The lists below are held against the
+`ContinualTrainer` overrides methods of `Trainer`, some of them private, and releases add and remove such methods. An
+override that `Trainer` no longer calls has no effect, without a word. So the lists below are compared with the
 installed `Trainer` before it is used (docs/dependencies.md says which versions pass).
 
-Each entry that stands for a version names it, so that it can go when the floor in pyproject.toml passes that version.
+What is here for an old version names it, so that it can go when pyproject.toml requires a newer one.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from typing import Any
 from fire_llm.core.errors import UserError
 
 TRAINER_HOOKS = (
-    "_clip_grad_norm", "_get_grad_norm", "_init_training_state",  # from 5.3
-    "_get_num_items_in_batch", "_get_output_dir", "_get_train_sampler", "_inner_training_loop", "_load_best_model",
-    "_load_from_checkpoint", "_load_optimizer_and_scheduler", "_load_rng_state", "_maybe_log_save_evaluate",
-    "_run_epoch", "_save_checkpoint",
+    "_clip_grad_norm", "_get_grad_norm", "_get_num_items_in_batch", "_get_output_dir", "_get_train_sampler",
+    "_init_training_state", "_inner_training_loop", "_load_best_model", "_load_from_checkpoint",
+    "_load_optimizer_and_scheduler", "_load_rng_state", "_maybe_log_save_evaluate", "_run_epoch", "_save_checkpoint",
     "_save_optimizer_and_scheduler", "compute_loss", "create_accelerator_and_postprocess", "create_optimizer",
     "create_scheduler", "evaluate", "evaluation_loop", "floating_point_ops", "get_batch_samples",
     "get_decay_parameter_names", "get_train_dataloader", "log", "save_model", "set_initial_training_values",
@@ -34,14 +33,14 @@ TRAINER_ATTRIBUTES = (
     "_created_lr_scheduler", "_globalstep_last_logged", "_n_gpu", "_prepare_inputs", "_save", "_tr_loss",
     "_train_batch_size",
 )  # fmt: skip
-"""Other private names of `Trainer` that are read, set or called; `_tr_loss` from 5.3."""
+"""Other private names of `Trainer` that are read, set or called."""
 
 OTHER_LAYOUTS = {"aria_text": "5.18"}
-"""Model types whose matrices lie otherwise below a version of transformers; there they are refused, as unknown ones."""
+"""Model types whose matrices are stored otherwise below a version of transformers; there they are refused."""
 
 
 def checkpointing(wanted: bool) -> dict[str, Any]:
-    """Return the `TrainingArguments` for checkpointed activations, by the name that the installed ones have."""
+    """Return the `TrainingArguments` for checkpointed activations, under their name in the installed version."""
     from transformers import TrainingArguments
 
     name = "activation_checkpointing"
@@ -50,7 +49,7 @@ def checkpointing(wanted: bool) -> dict[str, Any]:
 
 
 def left_out() -> set[str]:
-    """Return the model types that the installed transformers lays out in a way that no layout describes."""
+    """Return the model types that the installed transformers stores in a way that no layout describes."""
     import transformers
 
     own = _numbers(transformers.__version__)
@@ -63,7 +62,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def installed(distribution: str) -> str | None:
-    """Return the version of a distribution; None where its metadata is missing, as in some vendored installations."""
+    """Return the version of a distribution; None where its metadata is missing, as in vendored copies."""
     try:
         return version(distribution)
     except PackageNotFoundError:
@@ -71,12 +70,9 @@ def installed(distribution: str) -> str | None:
 
 
 def check_trainer(trainer: type) -> None:
-    """Refuse a `Trainer` that does not call what is overridden: the override would be left out in silence.
+    """Refuse a `Trainer` that does not call what is overridden: the override would have no effect.
 
     Example: without a call of `_get_grad_norm`, a loss that is not finite would reach the weights.
-
-    Args:
-        trainer: transformers' `Trainer`.
 
     Raises:
         UserError: It lacks hooks, or has some that nothing in it calls.
@@ -111,7 +107,7 @@ def spent(stager: Any) -> bool:
 
 
 def fsdp2_states(modules: Iterable[Any]) -> list[Any]:
-    """Return what FSDP2 keeps of some of its modules, once each: modules that are gathered together share it."""
+    """Return FSDP2's states of some modules, each once: modules that are gathered together share one."""
     return list({id(state): state for state in (module._get_fsdp_state() for module in modules)}.values())
 
 
@@ -121,19 +117,19 @@ def fsdp2_policy(state: Any) -> Any:
 
 
 def set_fsdp2_policy(state: Any, policy: Any, held: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
-    """Set another `MixedPrecisionPolicy` for parameters that FSDP2 has sharded; torch has no public way to.
+    """Replace the `MixedPrecisionPolicy` of parameters that FSDP2 has sharded; torch has no public way to.
 
     Args:
         state: One of `fsdp2_states`, its parameters in shards (`reshard`).
         policy: Holds from the next gathering on.
-        held: What this returned when the policy was replaced, to be put back with it.
+        held: What this returned when `policy` was replaced, to be put back with it.
 
     Returns:
-        What each parameter held of the policy: the buffers, in the other dtype, that it was gathered in, to which the
-        gradients of a step's micro-batches so far belong, and from torch 2.15 on a policy of its own.
+        What each parameter held for the old policy: the buffers, in its dtype, that the parameter was gathered in and
+        that own the gradients of a step's micro-batches so far; and from torch 2.15 on a policy of its own.
 
     Raises:
-        UserError: The installed torch gathers in the other dtype all the same; everything is as it was.
+        UserError: The installed torch would still gather in the old dtype; everything is as it was.
     """
     replaced, state._mp_policy = state._mp_policy, policy
     # A list of groups in torch 2.13; one group or none in 2.11 and below.

@@ -1,4 +1,4 @@
-"""Tables for people: whole where nobody says how wide the page is, in a long form where a terminal is too narrow."""
+"""Print tables without cutting a figure: in full width, with folded names, or as lines where a terminal is narrow."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ if TYPE_CHECKING:
     from rich.table import Column, Table
 
 LEAST = 16
-"""Characters that a column of names is folded to at least, where it says nothing of it."""
+"""Fewest characters that a column of names is folded to, where it has no `min_width`."""
 
 
 def show_table(out: Console, table: Table, folded: Table | None = None) -> None:
-    """Print a table of which no figure is cut: names are folded where that is enough, else each row gets lines.
+    """Print a table: whole where it fits, else with folded names, else each row on lines of its own.
 
     Args:
-        out: Where to.
+        out: The console.
         table: Its columns of figures are `no_wrap`, the others are names; its title is printed on a line of its own.
-        folded: The same with long names broken at better places than their last character that fits.
+        folded: The same table with line breaks in long names; without it, they break where a column ends.
     """
     if table.title:
         out.print(table.title, style=table.title_style or "bold", highlight=False, soft_wrap=True)
-    for one in (table, folded or table):
-        one.title = None
-        if _natural(out, one) <= out.width:
-            out.print(one)
+    for version in (table, folded or table):
+        version.title = None
+        if _full_width(out, version) <= out.width:
+            out.print(version)
             return
     if _fold(out, folded or table):
         out.print(folded or table)
@@ -35,45 +35,44 @@ def show_table(out: Console, table: Table, folded: Table | None = None) -> None:
         _print_rows(out, table)
 
 
-def _natural(out: Console, table: Table) -> int:
-    """Return how wide a table is whose cells are all on one line."""
+def _full_width(out: Console, table: Table) -> int:
+    """Return the width of a table with each cell on one line."""
     return out.measure(table, options=out.options.update(width=WIDE)).maximum
 
 
 def _widths(column: Column) -> tuple[int, int]:
-    """Return how wide a column of names must be at least, and how wide its cells are."""
+    """Return the least width of a column of names, and its width with each cell on one line."""
     from rich.text import Text
 
     cells = [str(column.header), *map(str, column.cells)]
-    natural = max(line.cell_len for cell in cells for line in Text.from_markup(cell).split())
-    return min(natural, column.min_width or LEAST), natural
+    full = max(line.cell_len for cell in cells for line in Text.from_markup(cell).split())
+    return min(full, column.min_width or LEAST), full
 
 
 def _fold(out: Console, table: Table) -> bool:
     """Set the widths of the columns of names so that the table fits; return whether it does."""
     names = {id(column): _widths(column) for column in table.columns if not column.no_wrap}
-    needed = sum(natural for _, natural in names.values())
-    room = out.width - (_natural(out, table) - needed)
-    spare = room - sum(least for least, _ in names.values())
+    least_sum, full_sum = (sum(widths) for widths in zip(*names.values(), strict=True)) if names else (0, 0)
+    spare = out.width - (_full_width(out, table) - full_sum) - least_sum
     if spare < 0:
         return False
-    slack = needed - sum(least for least, _ in names.values())
+    slack = full_sum - least_sum
     for column in table.columns:
         if id(column) in names:
-            least, natural = names[id(column)]
-            column.width = least + (spare * (natural - least) // slack if slack else 0)
+            least, full = names[id(column)]
+            column.width = least + (spare * (full - least) // slack if slack else 0)
     return True
 
 
 def _print_rows(out: Console, table: Table) -> None:
-    """Print each row as its names on a line and its figures below, as many on a line as fit."""
+    """Print the names of each row on a line, and its figures on the lines below, as many on each as fit."""
     from rich.text import Text
 
     columns = [(str(column.header), [str(cell) for cell in column.cells], column.no_wrap) for column in table.columns]
     last: dict[str, str] = {}
     for number, row in enumerate(table.rows):
         for heading, cells, figures in columns:
-            if not figures and cells[number]:  # an empty name is the one above
+            if not figures and cells[number]:  # an empty name stands for the one above
                 last[heading] = " ".join(cells[number].split("\n"))
         out.print("  ".join(last.values()), style=row.style or "", highlight=False, soft_wrap=True)
         pairs = [f"{heading} {cells[number]}" for heading, cells, figures in columns if figures and cells[number]]

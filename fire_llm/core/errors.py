@@ -1,4 +1,4 @@
-"""The one way a user's mistake is reported: a message that names the value, what is allowed and the next step."""
+"""Report a user's mistake, in one way: a message that names the value, what is allowed and the next step."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ ENGINES = {
     ),
     "MEGATRON_LM": f"Megatron-LM stores the model in layouts of its own: use FSDP with {_FSDP2}",
 }
-"""What cannot be trained under, and what to use instead."""
+"""Engines that cannot be trained under, and what to use instead."""
 
 CHECKPOINTED_ONCE = (
     "is refused: it computes layers again with dropout drawn anew, so that gradients belong to another loss. Remove it "
     "and set gradient_checkpointing: true in the recipe (in a Trainer's arguments: activation_checkpointing)"
 )
-"""What becomes of accelerate's own checkpointing of activations, which keeps no state of the random generators."""
+"""Of accelerate's own checkpointing of activations, which does not restore the random generators."""
 
 
 class UserError(ValueError):
@@ -34,14 +34,14 @@ class UserError(ValueError):
 
 _SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")
 SECRET = re.compile(r"(://)[^/\s@]+(@)|\b(hf_)[A-Za-z0-9]{30,}")
-"""Names and passwords in addresses, tokens of the Hub; its groups are what may stay."""
+"""Names and passwords in addresses, tokens of the Hub; its groups are the parts that stay."""
 
 
 def redact(text: str) -> str:
-    """Take secrets out of a message: the environment's tokens, tokens of the Hub, names and passwords in addresses."""
+    """Remove secrets from a message: tokens in the environment, of the Hub, names and passwords in addresses."""
     for secret in filter(lambda value: len(value) >= 8, (os.environ.get(name, "") for name in _SECRETS)):
         text = text.replace(secret, "***")
-    return SECRET.sub(lambda found: f"{found[1] or found[3]}***{found[2] or ''}", text)
+    return SECRET.sub(lambda match: f"{match[1] or match[3]}***{match[2] or ''}", text)
 
 
 _FOLDER = "or choose another folder"
@@ -65,11 +65,11 @@ REASONS = {
     errno.EIO: f"the disk, or the network to it, failed. Look into the machine's log, {_FOLDER}",
     errno.ESTALE: f"the network file system has lost it. Mount it again, {_FOLDER}",
 }
-"""What the system refuses, in words, and what to do."""
+"""Errors of the operating system in words, and what to do."""
 
 
 def system_reason(error: BaseException) -> str | None:
-    """Return what the system refused where that ended the work, also through a library that says it in its own words.
+    """Return the system's error behind an exception, in words; also where a library reports it in its own words.
 
     Example: safetensors raises `I/O error: No space left on device (os error 28)`, which is no OSError.
     """
@@ -81,11 +81,11 @@ def system_reason(error: BaseException) -> str | None:
 
 
 _GONE = re.compile(r"Connection (?:closed|reset) by peer[^.\s]*(?: \[[^]\s]+\](?::\d+)?)?|remote process exited")
-"""What gloo and NCCL say of a rank that has ended."""
+"""Messages of gloo and NCCL about a rank that has ended."""
 
 
 def explained(error: BaseException) -> str:
-    """Return an error in words that never are none: what failed, where that is known, and what to do."""
+    """Return an error in words, never an empty text: what failed, where that is known, and what to do."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"the package '{error.name}' is not installed: pip install {error.name.partition('.')[0]}"
     text, reason = str(error).strip(), system_reason(error)
@@ -110,13 +110,13 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def reading(said: str) -> Iterator[None]:
-    """Turn whatever transformers, tokenizers and safetensors raise over someone's files into one message.
+    """Turn all that transformers, tokenizers and safetensors raise over a user's files into one message.
 
-    They raise exceptions of every kind, and what panics in tokenizers' Rust is no `Exception` at all. Memory that runs
-    out is not the files' fault, and goes through.
+    They raise exceptions of every kind; a panic in tokenizers' Rust is not even an `Exception`. Errors of memory are
+    not the files' fault, and pass.
 
     Args:
-        said: What the message begins with: what was read, and that it cannot be.
+        said: Begins the message: what was read, and that it cannot be.
 
     Raises:
         UserError: `said`, and the first line of what was raised.
@@ -129,20 +129,20 @@ def reading(said: str) -> Iterator[None]:
             raise
         if "OutOfMemory" in type(error).__name__ or "DefaultCPUAllocator" in str(error):
             raise
-        # A config's own checks name the value in the cause; what fetches files says more itself.
+        # The checks of a config name the value in the cause; errors of fetching files say more themselves.
         cause = error if isinstance(error, OSError) else error.__cause__ or error
         kind = "" if isinstance(cause, OSError | ValueError | RuntimeError | TypeError) else f"{type(cause).__name__}, "
         raise UserError(f"{said}: {kind}{first_line(cause)}") from error
 
 
 class _Faults(UserError):
-    """What several checks found, one by one."""
+    """The faults that several checks found."""
 
     faults: list[str]
 
 
 def check_all(*checks: Callable[[], Any]) -> None:
-    """Make checks that do not build on one another, and raise what all of them find as one `UserError`."""
+    """Run checks that do not depend on one another, and raise the faults of all as one `UserError`."""
     faults: list[str] = []
     for check in checks:
         try:

@@ -1,4 +1,4 @@
-"""Files that others wrote: opened where they are regular files, never waited for, and known again when read later."""
+"""Read files of others safely: only regular files, without waiting, and with a check that they stay the same."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from fire_llm.core.errors import UserError
 
 LONGEST = 100_000_000
-"""Bytes of a file, or of a header, that is read as a whole; the limit that safetensors sets its headers."""
+"""Most bytes of a file, or of a header, that is read as a whole; safetensors has this limit for headers."""
 
 _KINDS = {
     stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device",
@@ -22,43 +22,38 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Reader:
-    """An open file that is read; what the disk refuses becomes a message that names it.
-
-    Args:
-        path: The file.
-        descriptor: Under which it is open.
-    """
+    """An open file; an error of reading becomes a message that names it."""
 
     path: Path
     descriptor: int
 
     def read(self, size: int) -> bytes:
-        """Read at most so many of the next bytes; none at the end."""
+        """Read at most `size` of the next bytes; none at the end."""
         with _reading(self.path):
             return os.read(self.descriptor, size)
 
     def read_into(self, data: memoryview, offset: int) -> None:
-        """Fill a memory with the bytes from an offset on.
+        """Fill `data` with the bytes from an offset on.
 
         Raises:
-            UserError: The file ends before, or cannot be read.
+            UserError: The file is too short, or cannot be read.
         """
         while data:
             with _reading(self.path):
-                got = os.preadv(self.descriptor, [data], offset)
-            if not got:
+                n_read = os.preadv(self.descriptor, [data], offset)
+            if not n_read:
                 raise UserError(f"'{self.path}' ends before its header says: it was changed while it was read")
-            data, offset = data[got:], offset + got
+            data, offset = data[n_read:], offset + n_read
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A regular file as it was when it was opened first.
+    """A regular file, and its state when it was first opened.
 
     Args:
         path: Where it is.
         size: Bytes.
-        state: Device, inode and time of the last change, by which another file, or other content, is noticed.
+        state: Device, inode and time of the last change, which show when it is replaced or changed.
     """
 
     path: Path
@@ -67,17 +62,17 @@ class SourceFile:
 
     @classmethod
     def of(cls, path: Path) -> SourceFile:
-        """Look at a file.
+        """Take the state of a file.
 
         Raises:
-            UserError: It is not there, cannot be read, or is no regular file.
+            UserError: It does not exist, cannot be read, or is no regular file.
         """
         with _opened(path) as reader:
             return cls(path, *_state(reader))
 
     @property
     def name(self) -> str:
-        """Its name in its folder."""
+        """The file's name, without its folder."""
         return self.path.name
 
     def __str__(self) -> str:
@@ -85,10 +80,10 @@ class SourceFile:
 
     @contextmanager
     def opened(self) -> Iterator[Reader]:
-        """Open it; what is read while the block runs is what was there at the first look.
+        """Open the file, unless it has changed.
 
         Raises:
-            UserError: The file was changed or replaced, before the block or within it.
+            UserError: It was changed or replaced since its state was taken, before the block or within it.
         """
         with _opened(self.path) as reader:
             self._compare(reader)
@@ -115,11 +110,7 @@ def read_file(path: Path) -> bytes:
 
 
 def refuse_irregular(folder: Path) -> None:
-    """Refuse a folder in which something stands where libraries expect a file and would wait for one.
-
-    Raises:
-        UserError: Naming the first pipe, socket or device.
-    """
+    """Refuse a folder with pipes, sockets or devices, from which libraries would wait to read."""
     with _reading(folder):
         for path in sorted(folder.iterdir()):
             if path.exists() and not path.is_dir():
@@ -127,18 +118,18 @@ def refuse_irregular(folder: Path) -> None:
 
 
 def leads_out(path: Path, folder: Path) -> bool:
-    """Return whether a path below a folder is, through links, a file outside of it.
+    """Return whether a path below a folder links to a file outside of it.
 
-    The Hub's cache keeps the files of `snapshots/COMMIT` in `blobs` beside `snapshots`; these are the folder's own.
+    The Hub's cache keeps the files of `snapshots/COMMIT` in `blobs` beside `snapshots`; these count as inside.
     """
     real, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    own = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
-    return not any(real.is_relative_to(place) for place in own)
+    inside = [root, *([root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [])]
+    return not any(real.is_relative_to(place) for place in inside)
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Reader]:
-    """Open a regular file, and look at its kind before and after: opening a pipe would wait."""
+    """Open a regular file; its kind is checked before, because opening a pipe may wait, and after."""
     with _reading(path):
         _refuse_kind(path, path.stat().st_mode)
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -164,5 +155,5 @@ def _refuse_kind(path: Path, mode: int) -> None:
 
 
 def _state(reader: Reader) -> tuple[int, tuple[int, int, int]]:
-    found = os.fstat(reader.descriptor)
-    return found.st_size, (found.st_dev, found.st_ino, found.st_mtime_ns)
+    stats = os.fstat(reader.descriptor)
+    return stats.st_size, (stats.st_dev, stats.st_ino, stats.st_mtime_ns)

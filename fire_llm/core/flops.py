@@ -1,4 +1,4 @@
-"""Floating-point operations: what a token takes, and what devices give."""
+"""Floating-point operations: how many a token takes, and how many a second a device computes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ATTENTION = {
     "": "", "attention": "", "full_attention": "", "sliding_attention": "sliding_window",
     "chunked_attention": "attention_chunk_size",
 }  # fmt: skip
-"""What configs call layers with attention, and where they hold how many tokens such a layer sees, if not all."""
+"""Names of layers with attention in configs, and the attribute with the number of tokens that such a layer sees."""
 
 
 def peak_flops(device: torch.device, half: bool) -> float | None:
@@ -43,11 +43,11 @@ def peak_flops(device: torch.device, half: bool) -> float | None:
 
 
 def flops_per_token(model: PreTrainedModel, context: int) -> float | None:
-    """Return the floating-point operations of one token, forward and backward; None where this does not count them.
+    """Return the floating-point operations of one token, forward and backward; None for models that are not counted.
 
     6 for every weight that is multiplied, and 12·width·context for the attention of each layer, or 12·width·window
-    where that is shorter; both as often as the layer runs. Tables that are only looked up do not count, a head does.
-    Stacked experts, of which a token sees a few, and models that have layers without attention are not counted.
+    where that is shorter; both as often as the layer runs. Embeddings, which are only looked up, do not count; a head
+    does. Not counted are models with stacked experts, of which a token sees a few, or with layers without attention.
 
     Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """
@@ -60,19 +60,19 @@ def flops_per_token(model: PreTrainedModel, context: int) -> float | None:
     tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not head}
     weights = sum(p.numel() for p in model.parameters() if p not in tables)
     runs = layer_runs(config.get_text_config())
-    again = sum((n - 1) * size for n, size in zip(runs, layer_sizes(model, len(runs)), strict=False))
-    return float(6.0 * (weights + again) + attention)
+    repeated = sum((n - 1) * size for n, size in zip(runs, layer_sizes(model, len(runs)), strict=False))
+    return float(6.0 * (weights + repeated) + attention)
 
 
 def layer_configs(text: Any) -> list[Any]:
-    """Return the config of each layer of a text model: one and the same, unless layers differ in what can be read."""
+    """Return the config of each layer of a text model: the model's own, unless it has one for each layer."""
     layers = getattr(text, "num_hidden_layers", 0)  # BLT has none: its parts have
     each = getattr(text, "per_layer_config", None) if layers else None
     return list(each) if isinstance(each, Sequence) else [text] * layers
 
 
 def layer_runs(text: Any) -> list[int]:
-    """Return how often a forward pass runs each layer of a text model: those of a loop several times."""
+    """Return how often a forward pass runs each layer of a text model: more than once in a loop."""
     first, end, runs = 0, 0, 1
     if hasattr(text, "n_recurrent_loops"):  # Dory
         first, runs = text.n_input_layers, text.n_recurrent_loops
@@ -83,13 +83,13 @@ def layer_runs(text: Any) -> list[int]:
 
 
 def layer_sizes(model: nn.Module, layers: int) -> list[int]:
-    """Return the parameters of each layer: of the list of as many modules as there are layers."""
+    """Return the number of parameters of each layer: of the first list with as many modules as there are layers."""
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     return [sum(p.numel() for p in block.parameters()) for block in lists[0]] if lists else []
 
 
 def _attention(text: Any, context: int) -> float | None:
-    """Return the operations of a token's attention in all layers; None where one has another kind of it, or none."""
+    """Return the operations of a token's attention in all layers; None where one has none, or of an unknown kind."""
     layers = layer_configs(text)
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or [""] * len(layers)
     total = 0.0

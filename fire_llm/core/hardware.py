@@ -1,4 +1,4 @@
-"""What the machine can do, asked in one place, and what follows for a recipe."""
+"""What the machine can do: its native precision and its memory."""
 
 from __future__ import annotations
 
@@ -10,15 +10,11 @@ import torch
 from fire_llm.core.errors import UserError
 
 CPU_BF16 = "FIRE_LLM_CPU_BF16"
-"""Environment variable that overrules the probe of the processor: 1 or 0."""
+"""Environment variable that replaces the check of the processor: 1 or 0."""
 
 
 def cpu_has_bf16() -> bool:
-    """Return whether the CPU multiplies bf16 natively; elsewhere bf16 is several times slower than fp32.
-
-    Raises:
-        UserError: `FIRE_LLM_CPU_BF16` is neither 0 nor 1.
-    """
+    """Return whether the CPU multiplies bf16 natively; elsewhere bf16 is several times slower than fp32."""
     given = os.environ.get(CPU_BF16, "")
     if given not in ("", "0", "1"):
         raise UserError(f"{CPU_BF16} is '{given}': set it to 1 (native bf16) or 0 (none), or unset it to ask the CPU")
@@ -35,7 +31,7 @@ def device_memory(device: torch.device) -> int:
 
 
 def accelerator_memory() -> int:
-    """Return `device_memory` of the accelerator that this process trains on, 0 for none."""
+    """Return `device_memory` of this process's accelerator, 0 where it has none."""
     if torch.cuda.is_available():
         return device_memory(torch.device("cuda", torch.cuda.current_device()))
     return -1 if torch.accelerator.is_available() else 0
@@ -53,11 +49,11 @@ def resolve_precision(precision: str) -> str:
 
 
 def free_memory() -> int | None:
-    """Return the bytes of memory that can be taken, in the machine and in the container; None where unknown."""
+    """Return the bytes of free memory, of the machine or of the container; None where unknown."""
     free = [1024 * n for n in _numbers("/proc/meminfo", "MemAvailable:")]
     limits, used = _numbers(f"{_CGROUP}/memory.max"), _numbers(f"{_CGROUP}/memory.current")
     cached = _numbers(f"{_CGROUP}/memory.stat", "inactive_file")
-    free += [limit - now + again for limit, now, again in zip(limits, used, cached, strict=False)]
+    free += [limit - now + reclaimable for limit, now, reclaimable in zip(limits, used, cached, strict=False)]
     return min(free, default=None)
 
 
@@ -65,7 +61,7 @@ _CGROUP = "/sys/fs/cgroup"
 
 
 def _numbers(path: str, name: str | None = None) -> list[int]:
-    """Return the number in a file, or behind a name in it, as a list of one; an empty one where there is none."""
+    """Return the number in a file, or behind a name in it, as a list of one; an empty list without a number."""
     try:
         lines = [line.split() for line in Path(path).read_text(encoding="ascii").splitlines()]
     except OSError:

@@ -1,4 +1,4 @@
-"""Hashes of texts and of files: BLAKE2b, as hexadecimal digits; CRC-32 where files are only to be found damaged."""
+"""Hashes of texts and files: BLAKE2b, as hexadecimal digits; CRC-32 where only damage has to be found."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ def digest(data: str | bytes, size: int) -> str:
     """Return the hash of a text's UTF-8 bytes, the same in every process and on every machine.
 
     Args:
-        data: The text; a name that the file system has in other bytes than UTF-8 is taken by these bytes.
+        data: The text, or its bytes; a file name that is no UTF-8 is hashed by its own bytes.
         size: Bytes of the hash.
     """
-    return blake2b(
-        data.encode(errors="surrogateescape") if isinstance(data, str) else data, digest_size=size
-    ).hexdigest()
+    encoded = data.encode(errors="surrogateescape") if isinstance(data, str) else data
+    return blake2b(encoded, digest_size=size).hexdigest()
 
 
 def blake2b_256(data: bytes) -> bytes:
@@ -31,7 +30,7 @@ def blake2b_256(data: bytes) -> bytes:
 
 
 def crc32(data: bytes) -> bytes:
-    """Return the CRC-32, which takes a fifth of the time of BLAKE2b: it finds damage, but identifies no file."""
+    """Return the CRC-32, in a fifth of the time of BLAKE2b: it finds damage, but identifies no file."""
     return zlib.crc32(data).to_bytes(4, "big")
 
 
@@ -49,8 +48,8 @@ def hash_file(
         path: The file.
         chunk: Bytes of a chunk.
         of_chunk: Hash of a chunk.
-        from_disk: Whether to forget first what the system holds of it in memory.
-        advance: Called with the bytes of each chunk that is done.
+        from_disk: Whether to drop the system's cache of the file first.
+        advance: Called with the number of bytes of each chunk that is done.
 
     Returns:
         BLAKE2b, 256 bits, as hex.
@@ -66,7 +65,7 @@ def hash_file(
         whole, starts = blake2b(digest_size=32), range(0, size, chunk)
         # Most files are one chunk, for which a thread is not worth its start.
         digests = pool.map(digest_of, starts) if size > chunk else map(digest_of, starts)
-        for start, found in zip(starts, digests, strict=True):
-            whole.update(found)
+        for start, chunk_digest in zip(starts, digests, strict=True):
+            whole.update(chunk_digest)
             advance(min(chunk, size - start))
         return whole.hexdigest()

@@ -1,4 +1,4 @@
-"""The Hub of Hugging Face where it cannot be reached, as on a compute node: asked once, and then its cache alone."""
+"""The Hub of Hugging Face: tried once, and replaced by its cache where it cannot be reached, as on compute nodes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 from fire_llm.core.errors import UserError, did_you_mean, first_line
 
 SECONDS = 10.0
-"""To wait for the Hub's first answer."""
+"""How long to wait for the Hub's first answer."""
 
 
 @functools.cache
 def settle_hub() -> None:
-    """Find out whether the Hub can be reached; where it cannot, let its cache serve, here and in child processes.
+    """Try to reach the Hub; where that fails, use its cache alone, here and in child processes.
 
-    Left alone, its clients try again for half a minute, for each of a model's files.
+    Otherwise its clients would try for half a minute, for each of a model's files.
     """
     from huggingface_hub import constants, get_session
 
@@ -27,7 +27,7 @@ def settle_hub() -> None:
         return
     try:
         get_session().head(constants.ENDPOINT, timeout=SECONDS)
-    except Exception as error:  # of whichever library the installed version asks with
+    except Exception as error:  # the installed version decides which library raises
         constants.HF_HUB_OFFLINE = True
         os.environ["HF_HUB_OFFLINE"] = "1"
         sys.stderr.write(
@@ -37,25 +37,22 @@ def settle_hub() -> None:
 
 
 def no_folder(name: str) -> str:
-    """Return that there is no folder of a name that was then taken for a Hub id, and which of its neighbours is near.
+    """Return a message that there is no folder of a name, taken for a Hub id then, and the name of a similar one.
 
     Example: `there is no folder 'runs/modle' (did you mean 'runs/model'?)`.
     """
     path = Path(name)
     try:
-        beside = [str(p) for p in path.parent.iterdir() if p.is_dir()]
+        neighbours = [str(p) for p in path.parent.iterdir() if p.is_dir()]
     except OSError:
-        beside = []
-    near = did_you_mean(name, beside).strip().replace("Did", "did")
+        neighbours = []
+    near = did_you_mean(name, neighbours).strip().replace("Did", "did")
     return f"there is no folder '{name}'" + (f" ({near})" if near else "")
 
 
 @contextmanager
 def asking_hub(name: str) -> Iterator[None]:
-    """Turn what the Hub's clients raise about a model, none of it a fault of this program, into one message.
-
-    Args:
-        name: The Hub id.
+    """Turn all errors of the Hub's clients about a model into one message; none is a fault of this program.
 
     Raises:
         UserError: It is gated, there is none, or the Hub, or without a network its cache, does not give it.

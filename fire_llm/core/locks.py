@@ -1,4 +1,4 @@
-"""Locks on files: held alone or shared, by this process or another machine's, and free again when their holder dies."""
+"""Locks on files: exclusive or shared, between processes of all machines, and free again when their holder dies."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from fire_llm.core.errors import UserError
 
 @contextmanager
 def held(path: Path, *, shared: bool = False, wait: bool = False, passing: bool = False) -> Iterator[bool]:
-    """Hold a lock while the block runs, and yield whether it was had.
+    """Hold a lock while the block runs, and yield whether it was free.
 
     Args:
-        path: The lock's file, made where there is none. It is not deleted: who waits has it open already.
-        shared: Others may share it; alone otherwise.
+        path: The lock's file, made where there is none. It is not deleted, because a waiting process has it open.
+        shared: Others may share it; exclusive otherwise.
         wait: Wait for it, rather than yield False.
-        passing: Delete the file at the end, and hold none that another holder has deleted, nor one that a link names.
+        passing: Delete the file at the end. Such a lock holds no file that another holder has deleted, and no link.
 
     Raises:
         UserError: Where the file cannot be written, or the file system has no locks.
     """
     import fcntl
 
-    had = None
-    while had is None:
+    locked = None
+    while locked is None:
         with writing(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | (os.O_NOFOLLOW if passing else 0), 0o666)
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-            had = True if not passing or _names(path, descriptor) else None
+            locked = True if not passing or _names(path, descriptor) else None
         except OSError as error:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 os.close(descriptor)
                 raise UserError(
                     f"'{path}' cannot be locked ({error.strerror}): choose a folder on a file system with locks"
                 ) from error
-            had = False
-        if had is None:
+            locked = False
+        if locked is None:
             os.close(descriptor)
     try:
-        yield had
+        yield locked
     finally:
-        if passing and had:
+        if passing and locked:
             path.unlink(missing_ok=True)
         os.close(descriptor)  # which frees the lock
 

@@ -1,4 +1,4 @@
-"""The one look of a progress bar."""
+"""The progress bar of every long operation."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 
 def progress_bar(what: str | None, total: int | None, unit: str, *, shown: bool = True, delay: float = 1.0) -> Any:
-    """Return a bar of tqdm's that is gone once it is done.
+    """Return a bar of tqdm that disappears at the end.
 
     Args:
-        what: Stands before it.
-        total: Of all units; None where nobody knows.
+        what: Title.
+        total: Number of units; None where it is not known.
         unit: What is counted; tensors and matrices one by one, others in thousands and millions.
         shown: Whether there is a bar at all.
-        delay: Seconds before it shows; what is done by then needs none.
+        delay: Seconds before it appears; shorter work shows none.
     """
     from tqdm.auto import tqdm
 

@@ -1,6 +1,6 @@
-"""Which of a launcher's processes this one is, by its environment: known before the ranks have joined.
+"""Read from the environment which of a launcher's processes this one is, before the ranks have joined.
 
-What the ranks of a process group share is asked of the group instead (`distributed.agree`).
+Once they have joined, the process group knows (`distributed.agree`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from fire_llm.core.errors import UserError
 
 _PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+"""Variables that say which process this one is, and of how many."""
 _MEETING = ("MASTER_ADDR", "MASTER_PORT")
 
 _SETTINGS = (
@@ -19,10 +20,10 @@ _SETTINGS = (
     "ACCELERATE_USE_PARALLELISM_CONFIG", "ACCELERATE_USE_SAGEMAKER", "ACCELERATE_MIXED_PRECISION",
     "ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
 )  # fmt: skip
-"""By which `accelerate launch` changes what a training computes, or what it needs."""
+"""Variables by which `accelerate launch` changes what a training computes or needs."""
 
 _OFF = ("", "0", "1", "no", "false")
-"""Values of those that ask for nothing; 1 is that of steps accumulated."""
+"""Values of these variables that change nothing; 1 is that of `ACCELERATE_GRADIENT_ACCUMULATION_STEPS`."""
 
 
 def launched() -> bool:
@@ -31,7 +32,7 @@ def launched() -> bool:
 
 
 def first_rank() -> bool:
-    """Return whether this process is the first of those that a launcher made, or alone: the one that prints."""
+    """Return whether this process prints: it is the first of a launcher's processes, or alone."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -41,46 +42,46 @@ def launched_in_shards() -> bool:
 
 
 def flag(name: str) -> bool:
-    """Return whether a variable of the environment says yes, as accelerate reads it."""
+    """Return whether an environment variable is true, as accelerate reads it."""
     return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
 
 
 def settle_launcher() -> None:
-    """Find out whether a launcher started this process; drop what one has left in the environment, and say so.
+    """Find out whether a launcher started this process; if none did, unset its variables, and say so.
 
     A batch system, a container or an earlier shell may have set `WORLD_SIZE=1` alone, or `ACCELERATE_USE_FSDP=true`.
-    accelerate would take that for a launch: wait for others, want another library or train in another precision.
+    accelerate would take that for a launch. It would wait for others, need another library or change the precision.
 
     Raises:
-        UserError: A part of what a launcher sets says that there are others: nobody knows where to meet them.
+        UserError: Variables say that there are other processes, and others that a launcher sets are missing.
     """
     joined = sys.modules.get("torch.distributed")
     if joined is not None and joined.is_available() and joined.is_initialized():
         return  # by a program of the user's
-    given = {name: os.environ[name] for name in _PLACE if name in os.environ}
-    fault = _fault(given)
-    if given and not fault and all(os.environ.get(name) for name in (*_PLACE, *_MEETING)):
+    place = {name: os.environ[name] for name in _PLACE if name in os.environ}
+    fault = _fault(place)
+    if place and not fault and all(os.environ.get(name) for name in (*_PLACE, *_MEETING)):
         return
-    left = {name: os.environ.pop(name) for name in (*given, *_SETTINGS) if name in os.environ}
+    unset = {name: os.environ.pop(name) for name in (*place, *_SETTINGS) if name in os.environ}
     if fault:
         raise UserError(fault)
-    ignored = [f"{name}={value}" for name, value in left.items() if name in given or value.lower() not in _OFF]
+    ignored = [f"{name}={value}" for name, value in unset.items() if name in place or value.lower() not in _OFF]
     if ignored and sys.stderr is not None:
         sys.stderr.write(f"fire-llm: {', '.join(ignored)} in the environment, and no launcher: ignored\n")
 
 
-def _fault(given: Mapping[str, str]) -> str | None:
-    """Return what is wrong with what says which of a launcher's processes this one is."""
-    said = ", ".join(f"{name}={value}" for name, value in given.items())
-    if not all(value.isdecimal() for value in given.values()):
-        return f"{said} in the environment: a launcher sets whole numbers. Unset them, or correct the launcher"
-    rank, local, world = (int(given.get(name, default)) for name, default in zip(_PLACE, "001", strict=True))
+def _fault(place: Mapping[str, str]) -> str | None:
+    """Return what is wrong with the values of `_PLACE`; None for nothing."""
+    values = ", ".join(f"{name}={value}" for name, value in place.items())
+    if not all(value.isdecimal() for value in place.values()):
+        return f"{values} in the environment: a launcher sets whole numbers. Unset them, or correct the launcher"
+    rank, local, world = (int(place.get(name, default)) for name, default in zip(_PLACE, "001", strict=True))
     missing = [name for name in (*_PLACE, *_MEETING) if not os.environ.get(name)]
     if missing and (rank, local, world) != (0, 0, 1):
         return (
-            f"{said} in the environment, without {', '.join(missing)}: a launcher sets all of them. Unset them to "
+            f"{values} in the environment, without {', '.join(missing)}: a launcher sets all of them. Unset them to "
             "work in one process, or start with torchrun, accelerate launch or --num-processes"
         )
     if rank >= world or local >= world:
-        return f"{said} in the environment: ranks count from 0 to WORLD_SIZE - 1. Unset them, or correct the launcher"
+        return f"{values} in the environment: ranks count from 0 to WORLD_SIZE - 1. Unset them, or correct the launcher"
     return None

@@ -1,4 +1,4 @@
-"""End a run by a signal: at a step's end where one is near, at once elsewhere, and at once at the second signal.
+"""End a run by a signal: at the end of a step during training, at once elsewhere, and at once at the second signal.
 
 Ctrl-C (SIGINT) and a scheduler's SIGTERM mean the same here.
 """
@@ -21,15 +21,15 @@ from fire_llm.core.ranks import first_rank
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 SAME_SECONDS = 2.0
-"""Signals this near to the first are the same one: schedulers signal every process, and launchers pass it on."""
+"""Signals within this time count as one: schedulers signal every process, and launchers pass signals on."""
 
 
 class Stopped(KeyboardInterrupt):
     """Report that a signal ended the work.
 
     Args:
-        number: Of the signal.
-        said: What was done first; None where there was nothing to save.
+        number: The signal.
+        said: What was saved, for the message; None for nothing.
     """
 
     def __init__(self, number: int, said: str | None = None) -> None:
@@ -44,26 +44,31 @@ class Stopped(KeyboardInterrupt):
 
 @dataclass
 class _Asked:
-    """What was asked of this process, for its handlers to write and its steps to read."""
+    """The signal that this process got: its handler writes it, and its steps read it."""
 
     process: int | None = None
+    """The process that handles signals; a forked child does not."""
     number: int | None = None
+    """The signal; None for none so far."""
     since: float = 0.0
+    """When it came, by the monotonic clock."""
     dropped: bool = False
-    """Whether `Stopped` was raised where nothing can raise out of, and is to be raised again."""
+    """Whether Python dropped the `Stopped` that was raised, so that it has to be raised again."""
     near_a_step: bool = False
     before: dict[int, Any] = field(default_factory=dict)
+    """The handlers to be put back, by signal."""
     hook: Any = None
+    """The `sys.unraisablehook` to be put back."""
 
 
 _asked = _Asked()
 
 
 def end_with(pipe: int) -> None:
-    """Signal this process, SIGTERM, when the process that holds a pipe's other end is gone, killed or not.
+    """Send this process SIGTERM when the process that holds the other end of a pipe is gone, for whatever reason.
 
     Args:
-        pipe: File descriptor of the end to read; nothing is ever written.
+        pipe: File descriptor of the end to read; nothing is ever written to the other one.
     """
 
     def watch() -> None:
@@ -77,11 +82,11 @@ def end_with(pipe: int) -> None:
 
 @contextmanager
 def signals_handled() -> Iterator[None]:
-    """Turn the first SIGINT or SIGTERM into `Stopped` while the block runs: at once, or where `asked` is looked at.
+    """Turn the first SIGINT or SIGTERM in the block into `Stopped`: at once, or where a step checks `asked`.
 
-    One of several ranks does so only while a step is near: elsewhere it may be waiting for another rank in a call that
-    no handler interrupts, and its launcher must be able to end it. Does nothing outside of the main thread, and leaves
-    alone a signal that this process was started to ignore.
+    One of several ranks handles signals only while a step is near. Elsewhere it may wait for another rank in a call
+    that no handler interrupts, and its launcher must be able to end it. Nothing happens outside of the main thread, nor
+    to a signal that this process was started to ignore.
     """
     global _asked
     if threading.current_thread() is not threading.main_thread() or handled():
@@ -100,16 +105,16 @@ def signals_handled() -> Iterator[None]:
 
 
 def _unraisable(dropped: sys.UnraisableHookArgs) -> None:
-    """Raise `Stopped` again where Python drops it: in a finaliser, or in the callback of a weak reference."""
+    """Raise `Stopped` again where Python dropped it: in a finaliser, or in the callback of a weak reference."""
     if isinstance(dropped.exc_value, Stopped) and handled():
         _asked.dropped = True
-        _thread.start_new_thread(_again, (dropped.exc_value.number,))  # `threading`'s own locks may be held here
+        _thread.start_new_thread(_signal_again, (dropped.exc_value.number,))  # locks of `threading` may be held here
     else:
         (_asked.hook or sys.__unraisablehook__)(dropped)
 
 
-def _again(number: int) -> None:
-    """Signal the main thread once it has left what dropped the exception; no wait of its own outlasts a signal."""
+def _signal_again(number: int) -> None:
+    """Signal the main thread once it has left the finaliser; the signal interrupts whatever it waits for then."""
     time.sleep(0.01)
     if handled():
         signal.pthread_kill(threading.main_thread().ident or 0, number)
@@ -121,7 +126,7 @@ def _install(ours: bool) -> None:
 
 
 def handled() -> bool:
-    """Return whether signals are being waited for."""
+    """Return whether this process turns signals into `Stopped`."""
     return _asked.process == os.getpid()
 
 
@@ -131,18 +136,18 @@ def asked() -> int:
 
 
 def set_step_near(near: bool) -> None:
-    """Set whether a step's end is near, where `asked` is looked at; elsewhere a signal ends the work at once."""
+    """Set whether a step's end is near, which checks `asked`; elsewhere a signal ends the work at once."""
     if not handled() or threading.current_thread() is not threading.main_thread():
         return
     before, _asked.near_a_step = _asked.near_a_step, near
     if "RANK" in os.environ:
         _install(near)
     elif near and not before and _asked.number is not None:
-        raise Stopped(_asked.number)  # it came before, and something caught it
+        raise Stopped(_asked.number)  # it was raised before, and something caught it
 
 
 def _handle(number: int, frame: Any) -> None:
-    if not handled():  # a child that was forked off: not one to save anything
+    if not handled():  # a forked child, which saves nothing
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
         return

@@ -1,8 +1,8 @@
-"""Folders made under a name of their own and renamed once; two makers of one folder never meet.
+"""Make a folder under a temporary name and rename it once; a lock keeps two processes from making the same folder.
 
     .DST.fire_llm.lock ─ held, names ─▶ .DST.0a1b2c3d.partial ─ flushed, renamed ─▶ DST
 
-The lock's file names the folder that its holder writes: what a dead holder left is known by that, and by no guess.
+The lock's file names the temporary folder. So the leftover of a killed process is known exactly, without a guess.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from fire_llm.core.locks import held
 def staged(destination: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `destination` in one rename when the block ends without an error.
 
-    A process killed at any instant leaves either nothing under that name or the whole folder. What it leaves beside it,
-    the next one deletes.
+    A process killed at any instant leaves either nothing under that name or the whole folder. The next process deletes
+    its temporary folder.
 
     Raises:
         UserError: Where the destination exists or another process is making it, or the disk is full or read-only.
@@ -45,18 +45,14 @@ def staged(destination: Path) -> Iterator[Path]:
 
 
 def clear_leftovers(destination: Path) -> None:
-    """Delete what a process that died while it made a folder has left beside it; nothing else is touched.
-
-    Raises:
-        UserError: Another process is making the folder.
-    """
+    """Delete the temporary folder of a process that died while it made a folder; nothing else is touched."""
     if os.path.lexists(_lock(destination)):
         with _claimed(destination):
             pass
 
 
 def staging_of(destination: Path, mark: str = "0" * 8) -> Path:
-    """Return the name under which a folder is written, with 8 hexadecimal digits that no two writers share."""
+    """Return the temporary name of a folder, with 8 hexadecimal digits that no two writers share."""
     return destination.with_name(f".{destination.name}.{mark}{STAGING_SUFFIX}")
 
 
@@ -66,13 +62,13 @@ def _lock(destination: Path) -> Path:
 
 @contextmanager
 def _claimed(destination: Path) -> Iterator[Path]:
-    """Hold the lock of a folder to be made, what the last holder left deleted; yield the lock's file."""
+    """Hold the lock of a folder to be made, delete the last holder's temporary folder, and yield the lock's file."""
     lock = _lock(destination)
-    with held(lock, passing=True) as had:
-        if not had:
+    with held(lock, passing=True) as locked:
+        if not locked:
             raise UserError(f"another process is making '{destination}': wait for it to end, or name another folder")
-        left = os.fsdecode(lock.read_bytes())
-        if re.fullmatch(re.escape(staging_of(destination, "*").name).replace(r"\*", "[0-9a-f]{8}"), left):
+        leftover = os.fsdecode(lock.read_bytes())
+        if re.fullmatch(re.escape(staging_of(destination, "*").name).replace(r"\*", "[0-9a-f]{8}"), leftover):
             with suppress(FileNotFoundError):
-                remove(destination.with_name(left))
+                remove(destination.with_name(leftover))
         yield lock

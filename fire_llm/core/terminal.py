@@ -1,7 +1,7 @@
-"""What stands between the work and a terminal, so that neither a name nor a reader undoes it.
+"""Print safely: no name that is shown, no reader that leaves and no encoding can break the work.
 
-Names come from checkpoints, tables and file systems, and may hold what a terminal would obey. Readers leave, disks
-under a log fill up, and some terminals have no σ. Everything that is printed goes through here.
+Names come from checkpoints, tables and file systems, and may hold control characters that a terminal would obey.
+Readers leave, disks under a log fill up, and some terminals have no σ. Everything that is printed goes through here.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 WIDE = 10_000
-"""Columns where there is no terminal: a log keeps its lines whole, so that they can be searched."""
+"""Columns where there is no terminal: lines of a log stay whole, so that they can be searched."""
 
 _LINE_UP = "\x1b[A"
-"""By which tqdm draws a bar above another."""
+"""Moves the cursor up: tqdm draws bars above each other with it."""
 
 _IN_ASCII = {
     "±": "+-", "×": "x", "–": "-", "σ": "sigma", "λ": "lambda", "‖": "||", "→": "->", "≈": "~", "·": "*", "√": "sqrt",
@@ -44,7 +44,7 @@ def _escaped(character: str) -> str:
 
 
 def shown(text: str) -> str:
-    r"""Return text in which what a terminal obeys or hides is escaped as in `repr`; line ends and tabs stay.
+    r"""Escape, as `repr` does, the characters of a text that a terminal obeys or hides; line ends and tabs stay.
 
     Example: a tensor called "\x1b[2J", which clears a screen, is shown as those six visible characters.
     """
@@ -54,17 +54,17 @@ def shown(text: str) -> str:
 
 
 def fitting(text: str, encoding: str) -> str:
-    """Return text whose characters an encoding has: `±` becomes `+-` in ASCII, what has no such form an escape."""
+    """Replace the characters of a text that an encoding lacks: `±` by `+-` in ASCII, others by an escape."""
     return text.encode(encoding, _ERRORS).decode(encoding)
 
 
 class _Stream:
-    """A standard stream that takes any text, shows it as `shown` does, and goes on where nobody reads any longer.
+    """A standard stream that takes any text, escapes it as `shown` does, and survives the end of its reader.
 
     Args:
         stream: What it writes to.
-        lost: Takes the error with which that ended, but for a reader that left.
-        trusted: Let control characters through, for those who draw bars and colours.
+        lost: Gets the error with which writing ended, unless the reader left.
+        trusted: Let control characters pass, which draw bars and colours.
     """
 
     def __init__(self, stream: TextIO, lost: list[OSError], trusted: bool = False) -> None:
@@ -75,12 +75,12 @@ class _Stream:
 
     def write(self, text: str) -> int:
         if not (self._trusted or not text.replace(_LINE_UP, "").strip("\n")):
-            begin = "\r" * text.startswith("\r")  # a bar is drawn over the last one
-            text = begin + shown(text[len(begin) :])
+            start = "\r" * text.startswith("\r")  # a bar is drawn over the last one
+            text = start + shown(text[len(start) :])
         try:
             self._stream.write(fitting(text, self._stream.encoding or "utf-8"))
         except OSError as error:
-            self._leave(error)
+            self._discard(error)
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -91,16 +91,16 @@ class _Stream:
         try:
             self._stream.flush()
         except OSError as error:
-            self._leave(error)
+            self._discard(error)
 
     def trusted(self) -> TextIO:
         return cast(TextIO, _Stream(self._stream, self._lost, True))
 
-    def _leave(self, error: OSError) -> None:
-        """Let nothing that is written from here on fail, not even the interpreter's last flush."""
+    def _discard(self, error: OSError) -> None:
+        """Discard all further output, so that no write fails, not even the interpreter's last flush."""
         if not isinstance(error, BrokenPipeError) and not self._lost:
             self._lost.append(error)
-        with suppress(OSError, ValueError):  # a stream that is no file of the system's
+        with suppress(OSError, ValueError):  # the stream has no file descriptor
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
@@ -112,10 +112,10 @@ def _nowhere() -> TextIO:
 
 @contextmanager
 def standard_streams() -> Iterator[list[OSError]]:
-    """Print to streams that no text and no reader can break while the block runs; yield what standard output lost.
+    """Replace the standard streams by ones that no text and no reader can break; yield errors of standard output.
 
-    A stream that the process was started without (`>&-`) is opened to nowhere: the next file that is opened would
-    otherwise take its number, and what libraries print.
+    A stream that the process was started without (`>&-`) is opened to /dev/null. Otherwise the next file that is opened
+    would take its number, and receive what libraries print.
     """
     for number in range(3):
         try:
@@ -124,7 +124,7 @@ def standard_streams() -> Iterator[list[OSError]]:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
     before, lost = (sys.stdout, sys.stderr), list[OSError]()
     sys.stdout, sys.stderr = (
-        cast(TextIO, _Stream(stream or _nowhere(), kept)) for stream, kept in zip(before, (lost, []), strict=True)
+        cast(TextIO, _Stream(stream or _nowhere(), errors)) for stream, errors in zip(before, (lost, []), strict=True)
     )
     try:
         yield lost
@@ -135,7 +135,7 @@ def standard_streams() -> Iterator[list[OSError]]:
 
 
 def open_console(*, stderr: bool = False) -> Console:
-    """Return rich's console on a standard stream; `WIDE` where it is no terminal."""
+    """Return rich's console on a standard stream, with `WIDE` lines where that is no terminal."""
     from rich.console import Console
     from rich.segment import Segment
     from rich.text import Text
@@ -144,12 +144,12 @@ def open_console(*, stderr: bool = False) -> Console:
         def render_str(self, text: str, **options: Any) -> Text:
             return super().render_str(fitting(shown(text), self.encoding), **options)
 
-        def render(self, *what: Any, **options: Any) -> Iterator[Segment]:
-            for segment in super().render(*what, **options):
+        def render(self, *args: Any, **options: Any) -> Iterator[Segment]:
+            for segment in super().render(*args, **options):
                 yield segment if segment.control else segment._replace(text=shown(segment.text))
 
     stream = sys.stderr if stderr else sys.stdout
-    out = Escaping(file=stream.trusted() if isinstance(stream, _Stream) else None, stderr=stderr)
-    if not out.is_terminal and not out.is_jupyter:
-        out.width = WIDE
-    return out
+    console = Escaping(file=stream.trusted() if isinstance(stream, _Stream) else None, stderr=stderr)
+    if not console.is_terminal and not console.is_jupyter:
+        console.width = WIDE
+    return console

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fire_llm.distributed.agree import AGREE_SECONDS, active, agree, gather_objects, is_first, together
 from fire_llm.distributed.balance import cost, splits, worthwhile
 from fire_llm.distributed.joining import PATIENCE, cpu_group, join, leaving, ranks
+from fire_llm.distributed.optimizers import optimizer_states, trains_any
 from fire_llm.distributed.parts import forward_replaced, in_parts
 from fire_llm.distributed.placement import (
     Block,
@@ -43,11 +44,13 @@ __all__ = [
     "leaving",
     "local_part",
     "make_current",
+    "optimizer_states",
     "placed_like",
     "placement_of",
     "ranks",
     "refuse_engines",
     "splits",
     "together",
+    "trains_any",
     "worthwhile",
 ]

@@ -1,4 +1,4 @@
-"""Let the ranks agree before anything is changed: all are there, with one model, one request and no fault."""
+"""Let the ranks agree before anything is changed: all have come, with the same model and request, and no fault."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AGREE_SECONDS = 300.0
 """Seconds that a rank waits for the others before it reports who is missing."""
 
 _T = TypeVar("_T")
-_GRACE = 10.0  # the first rank speaks for all; the others give it this much longer to do so
+_GRACE = 10.0  # the others give the first rank, which decides for all, this much longer to do so
 _agreements: Counter[str] = Counter()
 
 
@@ -33,19 +33,19 @@ def is_first() -> bool:
 
 
 def agree(group: Any, request: str, fault: str | None, seconds: float = AGREE_SECONDS) -> None:
-    """Return when every rank of the group is here, with the same request and without a fault.
+    """Return once every rank of the group has come, with the same request and without a fault.
 
-    Collectives are not used: a rank that never comes would leave them hanging. The store that the ranks found each
-    other by serves any backend and names who is missing.
+    Collectives are not used, because they would wait for a rank that never comes. The store by which the ranks found
+    each other serves any backend, and tells which rank is missing.
 
     Args:
         group: Process group, None for all ranks.
-        request: What this rank is about to do, in any form; must be the same on all.
-        fault: What this rank found wrong, None for nothing.
+        request: What this rank is about to do, in any form that is the same on all ranks.
+        fault: What is wrong on this rank, None for nothing.
         seconds: How long to wait for the others.
 
     Raises:
-        UserError: The same on every rank: the fault that one of them found, who differs, or who did not come.
+        UserError: The same on every rank: one rank's fault, or which rank differs or did not come.
     """
     if not active():
         if fault is not None:
@@ -57,15 +57,15 @@ def agree(group: Any, request: str, fault: str | None, seconds: float = AGREE_SE
     _agreements[team] += 1
     store = dist.distributed_c10d._get_default_store()
     store.set(f"{key}/{me}", json.dumps([digest(request, 16), fault]))
-    said = f"{key}/verdict"
+    verdict_key = f"{key}/verdict"
     if me == ranks[0]:
-        store.set(said, _verdict(store, key, ranks, seconds) or "-")
+        store.set(verdict_key, _verdict(store, key, ranks, seconds) or "-")
     else:
         try:
-            store.wait([said], timedelta(seconds=seconds + _GRACE))
+            store.wait([verdict_key], timedelta(seconds=seconds + _GRACE))
         except (RuntimeError, dist.DistStoreError):
             raise UserError(_missing([ranks[0]], len(ranks), seconds)) from None
-    verdict = store.get(said).decode()
+    verdict = store.get(verdict_key).decode()
     if verdict != "-":
         raise UserError(verdict)
 
@@ -73,16 +73,16 @@ def agree(group: Any, request: str, fault: str | None, seconds: float = AGREE_SE
 def together(
     group: Any, work: Callable[[], _T], request: str | Callable[[_T], str], seconds: float = AGREE_SECONDS
 ) -> _T:
-    """Do this rank's part of a step, and return its result once no rank has found a fault.
+    """Do this rank's part of a step, and return its result once no rank has a fault.
 
     Args:
         group: As in `agree`.
-        work: This rank's part; it raises a `UserError` for what is wrong.
-        request: What the step is, or how to get that from the result; must be the same on all ranks.
+        work: This rank's part; it raises a `UserError` for a fault.
+        request: As in `agree`, or a function that returns it from the result.
         seconds: As in `agree`.
 
     Raises:
-        UserError: As `agree` does, on every rank: what one of them raised, who differs, or who did not come.
+        UserError: As in `agree`: what one rank's work raised, or which rank differs or did not come.
     """
     fault = None
     try:
@@ -90,23 +90,23 @@ def together(
     except UserError as error:
         fault = str(error)
     if fault is not None:
-        agree(group, "", fault, seconds)  # which raises it
+        agree(group, "", fault, seconds)  # which raises it, here without the first error's traceback
     agree(group, request if isinstance(request, str) else request(result), None, seconds)
     return result
 
 
 def _verdict(store: Any, key: str, ranks: list[int], seconds: float) -> str | None:
-    """Wait for every rank's word and return what is wrong, None for nothing."""
+    """Wait for every rank's request and fault, and return what is wrong, None for nothing."""
     try:
         store.wait([f"{key}/{rank}" for rank in ranks], timedelta(seconds=seconds))
     except (RuntimeError, dist.DistStoreError):
         return _missing([rank for rank in ranks if not store.check([f"{key}/{rank}"])], len(ranks), seconds)
-    words = {rank: json.loads(store.get(f"{key}/{rank}")) for rank in ranks}
-    faults = {rank: fault for rank, (_, fault) in words.items() if fault is not None}
+    sent = {rank: json.loads(store.get(f"{key}/{rank}")) for rank in ranks}
+    faults = {rank: fault for rank, (_, fault) in sent.items() if fault is not None}
     if faults:
         rank, fault = next(iter(faults.items()))
         return fault if len(faults) == len(ranks) else f"on rank {rank}: {fault}"
-    different = [rank for rank in ranks if words[rank][0] != words[ranks[0]][0]]
+    different = [rank for rank in ranks if sent[rank][0] != sent[ranks[0]][0]]
     if different:
         return (
             f"rank {different[0]} holds another model than rank {ranks[0]}, or was asked for another reset: "
@@ -122,19 +122,19 @@ def _missing(missing: list[int], total: int, seconds: float) -> str:
     )
 
 
-def gather_objects(group: Any, mine: Any) -> list[Any]:
-    """Return every rank's object, in the order of ranks."""
+def gather_objects(group: Any, own: Any) -> list[Any]:
+    """Return every rank's object, in the order of ranks; collective."""
     if not active():
-        return [mine]
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group=group)
-    return everyone
+        return [own]
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, own, group=group)
+    return gathered
 
 
 def wire_device(group: Any, device: torch.device) -> torch.device:
-    """Return the device whose tensors the group can send: `device` where it can, else the CPU, else the accelerator.
+    """Return a device whose tensors the group can send: `device` if it can, else the CPU, else the accelerator.
 
-    gloo names every device as its own, and sends tensors of CPUs alone in some of its collectives (`all_to_all`).
+    gloo claims every device, but some of its collectives (`all_to_all`) send tensors of CPUs alone.
     """
     entries = [entry.partition(":") for entry in str(dist.get_backend_config(group)).split(",")]
     able = {kind for kind, _, backend in entries if kind == "cpu" or backend != "gloo"}

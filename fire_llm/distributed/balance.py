@@ -1,4 +1,4 @@
-"""Share work among ranks: pure functions of shapes and numbers of ranks, so that they can be tested and simulated."""
+"""Share work among ranks: pure functions of shapes and the number of ranks, which can be tested and simulated."""
 
 from __future__ import annotations
 
@@ -7,37 +7,33 @@ import math
 from collections.abc import Sequence
 
 BUCKET_BYTES = 1 << 27
-"""Bytes of parameters that a rank takes on at a time; a single larger block is a bucket of its own."""
+"""Bytes of parameters that a rank works on at a time; a larger block is a bucket of its own."""
 
 SPLIT_RATIO = 8
-"""Rows to columns from which a matrix may be split; below, the Gram matrix, mapped on every rank, weighs too much."""
+"""Ratio of rows to columns from which a matrix may be split; below it, the Gram matrix on every rank costs too much."""
 
 SPLIT_BYTES = 1 << 26
-"""Bytes below which a matrix is never split: an owner has done it before the ranks have agreed."""
+"""Bytes below which a matrix is never split: one rank alone is faster than the exchange."""
 
 FLOPS_PER_COST = 20
-"""Floating-point operations of five cubic steps, per unit of `cost`: two products of 2 max·min² each a step."""
+"""Floating-point operations of five cubic steps, for each unit of `cost`: a step has two products of 2 max·min²."""
 
 HARDWARE = {"cpu": (1e11, 1e9, 2e-3), "accelerator": (3e14, 5e10, 2e-4)}
 """Assumed speed of products (FLOP/s), bandwidth between ranks (bytes/s) and latency of a collective (s)."""
 
 
 def cost(shape: Sequence[int]) -> int:
-    """Return what orthogonalising matrices (…, out, in) costs: max·min² each, to a constant factor."""
+    """Return the cost of orthogonalising matrices (…, out, in), but for a constant factor: max·min² each."""
     *many, last = shape or (1,)
     across = many.pop() if many else 1
     return math.prod(many) * max(across, last) * min(across, last) ** 2
 
 
 def assign(costs: Sequence[int], ranks: int) -> list[int]:
-    """Return an owner for every job: the longest first, each to the rank with the least to do (of equals, the first).
-
-    Args:
-        costs: Of each job.
-        ranks: Number of ranks, >= 1.
+    """Return an owner for every job: the longest job first, each to the rank with the least work so far.
 
     Returns:
-        The owner of each job. At most 4/3 − 1/(3 ranks) of the best possible makespan.
+        The owner of each job. The makespan is at most 4/3 − 1/(3 ranks) of the best possible one.
 
     Source: Graham, Bounds on multiprocessing timing anomalies, 1969 (LPT).
     """
@@ -59,18 +55,18 @@ def makespan(costs: Sequence[int], owners: Sequence[int], ranks: int) -> int:
 
 
 def buckets(sizes: Sequence[int], owners: Sequence[int], ranks: int, limit: int = BUCKET_BYTES) -> list[list[int]]:
-    """Part the jobs into buckets, in each of which every owner takes the next of its jobs that fit `limit` together.
+    """Divide the jobs into buckets: in each one every owner has the next of its jobs that together fit `limit`.
 
     Args:
         sizes: Bytes of each job.
         owners: Owner of each job.
         ranks: Number of ranks.
-        limit: Bytes an owner takes in a bucket; a larger job is alone.
+        limit: Bytes of an owner's jobs in a bucket; a larger job is alone.
 
     Returns:
         Jobs of each bucket, ascending.
     """
-    parted: list[list[int]] = []
+    divided: list[list[int]] = []
     filled = [0] * ranks  # bytes in the owner's current bucket
     current = [0] * ranks
     for job, (size, owner) in enumerate(zip(sizes, owners, strict=True)):
@@ -78,24 +74,24 @@ def buckets(sizes: Sequence[int], owners: Sequence[int], ranks: int, limit: int 
             current[owner] += 1
             filled[owner] = 0
         filled[owner] += size
-        while len(parted) <= current[owner]:
-            parted.append([])
-        parted[current[owner]].append(job)
-    return parted
+        while len(divided) <= current[owner]:
+            divided.append([])
+        divided[current[owner]].append(job)
+    return divided
 
 
 def splits(shape: Sequence[int], itemsize: int, total_cost: int, ranks: int) -> bool:
-    """Return whether a matrix is worked on by all ranks together, each with its rows, rather than by an owner.
+    """Return whether all ranks work on a matrix together, each on its own rows, rather than one owner.
 
-    That is where it is much taller than wide and takes more than a fair share of the work, or more memory than an owner
-    should need. The ranks then sum their parts of the n × n Gram matrix, map that, each for itself, and multiply their
-    own rows by the result; see `split_cost`.
+    They do where it is much taller than wide, and is more than a fair share of the work or needs too much memory on one
+    rank. They sum their parts of the n × n Gram matrix, each maps that, and multiplies its own rows by the result; see
+    `split_cost`.
 
     Args:
         shape: (out, in).
         itemsize: Bytes an element.
         total_cost: Sum of `cost` over all matrices.
-        ranks: That could share it.
+        ranks: Number of ranks that could share it.
     """
     rows, columns = shape
     if ranks < 2 or rows < SPLIT_RATIO * columns or rows * columns * itemsize < SPLIT_BYTES:
@@ -104,12 +100,12 @@ def splits(shape: Sequence[int], itemsize: int, total_cost: int, ranks: int) -> 
 
 
 def split_cost(shape: Sequence[int], ranks: int) -> int:
-    """Return what each rank does of a matrix that is split by rows: its rows' share, and all of the Gram matrix's."""
+    """Return the cost of a matrix that is split by rows, on each rank: the share of its rows, and the Gram matrix."""
     return cost(shape) // ranks + min(shape) ** 3
 
 
 def worthwhile(total_cost: int, total_bytes: int, ranks: int, device: str) -> bool:
-    """Return whether sharing the work of replicas takes less time than every rank doing all of it.
+    """Return whether replicas that share the work are faster than replicas that each do all of it.
 
     Args:
         total_cost: Sum of `cost` over the matrices.

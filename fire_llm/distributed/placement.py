@@ -16,6 +16,7 @@ from fire_llm.architectures.names import refuse_no_module
 from fire_llm.core.errors import ENGINES, UserError
 from fire_llm.distributed.agree import active
 from fire_llm.distributed.balance import cost
+from fire_llm.distributed.optimizers import optimizers_in
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,13 @@ class Placement:
     """The ranks that share a parameter: R replicas of S shards along an axis, cut as `torch.chunk` does."""
 
     replicas: Any = field(default=None, compare=False)
-    """Process group of the ranks that hold what this one holds; None where there is no other."""
+    """Process group of the ranks that hold the same as this one; None where there is no other."""
     shards: Any = field(default=None, compare=False)
     """Process group of the ranks that hold the other shards; None where this one holds whole parameters."""
     members: tuple[tuple[int, ...], ...] = ()
-    """The global ranks of both, by which placements are compared."""
+    """The global ranks of both groups, by which placements are compared."""
     axis: int = 0
-    """Along which the shards are cut: 0 rows, as FSDP2 does, 1 columns, as a row-wise plan of tensor parallelism."""
+    """Axis that is cut: 0, rows, as FSDP2 does; 1, columns, as a row-wise plan of tensor parallelism does."""
 
     @classmethod
     def of(cls, replicas: Any = None, shards: Any = None, axis: int = 0) -> Placement:
@@ -58,23 +59,23 @@ class Placement:
         return dist.get_group_rank(self.shards, dist.get_rank()) if self.shards is not None else 0
 
     def held(self, shard: int, total: int) -> range:
-        """Return which of `total` rows (columns) of a parameter a shard holds; none where they have run out."""
+        """Return which of `total` rows (columns) of a parameter a shard holds; the last shards may hold none."""
         size = -(-total // self.n_shards)
         return range(min(shard * size, total), min((shard + 1) * size, total))
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A run of a parameter's rows that contains whole logical matrices: the least that is worked on at a time."""
+    """Consecutive rows of a parameter that contain whole logical matrices: the smallest unit of work."""
 
     tensor: Tensor
     """The parameter, of any placement."""
     rows: range
     """Along its first axis."""
     members: tuple[int, ...]
-    """The slices in it, as indices of the list that the blocks were made from."""
+    """The slices in these rows, as indices of the list that the blocks were made from."""
     cost: int
-    """See `balance.cost`; zero where nothing is expensive."""
+    """The sum of `balance.cost` over its expensive slices."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -88,7 +89,7 @@ class Block:
 
 
 def is_dtensor(value: Any) -> bool:
-    """Return whether a value is a DTensor, of which each rank holds its part, or one copy of all."""
+    """Return whether a value is a DTensor, of which each rank holds a part, or a copy."""
     return hasattr(value, "placements")
 
 
@@ -107,33 +108,29 @@ def local_part(tensor: Any) -> Tensor:
 
 
 def placement_of(tensor: Any, group: Any = None) -> Placement | None:
-    """Return where a parameter lives; None where its placement has no plan of its own (shards along two axes, say).
+    """Return where a parameter lives; None for placements that `Placement` cannot describe, as shards along two axes.
 
     Args:
         tensor: Parameter, a plain tensor or a DTensor.
         group: Ranks that hold the same plain tensors, None for all.
     """
-    placements = getattr(tensor, "placements", None)
-    if placements is None:
-        return (
-            Placement.of(replicas=group or dist.group.WORLD)
-            if active() and dist.get_world_size(group) > 1
-            else Placement()
-        )
+    if not is_dtensor(tensor):
+        several = active() and dist.get_world_size(group) > 1
+        return Placement.of(replicas=group or dist.group.WORLD) if several else Placement()
     mesh = tensor.device_mesh
-    found: dict[str, Any] = {}
-    for dim, placement in enumerate(placements):
+    arguments: dict[str, Any] = {}
+    for dim, placement in enumerate(tensor.placements):
         if mesh.size(dim) == 1:
             continue
         # By name: a strided shard, which FSDP2 over tensor parallelism makes, holds rows in another order.
         plain = type(placement).__name__ == "Shard"
         kind = "replicas" if placement.is_replicate() else "shards" if plain else None
-        if kind is None or kind in found:
+        if kind is None or kind in arguments:
             return None
-        found[kind] = mesh.get_group(dim)
+        arguments[kind] = mesh.get_group(dim)
         if kind == "shards":
-            found["axis"] = placement.dim % tensor.ndim
-    return Placement.of(**found)
+            arguments["axis"] = placement.dim % tensor.ndim
+    return Placement.of(**arguments)
 
 
 def blocks_of(slices: Sequence[ParameterSlice], expensive: Sequence[bool]) -> list[Block]:
@@ -141,52 +138,50 @@ def blocks_of(slices: Sequence[ParameterSlice], expensive: Sequence[bool]) -> li
 
     Args:
         slices: Of one placement or several.
-        expensive: Whether the work on each slice is worth counting.
+        expensive: Whether the cost of each slice counts.
     """
-    found: dict[tuple[int, range], list[int]] = {}
+    by_rows: dict[tuple[int, range], list[int]] = {}
     for index, weight in enumerate(slices):
-        found.setdefault((id(weight.tensor), weight.rows), []).append(index)
+        by_rows.setdefault((id(weight.tensor), weight.rows), []).append(index)
     return [
         Block(slices[m[0]].tensor, rows, tuple(m), sum(cost(slices[i].shape) for i in m if expensive[i]))
-        for (_, rows), m in found.items()
+        for (_, rows), m in by_rows.items()
     ]
 
 
 def make_current(model: nn.Module) -> None:
-    """Put FSDP2's sharded parameters back in their place: writes into gathered ones, left by a forward, are lost."""
+    """Put FSDP2's sharded parameters back: a forward pass leaves gathered copies, and writes to these would be lost."""
     for module in fsdp_modules(model):
         module.reshard()
 
 
 def fsdp_modules(model: nn.Module) -> list[Any]:
-    """Return the modules that FSDP2 shards; nobody shards without having imported it."""
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    """Return the modules that FSDP2 shards."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # without an import: where there are shards, it is there
     if fsdp is None or not hasattr(fsdp, "FSDPModule"):
         return []
     return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
 def refuse_engines(model: nn.Module, optimizer: Any = None) -> None:
-    """Refuse what keeps weights where a reset cannot reach them.
+    """Refuse engines that keep weights where a reset cannot reach them.
 
     Raises:
-        UserError: For FSDP1 and DeepSpeed, with what to use, and for what is no torch module.
+        UserError: For FSDP1 and DeepSpeed, with what to use instead; and for a model that is no torch module.
     """
     refuse_no_module(model)
     classes = {kind for module in model.modules() for kind in type(module).__mro__}
     fsdp1 = any(c.__name__ == "FullyShardedDataParallel" and c.__module__.startswith("torch.") for c in classes)
     if fsdp1 or any(type(p).__name__ == "FlatParameter" for p in model.parameters()):
         raise UserError(ENGINES["FSDP1"])
-    while optimizer is not None:
-        classes |= set(type(optimizer).__mro__)
-        optimizer = getattr(optimizer, "optimizer", None)
+    classes |= {kind for one in [optimizer, *optimizers_in(optimizer)] for kind in type(one).__mro__}
     deepspeed = any("deepspeed" in c.__module__.split(".") or c.__name__.startswith("DeepSpeed") for c in classes)
     if deepspeed or any(hasattr(p, "ds_id") or hasattr(p, "_hp_mapping") for p in model.parameters()):
         raise UserError(ENGINES["DEEPSPEED"])
 
 
 def placed_like(parameter: Tensor, whole: Tensor) -> Tensor:
-    """Return a whole tensor placed as a parameter is, from the first rank's copy; collective for shards."""
+    """Return a whole tensor, placed like a parameter, from the first rank's copy; collective for shards."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     whole = whole.to(parameter.device, parameter.dtype)

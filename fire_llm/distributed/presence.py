@@ -1,9 +1,9 @@
-"""Notice a machine that is gone: no rank there says anything, and a collective would wait for it for hours.
+"""Notice a lost machine: its ranks send nothing, and a collective would wait for them for hours.
 
-    every rank ─ a count, every few seconds ─▶ store ─▶ first rank: does every count still move?
-    every rank ◀─ who is lost ─────────────── store ◀─┘        and that of the first rank, for all others
+    every rank ─ a count, every few seconds ─▶ store ─▶ first rank: does every count still grow?
+    every rank ◀─ who is lost ─────────────── store ◀─┘        (the others watch the count of the first rank)
 
-A connection that breaks is noticed by the backend at once. One over which nothing comes any more is not.
+The backend notices a broken connection at once, but not one that stays open and silent.
 """
 
 from __future__ import annotations
@@ -23,17 +23,13 @@ from fire_llm.core.errors import UserError
 from fire_llm.core.launch import report_failure
 
 LOST_SECONDS = "FIRE_LLM_LOST_SECONDS"
-"""Environment variable: for how many seconds nothing may be heard of a rank on another machine."""
+"""Environment variable: seconds without a sign of life after which a rank on another machine is lost."""
 
 _LEFT = "left"
 
 
 def lost_seconds() -> float:
-    """Return how long ranks wait for a sign of life from another machine.
-
-    Raises:
-        UserError: The environment says something else than a number of seconds.
-    """
+    """Return how long ranks wait for a sign of life from another machine."""
     given = os.environ.get(LOST_SECONDS, "60")
     try:
         seconds = float(given)
@@ -45,22 +41,20 @@ def lost_seconds() -> float:
 
 
 class Presence(threading.Thread):
-    """Tell the other machines that this rank is there, and end it, with 1 and a message, when one of them is gone.
+    """Send signs of life to the other machines; end this process, with a message and exit code 1, if one is lost.
 
-    A thread with a connection of its own: the main thread may be in a call that never returns. What it would save
-    needs the lost rank too, so the process ends at once; checkpoints appear whole or not at all.
-
-    Args:
-        seconds: As `lost_seconds` returns it.
+    It is a thread with its own connection, because the main thread may be in a call that never returns. The process
+    ends at once: a save would need the lost rank too, and earlier checkpoints are whole.
     """
 
     def __init__(self, seconds: float) -> None:
         super().__init__(name="fire_llm presence", daemon=True)
         self.seconds, self.rank, self.world = seconds, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        self.gone = threading.Event()
+        self.left = threading.Event()
         self.counts: dict[int, tuple[str, float]] = {}
+        """The last count of each rank, and when it was new."""
         self.looked = time.monotonic()
-        # Ranks that a launcher starts again find the store, and what was said in it, as the ones before left it.
+        # Ranks that a launcher starts again find the store with all that earlier ranks wrote.
         self.key = f"fire_llm/presence/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         self.store: Any = dist.TCPStore(  # type: ignore[attr-defined]
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=seconds)
@@ -68,13 +62,13 @@ class Presence(threading.Thread):
         self.store.set(f"{self.key}/{self.rank}", self._sign(0))
 
     def run(self) -> None:
-        """Give signs of life and look for those of others, until `leave` is called."""
+        """Send signs of life and check those of others, until `leave` is called."""
         number = 0
         unreachable = f"the first machine ({os.environ['MASTER_ADDR']}) did not answer for {self.seconds:g} s"
-        while not self.gone.wait(self.seconds / 6):
+        while not self.left.wait(self.seconds / 6):
             number += 1
             late = threading.Timer(self.seconds, self._end, [unreachable])
-            late.daemon = True  # the store's own limit holds for waits alone
+            late.daemon = True  # the store's own time limit applies to its waits only
             late.start()
             try:
                 self.store.set(f"{self.key}/{self.rank}", self._sign(number))
@@ -82,15 +76,15 @@ class Presence(threading.Thread):
             except RuntimeError:
                 lost = f"the first machine ({os.environ['MASTER_ADDR']}) is gone, or the network to it"
             late.cancel()
-            if lost and not self.gone.wait(self.seconds / 6):  # until the others know, or an error has said more
+            if lost and not self.left.wait(self.seconds / 6):  # until the others know, or an error has told more
                 self._end(lost)
 
     def leave(self) -> None:
-        """Stop, at the end of the work, so that nobody misses this rank."""
-        if not self.gone.is_set():
-            self.gone.set()
+        """Stop at the end of the work, and tell the other ranks, so that they do not take this one for lost."""
+        if not self.left.is_set():
+            self.left.set()
             self.join(self.seconds)
-            with suppress(RuntimeError):  # nobody is there to miss it
+            with suppress(RuntimeError):  # the store is gone, and with it the first rank
                 self.store.set(f"{self.key}/{self.rank}", _LEFT)
 
     def _end(self, message: str) -> None:
@@ -101,7 +95,7 @@ class Presence(threading.Thread):
         return f"{number} {socket.gethostname()}"
 
     def _lost(self) -> str | None:
-        """Return who is lost, as the first rank finds it; what the first rank said, or that it is lost, elsewhere."""
+        """Return a message about lost ranks, None for none; the first rank finds them, and tells the others."""
         if self.rank:
             if self.store.check([f"{self.key}/lost"]):
                 return str(self.store.get(f"{self.key}/lost").decode())
@@ -112,9 +106,9 @@ class Presence(threading.Thread):
         return lost
 
     def _silent(self, ranks: Any) -> Mapping[int, str]:
-        """Return the ranks of whom nothing is new for too long, and their machines."""
+        """Return the ranks whose count has not grown for too long, and their machines."""
         now, silent = time.monotonic(), {}
-        if now - self.looked > self.seconds / 2:  # this process stood still: the others may have done so with it
+        if now - self.looked > self.seconds / 2:  # this process was suspended, and perhaps the others too
             self.counts.clear()
         self.looked = now
         for rank in ranks:
@@ -141,13 +135,13 @@ _present: list[Presence] = []
 
 
 def be_present() -> None:
-    """Watch over the ranks on other machines, where there are several machines; once a process."""
+    """Start the `Presence` of this process, once, where there are several machines."""
     if not _present and int(os.environ.get("LOCAL_WORLD_SIZE") or 1 << 30) < int(os.environ.get("WORLD_SIZE") or 1):
         _present.append(Presence(lost_seconds()))
         _present[0].start()
 
 
 def leave() -> None:
-    """End what `be_present` began."""
+    """End the `Presence` of this process."""
     while _present:
         _present.pop().leave()

@@ -1,8 +1,8 @@
 """Tensors in shards on the disk, by torch's distributed checkpoints: each rank writes its own, any number reads them.
 
-    FOLDER/shard-00001-of-00004.safetensors   the parts of the first of four ranks; their places stand in its header
+    FOLDER/shard-00001-of-00004.safetensors   the parts of the first of four ranks, with their offsets in the header
 
-Torch says who writes what (of replicas, one) and which part lies where. No pickle is written or read.
+Torch decides who writes what (one of several replicas) and finds which part lies where. No pickle is written or read.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ _NAME = re.compile(r"shard-\d{5}-of-(\d{5})\.safetensors")
 
 
 class _Writer(HuggingFaceStorageWriter):
-    """Write a rank's file straight from memory.
+    """Write a rank's file directly from memory.
 
-    Torch's own writer copies it twice first, and every other thread of the process stands still meanwhile.
+    Torch's own writer makes two copies first, which stop all other threads of the process meanwhile.
     """
 
     def __init__(self, folder: Path, group: Any) -> None:
         super().__init__(str(folder), save_distributed=True)
         self.folder, self.file = folder, folder / _FILE.format(dist.get_rank(group) + 1, dist.get_world_size(group))
         self.hashes: dict[Path, str] = {}
-        """Of every rank's file, on the first rank."""
+        """Hash of every rank's file, on the first rank."""
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         parts = {item.index.fqn: planner.resolve_data(item).detach().cpu().contiguous() for item in plan.items}
-        places = {item.index.fqn: {"saved_offsets": list(item.tensor_data.chunk.offsets)} for item in plan.items}
-        # One key alone: safetensors writes several in an order of chance.
-        save_file(parts, self.file, {"DCP_SHARDING_INFO": json.dumps(places)})
+        offsets = {item.index.fqn: {"saved_offsets": list(item.tensor_data.chunk.offsets)} for item in plan.items}
+        # Only one key: safetensors writes several in a random order.
+        save_file(parts, self.file, {"DCP_SHARDING_INFO": json.dumps(offsets)})
         sync(self.file, below=False)
         written: Any = Future()
         written.set_result([(self.file, hash_file(self.file))])
@@ -67,18 +67,18 @@ class _Writer(HuggingFaceStorageWriter):
 
 
 def write_shards(tensors: Mapping[str, Tensor], folder: Path, group: Any) -> dict[Path, str]:
-    """Write what the ranks hold of some tensors, each rank one file; collective.
+    """Write each rank's part of some tensors to a file of its own; collective.
 
     Args:
         tensors: By name, the same on all ranks: `DTensor`s, and plain tensors, which every rank holds whole.
-        folder: Made where it is not there.
+        folder: Made where it does not exist.
         group: Of all ranks, over gloo; nothing else may use it meanwhile.
 
     Returns:
         The hash of each file, on the first rank; nothing elsewhere.
 
     Raises:
-        Exception: On every rank, what one of them ran into.
+        Exception: On every rank, what one of them raised.
     """
     writer = _Writer(folder, group)
     with _plain_errors():
@@ -87,42 +87,32 @@ def write_shards(tensors: Mapping[str, Tensor], folder: Path, group: Any) -> dic
 
 
 def read_shards(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Fill tensors from what some ranks wrote; each rank reads what it needs, and asks no other.
+    """Fill tensors from shards on the disk; each rank reads what it needs, without the others.
 
     Args:
         tensors: By name: `DTensor`s of any placement, or plain tensors, which are filled whole.
         folder: As `write_shards` left it.
-
-    Raises:
-        UserError: A rank's file is missing.
     """
     _refuse_incomplete(folder)
-    # Of reading without asking other ranks, which is meant.
+    # torch warns that ranks do not exchange what they read, which is intended.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
     with _plain_errors():
         load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
 
 
 def stored_shards(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Return whole shapes and dtypes of what some ranks wrote, by name.
-
-    Raises:
-        UserError: A rank's file is missing.
-    """
+    """Return the whole shape and the dtype of each stored tensor, by name."""
     _refuse_incomplete(folder)
-    found: dict[str, Any] = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    return {name: (stored.size, stored.properties.dtype) for name, stored in found.items()}
+    metadata: dict[str, Any] = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: (stored.size, stored.properties.dtype) for name, stored in metadata.items()}
 
 
 def whole_tensors(folder: Path, scratch: Path | None = None) -> dict[str, Tensor]:
-    """Return every tensor that some ranks wrote, whole.
+    """Return every stored tensor, whole.
 
     Args:
         folder: As `write_shards` left it.
-        scratch: A folder for files that hold the tensors in the place of memory; whoever asks for it deletes it.
-
-    Raises:
-        UserError: A rank's file is missing.
+        scratch: A folder for files that hold the tensors instead of memory; the caller deletes it.
     """
     whole: dict[str, Tensor] = {}
     for number, (name, (shape, dtype)) in enumerate(stored_shards(folder).items()):
@@ -137,7 +127,7 @@ def whole_tensors(folder: Path, scratch: Path | None = None) -> dict[str, Tensor
 
 
 def _reserve(file: Path, size: int) -> None:
-    """Make a file that has its place on the disk: a write to memory that stands for one without ends the process."""
+    """Make a file and reserve its space: writing to memory that maps a file ends the process where the disk is full."""
     with file.open("wb") as opened:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(opened.fileno(), 0, size)
@@ -157,7 +147,7 @@ def _refuse_incomplete(folder: Path) -> None:
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Raise what a rank ran into, and not torch's bundle of it, which is no `Exception`."""
+    """Raise what a rank raised, instead of torch's bundle, which is no `Exception`."""
     try:
         yield
     except CheckpointException as bundle:

@@ -13,7 +13,7 @@ from torch import nn
 from fire_llm.architectures.modules import Kernels, ModuleLayout, SplitLike
 from fire_llm.architectures.names import plain_parameters, unwrap
 from fire_llm.core.errors import UserError, did_you_mean
-from fire_llm.distributed import AGREE_SECONDS, is_first, together
+from fire_llm.distributed import AGREE_SECONDS, is_first, optimizer_states, together
 from fire_llm.resets.execute import ResetExecutor
 from fire_llm.resets.methods import ComputeDtype, Scale, Solver, Strength
 from fire_llm.resets.norms import newly_drawn, norm_warning
@@ -54,7 +54,7 @@ def apply_reset(
         resets: A method's name, `{"method": …, option: …}`, or a list of these, each with the roles it acts on.
         initial: The same architecture with the run's initial weights, whole on every rank; wanted by `full_reset` and
             `shrink_perturb`. (`dash` wants gradients: those that the parameters hold, the same on every rank.)
-        optimizer: Its state of exactly the touched parameters is cleared.
+        optimizer: Its state of exactly the touched parameters is cleared, behind wrappers too; several as a list.
         spectra: Also report quantiles of the singular values (an eigendecomposition a matrix), or only their `range`.
         progress: Show a progress bar.
         process_group: Ranks that hold this model, None for all; give one where ranks hold different layers. What a
@@ -70,7 +70,8 @@ def apply_reset(
         **options: Options of the method, where `resets` is its name: `apply_reset(model, "fire", iterations=10)`.
 
     Returns:
-        What was touched, what was left and why; the same on every rank, but for measures of what was left in shards.
+        What was touched, what was left and why; the same on every rank, but for measures of what was left in shards,
+        and for the count of states that a `ZeroRedundancyOptimizer` divides among the ranks.
 
     Raises:
         UserError: For an unknown reset, option, role or architecture, an option that is not read, a pattern or a layer
@@ -99,7 +100,7 @@ def apply_reset(
     if shared > 1:
         executor.join(process_group)
     report = executor.report(seconds, shared)
-    report.optimizer_states_cleared = _clear_states(model, optimizer, {t.parameter for t in report.touched})
+    report.optimizer_states_cleared = clear_states(model, optimizer, report)
     return report
 
 
@@ -122,13 +123,12 @@ def module_layout(layout: str, split: SplitLike | None, kernels: str) -> ModuleL
     return None
 
 
-def _clear_states(model: nn.Module, optimizer: Any, names: set[str]) -> int:
-    """Drop the optimizer's state of the named parameters; the optimizer makes it again at their next step."""
-    if optimizer is None:
-        return 0
-    parameters = dict(plain_parameters(unwrap(model)))
-    touched = [parameters[name] for name in names if name in parameters]  # a buffer has no state
-    return sum(optimizer.state.pop(parameter, None) is not None for parameter in touched)
+def clear_states(model: nn.Module, optimizer: Any, report: ResetReport) -> int:
+    """Drop the optimizers' states of the touched parameters, which they make again at their next step; count them."""
+    parameters, names = dict(plain_parameters(unwrap(model))), {t.parameter for t in report.touched}
+    touched, states = [parameters[name] for name in names if name in parameters], optimizer_states(optimizer)
+    # A buffer has no state, and a rank only its share of what replicas divide.
+    return sum(any([state.pop(parameter, None) is not None for state in states]) for parameter in touched)
 
 
 def fire_(
@@ -171,7 +171,7 @@ def fire_(
         include: Regular expressions, looked for anywhere in a name: what none of them finds is left alone.
         exclude: Regular expressions of names to leave alone.
         layers: Act on these layers alone: 4, "4-11" or "0-3,8", counted from 0.
-        optimizer: Its state of exactly the touched parameters is cleared.
+        optimizer: See `apply_reset`.
         process_group: See `apply_reset`; under torch.distributed every rank calls this.
         timeout: See `apply_reset`.
         layout: See `apply_reset`, like the next two.

@@ -253,11 +253,11 @@ class Recycling:
         """Return how many units were recycled so far, over all layers."""
         return self._work.recycled
 
-    def step(self, optimizer: torch.optim.Optimizer) -> int:
+    def step(self, optimizer: Any) -> int:
         """End an optimizer step: recycle what the method names.
 
         Args:
-            optimizer: Whose moments of the recycled units are cleared; call it after its own step.
+            optimizer: Whose moments of the recycled units are cleared, or a list of several; call this after its step.
 
         Returns:
             How many units were recycled.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fire_llm.core.errors import UserError
-from fire_llm.distributed import is_dtensor, local_part
+from fire_llm.distributed import is_dtensor, local_part, trains_any
 
 _OWN = "p.data = p.data.clone()"
 
@@ -85,19 +85,24 @@ def refuse_replaced(modules: Mapping[str, nn.Module], held: Iterable[Held]) -> N
 
 
 def refuse_other_optimizer(optimizer: Any, held: Sequence[Held]) -> None:
-    """Refuse what is no optimizer, or one of another model, so that the moments of this one would stay.
+    """Refuse what is no optimizer, or trains nothing of what is held, so that its moments elsewhere would stay.
+
+    Args:
+        optimizer: One, or a list of several that share the weights.
+        held: Weights that are to be changed.
 
     Raises:
-        UserError: Naming a parameter that it does not train.
+        UserError: Naming a parameter that none of them trains.
     """
-    groups = getattr(optimizer, "param_groups", None)
-    if groups is None:
-        raise UserError(f"optimizer: a {type(optimizer).__name__} is given: give the one that trains the model")
-    trained = {id(parameter) for group in groups for parameter in group["params"]}
-    if held and not any(id(one.tensor) in trained for one in held):
+    several = isinstance(optimizer, list | tuple)
+    for one in optimizer if several else [optimizer]:
+        if not hasattr(one, "param_groups"):
+            raise UserError(f"optimizer: a {type(one).__name__} is given: give the one that trains the model")
+    if held and not trains_any(optimizer, (one.tensor for one in held)):
         raise UserError(
-            f"optimizer: it trains none of the weights that are to be reset, such as '{held[0].parameter}': give the "
-            "one that trains this model, or make a new one from model.parameters()"
+            f"optimizer: {'they train' if several else 'it trains'} none of the weights that are to be reset, such as "
+            f"'{held[0].parameter}': give the one that trains this model, several as a list, or make a new one from "
+            "model.parameters(); where nothing trains these weights, leave it out"
         )
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fire_llm.core.errors import UserError
-from fire_llm.distributed import active
+from fire_llm.distributed import active, optimizer_states
 from fire_llm.resets.methods import RESETS
 from fire_llm.resets.recycling import Recycler
 from fire_llm.resets.spec import ResetSpec
@@ -205,7 +205,7 @@ def moments(optimizer: Any, slice_: Any) -> Iterator[Tensor]:
         UserError: It keeps something else (Adafactor, 8-bit moments).
     """
     parameter = slice_.tensor
-    for key, kept in optimizer.state.get(parameter, {}).items():
+    for key, kept in (item for state in optimizer_states(optimizer) for item in state.get(parameter, {}).items()):
         if not isinstance(kept, Tensor) or (kept.numel() == 1 and kept.shape != parameter.shape):
             continue
         if kept.shape != parameter.shape or not kept.is_floating_point():

@@ -1,4 +1,4 @@
-"""Arguments of one phase: transformers' `TrainingArguments`, and what a phase of continual pretraining needs beside."""
+"""Arguments of one phase: transformers' `TrainingArguments`, and those that continual pretraining adds."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class ContinualArguments(TrainingArguments):
                 f"keep_last={self.keep_last} and save_total_limit={self.save_total_limit} say the same twice, and "
                 "differently: give one of them"
             )
-        # mypy comes here before it knows the types of the parent's fields, hence the ignore.
+        # mypy reads this before it knows the types of the parent's fields, hence the ignore.
         if self.greater_is_better is None and str(self.metric_for_best_model or "").endswith(LESS_IS_BETTER):  # type: ignore[has-type]
             self.greater_is_better = False  # transformers knows this of names that end in "loss" alone
         # With torch_compile, transformers turns TF32 on, in the whole process, unless `tf32` is given.
@@ -107,7 +107,7 @@ class ContinualArguments(TrainingArguments):
 
     @property
     def n_gpu(self) -> int:
-        """One GPU a process: `Trainer` would take all that it sees, by DataParallel, with a batch for each."""
+        """One GPU a process: `Trainer` would use all GPUs that it sees, by DataParallel, with a batch for each."""
         return min(1, int(super().n_gpu))
 
 

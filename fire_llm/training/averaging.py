@@ -21,12 +21,9 @@ from fire_llm.training.sharding import load_weights
 class Averaging(TrainerCallback):
     """Average the weights of a `ContinualTrainer` after each step, where `args.ema_decay` asks for it.
 
-    average ← decay · average + (1 − decay) · weights, from the weights that the first step starts with, after a reset.
-    It stands behind all that changes weights at a step's end. Each rank averages what it holds, replicas and shards
-    alike. The average is in the weights' own precision, fp32 or finer, as rounding to bf16 would leave it where it is.
-
-    Args:
-        trainer: Its `args`, `model` and `saver` are read when training begins.
+    average ← decay · average + (1 − decay) · weights, beginning with the weights after a reset, before the first step.
+    It stands behind all callbacks that change weights at a step's end. Each rank averages what it holds, replicas and
+    shards alike. Averages are in fp32 or fp64, like the weights: rounded to bf16, small changes would be lost.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -40,10 +37,10 @@ class Averaging(TrainerCallback):
         return bool(self._averages)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Begin with the weights as they are, or with the average in the checkpoint that training goes on from.
+        """Begin with the present weights, or with the average in the checkpoint that training goes on from.
 
         Raises:
-            UserError: The weights are coarser than fp32 or no whole model's; or the checkpoint holds no average.
+            UserError: Weights are coarser than fp32, or not those of a whole model; or the checkpoint holds no average.
         """
         self._averages = {}
         if args.ema_decay is None:
@@ -70,8 +67,8 @@ class Averaging(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Average the weights in."""
         if self.on:
-            held = [local_part(p) for p in self._weights().values()]
-            get_ema_multi_avg_fn(args.ema_decay)([*self._averages.values()], held, 0)
+            weights = [local_part(p) for p in self._weights().values()]
+            get_ema_multi_avg_fn(args.ema_decay)([*self._averages.values()], weights, 0)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -83,7 +80,7 @@ class Averaging(TrainerCallback):
             self._exchange()
 
     def placed(self) -> dict[str, Tensor]:
-        """Return the averages, in shards as their parameters are."""
+        """Return the averages, each in shards where its parameter is."""
         from torch.distributed.tensor import DTensor
 
         weights = self._weights()
@@ -96,13 +93,13 @@ class Averaging(TrainerCallback):
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        make_current(self.trainer.model)
         for name, p in self._weights().items():
             weights, average = local_part(p), self._averages[name]
-            held = weights.clone()
+            before = weights.clone()
             weights.copy_(average)
-            average.copy_(held)
+            average.copy_(before)
 
     def _weights(self) -> dict[str, Any]:
+        """Return the parameters by name, FSDP2's in shards."""
         make_current(self.trainer.model)
         return {plain_name(name): p for name, p in self.trainer.model.named_parameters()}

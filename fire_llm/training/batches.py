@@ -1,4 +1,4 @@
-"""Which samples a phase is trained on: their order, which no resumption changes, their labels, and a hash of them.
+"""Which samples a phase is trained on: their order, the same after a resumption, their labels, and a hash of them.
 
 Shapes: B = sequences a batch, T = tokens a sequence.
 """
@@ -25,9 +25,6 @@ def order_of(dataset: Any) -> Order | None:
     - `numbered`: by index, without a length: sample i for any i ≥ 0, read once each in that order.
     - `sized`: by index below a length, in epochs, as `Trainer` samples them.
     - `stream`: an `IterableDataset`, as `Trainer` reads it.
-
-    Raises:
-        UserError: It is none of these.
     """
     if dataset is None:
         return None
@@ -42,16 +39,10 @@ def order_of(dataset: Any) -> Order | None:
 
 
 class FromStep(torch.utils.data.Sampler[int]):
-    """Yield sample indices in order from a start, but count them all: a resumed phase is the rest of a whole one.
+    """Yield sample indices in order, from where a phase is resumed, and have the length of the whole phase."""
 
-    Args:
-        start: First index.
-        stop: The one after the last.
-        total: Samples of the whole phase; None: `stop`.
-    """
-
-    def __init__(self, start: int, stop: int, total: int | None = None) -> None:
-        self.start, self.stop, self.total = start, stop, stop if total is None else total
+    def __init__(self, start: int, stop: int, total: int) -> None:
+        self.start, self.stop, self.total = start, stop, total
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(self.start, self.stop))
@@ -61,7 +52,7 @@ class FromStep(torch.utils.data.Sampler[int]):
 
 
 def hash_batch(ids: Tensor, step: int) -> Tensor:
-    """Hash token ids, their places and their step; sums of hashes differ where multisets of rows do.
+    """Hash token ids with their positions and their step; the hash of a batch is the sum over its rows.
 
     Args:
         ids: (B, T) int64.
@@ -77,9 +68,9 @@ def hash_batch(ids: Tensor, step: int) -> Tensor:
         x = (x ^ (x >> 27)) * -7723592293110705685
         return x ^ (x >> 31)
 
-    place = torch.arange(1, ids.shape[-1] + 1, device=ids.device) * -7046029254386353131
-    when = ((step + 1) * 0x9E3779B97F4A7C15 + 2**63) % 2**64 - 2**63  # wrapped around, as the tensors' products are
-    return mix(mix(ids + place).sum(-1) + when).sum()
+    positions = torch.arange(1, ids.shape[-1] + 1, device=ids.device) * -7046029254386353131
+    mixed_step = ((step + 1) * 0x9E3779B97F4A7C15 + 2**63) % 2**64 - 2**63  # wrapped around, as products of tensors are
+    return mix(mix(ids + positions).sum(-1) + mixed_step).sum()
 
 
 # ---- labels
@@ -99,17 +90,17 @@ def labels_are_shifted(inputs: Mapping[str, Tensor]) -> bool | None:
     ids, labels = inputs["input_ids"], inputs["labels"]
     if ids.shape != labels.shape:
         return None
-    at = (labels == ids) | (labels == IGNORE)
-    after = at[..., :0] if ids.shape[-1] < 2 else (labels[..., :-1] == ids[..., 1:]) | (labels[..., :-1] == IGNORE)
-    here, following = bool(at.all()), bool(after.all())
-    return None if here == following else following
+    ignored = labels == IGNORE
+    unshifted = bool(((labels == ids) | ignored).all())
+    shifted = bool(((labels[..., :-1] == ids[..., 1:]) | ignored[..., :-1]).all())
+    return None if unshifted == shifted else shifted
 
 
 def targets_of(inputs: Mapping[str, Tensor], shifted: bool) -> Tensor:
-    """Return the token that is to follow each position, (B, T); `IGNORE` where none is scored.
+    """Return the token that follows each position, (B, T); `IGNORE` where none is scored.
 
     Args:
-        inputs: `labels` (B, T), or `shift_labels`, as collators without padding give them, which need no shift.
+        inputs: `labels` (B, T); or `shift_labels`, which collators without padding give and which are these tokens.
         shifted: Whether `labels` are these tokens.
     """
     if "shift_labels" in inputs:
@@ -119,9 +110,9 @@ def targets_of(inputs: Mapping[str, Tensor], shifted: bool) -> Tensor:
 
 
 class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """The windows of an evaluation set as samples of `Trainer`: labels are the ids, and the model shifts them.
+    """The windows of an evaluation set as samples of `Trainer`, labelled with their own ids.
 
-    Two windows share one token, so that every token after the first is scored once.
+    Neighbouring windows share one token, so that every token after the first is scored once.
 
     Args:
         text: Its documents are read as one text.
@@ -137,7 +128,7 @@ class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
         return max(1, -(-(len(self.tokens) - 1) // (self.context - 1)))
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        """Return `input_ids` and `labels`, (context,); behind the end of the text are zeros that are not scored."""
+        """Return `input_ids` and `labels`, (context,), padded with zeros that are not scored."""
         first = i * (self.context - 1)
         ids = self.tokens[first : first + self.context]
         rest = (0, self.context - len(ids))

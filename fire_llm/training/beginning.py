@@ -1,8 +1,9 @@
-"""What a training begins with, to begin it again with `auto_find_batch_size`, out of memory."""
+"""Hold what a training begins with: `auto_find_batch_size` begins it again where memory runs out."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -12,81 +13,70 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
 from fire_llm.core.errors import UserError
-from fire_llm.distributed import local_part
+from fire_llm.distributed import local_part, optimizer_states
 from fire_llm.training.progress import report_line
 from fire_llm.training.writer import on_host
 
 
 class Beginning:
-    """Hold weights and moments while a training with `auto_find_batch_size` lasts; put them back when it begins again.
+    """Hold a plain `Trainer`'s weights and moments for a callback that changes them; put them back before it does so.
 
-    `Trainer` itself begins again with the weights that it had come to, so that what a callback does to them at the
-    beginning would be done twice. What is held takes host memory in the weights' size.
+    `Trainer` begins again with the weights that it had come to, which a callback would change a second time. The copies
+    take host memory in the weights' size.
     """
 
     def __init__(self) -> None:
         self._weights: dict[str, Tensor] = {}
-        self._moments: dict[Any, Any] = {}
-        self._at: tuple[int, int] | None = None
-        """The step that training began at, and the micro-batch's size."""
+        self._moments: list[dict[Any, Any]] = []
+        """Of the optimizer and of those that it wraps."""
+        self._began: tuple[int, int] | None = None
+        """The step that training began at, and the micro-batch's size then."""
 
     def again(self, args: Any, state: Any, model: Any, optimizer: Any) -> bool:
-        """Return whether this is the beginning of a training that began before, whose weights are then put back.
-
-        Args:
-            args: As a callback is given it in `on_train_begin`.
-            state: The same.
-            model: The same.
-            optimizer: The same.
+        """Put weights and moments back where training begins again, and return whether it does; else copy them.
 
         Raises:
             UserError: It begins again from a checkpoint, whose weights `Trainer` does not read again.
         """
         if not getattr(args, "auto_find_batch_size", False):
             return False
-        before, self._at = self._at, (state.global_step, state.train_batch_size)
+        before, self._began = self._began, (state.global_step, state.train_batch_size)
         weights = {name: local_part(tensor) for name, tensor in model.state_dict().items()}
         if before is not None and before[0] == state.global_step:
             if state.global_step:
-                self._at = None
+                self._began = None
                 raise UserError(
                     f"auto_find_batch_size: out of memory after going on from step {state.global_step}, and Trainer "
                     "does not read the checkpoint's weights again. Make a new Trainer with a smaller "
                     "per_device_train_batch_size, and go on from the checkpoint"
                 )
             if state.train_batch_size < before[1]:
-                with torch.no_grad():
-                    for name, tensor in weights.items():
-                        tensor.copy_(self._weights[name])
-                if optimizer is not None:
-                    optimizer.state.clear()
-                    optimizer.state.update({p: deepcopy(held) for p, held in self._moments.items()})
+                _copy_back(self._weights, weights)
+                for moments, copied in zip(optimizer_states(optimizer), self._moments, strict=True):
+                    moments.clear()
+                    moments.update({p: deepcopy(values) for p, values in copied.items()})
                 return True
-        self._weights = {name: tensor.to("cpu", copy=True) for name, tensor in weights.items()}
-        self._moments = {} if optimizer is None else {p: deepcopy(held) for p, held in optimizer.state.items()}
+        self._weights = _on_cpu(weights)
+        states = optimizer_states(optimizer)
+        self._moments = [{p: deepcopy(values) for p, values in state.items()} for state in states]
         return False
 
     def end(self) -> None:
-        """Let go of what is held: training has ended."""
-        self._weights, self._moments, self._at = {}, {}, None
+        """Free the copies: training has ended."""
+        self._weights, self._moments, self._began = {}, [], None
 
 
 class Start:
-    """Hold what a `ContinualTrainer` begins a training with, on one process, and put it back.
+    """Hold what a `ContinualTrainer` begins a training with, in one process, and put it back.
 
     Weights, unless a checkpoint has them, and moments of an earlier training take host memory in their size.
-
-    Args:
-        trainer: About to begin.
-        checkpoint: What it goes on from; None for none.
     """
 
     def __init__(self, trainer: Any, checkpoint: str | None) -> None:
         self.trainer, self.checkpoint = trainer, checkpoint
-        held = {} if checkpoint else trainer.model.state_dict()
-        self._weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in held.items()}
+        self._weights = {} if checkpoint else _on_cpu(trainer.model.state_dict())
         self._stateful = [
-            (name, thing := getattr(trainer, name), None if thing is None else _held(thing.state_dict()))
+            (name, owner := getattr(trainer, name), None if owner is None else _copied(owner.state_dict()))
             for name in ("optimizer", "lr_scheduler")
         ]
         self._scaler = deepcopy(trainer.accelerator.scaler)
@@ -94,7 +84,7 @@ class Start:
         self._device = self._device if hasattr(self._device, "set_rng_state") else torch
         self._generators = random.getstate(), np.random.get_state(), torch.get_rng_state(), self._device.get_rng_state()
 
-    def check(self, said: str) -> None:
+    def check(self, message: str) -> None:
         """Report that training begins again.
 
         Raises:
@@ -105,7 +95,7 @@ class Start:
         if trainer.fetched < 0 or size == 1:
             where = "before the first batch" if trainer.fetched < 0 else "with micro-batches of one sample"
             raise UserError(
-                f"auto_find_batch_size: out of memory {where} ({said}). Free memory, or take shorter samples, "
+                f"auto_find_batch_size: out of memory {where} ({message}). Free memory, or take shorter samples, "
                 "gradient_checkpointing or a smaller model"
             )
         step = trainer.state.global_step
@@ -122,16 +112,14 @@ class Start:
         if self.checkpoint:
             trainer._load_from_checkpoint(self.checkpoint)
         else:
-            with torch.no_grad():
-                for name, tensor in trainer.model.state_dict().items():
-                    tensor.copy_(self._weights[name])
+            _copy_back(self._weights, trainer.model.state_dict())
         trainer.accelerator.scaler = deepcopy(self._scaler)
-        for name, thing, state in self._stateful:
-            setattr(trainer, name, thing)
-            if thing is not None:
-                thing.load_state_dict(deepcopy(state))
-            if hasattr(thing, "scaler"):  # accelerate's, of an earlier training
-                thing.scaler = trainer.accelerator.scaler
+        for name, owner, state in self._stateful:
+            setattr(trainer, name, owner)
+            if owner is not None:
+                owner.load_state_dict(deepcopy(state))
+            if hasattr(owner, "scaler"):  # accelerate's optimizer, of an earlier training
+                owner.scaler = trainer.accelerator.scaler
         trainer.current_flos = 0
         for callback in trainer.callback_handler.callbacks:
             if hasattr(callback, "begin_again"):
@@ -149,7 +137,17 @@ def largest_part(size: int, most: int) -> int:
     return next(part for part in range(max(1, min(size, most)), 0, -1) if size % part == 0)
 
 
-def _held(state: Any) -> Any:
-    """Return a copy of a state, in host memory where it can be had there."""
+def _copied(state: Any) -> Any:
+    """Return a copy of a state, in host memory where that can be done."""
     copied = on_host(state)
     return deepcopy(state) if copied is None else copied[0]
+
+
+def _on_cpu(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
+
+
+@torch.no_grad()
+def _copy_back(copies: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    for name, tensor in weights.items():
+        tensor.copy_(copies[name])

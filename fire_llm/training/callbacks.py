@@ -1,4 +1,4 @@
-"""Callbacks: the reset inside any `Trainer`, moments that go on, and when a `ContinualTrainer` saves and logs."""
+"""Callbacks: a reset inside any `Trainer`, kept moments, and when a `ContinualTrainer` saves and logs."""
 
 from __future__ import annotations
 
@@ -11,51 +11,53 @@ from transformers import PretrainedConfig, TrainerCallback
 from fire_llm.architectures.modules import Kernels, SplitLike
 from fire_llm.core.atomic import write_json
 from fire_llm.core.errors import UserError
+from fire_llm.distributed import make_current, trains_any
 from fire_llm.models import fresh_like, fresh_model
 from fire_llm.resets import ResetReport, ResetsLike, apply_reset, parse_resets
-from fire_llm.resets.apply import LayoutName, module_layout
+from fire_llm.resets.apply import LayoutName, clear_states, module_layout
 from fire_llm.resets.spec import ResetSpec, refuse_kinds
 from fire_llm.training.beginning import Beginning
 from fire_llm.training.gradients import gather_gradient
 from fire_llm.training.progress import report_line
-from fire_llm.training.sharding import load_optimizer, refuse_engines
+from fire_llm.training.sharding import load_optimizer, refuse_launched_engines
 
 
-def initial_model(resets: Sequence[ResetSpec], given: Any, of: Any, seed: int) -> Any:
-    """Return the initial weights for some resets: those given, else, where one of them wants any, newly drawn ones.
+def initial_model(resets: Sequence[ResetSpec], given: Any, model: Any, seed: int) -> Any:
+    """Return the initial weights for some resets: the given ones, else newly drawn ones where a reset needs them.
 
     Args:
-        resets: Which may want any.
-        given: What the user gives; None for nothing.
-        of: The model, or the config of a causal LM.
-        seed: Of what is drawn.
+        resets: Those that may need them.
+        given: A model that the user gives; None for none.
+        model: The model that is reset, or the config of a causal LM.
+        seed: Of newly drawn weights.
 
     Raises:
-        UserError: They are wanted and not given, and there is no config of transformers' to draw them from.
+        UserError: They are needed and not given, and there is no config of transformers to draw them from.
     """
-    wanted = next((reset.method for reset in resets if reset.needs_initial), None)
-    if given is not None or wanted is None:
+    method = next((reset.method for reset in resets if reset.needs_initial), None)
+    if given is not None or method is None:
         return given
-    if isinstance(of, PretrainedConfig):
-        return fresh_model(of, seed)
-    if not isinstance(getattr(of, "config", None), PretrainedConfig):
+    if isinstance(model, PretrainedConfig):
+        return fresh_model(model, seed)
+    if not isinstance(getattr(model, "config", None), PretrainedConfig):
         raise UserError(
-            f"initial: {wanted} needs the initial weights, and this model has no config to draw them from: give "
+            f"initial: {method} needs the initial weights, and this model has no config to draw them from: give "
             "initial=, a copy of the model from before training"
         )
-    return fresh_like(of, seed)
+    return fresh_like(model, seed)
 
 
 class ResetCallback(TrainerCallback):
     """Apply a reset inside a running `Trainer`: when training begins, or after given steps; never again on resumption.
 
-    Works in any `Trainer`. The state of exactly the touched parameters is cleared in its optimizer. A reset that reads
-    the gradient (`dash`) needs a `ContinualTrainer`, which gathers it from the batches to come.
+    Works in any `Trainer`. The state of exactly the touched parameters is cleared in its optimizer; one that trains
+    only others, such as a head, has none. A reset that reads the gradient (`dash`) needs a `ContinualTrainer`, which
+    gathers it from the batches to come.
 
     Args:
         resets: A method's name, a spec, or a list of specs, as `apply_reset` takes them.
         at_steps: Optimizer steps after which it is applied; none means when training begins.
-        initial: A model with the run's initial weights; where it is wanted and not given, drawn from the model's
+        initial: A model with the run's initial weights; where it is needed and not given, drawn from the model's
             config and `seed`.
         seed: Seed of those weights; the trainer's own by default.
         report_file: Where to write the report as JSON.
@@ -116,7 +118,7 @@ class ResetCallback(TrainerCallback):
         Where `auto_find_batch_size` begins training again, it begins with the weights from before the reset: a
         `ContinualTrainer` sees to this by itself.
         """
-        refuse_engines(args)
+        refuse_launched_engines(args)
         if self.at_steps and max(self.at_steps) > state.max_steps:
             raise UserError(
                 f"at_steps {sorted(self.at_steps)}: training ends at step {state.max_steps}, before the last of them"
@@ -133,7 +135,7 @@ class ResetCallback(TrainerCallback):
             self._apply(args, **kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Let go of the weights that training began with."""
+        """Free the copy of the weights that training began with."""
         self._beginning.end()
 
     def _apply(self, args: Any, model: Any = None, optimizer: Any = None, **_: Any) -> None:
@@ -142,9 +144,15 @@ class ResetCallback(TrainerCallback):
         gathering = self._trainer is not None and any(r.needs_gradient for r in self.resets)
         if gathering:
             gather_gradient(self._trainer, self.resets)
-        report = apply_reset(
-            model, self.resets, initial=initial, optimizer=optimizer, spectra=self.spectra, **self.layout
-        )
+        make_current(model)
+        if optimizer is not None and not trains_any(optimizer, model.parameters()):
+            raise UserError(
+                "optimizers: the one that is given trains no parameter of the trainer's model, but those of a copy, or "
+                "master copies that would undo a reset: make one from model.parameters()"
+            )
+        # It need not train what is reset: one of the head alone has no moments that a reset of the body could clear.
+        report = apply_reset(model, self.resets, initial=initial, spectra=self.spectra, **self.layout)
+        report.optimizer_states_cleared = clear_states(model, optimizer, report)
         if gathering:
             model.zero_grad()
         report.training = self.training
@@ -157,9 +165,9 @@ class ResetCallback(TrainerCallback):
 
 
 class KeptOptimizer(TrainerCallback):
-    """Begin training with the moments of an earlier checkpoint; rates and schedule are the new ones.
+    """Begin training with the moments of an earlier checkpoint, but with new learning rates and schedule.
 
-    It stands before a `ResetCallback`, which then clears those of what it touches.
+    It stands before a `ResetCallback`, which then clears the moments of the weights that it touches.
 
     Args:
         checkpoint: Of the same model, trained by the same kind of optimizer.
@@ -169,22 +177,22 @@ class KeptOptimizer(TrainerCallback):
         self.checkpoint = checkpoint
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        """Load them, unless this is a resumption, which has its own."""
+        """Load the moments, unless training is resumed: its checkpoint has them."""
         if state.global_step == 0:
             load_optimizer(optimizer, self.checkpoint, settings=False)
 
 
 class Keeping(TrainerCallback):
-    """Save at the listed steps, and log wherever something is saved or measured, so that no average spans it."""
+    """Save at the listed steps, and log wherever something is saved or measured: a mean loss ends there."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Measure and save at the last step too, where either is done by steps."""
+        """Measure and save at the last step too, where the strategy is `steps`."""
         last = state.global_step >= state.max_steps
         control.should_evaluate |= last and args.eval_strategy == "steps"
         control.should_save |= (last and args.save_strategy == "steps") or state.global_step in args.keep_steps
         self.on_epoch_end(args, state, control)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Log where something is saved or measured, unless nothing is to be logged."""
+        """Log where something is saved or measured, unless the strategy is `no`."""
         if (control.should_save or control.should_evaluate) and args.logging_strategy != "no":
             control.should_log = True

@@ -1,6 +1,6 @@
-"""What `ContinualTrainer` makes of each option of `TrainingArguments`, and of each parameter and method of `Trainer`.
+"""What `ContinualTrainer` does with each option of `TrainingArguments`, and each parameter and method of `Trainer`.
 
-docs/trainer.md is written from these tables (`make schema`). What is refused is refused when a trainer is made.
+docs/trainer.md is written from these tables (`make schema`). A trainer refuses options when it is made.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ MEASURED = ("nll", "perplexity", "bits_per_byte", "tokens", "bytes")
 """What is measured of each evaluation set."""
 
 LESS_IS_BETTER = MEASURED[:3]
-"""Ends of the names of metrics of which a smaller value is the better one."""
+"""Ends of the names of metrics of which a smaller value is better."""
 
 
 @dataclass(frozen=True)
 class Given:
-    """What a trainer was made with, as far as a refusal looks at it."""
+    """What a trainer is made with, as far as refusals depend on it."""
 
     args: Any
     order: Order | None
     causal: bool
-    """Whether the loss is taken here, and not by the model."""
+    """Whether the trainer computes the loss, and not the model."""
     sets: Mapping[str, Any]
     """Evaluation sets."""
     eval_dataset: Any = None
@@ -35,22 +35,22 @@ class Given:
 
     @property
     def numbered(self) -> bool:
-        """Whether the data have no end, and so no epochs."""
+        """Whether the data have no length, and so no epochs."""
         return self.order == "numbered"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One row: without a text it is as in `Trainer`."""
+    """One row of a table; without a text it is as in `Trainer`."""
 
     text: str = ""
     """How it differs, or why it is refused."""
     refused: Callable[[Any, Given], bool] | None = None
-    """Whether a value is refused; None: none is."""
+    """Whether a value is refused; None: only where `always` is set."""
     always: bool = False
     """Whether any use of it is refused."""
     instead: str = ""
-    """What the message of a refusal says in place of the text."""
+    """The message of a refusal, where it is not the text."""
 
     @property
     def status(self) -> str:
@@ -59,10 +59,6 @@ class Rule:
 
 
 SAME = Rule()
-
-
-def _on(value: Any, _: Given) -> bool:
-    return bool(value)
 
 
 def _epochs(value: Any, given: Given) -> bool:
@@ -140,14 +136,13 @@ OPTIONS: dict[str, Rule] = dict.fromkeys(
     "bf16_full_eval": Rule(
         "the model would stay in 16 bits: evaluation sets are measured in fp32, or as in training with "
         "`eval_precision='training'`, and an `eval_dataset` as in training",
-        _on,
         always=True,
     ),
-    "fp16_full_eval": Rule("as `bf16_full_eval`", _on, always=True),
+    "fp16_full_eval": Rule("as `bf16_full_eval`", always=True),
     "tf32": Rule("None leaves TF32 as it was, with `torch_compile` too"),
     "torch_compile": Rule("the trunk and the softmax are compiled, not the whole model"),
     "use_liger_kernel": Rule(
-        "its fused loss would not be used: the loss is taken in slices, which hold no logits either", _on, always=True
+        "its fused loss would not be used: the loss is taken in slices, which hold no logits either", always=True
     ),
     "logging_strategy": Rule(
         "with `ContinualArguments`, a loss is also logged wherever something is saved or measured, unless this is "
@@ -179,7 +174,7 @@ OPTIONS: dict[str, Rule] = dict.fromkeys(
         _epochs,
         instead=_STEPS,
     ),
-    "save_on_each_node": Rule("checkpoints are written once, by the first process", _on, always=True),
+    "save_on_each_node": Rule("checkpoints are written once, by the first process", always=True),
     "save_total_limit": Rule("None: `keep_last` checkpoints stay, 1 by default; `keep_steps` stay in any case"),
     "enable_jit_checkpoint": Rule(
         "the checkpoint is whole or not there; a step in whose middle it is saved is taken again, with other dropout; "
@@ -219,7 +214,7 @@ OPTIONS: dict[str, Rule] = dict.fromkeys(
     ),
     "fsdp": Rule("version 2 alone: FSDP1 flattens parameters"),
     "fsdp_config": Rule("as `fsdp`"),
-    "deepspeed": Rule("it keeps master copies of the weights, from which it would undo a reset", _on, always=True),
+    "deepspeed": Rule("it keeps master copies of the weights, from which it would undo a reset", always=True),
 }  # fmt: skip
 """Fields of `TrainingArguments`."""
 
@@ -310,22 +305,15 @@ METHODS: dict[str, Rule] = dict.fromkeys(
 
 
 def refuse_options(given: Given) -> None:
-    """Refuse options that would not be done.
-
-    Raises:
-        UserError: With each of them, its value, why, and what to do.
-    """
-    wrong = []
+    """Refuse options that would have no effect, all in one message."""
+    faults = []
     for name, rule in (OPTIONS | OWN_OPTIONS).items():
         value = getattr(given.args, name, None)
-        if rule.refused is not None and rule.refused(value, given):
-            wrong.append(f"{name}={_shown(value)}: {rule.instead or rule.text.replace('`', '')}")
+        if rule.refused(value, given) if rule.refused is not None else rule.always and value:
+            shown = repr(getattr(value, "value", value))  # of an enum, its value
+            faults.append(f"{name}={shown}: {rule.instead or rule.text.replace('`', '')}")
             if name == "metric_for_best_model" and not given.args.keep_best:
                 names = metric_names(given)
-                wrong[-1] += f". Measured are {', '.join(names)}.{did_you_mean(str(value), names)}"
-    if wrong:
-        raise UserError("ContinualTrainer refuses " + "; and ".join(wrong))
-
-
-def _shown(value: Any) -> str:
-    return f"'{value.value}'" if hasattr(value, "value") else repr(value)
+                faults[-1] += f". Measured are {', '.join(names)}.{did_you_mean(str(value), names)}"
+    if faults:
+        raise UserError("ContinualTrainer refuses " + "; and ".join(faults))

@@ -11,10 +11,10 @@ from fire_llm.evaluation.diagnose import LOG_PREFIX, diagnose
 
 
 class DiagnosticsCallback(TrainerCallback):
-    """Log `diag_...` when training begins, every so many steps and when it ends; training goes on as without it.
+    """Log `diag_...` when training begins, every so many steps and when it ends, without an effect on the training.
 
     Works in any `Trainer`. Every rank measures, and all get the same numbers. What was measured before a resumption is
-    in the log of the checkpoint, and is not measured again. After a reset's callback it sees what the reset left.
+    in the log of the checkpoint, and is not measured again. Behind a reset's callback it measures the reset weights.
 
     Args:
         tokens: (N,) token ids of the text to measure on, the same on every rank.
@@ -32,7 +32,7 @@ class DiagnosticsCallback(TrainerCallback):
         self._trainer: Any = None
 
     def attach(self, trainer: Any) -> DiagnosticsCallback:
-        """Add this to a trainer and log to every logger it has; among `callbacks`, to the log of its state alone.
+        """Add this to a trainer, and log to all its loggers; one of its `callbacks` logs to the trainer's state alone.
 
         Args:
             trainer: A `Trainer` that has not begun to train.
@@ -63,12 +63,12 @@ class DiagnosticsCallback(TrainerCallback):
             self._measure(state, control, **kwargs)
 
     def _measure(self, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        found = diagnose(model, self.tokens, **self.options)
-        logs = {f"{LOG_PREFIX}{name}": value for name, value in found.measures().items()}
+        measures = diagnose(model, self.tokens, **self.options).measures()
+        logs = {f"{LOG_PREFIX}{name}": value for name, value in measures.items()}
         if self._trainer is None:
             state.log_history.append({**logs, "epoch": state.epoch, "step": state.global_step})
             return
-        # `Trainer.log` takes back what its other callbacks asked for: the losses of this step are logged all the same.
-        wanted = control.should_log
+        # `Trainer.log` clears this flag, which other callbacks set to have the losses of this step logged.
+        should_log = control.should_log
         self._trainer.log(logs)
-        control.should_log = wanted
+        control.should_log = should_log

@@ -1,4 +1,4 @@
-"""End a phase where the loss on a corpus falls no longer."""
+"""End a phase where the loss on a corpus no longer falls."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from fire_llm.training.progress import report_line
 
 
 class EarlyStopCallback(TrainerCallback):
-    """End a `ContinualTrainer`'s phase after some evaluations in which the NLL of a corpus has not fallen; save there.
+    """End a `ContinualTrainer`'s phase, with a checkpoint, once the NLL of a corpus has stopped falling.
 
-    It counts by the log, which every checkpoint holds: a training that goes on from one ends at the same step. The
+    It counts evaluations in the log, which every checkpoint holds: a resumed training ends at the same step. The
     evaluation before the first step counts as the first.
 
     Args:
         corpus: One of the `evaluation_sets`.
-        patience: Evaluations without a fall, one after the other, that end the phase.
-        min_delta: Nats a token below the lowest so far that count as a fall.
+        patience: Successive evaluations without a fall that end the phase.
+        min_delta: A fall is more than so many nats a token below the lowest NLL so far.
 
     Raises:
         UserError: For a `patience` below 1 or a `min_delta` below 0.
@@ -41,7 +41,7 @@ class EarlyStopCallback(TrainerCallback):
         self.stopped = False
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
-        """Count, and end training with a checkpoint where it is time."""
+        """Count the evaluations without a fall, and end training with a checkpoint after `patience` of them."""
         key = f"eval_{self.corpus}_nll"
         if metrics is None or key not in metrics or not 0 < state.global_step < state.max_steps:
             return
@@ -56,12 +56,12 @@ class EarlyStopCallback(TrainerCallback):
 
 
 def evaluations_without_fall(history: Iterable[Mapping[str, Any]], key: str, min_delta: float = 0.0) -> int:
-    """Return how many of the last evaluations, one after the other, brought no new lowest value.
+    """Return how many evaluations have passed since the last new lowest value.
 
     Args:
         history: Entries of a log, in order.
         key: Of the value; entries without it do not count.
-        min_delta: A value counts as lower where it is by more than this.
+        min_delta: A new lowest value is lower by more than this.
     """
     lowest, without = math.inf, 0
     for entry in history:

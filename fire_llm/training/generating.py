@@ -1,4 +1,4 @@
-"""Let a model write after prompts while it trains; training goes on as without it."""
+"""Let a model continue prompts while it trains, without an effect on the training."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from fire_llm.evaluation.generation import Prompts, continuations
 from fire_llm.training.progress import report_line
 
 SAMPLES = "samples"
-"""Key of an entry in a training's log that holds text: what was written after each prompt."""
+"""Key of an entry in a training's log that holds text: the continuation of each prompt."""
 
 PROMPTS = "prompts"
 """Key beside it: the prompts, in their order."""
 
 BEFORE = "before_reset"
-"""Key beside it: whether it is of the weights before the reset."""
+"""Key beside it: whether the weights before the reset wrote the texts."""
 
 _LINE = 100
 """Characters of a text in a line on stderr."""
 
 
 class GenerationCallback(TrainerCallback):
-    """Note what the model writes at step 0, at evaluations or every so many steps, and at the end.
+    """Log what the model writes at step 0, at evaluations or every so many steps, and at the end.
 
     Works in any `Trainer`, among its callbacks, behind those that change weights. Texts go into the log of its state,
     and so into each checkpoint: what was written before a resumption is not written again.
 
     Args:
-        prompts: What is written after.
+        prompts: What the model continues.
         every_steps: Optimizer steps between two times; None: at every evaluation.
     """
 
@@ -41,7 +41,7 @@ class GenerationCallback(TrainerCallback):
         self.prompts, self.every_steps = prompts, every_steps
 
     def before_reset(self) -> TrainerCallback:
-        """Return a callback that notes what the model writes before those behind it reset it."""
+        """Return a callback that logs what the model writes before the callbacks behind it reset it."""
         return _BeforeReset(self)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -63,22 +63,22 @@ class GenerationCallback(TrainerCallback):
             elif self.every_steps is None:
                 self.write(args, state, "", **kwargs)
 
-    def write(self, args: Any, state: Any, said: str, *, before: bool = False, model: Any = None, **_: Any) -> None:
-        """Note what the model writes, once a step, and show the first of the texts where `said` tells when it is."""
+    def write(self, args: Any, state: Any, when: str, *, before: bool = False, model: Any = None, **_: Any) -> None:
+        """Log what the model writes, once a step; show the first text on stderr behind `when`, unless that is empty."""
         if any(SAMPLES in e and (e["step"], e[BEFORE]) == (state.global_step, before) for e in state.log_history):
             return
         texts = continuations(model, self.prompts)
         entry = {PROMPTS: list(self.prompts.texts), SAMPLES: texts, BEFORE: before}
         state.log_history.append({**entry, "epoch": state.epoch, "step": state.global_step})
-        if said and getattr(args, "title", None) is not None:
+        if when and getattr(args, "title", None) is not None:
             line = shown(f"{self.prompts.texts[0]!r} → {texts[0]!r}")
-            report_line(args, f"{said}: {line if len(line) <= _LINE else line[:_LINE] + '…'}")
+            report_line(args, f"{when}: {line if len(line) <= _LINE else line[:_LINE] + '…'}")
 
 
 class _BeforeReset(TrainerCallback):
-    def __init__(self, of: GenerationCallback) -> None:
-        self.of = of
+    def __init__(self, callback: GenerationCallback) -> None:
+        self.callback = callback
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
-            self.of.write(args, state, "before the reset", before=True, **kwargs)
+            self.callback.write(args, state, "before the reset", before=True, **kwargs)

@@ -1,4 +1,4 @@
-"""The gradient of the loss over the batches to come, for resets that look at it."""
+"""The gradient of the loss over the batches to come, for resets that read it."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from fire_llm.resets import ResetSpec
 
 
 def gather_gradient(trainer: Any, specs: list[ResetSpec]) -> None:
-    """Leave G in the parameters' `.grad`: from zero, G ← (1−α)·G + α·g at each of the next steps' whole batches.
+    """Compute G into the parameters' `.grad`: from zero, G ← (1−α)·G + α·g over the whole batches of the next steps.
 
-    The model stays where it is, in evaluation mode, so that dropout draws nothing; batches are taken by their number,
-    so that the order of the data, its hash and all generators are as if this had not been. Ranks average, and hold the
-    same. A step's batch costs what it does in training, without the update.
+    The weights do not change. In evaluation mode dropout draws nothing, and batches are read by their number, so that
+    the order of the data, its hash and all generators stay as they are. Ranks average, and hold the same G. A batch
+    costs as much as in training, without the update.
 
     Args:
         trainer: A `ContinualTrainer` that has begun to train.
-        specs: Resets, some of which read the gradient; `batches` and `alpha` are options of theirs, 1
-            and 1.0 where they have none: the next step's gradient alone.
+        specs: Resets, some of which read the gradient. Their options `batches` and `alpha` are 1 and 1.0 where they are
+            not given: the next step's gradient alone.
 
     Raises:
-        UserError: Two of them want different `batches` or `alpha`, the model is sharded (FSDP2), or the batches to come
-            are not known by number.
+        UserError: Two of them ask for different `batches` or `alpha`, the model is sharded (FSDP2), or samples have no
+            numbers.
     """
-    wanted = {(s.options.get("batches", 1), s.options.get("alpha", 1.0)) for s in specs if s.needs_gradient}
-    if len(wanted) > 1:
-        raise UserError(f"resets of one arm share a gradient: give them the same batches and alpha, not {wanted}")
+    settings = {(s.options.get("batches", 1), s.options.get("alpha", 1.0)) for s in specs if s.needs_gradient}
+    if len(settings) > 1:
+        raise UserError(f"resets of one arm share a gradient: give them the same batches and alpha, not {settings}")
     if trainer.is_fsdp_enabled:
         raise UserError("a reset that reads gradients needs them whole, and FSDP2 shards them: train replicas")
     if trainer.order != "numbered":
@@ -35,7 +35,7 @@ def gather_gradient(trainer: Any, specs: list[ResetSpec]) -> None:
             "a reset that reads gradients needs the batches to come by their number: give a train_dataset that returns "
             "sample i for any i, without a length, or call backward() on data of your choice and then apply_reset"
         )
-    [(batches, alpha)] = wanted
+    [(batches, alpha)] = settings
     args, model = trainer.args, trainer.model
     model.zero_grad()
     micro, accumulation = args.train_batch_size, args.gradient_accumulation_steps

@@ -1,4 +1,4 @@
-"""Memory that was freed: kept for the next step, given back after the last."""
+"""Freed memory: kept for the next step, given back after the last."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def keep_freed_memory() -> None:
 
 
 def release_memory() -> None:
-    """Let go of the models that training has left behind, with their gradients and moments.
+    """Free the models that a training has left behind, with their gradients and moments.
 
-    A trainer and what it made refer to each other, so that Python frees them whenever it next looks for such cycles:
-    most often after the next model has joined them on the accelerator.
+    A trainer and its parts refer to each other. Python frees them when it next searches for such cycles: most often
+    when the next model is already on the accelerator.
     """
     gc.collect()
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""The training loss without a micro-batch's logits: the head and what follows it take a slice of the positions at once.
+"""Compute the training loss with the logits of a slice of positions at a time, not those of a whole micro-batch.
 
 Shapes: B = sequences a micro-batch, T = tokens a sequence, S = B·T positions, D = width, V = vocabulary.
 """
@@ -25,44 +25,44 @@ from fire_llm.training.progress import report_line
 from fire_llm.training.rounded import rounded
 
 SLICE = 2**25
-"""Logits held at once on a CPU: 128 MiB of them in fp32."""
+"""Logits of a slice on a CPU: 128 MiB in fp32."""
 
 SLICES = 2**26, 2**29
-"""Least and most logits held at once on an accelerator. A slice and its gradient take 1 and 2 GB in bf16 at most."""
+"""Least and most logits of a slice on an accelerator. The most, with their gradient, take 2 GB in bf16."""
 
 WHOLE = 2**27
-"""Logits that are held whole: 512 MiB in fp32. On one CPU thread, slices took 1.3 times the step of whole logits (1024
-tokens, V = 50,304, width 192): they save memory there, not time."""
+"""So many logits are still held whole: 512 MiB in fp32. On one CPU thread, a step with slices took 1.3 times as long as
+with whole logits (1024 tokens, V = 50,304, width 192): slices save memory there, not time."""
 
 CACHED = 2**20
-"""Logits whose softmax is taken at once on a CPU: they stay in its cache from one pass over them to the next."""
+"""Logits of one softmax on a CPU: they stay in its cache between passes over them."""
 
 Head = Callable[[Tensor], Tensor]
 
 
 class SummedLoss:
-    """Sum the negative log-likelihood of a micro-batch's tokens, its logits held a slice at a time.
+    """Sum the negative log-likelihood of a micro-batch's tokens, with the logits of one slice at a time in memory.
 
     What a mixture of experts adds for the balance of its routers, if its config asks for that (`output_router_logits`),
-    is added too, as often as there are tokens, so that a mean over tokens has it once.
+    is added too, once for each token, so that a mean over tokens has it once.
 
-    The model's own forward does everything, as in `evaluation.scoring`: its trunk runs once, and the model is run on
-    slices of what the trunk gave, so that what a class does after its head is done as it does it. The gradient of a
-    slice is taken as soon as its logits are there, and is kept in place of them: nothing is computed twice.
+    The model's own forward computes everything, as in `evaluation.scoring`. Its trunk runs once, and then the whole
+    forward runs on slices of the trunk's output, so that what a class does after its head is done too. The gradient of
+    a slice is computed as soon as its logits are, and replaces them: nothing is computed twice.
 
-    Under FSDP2 the slices are taken while the head is gathered (`in_parts`), once a micro-batch. The trunk is looked
-    for before the model is cut into shards (`look`); ranks gather the same, whichever of them take slices.
+    Under FSDP2 the slices are computed while the head is gathered (`in_parts`), once a micro-batch. The trunk is found
+    before the model is cut into shards (`look`). Ranks gather the same parameters, whether or not they take slices.
 
-    The logits of a micro-batch are held whole, as transformers does, where they are few; in fp16, whose gradients have
-    to be scaled before they are taken; and for a model in which no trunk is found that gives the same logits in slices.
+    The logits of a micro-batch are held whole, as in transformers, where they are few; in fp16, whose loss has to be
+    scaled before gradients are computed; and where no trunk is found that gives the same logits in slices.
 
     Args:
         model: A causal LM from transformers.
         autocast: Returns the context that its forward pass runs in.
         fp16: Whether that context computes in fp16.
-        params: A dtype that the model reads its parameters in (`rounded`); None: autocast does as it does.
+        params: The dtype that the model reads its parameters in (`rounded`); None leaves dtypes to autocast.
         compiling: Arguments of torch.compile, for the trunk and the softmax; None: they are not compiled.
-        report: Called once, with a sentence, where logits are held whole that would be sliced.
+        report: Called once, with a sentence, where logits are held whole because no trunk is found.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class SummedLoss:
         self.model, self.autocast, self.fp16, self.compiling = unwrap(model), autocast, fp16, compiling
         self.params, self.report = params, report
         self._trunk: nn.Module | None = None
-        self._looked = self._told = False
+        self._looked = self._reported = False
         self._forward: Callable[..., Any] | None = None
         self._differentiate = _differentiate if compiling is None else self._compiled(_differentiate_at_once)
 
@@ -122,26 +122,26 @@ class SummedLoss:
         return nullcontext() if self.params is None else rounded(module, self.params)
 
     def without_mask(self, inputs: dict[str, Tensor], root: nn.Module | None = None) -> bool:
-        """Return whether attention is causal and nothing else, so that its kernel takes no mask; checked once a length.
+        """Return whether attention is purely causal, so that its kernel needs no mask; checked once for each length.
 
         Args:
             inputs: What the model reads. Positions of documents, beside the ids, have a mask of their own.
-            root: Of shards, what FSDP2 gathers first.
+            root: Of a model in shards, the module that FSDP2 gathers first.
         """
-        plain = set(inputs) == {"input_ids"}
-        return plain and needs_no_mask(self.model, inputs["input_ids"].shape[-1], self._trunk, root)
+        only_ids = set(inputs) == {"input_ids"}
+        return only_ids and needs_no_mask(self.model, inputs["input_ids"].shape[-1], self._trunk, root)
 
     def sliced(self, model: nn.Module, labels: Tensor) -> bool:
-        """Return whether the logits of a micro-batch are taken in slices."""
+        """Return whether the logits of a micro-batch are computed in slices."""
         if labels.numel() * self._vocabulary() <= WHOLE or self.fp16 or isinstance(model, nn.DataParallel):
             return False
         if not self._looked:
             self.look()
         if self._trunk is not None:
             return True
-        if self._told:
+        if self._reported:
             return False
-        self._told = True
+        self._reported = True
         gigabytes = 4 * labels.numel() * self._vocabulary() / 1e9
         self.report(
             f"no part of {type(self.model).__name__} gives the same logits in slices, so that a micro-batch's are held "
@@ -150,14 +150,14 @@ class SummedLoss:
         return False
 
     def look(self) -> None:
-        """Find the trunk, with the model as evaluation has it, and leave the model as it was; not of one in shards."""
+        """Find the trunk of a model that is not in shards, in evaluation mode; leave the model as it was."""
         try:
-            # In fp32, in which a head on a slice of the positions gives the same logits to rounding; bf16 would not do.
+            # In fp32 a head gives the same logits on a slice, but for rounding; in bf16 that cannot be told.
             with own_precision(self.model), evaluating(self.model), torch.no_grad():
                 tokens = torch.arange(PROBE, device=device_of(self.model)) % self._vocabulary()
                 self._trunk = Scorer(self.model, tokens).trunk
         except UserError:
-            self._trunk = None  # evaluation says why; training goes on as it would in any other trainer
+            self._trunk = None  # training goes on with whole logits, as in any other trainer
         self._looked = True
         if self._trunk is not None:
             self._forward = self._compiled(self._trunk.forward)
@@ -170,11 +170,7 @@ class SummedLoss:
         return int(config.get_text_config().vocab_size)
 
     def _first(self, inputs: dict[str, Tensor]) -> tuple[Any, list[Tensor], Tensor | None]:
-        """Run the trunk.
-
-        Returns:
-            Its outputs; the parameters that stand behind it, a tied embedding among them; the loss of its routers, ().
-        """
+        """Run the trunk; return its outputs, the parameters behind it (a tied embedding too), and `router_loss`."""
         trunk, forward = self._trunk, self._forward
         assert trunk is not None and forward is not None
         outputs: Any = None
@@ -188,15 +184,16 @@ class SummedLoss:
             return with_hidden(outputs, part[None])
 
         with forward_replaced(trunk, run):
-            one = self._outputs(inputs)  # of one position, which shows the parameters
+            one = self._outputs(inputs)  # of one position, whose graph holds the parameters
         parameters = [leaf for leaf in _leaves(one.logits) if leaf is not part]
         return outputs, parameters, router_loss(self.model, one)
 
     def _last(
-        self, targets: Tensor, inputs: dict[str, Tensor], found: tuple[Any, list[Tensor], Tensor | None]
+        self, targets: Tensor, inputs: dict[str, Tensor], first: tuple[Any, list[Tensor], Tensor | None]
     ) -> Tensor:
+        """Return Σ nll from what `_first` returned, a slice at a time, and Σ of the routers' loss."""
         assert self._trunk is not None
-        outputs, parameters, added = found
+        outputs, parameters, of_routers = first
         part: Tensor
 
         def replay(*_: Any, **__: Any) -> Any:
@@ -206,18 +203,17 @@ class SummedLoss:
             nonlocal part
             part = hidden
             logits: Tensor = self._outputs(inputs).logits
-            return logits.squeeze(0)
+            return logits.squeeze(0)  # not `logits[0]`: its gradient would be copied into zeros as large as the logits
 
         with forward_replaced(self._trunk, replay):
             hidden = outputs[0].flatten(0, 1)
             rows = even_rows(len(hidden), max(1, logits_at_once(hidden.device) // self._vocabulary()))
             apply: Any = _Sliced.apply
             total: Tensor = apply(head, self._differentiate, targets, rows, hidden, *parameters)
-            return with_router_loss(total, added, targets)
+            return with_router_loss(total, of_routers, targets)
 
     def _outputs(self, inputs: dict[str, Tensor]) -> Any:
-        # The class's forward: accelerate's own, on the instance, would make fp32 of the logits. A row taken by its
-        # index would have a gradient of zeros, as large as the logits, that the row's own is copied into.
+        # The class's forward: accelerate's, on the instance, would convert the logits to fp32.
         return type(self.model).forward(self.model, **inputs, use_cache=False)
 
 
@@ -251,7 +247,7 @@ def with_router_loss(total: Tensor, added: Tensor | None, targets: Tensor) -> Te
 
 
 def summed_loss(trainer: Any) -> SummedLoss:
-    """Return the loss of a `ContinualTrainer`'s model, in the precision and compiled as its arguments ask for."""
+    """Return the loss of a `ContinualTrainer`'s model, in the precision and compiled as its arguments say."""
     args = trainer.args
     compiling = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
     return SummedLoss(
@@ -266,15 +262,15 @@ def summed_loss(trainer: Any) -> SummedLoss:
 
 
 def logits_at_once(device: torch.device) -> int:
-    """Return the logits of a slice; with their gradient, in bf16, a 32nd part of an accelerator's memory."""
+    """Return the number of logits of a slice: with their gradient, in bf16, a 32nd of an accelerator's memory."""
     least, most = SLICES
     return SLICE if device.type == "cpu" else max(least, min(most, device_memory(device) // 128))
 
 
 def even_rows(total: int, most: int) -> int:
-    """Return the rows of a slice, at most `most`: all slices have about as many, where it can be had just as many.
+    """Return the rows of a slice, at most `most`, so that all slices have about, if possible exactly, as many.
 
-    Example: 3044 rows in slices of at most 2668 are two of 1522. A rest would be compiled for again.
+    Example: 3044 rows in slices of at most 2668 are two of 1522. A shorter last slice would be compiled separately.
     """
     number = -(-total // most)
     exact = next((n for n in range(number, 2 * number) if total % n == 0), number)
@@ -282,7 +278,7 @@ def even_rows(total: int, most: int) -> int:
 
 
 class _Sliced(torch.autograd.Function):
-    """Sum the NLL over slices of the trunk's output, with the gradient of each taken while its logits are there."""
+    """Sum the NLL over slices of the trunk's output, and compute the gradient of each before the next."""
 
     @staticmethod
     def forward(
@@ -296,14 +292,18 @@ class _Sliced(torch.autograd.Function):
                 part = x.detach().requires_grad_()
                 logits = head(part)
             gradient = torch.empty_like(logits)
-            some = max(1, CACHED // logits.shape[-1]) if logits.device.type == "cpu" else rows
-            for block, labels, to in zip(logits.detach().split(some), y.split(some), gradient.split(some), strict=True):
+            n = max(1, CACHED // logits.shape[-1]) if logits.device.type == "cpu" else rows
+            for block, labels, to in zip(logits.detach().split(n), y.split(n), gradient.split(n), strict=True):
                 total += differentiate(block, labels, to)
-            found, *more = torch.autograd.grad(logits, [part, *parameters], gradient)
-            out.copy_(found)
-            # FSDP2 gathers parameters in 16 bits, in which gradients of slices would be rounded as often as there are.
-            wide = more if rows >= len(hidden) else [g.float() if g.element_size() < 4 else g for g in more]
-            to_parameters = [a.add_(b) for a, b in zip(to_parameters, more, strict=True)] if to_parameters else wide
+            of_part, *of_parameters = torch.autograd.grad(logits, [part, *parameters], gradient)
+            out.copy_(of_part)
+            if to_parameters:
+                to_parameters = [a.add_(b) for a, b in zip(to_parameters, of_parameters, strict=True)]
+            elif rows < len(hidden):
+                # FSDP2 gathers parameters in 16 bits: added up in these, gradients would be rounded at every slice.
+                to_parameters = [g.float() if g.element_size() < 4 else g for g in of_parameters]
+            else:
+                to_parameters = of_parameters
         to_parameters = [g.to(p.dtype) for g, p in zip(to_parameters, parameters, strict=True)]
         ctx.gradients = [to_hidden, *to_parameters]
         return total
@@ -317,26 +317,26 @@ class _Sliced(torch.autograd.Function):
 
 
 def _differentiate(logits: Tensor, targets: Tensor, gradient: Tensor) -> Tensor:
-    """Return Σ nll of some positions and write its gradient, softmax less one-hot, which the forward pass knows.
+    """Return Σ nll of some positions, and write its gradient: softmax less one-hot.
 
     Args:
-        logits: (R, V), any float dtype; the softmax is taken in fp32 (fp64 for fp64).
+        logits: (R, V), any float dtype; the softmax is computed in fp32 (fp64 for fp64).
         targets: (R,) tokens; `IGNORE` where none is scored.
-        gradient: (R, V) written over.
+        gradient: (R, V), overwritten.
     """
-    nll, log_p, at, ignored = _nll(logits, targets)
-    p = log_p.exp_().scatter_add_(-1, at, log_p.new_full((), -1.0).expand(at.shape))
+    nll, log_p, index, ignored = _nll(logits, targets)
+    p = log_p.exp_().scatter_add_(-1, index, log_p.new_full((), -1.0).expand(index.shape))
     gradient.copy_(p.masked_fill_(ignored, 0.0))
     return nll
 
 
 def _differentiate_at_once(logits: Tensor, targets: Tensor, gradient: Tensor) -> Tensor:
-    """Do the same as `_differentiate`, in a form of which torch.compile writes nothing but `gradient`.
+    """Do the same as `_differentiate`, in a form that torch.compile makes one kernel of, which writes `gradient` alone.
 
-    A scatter would be a kernel of its own, and what it writes to a tensor in fp32.
+    A scatter would be another kernel, and would write to another tensor, in fp32.
     """
-    nll, log_p, at, ignored = _nll(logits, targets)
-    one_hot = torch.arange(logits.shape[-1], device=logits.device) == at
+    nll, log_p, index, ignored = _nll(logits, targets)
+    one_hot = torch.arange(logits.shape[-1], device=logits.device) == index
     gradient.copy_((log_p.exp() - one_hot.to(log_p.dtype)).masked_fill(ignored, 0.0))
     return nll
 
@@ -344,9 +344,9 @@ def _differentiate_at_once(logits: Tensor, targets: Tensor, gradient: Tensor) ->
 def _nll(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return Σ nll, (); log-probabilities, (R, V); the targets, (R, 1), 0 where ignored; and where they are, (R, 1)."""
     ignored = (targets == IGNORE)[:, None]
-    at = targets.clamp(min=0)[:, None]
+    index = targets.clamp(min=0)[:, None]
     log_p = torch.log_softmax(logits, -1, dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
-    return -log_p.gather(-1, at).masked_fill(ignored, 0.0).sum(), log_p, at, ignored
+    return -log_p.gather(-1, index).masked_fill(ignored, 0.0).sum(), log_p, index, ignored
 
 
 def smoothed_nll(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
@@ -364,8 +364,8 @@ def smoothed_nll(logits: Tensor, targets: Tensor, smoothing: float) -> Tensor:
 
 
 def _leaves(result: Tensor) -> list[Tensor]:
-    """Return the tensors that a result's gradient would arrive at."""
-    found: dict[int, Tensor] = {}
+    """Return the leaves of a result's graph: the tensors that would get a gradient."""
+    leaves: dict[int, Tensor] = {}
     nodes, seen = [result.grad_fn], set()
     while nodes:
         node: Any = nodes.pop()
@@ -373,6 +373,6 @@ def _leaves(result: Tensor) -> list[Tensor]:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            found[id(node.variable)] = node.variable
+            leaves[id(node.variable)] = node.variable
         nodes += [parent for parent, _ in node.next_functions]
-    return list(found.values())
+    return list(leaves.values())

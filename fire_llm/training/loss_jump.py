@@ -1,4 +1,4 @@
-"""What a reset did to the loss at once, against what it can be expected to do."""
+"""How much a reset raised the loss at the moment it was applied."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from fire_llm.training.progress import report_line
 def loss_jump(before: float, after: float, vocabulary: int) -> dict[str, float | None]:
     """Compare the losses right before and right after a reset, on the same held-out text.
 
-    What was learned is worth ln V − before: a model that knows nothing gives every token the same probability, and
-    freshly drawn weights come within a few hundredths of that. A reset that touches nothing undoes 0 of it, a full
-    reset 1; more than 1 is worse than knowing nothing, which forgetting alone does not explain.
+    The model has learned ln V − before: one that knows nothing gives every token the same probability, and freshly
+    drawn weights come within a few hundredths of that. A reset that touches nothing undoes 0 of it, a full reset 1.
+    More than 1 is worse than knowing nothing, which forgetting alone does not explain.
 
     Args:
         before: NLL of the checkpoint, nats a token.
@@ -37,18 +37,18 @@ def loss_jump(before: float, after: float, vocabulary: int) -> dict[str, float |
     }
 
 
-def sentence(corpus: str, found: Mapping[str, Any]) -> str:
-    """Return one sentence about a jump of the loss."""
-    text = f"NLL on {corpus} {found['after']:.3f} after the reset, {found['before']:.3f} before"
-    if found["undone"] is None:
-        return f"{text}, which was no better than a uniform guess, {found['uniform']:.3f}"
-    text += f": it undid {found['undone']:.0%} of what sets the checkpoint apart from a uniform guess"
-    beyond = f", {found['uniform']:.3f}. That is worse than knowing nothing: expect a slow start"
-    return text + (beyond if found["undone"] > 1.05 else f" ({found['uniform']:.3f})")
+def sentence(corpus: str, jump: Mapping[str, Any]) -> str:
+    """Describe a `loss_jump` in one sentence."""
+    text = f"NLL on {corpus} {jump['after']:.3f} after the reset, {jump['before']:.3f} before"
+    if jump["undone"] is None:
+        return f"{text}, which was no better than a uniform guess, {jump['uniform']:.3f}"
+    text += f": it undid {jump['undone']:.0%} of what sets the checkpoint apart from a uniform guess"
+    beyond = f", {jump['uniform']:.3f}. That is worse than knowing nothing: expect a slow start"
+    return text + (beyond if jump["undone"] > 1.05 else f" ({jump['uniform']:.3f})")
 
 
 class LossJumpCallback(TrainerCallback):
-    """Report, at the evaluation before the first step, how far the reset threw the loss back.
+    """Report, at the evaluation before the first step, how far the reset raised the loss.
 
     Args:
         before: NLL of the checkpoint that training starts from, by corpus.

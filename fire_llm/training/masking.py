@@ -1,4 +1,4 @@
-"""Find out, on a few tokens, whether a model keeps documents apart that are packed into one block."""
+"""Check, on a few tokens, whether a model keeps documents apart that are packed into one block."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fire_llm.core.errors import UserError
 from fire_llm.evaluation.precision import evaluating
 
 PROBE = (11, 1, 20)
-"""Tokens of the documents that a model is checked with: beyond a convolution's reach, and one alone."""
+"""Lengths of the documents that a model is checked with: longer than a convolution reaches, and of one token."""
 
 
 def check_document_mask(model: Any) -> None:
-    """Refuse a model in which a document, which its positions mark by starting again, reads the one before it.
+    """Refuse a model in which a document reads the one before it, although its positions begin again at 0.
 
-    transformers masks attention by such positions; states and convolutions that run on, and positions that are not
-    taken from `position_ids`, do not follow them.
+    transformers masks attention by such positions. States and convolutions run on, and some models count positions
+    themselves.
 
     Args:
         model: A causal LM in fp32, not yet wrapped by an engine; left as it was found.
@@ -38,10 +38,10 @@ def check_document_mask(model: Any) -> None:
             ).logits
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"batch.document_mask: {name} takes no positions of documents ({error}). {_INSTEAD}") from error
-    # Rounding differs between one long product and three short ones; a document that is read moves a logit by its size.
-    # In fp64 too some classes take their softmax in fp32.
-    near = 256 * torch.finfo(torch.float32).eps * float(alone.abs().max())
-    if not bool(((packed - alone).abs() <= near).all()):
+    # One long product rounds otherwise than three short ones, but reading a document changes a logit by about its size.
+    # Some classes compute their softmax in fp32 in fp64 too.
+    tolerance = 256 * torch.finfo(torch.float32).eps * float(alone.abs().max())
+    if not bool(((packed - alone).abs() <= tolerance).all()):
         raise UserError(
             f"batch.document_mask: {name} reads across documents, whatever their positions say (a state or a "
             f"convolution runs on, or it counts positions by itself). {_INSTEAD}"

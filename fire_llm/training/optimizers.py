@@ -34,7 +34,7 @@ def muon_adamw(model: nn.Module, args: ContinualArguments) -> MuonAdamW:
     hidden = hidden_matrices(model)
     names: dict[nn.Parameter, str] = {}
     for name, p in plain_parameters(unwrap(model)):
-        names.setdefault(p, name)  # a tied one goes by its first
+        names.setdefault(p, name)  # the first name of a tied one
     trained = {name: p for p, name in names.items() if p.requires_grad}
     matrices = [p for name, p in trained.items() if name in hidden]
     if not matrices:
@@ -61,17 +61,17 @@ def muon_adamw(model: nn.Module, args: ContinualArguments) -> MuonAdamW:
 class MuonAdamW(torch.optim.Optimizer):
     """Step `torch.optim.Muon` on matrices and `torch.optim.AdamW` on the rest, as one optimizer.
 
-    Groups and state are those of the two, matrices first, so that schedules, checkpoints and resets need not know.
+    Groups and state are those of both, matrices first, so that schedules, checkpoints and resets see one optimizer.
     Muon's updates are scaled to the RMS of AdamW's, so that one learning rate and one weight decay serve both.
 
-    Where FSDP2 holds a matrix in shards, one rank at a time has it whole: ranks share the matrices by their cost, and
-    what each computes goes back to the shards. The gradients then end up holding the updates.
+    Where FSDP2 holds matrices in shards, each is computed whole on one rank, and the result goes back to the shards.
+    Ranks share the matrices by their cost. The gradients hold the updates afterwards.
 
     Args:
         matrices: Two-dimensional parameters.
         others: Groups of the other parameters, for AdamW.
         lr: Peak learning rate.
-        muon_lr: That of the matrices, where it is another.
+        muon_lr: That of the matrices; None: `lr`.
         momentum: Share of Muon's momentum that a step keeps.
         weight_decay: Of the matrices.
         betas, eps, fused: AdamW's.
@@ -106,7 +106,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step."""
         loss = None if closure is None else torch.enable_grad()(closure)()
-        # Loading a state, and sharding the model, put other groups and another state in place of the first ones.
+        # Loading a state and sharding the model replace the groups and the state.
         for inner in (self._muon, self._adamw):
             inner.param_groups = [g for g in self.param_groups if ("momentum" in g) == (inner is self._muon)]
             inner.state = self.state
@@ -122,8 +122,8 @@ class MuonAdamW(torch.optim.Optimizer):
         """Do what `torch.optim.Muon` does, each matrix whole on one rank."""
         by_placement: dict[Placement, list[Block]] = defaultdict(list)
         settings: dict[int, dict[str, Any]] = {}
-        stepped = [(p, group) for group in self._muon.param_groups for p in group["params"] if p.grad is not None]
-        for p, group in stepped:
+        trained = [(p, group) for group in self._muon.param_groups for p in group["params"] if p.grad is not None]
+        for p, group in trained:
             placement = placement_of(p.grad)
             if placement is None:
                 raise UserError(
@@ -139,21 +139,21 @@ class MuonAdamW(torch.optim.Optimizer):
             by_placement[placement].append(Block(p.grad, range(p.shape[0]), (), cost(p.shape)))
         for placement, blocks in by_placement.items():
             for mine in Redistribution(placement, blocks):
-                for block, whole in mine:
-                    whole.copy_(_update(whole, settings[id(block.tensor)]))
-        for p, group in stepped:
+                for block, matrix in mine:
+                    matrix.copy_(_update(matrix, settings[id(block.tensor)]))
+        for p, group in trained:
             p.mul_(1 - group["lr"] * group["weight_decay"]).add_(p.grad)
 
 
 def _update(direction: Tensor, group: dict[str, Any]) -> Tensor:
-    """Return what `torch.optim.Muon` adds to a matrix, learning rate included: what it makes of zeros.
+    """Return what `torch.optim.Muon` adds to a matrix, learning rate included: its step from zeros.
 
     Args:
-        direction: (out, in), the momentum already in it.
+        direction: (out, in), with the momentum.
         group: The matrix's parameter group.
     """
     zeros = nn.Parameter(torch.zeros_like(direction))
     zeros.grad = direction
-    alike = {key: group[key] for key in ("lr", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
-    torch.optim.Muon([zeros], momentum=0.0, nesterov=False, weight_decay=0.0, **alike).step()
+    settings = {key: group[key] for key in ("lr", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
+    torch.optim.Muon([zeros], momentum=0.0, nesterov=False, weight_decay=0.0, **settings).step()
     return zeros.detach()

@@ -1,4 +1,4 @@
-"""Penalties of an arm: added to the gradients of every step before these are clipped."""
+"""Add the penalties of an arm to the gradients of every step, before these are clipped."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fire_llm.training.callbacks import initial_model
 class PenaltyCallback(TrainerCallback):
     """Train with `l2_init`, `parseval` or the like in the loss, in a `ContinualTrainer`.
 
-    The gradient of a penalty is added once a step to that of the accumulated batch: it is clipped with it, and goes
-    through the optimizer, as if the penalty were part of the loss. The loss that is logged stays the language model's.
-    Nothing is kept from step to step, so that resumption needs nothing; replicas add the same.
+    The gradient of a penalty is added once a step to that of the accumulated batch, and is clipped with it, as if the
+    penalty were part of the loss. The logged loss stays that of the language model. No state is kept from step to step,
+    and replicas add the same.
 
     Args:
         penalties: A method's name, a spec, or a list of specs.
@@ -39,7 +39,7 @@ class PenaltyCallback(TrainerCallback):
         self._added = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Find what is penalised, and the weights it is drawn to."""
+        """Find the penalised weights, and those that they are drawn to."""
         seed = args.seed if self.seed is None else self.seed
         self._work = Penalties(model, self.penalties, initial=initial_model(self.penalties, self.initial, model, seed))
 
@@ -47,14 +47,14 @@ class PenaltyCallback(TrainerCallback):
         """Add the penalties' gradients to those of a step.
 
         Args:
-            scale: What the gradients are multiplied by at this point: fp16's loss scale, or 1.
+            scale: Factor of the gradients at this point: fp16's loss scale, or 1.
         """
         assert self._work is not None
         self._added = True
         self._work.add_(scale)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Refuse to train without what was asked for."""
+        """Refuse to train without the penalties: another `Trainer` adds none."""
         if not self._added:
             raise UserError("PenaltyCallback acts before gradients are clipped: use fire_llm's ContinualTrainer")
         self._added = False

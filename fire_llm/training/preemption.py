@@ -1,4 +1,4 @@
-"""What signals and clocks ask for, at the same step on every rank: a checkpoint of it, and the end of training."""
+"""Save, or save and stop, at the same step on every rank, where a signal or a clock asks for it."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from fire_llm.distributed import active, cpu_group, is_first
 
 
 class Agreement:
-    """Let all ranks know, at the same step, the largest number that one of them had.
+    """Exchange a number between ranks at each step, so that all of them learn of the largest at the same step.
 
-    Ranks ask each other on the CPU, and read the answer one step later: it travels while the step is computed, no
-    rank waits for a device, and all of them read the same answer at the same step.
+    Ranks exchange it on the CPU while the next step is computed, and read the result after that step. So no rank waits
+    for a device.
     """
 
     def __init__(self) -> None:
-        self._answer: tuple[Any, torch.Tensor] | None = None
+        self._exchange: tuple[Any, torch.Tensor] | None = None
 
     def at_step(self, number: int) -> int:
-        """Return the largest number that any rank had one step ago, and ask for the next; of one process its own."""
+        """Return the largest number that any rank had one step ago, and send this one; one process returns its own."""
         if not active():
             return number
-        found = self.last()
-        if not found:
-            largest = torch.tensor(number)
+        largest = self.last()
+        if not largest:
+            sent = torch.tensor(number)
             group = cpu_group(dist.group.WORLD, "agreement")
-            self._answer = dist.all_reduce(largest, dist.ReduceOp.MAX, group=group, async_op=True), largest
-        return found
+            self._exchange = dist.all_reduce(sent, dist.ReduceOp.MAX, group=group, async_op=True), sent
+        return largest
 
     def last(self) -> int:
-        """Wait for the answer that is under way, if there is one."""
-        if self._answer is None:
+        """Wait for the exchange that is under way, and return its result; 0 without one."""
+        if self._exchange is None:
             return 0
-        work, largest = self._answer
+        work, largest = self._exchange
         work.wait()
-        self._answer = None
+        self._exchange = None
         return int(largest)
 
 
@@ -59,24 +59,24 @@ class Stopping(TrainerCallback):
         self.number, self._ranks = 0, Agreement()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Begin to wait for steps: before the first one, the reset and its evaluation, there is nothing to save."""
+        """Wait for steps from here on: during the reset and its evaluation there is nothing to save yet."""
         set_step_near(True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Agree, and ask for a checkpoint without the log that would split an interval."""
+        """Agree, and ask for a checkpoint, but for no log, which would split an interval."""
         if handled():
             self.number = self._ranks.at_step(asked())
             control.should_save |= self.number > 0
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop: what was to be saved is there."""
+        """Stop, now that the checkpoint is saved."""
         if self.number:
             raise Stopped(self.number, f"saved at step {state.global_step}; the same command goes on")
 
     def end(self, args: Any, state: Any) -> None:
-        """Stop where a signal came too late for a step to look at it; from here on, the next one ends at once.
+        """Stop where a signal came after the last step looked for one; later signals end the process at once.
 
-        What was asked of any rank until then is asked of all: no signal falls between the two.
+        A signal that any rank got until then counts for all ranks, so that none is lost.
         """
         set_step_near(False)
         if handled():
@@ -87,8 +87,8 @@ class Stopping(TrainerCallback):
 class TimedSaves(TrainerCallback):
     """Ask for a checkpoint where the newest is `save_every_minutes` old, by the first rank's clock.
 
-    It stands behind what asks for a log where something is saved: when a clock asks, nothing is logged that would not
-    be, so that results do not depend on the time.
+    It stands behind the callback that logs wherever something is saved. So a save by the clock logs nothing, and
+    results do not depend on the time.
     """
 
     def __init__(self) -> None:
@@ -112,5 +112,5 @@ class TimedSaves(TrainerCallback):
             self._since = time.monotonic()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Wait for the answer that nobody needs."""
+        """Complete the last exchange, whose result nobody needs."""
         self._ranks.last()

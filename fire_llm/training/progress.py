@@ -1,4 +1,4 @@
-"""What a person sees while a phase trains: a bar where one can be drawn, else a line now and then."""
+"""Show the progress of a phase: a bar where one can be drawn, else a line now and then."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from transformers import TrainerCallback
 
 BAR_DELAY = 2.0
-"""Seconds before a progress bar shows; what is done by then needs none."""
+"""Seconds before a progress bar appears; shorter phases show none."""
 
 LINE_SECONDS = 30.0
-"""Seconds between two lines that report how far training is, where there is no terminal to draw a bar on."""
+"""Seconds between two lines of progress, where there is no terminal to draw a bar on."""
 
 
 def interactive() -> bool:
@@ -29,7 +29,7 @@ def duration(seconds: float) -> str:
 
 
 def perplexities(logs: Mapping[str, Any]) -> dict[str, str]:
-    """Return the perplexities in what `Trainer` logs, for people: {"ppl CORPUS": "12.3"}."""
+    """Return the perplexities in an entry of a `Trainer`'s log, formatted: {"ppl CORPUS": "12.3"}."""
     return {
         f"ppl {key[5:-11]}": f"{value:.1f}" if value < 1e6 else f"{value:.2g}"
         for key, value in logs.items()
@@ -38,12 +38,7 @@ def perplexities(logs: Mapping[str, Any]) -> dict[str, str]:
 
 
 def report_line(args: Any, text: str) -> None:
-    """Write a line about a training to stderr, on the first rank.
-
-    Args:
-        args: `ContinualArguments`, whose title stands before the text.
-        text: One sentence.
-    """
+    """Write a line about a training to stderr, on the first rank."""
     if args.process_index == 0:
         sys.stderr.write(f"{args.title or 'training'}: {text}\n")
 
@@ -52,10 +47,10 @@ class Progress(TrainerCallback):
     """Show one bar a phase, with the latest training loss and validation perplexities, or a line now and then."""
 
     bar: Any = None
-    """Made when training begins: what is measured or logged before has none."""
+    """Made when training begins; None before."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Make the bar, where one is shown, at the step that training goes on from."""
+        """Make the bar, at the step that training goes on from; it stays hidden where there are lines or nothing."""
         from tqdm.auto import tqdm
 
         shown = not args.disable_tqdm and state.is_world_process_zero
@@ -78,9 +73,9 @@ class Progress(TrainerCallback):
         self.bar.update(step - self.bar.n)
         if self.lines and now >= self.line_at:
             self.line_at = now + LINE_SECONDS
-            left = duration((now - self.began) / (step - self.first) * (state.max_steps - step))
+            remaining = duration((now - self.began) / (step - self.first) * (state.max_steps - step))
             values = ", ".join(f"{name} {value}" for name, value in self.shown.items())
-            report_line(args, f"step {step:,} of {state.max_steps:,}, {left} left; {values}")
+            report_line(args, f"step {step:,} of {state.max_steps:,}, {remaining} left; {values}")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
         """Show the latest values."""
@@ -93,6 +88,6 @@ class Progress(TrainerCallback):
         self.bar.set_postfix(self.shown, refresh=False)
 
     def close(self) -> None:
-        """End the bar's line, however training ended."""
+        """End the bar, however training ended."""
         if self.bar is not None:
             self.bar.close()

@@ -1,4 +1,4 @@
-"""Recycle hidden units while a `Trainer` trains: found in the model, judged by a method, drawn again, counted."""
+"""Recycle hidden units while a `Trainer` trains: find them, judge them by a method, draw them again, count them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ RECYCLED = "recycled"
 
 
 def recycled_layers(model: nn.Module, spec: ResetSpec) -> list[HiddenLayer]:
-    """Return the hidden layers of a model's MLPs that a method is to act on.
+    """Return the hidden layers of a model's MLPs that a method acts on.
 
     Args:
         model: Unwrapped causal LM, on any device, `meta` included.
-        spec: Its roles and exclude, and what is frozen, decide which layers are left alone.
+        spec: Its roles and exclude decide which layers are left alone, and frozen parameters do.
 
     Raises:
-        UserError: There is none, or units of an MLP lie elsewhere than in rows and columns of matrices (experts).
+        UserError: There is none, or the units of an MLP are not rows and columns of matrices (experts).
     """
     refuse_unfound([spec], slices_of(model, [spec], "recycling"))
     layers, unreached = hidden_layers(model, lambda matrix: spec.why_not(matrix) is None)
@@ -50,13 +50,13 @@ def recycled_layers(model: nn.Module, spec: ResetSpec) -> list[HiddenLayer]:
 class RecyclingCallback(TrainerCallback):
     """Train with `redo`, `continual_backprop` or `snr`.
 
-    Works in any `Trainer`; a `ContinualTrainer` also keeps its state in checkpoints, so that a run that was cut off
-    ends as if it had not been. Replicas decide alike, over the tokens of all of them. Of a unit, exactly its rows, its
-    column and the optimizer's moments of these change, at the end of a step: what is then measured or saved has it.
+    Works in any `Trainer`; a `ContinualTrainer` also keeps its state in checkpoints, so that a resumed run ends as an
+    uninterrupted one. Replicas decide alike, over the tokens of all of them. Of a unit, exactly its rows, its column
+    and the optimizer's moments of these change, at the end of a step, before anything is measured or saved.
 
     Args:
         spec: A method's name, or a spec.
-        seed: With the step and the layer it decides what is drawn; no other generator is touched.
+        seed: With the step and the layer it decides what is drawn; no other random generator advances.
         **options: Options of the method, where `spec` is its name: `RecyclingCallback("redo", seed=1, every=100)`.
 
     Raises:
@@ -68,7 +68,7 @@ class RecyclingCallback(TrainerCallback):
         self.spec = parse_one(spec, options, "recycling")
         self.seed = seed
         self.work: Renewal | None = None
-        """The layers and what is known of their units, while training goes on."""
+        """The layers and the statistics of their units, during training."""
         self._saved: dict[str, Tensor] = {}
         self._beginning, self._trainer = Beginning(), None
 
@@ -82,17 +82,17 @@ class RecyclingCallback(TrainerCallback):
         return self.work.recycled if self.work is not None else 0
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what lasts from step to step, by name."""
+        """Return the state of the method, by name."""
         return self.work.tensors() if self.work is not None else {}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Keep what `tensors` returned when a checkpoint was written; training goes on from it when it begins."""
+        """Take the state of a checkpoint, from `tensors`: training begins with it."""
         self._saved = tensors
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
     ) -> None:
-        """Find the units, the scales at which they are drawn, and what a checkpoint kept; hook into the model."""
+        """Find the units and the scales at which they are drawn, restore the state, and hook into the model."""
         if self.work is not None:
             self.work.unhook()
         if fsdp_modules(model) or any(map(is_dtensor, model.parameters())) or args.n_gpu > 1:
@@ -107,11 +107,11 @@ class RecyclingCallback(TrainerCallback):
         scales = _scales(fresh_like(model, self.seed), layers)
 
         def draw(layer: UnitLayer, units: Tensor, step: int) -> list[Tensor]:
-            drawn = []
-            for slice_ in layer.incoming:
-                own = generator(self.seed, step, self.spec.method, slice_.name)
-                drawn.append(torch.randn(len(units), slice_.shape[1], generator=own) * scales[slice_.name])
-            return drawn
+            return [
+                torch.randn(len(units), p.shape[1], generator=generator(self.seed, step, self.spec.method, p.name))
+                * scales[p.name]
+                for p in layer.incoming
+            ]
 
         self.work = Renewal(self.spec, layers, draw)
         if state.global_step:
@@ -121,12 +121,12 @@ class RecyclingCallback(TrainerCallback):
         self.work.listen()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Read the step's activations where the method wants them."""
+        """Read the step's activations where the method needs them."""
         assert self.work is not None
         self.work.begin(state.global_step + 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
-        """Judge the units by the step's tokens, and recycle those that the method names."""
+        """Judge the units by the step's tokens, and recycle those that the method chooses."""
         assert self.work is not None
         self.work.end(state.global_step, optimizer)
 
@@ -137,16 +137,16 @@ class RecyclingCallback(TrainerCallback):
                 entry[RECYCLED] = entry.get(RECYCLED, 0) + self.recycled
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Take the hooks out of the model, and let go of the weights that training began with."""
+        """Remove the hooks, and free the copy of the weights that training began with."""
         if self.work is not None:
             self.work.unhook()
         self._beginning.end()
 
 
 def _guard_hooks() -> None:
-    """Have torch.compile look at a module's hooks before it takes a graph; by default one made without them is taken.
+    """Have torch.compile check a module's hooks before it reuses a graph.
 
-    Such a graph was left by an earlier training of the same class in this process, and would leave the hooks out.
+    By default it reuses one without hooks, which an earlier training of the same class in this process has left.
     """
     import torch._dynamo.config as dynamo
 
@@ -156,7 +156,7 @@ def _guard_hooks() -> None:
 
 
 def _scales(fresh: nn.Module, layers: list[HiddenLayer]) -> dict[str, float]:
-    """Return the root mean square that newly drawn weights have, by slice: transformers draws them about zero."""
+    """Return the root mean square of newly drawn weights, by slice; transformers draws them about zero."""
     weights = dict(plain_parameters(fresh))
     slices = [slice_ for layer in layers for slice_ in layer.incoming]
     return {p.name: float(within(p, weights[p.parameter]).read().square().mean().sqrt()) for p in slices}

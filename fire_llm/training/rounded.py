@@ -1,4 +1,4 @@
-"""A model that reads its parameters rounded to 16 bits: residual stream, norms and all, not the products alone."""
+"""A model that reads its parameters rounded to 16 bits, so that norms and the residual stream are in 16 bits too."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def rounded(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
     Args:
         module: Run inside the block; not while it is checkpointed, which runs it again afterwards.
-        dtype: Of what it reads; parameters that are no floating-point numbers are left as they are.
+        dtype: Of what it reads; integer parameters are left as they are.
     """
-    kept = [
+    parameters = [
         (owner, name, p)
         for owner in module.modules()
         for name, p in owner._parameters.items()
@@ -29,15 +29,15 @@ def rounded(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     ]
     copies: dict[int, Tensor] = {}
     try:
-        for owner, name, p in kept:
+        for owner, name, p in parameters:
             if id(p) not in copies:
                 copies[id(p)] = p.to(dtype)
             slots: dict[str, Any] = owner._parameters
             slots[name] = copies[id(p)]
-        with torch.autocast(kept[0][2].device.type, enabled=False), warnings.catch_warnings():
+        with torch.autocast(parameters[0][2].device.type, enabled=False), warnings.catch_warnings():
             # torch.compile looks for the gradients of whatever it reads.
             warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf", UserWarning)
             yield
     finally:
-        for owner, name, p in kept:
+        for owner, name, p in parameters:
             owner._parameters[name] = p

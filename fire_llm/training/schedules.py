@@ -46,5 +46,5 @@ def multiplier(
     share = (step - (steps - decay)) / decay
     if shape == "exponential":
         return constant * math.pow(floor / constant, share)
-    left = 1 - (share if shape == "linear" else math.sqrt(share))
-    return floor + (constant - floor) * left
+    remaining = 1 - (share if shape == "linear" else math.sqrt(share))
+    return floor + (constant - floor) * remaining

@@ -1,7 +1,7 @@
-"""FSDP2 under a `Trainer`: which engines are refused, shards on CPUs, checkpoints that are the same as everyone's.
+"""FSDP2 under a `Trainer`: which engines are refused, shards on CPUs, and states that move between shards and files.
 
-A checkpoint holds whole tensors under the model's own names and the optimizer's own numbers, whatever the number of
-processes and whether they were replicas or shards, so that any of these goes on from any other.
+A checkpoint names weights as the model does and numbers moments as the optimizer does, however many processes wrote it
+and whether they were replicas or shards. Any number of either can go on from it.
 """
 
 from __future__ import annotations
@@ -31,40 +31,30 @@ from fire_llm.models import load_model
 OPTIMIZER = "optimizer.pt"
 """Name that `Trainer` gives the optimizer's state of one process or of replicas; shards are written under it too."""
 
-REDUCED_IN = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""What gradients are added up in over the ranks, by `reduce_precision`."""
-
 _MESH = "ACCELERATE_USE_PARALLELISM_CONFIG"
 
 
-def refuse_engines(args: Any) -> None:
-    """Refuse what a `Trainer` would train under but cannot be reset, before anything is wrapped.
-
-    Args:
-        args: `TrainingArguments`.
-
-    Raises:
-        UserError: For FSDP1, DeepSpeed and Megatron-LM, with what to use.
-    """
+def refuse_launched_engines(args: Any) -> None:
+    """Refuse the engines under which a `Trainer` can train a model but no reset can reach it."""
     if getattr(args, "deepspeed", None) or flag("ACCELERATE_USE_DEEPSPEED"):
         raise UserError(ENGINES["DEEPSPEED"])
     if flag("ACCELERATE_USE_MEGATRON_LM"):
         raise UserError(ENGINES["MEGATRON_LM"])
-    given = getattr(args, "fsdp_plugin_args", None)
     if shards_asked(args):
-        version = (given or {}).get("fsdp_version") or os.environ.get("FSDP_VERSION", "1")
+        plugin_args = getattr(args, "fsdp_plugin_args", None) or {}
+        version = plugin_args.get("fsdp_version") or os.environ.get("FSDP_VERSION", "1")
         if int(version) != 2:
             raise UserError(ENGINES["FSDP1"])
 
 
-def shards_asked(args: Any = None) -> bool:
-    """Return whether the launcher, or a `Trainer`'s arguments, ask for FSDP."""
+def shards_asked(args: Any) -> bool:
+    """Return whether a `Trainer`'s arguments, or the launcher, ask for FSDP."""
     return getattr(args, "fsdp_plugin_args", None) is not None or launched_in_shards()
 
 
 @contextmanager
 def sharding(trainer: Any) -> Iterator[None]:
-    """Let accelerate's FSDP2 work on CPUs too, and reduce gradients as `reduce_precision` says, whatever passes are in.
+    """Let accelerate's FSDP2 work on CPUs too, and reduce gradients in `reduce_precision`.
 
     accelerate 1.15 turns FSDP and meshes on for accelerators alone; what it then does needs none.
 
@@ -72,21 +62,20 @@ def sharding(trainer: Any) -> Iterator[None]:
         trainer: A `Trainer` that makes its accelerator inside this block.
 
     Raises:
-        UserError: FSDP is to checkpoint activations itself, or replicas to reduce in bf16.
+        UserError: FSDP is to checkpoint activations itself, a model in shards is to be compiled, or replicas are to
+            reduce in bf16.
     """
-    from accelerate.utils import FullyShardedDataParallelPlugin, ParallelismConfig
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
-
-    on_cpu = trainer.args.device.type == "cpu" and launched_in_shards()
-    given = getattr(trainer.args, "fsdp_plugin_args", None) or {}
+    args = trainer.args
+    plugin_args = getattr(args, "fsdp_plugin_args", None) or {}
     asked = launched_in_shards() and flag("FSDP_ACTIVATION_CHECKPOINTING")
-    if given.get("activation_checkpointing") or asked:
+    if plugin_args.get("activation_checkpointing") or asked:
         raise UserError(f"FSDP's activation_checkpointing {CHECKPOINTED_ONCE}")
-    if trainer.args.torch_compile and shards_asked(trainer.args):
+    if args.torch_compile and shards_asked(args):
         raise UserError(
             "a model in shards (FSDP2) is not compiled here: evaluations read its parts outside of the compiled whole. "
             "Set compile: false in the recipe (torch_compile=False in a Trainer's arguments), or train replicas"
         )
+    on_cpu = args.device.type == "cpu" and launched_in_shards()
     mesh = os.environ.pop(_MESH, None) if on_cpu else None
     try:
         yield
@@ -95,61 +84,71 @@ def sharding(trainer: Any) -> Iterator[None]:
             os.environ[_MESH] = mesh
     state = trainer.accelerator.state
     if on_cpu:
-        state.fsdp_plugin = FullyShardedDataParallelPlugin()
-        if isinstance(state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
-            # There is no accelerator that pinned memory would be for.
-            state.fsdp_plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)
-        if state.mixed_precision != "no":
-            state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
-        state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-        if mesh is not None and flag(_MESH):
-            state.parallelism_config = ParallelismConfig()
-            state.device_mesh = state.parallelism_config.get_device_mesh("cpu")
+        _shard_on_cpus(state)
     # Of accelerate's own use of torch's meshes; users can do nothing about it.
     warnings.filterwarnings("ignore", message="Slicing a flattened dim", category=UserWarning)
     plugin: Any = getattr(state, "fsdp_plugin", None)
     trainer.is_fsdp_enabled = plugin is not None
-    reduce = REDUCED_IN[trainer.args.reduce_precision]
-    if plugin is None:
-        if trainer.args.reduce_precision != "fp32" and trainer.args.world_size > 1:
-            raise UserError(
-                "reduce_precision bf16 is FSDP2's, and these processes are replicas: start them with "
-                "--accelerate-config fsdp2, or leave the key out"
-            )
-        return
-    policy = plugin.mixed_precision_policy
-    if policy is not None or reduce is not torch.float32:
-        plugin.mixed_precision_policy = replace(policy or MixedPrecisionPolicy(), reduce_dtype=reduce)
+    if plugin is not None:
+        _set_reduce_dtype(plugin, args.reduce_precision)
+    elif args.reduce_precision != "fp32" and args.world_size > 1:
+        raise UserError(
+            "reduce_precision bf16 is FSDP2's, and these processes are replicas: start them with "
+            "--accelerate-config fsdp2, or leave the key out"
+        )
+
+
+def _shard_on_cpus(state: Any) -> None:
+    """Give accelerate's state the FSDP plugin and the mesh that the launcher asks for."""
+    from accelerate.utils import FullyShardedDataParallelPlugin, ParallelismConfig
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    if isinstance(state.fsdp_plugin.cpu_offload, CPUOffloadPolicy):
+        # There is no accelerator that pinned memory would be for.
+        state.fsdp_plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)
+    if state.mixed_precision != "no":
+        state.fsdp_plugin.set_mixed_precision(state.mixed_precision)
+    state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    if flag(_MESH):
+        state.parallelism_config = ParallelismConfig()
+        state.device_mesh = state.parallelism_config.get_device_mesh("cpu")
+
+
+def _set_reduce_dtype(plugin: Any, precision: str) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy, dtype = plugin.mixed_precision_policy, torch.bfloat16 if precision == "bf16" else torch.float32
+    if policy is not None or dtype is not torch.float32:
+        plugin.mixed_precision_policy = replace(policy or MixedPrecisionPolicy(), reduce_dtype=dtype)
 
 
 # ---- shards to whole tensors and back
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Gather every tensor of a sharded model in the main process's memory, one at a time; collective.
+    """Gather every tensor of a sharded model in the first rank's memory, one at a time; collective.
 
     Returns:
-        The state dict on rank 0, an empty one elsewhere.
+        The state dict on the first rank, tied weights as one tensor; an empty one elsewhere.
     """
-    first, tensors = is_first(), _tensors(model)
-    names = [plain_name(name) for name in model.state_dict()]
-    gathered = {id(tensors[name]): tensors[name] for name in names}  # tied weights once, and one tensor still
-    whole = {key: _whole(tensor, first) for key, tensor in gathered.items()}
-    return {name: whole[id(tensors[name])] for name in names} if first else {}
+    tensors, first_names = named_once(model)
+    whole = {name: _whole(tensor, is_first()) for name, tensor in tensors.items()}
+    return {name: whole[first] for name, first in first_names.items()} if is_first() else {}
 
 
 def whole_optimizer(optimizer: Any) -> dict[str, Any]:
-    """Gather an optimizer's state in the main process's memory, as `state_dict` gives it unsharded; collective."""
+    """Gather an optimizer's state in the first rank's memory, as `state_dict` gives it unsharded; collective."""
     first, state = is_first(), optimizer.state_dict()
     moments = {
-        number: {key: _whole(value, first) if isinstance(value, Tensor) else value for key, value in one.items()}
-        for number, one in state["state"].items()
+        number: {key: _whole(value, first) if isinstance(value, Tensor) else value for key, value in values.items()}
+        for number, values in state["state"].items()
     }
     return {"state": moments, "param_groups": state["param_groups"]}
 
 
 def named_once(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a model's state dict, tied ones once, and the name that each of its names stands for."""
+    """Return the tensors of a model's state dict, tied ones under their first name; and that name for each name."""
     tensors, first = _tensors(model), dict[int, str]()
     names = {name: first.setdefault(id(tensors[name]), name) for name in map(plain_name, model.state_dict())}
     return {name: tensors[name].detach() for name in first.values()}, names
@@ -158,33 +157,25 @@ def named_once(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 def load_weights(model: nn.Module, folder: Path) -> None:
     """Give a model the weights of a checkpoint folder, in shards or whole; collective where the model is in shards.
 
+    A whole folder is read in fp32, or in fp64 where the model has parameters in it.
+
     Raises:
-        UserError: Where the folder cannot be read, or is of another model.
+        UserError: The folder cannot be read, or is of another model.
     """
     if in_shards(folder):
         from fire_llm.distributed.shards import read_shards
 
         return read_shards(named_once(model)[0], folder / SHARDED)
-    loaded = load_like(model, folder)
-    found = _tensors(loaded)
-    own, saved = _tensors(model), [plain_name(name) for name in model.state_dict()]
-    named = {plain_name(name) for name in loaded.state_dict()}
-    _refuse_another(folder, named - set(saved), set(saved) - named)
+    double = any(p.dtype == torch.float64 for p in model.parameters())
+    own_class = class_of(unwrap(model))
+    kind = own_class if issubclass(own_class, PreTrainedModel) else None
+    loaded = load_model(folder, torch.float64 if double else torch.float32, kind=kind)
+    own, saved = ({plain_name(name) for name in of.state_dict()} for of in (model, loaded))
+    _refuse_another(folder, saved - own, own - saved)
+    tensors = _tensors(loaded)
     with torch.no_grad():
-        for name in {id(own[name]): name for name in saved}.values():  # tied weights once
-            own[name].copy_(placed_like(own[name], found[name]))
-
-
-def load_like(model: nn.Module, folder: Path) -> Any:
-    """Load the weights of a checkpoint folder into another model of a model's class, in its finest dtype, fp32 or fp64.
-
-    Raises:
-        UserError: Where the folder cannot be read, or holds another model.
-    """
-    fine = any(p.dtype == torch.float64 for p in model.parameters())
-    own = class_of(unwrap(model))
-    kind = own if issubclass(own, PreTrainedModel) else None
-    return load_model(folder, torch.float64 if fine else torch.float32, kind=kind)
+        for name, tensor in named_once(model)[0].items():
+            tensor.copy_(placed_like(tensor, tensors[name]))
 
 
 def stored_otherwise(model: nn.Module, folder: Path) -> bool:
@@ -235,12 +226,12 @@ def load_optimizer(optimizer: Any, folder: Path, *, settings: bool = True) -> No
     """
     state = torch.load(folder / OPTIMIZER, map_location="cpu", mmap=True, weights_only=True)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for number, one in state["state"].items():
+    for number, values in state["state"].items():
         parameter = parameters[number]
-        for key, value in one.items():
-            if isinstance(value, Tensor):  # nothing stays mapped: the folder may be deleted while training goes on
+        for key, value in values.items():
+            if isinstance(value, Tensor):  # copied, because the mapped file may be deleted while training goes on
                 sharded = is_dtensor(parameter) and value.shape == parameter.shape
-                one[key] = placed_like(parameter, value) if sharded else value.clone()
+                values[key] = placed_like(parameter, value) if sharded else value.clone()
     if (folder / OPTIMIZER_SHARDS).is_dir():
         _add_shards(state["state"], parameters, folder / OPTIMIZER_SHARDS)
     if not settings:
@@ -249,7 +240,7 @@ def load_optimizer(optimizer: Any, folder: Path, *, settings: bool = True) -> No
 
 
 def _add_shards(state: dict[int, dict[str, Any]], parameters: list[Tensor], folder: Path) -> None:
-    """Add to an optimizer's state what lies in shards, placed as the parameters are."""
+    """Add what is stored in shards to an optimizer's state, placed as the parameters are."""
     from fire_llm.distributed.shards import read_shards, stored_shards
 
     wanted: dict[str, Tensor] = {}
@@ -262,13 +253,14 @@ def _add_shards(state: dict[int, dict[str, Any]], parameters: list[Tensor], fold
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters, under each of their names, and buffers; those of FSDP2 in shards."""
+    """Return a model's parameters, under each of their names, and its buffers; FSDP2's parameters in shards."""
     make_current(model)
     named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     return {plain_name(name): tensor for name, tensor in named.items()}
 
 
 def _whole(tensor: Tensor, keep: bool) -> Tensor:
+    """Gather a tensor; return it in host memory, or an empty one where it is not kept."""
     whole = tensor.detach()
     if hasattr(whole, "full_tensor"):
         whole = whole.full_tensor()

@@ -1,4 +1,4 @@
-"""One checkpoint of a model in shards: what each rank writes of it, and the ordinary folder that is made of that."""
+"""Save a model in shards: what each rank writes of a checkpoint, and the ordinary folder that is made of it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from fire_llm.training.sharding import named_once
 
 
 class ShardedSave:
-    """Hold what the ranks write of one checkpoint, as it was when this was made.
+    """Hold what this rank writes of one checkpoint.
 
     Args:
         trainer: Of a sharded model of transformers.
         ordinary: Whether weights become an ordinary folder once they are written.
-        stager: Copies what is held to the host, so that it may change while it is written; None: it may not.
+        stager: Copies the tensors to the host, so that training can go on while they are written; None: it waits.
     """
 
     def __init__(self, trainer: Any, ordinary: bool, stager: Any | None) -> None:
@@ -39,21 +39,21 @@ class ShardedSave:
         if not trainer.args.save_only_model:
             parts[OPTIMIZER_SHARDS] = {
                 f"{number}.{key}": value
-                for number, one in trainer.optimizer.state_dict()["state"].items()
-                for key, value in one.items()
+                for number, values in trainer.optimizer.state_dict()["state"].items()
+                for key, value in values.items()
                 if is_dtensor(value)
             }
         self.parts = parts if stager is None else stager.stage(parts)
         self.shell = _shell(trainer.model)
 
     def optimizer(self) -> dict[str, Any]:
-        """Return the optimizer's state but for what lies in shards, which is small."""
+        """Return the optimizer's state without its tensors in shards; that is small."""
         state = self.trainer.optimizer.state_dict()
-        rest = {n: {k: v for k, v in one.items() if not is_dtensor(v)} for n, one in state["state"].items()}
-        return {"state": rest, "param_groups": state["param_groups"]}
+        small = {n: {k: v for k, v in values.items() if not is_dtensor(v)} for n, values in state["state"].items()}
+        return {"state": small, "param_groups": state["param_groups"]}
 
     def describe(self, folder: Path) -> None:
-        """Write what stands beside the weights in a checkpoint and in its average."""
+        """Write the files beside the weights, in a checkpoint and in the folder of its average."""
         trainer, shell = self.trainer, self.shell
         tokenizer = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
         for place in [folder, folder / AVERAGED] if trainer.averaging.on else [folder]:
@@ -67,7 +67,7 @@ class ShardedSave:
                 torch.save(trainer.args, place / TRAINING_ARGS_NAME)
 
     def write(self, folder: Path, group: Any) -> dict[Path, str]:
-        """Write what this rank holds, and let go of it; collective.
+        """Write what this rank holds, and free it; collective.
 
         Returns:
             The hash of each rank's files, on the first rank.
@@ -78,9 +78,9 @@ class ShardedSave:
         return hashes
 
     def consolidate(self, folder: Path) -> None:
-        """Put whole weights in the place of their shards, as `save_pretrained` writes them; on one rank, of its own.
+        """Replace shards of weights by what `save_pretrained` writes of whole weights; on one rank.
 
-        They pass through a file beside the checkpoint and not through memory.
+        Whole weights lie in files beside the checkpoint meanwhile, not in memory.
         """
         scratch = folder.with_name("whole")
         for shards in [path for path in (folder / SHARDED, folder / AVERAGED / SHARDED) if path.is_dir()]:
@@ -91,9 +91,9 @@ class ShardedSave:
 
 
 def _shell(model: Any) -> Any:
-    """Return a model of the same class and config without weights, which can be asked while the other one trains.
+    """Return a model of the same class and config without weights, whose names and dtypes a thread can read.
 
-    FSDP2 exchanges a model's parameters while it computes, so that names and dtypes are not to be read off it.
+    FSDP2 exchanges the parameters of the trained model while it computes.
     """
     kind: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())

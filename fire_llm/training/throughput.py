@@ -1,7 +1,7 @@
-"""How fast a phase trains: tokens a second, MFU, memory, and the share of time spent waiting for data.
+"""Measure how fast a phase trains: tokens a second, MFU, memory, and the share of time spent waiting for data.
 
-Nothing here waits for an accelerator: clocks are read around what the host does, and what is derived from them is
-derived where `Trainer` logs, which has waited for the loss by then.
+Nothing here waits for an accelerator. Clocks are read around what the host does, and read out where `Trainer` logs: it
+has waited for the loss by then.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ MEASURES = ("tokens_per_second", "mfu", "peak_memory_bytes", "data_wait_share")
 
 
 class Throughput:
-    """Measure the steps between two logs, evaluations and checkpoints left out.
+    """Measure the steps between two logs, without evaluations and checkpoints.
 
     Args:
         flops: Floating-point operations a token, None where unknown.
         peak: FLOP/s of all devices together, None where unknown.
-        device: Whose memory is measured: torch's allocator on CUDA, whose peak is reset here; elsewhere the
-            process's resident memory.
+        device: Whose memory is measured; on CUDA, the peak of torch's allocator is reset here.
     """
 
     def __init__(self, flops: float | None, peak: float | None, device: torch.device) -> None:
@@ -38,14 +37,14 @@ class Throughput:
         self.stop()
 
     def stop(self) -> None:
-        """End a measurement: the next one begins with the next step."""
+        """End a measurement; the next step begins another."""
         self._began: float | None = None
         self._waited = 0.0
         self._tokens = 0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Count the time spent in here as waiting for data."""
+        """Count the time of the block as waiting for data."""
         began = time.perf_counter()
         if self._began is None:
             self._began = began
@@ -54,7 +53,7 @@ class Throughput:
 
     @contextmanager
     def left_out(self) -> Iterator[None]:
-        """Leave out the time spent in here: a checkpoint in the middle of a measurement."""
+        """Leave out the time of the block, such as that of a checkpoint in the middle of a measurement."""
         began = time.perf_counter()
         yield
         if self._began is not None:
@@ -65,7 +64,7 @@ class Throughput:
         self._tokens += tokens
 
     def read(self) -> dict[str, float]:
-        """Return what is known of `MEASURES`, of the steps since the measurement began."""
+        """Return those of `MEASURES` that are known, for the steps since the measurement began."""
         if self._began is None:
             return {}
         seconds = time.perf_counter() - self._began
@@ -77,9 +76,9 @@ class Throughput:
 
 
 def throughput(trainer: Any) -> Throughput:
-    """Return the measurement of a `ContinualTrainer`'s phase, on its device, with MFU where every sample is as long."""
+    """Return the measurement of a `ContinualTrainer`'s phase, with MFU where all samples have one length."""
     args, flops = trainer.args, None
-    if trainer.order == "numbered":  # the others' lengths may vary
+    if trainer.order == "numbered":  # other samples may have several lengths
         flops = flops_per_token(trainer.model, len(trainer.train_dataset[0]["input_ids"]))
     peak = peak_flops(args.device, half=args.bf16 or args.fp16)
     total = None if peak is None else peak * args.world_size
@@ -87,7 +86,7 @@ def throughput(trainer: Any) -> Throughput:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes held: of a CUDA device since its peak was reset, else by this process in main memory."""
+    """Return the peak of memory in bytes: of torch on CUDA, since it was reset, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,7 +1,7 @@
-"""Report a training to TensorBoard, Trackio, W&B and what else transformers integrates, by transformers' own callbacks.
+"""Report a training to TensorBoard, Trackio, W&B and all that transformers integrates, by transformers' own callbacks.
 
-A tracker cannot change a training: what it raises ends its reports and nothing else, and the random generators are
-left as they were. What a recipe says about a stage (its name, its settings, where it was interrupted) is added here.
+A tracker cannot change a training: an error ends only its reports, and the random generators are put back. Of a
+recipe's stage, its name, its settings and where it was interrupted are reported too.
 """
 
 from __future__ import annotations
@@ -34,37 +34,36 @@ from fire_llm.training.loss_jump import LossJumpCallback, loss_jump
 from fire_llm.training.progress import report_line
 
 RECORD = "trackers.json"
-"""File in a stage's folder: by tracker, the run it goes on with and the last log that it was sent, [step, number]."""
+"""File in a stage's folder: for each tracker its run, and the last log that it was sent, [step, number]."""
 
 FINISH_SECONDS = 300.0
-"""How long W&B may upload after a stage; what is left by then stays in the run's folder, for `wandb sync`."""
+"""How long W&B may upload after a stage. The rest stays in the run's folder, for `wandb sync`."""
 
 _EVENTS = [name for name in vars(TrainerCallback) if name.startswith("on_")]
 _OWN_EVENTS = ("on_train_begin", "on_log", "on_train_end")
 _NOTHING = (-1, 0)
 _SIZES = ("_tokens", "_bytes")
-"""What a stage's evaluations log beside scores: lengths of the texts, which make no curves."""
-
+"""Ends of keys that are not sent: lengths of evaluated texts, which make no curves."""
 
 _UPLOADS = {
     "wandb": ("WANDB_LOG_MODEL", ("checkpoint",)),
     "mlflow": ("HF_MLFLOW_LOG_ARTIFACTS", ("1", "on", "yes", "true")),
     "trackio": ("", ()),
 }
-"""Trackers that read a checkpoint when one is saved where a variable has one of these values, and never else."""
+"""Trackers that read a saved checkpoint only where an environment variable has one of these values."""
 
 
 def reads_checkpoints(callback: TrainerCallback) -> bool:
-    """Return whether a callback may look for the folder of a checkpoint that was just saved."""
+    """Return whether a callback may read the folder of a checkpoint as soon as it is saved."""
     if type(callback).on_save is TrainerCallback.on_save:
         return False
-    names = {kind: name for name, kind in INTEGRATION_TO_CALLBACK.items()}
-    variable, values = _UPLOADS.get(names.get(type(callback), ""), (None, ()))
+    name = next((name for name, kind in INTEGRATION_TO_CALLBACK.items() if kind is type(callback)), "")
+    variable, values = _UPLOADS.get(name, (None, ()))
     return variable is None or os.environ.get(variable, "").lower() in values
 
 
 def name_faults(names: Iterable[str]) -> Iterator[str]:
-    """Yield what is wrong with names of trackers: unknown to the installed transformers, or given twice."""
+    """Yield a message for each name of a tracker that is given twice or that the installed transformers lacks."""
     names = list(names)
     for name in dict.fromkeys(names):
         if name not in INTEGRATION_TO_CALLBACK:
@@ -139,7 +138,7 @@ _HINTS = {
     "flyte": "pip install flytekit",
     "kubeflow": "it reports from a job of Kubeflow's trainer alone, which sets KUBEFLOW_TRAINER_SERVER_URL",
 }
-"""What to do where it is not to install the package of an integration's name."""
+"""What to do, where installing the package of the same name is not enough."""
 
 _CHECKS: dict[str, Callable[[str, bool], None]] = {"wandb": _check_wandb, "trackio": _check_trackio}
 
@@ -160,7 +159,7 @@ class Tracked:
     """Parts of the run's name: `demo / libraries / fire / seed-1`."""
     phase: str
     config: Mapping[str, Any] = field(repr=False)
-    """What is shown as the run's settings beside the arguments of training."""
+    """Shown as the run's settings, beside the arguments of training."""
 
     @property
     def name(self) -> str:
@@ -169,10 +168,10 @@ class Tracked:
 
 
 class Tracker:
-    """Guard one of a trainer's integrations: what it raises ends its reports, in one line on stderr, and no more.
+    """Guard one of a trainer's integrations: an error ends its reports, with one line on stderr, and not the training.
 
     Args:
-        callback: The integration. It stays what and where it is; its events go through here.
+        callback: The integration. It stays among the trainer's callbacks; its events pass through this object.
         trainer: Its `ContinualTrainer`.
     """
 
@@ -184,8 +183,10 @@ class Tracker:
         """Set by `reporting`, on the first rank."""
         self.failed = self._running = self._opened = False
         self._reports: dict[int, int] = {}
-        self._at = _NOTHING
+        self._log_number = _NOTHING
+        """Of the last log: its step, and which of that step's logs it is."""
         self._record: dict[str, Any] = {}
+        """This tracker's part of `RECORD`."""
         self._original: dict[str, Callable[..., Any]] = {}
         for event in _EVENTS:
             if event in _OWN_EVENTS or getattr(type(callback), event) is not getattr(TrainerCallback, event):
@@ -202,18 +203,18 @@ class Tracker:
         }
         act = own.get(event, self._original[event])
         try:
-            # Trackio prints; W&B puts a wrapper around stdout, which has to be the real one.
+            # Trackio prints to stdout. W&B wraps stdout, and needs the real one.
             with _generators_kept(), nullcontext() if self.name == "wandb" else redirect_stdout(sys.stderr):
                 act(args, state, control, **kwargs)
         except Exception as error:
             self.failed = True
-            said = redact(first_line(error))
-            report_line(args, f"{self.name} failed and is left out from step {state.global_step} on: {said}")
+            reason = redact(first_line(error))
+            report_line(args, f"{self.name} failed and is left out from step {state.global_step} on: {reason}")
             with suppress(Exception):
                 self._close(1)
 
     def _begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._at, self._running = _NOTHING, True
+        self._log_number, self._running = _NOTHING, True
         if self.stage is None:
             self._original["on_train_begin"](args, state, control, **kwargs)
             return
@@ -228,30 +229,30 @@ class Tracker:
             self.callback.tb_writer.add_text("stage", _markdown(self.stage.config))
         elif self.name == "trackio":
             sys.modules["trackio"].config.update(self.stage.config)
-        # What the log holds and this tracker was not sent: it failed, or was not asked for yet.
+        # Send the entries of the log that this tracker missed, because it failed or was not asked for yet.
         for entry in (entry for entry in state.log_history if SAMPLES not in entry):  # texts are no curves
-            then = copy.copy(state)
-            then.global_step, then.epoch = entry["step"], entry.get("epoch")
-            self._send(args, then, control, {key: value for key, value in entry.items() if key != "step"}, **kwargs)
+            past = copy.copy(state)
+            past.global_step, past.epoch = entry["step"], entry.get("epoch")
+            self._send(args, past, control, {key: value for key, value in entry.items() if key != "step"}, **kwargs)
 
     def _log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
         self._send(args, state, control, {**logs, **self._figures(state, logs)}, **kwargs)
 
     def _send(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
-        """Send a log, unless the run of the tracker has it from before an interruption."""
-        step = state.global_step
-        self._at = (step, self._at[1] + 1 if step == self._at[0] else 0)
+        """Send a log, unless the tracker's run has it from before an interruption."""
+        last_step, number = self._log_number
+        self._log_number = (state.global_step, number + 1 if state.global_step == last_step else 0)
         if self.stage is not None:
-            if self._at <= tuple(self._record.get("sent", _NOTHING)):
+            if self._log_number <= tuple(self._record.get("sent", _NOTHING)):
                 return
-            # Noted first: a log that is lost leaves a gap, one that comes twice may differ in what is measured in time.
-            self._record["sent"] = list(self._at)
-            self._write()
+            # Recorded before it is sent: better a gap than one log twice, with two speeds.
+            self._record["sent"] = list(self._log_number)
+            self._write_record()
             logs = {k: v for k, v in logs.items() if not (k.startswith(("eval_", "ema_")) and k.endswith(_SIZES))}
         known = {key: value for key, value in logs.items() if value is not None}
         self._original["on_log"](args, state, control, logs=known, **kwargs)
 
-    def _write(self) -> None:
+    def _write_record(self) -> None:
         assert self.stage is not None
         path = self.stage.folder / RECORD
         others = read_json(path, "delete it") if path.exists() else {}
@@ -265,12 +266,12 @@ class Tracker:
         """End the tracker's run where training raised."""
         if self._running and not self.failed:
             trainer = self.trainer
-            given = {"model": trainer.model, "processing_class": trainer.processing_class}
             if self.name == "wandb":  # whose callback would upload a model
                 with suppress(Exception):
                     self._close(1)
             else:
-                self._guarded("on_train_end", trainer.args, trainer.state, trainer.control, **given)
+                parts = {"model": trainer.model, "processing_class": trainer.processing_class}
+                self._guarded("on_train_end", trainer.args, trainer.state, trainer.control, **parts)
 
     def _close(self, code: int) -> None:
         self._running = False
@@ -278,17 +279,17 @@ class Tracker:
             self._opened = False
             sys.modules["wandb"].finish(exit_code=code)
 
-    # ---- what a stage adds to what the integration does by itself
+    # ---- how each integration goes on with a stage's run
 
     def _tensorboard(self, stage: Tracked, args: Any, step: int) -> None:
-        """Write into the stage's folder; what was written after the step that training goes on from is dropped."""
+        """Write into the stage's folder; drop what was written after the step that training goes on from."""
         try:
             writers = import_module("torch.utils.tensorboard")
         except ImportError:
             writers = import_module("tensorboardX")
 
-        asked = self.callback.logging_dir  # TENSORBOARD_LOGGING_DIR
-        folder = stage.folder if asked is None else Path(asked, *stage.path)
+        users = self.callback.logging_dir  # TENSORBOARD_LOGGING_DIR
+        folder = stage.folder if users is None else Path(users, *stage.path)
         purge = None
         if sent := self._record.get("sent"):
             purge = step + 1 if step else 0
@@ -296,18 +297,17 @@ class Tracker:
         self.callback.tb_writer = writers.SummaryWriter(log_dir=str(folder), purge_step=purge)
 
     def _wandb(self, stage: Tracked, args: Any, step: int) -> None:
-        """Open the stage's run, unless the caller opened one, which the integration goes on with."""
+        """Open the stage's run, unless the caller opened one: the integration then reports to that."""
         import wandb
 
         if wandb.run is not None:
             return
         run_id = self._record.setdefault("id", secrets.token_hex(4))
-        self._write()
-        given = os.environ
-        folder = given.get("WANDB_DIR", str(stage.run_folder))
+        self._write_record()
+        folder = os.environ.get("WANDB_DIR", str(stage.run_folder))
         opened = wandb.init(
-            project=given.get("WANDB_PROJECT", stage.project),
-            group=given.get("WANDB_RUN_GROUP", stage.group),
+            project=os.environ.get("WANDB_PROJECT", stage.project),
+            group=os.environ.get("WANDB_RUN_GROUP", stage.group),
             name=stage.name,
             job_type=stage.phase,
             id=run_id,
@@ -318,27 +318,27 @@ class Tracker:
         )
         self._opened = True
         if _offline():
-            # What a file that was never closed holds is not known: the new one gets all of the log, and stands alone.
+            # An interrupted run's file may lack its end: the new file gets the whole log, and replaces it.
             self._record["sent"] = list(_NOTHING)
             own = Path(opened.settings.sync_dir).resolve()
             for earlier in Path(folder).glob(f"wandb/offline-run-*-{run_id}"):
                 if earlier.resolve() != own:
                     remove(earlier)
-        else:  # what the server has
+        else:  # ask the server how far it got
             reached = opened.summary.get("train/global_step")
             self._record["sent"] = list(_NOTHING) if reached is None else [int(reached), sys.maxsize]
 
     def _trackio(self, stage: Tracked, args: Any, step: int) -> None:
-        """Choose the run's name, by which Trackio goes on with one: another stage's of that name is left alone."""
+        """Choose the run's name, by which Trackio finds a run again; not one that another stage's run has."""
         import trackio
 
         if "name" not in self._record:
             taken: set[str] = set()
             with suppress(ValueError):  # there is no such project yet
                 taken = {run.name for run in trackio.Api().runs(stage.project)}
-            marked = f"{stage.name} / {secrets.token_hex(2)}"
-            self._record["name"] = marked if stage.name in taken else stage.name
-            self._write()
+            suffix = f" / {secrets.token_hex(2)}" if stage.name in taken else ""
+            self._record["name"] = stage.name + suffix
+            self._write_record()
         args.run_name = self._record["name"]
         if not (args.trackio_space_id or os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL")):
             from trackio.sqlite_storage import SQLiteStorage
@@ -349,26 +349,26 @@ class Tracker:
             self._record["sent"] = list(_NOTHING) if last is None else [last, steps.count(last) - 1]
 
     def _figures(self, state: Any, logs: Mapping[str, Any]) -> dict[str, float]:
-        """Return what resets did, as numbers, where this is the first log since: SFE, DfI, norms; the loss jump."""
-        found: dict[str, float] = {}
+        """Return figures of the resets since the last log, SFE, DfI and norms, and of the loss jump."""
+        figures: dict[str, float] = {}
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, ResetCallback):
                 for report in callback.reports[self._reports.get(id(callback), 0) :]:
-                    found |= report_figures(report)
+                    figures |= report_figures(report)
                 self._reports[id(callback)] = len(callback.reports)
             elif isinstance(callback, LossJumpCallback) and state.global_step == 0:
                 for corpus, before in callback.before.items():
                     after = logs.get(f"eval_{corpus}_nll")
                     if after is not None and math.isfinite(after):
                         jump = loss_jump(before, after, callback.vocabulary)
-                        found[f"eval_{corpus}_nll_before_reset"] = before
+                        figures[f"eval_{corpus}_nll_before_reset"] = before
                         if jump["undone"] is not None:
-                            found[f"eval_{corpus}_undone_by_reset"] = jump["undone"]
-        return found
+                            figures[f"eval_{corpus}_undone_by_reset"] = jump["undone"]
+        return figures
 
 
 def report_figures(report: Any) -> dict[str, float]:
-    """Return a `ResetReport` in a few numbers: SFE and norms over what was touched, the mean DfI over its matrices."""
+    """Summarise a `ResetReport`: SFE and norms over all touched tensors, the mean DfI over touched matrices."""
     figures: dict[str, float] = {}
     for name, squared in (("sfe", False), ("norm_before", True), ("norm_after", True)):
         values = [getattr(row, name) for row in report.touched]
@@ -390,7 +390,7 @@ def guard_trackers(trainer: Any) -> list[Tracker]:
 
 @contextmanager
 def reporting(trainer: Any, stage: Tracked) -> Iterator[None]:
-    """Tell a trainer's trackers which stage it trains in the block, and end their runs however that ends."""
+    """Tell a trainer's trackers which stage it trains in the block; end their runs where it raises."""
     if trainer.args.process_index == 0:
         for tracker in trainer.trackers:
             tracker.stage = stage
@@ -404,7 +404,7 @@ def reporting(trainer: Any, stage: Tracked) -> Iterator[None]:
 
 @contextmanager
 def _generators_kept() -> Iterator[None]:
-    """Put the random generators of Python, NumPy and torch's CPU back to where they were before the block."""
+    """Restore the random generators of Python, NumPy and torch's CPU after the block."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):

@@ -1,6 +1,6 @@
-"""Train one phase: transformers' `Trainer`, with what has to be exact overridden.
+"""Train one phase: transformers' `Trainer`, with those methods overridden whose results have to be exact.
 
-The class says when something happens, in the order in which a phase is trained; the files beside it say how.
+The class says when something happens, in the order of a training; the files beside it say how.
 Shapes: B = sequences a micro-batch, T = tokens a sequence.
 """
 
@@ -26,7 +26,7 @@ from fire_llm.architectures.context import choose_context
 from fire_llm.architectures.matrices import unwrap
 from fire_llm.core.compat import check_trainer
 from fire_llm.core.errors import UserError, did_you_mean, first_line
-from fire_llm.core.manifest import in_shards
+from fire_llm.core.manifest import TRAINER_STATE, in_shards, read_state
 from fire_llm.core.signals import set_step_near
 from fire_llm.distributed import fsdp_modules
 from fire_llm.evaluation import token_nll
@@ -51,7 +51,7 @@ from fire_llm.training.saving import Saver, checkpoint_to_resume, try_configs
 from fire_llm.training.sharding import (
     load_optimizer,
     load_weights,
-    refuse_engines,
+    refuse_launched_engines,
     sharding,
     stored_otherwise,
     whole_weights,
@@ -78,39 +78,8 @@ class ContinualTrainer(Trainer):
         UserError: An option that would not be done (docs/trainer.md lists what becomes of each); the installed
             `Trainer` does not call what is overridden here, or its engine cannot be reset.
 
-    Overridden, beside `__init__`, `train` and `hyperparameter_search`; † is in transformers from 5.3 on, the others
-    are older, and `core/compat.py` checks that the installed `Trainer` calls each of them:
-
-        _inner_training_loop                out of memory, it begins again with smaller micro-batches
-        create_accelerator_and_postprocess  FSDP2 and fp16 on CPUs too; engines that no reset reaches are refused
-        _get_train_sampler                  numbered data come in order, at any world size, resumed or not
-        get_train_dataloader                the loader draws from a generator of its own: dropout is as it would be
-        set_initial_training_values         steps and epochs that are left, where earlier steps had another size
-        create_optimizer                    Muon for matrices
-        create_scheduler                    infinite and WSD schedules
-        get_decay_parameter_names           tensors of two dimensions and more decay, as in the paper
-        _init_training_state †              steps left out are counted on; numbered data need no skipping; what a save
-                                            writes beside the weights is tried
-        _run_epoch                          an epoch that is gone on with at any sample has fewer batches
-        get_batch_samples                   the batches' hash, their tokens, and the wait for data
-        _get_num_items_in_batch             labels that are scored, over all ranks; known where every label counts
-        training_step                       the guard against what is not finite keeps each micro-batch's loss
-        compute_loss                        the exact mean over the accumulated batch, without holding its logits
-        floating_point_ops                  `Trainer` counts the parameters again at every micro-batch
-        _clip_grad_norm †                   penalties are added before gradients are clipped
-        _get_grad_norm †                    what is not finite does not reach the weights
-        _maybe_log_save_evaluate            faults of the last step and the last save are raised before the next
-        log                                 speed beside losses, and the share of the phase that is done
-        evaluation_loop                     labels may be of another kind than the training set's
-        evaluate                            exact perplexity a corpus too; the best checkpoint is saved
-        _get_output_dir                     a checkpoint is written under another name
-        _save_checkpoint                    it is listed, flushed and renamed once, by all ranks or by none
-        _load_best_model                    it waits until that is written; shards are loaded from that format
-        save_model                          what a thread writes later, or each rank of shards, is left to them
-        _save_optimizer_and_scheduler       the same
-        _load_from_checkpoint               the same
-        _load_optimizer_and_scheduler       the same
-        _load_rng_state                     losses that were summed but not logged are restored too
+    The docstring of each overridden method says what it does otherwise than `Trainer`. `core/compat.py` lists these
+    methods, and checks that the installed `Trainer` calls them.
     """
 
     args: Any
@@ -133,38 +102,28 @@ class ContinualTrainer(Trainer):
         """How `train_dataset` gives its samples: numbered, sized, stream; None without one."""
         sets, eval_dataset = split_sets(kwargs.pop("eval_dataset", None))
         self.evaluation_sets = {**(evaluation_sets or {}), **sets}
-        if wrong := [name for name, text in self.evaluation_sets.items() if not isinstance(text, EvaluationSet)]:
-            raise UserError(f"evaluation_sets: {wrong} are no EvaluationSets; give datasets as eval_dataset=…")
-        if unknown := [name for name in kwargs if name not in PARAMETERS]:
-            near = did_you_mean(unknown[0], [*PARAMETERS, "evaluation_sets"])
-            raise UserError(f"ContinualTrainer has no parameter '{unknown[0]}'; a tokenizer is processing_class.{near}")
-        if (model is None) == (kwargs.get("model_init") is None):
-            raise UserError("ContinualTrainer takes a model or a model_init, one of them")
-        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
-            raise UserError(
-                f"{type(model).__name__}: an adapter that puts tokens of its own before the text is refused, because "
-                "its logits are longer than the labels. Take one that changes weights, such as LoraConfig"
-            )
-        known = {name: kwargs[name] for name in ("optimizers", "optimizer_cls_and_kwargs") if name in kwargs}
+        refuse_parameters(model, self.evaluation_sets, kwargs)
+        optimizers = {name: kwargs[name] for name in ("optimizers", "optimizer_cls_and_kwargs") if name in kwargs}
         causal = model is None or is_causal(model)
-        refuse_options(Given(args, self.order, causal, self.evaluation_sets, eval_dataset, **known))
+        refuse_options(Given(args, self.order, causal, self.evaluation_sets, eval_dataset, **optimizers))
         self.saver = Saver(self)
         self.guard = FiniteGuard(self)
         self.averaging = Averaging(self)
         self._resumed_step = self._resumed_samples = 0
         self.epochs: Epochs | None = None
-        """Where data with a length stand, while they are trained on."""
+        """The place in data with a length, while they are trained on."""
         self._shifted: bool | None = None
-        """What the first training batch showed of its labels, where `args.labels_shifted` is None."""
+        """Whether labels are shifted, as the first training batch showed, where `args.labels_shifted` is None."""
         self._evaluating = self._windows = False
-        if self.order == "numbered" or not _pads(kwargs.get("processing_class")):
-            # Samples are full: nothing is padded, and tokenizers such as GPT-2's have no token to pad with.
+        tokenizer = kwargs.get("processing_class")
+        cannot_pad = isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.pad_token_id is None  # GPT-2's
+        if self.order == "numbered" or cannot_pad:  # numbered samples are full
             kwargs["data_collator"] = kwargs.get("data_collator") or default_data_collator
-        # `Trainer` insists on a dataset wherever an evaluation strategy is set; ours may be in `evaluation_sets`.
-        asked = self.evaluation_sets if eval_dataset is None and self.evaluation_sets else eval_dataset
-        given = None if callbacks is None else [*callbacks]
+        # `Trainer` insists on an `eval_dataset` wherever an evaluation strategy is set.
+        kwargs["eval_dataset"] = eval_dataset if eval_dataset is not None else self.evaluation_sets or None
+        kwargs["callbacks"] = None if callbacks is None else [*callbacks]
         try:
-            super().__init__(model, args, train_dataset=train_dataset, eval_dataset=asked, callbacks=given, **kwargs)
+            super().__init__(model, args, train_dataset=train_dataset, **kwargs)
         except UserError:
             raise
         except ValueError as error:
@@ -176,16 +135,16 @@ class ContinualTrainer(Trainer):
             # `compute_loss` divides by the tokens of the whole accumulated batch; this is how `Trainer` learns of it.
             self.model_accepts_loss_kwargs = True
         self.batches_hash = torch.zeros((), dtype=torch.int64, device=args.device)
-        """Hash of every token id trained on, the step it was seen at included; order within a step does not count."""
+        """Hash of all token ids that were trained on and of their steps; the order within a step does not count."""
         self.fetched = -1
-        """The step, counted from zero, whose batches were fetched last; it is still to be taken at that global step."""
+        """The step, counted from zero, whose batches were fetched last."""
         self._fetched_hash = torch.zeros_like(self.batches_hash)
         self._progress, self.stopping = Progress(), Stopping()
         if not plain(args):
             self.callback_handler.callbacks.pop()  # `Trainer`'s own bar or printer, which it adds last
         self.trackers = guard_trackers(self)
         """Of `args.report_to`, and of `callbacks`."""
-        # What signals and clocks ask for is behind what asks for a log where something is saved: such a save has none.
+        # `Keeping` logs wherever something is saved. Saves by clocks and signals come after it, so they log nothing.
         own = (self.averaging, Keeping(), TimedSaves(), self.stopping, self._progress)
         for callback in () if plain(args) else own:
             self.add_callback(callback)
@@ -216,13 +175,15 @@ class ContinualTrainer(Trainer):
             self.hyperparameter_search()
         args = self.args
         checkpoint = checkpoint_to_resume(args, resume_from_checkpoint)
-        start, args.eval_on_start = args.eval_on_start, args.eval_on_start and checkpoint is None
-        micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+        changed = ("eval_on_start", "per_device_train_batch_size", "gradient_accumulation_steps")
+        before = {name: getattr(args, name) for name in changed}
+        args.eval_on_start = args.eval_on_start and checkpoint is None
         if args.auto_find_batch_size:
-            self.shrink(self.saver.micro_batch(checkpoint) or self._train_batch_size)
+            saved = read_state(Path(checkpoint), TRAINER_STATE) if checkpoint else {}
+            self.shrink(saved.get("train_batch_size") or self._train_batch_size)
         self._begin(checkpoint)
         callbacks = self.callback_handler.callbacks
-        # Behind what changes weights at a step's end, whenever that was added: their average, then a save by a signal.
+        # First all that changes weights at a step's end, then their average, then a save that a signal asks for.
         callbacks.sort(key=lambda c: 2 if isinstance(c, JITCheckpointCallback) else int(c is self.averaging))
         for callback in callbacks:
             if isinstance(callback, ResetCallback | RecyclingCallback):
@@ -238,12 +199,13 @@ class ContinualTrainer(Trainer):
             self.settle(report=True)
             raise
         finally:
-            args.eval_on_start = start
-            args.per_device_train_batch_size, args.gradient_accumulation_steps = micro, accumulation
+            for name, value in before.items():
+                setattr(args, name, value)
             set_step_near(False)
             self._progress.close()
 
     def _begin(self, checkpoint: str | None) -> None:
+        """Set what is counted to the state of a checkpoint, or to zero."""
         for name in ("_summed_loss", "_throughput", "_weights"):
             self.__dict__.pop(name, None)  # of a model that `model_init` has replaced, or of other settings
         self.batches_hash.zero_()
@@ -254,7 +216,7 @@ class ContinualTrainer(Trainer):
     def _inner_training_loop(
         self, batch_size: int | None = None, args: Any = None, resume_from_checkpoint: str | None = None, **kwargs: Any
     ) -> Any:
-        """Train, again from the beginning where memory runs out and `auto_find_batch_size` asks for it."""
+        """Train; with `auto_find_batch_size`, begin again with smaller micro-batches where memory runs out."""
         args = self.args
         if not args.auto_find_batch_size:
             return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, **kwargs)
@@ -267,9 +229,9 @@ class ContinualTrainer(Trainer):
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
-                said = first_line(error)
-            # Out of the handler, whose traceback holds the batch's tensors.
-            start.check(said)
+                message = first_line(error)
+            # Outside of the handler: its traceback holds the batch's tensors.
+            start.check(message)
             self.settle(report=True)
             self.saver.forget()
             self._progress.close()
@@ -278,25 +240,25 @@ class ContinualTrainer(Trainer):
             self._begin(resume_from_checkpoint)
 
     def shrink(self, most: int) -> None:
-        """Make micro-batches of at most so many samples, and accumulate as many more of them."""
+        """Make micro-batches of at most so many samples, and accumulate more of them: a step stays as large."""
         micro = self.args.per_device_train_batch_size
         self.args.per_device_train_batch_size = part = largest_part(micro, most)
         self.args.gradient_accumulation_steps *= micro // part
 
     def hyperparameter_search(self, *_: Any, **__: Any) -> Any:
-        """Refuse: a checkpoint is written in one folder, and a search wants one for each trial."""
+        """Refuse: checkpoints are written to one folder, and a search needs one for each trial."""
         raise UserError(f"hyperparameter_search is refused: {METHODS['hyperparameter_search'].text.replace('`', '')}")
 
     # ---- before the first step
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Make the accelerator, FSDP2's shards and fp16 on CPUs included, and refuse what cannot be reset."""
-        refuse_engines(self.args)
+        """Make the accelerator, with FSDP2 and fp16 on CPUs too; refuse engines that a reset cannot reach."""
+        refuse_launched_engines(self.args)
         # accelerate, too, turns TF32 on where it compiles in fp32.
         with sharding(self), settings_kept() if self.args.tf32 is None else nullcontext():
             super().create_accelerator_and_postprocess()
         if self.args.fp16 and self.args.device.type == "cpu":
-            # accelerate leaves fp16 out on CPUs, without a word, and would train in fp32.
+            # accelerate ignores fp16 on CPUs, without a word, and would train in fp32.
             self.accelerator.native_amp = True
             self.accelerator.scaler = torch.amp.GradScaler("cpu")
 
@@ -310,15 +272,16 @@ class ContinualTrainer(Trainer):
         return self._resumed_samples + (step - self._resumed_step) * self.samples_a_step
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return the sampler; that of numbered data gives them in order, with any number of ranks, resumed or not."""
         if self.order != "numbered":
             return super()._get_train_sampler(train_dataset)
         steps = self.args.max_steps
         return FromStep(self._resumed_samples, self.first_sample(steps), steps * self.samples_a_step)
 
     def get_train_dataloader(self) -> Any:
-        """Return the loader; that of numbered data with a generator of its own.
+        """Return the loader; that of numbered data has a generator of its own.
 
-        A seed from torch's would move dropout on resumption.
+        Drawing its seed from torch's generator would change dropout where training is resumed.
         """
         loader = super().get_train_dataloader()
         if self.order == "numbered":
@@ -326,9 +289,9 @@ class ContinualTrainer(Trainer):
         self.epochs = self.saver.epochs(loader) if self.order == "sized" else None
         return loader
 
-    def set_initial_training_values(self, args: Any, *given: Any, **kwargs: Any) -> Any:
-        """Return what `Trainer` counts, epochs and steps from where the data stand."""
-        epochs, *others, steps = super().set_initial_training_values(args, *given, **kwargs)
+    def set_initial_training_values(self, args: Any, *more: Any, **kwargs: Any) -> Any:
+        """Return `Trainer`'s counts, with the epochs and steps that are left where earlier steps had another size."""
+        epochs, *others, steps = super().set_initial_training_values(args, *more, **kwargs)
         if self.epochs is not None and self.epochs.moved and not args.ignore_data_skip:
             epochs, steps = self.epochs.until(args.max_steps, args.num_train_epochs)
         return (epochs, *others, steps)
@@ -337,10 +300,10 @@ class ContinualTrainer(Trainer):
         """Make the optimizer, Muon where it is asked for.
 
         Raises:
-            UserError: transformers cannot make it, for want of a library, say; or Muon has nothing to train.
+            UserError: transformers cannot make it, because a library is missing, say; or Muon has nothing to train.
         """
         if self.is_fsdp_enabled and self.causal and not fsdp_modules(self.model):
-            self._summed_loss.look()  # while the model is whole
+            self._summed_loss.look()  # now, before the model is cut into shards
         if self.args.muon and self.optimizer is None:
             self.optimizer = muon_adamw(model or self.model, self.args)
         try:
@@ -350,17 +313,21 @@ class ContinualTrainer(Trainer):
             raise UserError(f"the optimizer '{name}' cannot be made: {error}") from error
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Make the schedule, ours where one is given."""
+        """Make the schedule: `args.schedule`, an infinite or WSD one, where it is given."""
         if self.args.schedule is not None and self.lr_scheduler is None:
             self.lr_scheduler = scheduled(optimizer or self.optimizer, self.args, num_training_steps)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
-        """Return the names of tensors of two dimensions and more, which decay, as in the paper."""
+        """Return the names of all tensors of two dimensions and more: these decay, as in the paper."""
         return [name for name, p in model.named_parameters() if p.ndim >= 2]
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the epochs and batches to skip: none of numbered data, which begin at the right sample.
+
+        Take over the count of skipped steps, and try what a save writes beside the weights.
+        """
         epochs, batches = super()._init_training_state(*args, **kwargs)
         self.state.train_batch_size = self._train_batch_size  # `Trainer` goes on with the checkpoint's
         self.guard.resume(self.state.log_history)
@@ -372,6 +339,7 @@ class ContinualTrainer(Trainer):
         return epochs, 0 if self.order == "numbered" else batches
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        """Train for an epoch, which has fewer batches where training goes on in the middle of it."""
         if self.epochs is not None:
             kwargs |= self.epochs.of(kwargs["epoch"], kwargs["train_dataloader"])
         return super()._run_epoch(*args, **kwargs)
@@ -386,7 +354,7 @@ class ContinualTrainer(Trainer):
         return int(self.model.num_parameters(exclude_embeddings=True))
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Tensor]], Any]:
-        """Fetch a step's micro-batches, with an eye on the clock, and count their tokens into the hash.
+        """Fetch a step's micro-batches; time this, and add their tokens to the count and to the hash.
 
         Raises:
             UserError: Numbered data end before `max_steps`; samples have no labels, or labels that are neither the
@@ -408,30 +376,32 @@ class ContinualTrainer(Trainer):
         self._fetched_hash.zero_()
         ids = [i for i in (batch.get("input_ids") for batch in batches) if i is not None and not i.is_floating_point()]
         self._throughput.count(sum(i.numel() for i in ids) * self.args.world_size)
-        together = [torch.cat(ids)] if len({i.shape[1:] for i in ids}) == 1 else ids
-        for rows in together:
+        if len({i.shape[1:] for i in ids}) == 1:
+            ids = [torch.cat(ids)]  # hashed at once
+        for rows in ids:
             self._fetched_hash += hash_batch(rows.to(self.batches_hash.device), self.fetched)
         self.batches_hash += self._fetched_hash
         return batches, items
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Any:
+        """Return what a causal LM's losses are divided by: `count_items`."""
         if not self.causal:
             return super()._get_num_items_in_batch(batch_samples, device)
         return self.count_items(batch_samples) if batch_samples else None
 
     def count_items(self, batches: list[dict[str, Tensor]]) -> Any:
-        """Return what the sum of a step's losses is divided by: its scored tokens, as many as a rank has on average.
+        """Return what a step's summed loss is divided by: its scored tokens, over all ranks, by the number of ranks.
 
-        Where every label counts, these are the labels there are: nothing is read and no rank is asked.
+        Where every label counts, they are known from the shapes: no label is read and no rank is asked.
         """
         if not self._evaluating and getattr(self.train_dataset, "every_label_counts", False):
             return sum(batch["labels"].numel() for batch in batches)
         if self.compute_loss_func is not None and not all("labels" in batch for batch in batches):
-            return None  # it may do without
+            return None  # that function may need no labels
         items = torch.stack([(self.targets(batch) != IGNORE).sum() for batch in batches]).sum()
         if self._ranks > 1:
             items = self.accelerator.reduce(items.to(self.args.device, torch.float64), "mean")
-        return items.clamp(min=1)  # a batch in which nothing is scored teaches nothing
+        return items.clamp(min=1)  # where nothing is scored, the sum is 0
 
     @property
     def _ranks(self) -> int:
@@ -450,9 +420,9 @@ class ContinualTrainer(Trainer):
             )
         shifted = False if self._windows else self.args.labels_shifted
         if shifted is None and "shift_labels" not in inputs:
-            # What is evaluated may be of another kind than the training set: each of its batches is checked.
-            found = labels_are_shifted(inputs) if self._evaluating or self._shifted is None else None
-            shifted = self._shifted if found is None else found
+            # Evaluated data may have other labels than the training set: each of their batches is checked.
+            shown = labels_are_shifted(inputs) if self._evaluating or self._shifted is None else None
+            shifted = self._shifted if shown is None else shown
             if not self._evaluating:
                 self._shifted = shifted
             if shifted is None:
@@ -463,7 +433,7 @@ class ContinualTrainer(Trainer):
         return targets_of(inputs, bool(shifted))
 
     def training_step(self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
-        """Run one micro-batch forward and backward; return its loss, (), detached."""
+        """Run one micro-batch forward and backward; return its loss, (), detached, which the guard keeps too."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.guard.note(loss)
         return loss
@@ -471,7 +441,7 @@ class ContinualTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return Σ nll over the tokens of the accumulated batch: the exact mean once accumulated and averaged by ranks.
+        """Return Σ nll divided by the tokens of the accumulated batch; these add up, over ranks too, to the exact mean.
 
         Models of transformers divide by counts of their own (GPT-2's includes a token it never predicts). A model that
         is no causal LM has its own loss.
@@ -479,12 +449,12 @@ class ContinualTrainer(Trainer):
         if not self.causal:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         read = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
-        smoothing, given, items = self.args.label_smoothing_factor, self.compute_loss_func, num_items_in_batch
-        whole = return_outputs or smoothing or given is not None
-        outputs = model(**read, use_cache=False) if whole else None  # under autocast, whatever `bf16_params`
-        if given is not None:
+        smoothing, loss_func, items = self.args.label_smoothing_factor, self.compute_loss_func, num_items_in_batch
+        needs_logits = return_outputs or smoothing or loss_func is not None
+        outputs = model(**read, use_cache=False) if needs_logits else None  # under autocast, whatever `bf16_params`
+        if loss_func is not None:
             total = None if items is None else items * self._ranks
-            loss = given(outputs, inputs.get("labels"), num_items_in_batch=total)
+            loss = loss_func(outputs, inputs.get("labels"), num_items_in_batch=total)
             if not isinstance(loss, Tensor):
                 raise UserError(
                     f"compute_loss_func returned {loss!r:.80}; it must return the loss, a tensor of one number"
@@ -505,17 +475,18 @@ class ContinualTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Tensor]) -> int:
-        """Return 6 operations a token and weight, as `Trainer` does."""
+        """Return 6 operations a token and weight, as `Trainer` does; it counts the weights at every micro-batch."""
         if not self.causal:
             return int(super().floating_point_ops(inputs))
         return 6 * inputs["input_ids"].numel() * self._weights
 
     def _clip_grad_norm(self, model: Any) -> Any:
+        """Add the penalties' gradients, then clip."""
         add_penalties(self)
         return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Return the norm of a step's gradients; None where they are not finite and the step is left out."""
+        """Return the norm of a step's gradients; None where it is not finite, and the step is skipped."""
         if grad_norm is None:  # nothing was clipped
             add_penalties(self)
         norm = super()._get_grad_norm(model, grad_norm)
@@ -524,14 +495,15 @@ class ContinualTrainer(Trainer):
     # ---- after a step: logs and evaluations
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        """Raise the faults of the last step and the last save first; measure speed anew after a log."""
         control = self.control
         if (control.should_log or control.should_evaluate or control.should_save) and not self.guard.settle():
-            grad_norm = None  # of a step that was left out
+            grad_norm = None  # the step was skipped
         if self.args.world_size == 1:  # several ranks have to hear of a fault at the same step: at the next save
             self.saver.writer.check()
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
         if self._globalstep_last_logged == self.state.global_step:
-            self._throughput.stop()  # what was just evaluated and saved is no part of the next measurement
+            self._throughput.stop()  # the time of evaluating and saving does not count
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with `ContinualArguments` the speed too; the epoch of numbered data is the share of the phase done.
@@ -568,25 +540,27 @@ class ContinualTrainer(Trainer):
         Raises:
             UserError: There is nothing to measure.
         """
-        own = eval_dataset is None
+        regular = eval_dataset is None
         if isinstance(eval_dataset, str) and eval_dataset in self.evaluation_sets:
             eval_dataset = {eval_dataset: self.evaluation_sets[eval_dataset]}
-        sets, rest = (self.evaluation_sets, self.eval_dataset) if own else split_sets(eval_dataset)
-        if not sets and rest is None:
+        sets, datasets = (self.evaluation_sets, self.eval_dataset) if regular else split_sets(eval_dataset)
+        if not sets and datasets is None:
             raise UserError(
                 "evaluate: there is nothing to measure; give evaluation_sets or an eval_dataset, here or when the "
                 "trainer is made"
             )
         metrics: dict[str, float] = {}
         if sets:
+            if callable(getattr(self.optimizer, "eval", None)):
+                self.optimizer.eval()  # a schedule-free one trains other weights; the next step puts them back
             metrics = validate(self.model, sets, self.args, metric_key_prefix)
             state, best = self.state, self.state.best_metric
-            nll = metrics.get(f"{metric_key_prefix}_nll", math.inf) if self.args.keep_best and own else math.inf
+            nll = metrics.get(f"{metric_key_prefix}_nll", math.inf) if self.args.keep_best and regular else math.inf
             if state.global_step > 0 and nll < (math.inf if best is None else best):
                 state.best_metric, state.best_global_step = nll, state.global_step
                 self.control.should_save = True
             self.log(dict(metrics))
-            if own and self.is_in_train and self.averaging.on and state.global_step > 0:
+            if regular and self.is_in_train and self.averaging.on and state.global_step > 0:
                 with self.averaging.applied():
                     averaged = validate(self.model, sets, self.args, "ema")
                 self.log(averaged)
@@ -595,12 +569,12 @@ class ContinualTrainer(Trainer):
             context = choose_context(self.model.config, self.args.eval_context)
             prefix = f"{metric_key_prefix}_{name}" if name else metric_key_prefix
             metrics |= super().evaluate(Windows(text, context), ignore_keys, prefix)
-        if rest is not None:
-            metrics |= super().evaluate(None if own else rest, ignore_keys, metric_key_prefix)
+        if datasets is not None:
+            metrics |= super().evaluate(None if regular else datasets, ignore_keys, metric_key_prefix)
         return metrics
 
     def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run `Trainer`'s loop, labels as this data has them, whatever the training set has."""
+        """Run `Trainer`'s loop; whether labels are shifted is asked of these data, not of the training set."""
         self._evaluating, self._windows = True, isinstance(getattr(dataloader, "dataset", None), Windows)
         try:
             with self._losses_shown():
@@ -610,23 +584,26 @@ class ContinualTrainer(Trainer):
 
     @contextmanager
     def _losses_shown(self) -> Iterator[None]:
-        """Hide no loss that is not finite; `Trainer` would put others in its place, and ask the device for each."""
-        asked, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
+        """Hide no loss that is not finite; `Trainer` would replace it, and wait for the device at each loss."""
+        filtered, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
         try:
             yield
         finally:
-            self.args.logging_nan_inf_filter = asked
+            self.args.logging_nan_inf_filter = filtered
 
     # ---- checkpoints
 
     def _get_output_dir(self, trial: Any) -> str:
+        """Return the folder that a checkpoint is written below, before it is renamed."""
         return str(self.saver.staging or self.args.output_dir)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Save a checkpoint that is listed, flushed and renamed once, by all ranks or by none."""
         with self._throughput.left_out():
             self.saver.save(partial(super()._save_checkpoint, model, trial))
 
     def _load_best_model(self) -> None:
+        """Wait until the best checkpoint is written, and load it, from shards too."""
         self.settle()
         best = Path(self.state.best_model_checkpoint)
         if self._loads_weights(self.model, best):
@@ -635,7 +612,7 @@ class ContinualTrainer(Trainer):
             super()._load_best_model()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model as an ordinary folder, the same for replicas and shards."""
+        """Save an ordinary folder, of shards too; during a save, leave it to a thread or to each rank's own shards."""
         if self.saver.puts_off and output_dir is not None and _internal_call:
             self.saver.save_model_later(Path(output_dir))
         elif self.is_fsdp_enabled:  # `Trainer` would keep pickles beside it
@@ -646,12 +623,14 @@ class ContinualTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Save both; large tensors are left to a thread or to each rank's own shards."""
         if self.is_fsdp_enabled or self.saver.puts_off:
             self.saver.save_optimizer_and_scheduler(Path(output_dir))
         else:
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load weights, in shards, from shards, or under other names than the model's too."""
         folder, model = Path(resume_from_checkpoint), model or self.model
         if self._loads_weights(model, folder):
             load_weights(model, folder)
@@ -667,12 +646,16 @@ class ContinualTrainer(Trainer):
         return self.is_fsdp_enabled or in_shards(folder) or stored_otherwise(model, folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        # transformers below 5.18 cannot load replicas' states on CPUs: torch knows no place "cpu:0".
+        """Load both, each rank its own rows of what is sharded.
+
+        transformers below 5.18 cannot load replicas' states on CPUs: torch knows no device "cpu:0".
+        """
         if checkpoint is not None:
             load_optimizer(self.optimizer, Path(checkpoint))
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Restore the generators, and the losses that were summed but not logged."""
         super()._load_rng_state(checkpoint)
         if checkpoint is not None:
             self.saver.restore_unlogged()
@@ -684,8 +667,8 @@ class ContinualTrainer(Trainer):
             report: Write a failure to stderr instead of raising it, because something else is about to be raised.
 
         Raises:
-            UserError: It could not be written, for a reason that the user can do something about.
-            RuntimeError: It could not be written, for another.
+            UserError: It could not be written, for a reason that the user can remove.
+            RuntimeError: It could not be written, for another reason.
         """
         try:
             self.saver.writer.wait()
@@ -696,16 +679,32 @@ class ContinualTrainer(Trainer):
 
     @property
     def waiting(self) -> bool:
-        """Whether a step's batches are fetched and it is not taken yet: a save in its middle leaves them out."""
+        """Whether a step is in progress: its batches are fetched, and a save now does not count them."""
         return bool(self.fetched == self.state.global_step)
 
     def hash_of_steps(self) -> Tensor:
-        """Return the hash of the batches of this rank's steps so far, ()."""
+        """Return the hash, (), of the batches of this rank's completed steps."""
         return self.batches_hash - self._fetched_hash if self.waiting else self.batches_hash.clone()
 
     def hash_of_batches(self) -> str:
-        """Return the hash over all ranks of every batch so far, 16 hexadecimal digits; collective."""
+        """Return the hash of all ranks' batches so far, 16 hexadecimal digits; collective."""
         return f"{self.saver.hash_over_ranks() & (2**64 - 1):016x}"
+
+
+def refuse_parameters(model: Any, sets: Mapping[str, Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse parameters that `Trainer` lacks, other evaluation sets, no model or two, and adapters that add tokens."""
+    if wrong := [name for name, text in sets.items() if not isinstance(text, EvaluationSet)]:
+        raise UserError(f"evaluation_sets: {wrong} are no EvaluationSets; give datasets as eval_dataset=…")
+    if unknown := [name for name in kwargs if name not in PARAMETERS]:
+        near = did_you_mean(unknown[0], [*PARAMETERS, "evaluation_sets"])
+        raise UserError(f"ContinualTrainer has no parameter '{unknown[0]}'; a tokenizer is processing_class.{near}")
+    if (model is None) == (kwargs.get("model_init") is None):
+        raise UserError("ContinualTrainer takes a model or a model_init, one of them")
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise UserError(
+            f"{type(model).__name__}: an adapter that puts tokens of its own before the text is refused, because "
+            "its logits are longer than the labels. Take one that changes weights, such as LoraConfig"
+        )
 
 
 def coarse_weights(model: Any) -> str | None:
@@ -725,7 +724,7 @@ def coarse_weights(model: Any) -> str | None:
 
 
 def is_causal(model: Any) -> bool:
-    """Return whether a model is a causal LM of transformers, adapters and wrappers around it left aside."""
+    """Return whether a model, without adapters and wrappers, is a causal LM of transformers."""
     inner = unwrap(model.get_base_model() if hasattr(model, "get_base_model") else model)
     names = {kind.__name__ for kind in type(inner).__mro__}
     return (
@@ -734,20 +733,15 @@ def is_causal(model: Any) -> bool:
     )
 
 
-def split_sets(given: Any) -> tuple[dict[str, EvaluationSet], Any]:
-    """Return the evaluation sets among what is given to evaluate, by name, and the rest, None for none.
+def split_sets(eval_dataset: Any) -> tuple[dict[str, EvaluationSet], Any]:
+    """Return the evaluation sets in an `eval_dataset`, by name, and the other datasets, None for none.
 
     Args:
-        given: As `eval_dataset`: a dataset, an `EvaluationSet` (its name is then ""), or a dict of either.
+        eval_dataset: A dataset, an `EvaluationSet` (its name is then ""), or a dict of either.
     """
-    if isinstance(given, EvaluationSet):
-        return {"": given}, None
-    if not isinstance(given, dict):
-        return {}, given
-    sets = {name: text for name, text in given.items() if isinstance(text, EvaluationSet)}
-    return sets, {name: data for name, data in given.items() if name not in sets} or None
-
-
-def _pads(processing_class: Any) -> bool:
-    """Return whether `Trainer`'s collator for a tokenizer can pad."""
-    return not isinstance(processing_class, PreTrainedTokenizerBase) or processing_class.pad_token_id is not None
+    if isinstance(eval_dataset, EvaluationSet):
+        return {"": eval_dataset}, None
+    if not isinstance(eval_dataset, dict):
+        return {}, eval_dataset
+    sets = {name: text for name, text in eval_dataset.items() if isinstance(text, EvaluationSet)}
+    return sets, {name: data for name, data in eval_dataset.items() if name not in sets} or None

@@ -1,4 +1,4 @@
-"""Validation of a phase: exact perplexity a corpus, and the one number that decides which checkpoint is the best."""
+"""Validate a phase: exact perplexity on each corpus, and the one number that decides which checkpoint is the best."""
 
 from __future__ import annotations
 

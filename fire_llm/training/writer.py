@@ -1,4 +1,4 @@
-"""Write beside training: copies of tensors on the host, and the thread that writes them."""
+"""Write while training goes on: copies of tensors on the host, and the thread that writes them."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ from torch import Tensor
 from fire_llm.core.hardware import free_memory
 
 MEMORY_FACTOR = 2
-"""Free memory that copies must find, in their own size: page-locked blocks are rounded up to a power of two."""
+"""Free memory that copies need, as a multiple of their size: page-locked blocks are rounded up to a power of two."""
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
 
 def on_host(*values: Any) -> tuple[Any, ...] | None:
-    """Copy what is to be written, so that it can change while it is written.
+    """Copy what is to be written, so that the originals may change while the copies are written.
 
-    What shares memory, or is one object, does so in the copy, so that the files are the same.
+    Tensors that share memory, and values that are one object, do so in the copy, so that the files are the same.
 
     Args:
         values: Nested dicts, lists and tuples of tensors and plain values, on one device.
 
     Returns:
-        Copies in host memory, page-locked where they come from CUDA; None where memory is short, or where what is
-        written of a copy could differ from what is written of the original (tensors of other classes, parts of larger
-        ones, objects of other kinds).
+        Copies in host memory, page-locked where they come from CUDA. None where memory is short, or where a copy might
+        be written in another way than the original (tensors of other classes, parts of larger tensors, other objects).
     """
     leaves = [*_leaves(values)]
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -58,7 +57,7 @@ def on_host(*values: Any) -> tuple[Any, ...] | None:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """Yield what nested dicts, lists and tuples hold; an object of a class derived from these is a leaf itself."""
+    """Yield what nested dicts, lists and tuples hold; an object of a derived class is a leaf itself."""
     if type(value) in (dict, OrderedDict, list, tuple):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _leaves(inner)
@@ -74,26 +73,26 @@ def _whole(tensor: Tensor) -> bool:
 
 
 class Writer:
-    """Run one piece of work at a time in a thread, and raise what it ran into where it is waited for."""
+    """Run one task at a time in a thread, and raise its error where it is waited for."""
 
     def __init__(self) -> None:
-        self._work: Future[None] | None = None
+        self._task: Future[None] | None = None
 
-    def start(self, work: Callable[[], None]) -> None:
-        """Start the work, after the work before has ended."""
+    def start(self, task: Callable[[], None]) -> None:
+        """Start a task, once the one before has ended."""
         self.wait()
         thread = ThreadPoolExecutor(1, "checkpoint")
-        self._work = thread.submit(work)
-        thread.shutdown(wait=False)  # it ends with the work
+        self._task = thread.submit(task)
+        thread.shutdown(wait=False)  # it ends with the task
 
     def wait(self) -> None:
-        """Wait until the work has ended, and raise its fault, once."""
-        if self._work is not None:
-            wait([self._work])
-            ended, self._work = self._work, None
+        """Wait until the task has ended, and raise its error, once."""
+        if self._task is not None:
+            wait([self._task])
+            ended, self._task = self._task, None
             ended.result()
 
     def check(self) -> None:
-        """Raise the fault of work that has ended; do not wait for any."""
-        if self._work is not None and self._work.done():
+        """Raise the error of a task that has ended, without waiting."""
+        if self._task is not None and self._task.done():
             self.wait()

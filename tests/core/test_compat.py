@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import re
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,13 +34,8 @@ def test_the_hooks_are_the_methods_that_are_overridden():
     assert {name for name in defined if hasattr(Trainer, name)} - called == set(TRAINER_HOOKS)
 
 
-def test_the_class_lists_what_it_overrides_and_since_when_it_can():
-    table = re.findall(r"^ +(\w+)( †)? {2,}\S", ContinualTrainer.__doc__, re.MULTILINE)
-    assert sorted(name for name, _ in table) == sorted(TRAINER_HOOKS)
-    source = Path(compat.__file__).read_text(encoding="utf-8")
-    assert {name for name, recent in table if recent} == set(
-        re.findall(r'"(\w+)",', next(line for line in source.splitlines() if "# from 5.3" in line))
-    )
+def test_each_override_says_what_it_does_otherwise():
+    assert all(vars(ContinualTrainer)[name].__doc__ for name in TRAINER_HOOKS)
 
 
 def test_every_private_name_shared_with_the_trainer_is_listed():

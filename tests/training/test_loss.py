@@ -419,7 +419,7 @@ def test_a_step_left_out_on_the_device_is_one_that_is_left_out_by_the_host(sampl
     told = poisoned(tmp_path / "told", sample, **settings)
     heard = []
     settle = told.guard.settle
-    told.guard.settle = lambda: heard.append(told.guard._left is not None) or settle()
+    told.guard.settle = lambda: heard.append(told.guard._unread is not None) or settle()
     told.train()
     assert sum(heard) == 12 and told.guard.skipped == waited.guard.skipped == (0 if sample < 0 else 1)
     for a, b in zip(told.model.parameters(), waited.model.parameters(), strict=True):

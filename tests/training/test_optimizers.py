@@ -19,7 +19,7 @@ from fire_llm import ResetCallback, UserError, load_recipe
 from fire_llm.architectures.matrices import hidden_matrices
 from fire_llm.experiment.estimate import plan
 from fire_llm.experiment.recipe.sections import OptimizerSection
-from fire_llm.training import ContinualTrainer, MuonAdamW, multiplier
+from fire_llm.training import ContinualTrainer, EvaluationSet, MuonAdamW, multiplier
 
 # ---- schedules
 
@@ -394,3 +394,40 @@ def test_the_plan_says_that_stacks_of_experts_are_not_muons(tmp_path):
     small("mixtral").save_pretrained(tmp_path / "experts")
     data = {**with_optimizer(name="muon"), "model": {"checkpoint": str(tmp_path / "experts"), "context": 64}}
     assert ", 4 stacks of experts among them)" in plan(load_recipe(data), tmp_path)["optimizer"]
+
+
+# ---- optimizers with two modes
+
+
+class TwoModes(torch.optim.SGD):
+    """Train some weights and measure others, as schedule-free optimizers do: here zeros."""
+
+    kept = None
+
+    def eval(self):
+        if self.kept is None:
+            self.kept = [p.detach().clone() for p in self.param_groups[0]["params"]]
+            with torch.no_grad():
+                for p in self.param_groups[0]["params"]:
+                    p.zero_()
+
+    def train(self):
+        if self.kept is not None:
+            with torch.no_grad():
+                for p, before in zip(self.param_groups[0]["params"], self.kept, strict=True):
+                    p.copy_(before)
+            self.kept = None
+
+
+def test_evaluation_sets_are_measured_with_the_weights_that_an_optimizer_evaluates(tmp_path):
+    sets = {"a": EvaluationSet(torch.arange(60) % 97)}
+    ran = {}
+    for name, kind in (("plain", torch.optim.SGD), ("two", TwoModes)):
+        model = tiny_gpt2()
+        settings = arguments(tmp_path / name, max_steps=3, eval_strategy="steps", eval_steps=1, save_strategy="no")
+        optimizer = kind(model.parameters(), lr=1e-2)
+        trainer = ContinualTrainer(model, settings, Samples(), sets, optimizers=(optimizer, None))
+        trainer.train()
+        ran[name] = losses(trainer), [e["eval_a_nll"] for e in trainer.state.log_history if "eval_a_nll" in e]
+    assert ran["two"][0] == ran["plain"][0]
+    assert ran["two"][1] == pytest.approx([math.log(97)] * 3) and ran["plain"][1] != ran["two"][1]

@@ -13,6 +13,7 @@ from support.ranks import run_ranks
 from support.recipes import GOOD, changed, validator
 from support.runs import recipe_data, run_rank, weights
 from support.training import FSDP2, Samples, arguments
+from transformers import Trainer
 
 from fire_llm import ContinualTrainer, ResetCallback, UserError, load_recipe, run_recipe
 from fire_llm.architectures.matrices import hidden_matrices
@@ -253,3 +254,29 @@ def test_the_callback_stands_before_a_reset(tmp_path):
     touched = hidden_matrices(trainer.model)
     assert steps == {name: 1 if name in touched else 5 for name in names.values()}
     assert reset.reports[0].optimizer_states_cleared == len(touched)
+
+
+@pytest.mark.parametrize("kind", [ContinualTrainer, Trainer])
+def test_the_optimizer_of_a_head_has_nothing_to_clear_where_the_body_is_reset(kind, tmp_path):
+    """The body is not frozen, and yet not trained: what is reset has no moments."""
+    model, reset = tiny_gpt2(), ResetCallback("fire", at_steps=[1])
+    head = torch.optim.AdamW([model.transformer.ln_f.weight], lr=1e-3)
+    before = model.transformer.h[0].mlp.c_fc.weight.detach().clone()
+    settings = {"max_steps": 2, "save_strategy": "no", "eval_strategy": "no", "keep_steps": []}
+    data = [{**Samples()[i], "labels": Samples()[i]["input_ids"]} for i in range(40)]
+    trainer = kind(
+        model, arguments(tmp_path, **settings), train_dataset=data, callbacks=[reset], optimizers=(head, None)
+    )
+    trainer.train()
+    assert reset.reports[0].optimizer_states_cleared == 0 and len(reset.reports[0].touched) == 12
+    assert not torch.equal(before, model.transformer.h[0].mlp.c_fc.weight)
+    assert int(head.state[model.transformer.ln_f.weight]["step"]) == 2
+
+
+def test_the_optimizer_of_a_copy_is_refused(tmp_path):
+    copy = torch.optim.AdamW(tiny_gpt2().parameters(), lr=1e-3)
+    trainer = ContinualTrainer(
+        tiny_gpt2(), arguments(tmp_path, max_steps=1), Samples(), callbacks=[ResetCallback()], optimizers=(copy, None)
+    )
+    with pytest.raises(UserError, match=r"trains no parameter of the trainer's model.* model.parameters\(\)"):
+        trainer.train()

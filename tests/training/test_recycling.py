@@ -416,7 +416,8 @@ def test_training_stops_where_it_would_not_do_what_was_asked(tmp_path):
         train(model, tmp_path / "a", callbacks=[RecyclingCallback("snr", seed=0)])
     model = tiny_gpt2()
     codes = torch.zeros_like(model.transformer.h[0].mlp.c_fc.weight, dtype=torch.uint8)
-    optimizer = SimpleNamespace(state={model.transformer.h[0].mlp.c_fc.weight: {"state1": codes}})
+    state = {model.transformer.h[0].mlp.c_fc.weight: {"state1": codes}}
+    optimizer = SimpleNamespace(state=state, param_groups=[])
     with pytest.raises(UserError, match=r"'state1' of .* not one number a weight"):
         prepared(model, "redo").on_step_end(None, SimpleNamespace(global_step=1), None, optimizer=optimizer)
     with pytest.raises(UserError, match=r"'exp_avg_sq_row' .* not one number a weight"):
