@@ -5,7 +5,7 @@ Shapes: width of the residual stream, units of a hidden layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,12 +22,17 @@ class HiddenLayer:
 
     name: str
     """Of the outgoing parameter."""
-    reader: nn.Module
-    """Module whose input is the units' activations."""
+    readers: tuple[nn.Module, ...]
+    """Modules whose input is the units' activations: several where blocks share their weights, as Zamba's do."""
     incoming: tuple[ParameterSlice, ...]
     """(units, width) matrices, and their biases as (units, 1)."""
     outgoing: ParameterSlice
     """(width, units)."""
+
+    @property
+    def reader(self) -> nn.Module:
+        """Return the first of the modules whose input is the units' activations."""
+        return self.readers[0]
 
     @property
     def units(self) -> int:
@@ -52,7 +57,7 @@ def hidden_layers(
         The layers, and for MLPs whose units lie elsewhere than in rows and columns of matrices: why, by the name of
         their last parameter.
     """
-    parameters = dict(plain_parameters(model))
+    parameters, lookup = dict(plain_parameters(model)), Lookup(model)
     layers, unreached = [], {}
     for matrices, outgoing, found in _mlps(model):
         if not all(wanted(matrix) for matrix in matrices):
@@ -62,10 +67,20 @@ def hidden_layers(
             unreached[matrices[-1].parameter] = str(found)
         elif any(m.shape != outgoing.shape[::-1] for m in incoming):
             unreached[matrices[-1].parameter] = f"{matrices[-1].block} has matrices of several shapes"
+        elif _shared_in_part(matrices, parameters, lookup):
+            unreached[matrices[-1].parameter] = f"{matrices[-1].block} shares a part of its weights with another block"
         else:
             biases = [bias for m in incoming if (bias := _bias(m, parameters)) is not None]
-            layers.append(HiddenLayer(outgoing.parameter, found, (*incoming, *biases), outgoing))
+            readers = [lookup.location(name).owner for name in (outgoing.parameter, *outgoing.tied)]
+            layers.append(HiddenLayer(outgoing.parameter, tuple(readers), (*incoming, *biases), outgoing))
     return layers, unreached
+
+
+def _shared_in_part(matrices: Sequence[ParameterSlice], parameters: dict[str, nn.Parameter], lookup: Lookup) -> bool:
+    """Return whether other blocks share some weights of an MLP but not all: their units are then no units of this."""
+    blocks = {frozenset(id(lookup.location(name).block) for name in (m.parameter, *m.tied)) for m in matrices}
+    biases = [[parameters.get(_bias_name(name)) for name in (m.parameter, *m.tied)] for m in matrices]
+    return len(blocks) > 1 or any(bias is not shared[0] for shared in biases for bias in shared)
 
 
 def down_projections(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
@@ -115,8 +130,12 @@ def _is_down(matrix: ParameterSlice, block: list[ParameterSlice], width: int) ->
 
 def _bias(matrix: ParameterSlice, parameters: dict[str, nn.Parameter]) -> ParameterSlice | None:
     """Return the bias beside a matrix as a (units, 1) slice, cut as its rows are; None where none is trained."""
-    name = f"{matrix.parameter.removesuffix('.weight')}.bias"
+    name = _bias_name(matrix.parameter)
     bias = parameters.get(name)
     if bias is None or matrix.spec is None or not bias.requires_grad:
         return None
     return replace(matrix, parameter=name, tensor=bias, spec=replace(matrix.spec, in_first=False, columns=1))
+
+
+def _bias_name(weight: str) -> str:
+    return f"{weight.removesuffix('.weight')}.bias"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fire_llm.architectures.names import plain_buffers
 from fire_llm.checkpoint.headers import NUMBERS, StoredTensor
-from fire_llm.checkpoint.refusals import names
+from fire_llm.checkpoint.refusals import names, refuse_adapted
 from fire_llm.core.errors import UserError
 from fire_llm.core.files import Reader
 from fire_llm.models import wrapper_advice
@@ -169,6 +169,7 @@ def places_of(model: nn.Module, tensors: Mapping[str, StoredTensor]) -> Places:
             _check_shape(name, buffer.shape, found[name])
             result.of[name] = found[name]
     if missing:
+        refuse_adapted(tensors, result.ignored, missing)
         raise UserError(
             f"the checkpoint lacks {len(missing)} of the tensors of {type(model).__name__}: {names(missing)}. "
             + (wrapper_advice(tensors) or "It is of another architecture, or incomplete")

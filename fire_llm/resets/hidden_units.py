@@ -54,6 +54,11 @@ class ModuleLayer:
     outgoing: UnitSlot
 
     @property
+    def readers(self) -> tuple[nn.Module]:
+        """Return the one module that reads the units."""
+        return (self.reader,)
+
+    @property
     def units(self) -> int:
         """Return how many units there are."""
         return self.outgoing.shape[1]
@@ -239,6 +244,9 @@ class Recycling:
         self._work = Renewal(spec, named_layers(unwrap(model), hidden), self._draw)
         self._work.begin(1)
         self._work.listen()
+        self._slots = [slot for layer in self._work.layers for slot in (*layer.incoming, layer.outgoing)]
+        self._optimizer: torch.optim.Optimizer | None = None
+        """The optimizer that was last found to train this model."""
 
     def _draw(self, layer: UnitLayer, units: Tensor, step: int) -> list[Tensor]:
         assert isinstance(layer, ModuleLayer)
@@ -265,9 +273,10 @@ class Recycling:
         Raises:
             UserError: The optimizer is another model's, or the model holds other tensors than it did.
         """
-        slots = [slot for layer in self._work.layers for slot in (*layer.incoming, layer.outgoing)]
-        refuse_replaced(self._modules, slots)
-        refuse_other_optimizer(optimizer, slots)
+        refuse_replaced(self._modules, self._slots)
+        if optimizer is not self._optimizer:
+            refuse_other_optimizer(optimizer, self._slots)
+            self._optimizer = optimizer
         before = self.recycled
         self.steps += 1
         self._work.end(self.steps, optimizer)

@@ -22,15 +22,15 @@ from fire_llm.resets.spec import ResetSpec
 
 
 class UnitLayer(Protocol):
-    """One hidden layer: the weights of its units, and the module that reads them."""
+    """One hidden layer: the weights of its units, and the modules that read them."""
 
     @property
     def name(self) -> str:
         """Return what the layer is called in messages and states."""
 
     @property
-    def reader(self) -> nn.Module:
-        """Return the module whose input holds the activations."""
+    def readers(self) -> Sequence[nn.Module]:
+        """Return the modules whose input holds the activations; several share the weights of the layer."""
 
     @property
     def incoming(self) -> Sequence[Any]:
@@ -97,7 +97,7 @@ class Renewal:
         """Hook into the readers; activations count while `listening`, in training mode."""
         for layer, recycler in zip(self.layers, self.recyclers, strict=True):
             hear = self._listener(layer, recycler)
-            self._hooks.append(layer.reader.register_forward_pre_hook(hear, with_kwargs=True))
+            self._hooks += [reader.register_forward_pre_hook(hear, with_kwargs=True) for reader in layer.readers]
 
     def _listener(self, layer: UnitLayer, recycler: Recycler) -> Any:
         def hear(module: nn.Module, inputs: Any, named: Any) -> None:
