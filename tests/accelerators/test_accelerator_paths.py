@@ -86,13 +86,13 @@ def stacks_as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def mapped(w: torch.Tensor, iterations: int = 5, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     out = torch.empty_like(w, memory_format=torch.contiguous_format)
-    paper_map._by_stacks(w, out, iterations, dtype, "matrix")
+    paper_map._write_maps(w, out, iterations, dtype, "matrix")
     return out
 
 
 def projected(w: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(w, memory_format=torch.contiguous_format)
-    projection._by_stacks(w, out, 1e-3, "matrix")
+    projection._write_polar_factors(w, out, 1e-3, "matrix")
     return out
 
 
@@ -153,7 +153,7 @@ def test_scales_steps_and_small_sides(iterations: int, scale: float) -> None:
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 3e-4), (torch.float16, 4e-5), (torch.float32, 3e-7)])
 def test_a_gaussian_stack_takes_one_polynomial_and_one_wait(dtype, bound: float, waits: Waits) -> None:
     n = 768
-    growth, end = paper_map._fixed(5, n, n, True)
+    growth, end = paper_map._gaussian_polynomial(5, n, n, True)
     t = torch.linspace(0, end, 999, dtype=torch.float64)
     s = t.sqrt()
     for _ in range(5):
@@ -309,7 +309,7 @@ def test_squares_of_any_size_succeed_at_the_first_attempt(in_float64, monkeypatc
 
 def test_split_products_hold_22_bits() -> None:
     a, b = gaussian(1, 60, 5000).float() / 10, gaussian(1, 5000, 70, seed=1).float() / 10
-    found = accelerated.square_of(accelerated.split(a), accelerated.split(b))
+    found = accelerated.product(accelerated.split(a), accelerated.split(b))
     assert distance(found, a.double() @ b.double()) < 3e-7
     base = gaussian(1, 60, 70).float()
     more = accelerated.accumulate(base.clone(), accelerated.split(a), accelerated.split(b), alpha=-2, beta=3)
