@@ -140,11 +140,11 @@ class Layout:
         in_first = self.orientation == "in_first"
         rows, columns = (second, first) if in_first else (first, second)
         groups = _resolve(self.groups, block)
-        parts = [_part(p) for p in (_resolve(self.parts, block) or (Part(""),))]
-        sized = sum(p.size for p in parts if p.size is not None)
-        shares = sum(p.size is None for p in parts)
-        share, left = divmod(rows // groups - sized, shares) if shares else (0, rows // groups - sized)
-        if rows % groups or left or (shares and share < 1):
+        parts = [as_part(part) for part in (_resolve(self.parts, block) or (Part(""),))]
+        rows_left = rows // groups - sum(part.size or 0 for part in parts)
+        equal_shares = sum(part.size is None for part in parts)
+        share, rest = divmod(rows_left, equal_shares) if equal_shares else (0, rows_left)
+        if rows % groups or rest or (equal_shares and share < 1):
             says = " + ".join(f"{p.name or 'whole'}: {'equal share' if p.size is None else p.size}" for p in parts)
             raise UserError(
                 f"'{name}': its layout says {groups} × [{says}] on the out axis, but the stored shape "
@@ -176,8 +176,8 @@ def _resolve(value: Any, block: Any) -> Any:
     return value(block) if callable(value) else value
 
 
-def _part(part: PartLike) -> Part:
-    """Accept the short forms of a part."""
+def as_part(part: PartLike) -> Part:
+    """Return a part that may be given in short: a name, or a name and rows."""
     if isinstance(part, Part):
         return part
     return Part(part) if isinstance(part, str) else Part(*part)

@@ -59,16 +59,16 @@ def hidden_layers(
     """
     parameters, lookup = dict(plain_parameters(model)), Lookup(model)
     layers, unreached = [], {}
-    for matrices, outgoing, found in _mlps(model):
+    for matrices, outgoing, why_not in _mlps(model):
         if not all(wanted(matrix) for matrix in matrices):
             continue
-        incoming = [m for m in matrices if m is not outgoing]
-        if outgoing is None or isinstance(found, str):
-            unreached[matrices[-1].parameter] = str(found)
+        last, incoming = matrices[-1], [m for m in matrices if m is not outgoing]
+        if outgoing is None:
+            unreached[last.parameter] = why_not
         elif any(m.shape != outgoing.shape[::-1] for m in incoming):
-            unreached[matrices[-1].parameter] = f"{matrices[-1].block} has matrices of several shapes"
+            unreached[last.parameter] = f"{last.block} has matrices of several shapes"
         elif _shared_in_part(matrices, parameters, lookup):
-            unreached[matrices[-1].parameter] = f"{matrices[-1].block} shares a part of its weights with another block"
+            unreached[last.parameter] = f"{last.block} shares a part of its weights with another block"
         else:
             biases = [bias for m in incoming if (bias := _bias(m, parameters)) is not None]
             readers = [lookup.location(name).owner for name in (outgoing.parameter, *outgoing.tied)]
@@ -92,20 +92,21 @@ def down_projections(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, 
     Returns:
         Modules by the name of their parameter, and for the MLPs where none was found: their parameters by reason.
     """
+    lookup = Lookup(model)
     readers: dict[str, nn.Module] = {}
     missing: dict[str, list[str]] = {}
-    for matrices, outgoing, found in _mlps(model):
-        if outgoing is None or isinstance(found, str):
-            missing.setdefault(str(found), []).append(matrices[-1].parameter)
+    for matrices, outgoing, why_not in _mlps(model):
+        if outgoing is None:
+            missing.setdefault(why_not, []).append(matrices[-1].parameter)
         else:
-            readers[outgoing.parameter] = found
+            readers[outgoing.parameter] = lookup.location(outgoing.parameter).owner
     return readers, missing
 
 
-def _mlps(model: nn.Module) -> Iterator[tuple[list[ParameterSlice], ParameterSlice | None, nn.Module | str]]:
-    """Yield of each MLP its matrices, by the layout the one that leads back, (width, units), and the module of that.
+def _mlps(model: nn.Module) -> Iterator[tuple[list[ParameterSlice], ParameterSlice | None, str]]:
+    """Yield of each MLP its matrices, and the one that leads back, (width, units); where no single one does, None.
 
-    Where no single matrix does, None, and why.
+    The text says why there is none, and is empty where there is one.
     """
     config: Any = model.config
     width = config.get_text_config().hidden_size
@@ -120,7 +121,7 @@ def _mlps(model: nn.Module) -> Iterator[tuple[list[ParameterSlice], ParameterSli
         elif len(down) != 1:
             yield matrices, None, f"no single matrix of {matrices[0].block} leads from the inner width back to {width}"
         else:
-            yield matrices, down[0], lookup.location(down[0].parameter).owner
+            yield matrices, down[0], ""
 
 
 def _is_down(matrix: ParameterSlice, block: list[ParameterSlice], width: int) -> bool:

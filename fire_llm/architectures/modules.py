@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from fire_llm.architectures.grammar import MODULE_MATRIX_ROLES, Layout, Part, PartLike
+from fire_llm.architectures.grammar import MODULE_MATRIX_ROLES, Layout, Part, PartLike, as_part
 from fire_llm.architectures.lookup import REGISTERED, Location, Lookup, class_of, in_adapter
 from fire_llm.architectures.matrices import ParameterSlice, buffer_slices, refuse_uninitialised
-from fire_llm.architectures.names import plain_modules, plain_parameters, unwrap
+from fire_llm.architectures.names import compiles, names_by_tensor, plain_modules, plain_parameters, unwrap
 from fire_llm.core.errors import UserError, did_you_mean
 
 Kernels = Literal["positions", "flattened"]
@@ -80,7 +80,7 @@ class ModuleLayout:
             )
         for pattern, given in (split or {}).items():
             parts = _named(given)
-            if not isinstance(pattern, str) or not _compiles(pattern) or not parts:
+            if not isinstance(pattern, str) or not compiles(pattern) or not parts:
                 raise UserError(
                     f"split: {pattern!r}: {given!r} is not allowed: give a regular expression and its parts, as "
                     "{r'\\.qkv\\.': ('q', 'k', 'v')}, or their number"
@@ -94,11 +94,11 @@ class ModuleLayout:
         Raises:
             UserError: Several patterns find it, with different parts.
         """
-        found = [(pattern, parts) for pattern, parts in self.split if any(re.search(pattern, name) for name in names)]
-        if len({parts for _, parts in found}) > 1:
-            patterns = " and ".join(f"'{pattern}'" for pattern, _ in found)
+        matching = [entry for entry in self.split if any(re.search(entry[0], name) for name in names)]
+        if len({parts for _, parts in matching}) > 1:
+            patterns = " and ".join(f"'{pattern}'" for pattern, _ in matching)
             raise UserError(f"split: '{names[0]}' is found by {patterns}, with different parts: leave it one of them")
-        return found[0][1] if found else None
+        return matching[0][1] if matching else None
 
 
 def _named(given: Any) -> tuple[PartLike, ...]:
@@ -114,20 +114,12 @@ def _named(given: Any) -> tuple[PartLike, ...]:
                 parts.append((name, rows))
             case _:
                 return ()
-    names = [part if isinstance(part, str) else part.name if isinstance(part, Part) else part[0] for part in parts]
+    names = [as_part(part).name for part in parts]
     return tuple(parts) if len({*names}) == len(names) else ()  # slices are known by their names
 
 
-def _compiles(pattern: str) -> bool:
-    try:
-        re.compile(pattern)
-    except re.error:
-        return False
-    return True
-
-
 @dataclass(frozen=True)
-class _Found:
+class _Meaning:
     """What one name of a parameter means: its role, its layout where it holds matrices, and why it is refused."""
 
     role: str
@@ -153,18 +145,17 @@ def module_slices(model: nn.Module, layout: ModuleLayout, *, buffers: bool = Tru
     """
     model = unwrap(model)
     _refuse_quantised(model)
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in plain_parameters(model):
-        names.setdefault(parameter, []).append(name)
+    names = names_by_tensor(plain_parameters(model))
     if not names:
         raise UserError(f"{class_of(model).__name__} has no parameters: nothing to reset")
     lookup, modules = Lookup(model), plain_modules(model)
     slices: list[ParameterSlice] = []
-    for parameter, tied in names.items():
-        _refuse_values(parameter, tied[0])
-        locations = [lookup.location(name) for name in tied]
-        found = [_classify(location, parameter, modules, layout.parts(*tied), layout.kernels) for location in locations]
-        slices += _cut(parameter, tied[0], locations, found)
+    for parameter, own_names in names.items():
+        _refuse_values(parameter, own_names[0])
+        parts = layout.parts(*own_names)
+        locations = [lookup.location(name) for name in own_names]
+        meanings = [_classify(location, parameter, modules, parts, layout.kernels) for location in locations]
+        slices += _cut(parameter, locations, meanings)
     for pattern, _ in layout.split:
         if not any(weight.matrix and weight.found_by(pattern) for weight in slices):
             raise UserError(
@@ -192,31 +183,33 @@ def module_matrices(
     for role in sorted(wanted - {*MODULE_MATRIX_ROLES}):
         known = f"{did_you_mean(role, MODULE_MATRIX_ROLES)} Allowed: {', '.join(MODULE_MATRIX_ROLES)}"
         raise UserError(f"roles: unknown role '{role}'.{known}")
-    found = [weight for weight in module_slices(model, ModuleLayout.of(split, kernels)) if weight.roles & wanted]
-    for weight in found:
+    slices = [weight for weight in module_slices(model, ModuleLayout.of(split, kernels)) if weight.roles & wanted]
+    for weight in slices:
         if weight.refused:
             raise UserError(weight.refused)
-    return (weight for weight in found if weight.matrix)
+    return (weight for weight in slices if weight.matrix)
 
 
 def is_fused(weight: ParameterSlice) -> bool:
     """Return whether a weight is one matrix although its name says that it holds several."""
-    whole = weight.matrix and not weight.kernel and not weight.part
-    return whole and any(FUSED.search(name.removesuffix(".weight")) for name in weight.names)
+    one_matrix = weight.matrix and not weight.kernel and not weight.part
+    return one_matrix and any(FUSED.search(name.removesuffix(".weight")) for name in weight.names)
 
 
 def _cut(
-    parameter: nn.Parameter, name: str, locations: Sequence[Location], found: Sequence[_Found]
+    parameter: nn.Parameter, locations: Sequence[Location], meanings: Sequence[_Meaning]
 ) -> Iterator[ParameterSlice]:
-    """Yield the slices of one parameter, given what each of its names means."""
-    roles, block = frozenset(f.role for f in found), locations[0].block_class
-    refused, tied = next((f.refused for f in found if f.refused), ""), tuple(one.name for one in locations[1:])
-    for location, one in zip(locations, found, strict=True):
-        if one.layout is not None and not refused and parameter.numel():
-            for cut in one.layout.specs(location.block, parameter.shape, name):
-                yield ParameterSlice(name, parameter, roles, block, cut, tied=tied)
+    """Yield the slices of one parameter, given where each of its names lies and what it means."""
+    name, *tied = (location.name for location in locations)
+    refused = next((meaning.refused for meaning in meanings if meaning.refused), "")
+    roles = frozenset(meaning.role for meaning in meanings)
+    whole = ParameterSlice(name, parameter, roles, locations[0].block_class, refused=refused, tied=(*tied,))
+    for location, meaning in zip(locations, meanings, strict=True):
+        if meaning.layout is not None and not refused and parameter.numel():
+            for spec in meaning.layout.specs(location.block, parameter.shape, name):
+                yield replace(whole, spec=spec)
             return
-    yield ParameterSlice(name, parameter, roles, block, refused=refused, tied=tied)
+    yield whole
 
 
 def _classify(
@@ -225,49 +218,65 @@ def _classify(
     modules: Mapping[str, nn.Module],
     parts: tuple[PartLike, ...] | None,
     kernels: Kernels,
-) -> _Found:
+) -> _Meaning:
     """Say what a parameter is by the kind of module that holds it."""
-    owner, name, kind = location.owner, location.name, class_of(location.owner).__name__
-    attribute, in_attention = name.rpartition(".")[2], isinstance(location.ancestors[-2:][0], nn.MultiheadAttention)
+    owner, name = location.owner, location.name
     if (known := _registered(location)) or (known := _recomputed(name, modules)):
         return known
     if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
-        return _Found("embedding")
-    named_so = "Norm" in kind and _kind(owner) is None and not list(owner.children())  # NormedLinear is a Linear
-    if isinstance(owner, _NORMS) or (named_so and _is_vector(parameter)):
-        return _Found("norm")
+        return _Meaning("embedding")
+    # By its name too, but for a NormedLinear, which is a Linear.
+    named_norm = "Norm" in class_of(owner).__name__ and _kind(owner) is None and not list(owner.children())
+    if isinstance(owner, _NORMS) or (named_norm and _is_vector(parameter)):
+        return _Meaning("norm")
     if parameter.ndim < 2:
-        of = "" if in_attention or attribute != "bias" else _LINEAR_OR_CONV.get(_kind(owner), "")
-        return _Found(of or ("bias" if "bias" in attribute else "other"))
-    exclude = f"leave it out with exclude=[r'{re.escape(name)}']"
+        attribute = name.rpartition(".")[2]
+        role = "" if _in_attention(location) or attribute != "bias" else _LINEAR_OR_CONV.get(_kind(owner), "")
+        return _Meaning(role or ("bias" if "bias" in attribute else "other"))
     if in_adapter(location):
         why = "belongs to an adapter, whose product is added to weights that stay as they are: reset the model before "
-        return _Found("linear", refused=f"'{name}' {why}the adapter is put on it, or the sum, merge_and_unload()")
+        return _Meaning("linear", refused=f"'{name}' {why}the adapter is put on it, or the sum, merge_and_unload()")
+    return _classify_matrix(location, parameter, parts, kernels)
+
+
+def _classify_matrix(
+    location: Location, parameter: Tensor, parts: tuple[PartLike, ...] | None, kernels: Kernels
+) -> _Meaning:
+    """Say what a parameter of two or more dimensions is, where it is no embedding, norm or adapter."""
+    owner, name, kind = location.owner, location.name, class_of(location.owner).__name__
+    attribute = name.rpartition(".")[2]
     if isinstance(owner, nn.MultiheadAttention) and attribute in _IN_PROJECTIONS:
-        return _Found("attention", _layout(name, parts or _IN_PROJECTIONS[attribute], parameter))
+        return _Meaning("attention", _layout(name, parts or _IN_PROJECTIONS[attribute], parameter))
     if isinstance(owner, (nn.RNNBase, nn.RNNCellBase)) and attribute.startswith("weight_"):
         gates = next((gates for kinds, gates in _GATES.items() if isinstance(owner, kinds)), ())
         projected = attribute.startswith("weight_hr")  # what an LSTM puts out, made smaller
-        return _Found("recurrent", _layout(name, parts or (() if projected else gates), parameter))
+        return _Meaning("recurrent", _layout(name, parts or (() if projected else gates), parameter))
     if attribute == "weight" and _kind(owner) is nn.Linear:
-        return _Found("attention" if in_attention else "linear", _layout(name, parts, parameter))
+        return _Meaning("attention" if _in_attention(location) else "linear", _layout(name, parts, parameter))
     if attribute == "weight" and _kind(owner) is _ConvNd:
-        return _Found("conv", _layout(name, parts, parameter, kernel=kernels == "positions"))
+        return _Meaning("conv", _layout(name, parts, parameter, kernel=kernels == "positions"))
+    exclude = f"leave it out with exclude=[r'{re.escape(name)}']"
     if attribute == "weight" and isinstance(owner, _ConvTransposeNd):
         why = f"belongs to a {kind}, stored (in, out/groups, …), for which no rule is published"
-        return _Found("conv", refused=f"'{name}' {why}: {exclude}")
+        return _Meaning("conv", refused=f"'{name}' {why}: {exclude}")
     if kind == "Conv1D" and class_of(owner).__module__.startswith("transformers."):
-        return _Found("linear", replace(_layout(name, parts, parameter.mT), orientation="in_first"))
+        return _Meaning("linear", replace(_layout(name, parts, parameter.mT), orientation="in_first"))
     if parts is not None:
-        return _Found("linear", _layout(name, parts, parameter))
-    if attribute == "weight":
-        why = f"of shape {tuple(parameter.shape)}, belongs to a {kind}"
-        how = "and what that does with it is not known", "where it is stored (out, in), say how many matrices it holds"
-        if isinstance(owner, nn.Bilinear):
-            how = "which multiplies two inputs", "for one matrix (out, in1 · in2) that maps their products, give"
-        one = f"{how[1]}: split={{r'{re.escape(name)}': 1}}"
-        return _Found("linear", refused=f"'{name}', {why}, {how[0]}: {exclude}, or, {one}")
-    return _Found("other")
+        return _Meaning("linear", _layout(name, parts, parameter))
+    if attribute != "weight":
+        return _Meaning("other")
+    unknown = "and what that does with it is not known"
+    otherwise = "where it is stored (out, in), say how many matrices it holds"
+    if isinstance(owner, nn.Bilinear):
+        unknown = "which multiplies two inputs"
+        otherwise = "for one matrix (out, in1 · in2) that maps their products, give"
+    belongs = f"'{name}', of shape {tuple(parameter.shape)}, belongs to a {kind}, {unknown}"
+    return _Meaning("linear", refused=f"{belongs}: {exclude}, or, {otherwise}: split={{r'{re.escape(name)}': 1}}")
+
+
+def _in_attention(location: Location) -> bool:
+    """Return whether a module is a part of a MultiheadAttention, or one itself that has no module around it."""
+    return isinstance(location.ancestors[-2:][0], nn.MultiheadAttention)
 
 
 def _is_vector(parameter: Tensor) -> bool:
@@ -288,16 +297,16 @@ def _layout(name: str, parts: Sequence[PartLike] | None, parameter: Tensor, kern
     Raises:
         UserError: They do not.
     """
-    sizes = [None if isinstance(p, str) else p.size if isinstance(p, Part) else p[1] for p in parts or ()]
-    shares, left = sizes.count(None), parameter.shape[0] - sum(size or 0 for size in sizes)
-    if sizes and (left % shares or not left if shares else left):
+    sizes = [as_part(part).size for part in parts or ()]
+    equal_shares, rows_left = sizes.count(None), parameter.shape[0] - sum(size or 0 for size in sizes)
+    if sizes and (rows_left % equal_shares or not rows_left if equal_shares else rows_left):
         raise UserError(
             f"split: '{name}' has {parameter.shape[0]} rows, which the parts {list(parts or ())} do not fill"
         )
     return Layout("other", parts or (), kernel=kernel)
 
 
-def _registered(location: Location) -> _Found | None:
+def _registered(location: Location) -> _Meaning | None:
     """Return what a layout says that was registered for the block and child, but for a kernel taken as one matrix."""
     layout = REGISTERED.get((location.block_class, location.child))
     kinds = (None, class_of(location.owner).__name__)
@@ -306,10 +315,10 @@ def _registered(location: Location) -> _Found | None:
     if layout.matrix and not layout.kernel and _kind(location.owner) is _ConvNd:
         return None
     role = "conv" if layout.kernel else _ROLES.get(layout.role, layout.role)
-    return _Found(role, layout if layout.matrix else None)
+    return _Meaning(role, layout if layout.matrix else None)
 
 
-def _recomputed(name: str, modules: Mapping[str, nn.Module]) -> _Found | None:
+def _recomputed(name: str, modules: Mapping[str, nn.Module]) -> _Meaning | None:
     """Refuse what a weight is computed from at each forward pass: what is written to the weight itself is lost."""
     path, _, attribute = name.rpartition(".")
     above, parametrised, below = f".{name}".partition(".parametrizations.")
@@ -324,12 +333,13 @@ def _recomputed(name: str, modules: Mapping[str, nn.Module]) -> _Found | None:
         undo = _UNDONE[suffix]
     owner, whole = modules[path], f"{path}.{weight}" if path else weight
     if "weight" not in weight:
-        return _Found("bias" if "bias" in weight else "other")
+        return _Meaning("bias" if "bias" in weight else "other")
     recurrent = (nn.RNNBase, nn.RNNCellBase)
     kinds: dict[Any, str] = {_ConvNd: "conv", nn.MultiheadAttention: "attention", recurrent: "recurrent"}
     role = next((role for kind, role in kinds.items() if isinstance(owner, kind)), "linear")
     why = f"'{whole}' is computed from '{name}' at each forward pass, so a reset of it would be lost"
-    return _Found(role, refused=f"{why}: take that off before (torch.nn.utils.{undo}), and put it on again afterwards")
+    undone = f"take that off before (torch.nn.utils.{undo}), and put it on again afterwards"
+    return _Meaning(role, refused=f"{why}: {undone}")
 
 
 def _refuse_values(parameter: nn.Parameter, name: str) -> None:

@@ -7,8 +7,9 @@ and reports speak of `layers.0.mlp.up_proj.weight`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -76,6 +77,26 @@ def plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for owner, module in plain_modules(model).items():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             yield f"{owner}.{name}" if owner else name, parameter
+
+
+_T = TypeVar("_T", bound=Tensor)
+
+
+def names_by_tensor(named: Iterable[tuple[str, _T]]) -> dict[_T, list[str]]:
+    """Return the names of each tensor, in the order of first names; a tied one has several."""
+    names: dict[_T, list[str]] = {}
+    for name, tensor in named:
+        names.setdefault(tensor, []).append(name)
+    return names
+
+
+def compiles(pattern: str) -> bool:
+    """Return whether a text is a regular expression, which may be looked for in names."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
 
 
 def plain_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -9,7 +9,6 @@ Here the same conversions say where each row of a parameter lies on the disk, so
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fire_llm.architectures.names import plain_buffers
+from fire_llm.architectures.names import names_by_tensor, plain_buffers
 from fire_llm.checkpoint.headers import NUMBERS, StoredTensor
 from fire_llm.checkpoint.refusals import names, refuse_adapted
 from fire_llm.core.errors import UserError
@@ -146,21 +145,18 @@ def places_of(model: nn.Module, tensors: Mapping[str, StoredTensor]) -> Places:
         UserError: A parameter is missing, or a stored tensor has another shape than the config says.
     """
     found, result = _follow(model, tensors)
-    tied: dict[nn.Parameter, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        tied[parameter].append(name)
     missing = []
-    for parameter, alike in tied.items():
-        stored = [name for name in alike if name in found]
+    for parameter, own_names in names_by_tensor(model.named_parameters(remove_duplicate=False)).items():
+        stored = [name for name in own_names if name in found]
         for name in stored:
             _check_shape(name, parameter.shape, found[name])
         if stored:
-            result.of[alike[0]] = found[stored[0]]
-        elif not any(name in result.unmapped or _may_be_missing(model, name) for name in alike):
-            missing.append(alike[0])
+            result.of[own_names[0]] = found[stored[0]]
+        elif not any(name in result.unmapped or _may_be_missing(model, name) for name in own_names):
+            missing.append(own_names[0])
         for name in stored[1:]:
             if _equal(found[stored[0]], found[name]):
-                result.copies.setdefault(alike[0], []).extend(found[name])
+                result.copies.setdefault(own_names[0], []).extend(found[name])
             else:
                 _untie(model, name)
                 result.of[name] = found[name]

@@ -22,15 +22,6 @@ class Named(Protocol):
         """Return the plain name of the parameter."""
 
 
-def compiles(pattern: str) -> bool:
-    """Return whether a text is a regular expression."""
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError):
-        return False
-    return True
-
-
 def parse_layers(text: str) -> list[range] | None:
     """Return the ranges that `0-3,8` names; None of a text that names none."""
     found = [re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip(), re.ASCII) for part in text.split(",")]

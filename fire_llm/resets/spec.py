@@ -10,11 +10,12 @@ from pydantic import ValidationError
 
 from fire_llm.architectures.grammar import MODULE_MATRIX_ROLES, MODULE_ROLES
 from fire_llm.architectures.matrices import MATRIX_ROLES, ROLES, ParameterSlice
+from fire_llm.architectures.names import compiles
 from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.resets.conditions import CONDITIONS, Overtraining, condition
 from fire_llm.resets.methods import FORMER, RESETS, Kind, ResetMethod
 from fire_llm.resets.presets import PRESETS
-from fire_llm.resets.selection import LAYERS, compiles, layers_of, parse_layers
+from fire_llm.resets.selection import LAYERS, layers_of, parse_layers
 
 FROZEN = "frozen: requires_grad is off"
 """Why a reset leaves a parameter alone that could not learn again what it loses."""
