@@ -189,9 +189,9 @@ class _Rewrite:
             stored.check_readable(weight)
         if start is not None:
             for weight in plan.reading_initial:
-                start.check_readable(plan.start[weight.name])
+                start.check_readable(plan.initial[weight.name])
         if slices is not None:
-            plan.start = slices
+            plan.initial = slices
         call = {
             "src": str(src), "init": str(init) if init is not None else None, "seed": seed,
             "revision": stored.source.revision, "native": native, "device": device.type, "dtype": dtype,

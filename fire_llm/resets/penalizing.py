@@ -66,7 +66,7 @@ class Penalties:
         plan = Plan.of(model, specs, initial, "penalty", layout=cut)
         plan.check_values()
         self._modules = plain_modules(unwrap(model))
-        starts = {slice_.parameter: slice_.tensor for slice_ in plan.start.values()}
+        starts = {slice_.parameter: slice_.tensor for slice_ in plan.initial.values()}
         self._terms: list[tuple[ParameterSlice, Callable[..., Tensor], list[Tensor]]] = []
         for spec in specs:
             for slice_ in _given(plan, spec):
