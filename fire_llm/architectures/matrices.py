@@ -375,6 +375,11 @@ def buffer_slices(model: nn.Module) -> list[ParameterSlice]:
     return slices
 
 
+def slices_by_name(model: nn.Module) -> dict[str, ParameterSlice]:
+    """Return every slice by its name, of parameters (without a layout: whole) and of buffers."""
+    return {weight.name: weight for weight in [*parameter_slices(model, strict=False), *buffer_slices(model)]}
+
+
 def _cut(parameter: nn.Parameter, matches: list[Match]) -> Iterator[ParameterSlice]:
     """Yield the slices of one parameter, given what each of its names means."""
     (name, *tied), roles = [match.location.name for match in matches], frozenset(match.role for match in matches)

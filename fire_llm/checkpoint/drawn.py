@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fire_llm.architectures.matrices import ParameterSlice, buffer_slices, parameter_slices
+from fire_llm.architectures.matrices import ParameterSlice, slices_by_name
 from fire_llm.architectures.names import plain_buffers
 from fire_llm.checkpoint.stored import Slices
 from fire_llm.core.errors import UserError
@@ -185,4 +185,4 @@ def draw_initial(
                 "folder as --init"
             ) from None
     model = fresh_model(copy.deepcopy(config), seed, kind)
-    return model, {weight.name: weight for weight in [*parameter_slices(model, strict=False), *buffer_slices(model)]}
+    return model, slices_by_name(model)

@@ -40,7 +40,7 @@ def norm_warning(specs: Sequence[ResetSpec], touched: Sequence[TensorReport]) ->
     layers: dict[int | None, list[TensorReport]] = defaultdict(list)
     for row in rows:
         layers[layer_of(row)].append(row)
-    factors = {layer: _factor(of) for layer, of in layers.items()}
+    factors = {layer: _factor(members) for layer, members in layers.items()}
     worst = max(factors, key=lambda layer: abs(math.log(max(factors[layer], 1e-30))))
     where = f"{'outside of layers' if worst is None else f'in layer {worst}'}, where it {_times(factors[worst])}"
     return (
