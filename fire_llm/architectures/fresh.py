@@ -171,6 +171,6 @@ def refuse_other_than_text(kind: type, name: str) -> None:
     if not _BESIDE_TEXT & parts.keys():
         return
     text = getattr(parts.get("text_config"), "model_type", None)
-    near = [known for known in causal_types() if known.startswith(f"{name}_text") or known == text]
-    take = f"'{near[0]}'" if near else "a causal LM of text, such as llama"
-    raise UserError(f"model: '{name}' is no model of text alone, and new weights are for those; take {take}")
+    alternatives = [other for other in causal_types() if other.startswith(f"{name}_text") or other == text]
+    advice = f"'{alternatives[0]}'" if alternatives else "a causal LM of text, such as llama"
+    raise UserError(f"model: '{name}' is no model of text alone, and new weights are for those; take {advice}")

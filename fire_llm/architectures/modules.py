@@ -181,8 +181,8 @@ def module_matrices(
     """
     wanted = {*MODULE_MATRIX_ROLES} if roles is None else {roles} if isinstance(roles, str) else {*roles}
     for role in sorted(wanted - {*MODULE_MATRIX_ROLES}):
-        known = f"{did_you_mean(role, MODULE_MATRIX_ROLES)} Allowed: {', '.join(MODULE_MATRIX_ROLES)}"
-        raise UserError(f"roles: unknown role '{role}'.{known}")
+        allowed = f"{did_you_mean(role, MODULE_MATRIX_ROLES)} Allowed: {', '.join(MODULE_MATRIX_ROLES)}"
+        raise UserError(f"roles: unknown role '{role}'.{allowed}")
     slices = [weight for weight in module_slices(model, ModuleLayout.of(split, kernels)) if weight.roles & wanted]
     for weight in slices:
         if weight.refused:
@@ -327,17 +327,17 @@ def _recomputed(name: str, modules: Mapping[str, nn.Module]) -> _Meaning | None:
         undo = f"parametrize.remove_parametrizations(module, '{weight}')"
     else:
         weight, _, suffix = attribute.rpartition("_")
-        made = getattr(modules[path], weight, None) if suffix in _UNDONE and weight else None
-        if not isinstance(made, Tensor) or weight in modules[path]._parameters:
+        computed = getattr(modules[path], weight, None) if suffix in _UNDONE and weight else None
+        if not isinstance(computed, Tensor) or weight in modules[path]._parameters:
             return None
         undo = _UNDONE[suffix]
-    owner, whole = modules[path], f"{path}.{weight}" if path else weight
+    owner, full_name = modules[path], f"{path}.{weight}" if path else weight
     if "weight" not in weight:
         return _Meaning("bias" if "bias" in weight else "other")
     recurrent = (nn.RNNBase, nn.RNNCellBase)
     kinds: dict[Any, str] = {_ConvNd: "conv", nn.MultiheadAttention: "attention", recurrent: "recurrent"}
     role = next((role for kind, role in kinds.items() if isinstance(owner, kind)), "linear")
-    why = f"'{whole}' is computed from '{name}' at each forward pass, so a reset of it would be lost"
+    why = f"'{full_name}' is computed from '{name}' at each forward pass, so a reset of it would be lost"
     undone = f"take that off before (torch.nn.utils.{undo}), and put it on again afterwards"
     return _Meaning(role, refused=f"{why}: {undone}")
 

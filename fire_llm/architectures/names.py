@@ -24,8 +24,8 @@ def _inner(module: nn.Module) -> str | None:
     if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         return "module"
     # Wrappers pass on what they are asked for: only their own attributes tell.
-    own = {**vars(module), **dict(module.named_children())}
-    return next((step for step in STEPS if isinstance(own.get(step), nn.Module)), None)
+    attributes = {**vars(module), **dict(module.named_children())}
+    return next((step for step in STEPS if isinstance(attributes.get(step), nn.Module)), None)
 
 
 def refuse_no_module(model: Any) -> None:
@@ -62,14 +62,14 @@ def plain_name(name: str) -> str:
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of an unwrapped model by every plain name, parents first; wrappers within have none."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    plain: dict[str, str] = {}
-    found: dict[str, nn.Module] = {}
+    plain_names: dict[str, str] = {}
+    plain: dict[str, nn.Module] = {}
     for name, module in modules.items():
         parent, _, step = name.rpartition(".")
         wrapped = name and step == _inner(modules[parent])
-        plain[name] = plain[parent] if wrapped else ".".join(filter(None, (plain.get(parent), step)))
-        found[plain[name]] = module
-    return found
+        plain_names[name] = plain_names[parent] if wrapped else ".".join(filter(None, (plain_names.get(parent), step)))
+        plain[plain_names[name]] = module
+    return plain
 
 
 def plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -76,8 +76,8 @@ class _Recorder(TorchDispatchMode):
             state = torch.get_rng_state()
             func(torch.empty(target.shape, dtype=target.dtype), *args[1:], **options)
             self.advance(target.numel())
-        kept = tuple(a.clone() if isinstance(a, Tensor) else a for a in args[1:])
-        self.steps[key].append(_Step(func, target.detach(), kept, options, state))
+        arguments = tuple(a.clone() if isinstance(a, Tensor) else a for a in args[1:])
+        self.steps[key].append(_Step(func, target.detach(), arguments, options, state))
         return target
 
     def _made(self, func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Tensor:

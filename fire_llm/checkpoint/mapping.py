@@ -119,12 +119,12 @@ class Places:
         def read(place: Place, rows: range) -> Tensor:
             return place.read(rows, copies[place.tensor.file.name] if copies is not None else None)
 
-        held = [(place, overlap) for place in self.of[name] if (overlap := place.overlap(rows))]
-        if len(held) == 1 and held[0][0].inner is None and held[0][1] == rows:
-            return read(held[0][0], rows)
-        dtype = reduce(torch.promote_types, {NUMBERS[place.tensor.dtype] for place, _ in held})
+        overlaps = [(place, overlap) for place in self.of[name] if (overlap := place.overlap(rows))]
+        if len(overlaps) == 1 and overlaps[0][0].inner is None and overlaps[0][1] == rows:
+            return read(overlaps[0][0], rows)
+        dtype = reduce(torch.promote_types, {NUMBERS[place.tensor.dtype] for place, _ in overlaps})
         block = torch.empty((len(rows), *shape[1:]), dtype=dtype)
-        for place, overlap in held:
+        for place, overlap in overlaps:
             place.slot(block, rows.start, overlap).copy_(read(place, overlap))
         return block
 
@@ -273,8 +273,8 @@ def _stacked(ordered: Sequence[Sequence[StoredTensor]], *, joined: bool) -> Iter
 def _check_shape(name: str, shape: torch.Size, places: Sequence[Place]) -> None:
     """Refuse stored tensors that do not fill a parameter exactly."""
     n_rows, width = shape[0] if shape else 1, shape[1] if len(shape) > 1 else 1
-    held = sum(len(p.rows) * (len(p.inner) if p.inner is not None else width) for p in places)
-    filled = held == n_rows * width
+    entries = sum(len(p.rows) * (len(p.inner) if p.inner is not None else width) for p in places)
+    filled = entries == n_rows * width
     for place in places:
         alone = len(places) == 1 and not place.stacked and not filled
         if place.tensor.shape != place.expects(shape) or place.rows.stop > n_rows or alone:
@@ -289,8 +289,9 @@ def _check_shape(name: str, shape: torch.Size, places: Sequence[Place]) -> None:
         )
 
 
-def _equal(one: Sequence[Place], other: Sequence[Place]) -> bool:
-    return len(one) == len(other) and all(a.tensor.same_bytes(b.tensor) for a, b in zip(one, other, strict=True))
+def _equal(places: Sequence[Place], others: Sequence[Place]) -> bool:
+    pairs = zip(places, others, strict=True)
+    return len(places) == len(others) and all(a.tensor.same_bytes(b.tensor) for a, b in pairs)
 
 
 def _untie(model: nn.Module, name: str) -> None:

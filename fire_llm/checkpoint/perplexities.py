@@ -43,7 +43,7 @@ class Texts:
         """
         if not self.names:
             return {}
-        found = score_checkpoints(
+        scores = score_checkpoints(
             [str(folder)],
             [*self.names],
             max_tokens=self.max_tokens,
@@ -52,7 +52,7 @@ class Texts:
             progress=progress,
             titles=[str(title)],
         )
-        return {row.data: row.nll for row in found.rows}
+        return {row.data: row.nll for row in scores.rows}
 
 
 def check_texts(texts: Texts) -> None:

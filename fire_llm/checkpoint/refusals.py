@@ -76,8 +76,8 @@ def refuse_files(name: str, files: Iterable[str], loader: str = CAUSAL) -> None:
         )
     if foreign := next((by_kind[kind] for kind in (".h5", ".msgpack", ".onnx") if kind in by_kind), None):
         raise UserError(f"'{name}' holds weights of another framework ('{foreign}'): convert them to safetensors")
-    beside = f" but '{found}': rename it, or" if (found := by_kind.get(".safetensors")) else ":"
-    raise UserError(f"'{name}' holds neither {WEIGHTS} nor {INDEX}{beside} download or copy what is missing")
+    instead = f" but '{other}': rename it, or" if (other := by_kind.get(".safetensors")) else ":"
+    raise UserError(f"'{name}' holds neither {WEIGHTS} nor {INDEX}{instead} download or copy what is missing")
 
 
 def refuse_config(folder: Path, settings: Mapping[str, Any], *, native: bool = False) -> None:
@@ -93,9 +93,9 @@ def refuse_config(folder: Path, settings: Mapping[str, Any], *, native: bool = F
     """
     for where, part in [("", settings), *((f"{k}.", v) for k, v in settings.items() if isinstance(v, dict))]:
         if quantised := part.get("quantization_config"):
-            given = quantised if isinstance(quantised, dict) else {}
-            bits = next((f" ({b} bit)" for b in (4, 8) if given.get(f"load_in_{b}bit")), "")
-            method = str(given.get("quant_method") or ("bitsandbytes" if bits else "an unnamed method"))
+            table = quantised if isinstance(quantised, dict) else {}
+            bits = next((f" ({b} bit)" for b in (4, 8) if table.get(f"load_in_{b}bit")), "")
+            method = str(table.get("quant_method") or ("bitsandbytes" if bits else "an unnamed method"))
             label = _METHODS.get(method, method)
             sign = f"{where}quantization_config in config.json"
             raise UserError(f"'{folder}' is quantised with {label}{bits} ({sign}). {_UNQUANTISED}")
@@ -216,8 +216,8 @@ def refuse_destination(destination: Path, source: Path, needed: int, free: int) 
         )
 
 
-def names(items: Iterable[str], most: int = 3) -> str:
+def names(items: Iterable[str], shown: int = 3) -> str:
     """Return a few names, and how many there are beyond them."""
     listed = [f"'{item}'" for item in items]
-    more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more
+    rest = f" and {len(listed) - shown} more" if len(listed) > shown else ""
+    return ", ".join(listed[:shown]) + rest

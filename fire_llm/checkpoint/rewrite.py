@@ -201,10 +201,10 @@ class _Rewrite:
         source = self.stored.source.folder
         nll = self.call.texts.nll(source, self.call.progress and first, source)
         with ExitStack() as stack, _Hasher() as hasher:
-            made = together(
+            folders = together(
                 None, lambda: stack.enter_context(staged(self.call.dst)) if first else None, "staged", _PATIENCE
             )
-            folder = Path(gather_objects(None, made)[0])
+            folder = Path(gather_objects(None, folders)[0])
             began = time.perf_counter()
             hashes = together(None, lambda: self._copy(folder, hasher) if first else {}, "copied", _PATIENCE)
             copying = time.perf_counter() - began

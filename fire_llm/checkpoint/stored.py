@@ -45,8 +45,8 @@ class Stored:
             UserError: It is missing, damaged, quantised, of an unknown architecture, or does not fit its config.
         """
         source = Source.open(name, revision, native=native)
-        *first, last = model_classes(source.config)
-        for kind in first:
+        *others, last = model_classes(source.config)
+        for kind in others:
             with suppress(UserError):
                 return cls._of(source, kind)
         try:

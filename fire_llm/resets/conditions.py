@@ -79,10 +79,11 @@ class Overtraining:
                 measured.append((entry[key], entry["step"], loss))
         if not measured:
             raise ValueError(f"the log holds no finite '{key}' behind a training loss")
-        nll, step, now = measured[-1]
-        lowest, at, then = min(measured)
-        worse = nll - lowest > threshold and now < then
-        return cls(tuple(corpora), threshold, step, nll, lowest, at, now, then, worse)
+        nll, step, train_loss = measured[-1]
+        lowest, lowest_step, lowest_train_loss = min(measured)
+        overtrained = nll - lowest > threshold and train_loss < lowest_train_loss
+        losses = (nll, lowest, lowest_step, train_loss, lowest_train_loss)
+        return cls(tuple(corpora), threshold, step, *losses, applied=overtrained)
 
     def __str__(self) -> str:
         """Return in one line whether the reset acts, and the numbers that say so."""

@@ -260,10 +260,10 @@ def _worth_it(placement: Placement, blocks: list[Block]) -> Placement:
     return placement
 
 
-def _put_back(tensor: Any, whole: Tensor) -> None:
+def _put_back(tensor: Any, values: Tensor) -> None:
     """Write a whole parameter into the local part of a DTensor, without asking the other ranks."""
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = tensor.device_mesh
-    replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    replicated = DTensor.from_local(values, mesh, [Replicate()] * mesh.ndim, run_check=False)
     tensor.to_local().copy_(replicated.redistribute(mesh, tensor.placements).to_local())

@@ -64,9 +64,9 @@ def refuse_memory(parts: Iterable[TensorPart], written: Sequence[TensorPart]) ->
         reaching.append(key)
 
 
-def same_memory(one: TensorPart, other: TensorPart) -> bool:
+def same_memory(part: TensorPart, other: TensorPart) -> bool:
     """Return whether two tensors begin at one place of this machine's memory."""
-    a, b = local_part(one.tensor), local_part(other.tensor)
+    a, b = local_part(part.tensor), local_part(other.tensor)
     return _is_here(a) and _is_here(b) and a.data_ptr() == b.data_ptr()
 
 

@@ -61,9 +61,9 @@ class Penalties:
         kernels: Kernels = "positions",
         **options: Any,
     ) -> None:
-        cut = module_layout(layout, split, kernels)
-        specs = parse_resets(penalties, options, modules=cut is not None)
-        plan = Plan.of(model, specs, initial, "penalty", layout=cut)
+        module_cut = module_layout(layout, split, kernels)
+        specs = parse_resets(penalties, options, modules=module_cut is not None)
+        plan = Plan.of(model, specs, initial, "penalty", layout=module_cut)
         plan.check_values()
         self._modules = plain_modules(unwrap(model))
         initial_tensors = {weight.parameter: weight.tensor for weight in plan.initial.values()}

@@ -24,9 +24,9 @@ class Named(Protocol):
 
 def parse_layers(text: str) -> list[range] | None:
     """Return the ranges that `0-3,8` names; None of a text that names none."""
-    found = [re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip(), re.ASCII) for part in text.split(",")]
-    ranges = [range(int(one[1]), int(one[2] or one[1]) + 1) for one in found if one]
-    return ranges if len(ranges) == len(found) and all(ranges) else None
+    matches = [re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip(), re.ASCII) for part in text.split(",")]
+    ranges = [range(int(match[1]), int(match[2] or match[1]) + 1) for match in matches if match]
+    return ranges if len(ranges) == len(matches) and all(ranges) else None
 
 
 def layer_of(weight: Named) -> int | None:
