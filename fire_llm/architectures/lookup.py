@@ -59,6 +59,8 @@ class Match:
     role: str
     location: Location
     layout: Layout | None = None
+    refused: str = ""
+    """Why no reset of matrices may touch it, although its role says so; empty where one may."""
 
 
 class Lookup:

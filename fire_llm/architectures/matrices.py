@@ -311,7 +311,7 @@ def parameter_slices(model: nn.Module, *, strict: bool = True) -> list[Parameter
             elif strict:
                 _refuse_convolution(parameter, match)
             matches.append(match or Match("other", location))
-        slices += _cut(parameter, matches)
+        slices += cut_parameter(parameter, matches)
     if strict and unknown:
         raise UserError(refusal(kind, unknown))
     if strict and not any(weight.roles & _BLOCK_ROLES for weight in slices):
@@ -380,12 +380,15 @@ def slices_by_name(model: nn.Module) -> dict[str, ParameterSlice]:
     return {weight.name: weight for weight in [*parameter_slices(model, strict=False), *buffer_slices(model)]}
 
 
-def _cut(parameter: nn.Parameter, matches: list[Match]) -> Iterator[ParameterSlice]:
+def cut_parameter(parameter: nn.Parameter, matches: list[Match]) -> Iterator[ParameterSlice]:
     """Yield the slices of one parameter, given what each of its names means."""
-    (name, *tied), roles = [match.location.name for match in matches], frozenset(match.role for match in matches)
+    name, *tied = (match.location.name for match in matches)
+    roles = frozenset(match.role for match in matches)
+    refused = next((match.refused for match in matches if match.refused), "")
+    whole = ParameterSlice(name, parameter, roles, matches[0].location.block_class, refused=refused, tied=(*tied,))
     for match in matches:
-        if match.layout and parameter.numel():
+        if match.layout and not refused and parameter.numel():
             for spec in match.layout.specs(match.location.block, parameter.shape, name):
-                yield ParameterSlice(name, parameter, roles, match.location.block_class, spec, tied=(*tied,))
+                yield replace(whole, block=match.location.block_class, spec=spec)
             return
-    yield ParameterSlice(name, parameter, roles, matches[0].location.block_class, tied=(*tied,))
+    yield whole

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from fire_llm.architectures.grammar import MODULE_MATRIX_ROLES, Layout, Part, PartLike, as_part
-from fire_llm.architectures.lookup import REGISTERED, Location, Lookup, class_of, in_adapter
-from fire_llm.architectures.matrices import ParameterSlice, buffer_slices, refuse_uninitialised
+from fire_llm.architectures.lookup import REGISTERED, Location, Lookup, Match, class_of, in_adapter
+from fire_llm.architectures.matrices import ParameterSlice, buffer_slices, cut_parameter, refuse_uninitialised
 from fire_llm.architectures.names import compiles, names_by_tensor, plain_modules, plain_parameters, unwrap
 from fire_llm.core.errors import UserError, did_you_mean
 
@@ -118,15 +118,6 @@ def _named(given: Any) -> tuple[PartLike, ...]:
     return tuple(parts) if len({*names}) == len(names) else ()  # slices are known by their names
 
 
-@dataclass(frozen=True)
-class _Meaning:
-    """What one name of a parameter means: its role, its layout where it holds matrices, and why it is refused."""
-
-    role: str
-    layout: Layout | None = None
-    refused: str = ""
-
-
 def module_slices(model: nn.Module, layout: ModuleLayout, *, buffers: bool = True) -> list[ParameterSlice]:
     """Cut every parameter of any torch module into its matrices, and list the others whole.
 
@@ -154,8 +145,8 @@ def module_slices(model: nn.Module, layout: ModuleLayout, *, buffers: bool = Tru
         _refuse_values(parameter, own_names[0])
         parts = layout.parts(*own_names)
         locations = [lookup.location(name) for name in own_names]
-        meanings = [_classify(location, parameter, modules, parts, layout.kernels) for location in locations]
-        slices += _cut(parameter, locations, meanings)
+        matches = [_classify(location, parameter, modules, parts, layout.kernels) for location in locations]
+        slices += cut_parameter(parameter, matches)
     for pattern, _ in layout.split:
         if not any(weight.matrix and weight.found_by(pattern) for weight in slices):
             raise UserError(
@@ -196,82 +187,70 @@ def is_fused(weight: ParameterSlice) -> bool:
     return one_matrix and any(FUSED.search(name.removesuffix(".weight")) for name in weight.names)
 
 
-def _cut(
-    parameter: nn.Parameter, locations: Sequence[Location], meanings: Sequence[_Meaning]
-) -> Iterator[ParameterSlice]:
-    """Yield the slices of one parameter, given where each of its names lies and what it means."""
-    name, *tied = (location.name for location in locations)
-    refused = next((meaning.refused for meaning in meanings if meaning.refused), "")
-    roles = frozenset(meaning.role for meaning in meanings)
-    whole = ParameterSlice(name, parameter, roles, locations[0].block_class, refused=refused, tied=(*tied,))
-    for location, meaning in zip(locations, meanings, strict=True):
-        if meaning.layout is not None and not refused and parameter.numel():
-            for spec in meaning.layout.specs(location.block, parameter.shape, name):
-                yield replace(whole, spec=spec)
-            return
-    yield whole
-
-
 def _classify(
     location: Location,
     parameter: Tensor,
     modules: Mapping[str, nn.Module],
     parts: tuple[PartLike, ...] | None,
     kernels: Kernels,
-) -> _Meaning:
+) -> Match:
     """Say what a parameter is by the kind of module that holds it."""
     owner, name = location.owner, location.name
-    if (known := _registered(location)) or (known := _recomputed(name, modules)):
+    if (known := _registered(location)) or (known := _recomputed(location, modules)):
         return known
     if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
-        return _Meaning("embedding")
+        return Match("embedding", location)
     # By its name too, but for a NormedLinear, which is a Linear.
     named_norm = "Norm" in class_of(owner).__name__ and _kind(owner) is None and not list(owner.children())
     if isinstance(owner, _NORMS) or (named_norm and _is_vector(parameter)):
-        return _Meaning("norm")
+        return Match("norm", location)
     if parameter.ndim < 2:
         attribute = name.rpartition(".")[2]
         role = "" if _in_attention(location) or attribute != "bias" else _LINEAR_OR_CONV.get(_kind(owner), "")
-        return _Meaning(role or ("bias" if "bias" in attribute else "other"))
+        return Match(role or ("bias" if "bias" in attribute else "other"), location)
     if in_adapter(location):
         why = "belongs to an adapter, whose product is added to weights that stay as they are: reset the model before "
-        return _Meaning("linear", refused=f"'{name}' {why}the adapter is put on it, or the sum, merge_and_unload()")
+        return Match(
+            "linear", location, refused=f"'{name}' {why}the adapter is put on it, or the sum, merge_and_unload()"
+        )
     return _classify_matrix(location, parameter, parts, kernels)
 
 
 def _classify_matrix(
     location: Location, parameter: Tensor, parts: tuple[PartLike, ...] | None, kernels: Kernels
-) -> _Meaning:
+) -> Match:
     """Say what a parameter of two or more dimensions is, where it is no embedding, norm or adapter."""
     owner, name, kind = location.owner, location.name, class_of(location.owner).__name__
     attribute = name.rpartition(".")[2]
     if isinstance(owner, nn.MultiheadAttention) and attribute in _IN_PROJECTIONS:
-        return _Meaning("attention", _layout(name, parts or _IN_PROJECTIONS[attribute], parameter))
+        return Match("attention", location, _layout(name, parts or _IN_PROJECTIONS[attribute], parameter))
     if isinstance(owner, (nn.RNNBase, nn.RNNCellBase)) and attribute.startswith("weight_"):
         gates = next((gates for kinds, gates in _GATES.items() if isinstance(owner, kinds)), ())
         projected = attribute.startswith("weight_hr")  # what an LSTM puts out, made smaller
-        return _Meaning("recurrent", _layout(name, parts or (() if projected else gates), parameter))
+        return Match("recurrent", location, _layout(name, parts or (() if projected else gates), parameter))
     if attribute == "weight" and _kind(owner) is nn.Linear:
-        return _Meaning("attention" if _in_attention(location) else "linear", _layout(name, parts, parameter))
+        return Match("attention" if _in_attention(location) else "linear", location, _layout(name, parts, parameter))
     if attribute == "weight" and _kind(owner) is _ConvNd:
-        return _Meaning("conv", _layout(name, parts, parameter, kernel=kernels == "positions"))
+        return Match("conv", location, _layout(name, parts, parameter, kernel=kernels == "positions"))
     exclude = f"leave it out with exclude=[r'{re.escape(name)}']"
     if attribute == "weight" and isinstance(owner, _ConvTransposeNd):
         why = f"belongs to a {kind}, stored (in, out/groups, …), for which no rule is published"
-        return _Meaning("conv", refused=f"'{name}' {why}: {exclude}")
+        return Match("conv", location, refused=f"'{name}' {why}: {exclude}")
     if kind == "Conv1D" and class_of(owner).__module__.startswith("transformers."):
-        return _Meaning("linear", replace(_layout(name, parts, parameter.mT), orientation="in_first"))
+        return Match("linear", location, replace(_layout(name, parts, parameter.mT), orientation="in_first"))
     if parts is not None:
-        return _Meaning("linear", _layout(name, parts, parameter))
+        return Match("linear", location, _layout(name, parts, parameter))
     if attribute != "weight":
-        return _Meaning("other")
+        return Match("other", location)
     unknown = "and what that does with it is not known"
     otherwise = "where it is stored (out, in), say how many matrices it holds"
     if isinstance(owner, nn.Bilinear):
         unknown = "which multiplies two inputs"
         otherwise = "for one matrix (out, in1 · in2) that maps their products, give"
     belongs = f"'{name}', of shape {tuple(parameter.shape)}, belongs to a {kind}, {unknown}"
-    return _Meaning("linear", refused=f"{belongs}: {exclude}, or, {otherwise}: split={{r'{re.escape(name)}': 1}}")
+    return Match(
+        "linear", location, refused=f"{belongs}: {exclude}, or, {otherwise}: split={{r'{re.escape(name)}': 1}}"
+    )
 
 
 def _in_attention(location: Location) -> bool:
@@ -306,7 +285,7 @@ def _layout(name: str, parts: Sequence[PartLike] | None, parameter: Tensor, kern
     return Layout("other", parts or (), kernel=kernel)
 
 
-def _registered(location: Location) -> _Meaning | None:
+def _registered(location: Location) -> Match | None:
     """Return what a layout says that was registered for the block and child, but for a kernel taken as one matrix."""
     layout = REGISTERED.get((location.block_class, location.child))
     kinds = (None, class_of(location.owner).__name__)
@@ -315,11 +294,12 @@ def _registered(location: Location) -> _Meaning | None:
     if layout.matrix and not layout.kernel and _kind(location.owner) is _ConvNd:
         return None
     role = "conv" if layout.kernel else _ROLES.get(layout.role, layout.role)
-    return _Meaning(role, layout if layout.matrix else None)
+    return Match(role, location, layout if layout.matrix else None)
 
 
-def _recomputed(name: str, modules: Mapping[str, nn.Module]) -> _Meaning | None:
+def _recomputed(location: Location, modules: Mapping[str, nn.Module]) -> Match | None:
     """Refuse what a weight is computed from at each forward pass: what is written to the weight itself is lost."""
+    name = location.name
     path, _, attribute = name.rpartition(".")
     above, parametrised, below = f".{name}".partition(".parametrizations.")
     if parametrised:
@@ -333,13 +313,13 @@ def _recomputed(name: str, modules: Mapping[str, nn.Module]) -> _Meaning | None:
         undo = _UNDONE[suffix]
     owner, full_name = modules[path], f"{path}.{weight}" if path else weight
     if "weight" not in weight:
-        return _Meaning("bias" if "bias" in weight else "other")
+        return Match("bias" if "bias" in weight else "other", location)
     recurrent = (nn.RNNBase, nn.RNNCellBase)
     kinds: dict[Any, str] = {_ConvNd: "conv", nn.MultiheadAttention: "attention", recurrent: "recurrent"}
     role = next((role for kind, role in kinds.items() if isinstance(owner, kind)), "linear")
     why = f"'{full_name}' is computed from '{name}' at each forward pass, so a reset of it would be lost"
     undone = f"take that off before (torch.nn.utils.{undo}), and put it on again afterwards"
-    return _Meaning(role, refused=f"{why}: {undone}")
+    return Match(role, location, refused=f"{why}: {undone}")
 
 
 def _refuse_values(parameter: nn.Parameter, name: str) -> None:
