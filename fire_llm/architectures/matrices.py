@@ -221,7 +221,7 @@ def register_layout(
         child: Path from there to the weight's owner, or to a parameter that is not called `weight`; indices as `*`.
             `**` keeps everything below the block whole.
         role: One of `ROLES`.
-        parts: See `Layout`, like the rest. Sizes may be callables that receive the block module.
+        parts: See `Layout`, like the rest. Sizes may be read off the block module: names of attributes, or callables.
         orientation: `out_first` or `in_first`.
         groups: Repeats of the parts on the out axis.
         stack: Matrices along the first axis.

@@ -108,7 +108,7 @@ def _named(given: Any) -> tuple[PartLike, ...]:
     parts: list[PartLike] = []
     for part in given if isinstance(given, (list, tuple)) else ():
         match part:
-            case str() | Part():
+            case str() | Part(size=int() | None):
                 parts.append(part)
             case (str(name), int(rows)) if rows > 0:
                 parts.append((name, rows))
@@ -276,7 +276,7 @@ def _layout(name: str, parts: Sequence[PartLike] | None, parameter: Tensor, kern
     Raises:
         UserError: They do not.
     """
-    sizes = [as_part(part).size for part in parts or ()]
+    sizes = [None if (size := as_part(part).size) is None else int(size) for part in parts or ()]
     equal_shares, rows_left = sizes.count(None), parameter.shape[0] - sum(size or 0 for size in sizes)
     if sizes and (rows_left % equal_shares or not rows_left if equal_shares else rows_left):
         raise UserError(
