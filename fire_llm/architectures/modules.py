@@ -24,7 +24,7 @@ from fire_llm.core.errors import UserError, did_you_mean
 Kernels = Literal["positions", "flattened"]
 KERNELS = ("positions", "flattened")
 MOST_PARTS = 1 << 20
-"""Of one weight: more than any has rows."""
+"""Most parts of one weight: more than any weight has rows."""
 SplitLike = Mapping[str, int | Sequence[PartLike]]
 
 FUSED = re.compile(r"(^|[._])(w?qkv|w?kv|qkvz?|in_proj|c_attn|query_key_value|gate_up_proj)(_proj)?$", re.IGNORECASE)
@@ -35,14 +35,14 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase
 _QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 _GATES = {(nn.LSTM, nn.LSTMCell): ("i", "f", "g", "o"), (nn.GRU, nn.GRUCell): ("r", "z", "n")}
 _ROLES = {"mlp": "linear", "ssm": "linear", "lm_head": "linear", "router": "other"}
-"""Roles here of those that a registered layout may have."""
+"""The role in any torch module for a role that a registered layout may have."""
 _LINEAR_OR_CONV: dict[type[nn.Module] | None, str] = {nn.Linear: "linear_bias", _ConvNd: "conv_bias"}
 _UNDONE = {
     "g": "remove_weight_norm(module)",
     "v": "remove_weight_norm(module)",
     "orig": "remove_spectral_norm(module), or prune.remove(module, name)",
 }
-"""Endings of what a weight is computed from in hooks, and what takes the hook off."""
+"""Endings of the tensors that hooks compute a weight from, and the call that takes such a hook off."""
 _IN_PROJECTIONS = {"in_proj_weight": ("q", "k", "v"), "q_proj_weight": (), "k_proj_weight": (), "v_proj_weight": ()}
 
 
@@ -60,7 +60,7 @@ class ModuleLayout:
 
     @classmethod
     def of(cls, split: SplitLike | None = None, kernels: str = "positions") -> ModuleLayout:
-        """Check what is asked for.
+        """Return the layout that is asked for, checked.
 
         Args:
             split: By regular expression, looked for anywhere in a name: a number of equal parts, or the parts' names

@@ -68,7 +68,13 @@ class Place:
         self.tensor.write(stored, data, file)
 
     def slot(self, block: Tensor, first: int, rows: range) -> Tensor:
-        """Return the view of a block of the parameter, its rows from `first` on, that these rows fill."""
+        """Return the part of a block that some rows fill, as a view.
+
+        Args:
+            block: Rows of the parameter.
+            first: The first of the block's rows.
+            rows: Those to fill, all of them in the block.
+        """
         part = block[rows.start - first : rows.stop - first] if block.ndim else block
         return part if self.inner is None else part[:, self.inner.start : self.inner.stop]
 
@@ -96,7 +102,7 @@ class Places:
     """Parameters whose conversion is not followed here, with its name; they can be kept, but not reset."""
 
     def over(self, tensors: Mapping[str, StoredTensor]) -> Places:
-        """Return the same places in other tensors of these names and shapes."""
+        """Return the same places in other tensors, which have the same names and shapes."""
 
         def moved(by_parameter: dict[str, list[Place]]) -> dict[str, list[Place]]:
             return {

@@ -365,12 +365,12 @@ def project(
 def project_rectangles(
     x: Tensor, attempts: tuple[Attempt, ...], tolerance: float, *, checked: bool
 ) -> tuple[Tensor, list[int]] | None:
-    """Do as `project`, which is given what is not certain after one pass of `one_factor`: for m >= 2 n.
+    """Do as `project`, for m >= 2 n: by one pass of `one_factor`, and by `project` what is not certain after it.
 
-    The host waits once, and then as often as `project` does where that is needed. In the eigenbasis of x x^T with
-    singular values h the polar factor of P x, P any symmetric matrix, is that of x turned by
-    K_ij = E_ij (h_j - h_i) / (2 (h_i + h_j)) to first order, E = P x (P x)^T - I: by less than half of a residual that
-    is measured.
+    The host waits once, and where `project` is needed as often as that does. The pass multiplies x by a symmetric
+    matrix P, which may be any: the polar factor of P x is that of x, turned by an angle that is measured. To first
+    order, in the eigenbasis of x x^T with singular values h and with E = P x (P x)^T - I, it is turned by
+    K_ij = E_ij (h_j - h_i) / (2 (h_i + h_j)), and so by less than half of E.
     """
     z, norm = normalised(x)
     y, traces = one_factor(z)

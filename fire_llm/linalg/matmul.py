@@ -158,7 +158,7 @@ def _settled() -> None:
 
 
 def _shortcuts() -> tuple[str | None, list[tuple[Any, str]]]:
-    """Return torch's setting for all matmuls, None where it contradicts the newer ones, and these by backend."""
+    """Return torch's setting for all matmuls, and its newer settings by backend; None for the first if they differ."""
     torch_backends: Any = torch.backends  # torch's annotations leave their parts out
     cpu, cuda = torch_backends.mkldnn, torch_backends.cudnn
     backends = [torch_backends.cuda.matmul, cpu.matmul, cpu.conv, cpu.rnn]

@@ -174,11 +174,11 @@ def _write_maps(
     """
     at_once = min(iterations, STEPS_AT_ONCE)
     small = min(w.shape[-2:]) <= CPU_BATCH_SIDE
-    single = SINGLE_STEPS_SMALL if small else SINGLE_STEPS
-    double = max(0, iterations - single) if products == torch.float32 else 0
+    single_steps = SINGLE_STEPS_SMALL if small else SINGLE_STEPS
+    double_steps = max(0, iterations - single_steps) if products == torch.float32 else 0
     if at_once < 2 or products == torch.float64 or small:
         for chunk, x, _ in chunks(w, torch.promote_types(products, torch.float32), name, own=False):
-            store(out, chunk, _one_by_one(x, iterations, double))
+            store(out, chunk, _one_by_one(x, iterations, double_steps))
         return
     choose = partial(_polynomial_for, at_once)
     n, m = sorted(w.shape[-2:])
@@ -192,17 +192,17 @@ def _write_maps(
             _, x, _ = next(chunks(w, torch.float32, name, own=False, only=chunk))
             unmapped = polynomial_map(x, y, products, choose, guess, checked=True)
             assert unmapped is not None
-        wide = unmapped.too_wide
+        too_wide = unmapped.too_wide
         if imprecise := unmapped.too_imprecise:  # 16 bits are too few: 22, or where these cannot be had 24
-            precise = None if accumulates(w.device.type, torch.float16) else torch.float32
+            precise_dtype = None if accumulates(w.device.type, torch.float16) else torch.float32
             members, z = indices(imprecise, x), torch.empty_like(x[: len(imprecise)])
-            again = polynomial_map(x.index_select(0, members), z, precise, choose, checked=True)
+            again = polynomial_map(x.index_select(0, members), z, precise_dtype, choose, checked=True)
             assert again is not None
             y.index_copy_(0, members, z)
-            wide += [imprecise[i] for i in again.too_wide]
-        if wide:
-            members = indices(wide, x)
-            y.index_copy_(0, members, _one_by_one(x.index_select(0, members), at_once, min(at_once, double)))
+            too_wide += [imprecise[i] for i in again.too_wide]
+        if too_wide:
+            members = indices(too_wide, x)
+            y.index_copy_(0, members, _one_by_one(x.index_select(0, members), at_once, min(at_once, double_steps)))
         if iterations > at_once:
             y.copy_(_cubic_steps(y, iterations - at_once))
         if y.dtype != out.dtype:
@@ -243,8 +243,8 @@ def _polynomials(steps: int) -> tuple[tuple[Growth, float], ...]:
 def _interpolated(steps: int, end: float, degree: int) -> Growth | None:
     """Return a polynomial for q on [0, end]; None where it is off by too much on a grid."""
     grid = np.linspace(0, end, 2001)
-    q = Chebyshev.interpolate(lambda t: _growth(t, steps), degree, domain=[0, end])
-    if not np.max(np.abs(q(grid) / _growth(grid, steps) - 1)) < INTERPOLATION_ERROR:
+    q = Chebyshev.interpolate(lambda t: _exact_growth(t, steps), degree, domain=[0, end])
+    if not np.max(np.abs(q(grid) / _exact_growth(grid, steps) - 1)) < INTERPOLATION_ERROR:
         return None
     middle = 0.5 if degree >= CENTRED_DEGREE else 0.0
     powers = q.convert(kind=Polynomial, domain=[0, end], window=[-middle, 1 - middle]).coef  # of t / end - middle
@@ -253,7 +253,7 @@ def _interpolated(steps: int, end: float, degree: int) -> Growth | None:
     return Growth(coefficients, middle * end, float(abs(q.deriv()(0) / q(0))))
 
 
-def _growth(t: np.ndarray, steps: int) -> np.ndarray:
+def _exact_growth(t: np.ndarray, steps: int) -> np.ndarray:
     """Return q(t): what `steps` cubic steps multiply a singular value by whose square is t."""
     s, q = np.sqrt(t), np.ones_like(t)
     for _ in range(steps):
@@ -267,11 +267,11 @@ def _normalised(x: Tensor) -> Tensor:
     return x / positive(torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64)).to(x.dtype)
 
 
-def _one_by_one(x: Tensor, iterations: int, double: int) -> Tensor:
-    """Return cubic steps of x / ||x||_F (B, n, m): the first `double` of them in fp64, the others in the dtype of x."""
-    if not double:
+def _one_by_one(x: Tensor, iterations: int, double_steps: int) -> Tensor:
+    """Return cubic steps of x / ||x||_F (B, n, m): the first `double_steps` in fp64, the others in the dtype of x."""
+    if not double_steps:
         return _cubic_steps(_normalised(x), iterations)
-    return _cubic_steps(_cubic_steps(_normalised(x.double()), double).to(x.dtype), iterations - double)
+    return _cubic_steps(_cubic_steps(_normalised(x.double()), double_steps).to(x.dtype), iterations - double_steps)
 
 
 def _cubic_steps(x: Tensor, iterations: int) -> Tensor:

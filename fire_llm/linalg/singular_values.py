@@ -71,11 +71,12 @@ class Extent(NamedTuple):
 def extent(w: Tensor, known: Tensor | None = None) -> Extent:
     """Return the norm, DfI, and the largest and the smallest singular value of a finite matrix.
 
-    Up to `EXACT_SIDE` all singular values are taken. Beyond, everything comes from half of the smaller Gram matrix, of
-    float32 products where these lose nothing: the largest by Lanczos, the smallest by Lanczos on the inverse, through
-    the Gram matrix's Cholesky factor or, of a square, its own LU factors in float32. What these do not hold comes from
-    a Gram matrix of float64 products, or where that loses it too (below 1e-6 of the largest) from a QR factorisation of
-    the matrix. The range is right to 1 %, as a rule to 1e-4; what is below 1e-13 of the largest is rounding.
+    Up to a side of `EXACT_SIDE` all singular values are taken. Beyond, the smaller Gram matrix gives everything, of
+    float32 products where they lose nothing. Lanczos on it gives the largest singular value. Lanczos on its inverse
+    gives the smallest: by the Cholesky factor of the Gram matrix, or for a square matrix by its own LU factors in
+    float32. A smallest value that is lost there comes from a Gram matrix of float64 products. If that loses it too
+    (below 1e-6 of the largest), it comes from a QR factorisation of the matrix. The range is right to 1 %, as a rule to
+    1e-4; what is below 1e-13 of the largest is rounding.
 
     Args:
         w: (out, in), any floating dtype.
@@ -104,7 +105,7 @@ def extent(w: Tensor, known: Tensor | None = None) -> Extent:
 
 @torch.no_grad()
 def norm_and_dfi(w: Tensor, known: Tensor | None = None) -> tuple[float, float]:
-    """Return the first two measures of `extent`, given as there."""
+    """Return the norm and DfI of a finite matrix; arguments as in `extent`."""
     _, norm, dfi, _ = _isometry(w if w.shape[0] >= w.shape[1] else w.mT, known)
     return norm, dfi
 
@@ -183,7 +184,7 @@ def singular_range(gram: Tensor, products: torch.dtype = torch.float64) -> tuple
 
     Args:
         gram: (n, n), symmetric, float64.
-        products: What it is as precise as, float32 or float64.
+        products: The dtype of the products that it was formed by, which says how precise it is.
 
     Returns:
         Both, as right as in `extent`; None for a smallest value that is lost in the rounding of the Gram matrix.

@@ -51,8 +51,8 @@ def inject_plasticity_(model: nn.Module, name: str, *, seed: int = 0) -> Plastic
 
     Args:
         model: Any module.
-        name: Of the head: a module that returns a tensor, whose parts can draw themselves (`reset_parameters`). One
-            that is injected already gets a new head in the place of the one that learned; that is frozen beside it.
+        name: Of the head: a module that returns a tensor, whose parts can draw themselves (`reset_parameters`). A
+            head that was injected before gets another new part; the part that learned until now is frozen.
         seed: Of what is drawn; no other generator is touched.
 
     Warns:

@@ -28,7 +28,7 @@ def sets_norms(specs: Sequence[ResetSpec]) -> bool:
 
 
 def norm_warning(specs: Sequence[ResetSpec], touched: Sequence[TensorReport]) -> str | None:
-    """Return what is to be said of the norms that resets leave; None where they do not fall or grow by more than half.
+    """Return the warning about a norm that resets change by more than half; None where they do not.
 
     Args:
         specs: The resets.

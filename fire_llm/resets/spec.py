@@ -52,7 +52,7 @@ class ResetSpec:
 
     @property
     def selection(self) -> dict[str, Any]:
-        """Return what of `include`, `exclude` and `layers` narrows what is touched, by name."""
+        """Return those of `layers`, `include` and `exclude` that are given, by name."""
         return {key: value for key in ("layers", "include", "exclude") if (value := getattr(self, key))}
 
     @property
