@@ -188,22 +188,21 @@ def fire_(
 
     Source: arXiv 2602.08040.
     """
-    optional = {"iterations": iterations, "tolerance": tolerance, "compute_dtype": compute_dtype, "layers": layers}
-    patterns = {"include": include, "exclude": exclude}
-    spec: dict[str, Any] = {
-        "method": "fire",
+    options = {
+        "iterations": iterations,
         "solver": solver,
+        "tolerance": tolerance,
         "scale": scale,
+        "compute_dtype": compute_dtype,
         "strength": strength,
-        **{key: value for key, value in optional.items() if value is not None},
-        **{key: (value,) if isinstance(value, str) else tuple(value or ()) for key, value in patterns.items()},
+        "roles": _listed(roles),
+        "include": _listed(include),
+        "exclude": _listed(exclude),
+        "layers": layers,
     }
-    if roles is not None:
-        listed = isinstance(roles, Iterable) and not isinstance(roles, str | Mapping)
-        spec["roles"] = tuple(roles) if listed else (roles,) if isinstance(roles, str) else roles
     report = apply_reset(
         model,
-        spec,
+        {"method": "fire", **{key: value for key, value in options.items() if value is not None}},
         optimizer=optimizer,
         process_group=process_group,
         timeout=timeout,
@@ -217,3 +216,10 @@ def fire_(
     if warning is not None and is_first() and not newly_drawn(getattr(unwrap(model), "config", None), report):
         warnings.warn(warning, stacklevel=2)
     return report
+
+
+def _listed(value: Any) -> Any:
+    """Return a text or an iterable as a tuple, and anything else as it is."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, Mapping) else value
