@@ -24,7 +24,7 @@ from torch import Tensor
 from fire_llm.architectures.matrices import ParameterSlice
 from fire_llm.checkpoint.card import PROVENANCE, write_card, write_provenance
 from fire_llm.checkpoint.drawn import draw_initial
-from fire_llm.checkpoint.perplexities import Texts, check_texts
+from fire_llm.checkpoint.perplexities import Texts
 from fire_llm.checkpoint.recast import SHORT, cast_bytes, cast_tensors, check_dtype, settle, torch_dtype, write_casts
 from fire_llm.checkpoint.refusals import refuse_destination
 from fire_llm.checkpoint.stored import Slices, Stored
@@ -107,7 +107,7 @@ def reset_checkpoint(
     dtype = SHORT.get(dtype, dtype)
     check_dtype(dtype)
     where = find_device(device)
-    check_texts(texts := Texts(measure_on, max_tokens, context, device))
+    texts = Texts(measure_on, max_tokens, context, device)
     call = _Call(src, Path(dst), specs, init, seed, revision, native, where, progress, measures, dtype, texts)
     job = together(None, lambda: _Rewrite.prepare(call, dry_run), lambda job: job.plan.request(), _PATIENCE)
     return job.describe() if dry_run else job.run()

@@ -177,7 +177,7 @@ def _write_maps(
     single_steps = SINGLE_STEPS_SMALL if small else SINGLE_STEPS
     double_steps = max(0, iterations - single_steps) if products == torch.float32 else 0
     if at_once < 2 or products == torch.float64 or small:
-        for chunk, x, _ in chunks(w, torch.promote_types(products, torch.float32), name, own=False):
+        for chunk, x, _ in chunks(w, torch.promote_types(products, torch.float32), name, copy=False):
             store(out, chunk, _one_by_one(x, iterations, double_steps))
         return
     choose = partial(_polynomial_for, at_once)
@@ -189,7 +189,7 @@ def _write_maps(
         y = oriented(out, chunk) if out.dtype == torch.float32 else torch.empty_like(x)
         unmapped = polynomial_map(x, y, products, choose, guess, grams=grams)
         if unmapped is None:  # name what is not finite, scale what is out of range
-            _, x, _ = next(chunks(w, torch.float32, name, own=False, only=chunk))
+            _, x, _ = next(chunks(w, torch.float32, name, copy=False, only=chunk))
             unmapped = polynomial_map(x, y, products, choose, guess, checked=True)
             assert unmapped is not None
         too_wide = unmapped.too_wide
