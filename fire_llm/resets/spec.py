@@ -161,7 +161,8 @@ class ResetSpec:
             return why
         if self.layers:
             chosen = parse_layers(self.layers) or ()
-            if not any(layer in numbers for numbers in chosen for layer in layers_of(weight)):
+            layers = layers_of(weight.role, weight.parameter, *weight.tied)
+            if not any(layer in numbers for numbers in chosen for layer in layers):
                 return f"not in layers {self.layers}"
         if self.include and not any(weight.found_by(e) for e in self.include):
             return f"found by no pattern of include ({', '.join(self.include)})"

@@ -55,12 +55,13 @@ def _matching(option: str, pattern: str, slices: Sequence[ParameterSlice], hint:
 
 
 def _refuse_layers(spec: ResetSpec, slices: Sequence[ParameterSlice]) -> None:
-    layers = {number for weight in slices for number in layers_of(weight)}
+    holding = [layers_of(weight.role, weight.parameter, *weight.tied) for weight in slices]
+    layers = set().union(*holding)
     for numbers in parse_layers(spec.layers) or ():
         if missing := [number for number in numbers if number not in layers]:
             known = f"{min(layers)} to {max(layers)}" if layers else "none"
             raise UserError(f"layers '{spec.layers}': the model has no layer {missing[0]}; its layers are {known}")
-        inside = [weight for weight in slices if any(number in numbers for number in layers_of(weight))]
+        inside = [weight for weight, own in zip(slices, holding, strict=True) if own & {*numbers}]
         _refuse_idle(spec, f"layers '{spec.layers}'", inside)
 
 
