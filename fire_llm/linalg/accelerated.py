@@ -1,9 +1,6 @@
-"""What accelerators do: products of 16-bit operands, and polar factors of stacks in them, with one wait of the host.
+"""Polar factors of stacks on accelerators, in products of 16-bit operands, with one wait of the host.
 
-A 16-bit product is 8 to 16 times as fast as one in fp32 there. Where 16 bits are too few, an operand is split into two
-fp16 parts. Three products of parts then stand for one product of 22 bits.
-
-The first half of this file makes such products. The second half takes polar factors with them, in four steps:
+It takes four steps:
 
 1. `normalised` scales each matrix X to a Frobenius norm of sqrt(n), so that its entries are of order 1.
 2. `compose`, `cubic` or `one_factor` multiply X by polynomials of its Gram matrix, which takes singular values near 1.
@@ -22,100 +19,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fire_llm.linalg.matmul import accumulates, positive
-
-Operand = tuple[Tensor, ...]
-"""A matrix as a product reads it: itself, rounded to 16 bits, or two fp16 parts whose difference holds 22 bits."""
-
-SPLIT_SCALE = 256.0  # of entries of order 1, so that fp16 holds their second parts as normal numbers
-SPLIT_DEPTH = 2048  # longest sum within a tensor core, which cuts its sums; longer ones are put together in fp32
-LARGEST_NORM, LEAST_NORM = 2.0**60, 2.0**-40  # within, no square overflows in fp32, and none that counts underflows
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Products
-
-
-def split(x: Tensor) -> Operand:
-    """Return fp16 tensors h and l with h - l = `SPLIT_SCALE` x to 22 bits, for x of entries below 255."""
-    high, low = (torch.empty_like(x, dtype=torch.float16) for _ in range(2))
-    torch.mul(x, SPLIT_SCALE, out=high)
-    return high, torch.sub(high, x, alpha=SPLIT_SCALE, out=low)  # in fp32, where both are exact
-
-
-def single(x: Tensor) -> Operand:
-    """Return the first part of `split` alone: fp16 numbers of `SPLIT_SCALE` x to 11 bits."""
-    return (torch.mul(x, SPLIT_SCALE, out=torch.empty_like(x, dtype=torch.float16)),)
-
-
-def transposed(a: Operand) -> Operand:
-    """Return the operand (B, m, n) of the transposed matrices, as views."""
-    return tuple(part.mT for part in a)
-
-
-def accumulate(out: Tensor, a: Operand, b: Operand, *, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
-    """Set out = beta out + alpha a b, and return it.
-
-    Of split operands, (h - l)(h' - l') = h h' - l h' - h l' + l l', and the last product is below 22 bits. The small
-    ones are summed first.
-    """
-    length = depth = a[0].shape[-1]
-    if len(a) > 1:
-        alpha, depth = alpha / SPLIT_SCALE**2, SPLIT_DEPTH
-        for small, large in ((a[1], b[0]), (a[0], b[1])):
-            _multiply(out, small, large, -alpha, beta)
-            beta = 1.0
-    for k in range(0, length, depth):
-        _multiply(out, a[0][..., k : k + depth], b[0][..., k : k + depth, :], alpha, beta)
-        beta = 1.0
-    return out
-
-
-def _multiply(out: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> None:
-    """Set out = beta out + alpha a b; on a CPU rounded operands are multiplied as fp32, 16 bits being far slower."""
-    if a.dtype == out.dtype and (a.element_size() > 2 or a.device.type != "cpu"):
-        torch.baddbmm(out, a, b, beta=beta, alpha=alpha, out=out)
-    elif accumulates(a.device.type, a.dtype):
-        torch.baddbmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
-    else:
-        out.copy_(torch.baddbmm(out.float(), a.float(), b.float(), beta=beta, alpha=alpha))
-
-
-def product(a: Operand, b: Operand, dtype: torch.dtype = torch.float32, alpha: float = 1.0) -> Tensor:
-    """Return alpha a b (B, n, n) in a new tensor."""
-    out = a[0].new_empty((len(a[0]), a[0].shape[-2], b[0].shape[-1]), dtype=dtype)
-    return accumulate(out, a, b, alpha=alpha, beta=0.0)
-
-
-def split_square(x: Tensor) -> Tensor:
-    """Return x x (B, n, n) of split operands, in a new tensor."""
-    operand = split(x)
-    return product(operand, operand)
-
-
-def single_square(x: Tensor) -> Tensor:
-    """Return x x (B, n, n) of single operands, in a new tensor."""
-    operand = single(x)
-    return product(operand, operand, alpha=SPLIT_SCALE**-2)
-
-
-def norms(x: Tensor) -> Tensor:
-    """Return Frobenius norms (B,) in fp64 of fp32 matrices read once: rows in fp32, which are put together in fp64."""
-    lengths: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=-1).double(), dim=-1)
-    return lengths
-
-
-def in_range(norms: list[float]) -> bool:
-    """Return whether norms are those of finite matrices whose squares fp32 holds; of zeros that is not known yet."""
-    return all(LEAST_NORM < norm < LARGEST_NORM for norm in norms)
-
-
-def indices(numbers: list[int], like: Tensor) -> Tensor:
-    """Return indices (k,) on the device of a tensor, without waiting for it."""
-    return torch.tensor(numbers).to(like.device, non_blocking=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Polar factors
+from fire_llm.linalg.matmul import in_range, indices, norms, positive
+from fire_llm.linalg.split_products import (
+    SPLIT_SCALE,
+    accumulate,
+    product,
+    single,
+    single_square,
+    split,
+    split_square,
+    transposed,
+)
 
 SPLIT_ROUNDING = 4e-6  # of a product of split operands; its sums, which tensor cores cut rather than round, included
 PROBES = 8

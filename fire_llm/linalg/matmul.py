@@ -23,6 +23,7 @@ from fire_llm.core.errors import UserError
 CHUNK_ELEMENTS = 1 << 26  # upper bound on a batch worked on at once, 256 MB in fp32
 CPU_BATCH_SIDE = 128  # batched products beat a loop on CPU only up to this n
 _SAFE = 10  # largest entries between 2**-10 and 2**10 need no scaling: fp32 holds their squares, sums and fourth powers
+LARGEST_NORM, LEAST_NORM = 2.0**60, 2.0**-40  # within, no square overflows in fp32, and none that counts underflows
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -92,6 +93,22 @@ def store(out: Tensor, chunk: slice, x: Tensor) -> None:
 def positive(x: Tensor) -> Tensor:
     """Return x with 1 in place of 0, so that a division by it keeps zeros zero."""
     return torch.where(x == 0, 1, x)
+
+
+def norms(x: Tensor) -> Tensor:
+    """Return Frobenius norms (B,) in fp64 of fp32 matrices read once: rows in fp32, which are put together in fp64."""
+    lengths: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=-1).double(), dim=-1)
+    return lengths
+
+
+def in_range(norms: list[float]) -> bool:
+    """Return whether norms are those of finite matrices whose squares fp32 holds; of zeros that is not known yet."""
+    return all(LEAST_NORM < norm < LARGEST_NORM for norm in norms)
+
+
+def indices(numbers: list[int], like: Tensor) -> Tensor:
+    """Return indices (k,) on the device of a tensor, without waiting for it."""
+    return torch.tensor(numbers).to(like.device, non_blocking=True)
 
 
 def check_matrix(w: Tensor, name: str) -> None:

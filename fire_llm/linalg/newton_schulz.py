@@ -14,7 +14,6 @@ from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor
 
 from fire_llm.core.errors import UserError
-from fire_llm.linalg.accelerated import indices
 from fire_llm.linalg.matmul import (
     CPU_BATCH_SIDE,
     FLOATS,
@@ -24,6 +23,7 @@ from fire_llm.linalg.matmul import (
     check_matrix,
     chunks,
     exact_products,
+    indices,
     oriented,
     positive,
     spans,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fire_llm.core.errors import UserError
-from fire_llm.linalg.accelerated import SHORT, Attempt, Composition, indices, more_steps, project, project_rectangles
+from fire_llm.linalg.accelerated import SHORT, Attempt, Composition, more_steps, project, project_rectangles
 from fire_llm.linalg.matmul import (
     CPU_BATCH_SIDE,
     accumulates,
@@ -27,6 +27,7 @@ from fire_llm.linalg.matmul import (
     check_matrix,
     chunks,
     exact_products,
+    indices,
     multiply,
     oriented,
     spans,

@@ -24,17 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fire_llm.linalg.accelerated import (
-    LEAST_NORM,
-    Operand,
-    accumulate,
-    in_range,
-    indices,
-    norms,
-    product,
-    split,
-    transposed,
-)
+from fire_llm.linalg.matmul import LEAST_NORM, in_range, indices, norms
+from fire_llm.linalg.split_products import Operand, accumulate, product, split, transposed
 
 
 @dataclass(frozen=True)
