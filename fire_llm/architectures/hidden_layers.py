@@ -59,7 +59,7 @@ def hidden_layers(
     """
     parameters, lookup = dict(plain_parameters(model)), Lookup(model)
     layers, unreached = [], {}
-    for matrices, outgoing, why_not in _mlps(model):
+    for matrices, outgoing, why_not in _mlps(model, lookup):
         if not all(wanted(matrix) for matrix in matrices):
             continue
         last, incoming = matrices[-1], [m for m in matrices if m is not outgoing]
@@ -71,7 +71,7 @@ def hidden_layers(
             unreached[last.parameter] = f"{last.block} shares a part of its weights with another block"
         else:
             biases = [bias for m in incoming if (bias := _bias(m, parameters)) is not None]
-            readers = [lookup.location(name).owner for name in (outgoing.parameter, *outgoing.tied)]
+            readers = {lookup.location(name).owner: None for name in (outgoing.parameter, *outgoing.tied)}
             layers.append(HiddenLayer(outgoing.parameter, tuple(readers), (*incoming, *biases), outgoing))
     return layers, unreached
 
@@ -95,7 +95,7 @@ def down_projections(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, 
     lookup = Lookup(model)
     readers: dict[str, nn.Module] = {}
     missing: dict[str, list[str]] = {}
-    for matrices, outgoing, why_not in _mlps(model):
+    for matrices, outgoing, why_not in _mlps(model, lookup):
         if outgoing is None:
             missing.setdefault(why_not, []).append(matrices[-1].parameter)
         else:
@@ -103,14 +103,13 @@ def down_projections(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, 
     return readers, missing
 
 
-def _mlps(model: nn.Module) -> Iterator[tuple[list[ParameterSlice], ParameterSlice | None, str]]:
+def _mlps(model: nn.Module, lookup: Lookup) -> Iterator[tuple[list[ParameterSlice], ParameterSlice | None, str]]:
     """Yield of each MLP its matrices, and the one that leads back, (width, units); where no single one does, None.
 
     The text says why there is none, and is empty where there is one.
     """
     config: Any = model.config
     width = config.get_text_config().hidden_size
-    lookup = Lookup(model)
     blocks: dict[int, list[ParameterSlice]] = {}
     for matrix in logical_matrices(model, ["mlp"]):
         blocks.setdefault(id(lookup.location(matrix.parameter).block), []).append(matrix)

@@ -85,7 +85,7 @@ class _Powers:
     inverse_norm: Tensor
     """(B, 1, 1), float32, 1 / ||x||_F; of zeros a finite number, so that they stay zero."""
     trace: float
-    """tr G times this is what `gram` has."""
+    """What G, of trace 1, is multiplied by in `gram`."""
     operand_norm: float
     """Frobenius norm of the matrices in `operand`."""
     operand: Operand
@@ -135,9 +135,10 @@ class _Powers:
         if growth.centre:
             h_squared = torch.add(h_squared, h, alpha=-2 * growth.centre)
             h = h.clone()
-            for power, constant in ((h, -growth.centre), (h_squared, growth.centre**2)):
-                power.diagonal(dim1=-2, dim2=-1).add_(self.trace * constant)
-        constant, odd, even = growth.coefficients[0], growth.coefficients[1::2], growth.coefficients[2::2]
+            for power, shift in ((h, -growth.centre), (h_squared, growth.centre**2)):
+                power.diagonal(dim1=-2, dim2=-1).add_(self.trace * shift)
+        constant = growth.coefficients[0]
+        odd, even = growth.coefficients[1::2], growth.coefficients[2::2]
         # Horner's scheme, from the highest pair of powers down: M <- H + (c_even / c_odd) H^2 + (c_next / c_odd) H^2 M
         factor = _operand(h_squared, self.dtype)
         polynomial = torch.add(h, h_squared, alpha=even[-1] / odd[-1])

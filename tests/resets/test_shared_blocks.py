@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.models import tiny_llama
 from support.small_models import build
 from torch import nn
 from transformers import AlbertConfig, AlbertForMaskedLM
@@ -26,6 +27,13 @@ def zamba() -> nn.Module:
     return build("zamba")
 
 
+def llama() -> nn.Module:
+    """Build a model whose two layers are one module, under two names."""
+    model = tiny_llama()
+    model.model.layers[1] = model.model.layers[0]
+    return model
+
+
 def begun(model: nn.Module) -> RecyclingCallback:
     callback = RecyclingCallback("redo", seed=0, every=1, threshold=0.9)
     arguments = SimpleNamespace(n_gpu=0, torch_compile=False)
@@ -37,6 +45,7 @@ def begun(model: nn.Module) -> RecyclingCallback:
     ("make", "readers"),
     [
         (albert, ["albert.encoder.albert_layer_groups.0.albert_layers.0.ffn_output"]),
+        (llama, ["model.layers.0.mlp.down_proj"]),
         (zamba, [f"model.layers.{layer}.shared_transf.feed_forward.down_proj" for layer in (1, 2)]),
     ],
 )
@@ -49,7 +58,7 @@ def test_units_of_shared_weights_are_judged_by_all_of_their_uses(make, readers) 
     (layer,), (recycler,) = callback.work.layers, callback.work.recyclers
     assert [*layer.readers] == [model.get_submodule(name) for name in readers]
     callback.on_step_begin(None, SimpleNamespace(global_step=0), None)
-    model(input_ids=torch.arange(24).view(2, 12))
+    model(input_ids=torch.arange(24).view(2, 12), use_cache=False)
     activations = torch.stack(seen).abs().flatten(0, -2)
     assert len(activations) == len(seen) * 24 and len(seen) > 1
     assert recycler.sums[-1] == len(activations)
