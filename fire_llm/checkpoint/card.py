@@ -292,7 +292,7 @@ def _flags(spec: ResetSpec) -> list[str] | None:
     if not _built_in(spec) or changed or (roles and not {*implied} <= {*roles}):
         return None
     pairs = [*as_given.items(), *(("role", role) for role in roles if role not in implied)]
-    pairs += [(key, pattern) for key, of_it in patterns.items() for pattern in of_it]
+    pairs += [(key, pattern) for key, texts in patterns.items() for pattern in texts]
     return [word for key, value in pairs for word in _option(key, value)]
 
 

@@ -197,28 +197,29 @@ class _Rewrite:
 
     def run(self) -> ResetReport:
         """Copy, reset, hash and describe; rank 0 makes the folder, all share the resets."""
-        first = is_first()
+        texts, progress = self.call.texts, self.call.progress and is_first()
         source = self.stored.source.folder
-        nll = self.call.texts.nll(source, self.call.progress and first, source)
+        nll = texts.nll(source, progress, source)
+
+        def on_first(work: Callable[[], Any], done: str) -> Any:
+            """Do work on rank 0; every rank goes on once it is done, or raises what it raised."""
+            return together(None, work if is_first() else lambda: None, done, _PATIENCE)
+
         with ExitStack() as stack, _Hasher() as hasher:
-            folders = together(
-                None, lambda: stack.enter_context(staged(self.call.dst)) if first else None, "staged", _PATIENCE
-            )
-            folder = Path(gather_objects(None, folders)[0])
+            folders = gather_objects(None, on_first(lambda: stack.enter_context(staged(self.call.dst)), "staged"))
+            folder = Path(folders[0])
             began = time.perf_counter()
-            hashes = together(None, lambda: self._copy(folder, hasher) if first else {}, "copied", _PATIENCE)
+            hashes = on_first(lambda: self._copy(folder, hasher), "copied")
             copying = time.perf_counter() - began
             executor, seconds, shared = together(None, lambda: self._reset(folder), "reset", _PATIENCE)
             if shared > 1:
                 executor.join(None)
             report = self._report(executor, seconds, shared)
-            together(None, lambda: self._settle(folder) if first else None, "settled", _PATIENCE)
-            after = self.call.texts.nll(folder, self.call.progress and first, self.call.dst)
+            on_first(lambda: self._settle(folder), "settled")
+            after = texts.nll(folder, progress, self.call.dst)
             report.nll = {text: [before, after[text]] for text, before in nll.items()}
             report.copying_seconds = copying
-            together(
-                None, lambda: self._finish(folder, report, hasher, hashes) if first else None, "described", _PATIENCE
-            )
+            on_first(lambda: self._finish(folder, report, hasher, hashes), "described")
             together(None, stack.close, "renamed", _PATIENCE)
         return report
 
@@ -252,14 +253,15 @@ class _Rewrite:
         executor = ResetExecutor(self.plan, "range", self.call.measures, rounded_to)
         blocks = self.plan.blocks
         ranks, rank = (dist.get_world_size(), dist.get_rank()) if active() else (1, 0)
-        owners = assign([max(1, b.cost) for b in blocks], ranks)
-        mine = [b for b, owner in zip(blocks, owners, strict=True) if owner == rank]
+        owners = assign([max(1, block.cost) for block in blocks], ranks)
+        own = [block for block, owner in zip(blocks, owners, strict=True) if owner == rank]
+        total = sum(len(block.members) for block in own)
         began = time.perf_counter()
-        with _Copies(folder) as self.copies, self._bar("resetting", sum(len(b.members) for b in mine), "tensor") as bar:
+        with _Copies(folder) as self.copies, self._bar("resetting", total, "tensor") as bar:
             # Worked on together: a bounded bucket; on a CPU a single block.
             limit = 0 if device.type == "cpu" else BUCKET_BYTES
-            for jobs in buckets([b.n_bytes for b in mine], [0] * len(mine), 1, limit):
-                batch = [mine[job] for job in jobs]
+            for jobs in buckets([block.n_bytes for block in own], [0] * len(own), 1, limit):
+                batch = [own[job] for job in jobs]
                 loaded = [(block, self._read(block)) for block in batch]
                 executor.transform(loaded)
                 if executor.error is not None:
