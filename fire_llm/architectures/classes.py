@@ -43,8 +43,8 @@ def causal_class(config: Any) -> str:
 
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return CAUSAL
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    return next((name for name in getattr(config, "architectures", None) or () if name in known), "")
+    causal_names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return next((name for name in getattr(config, "architectures", None) or () if name in causal_names), "")
 
 
 def named_class(config: Any) -> Any:
@@ -68,9 +68,9 @@ def first_class(names: Any, config_class: type) -> Any:
         if isinstance(name, str) and not name.startswith("_"):
             with suppress(Exception):  # of a library that the class needs and that is not here
                 kind = getattr(transformers, name, None)
-        ours = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
-        whole = ours and kind.forward is not nn.Module.forward
-        if whole and kind.config_class is not None and issubclass(config_class, kind.config_class):
+        is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+        computes = is_model and kind.forward is not nn.Module.forward
+        if computes and kind.config_class is not None and issubclass(config_class, kind.config_class):
             return kind
     return None
 

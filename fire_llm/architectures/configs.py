@@ -97,9 +97,9 @@ def refuse_sizes(settings: Any, where: str, *, key: str = "", depth: int = 0) ->
         for part in settings:
             refuse_sizes(part, where, key=key, depth=depth + 1)
     elif isinstance(settings, (int, float)):
-        most = next((most for pattern, most in _BOUNDS if re.search(pattern, key)), None)
-        if most is not None and settings > most:
-            raise UserError(f"{where}: {key} is {str(settings)[:30]}; at most {most:,} is allowed. Correct it")
+        limit = next((limit for pattern, limit in _BOUNDS if re.search(pattern, key)), None)
+        if limit is not None and settings > limit:
+            raise UserError(f"{where}: {key} is {str(settings)[:30]}; at most {limit:,} is allowed. Correct it")
 
 
 def set_attribute(config: Any, key: str, value: Any, refusal: str) -> None:
@@ -127,14 +127,14 @@ def refuse_attributes(config: Any, given: Mapping[str, Any]) -> None:
     refuse_sizes(given, "model.config")
     for key in given:
         try:
-            own = not callable(getattr(config, key))
+            is_attribute = not callable(getattr(config, key))
         except AttributeError:
-            own = False
+            is_attribute = False
         except Exception:  # of an attribute that layers may have otherwise
-            own = True
-        if key in _NO_ATTRIBUTES or key.startswith("_") or not own:
-            known = [k for k in config.to_dict() if not k.startswith("_")]
-            raise UserError(f"model: {type(config).__name__} has no attribute '{key}'.{did_you_mean(key, known)}")
+            is_attribute = True
+        if key in _NO_ATTRIBUTES or key.startswith("_") or not is_attribute:
+            attributes = [k for k in config.to_dict() if not k.startswith("_")]
+            raise UserError(f"model: {type(config).__name__} has no attribute '{key}'.{did_you_mean(key, attributes)}")
 
 
 def _refuse_kernels(config: Any, name: str) -> None:
@@ -144,17 +144,17 @@ def _refuse_kernels(config: Any, name: str) -> None:
         UserError: Naming the attention.
     """
     for part in _parts(config):
-        given = part._attn_implementation
-        if "/" in str(given):
+        kernel = part._attn_implementation
+        if "/" in str(kernel):
             raise UserError(
-                f"'{name}': attn_implementation {given!r} of its config names code on the Hub, which is never fetched: "
-                f"take it out of {CONFIG}, or write one of {', '.join(_ATTENTION)}"
+                f"'{name}': attn_implementation {kernel!r} of its config names code on the Hub, which is never "
+                f"fetched: take it out of {CONFIG}, or write one of {', '.join(_ATTENTION)}"
             )
-        here = given is None or given in _ATTENTION or (given == "flash_attention_2" and find_spec("flash_attn"))
+        here = kernel is None or kernel in _ATTENTION or (kernel == "flash_attention_2" and find_spec("flash_attn"))
         if not here:
             part._attn_implementation = None
             warnings.warn(
-                f"'{name}': attn_implementation {given!r} of its config is left out: it is no attention of this "
+                f"'{name}': attn_implementation {kernel!r} of its config is left out: it is no attention of this "
                 "machine. transformers' own is taken, which differs by rounding alone",
                 stacklevel=3,
             )

@@ -96,8 +96,8 @@ def choose_context(config: Any, wanted: int | None, name: str = "context") -> in
         UserError: The model does not read as many.
     """
     longest = longest_context(config)
-    most = DEFAULT if longest is None else min(longest, DEFAULT)
-    context = most if wanted is None else wanted
+    default = DEFAULT if longest is None else min(longest, DEFAULT)
+    context = default if wanted is None else wanted
     if longest is None and context < 1:
         raise UserError(f"{name} {context} must be at least 1")
     if longest is not None and not 1 <= context <= longest:

@@ -90,32 +90,21 @@ def fresh_config(
         raise UserError(f"model.architecture: {fault}")
     kind = CONFIG_MAPPING[architecture]
     refuse_other_than_text(kind, architecture)
-    name = kind.__name__
     standard = kind()
     refuse_attributes(standard, given)
-    named = {kind.attribute_map.get(key, key): value for key, value in {**preset, **given}.items()}
-    names: dict[str, list[str]] = {}
-    for key in given:
-        names.setdefault(kind.attribute_map.get(key, key), []).append(key)
-    if twice := [" and ".join(keys) for keys in names.values() if len(keys) > 1]:
-        raise UserError(f"model.config: {name} has one attribute for {'; '.join(twice)}: leave one of them out")
-    own = names.keys()
+    chosen = _real_names(kind, given)
     padded = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    if ids is None:  # those of the type stay, but for what this vocabulary does not hold
-        size = given.get("vocab_size", preset.get("vocab_size") or padded)
-        own_ids = {key: getattr(standard, key, None) for key in IDS}
-        beyond = [key for key, i in own_ids.items() if isinstance(i, int) and isinstance(size, int) and i >= size]
-        ids = {key: None if key == "pad_token_id" and architecture not in _PADDING else 0 for key in beyond}
+    if ids is None:
+        ids = _replaced_ids(standard, architecture, given.get("vocab_size", preset.get("vocab_size") or padded))
     elif architecture in _PADDING and ids["pad_token_id"] is None and given.get("pad_token_id") is None:
         raise UserError(
-            f"model: {name} needs a padding token, and the tokenizer has none: give a tokenizer that has one, or the "
-            "id of a token that no text holds as pad_token_id of model.config"
+            f"model: {kind.__name__} needs a padding token, and the tokenizer has none: give a tokenizer that has one, "
+            "or the id of a token that no text holds as pad_token_id of model.config"
         )
-    settings = {**ids, "vocab_size": padded}
-    settings = {kind.attribute_map.get(key, key): value for key, value in settings.items()} | {
-        key: True for key in _DECODER if getattr(standard, key, None) is False
-    }
-    settings |= {key: value for key, value in named.items() if value is not None or key in own}
+    settings = _rename(kind, {**ids, "vocab_size": padded})
+    settings |= {key: True for key in _DECODER if getattr(standard, key, None) is False}
+    named = _rename(kind, {**preset, **given})
+    settings |= {key: value for key, value in named.items() if value is not None or key in chosen}
     for key in _FOLLOWING:
         if hasattr(standard, key):
             settings.setdefault(key, settings["vocab_size"])
@@ -128,7 +117,7 @@ def fresh_config(
     try:
         config = kind(**settings)
         longest, positions = longest_context(config), positions_attribute(config)
-        if longest is not None and not {positions, "rope_parameters", "rope_scaling"} & own:
+        if longest is not None and not {positions, "rope_parameters", "rope_scaling"} & chosen:
             wanted = context or min(longest, DEFAULT)
             # Some types count positions from their padding token's id on.
             config = kind(**{**settings, positions: getattr(config, positions) + wanted - longest})
@@ -136,9 +125,36 @@ def fresh_config(
         raise
     except Exception as error:  # the classes' own checks raise what they like
         raise UserError(
-            f"model.config: {name} refuses {given or settings}: {first_line(error.__cause__ or error)}"
+            f"model.config: {kind.__name__} refuses {given or settings}: {first_line(error.__cause__ or error)}"
         ) from error
     return config
+
+
+def _rename(kind: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return attributes under the names that the class of a config stores them under."""
+    return {kind.attribute_map.get(key, key): value for key, value in settings.items()}
+
+
+def _real_names(kind: Any, given: Mapping[str, Any]) -> set[str]:
+    """Return the names under which a class of configs stores what is given.
+
+    Raises:
+        UserError: Two of the attributes are one.
+    """
+    names: dict[str, list[str]] = {}
+    for key in given:
+        names.setdefault(kind.attribute_map.get(key, key), []).append(key)
+    twice = "; ".join(" and ".join(keys) for keys in names.values() if len(keys) > 1)
+    if twice:
+        raise UserError(f"model.config: {kind.__name__} has one attribute for {twice}: leave one of them out")
+    return set(names)
+
+
+def _replaced_ids(standard: Any, architecture: str, vocabulary: Any) -> dict[str, int | None]:
+    """Return ids in place of a type's own that a vocabulary does not hold; the others stay."""
+    own = {key: getattr(standard, key, None) for key in IDS}
+    beyond = [k for k, i in own.items() if isinstance(i, int) and isinstance(vocabulary, int) and i >= vocabulary]
+    return {key: None if key == "pad_token_id" and architecture not in _PADDING else 0 for key in beyond}
 
 
 def refuse_other_than_text(kind: type, name: str) -> None:
@@ -155,6 +171,6 @@ def refuse_other_than_text(kind: type, name: str) -> None:
     if not _BESIDE_TEXT & parts.keys():
         return
     text = getattr(parts.get("text_config"), "model_type", None)
-    near = [known for known in causal_types() if known.startswith(f"{name}_text") or known == text]
-    take = f"'{near[0]}'" if near else "a causal LM of text, such as llama"
-    raise UserError(f"model: '{name}' is no model of text alone, and new weights are for those; take {take}")
+    alternatives = [other for other in causal_types() if other.startswith(f"{name}_text") or other == text]
+    advice = f"'{alternatives[0]}'" if alternatives else "a causal LM of text, such as llama"
+    raise UserError(f"model: '{name}' is no model of text alone, and new weights are for those; take {advice}")

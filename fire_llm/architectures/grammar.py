@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from fire_llm.core.errors import UserError, did_you_mean
@@ -33,15 +34,17 @@ class Part:
 
     Args:
         name: `q`, `k`, `v`, `gate`, `up`, …; empty where the tensor is one matrix.
-        size: Rows on the out axis within one group; None for an equal share of what the sized parts leave.
+        size: Rows on the out axis within one group, or the attribute of the block module that holds their number; None
+            for an equal share of what the sized parts leave.
     """
 
     name: str
-    size: int | None = None
+    size: int | str | None = None
 
 
-PartLike = Part | tuple[str, int] | str
-Sizes = int | Callable[[Any], int]
+PartLike = Part | tuple[str, int | str] | str
+Sizes = int | str | Callable[[Any], int]
+"""A number, the attribute of the block module that holds it, such as `config.num_heads`, or a function of the block."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class SliceSpec:
 class Layout:
     """How one child of a block class stores its logical matrices.
 
-    Callables receive the block module, so that layers of one model may differ in size.
+    Names of attributes and callables are read off the block module, so that layers of one model may differ in size.
 
     Args:
         role: One of `ROLES`. A role outside `MATRIX_ROLES` keeps the parameter whole.
@@ -140,12 +143,14 @@ class Layout:
         in_first = self.orientation == "in_first"
         rows, columns = (second, first) if in_first else (first, second)
         groups = _resolve(self.groups, block)
-        parts = [_part(p) for p in (_resolve(self.parts, block) or (Part(""),))]
-        sized = sum(p.size for p in parts if p.size is not None)
-        shares = sum(p.size is None for p in parts)
-        share, left = divmod(rows // groups - sized, shares) if shares else (0, rows // groups - sized)
-        if rows % groups or left or (shares and share < 1):
-            says = " + ".join(f"{p.name or 'whole'}: {'equal share' if p.size is None else p.size}" for p in parts)
+        given = self.parts(block) if callable(self.parts) else self.parts
+        parts = [as_part(part) for part in given or ("",)]
+        sizes = [None if part.size is None else _resolve(part.size, block) for part in parts]
+        rows_left, equal_shares = rows // groups - sum(size or 0 for size in sizes), sizes.count(None)
+        share, remainder = divmod(rows_left, equal_shares) if equal_shares else (0, rows_left)
+        if rows % groups or remainder or (equal_shares and share < 1):
+            named = [(part.name or "whole", size) for part, size in zip(parts, sizes, strict=True)]
+            says = " + ".join(f"{part}: {'equal share' if size is None else size}" for part, size in named)
             raise UserError(
                 f"'{name}': its layout says {groups} × [{says}] on the out axis, but the stored shape "
                 f"{tuple(shape)} has {rows} rows there. Correct the layout of {type(block).__name__}"
@@ -153,17 +158,17 @@ class Layout:
         specs: list[SliceSpec] = []
         for index in range(stack) if stack is not None else (None,):
             offset = 0
-            for part in parts:
-                size = share if part.size is None else part.size
-                specs.append(SliceSpec(part.name, index, stack, in_first, groups, offset, size, columns, kernel))
-                offset += size
+            for part, size in zip(parts, sizes, strict=True):
+                n_rows = share if size is None else size
+                specs.append(SliceSpec(part.name, index, stack, in_first, groups, offset, n_rows, columns, kernel))
+                offset += n_rows
         return specs
 
     def _unstack(self, block: Any, shape: tuple[int, ...], name: str) -> tuple[int | None, tuple[int, ...]]:
         """Take the stack axis off: the first axis of a 3-D tensor, or blocks of rows of a 2-D one."""
         if self.stack is None:
             return None, shape
-        stack = int(_resolve(self.stack, block))
+        stack = _resolve(self.stack, block)
         if len(shape) > 2 and shape[0] == stack:
             return stack, shape[1:]
         if len(shape) == 2 and stack > 0 and shape[0] % stack == 0:
@@ -171,13 +176,15 @@ class Layout:
         raise UserError(f"'{name}': its layout says a stack of {stack}, which the stored shape {shape} does not hold")
 
 
-def _resolve(value: Any, block: Any) -> Any:
-    """Read a size from the module instance where the layout says how."""
-    return value(block) if callable(value) else value
+def _resolve(size: Sizes, block: Any) -> int:
+    """Read a size from the block module where the layout says how."""
+    if isinstance(size, str):
+        size = attrgetter(size)
+    return int(size(block)) if callable(size) else size
 
 
-def _part(part: PartLike) -> Part:
-    """Accept the short forms of a part."""
+def as_part(part: PartLike) -> Part:
+    """Return a part that may be given in short: a name, or a name and rows."""
     if isinstance(part, Part):
         return part
     return Part(part) if isinstance(part, str) else Part(*part)
@@ -196,6 +203,11 @@ def entries(role: str, children: str, blocks: str, **options: Any) -> Table:
         **options: Further arguments of `Layout`.
     """
     return {(block, child): Layout(role, **options) for block in blocks.split() for child in children.split()}
+
+
+def classes(prefixes: str, ending: str) -> str:
+    """Return the class names that begin with each of some prefixes and end alike, parted by spaces."""
+    return " ".join(prefix + ending for prefix in prefixes.split())
 
 
 def merge(*tables: Table) -> Table:

@@ -5,7 +5,7 @@ Shapes: width of the residual stream, units of a hidden layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,12 +22,17 @@ class HiddenLayer:
 
     name: str
     """Of the outgoing parameter."""
-    reader: nn.Module
-    """Module whose input is the units' activations."""
+    readers: tuple[nn.Module, ...]
+    """Modules whose input is the units' activations: several where blocks share their weights, as Zamba's do."""
     incoming: tuple[ParameterSlice, ...]
     """(units, width) matrices, and their biases as (units, 1)."""
     outgoing: ParameterSlice
     """(width, units)."""
+
+    @property
+    def reader(self) -> nn.Module:
+        """Return the first of the modules whose input is the units' activations."""
+        return self.readers[0]
 
     @property
     def units(self) -> int:
@@ -52,20 +57,30 @@ def hidden_layers(
         The layers, and for MLPs whose units lie elsewhere than in rows and columns of matrices: why, by the name of
         their last parameter.
     """
-    parameters = dict(plain_parameters(model))
+    parameters, lookup = dict(plain_parameters(model)), Lookup(model)
     layers, unreached = [], {}
-    for matrices, outgoing, found in _mlps(model):
+    for matrices, outgoing, why_not in _mlps(model, lookup):
         if not all(wanted(matrix) for matrix in matrices):
             continue
-        incoming = [m for m in matrices if m is not outgoing]
-        if outgoing is None or isinstance(found, str):
-            unreached[matrices[-1].parameter] = str(found)
+        last, incoming = matrices[-1], [m for m in matrices if m is not outgoing]
+        if outgoing is None:
+            unreached[last.parameter] = why_not
         elif any(m.shape != outgoing.shape[::-1] for m in incoming):
-            unreached[matrices[-1].parameter] = f"{matrices[-1].block} has matrices of several shapes"
+            unreached[last.parameter] = f"{last.block} has matrices of several shapes"
+        elif _shared_in_part(matrices, parameters, lookup):
+            unreached[last.parameter] = f"{last.block} shares a part of its weights with another block"
         else:
             biases = [bias for m in incoming if (bias := _bias(m, parameters)) is not None]
-            layers.append(HiddenLayer(outgoing.parameter, found, (*incoming, *biases), outgoing))
+            readers = {lookup.location(name).owner: None for name in (outgoing.parameter, *outgoing.tied)}
+            layers.append(HiddenLayer(outgoing.parameter, tuple(readers), (*incoming, *biases), outgoing))
     return layers, unreached
+
+
+def _shared_in_part(matrices: Sequence[ParameterSlice], parameters: dict[str, nn.Parameter], lookup: Lookup) -> bool:
+    """Return whether other blocks share some weights of an MLP but not all: their units are then no units of this."""
+    blocks = {frozenset(id(lookup.location(name).block) for name in (m.parameter, *m.tied)) for m in matrices}
+    biases = [[parameters.get(_bias_name(name)) for name in (m.parameter, *m.tied)] for m in matrices]
+    return len(blocks) > 1 or any(bias is not shared[0] for shared in biases for bias in shared)
 
 
 def down_projections(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
@@ -77,24 +92,24 @@ def down_projections(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, 
     Returns:
         Modules by the name of their parameter, and for the MLPs where none was found: their parameters by reason.
     """
+    lookup = Lookup(model)
     readers: dict[str, nn.Module] = {}
     missing: dict[str, list[str]] = {}
-    for matrices, outgoing, found in _mlps(model):
-        if outgoing is None or isinstance(found, str):
-            missing.setdefault(str(found), []).append(matrices[-1].parameter)
+    for matrices, outgoing, why_not in _mlps(model, lookup):
+        if outgoing is None:
+            missing.setdefault(why_not, []).append(matrices[-1].parameter)
         else:
-            readers[outgoing.parameter] = found
+            readers[outgoing.parameter] = lookup.location(outgoing.parameter).owner
     return readers, missing
 
 
-def _mlps(model: nn.Module) -> Iterator[tuple[list[ParameterSlice], ParameterSlice | None, nn.Module | str]]:
-    """Yield of each MLP its matrices, by the layout the one that leads back, (width, units), and the module of that.
+def _mlps(model: nn.Module, lookup: Lookup) -> Iterator[tuple[list[ParameterSlice], ParameterSlice | None, str]]:
+    """Yield of each MLP its matrices, and the one that leads back, (width, units); where no single one does, None.
 
-    Where no single matrix does, None, and why.
+    The text says why there is none, and is empty where there is one.
     """
     config: Any = model.config
     width = config.get_text_config().hidden_size
-    lookup = Lookup(model)
     blocks: dict[int, list[ParameterSlice]] = {}
     for matrix in logical_matrices(model, ["mlp"]):
         blocks.setdefault(id(lookup.location(matrix.parameter).block), []).append(matrix)
@@ -105,7 +120,7 @@ def _mlps(model: nn.Module) -> Iterator[tuple[list[ParameterSlice], ParameterSli
         elif len(down) != 1:
             yield matrices, None, f"no single matrix of {matrices[0].block} leads from the inner width back to {width}"
         else:
-            yield matrices, down[0], lookup.location(down[0].parameter).owner
+            yield matrices, down[0], ""
 
 
 def _is_down(matrix: ParameterSlice, block: list[ParameterSlice], width: int) -> bool:
@@ -115,8 +130,12 @@ def _is_down(matrix: ParameterSlice, block: list[ParameterSlice], width: int) ->
 
 def _bias(matrix: ParameterSlice, parameters: dict[str, nn.Parameter]) -> ParameterSlice | None:
     """Return the bias beside a matrix as a (units, 1) slice, cut as its rows are; None where none is trained."""
-    name = f"{matrix.parameter.removesuffix('.weight')}.bias"
+    name = _bias_name(matrix.parameter)
     bias = parameters.get(name)
     if bias is None or matrix.spec is None or not bias.requires_grad:
         return None
     return replace(matrix, parameter=name, tensor=bias, spec=replace(matrix.spec, in_first=False, columns=1))
+
+
+def _bias_name(weight: str) -> str:
+    return f"{weight.removesuffix('.weight')}.bias"

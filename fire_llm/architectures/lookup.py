@@ -59,6 +59,8 @@ class Match:
     role: str
     location: Location
     layout: Layout | None = None
+    refused: str = ""
+    """Why no reset of matrices may touch it, although its role says so; empty where one may."""
 
 
 class Lookup:
@@ -115,8 +117,8 @@ class Lookup:
         if kind is nn.Linear:
             return Match("lm_head", location, _HEAD)
         listed = _entry(location.block, location.child)
-        own = listed is not None and listed.module_class == kind.__name__
-        return Match("lm_head", location, listed) if own else None
+        is_listed_class = listed is not None and listed.module_class == kind.__name__
+        return Match("lm_head", location, listed) if is_listed_class else None
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -149,10 +151,10 @@ def refusal(kind: str, unknown: list[tuple[Location, tuple[int, ...]]]) -> str:
     location, shape = unknown[0]
     block, child, module = location.block_class, location.child, class_of(location.block).__module__
     pairs = list(dict.fromkeys(f"{s.block_class}.{s.child}" for s, _ in unknown))[1:]
-    others = [other for name, other in REGISTERED if name == block and other != child]
-    also = f" Also unknown: {', '.join(pairs[:5])}{' and more' if len(pairs) > 5 else ''}." if pairs else ""
-    if others:
-        also += f" Registered for {block}: {', '.join(others)}."
+    registered = [other for name, other in REGISTERED if name == block and other != child]
+    hints = f" Also unknown: {', '.join(pairs[:5])}{' and more' if len(pairs) > 5 else ''}." if pairs else ""
+    if registered:
+        hints += f" Registered for {block}: {', '.join(registered)}."
     if any(in_adapter(s) for s, _ in unknown):
         return (
             f"{kind}: '{location.name}' belongs to an adapter, whose product is added to weights that stay as they "
@@ -163,17 +165,17 @@ def refusal(kind: str, unknown: list[tuple[Location, tuple[int, ...]]]) -> str:
         layout = REGISTERED[block, child]
         return (
             f"{kind}: the layout registered for {block}.{child} is for a {layout.module_class}, and '{location.name}' "
-            f"(shape {shape}) is held by a {class_of(location.owner).__name__}.{also} If it fits all the same, name "
+            f"(shape {shape}) is held by a {class_of(location.owner).__name__}.{hints} If it fits all the same, name "
             f"that class, or None for any: fire_llm.register_layout('{block}', '{child}', role='{layout.role}', "
             f"module_class='{class_of(location.owner).__name__}')"
         )
     if (block, child) in TABLE:
-        also += f" A layout of that name exists, for transformers' own {block} and a child of class "
-        also += f"{TABLE[block, child].module_class}; this {block} is defined in {module}."
+        hints += f" A layout of that name exists, for transformers' own {block} and a child of class "
+        hints += f"{TABLE[block, child].module_class}; this {block} is defined in {module}."
     return (
         f"{kind}: no layout is known for {block}.{child} ('{location.name}', shape {shape}, held by "
-        f"{class_of(location.owner).__name__}).{also} Nothing is guessed: add an entry for ('{block}', '{child}') to a "
-        f"file in fire_llm/architectures/families/ (docs/adding.md, 'A layout'), or call "
+        f"{class_of(location.owner).__name__}).{hints} Nothing is guessed: add an entry for ('{block}', '{child}') to "
+        f"a file in fire_llm/architectures/families/ (docs/adding.md, 'A layout'), or call "
         f"fire_llm.register_layout('{block}', '{child}', role=...). {ANY_MODULE}"
     )
 

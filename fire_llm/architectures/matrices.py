@@ -30,7 +30,7 @@ from fire_llm.architectures.grammar import (
     SliceSpec,
 )
 from fire_llm.architectures.lookup import ANY_MODULE, REGISTERED, Location, Lookup, Match, class_of, refusal
-from fire_llm.architectures.names import plain_buffers, plain_parameters, unwrap
+from fire_llm.architectures.names import names_by_tensor, plain_buffers, plain_parameters, unwrap
 from fire_llm.core.compat import left_out
 from fire_llm.core.errors import UserError, did_you_mean
 
@@ -221,7 +221,7 @@ def register_layout(
         child: Path from there to the weight's owner, or to a parameter that is not called `weight`; indices as `*`.
             `**` keeps everything below the block whole.
         role: One of `ROLES`.
-        parts: See `Layout`, like the rest. Sizes may be callables that receive the block module.
+        parts: See `Layout`, like the rest. Sizes may be read off the block module: names of attributes, or callables.
         orientation: `out_first` or `in_first`.
         groups: Repeats of the parts on the out axis.
         stack: Matrices along the first axis.
@@ -292,35 +292,34 @@ def parameter_slices(model: nn.Module, *, strict: bool = True) -> list[Parameter
     kind = class_of(model).__name__
     if getattr(model, "is_quantized", False):
         raise UserError(f"{kind} is quantised, its weights are codes: load it in float32, float16 or bfloat16")
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in plain_parameters(model):
-        names.setdefault(parameter, []).append(name)
+    names = names_by_tensor(plain_parameters(model))
     if not names:
         raise UserError(f"{kind} has no parameters: nothing to cut into matrices")
     lookup = Lookup(model)
-    result: list[ParameterSlice] = []
+    slices: list[ParameterSlice] = []
     unknown: list[tuple[Location, tuple[int, ...]]] = []
-    for parameter, tied in names.items():
-        refuse_uninitialised(parameter, tied[0])
+    for parameter, own_names in names.items():
+        refuse_uninitialised(parameter, own_names[0])
         if parameter.ndim > 1 and parameter.dtype not in _WRITABLE:
             dtype = str(parameter.dtype).removeprefix("torch.")
-            raise UserError(f"'{tied[0]}' is {dtype}, quantised: load the model in float32, float16 or bfloat16")
-        locations = [lookup.location(name) for name in tied]
-        known = [lookup.classify(location, parameter.ndim) for location in locations]
-        unknown += [
-            (location, tuple(parameter.shape)) for location, k in zip(locations, known, strict=True) if k is None
-        ]
-        if strict:
-            _refuse_convolution(parameter, [match for match in known if match is not None])
-        result += _cut(parameter, [k or Match("other", location) for location, k in zip(locations, known, strict=True)])
+            raise UserError(f"'{own_names[0]}' is {dtype}, quantised: load the model in float32, float16 or bfloat16")
+        matches = []
+        for location in map(lookup.location, own_names):
+            match = lookup.classify(location, parameter.ndim)
+            if match is None:
+                unknown.append((location, tuple(parameter.shape)))
+            elif strict:
+                _refuse_convolution(parameter, match)
+            matches.append(match or Match("other", location))
+        slices += cut_parameter(parameter, matches)
     if strict and unknown:
         raise UserError(refusal(kind, unknown))
-    if strict and not any(weight.roles & _BLOCK_ROLES for weight in result):
+    if strict and not any(weight.roles & _BLOCK_ROLES for weight in slices):
         raise UserError(
             f"{kind} holds no attention, MLP or SSM matrix: is it a language model with at least one layer? "
             f"{ANY_MODULE}"
         )
-    return result
+    return slices
 
 
 def refuse_uninitialised(tensor: Tensor, name: str) -> None:
@@ -333,20 +332,19 @@ def refuse_uninitialised(tensor: Tensor, name: str) -> None:
         raise UserError(f"'{name}' is not initialised yet (a lazy module): run one forward pass first")
 
 
-def _refuse_convolution(parameter: nn.Parameter, matches: Sequence[Match]) -> None:
+def _refuse_convolution(parameter: nn.Parameter, match: Match) -> None:
     """Refuse a kernel of a convolution that is to be one matrix: the paper takes one at each position.
 
     Raises:
         UserError: Naming the weight.
     """
-    for match in matches:
-        kernel = tuple(parameter.shape[2:])
-        cut = match.role in MATRIX_ROLES and not (match.layout and match.layout.kernel)
-        if cut and isinstance(match.location.owner, _ConvNd) and math.prod(kernel) > 1:
-            raise UserError(
-                f"'{match.location.name}' is a convolution's kernel of {' × '.join(map(str, kernel))}, which holds an "
-                "(out, in) matrix at each position: register it with kernel=True, or role='other' to leave it alone"
-            )
+    kernel = tuple(parameter.shape[2:])
+    one_matrix = match.role in MATRIX_ROLES and not (match.layout and match.layout.kernel)
+    if one_matrix and isinstance(match.location.owner, _ConvNd) and math.prod(kernel) > 1:
+        raise UserError(
+            f"'{match.location.name}' is a convolution's kernel of {' × '.join(map(str, kernel))}, which holds an "
+            "(out, in) matrix at each position: register it with kernel=True, or role='other' to leave it alone"
+        )
 
 
 def buffer_slices(model: nn.Module) -> list[ParameterSlice]:
@@ -364,31 +362,33 @@ def buffer_slices(model: nn.Module) -> list[ParameterSlice]:
     """
     model = unwrap(model)
     lookup = Lookup(model)
-    names: dict[Tensor, list[str]] = {}
-    for name, buffer in plain_buffers(model):
-        names.setdefault(buffer, []).append(name)
-    result = []
-    for buffer, (name, *tied) in names.items():
+    slices = []
+    for buffer, (name, *tied) in names_by_tensor(plain_buffers(model)).items():
         refuse_uninitialised(buffer, name)
         location = lookup.location(name)
         match = lookup.classify(location, 1)
-        beside = [p.requires_grad for p in location.owner.parameters()]
-        frozen = bool(beside) and not any(beside)
-        role = match.role if match is not None else "other"
-        result.append(
-            ParameterSlice(
-                name, buffer, frozenset({role}), location.block_class, buffer=True, frozen=frozen, tied=(*tied,)
-            )
-        )
-    return result
+        roles = frozenset({match.role if match is not None else "other"})
+        trained = [p.requires_grad for p in location.owner.parameters()]
+        frozen = bool(trained) and not any(trained)
+        block = location.block_class
+        slices.append(ParameterSlice(name, buffer, roles, block, buffer=True, frozen=frozen, tied=(*tied,)))
+    return slices
 
 
-def _cut(parameter: nn.Parameter, known: list[Match]) -> Iterator[ParameterSlice]:
+def slices_by_name(model: nn.Module) -> dict[str, ParameterSlice]:
+    """Return every slice by its name, of parameters (without a layout: whole) and of buffers."""
+    return {weight.name: weight for weight in [*parameter_slices(model, strict=False), *buffer_slices(model)]}
+
+
+def cut_parameter(parameter: nn.Parameter, matches: list[Match]) -> Iterator[ParameterSlice]:
     """Yield the slices of one parameter, given what each of its names means."""
-    (name, *tied), roles = [k.location.name for k in known], frozenset(k.role for k in known)
-    for k in known:
-        if k.layout and parameter.numel():
-            for cut in k.layout.specs(k.location.block, parameter.shape, name):
-                yield ParameterSlice(name, parameter, roles, k.location.block_class, cut, tied=(*tied,))
+    name, *tied = (match.location.name for match in matches)
+    roles = frozenset(match.role for match in matches)
+    refused = next((match.refused for match in matches if match.refused), "")
+    whole = ParameterSlice(name, parameter, roles, matches[0].location.block_class, refused=refused, tied=(*tied,))
+    for match in matches:
+        if match.layout and not refused and parameter.numel():
+            for spec in match.layout.specs(match.location.block, parameter.shape, name):
+                yield replace(whole, block=match.location.block_class, spec=spec)
             return
-    yield ParameterSlice(name, parameter, roles, known[0].location.block_class, tied=(*tied,))
+    yield whole

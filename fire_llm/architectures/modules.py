@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from fire_llm.architectures.grammar import MODULE_MATRIX_ROLES, Layout, Part, PartLike
-from fire_llm.architectures.lookup import REGISTERED, Location, Lookup, class_of, in_adapter
-from fire_llm.architectures.matrices import ParameterSlice, buffer_slices, refuse_uninitialised
-from fire_llm.architectures.names import plain_modules, plain_parameters, unwrap
+from fire_llm.architectures.grammar import MODULE_MATRIX_ROLES, Layout, Part, PartLike, as_part
+from fire_llm.architectures.lookup import REGISTERED, Location, Lookup, Match, class_of, in_adapter
+from fire_llm.architectures.matrices import ParameterSlice, buffer_slices, cut_parameter, refuse_uninitialised
+from fire_llm.architectures.names import compiles, names_by_tensor, plain_modules, plain_parameters, unwrap
 from fire_llm.core.errors import UserError, did_you_mean
 
 Kernels = Literal["positions", "flattened"]
 KERNELS = ("positions", "flattened")
 MOST_PARTS = 1 << 20
-"""Of one weight: more than any has rows."""
+"""Most parts of one weight: more than any weight has rows."""
 SplitLike = Mapping[str, int | Sequence[PartLike]]
 
 FUSED = re.compile(r"(^|[._])(w?qkv|w?kv|qkvz?|in_proj|c_attn|query_key_value|gate_up_proj)(_proj)?$", re.IGNORECASE)
@@ -35,14 +35,14 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase
 _QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 _GATES = {(nn.LSTM, nn.LSTMCell): ("i", "f", "g", "o"), (nn.GRU, nn.GRUCell): ("r", "z", "n")}
 _ROLES = {"mlp": "linear", "ssm": "linear", "lm_head": "linear", "router": "other"}
-"""Roles here of those that a registered layout may have."""
+"""The role in any torch module for a role that a registered layout may have."""
 _LINEAR_OR_CONV: dict[type[nn.Module] | None, str] = {nn.Linear: "linear_bias", _ConvNd: "conv_bias"}
 _UNDONE = {
     "g": "remove_weight_norm(module)",
     "v": "remove_weight_norm(module)",
     "orig": "remove_spectral_norm(module), or prune.remove(module, name)",
 }
-"""Endings of what a weight is computed from in hooks, and what takes the hook off."""
+"""Endings of the tensors that hooks compute a weight from, and the call that takes such a hook off."""
 _IN_PROJECTIONS = {"in_proj_weight": ("q", "k", "v"), "q_proj_weight": (), "k_proj_weight": (), "v_proj_weight": ()}
 
 
@@ -60,7 +60,7 @@ class ModuleLayout:
 
     @classmethod
     def of(cls, split: SplitLike | None = None, kernels: str = "positions") -> ModuleLayout:
-        """Check what is asked for.
+        """Return the layout that is asked for, checked.
 
         Args:
             split: By regular expression, looked for anywhere in a name: a number of equal parts, or the parts' names
@@ -80,7 +80,7 @@ class ModuleLayout:
             )
         for pattern, given in (split or {}).items():
             parts = _named(given)
-            if not isinstance(pattern, str) or not _compiles(pattern) or not parts:
+            if not isinstance(pattern, str) or not compiles(pattern) or not parts:
                 raise UserError(
                     f"split: {pattern!r}: {given!r} is not allowed: give a regular expression and its parts, as "
                     "{r'\\.qkv\\.': ('q', 'k', 'v')}, or their number"
@@ -94,11 +94,11 @@ class ModuleLayout:
         Raises:
             UserError: Several patterns find it, with different parts.
         """
-        found = [(pattern, parts) for pattern, parts in self.split if any(re.search(pattern, name) for name in names)]
-        if len({parts for _, parts in found}) > 1:
-            patterns = " and ".join(f"'{pattern}'" for pattern, _ in found)
+        matching = [entry for entry in self.split if any(re.search(entry[0], name) for name in names)]
+        if len({parts for _, parts in matching}) > 1:
+            patterns = " and ".join(f"'{pattern}'" for pattern, _ in matching)
             raise UserError(f"split: '{names[0]}' is found by {patterns}, with different parts: leave it one of them")
-        return found[0][1] if found else None
+        return matching[0][1] if matching else None
 
 
 def _named(given: Any) -> tuple[PartLike, ...]:
@@ -108,31 +108,14 @@ def _named(given: Any) -> tuple[PartLike, ...]:
     parts: list[PartLike] = []
     for part in given if isinstance(given, (list, tuple)) else ():
         match part:
-            case str() | Part():
+            case str() | Part(size=int() | None):
                 parts.append(part)
             case (str(name), int(rows)) if rows > 0:
                 parts.append((name, rows))
             case _:
                 return ()
-    names = [part if isinstance(part, str) else part.name if isinstance(part, Part) else part[0] for part in parts]
+    names = [as_part(part).name for part in parts]
     return tuple(parts) if len({*names}) == len(names) else ()  # slices are known by their names
-
-
-def _compiles(pattern: str) -> bool:
-    try:
-        re.compile(pattern)
-    except re.error:
-        return False
-    return True
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What one name of a parameter means: its role, its layout where it holds matrices, and why it is refused."""
-
-    role: str
-    layout: Layout | None = None
-    refused: str = ""
 
 
 def module_slices(model: nn.Module, layout: ModuleLayout, *, buffers: bool = True) -> list[ParameterSlice]:
@@ -153,18 +136,17 @@ def module_slices(model: nn.Module, layout: ModuleLayout, *, buffers: bool = Tru
     """
     model = unwrap(model)
     _refuse_quantised(model)
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in plain_parameters(model):
-        names.setdefault(parameter, []).append(name)
+    names = names_by_tensor(plain_parameters(model))
     if not names:
         raise UserError(f"{class_of(model).__name__} has no parameters: nothing to reset")
     lookup, modules = Lookup(model), plain_modules(model)
     slices: list[ParameterSlice] = []
-    for parameter, tied in names.items():
-        _refuse_values(parameter, tied[0])
-        locations = [lookup.location(name) for name in tied]
-        found = [_classify(location, parameter, modules, layout.parts(*tied), layout.kernels) for location in locations]
-        slices += _cut(parameter, tied[0], locations, found)
+    for parameter, own_names in names.items():
+        _refuse_values(parameter, own_names[0])
+        parts = layout.parts(*own_names)
+        locations = [lookup.location(name) for name in own_names]
+        matches = [_classify(location, parameter, modules, parts, layout.kernels) for location in locations]
+        slices += cut_parameter(parameter, matches)
     for pattern, _ in layout.split:
         if not any(weight.matrix and weight.found_by(pattern) for weight in slices):
             raise UserError(
@@ -190,33 +172,19 @@ def module_matrices(
     """
     wanted = {*MODULE_MATRIX_ROLES} if roles is None else {roles} if isinstance(roles, str) else {*roles}
     for role in sorted(wanted - {*MODULE_MATRIX_ROLES}):
-        known = f"{did_you_mean(role, MODULE_MATRIX_ROLES)} Allowed: {', '.join(MODULE_MATRIX_ROLES)}"
-        raise UserError(f"roles: unknown role '{role}'.{known}")
-    found = [weight for weight in module_slices(model, ModuleLayout.of(split, kernels)) if weight.roles & wanted]
-    for weight in found:
+        allowed = f"{did_you_mean(role, MODULE_MATRIX_ROLES)} Allowed: {', '.join(MODULE_MATRIX_ROLES)}"
+        raise UserError(f"roles: unknown role '{role}'.{allowed}")
+    slices = [weight for weight in module_slices(model, ModuleLayout.of(split, kernels)) if weight.roles & wanted]
+    for weight in slices:
         if weight.refused:
             raise UserError(weight.refused)
-    return (weight for weight in found if weight.matrix)
+    return (weight for weight in slices if weight.matrix)
 
 
 def is_fused(weight: ParameterSlice) -> bool:
     """Return whether a weight is one matrix although its name says that it holds several."""
-    whole = weight.matrix and not weight.kernel and not weight.part
-    return whole and any(FUSED.search(name.removesuffix(".weight")) for name in weight.names)
-
-
-def _cut(
-    parameter: nn.Parameter, name: str, locations: Sequence[Location], found: Sequence[_Found]
-) -> Iterator[ParameterSlice]:
-    """Yield the slices of one parameter, given what each of its names means."""
-    roles, block = frozenset(f.role for f in found), locations[0].block_class
-    refused, tied = next((f.refused for f in found if f.refused), ""), tuple(one.name for one in locations[1:])
-    for location, one in zip(locations, found, strict=True):
-        if one.layout is not None and not refused and parameter.numel():
-            for cut in one.layout.specs(location.block, parameter.shape, name):
-                yield ParameterSlice(name, parameter, roles, block, cut, tied=tied)
-            return
-    yield ParameterSlice(name, parameter, roles, block, refused=refused, tied=tied)
+    one_matrix = weight.matrix and not weight.kernel and not weight.part
+    return one_matrix and any(FUSED.search(name.removesuffix(".weight")) for name in weight.names)
 
 
 def _classify(
@@ -225,49 +193,69 @@ def _classify(
     modules: Mapping[str, nn.Module],
     parts: tuple[PartLike, ...] | None,
     kernels: Kernels,
-) -> _Found:
+) -> Match:
     """Say what a parameter is by the kind of module that holds it."""
-    owner, name, kind = location.owner, location.name, class_of(location.owner).__name__
-    attribute, in_attention = name.rpartition(".")[2], isinstance(location.ancestors[-2:][0], nn.MultiheadAttention)
-    if (known := _registered(location)) or (known := _recomputed(name, modules)):
+    owner, name = location.owner, location.name
+    if (known := _registered(location)) or (known := _recomputed(location, modules)):
         return known
     if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
-        return _Found("embedding")
-    named_so = "Norm" in kind and _kind(owner) is None and not list(owner.children())  # NormedLinear is a Linear
-    if isinstance(owner, _NORMS) or (named_so and _is_vector(parameter)):
-        return _Found("norm")
+        return Match("embedding", location)
+    # By its name too, but for a NormedLinear, which is a Linear.
+    named_norm = "Norm" in class_of(owner).__name__ and _kind(owner) is None and not list(owner.children())
+    if isinstance(owner, _NORMS) or (named_norm and _is_vector(parameter)):
+        return Match("norm", location)
     if parameter.ndim < 2:
-        of = "" if in_attention or attribute != "bias" else _LINEAR_OR_CONV.get(_kind(owner), "")
-        return _Found(of or ("bias" if "bias" in attribute else "other"))
-    exclude = f"leave it out with exclude=[r'{re.escape(name)}']"
+        attribute = name.rpartition(".")[2]
+        role = "" if _in_attention(location) or attribute != "bias" else _LINEAR_OR_CONV.get(_kind(owner), "")
+        return Match(role or ("bias" if "bias" in attribute else "other"), location)
     if in_adapter(location):
         why = "belongs to an adapter, whose product is added to weights that stay as they are: reset the model before "
-        return _Found("linear", refused=f"'{name}' {why}the adapter is put on it, or the sum, merge_and_unload()")
+        return Match(
+            "linear", location, refused=f"'{name}' {why}the adapter is put on it, or the sum, merge_and_unload()"
+        )
+    return _classify_matrix(location, parameter, parts, kernels)
+
+
+def _classify_matrix(
+    location: Location, parameter: Tensor, parts: tuple[PartLike, ...] | None, kernels: Kernels
+) -> Match:
+    """Say what a parameter of two or more dimensions is, where it is no embedding, norm or adapter."""
+    owner, name, kind = location.owner, location.name, class_of(location.owner).__name__
+    attribute = name.rpartition(".")[2]
     if isinstance(owner, nn.MultiheadAttention) and attribute in _IN_PROJECTIONS:
-        return _Found("attention", _layout(name, parts or _IN_PROJECTIONS[attribute], parameter))
+        return Match("attention", location, _layout(name, parts or _IN_PROJECTIONS[attribute], parameter))
     if isinstance(owner, (nn.RNNBase, nn.RNNCellBase)) and attribute.startswith("weight_"):
         gates = next((gates for kinds, gates in _GATES.items() if isinstance(owner, kinds)), ())
         projected = attribute.startswith("weight_hr")  # what an LSTM puts out, made smaller
-        return _Found("recurrent", _layout(name, parts or (() if projected else gates), parameter))
+        return Match("recurrent", location, _layout(name, parts or (() if projected else gates), parameter))
     if attribute == "weight" and _kind(owner) is nn.Linear:
-        return _Found("attention" if in_attention else "linear", _layout(name, parts, parameter))
+        return Match("attention" if _in_attention(location) else "linear", location, _layout(name, parts, parameter))
     if attribute == "weight" and _kind(owner) is _ConvNd:
-        return _Found("conv", _layout(name, parts, parameter, kernel=kernels == "positions"))
+        return Match("conv", location, _layout(name, parts, parameter, kernel=kernels == "positions"))
+    exclude = f"leave it out with exclude=[r'{re.escape(name)}']"
     if attribute == "weight" and isinstance(owner, _ConvTransposeNd):
         why = f"belongs to a {kind}, stored (in, out/groups, …), for which no rule is published"
-        return _Found("conv", refused=f"'{name}' {why}: {exclude}")
+        return Match("conv", location, refused=f"'{name}' {why}: {exclude}")
     if kind == "Conv1D" and class_of(owner).__module__.startswith("transformers."):
-        return _Found("linear", replace(_layout(name, parts, parameter.mT), orientation="in_first"))
+        return Match("linear", location, replace(_layout(name, parts, parameter.mT), orientation="in_first"))
     if parts is not None:
-        return _Found("linear", _layout(name, parts, parameter))
-    if attribute == "weight":
-        why = f"of shape {tuple(parameter.shape)}, belongs to a {kind}"
-        how = "and what that does with it is not known", "where it is stored (out, in), say how many matrices it holds"
-        if isinstance(owner, nn.Bilinear):
-            how = "which multiplies two inputs", "for one matrix (out, in1 · in2) that maps their products, give"
-        one = f"{how[1]}: split={{r'{re.escape(name)}': 1}}"
-        return _Found("linear", refused=f"'{name}', {why}, {how[0]}: {exclude}, or, {one}")
-    return _Found("other")
+        return Match("linear", location, _layout(name, parts, parameter))
+    if attribute != "weight":
+        return Match("other", location)
+    unknown = "and what that does with it is not known"
+    otherwise = "where it is stored (out, in), say how many matrices it holds"
+    if isinstance(owner, nn.Bilinear):
+        unknown = "which multiplies two inputs"
+        otherwise = "for one matrix (out, in1 · in2) that maps their products, give"
+    belongs = f"'{name}', of shape {tuple(parameter.shape)}, belongs to a {kind}, {unknown}"
+    return Match(
+        "linear", location, refused=f"{belongs}: {exclude}, or, {otherwise}: split={{r'{re.escape(name)}': 1}}"
+    )
+
+
+def _in_attention(location: Location) -> bool:
+    """Return whether a module is a part of a MultiheadAttention, or one itself that has no module around it."""
+    return isinstance(location.ancestors[-2:][0], nn.MultiheadAttention)
 
 
 def _is_vector(parameter: Tensor) -> bool:
@@ -288,16 +276,16 @@ def _layout(name: str, parts: Sequence[PartLike] | None, parameter: Tensor, kern
     Raises:
         UserError: They do not.
     """
-    sizes = [None if isinstance(p, str) else p.size if isinstance(p, Part) else p[1] for p in parts or ()]
-    shares, left = sizes.count(None), parameter.shape[0] - sum(size or 0 for size in sizes)
-    if sizes and (left % shares or not left if shares else left):
+    sizes = [None if (size := as_part(part).size) is None else int(size) for part in parts or ()]
+    equal_shares, rows_left = sizes.count(None), parameter.shape[0] - sum(size or 0 for size in sizes)
+    if sizes and (rows_left % equal_shares or not rows_left if equal_shares else rows_left):
         raise UserError(
             f"split: '{name}' has {parameter.shape[0]} rows, which the parts {list(parts or ())} do not fill"
         )
     return Layout("other", parts or (), kernel=kernel)
 
 
-def _registered(location: Location) -> _Found | None:
+def _registered(location: Location) -> Match | None:
     """Return what a layout says that was registered for the block and child, but for a kernel taken as one matrix."""
     layout = REGISTERED.get((location.block_class, location.child))
     kinds = (None, class_of(location.owner).__name__)
@@ -306,11 +294,12 @@ def _registered(location: Location) -> _Found | None:
     if layout.matrix and not layout.kernel and _kind(location.owner) is _ConvNd:
         return None
     role = "conv" if layout.kernel else _ROLES.get(layout.role, layout.role)
-    return _Found(role, layout if layout.matrix else None)
+    return Match(role, location, layout if layout.matrix else None)
 
 
-def _recomputed(name: str, modules: Mapping[str, nn.Module]) -> _Found | None:
+def _recomputed(location: Location, modules: Mapping[str, nn.Module]) -> Match | None:
     """Refuse what a weight is computed from at each forward pass: what is written to the weight itself is lost."""
+    name = location.name
     path, _, attribute = name.rpartition(".")
     above, parametrised, below = f".{name}".partition(".parametrizations.")
     if parametrised:
@@ -318,18 +307,19 @@ def _recomputed(name: str, modules: Mapping[str, nn.Module]) -> _Found | None:
         undo = f"parametrize.remove_parametrizations(module, '{weight}')"
     else:
         weight, _, suffix = attribute.rpartition("_")
-        made = getattr(modules[path], weight, None) if suffix in _UNDONE and weight else None
-        if not isinstance(made, Tensor) or weight in modules[path]._parameters:
+        computed = getattr(modules[path], weight, None) if suffix in _UNDONE and weight else None
+        if not isinstance(computed, Tensor) or weight in modules[path]._parameters:
             return None
         undo = _UNDONE[suffix]
-    owner, whole = modules[path], f"{path}.{weight}" if path else weight
+    owner, full_name = modules[path], f"{path}.{weight}" if path else weight
     if "weight" not in weight:
-        return _Found("bias" if "bias" in weight else "other")
+        return Match("bias" if "bias" in weight else "other", location)
     recurrent = (nn.RNNBase, nn.RNNCellBase)
     kinds: dict[Any, str] = {_ConvNd: "conv", nn.MultiheadAttention: "attention", recurrent: "recurrent"}
     role = next((role for kind, role in kinds.items() if isinstance(owner, kind)), "linear")
-    why = f"'{whole}' is computed from '{name}' at each forward pass, so a reset of it would be lost"
-    return _Found(role, refused=f"{why}: take that off before (torch.nn.utils.{undo}), and put it on again afterwards")
+    why = f"'{full_name}' is computed from '{name}' at each forward pass, so a reset of it would be lost"
+    undone = f"take that off before (torch.nn.utils.{undo}), and put it on again afterwards"
+    return Match(role, location, refused=f"{why}: {undone}")
 
 
 def _refuse_values(parameter: nn.Parameter, name: str) -> None:

@@ -7,8 +7,9 @@ and reports speak of `layers.0.mlp.up_proj.weight`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -23,8 +24,8 @@ def _inner(module: nn.Module) -> str | None:
     if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         return "module"
     # Wrappers pass on what they are asked for: only their own attributes tell.
-    own = {**vars(module), **dict(module.named_children())}
-    return next((step for step in STEPS if isinstance(own.get(step), nn.Module)), None)
+    attributes = {**vars(module), **dict(module.named_children())}
+    return next((step for step in STEPS if isinstance(attributes.get(step), nn.Module)), None)
 
 
 def refuse_no_module(model: Any) -> None:
@@ -61,14 +62,14 @@ def plain_name(name: str) -> str:
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules of an unwrapped model by every plain name, parents first; wrappers within have none."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    plain: dict[str, str] = {}
-    found: dict[str, nn.Module] = {}
+    plain_names: dict[str, str] = {}
+    plain: dict[str, nn.Module] = {}
     for name, module in modules.items():
         parent, _, step = name.rpartition(".")
         wrapped = name and step == _inner(modules[parent])
-        plain[name] = plain[parent] if wrapped else ".".join(filter(None, (plain.get(parent), step)))
-        found[plain[name]] = module
-    return found
+        plain_names[name] = plain_names[parent] if wrapped else ".".join(filter(None, (plain_names.get(parent), step)))
+        plain[plain_names[name]] = module
+    return plain
 
 
 def plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -76,6 +77,26 @@ def plain_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for owner, module in plain_modules(model).items():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             yield f"{owner}.{name}" if owner else name, parameter
+
+
+_T = TypeVar("_T", bound=Tensor)
+
+
+def names_by_tensor(named: Iterable[tuple[str, _T]]) -> dict[_T, list[str]]:
+    """Return the names of each tensor, in the order of first names; a tied one has several."""
+    names: dict[_T, list[str]] = {}
+    for name, tensor in named:
+        names.setdefault(tensor, []).append(name)
+    return names
+
+
+def compiles(pattern: str) -> bool:
+    """Return whether a text is a regular expression, which may be looked for in names."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
 
 
 def plain_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

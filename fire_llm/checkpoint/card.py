@@ -208,9 +208,9 @@ def _inherited(folder: Path) -> dict[str, Any]:
         data = parsed.data.to_dict()
     except Exception:  # its YAML, its types: nothing of it undoes the work
         return {}
-    said = {key: data.get(key) for key in _INHERITED}
-    listed = {k: v for k, v in said.items() if isinstance(v, list) and v and all(isinstance(x, str) for x in v)}
-    return {**{k: v for k, v in said.items() if isinstance(v, str) and v}, **listed}
+    stated = {key: data.get(key) for key in _INHERITED}
+    lists = {k: v for k, v in stated.items() if isinstance(v, list) and v and all(isinstance(x, str) for x in v)}
+    return {**{k: v for k, v in stated.items() if isinstance(v, str) and v}, **lists}
 
 
 def _rows(touched: Iterable[TensorReport]) -> Iterable[str]:
@@ -257,18 +257,18 @@ def how_made(specs: Sequence[ResetSpec], call: Mapping[str, Any]) -> str:
         specs: The resets.
         call: As in `write_card`.
     """
-    given = {k: v for k, v in call.items() if v is not None and v is not False and v != "keep"}
-    source = str(given.pop("src"))
+    settings = {k: v for k, v in call.items() if v is not None and v is not False and v != "keep"}
+    source = str(settings.pop("src"))
     flags = _flags(specs[0]) if len(specs) == 1 else None
     if flags is None:
-        own = [repr(s.method) for s in specs if not _built_in(s)]
-        said = f"# {', '.join(own)}: to be registered first, with register_reset\n" if own else ""
+        unregistered = [repr(s.method) for s in specs if not _built_in(s)]
+        comment = f"# {', '.join(unregistered)}: to be registered first, with register_reset\n" if unregistered else ""
         arguments = [repr(source), "'DST'", repr([_as_given(spec) for spec in specs])]
-        arguments += [f"{key}={value!r}" for key, value in given.items()]
+        arguments += [f"{key}={value!r}" for key, value in settings.items()]
         call_again = f"reset_checkpoint({', '.join(arguments)})"
-        return f"```python\nfrom fire_llm import reset_checkpoint\n\n{said}{call_again}\n```"
+        return f"```python\nfrom fire_llm import reset_checkpoint\n\n{comment}{call_again}\n```"
     words = [f"./{source}" if source.startswith("-") else source, "DST", *flags]
-    for key, value in given.items():
+    for key, value in settings.items():
         words += [f"--{key}"] if value is True else _option(key, value)
     return f"```\nfire-llm apply {shlex.join(words)}\n```"
 
@@ -283,15 +283,16 @@ def _as_given(spec: ResetSpec) -> dict[str, Any]:
 
 def _flags(spec: ResetSpec) -> list[str] | None:
     """Return a reset as options of the command line; None where it has none for them."""
-    method, given = RESETS[spec.method], _as_given(spec)
-    base = method.roles if method.matrices_only else ()
-    roles, patterns = given.pop("roles", []), {key: given.pop(key, []) for key in ("include", "exclude")}
-    others = {key: given.pop(key) for key in {*given} - {"method", "layers", *COMMAND_OPTIONS}}
-    usual = method.options().model_dump()
-    if not _built_in(spec) or (roles and not {*base} <= {*roles}) or any(v != usual[k] for k, v in others.items()):
+    method, as_given = RESETS[spec.method], _as_given(spec)
+    implied = method.roles if method.matrices_only else ()
+    roles, patterns = as_given.pop("roles", []), {key: as_given.pop(key, []) for key in ("include", "exclude")}
+    unoffered = {key: as_given.pop(key) for key in {*as_given} - {"method", "layers", *COMMAND_OPTIONS}}
+    defaults = method.options().model_dump()
+    changed = any(value != defaults[key] for key, value in unoffered.items())
+    if not _built_in(spec) or changed or (roles and not {*implied} <= {*roles}):
         return None
-    pairs = [*given.items(), *(("role", role) for role in roles if role not in base)]
-    pairs += [(key, pattern) for key, of_it in patterns.items() for pattern in of_it]
+    pairs = [*as_given.items(), *(("role", role) for role in roles if role not in implied)]
+    pairs += [(key, pattern) for key, texts in patterns.items() for pattern in texts]
     return [word for key, value in pairs for word in _option(key, value)]
 
 

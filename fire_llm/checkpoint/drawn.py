@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fire_llm.architectures.matrices import ParameterSlice, buffer_slices, parameter_slices
+from fire_llm.architectures.matrices import ParameterSlice, slices_by_name
 from fire_llm.architectures.names import plain_buffers
 from fire_llm.checkpoint.stored import Slices
 from fire_llm.core.errors import UserError
@@ -76,8 +76,8 @@ class _Recorder(TorchDispatchMode):
             state = torch.get_rng_state()
             func(torch.empty(target.shape, dtype=target.dtype), *args[1:], **options)
             self.advance(target.numel())
-        kept = tuple(a.clone() if isinstance(a, Tensor) else a for a in args[1:])
-        self.steps[key].append(_Step(func, target.detach(), kept, options, state))
+        arguments = tuple(a.clone() if isinstance(a, Tensor) else a for a in args[1:])
+        self.steps[key].append(_Step(func, target.detach(), arguments, options, state))
         return target
 
     def _made(self, func: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
@@ -185,4 +185,4 @@ def draw_initial(
                 "folder as --init"
             ) from None
     model = fresh_model(copy.deepcopy(config), seed, kind)
-    return model, {weight.name: weight for weight in [*parameter_slices(model, strict=False), *buffer_slices(model)]}
+    return model, slices_by_name(model)

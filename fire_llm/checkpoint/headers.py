@@ -80,11 +80,11 @@ class StoredTensor:
     def write(self, rows: range, data: Tensor, file: int) -> None:
         """Overwrite rows along the first axis in a copy of the file, opened for writing under a descriptor."""
         start, length = self._span(rows)
-        left = _bytes(data.detach().to(NUMBERS[self.dtype]).contiguous())
-        assert len(left) == length
-        while left:
-            done = os.pwrite(file, left, start)
-            start, left = start + done, left[done:]
+        remaining = _bytes(data.detach().to(NUMBERS[self.dtype]).contiguous())
+        assert len(remaining) == length
+        while remaining:
+            written = os.pwrite(file, remaining, start)
+            start, remaining = start + written, remaining[written:]
 
     def same_bytes(self, other: StoredTensor) -> bool:
         """Return whether two tensors are equal, type and shape included."""
@@ -133,9 +133,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if len(header) > _TENSORS:
         raise UserError(_damaged(path, f"its header lists {len(header):,} tensors, and at most {_TENSORS:,} are read"))
     begin = 8 + length
-    found = {name: _tensor(file, name, entry, begin) for name, entry in header.items()}
+    tensors = {name: _tensor(file, name, entry, begin) for name, entry in header.items()}
     end = begin
-    for tensor in sorted(found.values(), key=lambda t: (t.offset, t.n_bytes)):
+    for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.n_bytes)):
         if tensor.offset != end:
             kind = "a hole before" if tensor.offset > end else "bytes that belong to another tensor too in"
             raise UserError(_damaged(path, f"it has {kind} '{tensor.name}'"))
@@ -143,7 +143,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if end != file.size:
         kind = "is cut off" if end > file.size else "has bytes behind its last tensor"
         raise UserError(_damaged(path, f"it {kind}: its header lists {end} bytes, the file has {file.size}"))
-    return found
+    return tensors
 
 
 def _tensor(file: SourceFile, name: str, entry: Any, begin: int) -> StoredTensor:

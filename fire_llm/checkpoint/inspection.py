@@ -131,15 +131,15 @@ def _weights(stored: Stored, matrix: ParameterSlice, device: torch.device) -> to
 
 def _measures(w: torch.Tensor) -> dict[str, Any]:
     """Measure a matrix, or all at the positions of a kernel: DfI is their sum, the effective rank their mean."""
-    each = w[None] if w.ndim == 2 else w
-    spectra = [singular_values(one) for one in each]
+    matrices = w[None] if w.ndim == 2 else w
+    spectra = [singular_values(matrix) for matrix in matrices]
     sigma = spectra[0] if len(spectra) == 1 else torch.cat(spectra).sort(descending=True).values
     return {
         "sigma_min": float(sigma[-1]),
         "sigma_median": float(sigma.median()),
         "sigma_max": float(sigma[0]),
-        "dfi": sum(dfi(one) for one in each),
-        "effective_rank": sum(effective_rank(one) for one in spectra) / len(spectra),
+        "dfi": sum(dfi(matrix) for matrix in matrices),
+        "effective_rank": sum(map(effective_rank, spectra)) / len(spectra),
         "norm": float(torch.linalg.vector_norm(sigma)),
         "sigma": sigma_quantiles(sigma),
     }

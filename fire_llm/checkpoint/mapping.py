@@ -9,17 +9,18 @@ Here the same conversions say where each row of a parameter lies on the disk, so
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fire_llm.architectures.names import plain_buffers
+from fire_llm.architectures.names import names_by_tensor, plain_buffers
 from fire_llm.checkpoint.headers import NUMBERS, StoredTensor
-from fire_llm.checkpoint.refusals import names
+from fire_llm.checkpoint.refusals import names, refuse_adapted
 from fire_llm.core.errors import UserError
 from fire_llm.core.files import Reader
 from fire_llm.models import wrapper_advice
@@ -67,7 +68,13 @@ class Place:
         self.tensor.write(stored, data, file)
 
     def slot(self, block: Tensor, first: int, rows: range) -> Tensor:
-        """Return the view of a block of the parameter, its rows from `first` on, that these rows fill."""
+        """Return the part of a block that some rows fill, as a view.
+
+        Args:
+            block: Rows of the parameter.
+            first: The first of the block's rows.
+            rows: Those to fill, all of them in the block.
+        """
         part = block[rows.start - first : rows.stop - first] if block.ndim else block
         return part if self.inner is None else part[:, self.inner.start : self.inner.stop]
 
@@ -77,8 +84,8 @@ class Place:
         return tuple(inside) if self.stacked else (*self.tensor.shape[:1], *inside) if shape else ()
 
     def _stored(self, rows: range) -> range:
-        at = self.start - self.rows.start
-        return range(rows.start + at, rows.stop + at)
+        offset = self.start - self.rows.start
+        return range(rows.start + offset, rows.stop + offset)
 
 
 @dataclass
@@ -95,12 +102,15 @@ class Places:
     """Parameters whose conversion is not followed here, with its name; they can be kept, but not reset."""
 
     def over(self, tensors: Mapping[str, StoredTensor]) -> Places:
-        """Return the same places in other tensors of these names and shapes."""
-        of, copies = (
-            {name: [replace(place, tensor=tensors[place.tensor.name]) for place in places] for name, places in all_of}
-            for all_of in (self.of.items(), self.copies.items())
-        )
-        return Places(of, copies)
+        """Return the same places in other tensors, which have the same names and shapes."""
+
+        def moved(by_parameter: dict[str, list[Place]]) -> dict[str, list[Place]]:
+            return {
+                name: [replace(place, tensor=tensors[place.tensor.name]) for place in places]
+                for name, places in by_parameter.items()
+            }
+
+        return Places(moved(self.of), moved(self.copies))
 
     def read(self, name: str, rows: range, shape: Sequence[int], copies: Mapping[str, Reader] | None = None) -> Tensor:
         """Read rows of a parameter along its first axis.
@@ -115,15 +125,12 @@ class Places:
         def read(place: Place, rows: range) -> Tensor:
             return place.read(rows, copies[place.tensor.file.name] if copies is not None else None)
 
-        found = [(place, overlap) for place in self.of[name] if (overlap := place.overlap(rows))]
-        if len(found) == 1 and found[0][0].inner is None and found[0][1] == rows:
-            return read(found[0][0], rows)
-        kinds = {NUMBERS[place.tensor.dtype] for place, _ in found}
-        dtype = kinds.pop()
-        for other in kinds:
-            dtype = torch.promote_types(dtype, other)
+        overlaps = [(place, overlap) for place in self.of[name] if (overlap := place.overlap(rows))]
+        if len(overlaps) == 1 and overlaps[0][0].inner is None and overlaps[0][1] == rows:
+            return read(overlaps[0][0], rows)
+        dtype = reduce(torch.promote_types, {NUMBERS[place.tensor.dtype] for place, _ in overlaps})
         block = torch.empty((len(rows), *shape[1:]), dtype=dtype)
-        for place, overlap in found:
+        for place, overlap in overlaps:
             place.slot(block, rows.start, overlap).copy_(read(place, overlap))
         return block
 
@@ -145,39 +152,38 @@ def places_of(model: nn.Module, tensors: Mapping[str, StoredTensor]) -> Places:
     Raises:
         UserError: A parameter is missing, or a stored tensor has another shape than the config says.
     """
-    found, result = _follow(model, tensors)
-    tied: dict[nn.Parameter, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        tied[parameter].append(name)
+    places = _follow(model, tensors)
+    found, places.of = places.of, {}
     missing = []
-    for parameter, alike in tied.items():
-        stored = [name for name in alike if name in found]
+    for parameter, own_names in names_by_tensor(model.named_parameters(remove_duplicate=False)).items():
+        stored = [name for name in own_names if name in found]
         for name in stored:
             _check_shape(name, parameter.shape, found[name])
         if stored:
-            result.of[alike[0]] = found[stored[0]]
-        elif not any(name in result.unmapped or _may_be_missing(model, name) for name in alike):
-            missing.append(alike[0])
+            places.of[own_names[0]] = found[stored[0]]
+        elif not any(name in places.unmapped or _may_be_missing(model, name) for name in own_names):
+            missing.append(own_names[0])
         for name in stored[1:]:
             if _equal(found[stored[0]], found[name]):
-                result.copies.setdefault(alike[0], []).extend(found[name])
+                places.copies.setdefault(own_names[0], []).extend(found[name])
             else:
                 _untie(model, name)
-                result.of[name] = found[name]
+                places.of[name] = found[name]
     for name, buffer in plain_buffers(model):
         if name in found:
             _check_shape(name, buffer.shape, found[name])
-            result.of[name] = found[name]
+            places.of[name] = found[name]
     if missing:
+        refuse_adapted(tensors, places.ignored, missing)
         raise UserError(
             f"the checkpoint lacks {len(missing)} of the tensors of {type(model).__name__}: {names(missing)}. "
             + (wrapper_advice(tensors) or "It is of another architecture, or incomplete")
         )
-    return result
+    return places
 
 
-def _follow(model: nn.Module, tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, list[Place]], Places]:
-    """Rename every key as transformers does when it loads, and undo what it converts."""
+def _follow(model: nn.Module, tensors: Mapping[str, StoredTensor]) -> Places:
+    """Rename every key as transformers does when it loads, and undo what it converts; tied names stay apart."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -187,15 +193,16 @@ def _follow(model: nn.Module, tensors: Mapping[str, StoredTensor]) -> tuple[dict
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     state: Mapping[str, Tensor] = model.state_dict()
-    prefix, result = any_model.base_model_prefix, Places()
-    joined: dict[tuple[str, int], dict[str, list[StoredTensor]]] = {}
-    found: dict[str, list[Place]] = {}
+    prefix, places = any_model.base_model_prefix, Places()
+    found = places.of
+    # By parameter and converter: the stored tensors of each of the converter's patterns.
+    converted: dict[tuple[str, int], dict[str, list[StoredTensor]]] = {}
     for key in sorted(tensors, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, state)
         if name not in state and key in state:
             name, pattern = key, None
         if name not in state:
-            result.ignored.append(key)
+            places.ignored.append(key)
         elif pattern is None:
             if name in found:
                 raise UserError(
@@ -205,11 +212,11 @@ def _follow(model: nn.Module, tensors: Mapping[str, StoredTensor]) -> tuple[dict
             tensor = tensors[key]
             found[name] = [Place(tensor, range(tensor.n_rows))]
         else:
-            which = converters.index(by_pattern[pattern])
-            joined.setdefault((name, which), {}).setdefault(pattern, []).append(tensors[key])
-    for (name, which), sources in joined.items():
-        _convert(converters[which], name, sources, state, found, result)
-    return found, result
+            number = converters.index(by_pattern[pattern])
+            converted.setdefault((name, number), {}).setdefault(pattern, []).append(tensors[key])
+    for (name, number), sources in converted.items():
+        _convert(converters[number], name, sources, state, places)
+    return places
 
 
 def _convert(
@@ -217,15 +224,22 @@ def _convert(
     name: str,
     sources: Mapping[str, list[StoredTensor]],
     state: Mapping[str, Tensor],
-    found: dict[str, list[Place]],
-    result: Places,
+    places: Places,
 ) -> None:
-    """Record where the parameters lie that one conversion makes of some stored tensors."""
+    """Record where the parameters lie that one conversion makes of some stored tensors.
+
+    Args:
+        converter: Of transformers.
+        name: The parameter that it makes, the first where it makes several.
+        sources: The stored tensors by the converter's pattern.
+        state: The model's parameters by name.
+        places: What is recorded in.
+    """
     steps = [(type(op).__name__, getattr(op, "dim", None)) for op in converter.operations]
     if len(sources) == 1:  # weights without scales are taken as they are
         steps = [step for step in steps if step[0] != "Inkling2LoopDequantizeExperts"]
     ordered = [sources[pattern] for pattern in converter.source_patterns if pattern in sources]
-    first = converter.target_patterns[0]
+    found, first = places.of, converter.target_patterns[0]
     targets = [name.replace(first, target, 1) for target in converter.target_patterns]
     if not steps or steps == [("Inkling2UnpadVocab", None)]:  # whose further rows are padding
         (tensor,) = ordered[0]
@@ -233,11 +247,10 @@ def _convert(
     elif steps in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
         found[name] = list(_stacked(ordered, joined=len(steps) > 1))
     elif steps == [("Concatenate", 0)]:
-        starts, places = 0, []
-        for tensor in (t for several in ordered for t in several):
-            places.append(Place(tensor, range(starts, starts + tensor.n_rows)))
-            starts += tensor.n_rows
-        found[name] = places
+        start, found[name] = 0, []
+        for tensor in chain(*ordered):
+            found[name].append(Place(tensor, range(start, start + tensor.n_rows)))
+            start += tensor.n_rows
     elif steps in ([("Chunk", 0)], [("Split", 0)]) and all(target in state for target in targets):
         (tensor,), start = ordered[0], 0
         for target in targets:
@@ -250,7 +263,7 @@ def _convert(
         (tensor,) = ordered[0]
         found[name] = [Place(tensor, range(tensor.n_rows), interleaved=True)]
     else:
-        result.unmapped |= dict.fromkeys(targets, " then ".join(step for step, _ in steps))
+        places.unmapped |= dict.fromkeys(targets, " then ".join(step for step, _ in steps))
 
 
 def _stacked(ordered: Sequence[Sequence[StoredTensor]], *, joined: bool) -> Iterator[Place]:
@@ -266,8 +279,8 @@ def _stacked(ordered: Sequence[Sequence[StoredTensor]], *, joined: bool) -> Iter
 def _check_shape(name: str, shape: torch.Size, places: Sequence[Place]) -> None:
     """Refuse stored tensors that do not fill a parameter exactly."""
     n_rows, width = shape[0] if shape else 1, shape[1] if len(shape) > 1 else 1
-    held = sum(len(p.rows) * (len(p.inner) if p.inner is not None else width) for p in places)
-    filled = held == n_rows * width
+    entries = sum(len(p.rows) * (len(p.inner) if p.inner is not None else width) for p in places)
+    filled = entries == n_rows * width
     for place in places:
         alone = len(places) == 1 and not place.stacked and not filled
         if place.tensor.shape != place.expects(shape) or place.rows.stop > n_rows or alone:
@@ -282,8 +295,9 @@ def _check_shape(name: str, shape: torch.Size, places: Sequence[Place]) -> None:
         )
 
 
-def _equal(one: Sequence[Place], other: Sequence[Place]) -> bool:
-    return len(one) == len(other) and all(a.tensor.same_bytes(b.tensor) for a, b in zip(one, other, strict=True))
+def _equal(places: Sequence[Place], others: Sequence[Place]) -> bool:
+    pairs = zip(places, others, strict=True)
+    return len(places) == len(others) and all(a.tensor.same_bytes(b.tensor) for a, b in pairs)
 
 
 def _untie(model: nn.Module, name: str) -> None:

@@ -13,13 +13,22 @@ from fire_llm.evaluation.checkpoints import open_checkpoints, score_checkpoints
 
 @dataclass(frozen=True)
 class Texts:
-    """What is measured on, and how; nothing where there are no names."""
+    """What is measured on, and how; nothing where there are no names.
+
+    Raises:
+        UserError: There are settings, and no texts that they would be of.
+    """
 
     names: Sequence[str] = ()
     """Corpora, whose validation split is read, or local files."""
     max_tokens: int | None = None
     context: int | None = None
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for option, value in (("--max-tokens", self.max_tokens), ("--context", self.context)):
+            if value is not None and not self.names:
+                raise UserError(f"{option} {value}: it is of the texts of --measure-on, and there are none")
 
     def check(self, folder: Path) -> None:
         """Hold the texts against a checkpoint, without reading its weights.
@@ -43,7 +52,7 @@ class Texts:
         """
         if not self.names:
             return {}
-        found = score_checkpoints(
+        scores = score_checkpoints(
             [str(folder)],
             [*self.names],
             max_tokens=self.max_tokens,
@@ -52,19 +61,7 @@ class Texts:
             progress=progress,
             titles=[str(title)],
         )
-        return {row.data: row.nll for row in found.rows}
-
-
-def check_texts(texts: Texts) -> None:
-    """Refuse settings that belong to texts where there are none.
-
-    Raises:
-        UserError: Naming the option.
-    """
-    if not texts.names:
-        for option, value in (("--max-tokens", texts.max_tokens), ("--context", texts.context)):
-            if value is not None:
-                raise UserError(f"{option} {value}: it is of the texts of --measure-on, and there are none")
+        return {row.data: row.nll for row in scores.rows}
 
 
 def loss_lines(nll: dict[str, list[float]], vocabulary: int) -> list[str]:

@@ -64,15 +64,16 @@ def write_casts(folder: Path, shards: Iterable[str], dtype: str) -> None:
         tensors = read_header(folder / shard)
         with (folder / shard).open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        kept, at = {"__metadata__": header.get("__metadata__", {"format": "pt"})}, 0
+        new_header, offset = {"__metadata__": header.get("__metadata__", {"format": "pt"})}, 0
         # Whole numbers first, which may be wider, so that they begin at a multiple of their size.
         ordered = sorted(tensors.values(), key=lambda t: (t.dtype in WRITABLE, t.offset))
         for tensor in ordered:
             length = cast_bytes([tensor], dtype)
             name = DTYPES[dtype] if tensor.dtype in WRITABLE else tensor.dtype
-            kept[tensor.name] = {"dtype": name, "shape": list(tensor.shape), "data_offsets": [at, at + length]}
-            at += length
-        text = json.dumps(kept).encode()
+            span = [offset, offset + length]
+            new_header[tensor.name] = {"dtype": name, "shape": list(tensor.shape), "data_offsets": span}
+            offset += length
+        text = json.dumps(new_header).encode()
         text += b" " * (-len(text) % 8)
         with cast_of(folder, shard).open("wb") as out, (folder / shard).open("rb") as raw:
             out.write(len(text).to_bytes(8, "little") + text)

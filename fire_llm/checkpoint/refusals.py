@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,9 @@ _CODES = {
     ".weight_scale_inv": (".weight", "FP8"), ".weight_scale": (".weight", "FP8 or compressed-tensors"),
 }  # fmt: skip
 """How a key ends that shows quantised weights, how the key of their codes ends then, and what made them."""
-_ADAPTER_KEYS = (".lora_A.", ".lora_B.", ".lora_embedding_", ".base_layer.", "base_model.model.")
+_ADAPTER_KEYS = (".lora_A.", ".lora_B.", ".lora_embedding_")
+_ADAPTED, _ADAPTED_MODEL = ".base_layer.", "base_model.model."
+"""What PEFT puts into the name of a weight that an adapter is added to, and before all names of such a model."""
 
 
 def refuse_files(name: str, files: Iterable[str], loader: str = CAUSAL) -> None:
@@ -74,8 +76,8 @@ def refuse_files(name: str, files: Iterable[str], loader: str = CAUSAL) -> None:
         )
     if foreign := next((by_kind[kind] for kind in (".h5", ".msgpack", ".onnx") if kind in by_kind), None):
         raise UserError(f"'{name}' holds weights of another framework ('{foreign}'): convert them to safetensors")
-    beside = f" but '{found}': rename it, or" if (found := by_kind.get(".safetensors")) else ":"
-    raise UserError(f"'{name}' holds neither {WEIGHTS} nor {INDEX}{beside} download or copy what is missing")
+    instead = f" but '{other}': rename it, or" if (other := by_kind.get(".safetensors")) else ":"
+    raise UserError(f"'{name}' holds neither {WEIGHTS} nor {INDEX}{instead} download or copy what is missing")
 
 
 def refuse_config(folder: Path, settings: Mapping[str, Any], *, native: bool = False) -> None:
@@ -91,9 +93,9 @@ def refuse_config(folder: Path, settings: Mapping[str, Any], *, native: bool = F
     """
     for where, part in [("", settings), *((f"{k}.", v) for k, v in settings.items() if isinstance(v, dict))]:
         if quantised := part.get("quantization_config"):
-            given = quantised if isinstance(quantised, dict) else {}
-            bits = next((f" ({b} bit)" for b in (4, 8) if given.get(f"load_in_{b}bit")), "")
-            method = str(given.get("quant_method") or ("bitsandbytes" if bits else "an unnamed method"))
+            table = quantised if isinstance(quantised, dict) else {}
+            bits = next((f" ({b} bit)" for b in (4, 8) if table.get(f"load_in_{b}bit")), "")
+            method = str(table.get("quant_method") or ("bitsandbytes" if bits else "an unnamed method"))
             label = _METHODS.get(method, method)
             sign = f"{where}quantization_config in config.json"
             raise UserError(f"'{folder}' is quantised with {label}{bits} ({sign}). {_UNQUANTISED}")
@@ -144,11 +146,8 @@ def refuse_tensors(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
         UserError: With the first of them.
     """
     for name in tensors:
-        if any(sign in f".{name}" for sign in _ADAPTER_KEYS[:-1]) or name.startswith(_ADAPTER_KEYS[-1]):
-            raise UserError(
-                f"'{folder}' holds adapter weights ('{name}'): merge them first, with peft: merge_and_unload(), then "
-                "save_pretrained"
-            )
+        if any(sign in f".{name}" for sign in _ADAPTER_KEYS) or name.startswith(_ADAPTED_MODEL):
+            raise _adapter(folder, name)
     for sign, (ending, method) in _CODES.items():
         for name in tensors:
             codes = tensors.get(name.removesuffix(sign) + ending) if name.endswith(sign) else None
@@ -156,6 +155,33 @@ def refuse_tensors(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
                 raise UserError(
                     f"'{folder}' is quantised with {method} ('{codes.name}', {codes.dtype}). {_UNQUANTISED}"
                 )
+
+
+def refuse_adapted(tensors: Mapping[str, StoredTensor], unread: Iterable[str], missing: Sequence[str]) -> None:
+    """Refuse weights that an adapter was added to: stored as `x.base_layer.weight` where the model has `x.weight`.
+
+    A model may have a module called base_layer itself. Its weights have a parameter, and are not unread.
+
+    Args:
+        tensors: The checkpoint's, by key.
+        unread: Keys that belong to no parameter of the model.
+        missing: Parameters of the model that no key belongs to.
+
+    Raises:
+        UserError: With the first of them.
+    """
+    for key in unread:
+        plain = key.replace(_ADAPTED, ".")
+        # Keys may lack the prefix of the parameters, or have one that these lack.
+        if plain != key and any(plain.endswith(name) or name.endswith(plain) for name in missing):
+            raise _adapter(tensors[key].file.path.parent, key)
+
+
+def _adapter(folder: Path, name: str) -> UserError:
+    return UserError(
+        f"'{folder}' holds adapter weights ('{name}'): merge them first, with peft: merge_and_unload(), then "
+        "save_pretrained"
+    )
 
 
 def refuse_destination(destination: Path, source: Path, needed: int, free: int) -> None:
@@ -190,8 +216,8 @@ def refuse_destination(destination: Path, source: Path, needed: int, free: int) 
         )
 
 
-def names(items: Iterable[str], most: int = 3) -> str:
+def names(items: Iterable[str], shown: int = 3) -> str:
     """Return a few names, and how many there are beyond them."""
     listed = [f"'{item}'" for item in items]
-    more = f" and {len(listed) - most} more" if len(listed) > most else ""
-    return ", ".join(listed[:most]) + more
+    rest = f" and {len(listed) - shown} more" if len(listed) > shown else ""
+    return ", ".join(listed[:shown]) + rest

@@ -24,7 +24,7 @@ from torch import Tensor
 from fire_llm.architectures.matrices import ParameterSlice
 from fire_llm.checkpoint.card import PROVENANCE, write_card, write_provenance
 from fire_llm.checkpoint.drawn import draw_initial
-from fire_llm.checkpoint.perplexities import Texts, check_texts
+from fire_llm.checkpoint.perplexities import Texts
 from fire_llm.checkpoint.recast import SHORT, cast_bytes, cast_tensors, check_dtype, settle, torch_dtype, write_casts
 from fire_llm.checkpoint.refusals import refuse_destination
 from fire_llm.checkpoint.stored import Slices, Stored
@@ -103,100 +103,93 @@ def reset_checkpoint(
     """
     specs = parse_resets(method, options)
     refuse_kinds(specs)
-    _check_start(specs, init, seed)
+    _check_initial(specs, init, seed)
     dtype = SHORT.get(dtype, dtype)
     check_dtype(dtype)
     where = find_device(device)
-    check_texts(texts := Texts(measure_on, max_tokens, context, device))
-    job = together(
-        None,
-        lambda: _Rewrite.prepare(
-            src, Path(dst), specs, init, seed, revision, native, where, progress, dry_run, measures, dtype, texts
-        ),
-        lambda job: job.plan.request(),
-        _PATIENCE,
-    )
+    texts = Texts(measure_on, max_tokens, context, device)
+    call = _Call(src, Path(dst), specs, init, seed, revision, native, where, progress, measures, dtype, texts)
+    job = together(None, lambda: _Rewrite.prepare(call, dry_run), lambda job: job.plan.request(), _PATIENCE)
     return job.describe() if dry_run else job.run()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of `reset_checkpoint`, each checked by itself."""
+
+    src: str | Path
+    dst: Path
+    specs: list[ResetSpec]
+    init: str | Path | None
+    seed: int | None
+    revision: str | None
+    native: bool
+    device: torch.device
+    progress: bool
+    measures: bool
+    dtype: str
+    texts: Texts
 
 
 @dataclass
 class _Rewrite:
     """What is to be done to a checkpoint, everything checked that can be without reading weights."""
 
+    call: _Call
     stored: Stored
-    destination: Path
     plan: Plan
-    device: torch.device
-    progress: bool
-    measures: bool
-    dtype: str
-    texts: Texts
-    call: Mapping[str, Any]
-    """The arguments that decide on the bytes, for the provenance, as in `write_card`."""
     copies: Mapping[str, Reader] = field(default_factory=dict)
     """The copied shards by name; the source is not read again once it is copied, and may change."""
 
     @classmethod
-    def prepare(
-        cls,
-        src: str | Path,
-        dst: Path,
-        specs: list[ResetSpec],
-        init: str | Path | None,
-        seed: int | None,
-        revision: str | None,
-        native: bool,
-        device: torch.device,
-        progress: bool,
-        dry_run: bool,
-        measures: bool,
-        dtype: str,
-        texts: Texts,
-    ) -> _Rewrite:
-        for given in (src, init):
+    def prepare(cls, call: _Call, dry_run: bool) -> _Rewrite:
+        """Open the checkpoint and plan its reset; refuse what cannot be done."""
+        for given in (call.src, call.init):
             if given is not None and os.path.isdir(given):
-                refuse_destination(dst, Path(given), 0, 0)
+                refuse_destination(call.dst, Path(given), 0, 0)
         if not dry_run and is_first():
-            clear_leftovers(dst)
-        stored = Stored.open(src, revision, native=native)
-        more = cast_bytes(stored.source.tensors.values(), dtype) if dtype != "keep" else 0
-        refuse_destination(dst, stored.source.folder, stored.source.n_bytes + more, free_bytes(dst.parent))
-        if texts.names and stored.kind is not None:
+            clear_leftovers(call.dst)
+        stored = Stored.open(call.src, call.revision, native=call.native)
+        source = stored.source
+        needed = source.n_bytes + (cast_bytes(source.tensors.values(), call.dtype) if call.dtype != "keep" else 0)
+        refuse_destination(call.dst, source.folder, needed, free_bytes(call.dst.parent))
+        if call.texts.names and stored.kind is not None:
             raise UserError(
-                f"--measure-on measures the perplexity of causal language models, and '{src}' is a "
+                f"--measure-on measures the perplexity of causal language models, and '{call.src}' is a "
                 f"{stored.kind.__name__}: leave it out, and evaluate the result as you evaluate the source"
             )
-        texts.check(stored.source.folder)
-        start = Stored.open(init, native=native) if init is not None else None
-        if start is not None and start.source.folder.samefile(stored.source.folder):
-            raise UserError(
-                f"--init: '{init}' is the checkpoint that is reset, and no initial weights of it: give one from before "
-                "training, or --seed N"
-            )
-        initial: Any = start.model if start is not None else None
-        slices: Mapping[str, ParameterSlice] | None = Slices(start.model, start.loaded) if start is not None else None
-        if seed is not None and dry_run:
+        call.texts.check(source.folder)
+        start = _open_initial(call, stored)
+        initial, drawn = (start.model if start is not None else None), None
+        if call.seed is not None and dry_run:
             initial = stored.model  # the same names and shapes, and nothing is drawn
-        elif seed is not None:
-            initial, slices = draw_initial(stored.source.config, seed, progress, stored.kind)
-        plan = Plan.of(stored.model, specs, initial)
+        elif call.seed is not None:
+            initial, drawn = draw_initial(source.config, call.seed, call.progress, stored.kind)
+        plan = Plan.of(stored.model, call.specs, initial)
         # transformers draws a buffer that is not stored: there is nothing to reset.
         plan.keep(lambda weight: not weight.buffer or weight.parameter in stored.places.of)
         if not plan.wanted:
             another = "--role conv" if plan.convolutions else "a role with --role"
-            raise UserError(f"{plan.idle(str(src))} Add {another}, or take back an --exclude")
+            raise UserError(f"{plan.idle(str(call.src))} Add {another}, or take back an --exclude")
         for weight in plan.wanted:
             stored.check_readable(weight)
         if start is not None:
             for weight in plan.reading_initial:
-                start.check_readable(plan.start[weight.name])
-        if slices is not None:
-            plan.start = slices
-        call = {
-            "src": str(src), "init": str(init) if init is not None else None, "seed": seed,
-            "revision": stored.source.revision, "native": native, "device": device.type, "dtype": dtype,
+                start.check_readable(plan.initial[weight.name])
+            plan.initial = Slices(start.model, start.loaded)
+        elif drawn is not None:
+            plan.initial = drawn
+        return cls(call, stored, plan)
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """Return the arguments that the bytes depend on, beside the resets, as `write_card` takes them."""
+        call = self.call
+        return {
+            "src": str(call.src), "init": str(call.init) if call.init is not None else None, "seed": call.seed,
+            "revision": self.stored.source.revision, "native": call.native, "device": call.device.type,
+            "dtype": call.dtype,
         }  # fmt: skip
-        return cls(stored, dst, plan, device, progress, measures, dtype, texts, call)
 
     def describe(self) -> ResetReport:
         """Return the report of what would be done: which slices are touched, which are not and why."""
@@ -204,33 +197,34 @@ class _Rewrite:
 
     def run(self) -> ResetReport:
         """Copy, reset, hash and describe; rank 0 makes the folder, all share the resets."""
-        first = is_first()
+        texts, progress = self.call.texts, self.call.progress and is_first()
         source = self.stored.source.folder
-        nll = self.texts.nll(source, self.progress and first, source)
+        nll = texts.nll(source, progress, source)
+
+        def on_first(work: Callable[[], Any], done: str) -> Any:
+            """Do work on rank 0; every rank goes on once it is done, or raises what it raised."""
+            return together(None, work if is_first() else lambda: None, done, _PATIENCE)
+
         with ExitStack() as stack, _Hasher() as hasher:
-            made = together(
-                None, lambda: stack.enter_context(staged(self.destination)) if first else None, "staged", _PATIENCE
-            )
-            folder = Path(gather_objects(None, made)[0])
+            folders = gather_objects(None, on_first(lambda: stack.enter_context(staged(self.call.dst)), "staged"))
+            folder = Path(folders[0])
             began = time.perf_counter()
-            hashes = together(None, lambda: self._copy(folder, hasher) if first else {}, "copied", _PATIENCE)
+            hashes = on_first(lambda: self._copy(folder, hasher), "copied")
             copying = time.perf_counter() - began
             executor, seconds, shared = together(None, lambda: self._reset(folder), "reset", _PATIENCE)
             if shared > 1:
                 executor.join(None)
             report = self._report(executor, seconds, shared)
-            together(None, lambda: self._settle(folder) if first else None, "settled", _PATIENCE)
-            after = self.texts.nll(folder, self.progress and first, self.destination)
+            on_first(lambda: self._settle(folder), "settled")
+            after = texts.nll(folder, progress, self.call.dst)
             report.nll = {text: [before, after[text]] for text, before in nll.items()}
             report.copying_seconds = copying
-            together(
-                None, lambda: self._finish(folder, report, hasher, hashes) if first else None, "described", _PATIENCE
-            )
+            on_first(lambda: self._finish(folder, report, hasher, hashes), "described")
             together(None, stack.close, "renamed", _PATIENCE)
         return report
 
     def _bar(self, what: str, total: int, unit: str = "B") -> Any:
-        return progress_bar(what, total, unit, shown=self.progress and is_first())
+        return progress_bar(what, total, unit, shown=self.call.progress and is_first())
 
     # ---- copying
 
@@ -243,50 +237,51 @@ class _Rewrite:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 hashes[name] = hasher.begin(file, folder / name, bar.update)
             before = {name: hashes[name].result() for name in hashes}
-            if self.dtype != "keep":
-                write_casts(folder, source.shards, self.dtype)
+            if self.call.dtype != "keep":
+                write_casts(folder, source.shards, self.call.dtype)
             return before
 
     # ---- resetting
 
     def _reset(self, folder: Path) -> tuple[ResetExecutor, float, int]:
         """Reset this rank's blocks; return the work, its seconds and the number of ranks."""
-        kept = self.dtype == "keep"
-        executor = ResetExecutor(self.plan, "range", self.measures, None if kept else torch_dtype(self.dtype))
-        target = self.stored
-        if not kept:
+        target, rounded_to, device = self.stored, None, self.call.device
+        if self.call.dtype != "keep":
+            rounded_to = torch_dtype(self.call.dtype)
             casts = cast_tensors(folder, self.stored.source.shards)
             target = replace(self.stored, places=self.stored.places.over(casts))
+        executor = ResetExecutor(self.plan, "range", self.call.measures, rounded_to)
         blocks = self.plan.blocks
         ranks, rank = (dist.get_world_size(), dist.get_rank()) if active() else (1, 0)
-        owners = assign([max(1, b.cost) for b in blocks], ranks)
-        mine = [b for b, owner in zip(blocks, owners, strict=True) if owner == rank]
+        owners = assign([max(1, block.cost) for block in blocks], ranks)
+        own = [block for block, owner in zip(blocks, owners, strict=True) if owner == rank]
+        total = sum(len(block.members) for block in own)
         began = time.perf_counter()
-        with _Copies(folder) as self.copies, self._bar("resetting", sum(len(b.members) for b in mine), "tensor") as bar:
+        with _Copies(folder) as self.copies, self._bar("resetting", total, "tensor") as bar:
             # Worked on together: a bounded bucket; on a CPU a single block.
-            limit = 0 if self.device.type == "cpu" else BUCKET_BYTES
-            for jobs in buckets([b.n_bytes for b in mine], [0] * len(mine), 1, limit):
-                batch = [mine[job] for job in jobs]
-                held = [(block, self._read(block)) for block in batch]
-                executor.transform(held)
+            limit = 0 if device.type == "cpu" else BUCKET_BYTES
+            for jobs in buckets([block.n_bytes for block in own], [0] * len(own), 1, limit):
+                batch = [own[job] for job in jobs]
+                loaded = [(block, self._read(block)) for block in batch]
+                executor.transform(loaded)
                 if executor.error is not None:
                     raise executor.error
                 if executor.failed:  # the report raises, for all ranks
                     break
                 with writing(folder):
-                    for block, rows in held:
+                    for block, rows in loaded:
                         target.write(self._any(block), rows.cpu(), self.copies)
                 bar.update(sum(len(block.members) for block in batch))
         return executor, time.perf_counter() - began - executor.measuring, ranks
 
     def _read(self, block: Block) -> Tensor:
         """Read a block's rows and refuse them where a slice to be reset is not finite."""
-        rows = self.stored.rows(self._any(block), self.copies).to(self.device)
-        if self.dtype != "keep" and rows.is_floating_point():
+        rows = self.stored.rows(self._any(block), self.copies).to(self.call.device)
+        if self.call.dtype != "keep" and rows.is_floating_point():
             rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        touched = [self.plan.slices[index] for index in block.members if self.plan.actions[index]]
-        for weight in touched:
-            if not torch.isfinite(weight.within(rows).read()).all():
+        for index in block.members:
+            weight = self.plan.slices[index]
+            if self.plan.actions[index] and not torch.isfinite(weight.within(rows).read()).all():
                 raise UserError(not_finite(weight.name))
         return rows
 
@@ -303,9 +298,9 @@ class _Rewrite:
 
     def _settle(self, folder: Path) -> None:
         """Put what was written in another dtype in its place."""
-        if self.dtype != "keep":
+        if self.call.dtype != "keep":
             with writing(folder):
-                settle(folder, self.stored.source.shards, self.stored.source.index, self.dtype)
+                settle(folder, self.stored.source.shards, self.stored.source.index, self.call.dtype)
 
     def _finish(self, folder: Path, report: ResetReport, hasher: _Hasher, before: Mapping[str, str]) -> None:
         """Hash the result and write down what was done."""
@@ -316,8 +311,8 @@ class _Rewrite:
             hashes = {name: {"source": before[name], "result": after[name].result()} for name in source.shards}
         report.copying_seconds = (report.copying_seconds or 0) + time.perf_counter() - began
         with writing(folder):
-            write_provenance(folder / PROVENANCE, self.stored, report, hashes, self.call)
-            write_card(folder / "README.md", self.stored, report, self.call)
+            write_provenance(folder / PROVENANCE, self.stored, report, hashes, self.decisive)
+            write_card(folder / "README.md", self.stored, report, self.decisive)
 
 
 class _Hasher:
@@ -368,7 +363,20 @@ class _Copies(dict[str, Reader]):
             os.close(self.popitem()[1].descriptor)
 
 
-def _check_start(specs: Sequence[ResetSpec], init: str | Path | None, seed: int | None) -> None:
+def _open_initial(call: _Call, stored: Stored) -> Stored | None:
+    """Open the checkpoint with the initial weights; None where none is given."""
+    if call.init is None:
+        return None
+    start = Stored.open(call.init, native=call.native)
+    if start.source.folder.samefile(stored.source.folder):
+        raise UserError(
+            f"--init: '{call.init}' is the checkpoint that is reset, and no initial weights of it: give one from "
+            "before training, or --seed N"
+        )
+    return start
+
+
+def _check_initial(specs: Sequence[ResetSpec], init: str | Path | None, seed: int | None) -> None:
     """Refuse initial weights that are missing, given twice, or not wanted by any reset."""
     wanting = [s.method for s in specs if s.needs_initial]
     if wanting and (init is None) == (seed is None):

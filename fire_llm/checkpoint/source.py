@@ -138,12 +138,12 @@ def _folder(name: str, revision: str | None) -> Path:
         raise UserError(f"{no_folder(name)}, and a Hub id has the form owner/name: check the spelling")
     from huggingface_hub import HfApi, constants, snapshot_download
 
-    wanted = ["*.safetensors", "*.safetensors.index.json", "README.md", *COMPANIONS]
+    patterns = ["*.safetensors", "*.safetensors.index.json", "README.md", *COMPANIONS]
     ignored = ["consolidated*.safetensors", "*/*.safetensors"]
     with asking_hub(name):
         if not constants.HF_HUB_OFFLINE:  # look before gigabytes are fetched
             refuse_files(name, [s.rfilename for s in HfApi().model_info(name, revision=revision).siblings or []])
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=ignored))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=ignored))
 
 
 def _indexed(folder: Path, index: Path) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fire_llm.architectures.classes import model_classes
-from fire_llm.architectures.matrices import ParameterSlice, buffer_slices, parameter_slices
+from fire_llm.architectures.matrices import ParameterSlice, slices_by_name
 from fire_llm.checkpoint.headers import NUMBERS, WRITABLE
 from fire_llm.checkpoint.mapping import Places, places_of
 from fire_llm.checkpoint.refusals import names
@@ -45,8 +45,8 @@ class Stored:
             UserError: It is missing, damaged, quantised, of an unknown architecture, or does not fit its config.
         """
         source = Source.open(name, revision, native=native)
-        *first, last = model_classes(source.config)
-        for kind in first:
+        *others, last = model_classes(source.config)
+        for kind in others:
             with suppress(UserError):
                 return cls._of(source, kind)
         try:
@@ -114,7 +114,7 @@ class Slices(Mapping[str, ParameterSlice]):
 
     def __init__(self, model: nn.Module, load: Callable[[ParameterSlice], ParameterSlice]) -> None:
         self._load = load
-        self._all = {weight.name: weight for weight in [*parameter_slices(model, strict=False), *buffer_slices(model)]}
+        self._all = slices_by_name(model)
 
     def __getitem__(self, name: str) -> ParameterSlice:
         return self._load(self._all[name])

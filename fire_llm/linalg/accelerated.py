@@ -1,99 +1,35 @@
-"""What accelerators do: products of 16-bit operands, and polar factors of stacks in them, with one wait of the host.
+"""Polar factors of stacks on accelerators, in products of 16-bit operands, with one wait of the host.
 
-A 16-bit product is 8 to 16 times as fast as one in fp32 there. Where 16 bits are too few, an operand is two fp16 parts:
-three products then stand for one of 22 bits.
+It takes four steps:
 
-Shapes: (B = batch, n = short side, m = long side), n <= m. Nothing here takes a decision from a value on the device but
-what `tolist` fetches, once for a stack, and each matrix is decided on by its own values.
+1. `normalised` scales each matrix X to a Frobenius norm of sqrt(n), so that its entries are of order 1.
+2. `compose`, `cubic` or `one_factor` multiply X by polynomials of its Gram matrix, which takes singular values near 1.
+3. `finish` takes them to 1 by a Taylor step, and bounds what is left of ||I - X X^T||_F.
+4. `project` compares that bound, and one on the rounding, with the tolerance. What fails is tried again, or reported.
+
+Shapes: (B = batch, n = short side, m = long side), n <= m. No decision here depends on a value on the device but those
+that `tolist` fetches, once for a stack. Each matrix is decided on by its own values.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fire_llm.linalg.matmul import accumulates, positive
-
-Operand = tuple[Tensor, ...]
-"""A matrix as a product reads it: itself, rounded to 16 bits, or two fp16 parts whose difference holds 22 bits."""
-
-SPLIT_SCALE = 256.0  # of entries of order 1, so that fp16 holds their second parts as normal numbers
-SPLIT_DEPTH = 2048  # longest sum within a tensor core, which cuts its sums; longer ones are put together in fp32
-LARGEST_NORM, LEAST_NORM = 2.0**60, 2.0**-40  # within, no square overflows in fp32, and none that counts underflows
-
-
-def split(x: Tensor) -> Operand:
-    """Return fp16 tensors h and l with h - l = `SPLIT_SCALE` x to 22 bits, for x of entries below 255."""
-    high, low = (torch.empty_like(x, dtype=torch.float16) for _ in range(2))
-    torch.mul(x, SPLIT_SCALE, out=high)
-    return high, torch.sub(high, x, alpha=SPLIT_SCALE, out=low)  # in fp32, where both are exact
-
-
-def single(x: Tensor) -> Operand:
-    """Return the first part of `split` alone: fp16 numbers of `SPLIT_SCALE` x to 11 bits."""
-    return (torch.mul(x, SPLIT_SCALE, out=torch.empty_like(x, dtype=torch.float16)),)
-
-
-def transposed(a: Operand) -> Operand:
-    """Return the operand (B, m, n) of the transposed matrices, as views."""
-    return tuple(part.mT for part in a)
-
-
-def accumulate(out: Tensor, a: Operand, b: Operand, *, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
-    """Set out = beta out + alpha a b, and return it; of split operands the three products that count are taken."""
-    if len(a) > 1:
-        alpha /= SPLIT_SCALE**2
-        depth = range(0, a[0].shape[-1], SPLIT_DEPTH)
-        for one, other in ((a[1], b[0]), (a[0], b[1])):
-            _multiply(out, one, other, -alpha, beta)
-            beta = 1.0
-    else:
-        depth = range(0, a[0].shape[-1], a[0].shape[-1])
-    for k in depth:
-        _multiply(out, a[0][..., k : k + depth.step], b[0][..., k : k + depth.step, :], alpha, beta)
-        beta = 1.0
-    return out
-
-
-def _multiply(out: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> None:
-    """Set out = beta out + alpha a b; on a CPU rounded operands are multiplied as fp32, 16 bits being far slower."""
-    if a.dtype == out.dtype and (a.element_size() > 2 or a.device.type != "cpu"):
-        torch.baddbmm(out, a, b, beta=beta, alpha=alpha, out=out)
-    elif accumulates(a.device.type, a.dtype):
-        torch.baddbmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
-    else:
-        out.copy_(torch.baddbmm(out.float(), a.float(), b.float(), beta=beta, alpha=alpha))
-
-
-def square_of(a: Operand, b: Operand, dtype: torch.dtype = torch.float32, alpha: float = 1.0) -> Tensor:
-    """Return alpha a b (B, n, n) in a new tensor."""
-    out = a[0].new_empty((len(a[0]), a[0].shape[-2], b[0].shape[-1]), dtype=dtype)
-    return accumulate(out, a, b, alpha=alpha, beta=0.0)
-
-
-def single_square(x: Tensor) -> Tensor:
-    """Return x x (B, n, n) of single operands, in a new tensor."""
-    one = single(x)
-    return square_of(one, one, alpha=SPLIT_SCALE**-2)
-
-
-def norms(x: Tensor) -> Tensor:
-    """Return Frobenius norms (B,) in fp64 of fp32 matrices read once: rows in fp32, which are put together in fp64."""
-    lengths: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=-1).double(), dim=-1)
-    return lengths
-
-
-def within(found: list[float]) -> bool:
-    """Return whether norms are those of finite matrices whose squares fp32 holds; of zeros that is not known yet."""
-    return all(LEAST_NORM < norm < LARGEST_NORM for norm in found)
-
-
-def positions(at: list[int], like: Tensor) -> Tensor:
-    """Return indices (k,) on the device of a tensor, without waiting for it."""
-    return torch.tensor(at).to(like.device, non_blocking=True)
-
+from fire_llm.linalg.matmul import in_range, indices, norms, positive
+from fire_llm.linalg.split_products import (
+    SPLIT_SCALE,
+    accumulate,
+    product,
+    single,
+    single_square,
+    split,
+    split_square,
+    transposed,
+)
 
 SPLIT_ROUNDING = 4e-6  # of a product of split operands; its sums, which tensor cores cut rather than round, included
 PROBES = 8
@@ -102,9 +38,14 @@ LONE = 3.0  # a lone small singular value may be off by a third of `SPLIT_ROUNDI
 WELL_CONDITIONED = 10.0  # what rounding costs a matrix of condition 1, in units of `SPLIT_ROUNDING`
 
 Quintic = tuple[float, float, float]
+"""(a, b, c) of a s + b s^3 + c s^5, which each singular value s becomes."""
+Composition = tuple[Quintic, ...]
+"""Quintics one after another, computed on one Gram matrix."""
+Attempt = tuple[Composition, ...]
+"""Compositions one after another, each on a Gram matrix of its own."""
 
 # Takes [0.1, 1] to 1 within 2.5e-4; found as `polar.COMPOSITION` was, from that floor.
-SHORT: tuple[Quintic, ...] = (
+SHORT: Composition = (
     (5.603695, -13.88369, 9.733413),
     (2.124239, -1.498124, 0.396008),
     (1.880741, -1.257687, 0.376948),
@@ -133,53 +74,77 @@ def probes(x: Tensor) -> Tensor:
     return torch.where((k * k * 0.7).cos() < 0, -1.0, 1.0).to(x.dtype).view(1, -1, PROBES)
 
 
-def compose(x: Tensor, v: Tensor, steps: tuple[Quintic, ...], scale: bool) -> tuple[Tensor, Tensor]:
+def _scaled(gram: Tensor, square_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale a Gram matrix x x^T to that of x over its Schatten-8 norm (tr (x x^T)^4)^(1/8), in place.
+
+    That norm is at least the largest singular value and rarely twice it.
+
+    Args:
+        gram: (B, n, n).
+        square_of: Multiplies a matrix by itself.
+
+    Returns:
+        The scaled Gram matrix, its square, and (B, 1, 1) what x is to be multiplied by.
+    """
+    length = positive(torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True))
+    gram /= length  # so that fp16 holds the entries of the square
+    square = square_of(gram)
+    root = positive(torch.linalg.vector_norm(square, dim=(-2, -1), keepdim=True).sqrt())
+    return gram.div_(root), square.div_(root**2), (length * root).rsqrt()
+
+
+def _multiply_probes(h: Tensor, v: Tensor, a: float, b: float) -> Tensor:
+    """Return (a I + b h) v."""
+    v = v.expand(len(h), -1, -1)
+    return torch.baddbmm(v, h, v, beta=a, alpha=b)
+
+
+def compose(x: Tensor, v: Tensor, steps: Composition, scale: bool) -> tuple[Tensor, Tensor]:
     """Apply odd quintics one after another to the singular values of x, by way of the Gram matrix x x^T alone.
 
-    All factors are polynomials in the Gram matrix G; the product of those so far is d I + e P. A large multiple of I is
-    kept apart, since added into a product it would cost the rest a digit.
+    With G the Gram matrix, a quintic multiplies x by a I + b H, where H = G + (c / b) G^2, and G by the square of that.
+    The product of the factors so far is kept as constant I + multiple P. A large multiple of I is kept apart, because
+    added into a product it would cost the rest a digit.
 
     Args:
         x: (B, n, m), float32, of entries that `split` can take.
         v: (B, n, k), which is multiplied by the same matrix as x.
-        steps: (a, b, c) of a s + b s^3 + c s^5.
+        steps: The quintics; c of the first is not 0.
         scale: Whether to divide x by its Schatten-8 norm, at least its largest singular value, first.
 
     Returns:
         Both products, the first in place of x unless it is scaled; with `scale`
         the second is the product by what the scaled x is multiplied by.
     """
-    parts = split(x)
-    gram = square_of(parts, transposed(parts))
-    factor = None
+    operand = split(x)
+    gram = product(operand, transposed(operand))
+    scaling = square = None
     if scale:
-        fourth = positive(torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True))
-        gram /= fourth
-    d, e, p = 1.0, 1.0, None
-    for number, (a, b, c) in enumerate(steps):  # by a I + b H
-        g, h = split(gram), gram
-        if c:
-            square = square_of(g, g)
-            if scale and number == 0:
-                top = positive(torch.linalg.vector_norm(square, dim=(-2, -1), keepdim=True).sqrt())
-                gram, square, factor = gram / top, square / top**2, (fourth * top).rsqrt()
-                g = split(gram)
-            h = torch.add(gram, square, alpha=c / b)
+        gram, square, scaling = _scaled(gram, split_square)
+    constant, multiple, p = 1.0, 1.0, None
+    for number, (a, b, c) in enumerate(steps):
         last = number == len(steps) - 1
-        hs = g if not c else split(h) if p is not None or not last else ()
-        v = torch.baddbmm(v.expand(len(x), -1, -1), h, v.expand(len(x), -1, -1), beta=a, alpha=b)
-        if not last:  # G <- (a I + b H)^2 G
-            half = accumulate(gram * a, hs, g, alpha=b)
-            gram = accumulate(half * a, hs, split(half), alpha=b)
-        if p is None:
-            p, e = h, b
+        g = split(gram)
+        if c:
+            h = torch.add(gram, product(g, g) if square is None else square, alpha=c / b)
+            h_operand = split(h) if p is not None or not last else ()  # which a single quintic does not read
         else:
-            p, e = accumulate(p * (a * e), hs, split(p), alpha=b * e).add_(h, alpha=d * b), 1.0
-        d *= a
+            h, h_operand = gram, g
+        square = None
+        v = _multiply_probes(h, v, a, b)
+        if not last:  # G <- (a I + b H)^2 G
+            half = accumulate(gram * a, h_operand, g, alpha=b)
+            gram = accumulate(half * a, h_operand, split(half), alpha=b)
+        if p is None:
+            p, multiple = h, b
+        else:  # (a I + b H) (constant I + multiple P)
+            p = accumulate(p * (a * multiple), h_operand, split(p), alpha=b * multiple).add_(h, alpha=constant * b)
+            multiple = 1.0
+        constant *= a
     assert p is not None
-    if factor is None:
-        return accumulate(x, split(p), parts, alpha=e, beta=d), v
-    return accumulate(x * (factor * d), split(p * factor), parts, alpha=e), v
+    if scaling is None:
+        return accumulate(x, split(p), operand, alpha=multiple, beta=constant), v
+    return accumulate(x * (scaling * constant), split(p * scaling), operand, alpha=multiple), v
 
 
 def cubic(x: Tensor, v: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
@@ -189,11 +154,46 @@ def cubic(x: Tensor, v: Tensor, a: float, b: float) -> tuple[Tensor, Tensor]:
     values differ: by less than `SPLIT_ROUNDING` where these are within 0.05 of 1. x has its 22 bits.
     """
     high, low = split(x)
-    gram = square_of((high,), (high.mT,), alpha=SPLIT_SCALE**-2)
-    h = single(gram)  # symmetric as far as the product of a matrix by its transpose is
-    v = torch.baddbmm(v.expand(len(x), -1, -1), gram, v.expand(len(x), -1, -1), beta=a, alpha=b)
-    accumulate(x, h, (high,), alpha=b * SPLIT_SCALE**-2, beta=a)
-    return accumulate(x, h, (low,), alpha=-b * SPLIT_SCALE**-2), v
+    gram = product((high,), (high.mT,), alpha=SPLIT_SCALE**-2)
+    factor = single(gram)  # symmetric as far as the product of a matrix by its transpose is
+    v = _multiply_probes(gram, v, a, b)
+    accumulate(x, factor, (high,), alpha=b * SPLIT_SCALE**-2, beta=a)
+    return accumulate(x, factor, (low,), alpha=-b * SPLIT_SCALE**-2), v
+
+
+def one_factor(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Take singular values of [0.1, 1] of the Schatten-8 norm near 1, by one symmetric matrix.
+
+    It computes `SHORT` as `compose` does, but the longest products are of single fp16 operands: the first Gram matrix,
+    squares and the final factor are rounded, which leaves E = X X^T - I at 5e-4 sqrt(n). The updates between them are
+    split, or it were ten times that. The factor is multiplied by all 22 bits of z.
+
+    Args:
+        z: (B, n, m), float32, of Frobenius norm sqrt(n).
+
+    Returns:
+        The product (B, n, m), and the traces (B,) of that matrix over n.
+    """
+    high, low = split(z)
+    gram = product((high,), (high.mT,), alpha=SPLIT_SCALE**-2)
+    gram, square, scaling = _scaled(gram, single_square)
+    constant, p = 1.0, torch.zeros(())
+    for number, (a, b, c) in enumerate(SHORT):  # by constant I + p so far
+        h = (square if number == 0 else single_square(gram)).mul_(c / b).add_(gram)
+        h_operand = split(h)
+        p = h * b if number == 0 else accumulate(p * a, h_operand, split(p), alpha=b).add_(h, alpha=constant * b)
+        constant *= a
+        if number < len(SHORT) - 1:
+            half = accumulate(gram * a, h_operand, split(gram), alpha=b)
+            gram = accumulate(half * a, h_operand, split(half), alpha=b)
+    p = p.add(p.mT).mul_(scaling * 0.5)  # symmetric to the last bit
+    # The mean of the diagonal is the largest part of p, and would be rounded most: it is kept apart.
+    means = p.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    p.diagonal(dim1=-2, dim2=-1).sub_(means[:, 0])
+    means = means + scaling * constant
+    factor = single(p)
+    y = accumulate(z * means, factor, (high,), alpha=SPLIT_SCALE**-2)
+    return accumulate(y, factor, (low,), alpha=-(SPLIT_SCALE**-2)), means[:, 0, 0]
 
 
 def finish(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,31 +206,33 @@ def finish(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         The result (B, n, m), the bounds (B,), and ||E||_F (B,).
     """
-    parts = split(x)
-    error = square_of(parts, transposed(parts))
+    operand = split(x)
+    error = product(operand, transposed(operand))
     error.diagonal(dim1=-2, dim2=-1).sub_(1)
     square = single_square(error)
-    first, second = (torch.linalg.vector_norm(one, dim=(-2, -1)) for one in (error, square))
+    error_norm, square_norm = (torch.linalg.vector_norm(matrix, dim=(-2, -1)) for matrix in (error, square))
     correction = square.mul_(0.375).sub_(error, alpha=0.5)
-    y = accumulate(x.clone(), single(correction), parts[:1], alpha=SPLIT_SCALE**-2)
-    return y, second**1.5 + first * 2.0**-11 + SPLIT_ROUNDING * math.sqrt(x.shape[-2]), first
+    y = accumulate(x.clone(), single(correction), operand[:1], alpha=SPLIT_SCALE**-2)
+    bound = square_norm**1.5 + error_norm * 2.0**-11 + SPLIT_ROUNDING * math.sqrt(x.shape[-2])
+    return y, bound, error_norm
 
 
 def project(
-    x: Tensor, attempts: tuple[tuple[tuple[Quintic, ...], ...], ...], tolerance: float, sound: bool
+    x: Tensor, attempts: tuple[Attempt, ...], tolerance: float, *, checked: bool
 ) -> tuple[Tensor, list[int]] | None:
     """Return polar factors, and which of them are not certain to be within the tolerance.
 
-    Certain means: ||I - X X^T||_F is bounded by it, and so is what rounding moved the polar factor by, about
-    `SPLIT_ROUNDING` ||x||_F / n times sum 1 / s_i. For that sum stands the trace of what the scaled x was multiplied
-    by, estimated from a few vectors that are multiplied by the same. The residual alone would not show it. Where steps
-    are composed on one Gram matrix, more digits are lost: there the root mean square of 1 / s_i counts too.
+    Certain means that two bounds are within it. One is that of `finish` on the residual ||I - X X^T||_F. It would not
+    show a rotation by rounding, which moves the polar factor by about `SPLIT_ROUNDING` ||x||_F / n times sum 1 / s_i:
+    that is the second. For the sum stands the trace of what the scaled x was multiplied by, estimated from a few
+    vectors that are multiplied by the same. Where steps are composed on one Gram matrix, more digits are lost: there
+    the root mean square of 1 / s_i counts too.
 
     Args:
-        x: (B, n, m), float32, of norms within `within`, or zeros.
-        attempts: Each a sequence of compositions; from the second on, what an attempt left uncertain goes on in it.
+        x: (B, n, m), float32, of norms that are `in_range`, or zeros.
+        attempts: From the second on, each goes on with what the one before left above the tolerance.
         tolerance: Of both bounds.
-        sound: Whether x is known to be finite and within range.
+        checked: Whether x is known to be finite and in range.
 
     Returns:
         The factors and the uncertain ones, in order; None where x may not be finite or is out of range.
@@ -238,9 +240,9 @@ def project(
     z, norm = normalised(x)
     start = probes(x)
     v, out = start, z
-    left, uncertain = list(range(len(x))), []
-    for number, compositions in enumerate(attempts):
-        for k, steps in enumerate(compositions):
+    members, uncertain = list(range(len(x))), []
+    for number, attempt in enumerate(attempts):
+        for k, steps in enumerate(attempt):
             if len(steps) == 1 and not steps[0][2]:
                 z, v = cubic(z, v, *steps[0][:2])
             else:
@@ -248,87 +250,56 @@ def project(
         y, residual, _ = finish(z)
         # ||x||_F is at most sqrt(n), the largest s_i being 1
         growth = (start * v).mean((-2, -1))
-        if any(len(steps) > 1 for steps in compositions):
+        if any(len(steps) > 1 for steps in attempt):
             growth = torch.maximum(growth, v.square().mean((-2, -1)).sqrt() / LONE)  # NaN stays
         rounding = (growth + WELL_CONDITIONED) * SPLIT_ROUNDING
-        rows = [residual.double(), rounding.double(), *([norm] if number == 0 else [])]  # later z may be a part of all
-        residuals, roundings, *found = torch.stack(rows).tolist()
-        if found and not sound and not within(found[0]):
-            return None
-        out = y if number == 0 else out.index_copy_(0, positions(left, y), y)
-        again = [i for i, r in enumerate(residuals) if r > tolerance >= roundings[i] and number < len(attempts) - 1]
-        held = [r <= tolerance and q <= tolerance for r, q in zip(residuals, roundings, strict=True)]  # not NaN
-        uncertain += [left[i] for i, certain in enumerate(held) if not certain and i not in again]
-        if not again:
+        bounds = [residual.double(), rounding.double()]
+        if number == 0:
+            residuals, roundings, norm_values = torch.stack([*bounds, norm]).tolist()
+            if not checked and not in_range(norm_values):
+                return None
+            out = y
+        else:
+            residuals, roundings = torch.stack(bounds).tolist()
+            out.index_copy_(0, indices(members, y), y)
+        retried = []
+        for i, (r, q) in enumerate(zip(residuals, roundings, strict=True)):
+            if r > tolerance >= q and number < len(attempts) - 1:
+                retried.append(i)
+            elif not (r <= tolerance and q <= tolerance):  # NaN too
+                uncertain.append(members[i])
+        if not retried:
             break
-        if len(again) < len(left):  # from before the Taylor step, whose rounding far from 1 would count
-            z, v = (one.index_select(0, positions(again, z)) for one in (z, v))
-        left = [left[i] for i in again]
+        if len(retried) < len(members):  # from before the Taylor step, whose rounding far from 1 would count
+            z, v = (tensor.index_select(0, indices(retried, z)) for tensor in (z, v))
+        members = [members[i] for i in retried]
     return out, sorted(uncertain)
 
 
 def project_rectangles(
-    x: Tensor, attempts: tuple[tuple[tuple[Quintic, ...], ...], ...], tolerance: float, sound: bool
+    x: Tensor, attempts: tuple[Attempt, ...], tolerance: float, *, checked: bool
 ) -> tuple[Tensor, list[int]] | None:
-    """Do as `project`, which is given what is not certain after one pass of `one_factor`: for m >= 2 n.
+    """Do as `project`, for m >= 2 n: by one pass of `one_factor`, and by `project` what is not certain after it.
 
-    The host waits once, and then as often as `project` does where that is needed. In the eigenbasis of x x^T with
-    singular values h the polar factor of P x, P any symmetric matrix, is that of x turned by
-    K_ij = E_ij (h_j - h_i) / (2 (h_i + h_j)) to first order, E = P x (P x)^T - I: by less than half of a residual that
-    is measured.
+    The host waits once, and where `project` is needed as often as that does. The pass multiplies x by a symmetric
+    matrix P, which may be any: the polar factor of P x is that of x, turned by an angle that is measured. To first
+    order, in the eigenbasis of x x^T with singular values h and with E = P x (P x)^T - I, it is turned by
+    K_ij = E_ij (h_j - h_i) / (2 (h_i + h_j)), and so by less than half of E.
     """
     z, norm = normalised(x)
     y, traces = one_factor(z)
-    y, residual, first = finish(y)
-    roundings = (traces + WELL_CONDITIONED) * SPLIT_ROUNDING
-    turned = first * (0.5 / math.sqrt(x.shape[-2])) + roundings
-    found, *bounds = torch.stack([norm, residual.double(), turned.double()]).tolist()
-    if not sound and not within(found):
+    y, residual, error_norm = finish(y)
+    rounding = (traces + WELL_CONDITIONED) * SPLIT_ROUNDING
+    turned = error_norm * (0.5 / math.sqrt(x.shape[-2])) + rounding
+    norm_values, *bounds = torch.stack([norm, residual.double(), turned.double()]).tolist()
+    if not checked and not in_range(norm_values):
         return None
-    left = [i for i, pair in enumerate(zip(*bounds, strict=True)) if not all(one <= tolerance for one in pair)]  # NaN
-    if not left:
+    within = [all(bound <= tolerance for bound in pair) for pair in zip(*bounds, strict=True)]  # of NaN it is not
+    failed = [i for i, certain in enumerate(within) if not certain]
+    if not failed:
         return y, []
-    at = positions(left, x)
-    again = project(x.index_select(0, at), attempts, tolerance, True)
+    members = indices(failed, x)
+    again = project(x.index_select(0, members), attempts, tolerance, checked=True)
     assert again is not None
-    return y.index_copy_(0, at, again[0]), [left[i] for i in again[1]]
-
-
-def one_factor(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Take singular values of [0.1, 1] of the Schatten-8 norm to 1, about, by one symmetric matrix.
-
-    The longest products are of single fp16 operands: the first Gram matrix, squares and the final factor are rounded,
-    which leaves E at 5e-4 sqrt(n). The updates between them are split, or it were ten times that. The factor is
-    multiplied by all 22 bits of z.
-
-    Args:
-        z: (B, n, m), float32, of Frobenius norm sqrt(n).
-
-    Returns:
-        The product (B, n, m), and the traces (B,) of that matrix over n.
-    """
-    high, low = split(z)
-    gram = square_of((high,), (high.mT,), alpha=SPLIT_SCALE**-2)
-    fourth = positive(torch.linalg.vector_norm(gram, dim=(-2, -1), keepdim=True))
-    gram /= fourth
-    square = single_square(gram)
-    top = positive(torch.linalg.vector_norm(square, dim=(-2, -1), keepdim=True).sqrt())
-    gram /= top
-    factor = (fourth * top).rsqrt()
-    d, p = 1.0, torch.zeros(())
-    for number, (a, b, c) in enumerate(SHORT):  # as in `compose`: by d I + p, the next by a I + b h
-        square = square.div_(top**2) if number == 0 else single_square(gram)
-        h = square.mul_(c / b).add_(gram)
-        hs = split(h)
-        p = h * b if number == 0 else accumulate(p * a, hs, split(p), alpha=b).add_(h, alpha=d * b)
-        d *= a
-        if number < len(SHORT) - 1:
-            half = accumulate(gram * a, hs, split(gram), alpha=b)
-            gram = accumulate(half * a, hs, split(half), alpha=b)
-    p = p.add(p.mT).mul_(factor * 0.5)  # symmetric to the last bit
-    means = p.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    p.diagonal(dim1=-2, dim2=-1).sub_(means[:, 0])  # the largest of it, which would be rounded most
-    means = means + factor * d
-    rounded = single(p)
-    y = accumulate(z * means, rounded, (high,), alpha=SPLIT_SCALE**-2)
-    return accumulate(y, rounded, (low,), alpha=-(SPLIT_SCALE**-2)), means[:, 0, 0]
+    factors, uncertain = again
+    return y.index_copy_(0, members, factors), [failed[i] for i in uncertain]

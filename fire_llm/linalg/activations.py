@@ -59,8 +59,8 @@ class Features:
         """
         if self._r is None or not self.rows:
             raise UserError("features: no rows were given")
-        found: Tensor = torch.linalg.svdvals(self._r)
-        return found
+        sigma: Tensor = torch.linalg.svdvals(self._r)
+        return sigma
 
 
 def feature_srank(features: Tensor, delta: float = 0.01) -> int:

@@ -49,10 +49,10 @@ def gradient_norm(loss: Loss, parameters: Iterable[Tensor]) -> float:
     Raises:
         UserError: There is no parameter, or the gradient is not finite.
     """
-    wanted = _checked(parameters)
-    total = [torch.zeros_like(p, requires_grad=False) for p in wanted]
+    tensors = _checked(parameters)
+    total = [torch.zeros_like(p, requires_grad=False) for p in tensors]
     for part in _parts(loss):
-        for sums, gradient in zip(total, torch.autograd.grad(part, wanted, materialize_grads=True), strict=True):
+        for sums, gradient in zip(total, torch.autograd.grad(part, tensors, materialize_grads=True), strict=True):
             sums += gradient
     return math.sqrt(_finite(_dot(total, total), "gradient"))
 
@@ -81,32 +81,32 @@ def top_hessian_eigenvalue(
 
     Source: Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 1994; Rayleigh-Ritz on a plane.
     """
-    wanted = _checked(parameters)
+    tensors = _checked(parameters)
     if iterations < 1:
         raise UserError(f"iterations: {iterations} products with the Hessian find nothing; give 1 or more")
-    if coarse := [p.dtype for p in wanted if p.element_size() < 4]:
+    if coarse := [p.dtype for p in tensors if p.element_size() < 4]:
         name = str(coarse[0]).removeprefix("torch.")
         raise UserError(f"parameters are {name}, too coarse for second derivatives: give float32 copies of them")
     generator = torch.Generator().manual_seed(seed)
-    v = [torch.randn(p.shape, generator=generator).to(p) for p in wanted]
+    v = [torch.randn(p.shape, generator=generator).to(p) for p in tensors]
     _scale(v, 1 / math.sqrt(_dot(v, v)))
-    before: Vector | None = None
+    previous: Vector | None = None
     length = 0.0
     for count in range(1, iterations + 1):
-        hv = _product(loss, wanted, v)
-        pairs = [(v, hv), (hv, hv)] + ([(before, hv), (before, v)] if before is not None else [])
+        hv = _product(loss, tensors, v)
+        pairs = [(v, hv), (hv, hv)] + ([(previous, hv), (previous, v)] if previous is not None else [])
         quotient, square, *across = _dots(pairs)
-        # A v + B before is the unit vector x; H before = length * v, by how v came about.
+        # x = a v + b previous is a unit vector; H previous = length * v, by how v came about.
         value, a, b = quotient, 1.0, 0.0
-        if before is not None:
+        if previous is not None:
             _check_symmetry(across[0], length)
             cosine = max(-1.0, min(1.0, across[1]))
             value, a, b = _ritz(quotient, cosine, length)
-        residual = math.sqrt(_squared_residual(v, hv, before, value, a, b, length))
+        residual = math.sqrt(_squared_residual(v, hv, previous, value, a, b, length))
         length = math.sqrt(_finite(square, "Hessian"))
         if residual <= tolerance * abs(value):
             return TopEigenvalue(value, residual, count, True)
-        before, v = v, hv
+        previous, v = v, hv
         _scale(v, 1 / length)
     return TopEigenvalue(value, residual, iterations, False)
 
@@ -123,7 +123,7 @@ def _check_symmetry(across: float, back: float) -> None:
 def _ritz(quotient: float, cosine: float, length: float) -> tuple[float, float, float]:
     """Return the Ritz value of the largest magnitude on the plane of two iterates, and its vector's coordinates.
 
-    With v and u = `before`, and H u = length v, all that a 2 x 2 problem needs is v'Hv (the quotient) and u'v.
+    With v and u = `previous`, and H u = length v, all that a 2 x 2 problem needs is v'Hv (the quotient) and u'v.
     """
     sine = math.sqrt(1 - cosine**2)
     if sine < _SPREAD:
@@ -141,14 +141,14 @@ def _ritz(quotient: float, cosine: float, length: float) -> tuple[float, float, 
 
 
 def _squared_residual(
-    v: Vector, hv: Vector, before: Vector | None, value: float, a: float, b: float, length: float
+    v: Vector, hv: Vector, previous: Vector | None, value: float, a: float, b: float, length: float
 ) -> float:
-    """Return ||H x - value x||^2 of x = a v + b before; of a single vector, where there is none before."""
+    """Return ||H x - value x||^2 of x = a v + b previous; of v alone, where there is no previous one."""
     total = torch.zeros((), dtype=torch.float64, device=v[0].device)
-    for i, (one, product) in enumerate(zip(v, hv, strict=True)):
-        gap = a * product + (b * length - value * a) * one
-        if before is not None:
-            gap -= value * b * before[i]
+    for i, (component, product) in enumerate(zip(v, hv, strict=True)):
+        gap = a * product + (b * length - value * a) * component
+        if previous is not None:
+            gap -= value * b * previous[i]
         total += gap.detach().double().square_().sum().to(total.device)
     return float(total)
 
@@ -179,10 +179,10 @@ def _parts(loss: Loss) -> Iterable[Tensor]:
 
 
 def _checked(parameters: Iterable[Tensor]) -> list[Tensor]:
-    wanted = list(parameters)
-    if not wanted or not all(p.requires_grad for p in wanted):
+    tensors = list(parameters)
+    if not tensors or not all(p.requires_grad for p in tensors):
         raise UserError("parameters: give at least one tensor, and only such as require gradients")
-    return wanted
+    return tensors
 
 
 def _dot(a: Vector, b: Vector) -> float:
@@ -195,8 +195,8 @@ def _dots(pairs: Sequence[tuple[Vector, Vector]]) -> list[float]:
     for total, (a, b) in zip(totals, pairs, strict=True):
         for x, y in zip(a, b, strict=True):
             total += torch.sum(x.detach() * y.detach(), dtype=torch.float64).to(total.device)
-    found: list[float] = totals.tolist()
-    return found
+    values: list[float] = totals.tolist()
+    return values
 
 
 def _scale(vector: Vector, factor: float) -> None:

@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import cache
 from threading import Lock
 from typing import Any
@@ -22,11 +23,12 @@ from fire_llm.core.errors import UserError
 CHUNK_ELEMENTS = 1 << 26  # upper bound on a batch worked on at once, 256 MB in fp32
 CPU_BATCH_SIDE = 128  # batched products beat a loop on CPU only up to this n
 _SAFE = 10  # largest entries between 2**-10 and 2**10 need no scaling: fp32 holds their squares, sums and fourth powers
+LARGEST_NORM, LEAST_NORM = 2.0**60, 2.0**-40  # within, no square overflows in fp32, and none that counts underflows
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def chunks(
-    w: Tensor, dtype: torch.dtype, name: str, *, own: bool = True, only: slice | None = None
+    w: Tensor, dtype: torch.dtype, name: str, *, copy: bool = True, only: slice | None = None
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield (slice of the flattened batch, x, scale): x = w / scale as a (B, n, m) tensor, n <= m.
 
@@ -37,7 +39,7 @@ def chunks(
         w: (..., out, in).
         dtype: Of x.
         name: What error messages call `w`.
-        own: Whether x must be a new tensor. Otherwise it may be a view of `w`, with a scale of 1, where nothing can
+        copy: Whether x must be a new tensor. Otherwise it may be a view of `w`, with a scale of 1, where nothing can
             overflow or underflow, which saves the memory of a copy.
         only: One of `spans`; default: all.
     """
@@ -59,7 +61,7 @@ def chunks(
             )
         scale = torch.ldexp(torch.ones_like(largest), torch.frexp(positive(largest)).exponent - 1)
         fits = all(value == 0 or 2**-_SAFE <= value < 2 ** (_SAFE + 1) for value in values)
-        if not own and x.dtype == dtype and fits:
+        if not copy and x.dtype == dtype and fits:
             scale = torch.ones_like(scale)
         else:
             x = (x / scale).to(dtype)
@@ -93,6 +95,22 @@ def positive(x: Tensor) -> Tensor:
     return torch.where(x == 0, 1, x)
 
 
+def norms(x: Tensor) -> Tensor:
+    """Return Frobenius norms (B,) in fp64 of fp32 matrices read once: rows in fp32, which are put together in fp64."""
+    lengths: Tensor = torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=-1).double(), dim=-1)
+    return lengths
+
+
+def in_range(norms: list[float]) -> bool:
+    """Return whether norms are those of finite matrices whose squares fp32 holds; of zeros that is not known yet."""
+    return all(LEAST_NORM < norm < LARGEST_NORM for norm in norms)
+
+
+def indices(numbers: list[int], like: Tensor) -> Tensor:
+    """Return indices (k,) on the device of a tensor, without waiting for it."""
+    return torch.tensor(numbers).to(like.device, non_blocking=True)
+
+
 def check_matrix(w: Tensor, name: str) -> None:
     """Refuse what is not a floating-point matrix or a batch of them."""
     if w.dtype not in FLOATS:
@@ -114,57 +132,67 @@ def exact_products(device: torch.device) -> Iterator[None]:
     autocast is a thread's, the settings are the process's: the first thread to come remembers them, the last to leave
     puts them back.
     """
-    with _ENTERED:
-        if not _before:
-            _before.append(_shortcuts())
-        _threads.append(None)
+    with _lock:
+        if _inside.threads == 0:
+            _inside.before = _settings()
+        _inside.threads += 1
         # Both of torch's ways to choose, which refuse to be read where they differ; torch.compile reads the older one.
         torch.set_float32_matmul_precision("highest")
-        for backend, _ in _before[0][1]:
+        for backend, _ in _inside.before[1]:
             backend.fp32_precision = "ieee"
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        with _ENTERED:
-            _threads.pop()
-            if not _threads:
-                _put_back(*_before.pop())
+        with _lock:
+            _inside.threads -= 1
+            if _inside.threads == 0:
+                _put_back(*_inside.before)
 
 
 @contextmanager
 def settings_kept() -> Iterator[None]:
     """Put torch's settings for products in fp32 back as they were, whatever is done to them inside."""
     everywhere: Any = torch.backends
-    before, by_backend = everywhere.fp32_precision, _shortcuts()
+    before, settings = everywhere.fp32_precision, _settings()
     try:
         yield
     finally:
         everywhere.fp32_precision = before
-        _put_back(*by_backend)
+        _put_back(*settings)
 
 
-_ENTERED = Lock()
-_threads: list[None] = []
-_before: list[tuple[str | None, list[tuple[Any, str]]]] = []
+Settings = tuple[str | None, list[tuple[Any, str]]]
+"""torch's setting for all matmuls, and its newer settings by backend; None for the first if they differ."""
+
+
+@dataclass
+class _Inside:
+    """How many threads are inside `exact_products`, and the settings from before the first of them came."""
+
+    threads: int = 0
+    before: Settings = (None, [])
+
+
+_lock, _inside = Lock(), _Inside()
 
 
 @cache
-def _settled() -> None:
+def _silence_deprecation() -> None:
     """Let torch 2.9 warn, once and to nobody, that its older setting is going to be deprecated."""
     with warnings.catch_warnings(), suppress(RuntimeError):
         warnings.simplefilter("ignore")
         torch.get_float32_matmul_precision()
 
 
-def _shortcuts() -> tuple[str | None, list[tuple[Any, str]]]:
-    """Return torch's setting for all matmuls, None where it contradicts the newer ones, and these by backend."""
+def _settings() -> Settings:
+    """Return the settings as they are."""
     torch_backends: Any = torch.backends  # torch's annotations leave their parts out
     cpu, cuda = torch_backends.mkldnn, torch_backends.cudnn
     backends = [torch_backends.cuda.matmul, cpu.matmul, cpu.conv, cpu.rnn]
     if torch.cuda.is_available():
         backends += [cuda.conv, cuda.rnn]  # TF32 unless somebody says otherwise
-    _settled()
+    _silence_deprecation()
     try:
         overall: str | None = torch.get_float32_matmul_precision()
     except RuntimeError:

@@ -36,7 +36,7 @@ def squared_error(before: Tensor, after: Tensor) -> Tensor:
     if before.is_complex():
         before, after = torch.view_as_real(before), torch.view_as_real(after)
     size = CACHED_ELEMENTS if before.device.type == "cpu" else CHUNK_ELEMENTS
-    for a, b in zip(*(torch.split(one.reshape(-1), size) for one in (before, after)), strict=True):
+    for a, b in zip(*(torch.split(tensor.reshape(-1), size) for tensor in (before, after)), strict=True):
         total += (a.double() - b.to(a.device).double()).square_().sum()
     return total
 

@@ -1,5 +1,12 @@
 """The polar factor: the matrix nearest to W whose rows (or columns) are orthonormal, with proof that it is.
 
+`polar` chooses between three ways to compute it. Each ends with a measure of ||I - X X^T||_F, or a bound on it, and a
+matrix that fails goes on to a more exact way; an SVD in float64 is the last.
+
+- `_by_rational_function`: rectangles on a CPU to 1e-3, in float32. X is multiplied once.
+- `_write_polar_factors`: stacks on an accelerator to 1e-3, in 16-bit products (`accelerated`).
+- `_project`: all else. Eigenvalues of the Gram matrix on a CPU, a composition of polynomials elsewhere.
+
 Shapes: (..., out, in) at the surface; inside, a stack is (B = batch, n = short side, m = long side), n <= m.
 """
 
@@ -12,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fire_llm.core.errors import UserError
-from fire_llm.linalg.accelerated import SHORT, Quintic, more_steps, positions, project, project_rectangles
+from fire_llm.linalg.accelerated import SHORT, Attempt, Composition, more_steps, project, project_rectangles
 from fire_llm.linalg.matmul import (
     CPU_BATCH_SIDE,
     accumulates,
@@ -20,6 +27,7 @@ from fire_llm.linalg.matmul import (
     check_matrix,
     chunks,
     exact_products,
+    indices,
     multiply,
     oriented,
     spans,
@@ -102,54 +110,55 @@ def polar(
             "leave compute_dtype out, or give torch.float64"
         )
     out = torch.empty_like(w, memory_format=torch.contiguous_format)
-    if compute_dtype is None and w.device.type != "cpu":
-        if tolerance >= FAST_TOLERANCE and accumulates(w.device.type, torch.float16):
-            with exact_products(w.device):
-                _by_stacks(w, out, tolerance, name)
-            return out
-        compute_dtype = torch.float32 if tolerance >= FAST_TOLERANCE else torch.float64
+    fast = tolerance >= FAST_TOLERANCE and compute_dtype is None
+    if w.device.type != "cpu" and fast and accumulates(w.device.type, torch.float16):
+        with exact_products(w.device):
+            _write_polar_factors(w, out, tolerance, name)
+        return out
+    if w.device.type != "cpu" and compute_dtype is None:
+        compute_dtype = torch.float32 if fast else torch.float64
     n, m = sorted(w.shape[-2:])
-    fast = tolerance >= FAST_TOLERANCE and compute_dtype is None and w.dtype != torch.float64
-    quick = fast and n > CPU_BATCH_SIDE and m >= RECTANGLE * n
+    large_rectangle = n > CPU_BATCH_SIDE and m >= RECTANGLE * n
+    rational = fast and large_rectangle and w.device.type == "cpu" and w.dtype != torch.float64
     with exact_products(w.device):
-        for chunk, x, _ in chunks(w, torch.float32 if quick else torch.float64, name):
-            found = _rational(x, tolerance) if quick else None
-            store(out, chunk, _project(x.double(), tolerance, compute_dtype) if found is None else found)
+        for chunk, x, _ in chunks(w, torch.float32 if rational else torch.float64, name):
+            factor = _by_rational_function(x, tolerance) if rational else None
+            store(out, chunk, _project(x.double(), tolerance, compute_dtype) if factor is None else factor)
     return out
 
 
-def _by_stacks(w: Tensor, out: Tensor, tolerance: float, name: str) -> None:
+def _write_polar_factors(w: Tensor, out: Tensor, tolerance: float, name: str) -> None:
     """Write the polar factors of a batch on an accelerator, stack by stack; what is not certain is done in float64."""
-    if max(w.shape[-2:]) < RECTANGLE * min(w.shape[-2:]):
-        steps = (
-            COMPOSITION[0],
-            *(COMPOSITION[1:2] * more_steps(min(w.shape[-2:]), COMPOSITION[1][0])),
-            *COMPOSITION[1:-1],
-        )
-        attempts: tuple[tuple[tuple[Quintic, ...], ...], ...] = tuple(
-            tuple((one,) for one in all_of) for all_of in (steps, AGAIN)
-        )
-    else:
-        again = (AGAIN[:2], AGAIN[2:4], AGAIN[4:])  # all five on one Gram matrix would lose digits
-        attempts = ((SHORT,), again, again)
-    solve = project_rectangles if max(w.shape[-2:]) >= WIDE * min(w.shape[-2:]) else project
+    n, m = sorted(w.shape[-2:])
+    solve = project_rectangles if m >= WIDE * n else project
+    attempts = _attempts(n, m)
     batch = w.reshape(-1, *w.shape[-2:]) if w.numel() else w
     for chunk in spans(w):
-        found = solve(oriented(batch, chunk).float(), attempts, tolerance, False)
-        if found is None:
+        solved = solve(oriented(batch, chunk).float(), attempts, tolerance, checked=False)
+        if solved is None:  # name what is not finite, scale what is out of range
             _, x, _ = next(chunks(w, torch.float32, name, only=chunk))
-            found = solve(x, attempts, tolerance, True)
-        assert found is not None
-        y, uncertain = found
+            solved = solve(x, attempts, tolerance, checked=True)
+        assert solved is not None
+        y, uncertain = solved
         if uncertain:
-            at = positions(uncertain, y)
-            hard = batch[chunk].index_select(0, at)
+            members = indices(uncertain, y)
+            hard = batch[chunk].index_select(0, members)
             for part, x, _ in chunks(hard, torch.float64, name):
-                y.index_copy_(0, at[part], _project(x, tolerance, torch.float64).to(y.dtype))
+                y.index_copy_(0, members[part], _project(x, tolerance, torch.float64).to(y.dtype))
         store(out, chunk, y)
 
 
-def _rational(x: Tensor, tolerance: float) -> Tensor | None:
+def _attempts(n: int, m: int) -> tuple[Attempt, ...]:
+    """Return what `project` tries in turn for matrices (n, m)."""
+    if m < RECTANGLE * n:
+        first, second, *others, _ = COMPOSITION  # a Taylor step takes the place of the last cubic
+        repeated = (second,) * more_steps(n, second[0])
+        return tuple((step,) for step in (first, *repeated, second, *others)), tuple((step,) for step in AGAIN)
+    again = (AGAIN[:2], AGAIN[2:4], AGAIN[4:])  # all five on one Gram matrix would lose digits
+    return (SHORT,), again, again
+
+
+def _by_rational_function(x: Tensor, tolerance: float) -> Tensor | None:
     """Take singular values of [0.1, 1] of the largest to 1, on a CPU: by a rational function, then by a Taylor step.
 
     A Gaussian rectangle's are in that interval, and this is 3 times as fast as `_project` (768 x 3072). With E the
@@ -163,8 +172,8 @@ def _rational(x: Tensor, tolerance: float) -> Tensor | None:
         The polar factor (1, n, m); None where the bound is not certain.
     """
     gram = x @ x.mT
-    top = _top(gram)
-    gram /= top
+    largest = _largest_eigenvalue(gram)
+    gram /= largest
     scale, terms = ZOLOTAREV
     factor = torch.zeros_like(gram)  # M (I + sum_j a_j (gram + c_j I)^(-1)), symmetric
     factor.diagonal(dim1=-2, dim2=-1).add_(scale)
@@ -181,10 +190,10 @@ def _rational(x: Tensor, tolerance: float) -> Tensor | None:
     if not bound <= tolerance:  # too far from 1, or NaN for want of an inverse
         return None
     factor += square.mul_(0.375).sub_(error, alpha=0.5) @ factor
-    return multiply(factor / top.sqrt(), x)
+    return multiply(factor / largest.sqrt(), x)
 
 
-def _top(gram: Tensor) -> Tensor:
+def _largest_eigenvalue(gram: Tensor) -> Tensor:
     """Return the largest eigenvalue (1,) of a Gram matrix (1, n, n), about: at most a fifth too large.
 
     A value too low does no harm: the function stays near 1 above 1, and the residual is measured.
@@ -194,8 +203,8 @@ def _top(gram: Tensor) -> Tensor:
     for _ in range(POWER_STEPS):
         v = gram @ v
         v /= torch.linalg.vector_norm(v).clamp_min(tiny)
-    found = torch.linalg.vector_norm(gram @ v) * TOP_MARGIN
-    return torch.minimum(found, gram.diagonal(dim1=-2, dim2=-1).sum()).clamp_min(tiny)
+    estimate = torch.linalg.vector_norm(gram @ v) * TOP_MARGIN
+    return torch.minimum(estimate, gram.diagonal(dim1=-2, dim2=-1).sum()).clamp_min(tiny)
 
 
 def _project(x: Tensor, tolerance: float, dtype: torch.dtype | None) -> Tensor:
@@ -207,7 +216,7 @@ def _project(x: Tensor, tolerance: float, dtype: torch.dtype | None) -> Tensor:
         dtype: of the composition's first attempt (later ones use float64), or None for eigendecompositions.
     """
     y, todo = torch.zeros_like(x), x.flatten(1).any(1)
-    attempts: list[tuple[Tensor, Callable[[Tensor], Tensor]]] = [(x, _inverse_root)]
+    attempts: list[tuple[Tensor, Callable[[Tensor], Tensor]]] = [(x, _by_eigenvalues)]  # what each starts from, and how
     if dtype is not None:
         precise = partial(_compose, steps=(*COMPOSITION, *POLISH), dtype=torch.float64, normalise=True)
         lift = partial(_compose, steps=LIFT, dtype=torch.float64)
@@ -217,7 +226,7 @@ def _project(x: Tensor, tolerance: float, dtype: torch.dtype | None) -> Tensor:
     if x.device.type != "cpu":  # all at once, zeros too: which they are is fetched with the rest
         z = attempts.pop(0)[1](x)
         y.copy_(z)
-        hard, zero = torch.stack([todo & ~_held(z, tolerance), ~todo]).tolist()
+        hard, zero = torch.stack([todo & ~_orthonormal(z, tolerance), ~todo]).tolist()
         if any(zero):
             y.masked_fill_(~todo[:, None, None], 0)
         if not any(hard):
@@ -228,7 +237,7 @@ def _project(x: Tensor, tolerance: float, dtype: torch.dtype | None) -> Tensor:
             return y
         z = solve(source[todo])
         y[todo] = z.double()
-        todo = todo.masked_scatter(todo, ~_held(z, tolerance))
+        todo = todo.masked_scatter(todo, ~_orthonormal(z, tolerance))
     for i in todo.nonzero().flatten():
         u, sigma, vh = torch.linalg.svd(x[i], full_matrices=False)
         rank_floor = max(x.shape[-2:]) * torch.finfo(x.dtype).eps * sigma[0]
@@ -236,15 +245,15 @@ def _project(x: Tensor, tolerance: float, dtype: torch.dtype | None) -> Tensor:
     return y
 
 
-def _held(z: Tensor, tolerance: float) -> Tensor:
+def _orthonormal(z: Tensor, tolerance: float) -> Tensor:
     """Return for each matrix (B,) whether ||I - Z Z^T||_F is within the tolerance; of NaN it is not."""
     gram = z @ z.mT
     gram.diagonal(dim1=-2, dim2=-1).sub_(1)
-    held: Tensor = torch.linalg.vector_norm(gram, dim=(-2, -1)) <= tolerance
-    return held
+    within: Tensor = torch.linalg.vector_norm(gram, dim=(-2, -1)) <= tolerance
+    return within
 
 
-def _inverse_root(x: Tensor) -> Tensor:
+def _by_eigenvalues(x: Tensor) -> Tensor:
     """Return (x x^T)^(-1/2) x from the eigenvalues of x x^T.
 
     Its residual E = X X^T - I bounds the error, however ill-conditioned x is: X = P x with P symmetric, and in the
@@ -256,9 +265,7 @@ def _inverse_root(x: Tensor) -> Tensor:
     return factor @ x
 
 
-def _compose(
-    x: Tensor, steps: tuple[tuple[float, float, float], ...], dtype: torch.dtype, normalise: bool = False
-) -> Tensor:
+def _compose(x: Tensor, steps: Composition, dtype: torch.dtype, normalise: bool = False) -> Tensor:
     """Apply odd quintics one after another, the first `DOUBLE_STEPS` to float64, the others to `dtype`."""
     for done, coefficients in enumerate(steps):
         x = step(x if done < DOUBLE_STEPS else x.to(dtype), *coefficients, normalise=normalise and done == 0)

@@ -19,11 +19,11 @@ from fire_llm.linalg.measures import dfi_of_gram
 EXACT_SIDE = 256  # up to this n all eigenvalues cost little
 LANCZOS_STEPS = 96
 LANCZOS_ERROR = 1e-3  # of the eigenvalue
-HELD = {torch.float32: 1e-4, torch.float64: 1e-12}
-"""Least square of smallest over largest that a Gram matrix keeps to a relative 1e-3, by the dtype of its products."""
-HELD_SQUARE = {False: 1e-4, True: 3e-6}
-"""Least smallest over largest that LU factors in float32 keep to a relative 1e-3, without and with a refinement."""
-AGREES = 1e-2  # relative
+GRAM_LEAST_RATIO = {torch.float32: 1e-4, torch.float64: 1e-12}
+"""By the dtype of its products: the least (smallest / largest)^2 that a Gram matrix keeps to a relative 1e-3."""
+LU_LEAST_RATIO = {False: 1e-4, True: 3e-6}
+"""Without and with a refinement: the least smallest / largest that LU factors in float32 keep to a relative 1e-3."""
+AGREEMENT = 1e-2  # relative
 TILE = 256  # side of the blocks of a Gram matrix, of which those above the diagonal are not computed
 ROWS_ELEMENTS = 1 << 22  # entries whose products are summed in one go, 32 MB in float64
 
@@ -71,11 +71,12 @@ class Extent(NamedTuple):
 def extent(w: Tensor, known: Tensor | None = None) -> Extent:
     """Return the norm, DfI, and the largest and the smallest singular value of a finite matrix.
 
-    Up to `EXACT_SIDE` all singular values are taken. Beyond, everything comes from half of the smaller Gram matrix, of
-    float32 products where these lose nothing: the largest by Lanczos, the smallest by Lanczos on the inverse, through
-    the Gram matrix's Cholesky factor or, of a square, its own LU factors in float32. What these do not hold comes from
-    a Gram matrix of float64 products, or where that loses it too (below 1e-6 of the largest) from a QR factorisation of
-    the matrix. The range is right to 1 %, as a rule to 1e-4; what is below 1e-13 of the largest is rounding.
+    Up to a side of `EXACT_SIDE` all singular values are taken. Beyond, the smaller Gram matrix gives everything, of
+    float32 products where they lose nothing. Lanczos on it gives the largest singular value. Lanczos on its inverse
+    gives the smallest: by the Cholesky factor of the Gram matrix, or for a square matrix by its own LU factors in
+    float32. A smallest value that is lost there comes from a Gram matrix of float64 products. If that loses it too
+    (below 1e-6 of the largest), it comes from a QR factorisation of the matrix. The range is right to 1 %, as a rule to
+    1e-4; what is below 1e-13 of the largest is rounding.
 
     Args:
         w: (out, in), any floating dtype.
@@ -94,7 +95,7 @@ def extent(w: Tensor, known: Tensor | None = None) -> Extent:
         largest, smallest = _square_range(x, g) if m == n else singular_range(g, products)
         if smallest is not None:
             return Extent(norm, dfi, largest, smallest)
-        g = _half_gram(x, torch.float64)
+        g = _gram_by_tiles(x, torch.float64)
     largest, smallest = singular_range(g)
     if smallest is None:
         r = torch.linalg.qr(x.double(), mode="r").R
@@ -104,7 +105,7 @@ def extent(w: Tensor, known: Tensor | None = None) -> Extent:
 
 @torch.no_grad()
 def norm_and_dfi(w: Tensor, known: Tensor | None = None) -> tuple[float, float]:
-    """Return the first two measures of `extent`, given as there."""
+    """Return the norm and DfI of a finite matrix; arguments as in `extent`."""
     _, norm, dfi, _ = _isometry(w if w.shape[0] >= w.shape[1] else w.mT, known)
     return norm, dfi
 
@@ -112,16 +113,16 @@ def norm_and_dfi(w: Tensor, known: Tensor | None = None) -> tuple[float, float]:
 def _isometry(x: Tensor, known: Tensor | None) -> tuple[Tensor, float, float, torch.dtype]:
     """Return the Gram matrix (n, n) of a tall x in float64, the norm, DfI, and the dtype of the products."""
     if x.dtype != torch.float64:
-        g = _half_gram(x, torch.float32) if known is None else known.double()
+        g = _gram_by_tiles(x, torch.float32) if known is None else known.double()
         squared, dfi = float(g.trace()), float(dfi_of_gram(g))
         # Near an isometry the rounding of float32 products would count.
         if 0 < squared < math.inf and dfi > 1e-4 * squared**2 / len(g):
             return g, math.sqrt(squared), dfi, torch.float32
-    g = _half_gram(x, torch.float64)
+    g = _gram_by_tiles(x, torch.float64)
     return g, math.sqrt(float(g.trace())), float(dfi_of_gram(g)), torch.float64
 
 
-def _half_gram(x: Tensor, products: torch.dtype) -> Tensor:
+def _gram_by_tiles(x: Tensor, products: torch.dtype) -> Tensor:
     """Return x^T x (n, n) of a tall x in float64, of which the blocks above the diagonal are copies of those below."""
     n = x.shape[1]
     total = torch.zeros(n, n, dtype=torch.float64, device=x.device)
@@ -142,8 +143,8 @@ def _square_range(x: Tensor, gram: Tensor) -> tuple[float, float | None]:
     """Return the largest and the smallest singular value of a square matrix; None for one that float32 does not hold.
 
     Lanczos on the inverse, by LU factors, gives the smallest one and its vector. The length of x times that vector is
-    off by the square of the vector's error alone. Where it is too small for that, or the two do not agree to `AGREES`,
-    each solution is refined by a step.
+    off by the square of the vector's error alone. Where it is too small for that, or the two do not agree to
+    `AGREEMENT`, each solution is refined by a step.
 
     Args:
         x: (n, n).
@@ -157,22 +158,22 @@ def _square_range(x: Tensor, gram: Tensor) -> tuple[float, float | None]:
         factors, pivots, failed = torch.linalg.lu_factor_ex(a)
 
         def solve(v: Tensor, refined: bool, adjoint: bool) -> Tensor:
-            found: Tensor = torch.linalg.lu_solve(factors, pivots, v, adjoint=adjoint)
+            solution: Tensor = torch.linalg.lu_solve(factors, pivots, v, adjoint=adjoint)
             if refined:
-                left = v - (a.mT if adjoint else a) @ found
-                found += torch.linalg.lu_solve(factors, pivots, left, adjoint=adjoint)
-            return found
+                residual = v - (a.mT if adjoint else a) @ solution
+                solution += torch.linalg.lu_solve(factors, pivots, residual, adjoint=adjoint)
+            return solution
 
         def inverse(v: Tensor, refined: bool) -> Tensor:
             return solve(solve(v[:, None], refined, True), refined, False)[:, 0]
 
-        for refined, held in HELD_SQUARE.items() if not int(failed) else ():
-            found, vector = _lanczos(partial(inverse, refined=refined), len(a), a)
-            first = math.sqrt(squared / found) if found > 0 else math.inf
+        for refined, least in LU_LEAST_RATIO.items() if not int(failed) else ():
+            largest_inverse, vector = _lanczos(partial(inverse, refined=refined), len(a), a)
+            by_lanczos = math.sqrt(squared / largest_inverse) if largest_inverse > 0 else math.inf
             vector = inverse(vector, refined).double()  # which leaves nothing of large singular values
             vector /= vector.norm()
             smallest = math.sqrt(sum(float((part.double() @ vector).square().sum()) for part in rows))
-            if smallest > held * top and abs(first - smallest) < AGREES * smallest:
+            if smallest > least * top and abs(by_lanczos - smallest) < AGREEMENT * smallest:
                 return top, smallest
     return top, None
 
@@ -183,7 +184,7 @@ def singular_range(gram: Tensor, products: torch.dtype = torch.float64) -> tuple
 
     Args:
         gram: (n, n), symmetric, float64.
-        products: What it is as precise as, float32 or float64.
+        products: The dtype of the products that it was formed by, which says how precise it is.
 
     Returns:
         Both, as right as in `extent`; None for a smallest value that is lost in the rounding of the Gram matrix.
@@ -194,7 +195,7 @@ def singular_range(gram: Tensor, products: torch.dtype = torch.float64) -> tuple
     top = _largest(gram, squared)
     factor, failed = torch.linalg.cholesky_ex(gram)
     bottom = 0.0 if int(failed) else 1 / _largest_inverse(factor.mT)
-    return top, bottom if bottom**2 > HELD[products] * top**2 else None
+    return top, bottom if bottom**2 > GRAM_LEAST_RATIO[products] * top**2 else None
 
 
 def _largest(gram: Tensor, squared: float) -> float:
@@ -208,8 +209,8 @@ def _largest_inverse(r: Tensor) -> float:
 
     def solve(v: Tensor) -> Tensor:  # ten times as fast as cholesky_solve, for one column
         half = torch.linalg.solve_triangular(r.mT, v[:, None], upper=False)
-        found: Tensor = torch.linalg.solve_triangular(r, half, upper=True)
-        return found[:, 0]
+        solution: Tensor = torch.linalg.solve_triangular(r, half, upper=True)
+        return solution[:, 0]
 
     return math.sqrt(_lanczos(solve, len(r), r)[0])
 
@@ -231,7 +232,7 @@ def _lanczos(multiply: Callable[[Tensor], Tensor], n: int, like: Tensor) -> tupl
     basis = v.new_empty(steps + 1, n)
     basis[0] = v / v.norm()
     diagonal: list[float] = []
-    beside: list[float] = []
+    off_diagonal: list[float] = []
     for step in range(steps):
         known = basis[: step + 1]
         w = multiply(known[-1])
@@ -240,19 +241,21 @@ def _lanczos(multiply: Callable[[Tensor], Tensor], n: int, like: Tensor) -> tupl
             return math.inf, known[-1]
         for _ in range(2):  # once is not enough in floating point
             w = w - known.mT @ (known @ w)
-        beside.append(float(w.norm()))
-        ended = step + 1 == n or beside[-1] <= 4 * torch.finfo(v.dtype).eps * max(diagonal)
+        off_diagonal.append(float(w.norm()))
+        ended = step + 1 == n or off_diagonal[-1] <= 4 * torch.finfo(v.dtype).eps * max(diagonal)
         if ended or step % 3 == 2 or step + 1 == steps:
-            values, vectors = torch.linalg.eigh(_tridiagonal(diagonal, beside[:-1]))
+            values, vectors = torch.linalg.eigh(_tridiagonal(diagonal, off_diagonal[:-1]))
             top = max(0.0, float(values[-1]))
             # An eigenvalue is as near as the residual, and as its square over the gap to the others.
-            left, gap = beside[-1] * float(vectors[-1, -1].abs()), float(values[-1] - values[-2]) if step else 0.0
-            if ended or step + 1 == steps or min(left, left**2 / gap if gap else math.inf) <= LANCZOS_ERROR * top:
+            residual = off_diagonal[-1] * float(vectors[-1, -1].abs())
+            gap = float(values[-1] - values[-2]) if step else 0.0
+            error = min(residual, residual * residual / gap if gap else math.inf)
+            if ended or step + 1 == steps or error <= LANCZOS_ERROR * top:
                 break
-        basis[step + 1] = w / beside[-1]
+        basis[step + 1] = w / off_diagonal[-1]
     return top, known.mT @ vectors[:, -1].to(known)
 
 
-def _tridiagonal(diagonal: list[float], beside: list[float]) -> Tensor:
-    a, b = (torch.tensor(values, dtype=torch.float64) for values in (diagonal, beside))
+def _tridiagonal(diagonal: list[float], off_diagonal: list[float]) -> Tensor:
+    a, b = (torch.tensor(values, dtype=torch.float64) for values in (diagonal, off_diagonal))
     return torch.diag(a) + torch.diag(b, 1) + torch.diag(b, -1)

@@ -1,6 +1,16 @@
 """The fast path of Newton-Schulz: several cubic steps as one polynomial of the Gram matrix, a stack at a time.
 
-Shapes: (B = batch, n = short side, m = long side), n <= m.
+k cubic steps turn X, of Frobenius norm 1, into q(G) X: G = X X^T, q a polynomial. `newton_schulz` replaces q by a
+polynomial of low degree, which equals it to rounding where the eigenvalues of G lie. This file bounds the eigenvalues
+and evaluates the polynomial, in three steps:
+
+1. It forms G and G^2. All that follows needs these two alone.
+2. (tr G^4)^(1/4), the square root of ||G^2||_F, bounds the largest eigenvalue. Each matrix gets the polynomial of the
+   least degree that serves its own bound.
+3. Horner's scheme in G^2 takes one n x n product for every two degrees. X is multiplied once, at the end.
+
+Shapes: (B = batch, n = short side, m = long side), n <= m. t is an eigenvalue of G, the square of a singular value of
+X; all t of a matrix sum to 1.
 """
 
 from __future__ import annotations
@@ -9,21 +19,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fire_llm.linalg.accelerated import (
-    LEAST_NORM,
-    Operand,
-    accumulate,
-    norms,
-    positions,
-    split,
-    square_of,
-    transposed,
-    within,
-)
+from fire_llm.linalg.matmul import LEAST_NORM, in_range, indices, norms
+from fire_llm.linalg.split_products import Operand, accumulate, product, split, transposed
 
 
 @dataclass(frozen=True)
@@ -40,19 +42,118 @@ class Growth:
 LOW_PRECISION_SHARE = 0.07  # largest correction, relative to what it corrects, that is computed in 16 bits
 
 
-def gaussian_root(n: int, m: int) -> float:
-    """Return sum t^4 of a Gaussian's squared singular values t, sum t = 1: the fourth Marchenko-Pastur moment."""
+def gaussian_fourth_moment(n: int, m: int) -> float:
+    """Return the expected sum t^4 of a Gaussian matrix (n, m): the fourth Marchenko-Pastur moment."""
     ratio = n / m
     return (1 + 6 * ratio + 6 * ratio**2 + ratio**3) / n**3
 
 
-def share(growth: Growth, root: float) -> float:
-    """Return the most that the correction can be of what it corrects, with root = (sum t^4)^(1/2).
+def correction_share(growth: Growth, norm: float) -> float:
+    """Return a bound on ||(q(G) - q(0)) X|| / ||q(0) X||: how large the correction is that a product computes.
 
-    The correction is all of q but q(0). Its share is at most kappa (sum t^3)^(1/2), kappa the slope at 0 over q(0), and
-    sum t^3 at most (sum t^4)^(2/3), as sum t = 1.
+    The share is at most slope (sum t^3)^(1/2). Since sum t = 1, sum t^3 is at most (sum t^4)^(2/3).
+
+    Args:
+        growth: The polynomial.
+        norm: ||G^2||_F = (sum t^4)^(1/2).
     """
-    return growth.slope * float(root ** (2 / 3))
+    return growth.slope * float(norm ** (2 / 3))
+
+
+class Unmapped(NamedTuple):
+    """Numbers of the matrices for which `polynomial_map` wrote nothing useful."""
+
+    too_wide: list[int]
+    """No polynomial serves their spectrum."""
+    too_imprecise: list[int]
+    """Their correction is too large for products of 16 bits."""
+
+
+@dataclass(frozen=True)
+class _Powers:
+    """A stack X, and the powers of its Gram matrices that polynomials are evaluated from.
+
+    Powers are stored times `trace`, which gives them entries of order 1: fp16 has few digits for small numbers.
+    """
+
+    x: Tensor
+    """(B, n, m), float32, as it was given."""
+    dtype: torch.dtype | None
+    """Of the operands of products; None for split operands."""
+    norm: Tensor
+    """(B,), float64, ||x||_F."""
+    inverse_norm: Tensor
+    """(B, 1, 1), float32, 1 / ||x||_F; of zeros a finite number, so that they stay zero."""
+    trace: float
+    """What G, of trace 1, is multiplied by in `gram`."""
+    operand_norm: float
+    """Frobenius norm of the matrices in `operand`."""
+    operand: Operand
+    """The normalised x as products read it; in float32 x itself, which saves a copy."""
+    gram: Tensor
+    """(B, n, n), `trace` G."""
+    squared: Tensor
+    """(B, n, n), `trace` G^2."""
+
+    @classmethod
+    def of(cls, x: Tensor, dtype: torch.dtype | None) -> _Powers:
+        """Form the powers; arguments as in `polynomial_map`."""
+        n, m = x.shape[-2:]
+        operand_norm, trace = math.sqrt(n * m), float(n)
+        if dtype is None:
+            operand_norm, trace = operand_norm / 16, trace / 16  # `split` takes no entry above 255
+        stored = dtype or x.dtype
+        norm = norms(x)
+        inverse_norm = norm.clamp_min(LEAST_NORM).reciprocal().to(x.dtype)[:, None, None]
+        if dtype == x.dtype:
+            operand: Operand = (x,)
+            gram = product(operand, transposed(operand)).mul_(inverse_norm.square() * trace)
+        else:
+            scaled = torch.mul(x, inverse_norm * operand_norm, out=torch.empty_like(x, dtype=stored))
+            operand = _operand(scaled, dtype)
+            gram = product(operand, transposed(operand), stored, alpha=trace / operand_norm**2)
+        factor = _operand(gram, dtype)
+        squared = product(factor, factor, stored, alpha=1 / trace)
+        return cls(x, dtype, norm, inverse_norm, trace, operand_norm, operand, gram, squared)
+
+    def write(self, growth: Growth, y: Tensor, members: Tensor | None = None) -> None:
+        """Write q(G) x / ||x||_F to y.
+
+        With H = G - centre, q = c_0 + c_1 M and M = H + (c_2 / c_1) H^2 + …. M is computed first. The large c_0 is kept
+        apart, because added into a product it would cost M a digit.
+
+        Args:
+            growth: The polynomial q.
+            y: (B, n, m), float32.
+            members: (k,), numbers of the matrices to write; default: all.
+        """
+
+        def chosen(tensor: Tensor) -> Tensor:
+            return tensor if members is None else tensor.index_select(0, members)
+
+        h, h_squared, x, inverse_norm = map(chosen, (self.gram, self.squared, self.x, self.inverse_norm))
+        if growth.centre:
+            h_squared = torch.add(h_squared, h, alpha=-2 * growth.centre)
+            h = h.clone()
+            for power, shift in ((h, -growth.centre), (h_squared, growth.centre**2)):
+                power.diagonal(dim1=-2, dim2=-1).add_(self.trace * shift)
+        constant = growth.coefficients[0]
+        odd, even = growth.coefficients[1::2], growth.coefficients[2::2]
+        # Horner's scheme, from the highest pair of powers down: M <- H + (c_even / c_odd) H^2 + (c_next / c_odd) H^2 M
+        factor = _operand(h_squared, self.dtype)
+        polynomial = torch.add(h, h_squared, alpha=even[-1] / odd[-1])
+        for (c_odd, c_next), c_even in reversed([*zip(pairwise(odd), even, strict=False)]):
+            pair = torch.add(h, h_squared, alpha=c_even / c_odd)
+            higher = _operand(polynomial, self.dtype)
+            polynomial = accumulate(pair, factor, higher, alpha=c_next / c_odd / self.trace)
+        z = torch.mul(x, inverse_norm, out=y if members is None else torch.empty_like(x))
+        if self.dtype == x.dtype:
+            accumulate(z, (polynomial.mul_(inverse_norm),), (x,), alpha=odd[0] / self.trace, beta=constant)
+        else:
+            operand, alpha = tuple(map(chosen, self.operand)), odd[0] / (self.trace * self.operand_norm)
+            accumulate(z, _operand(polynomial, self.dtype), operand, alpha=alpha, beta=constant)
+        if members is not None:
+            y.index_copy_(0, members, z)
 
 
 def polynomial_map(
@@ -62,94 +163,47 @@ def polynomial_map(
     choose: Callable[[float], Growth | None],
     guess: tuple[Growth, float] | None = None,
     *,
-    sound: bool = False,
+    checked: bool = False,
     grams: list[Tensor] | None = None,
-) -> tuple[list[int], list[int]] | None:
-    """Write q(G) x / ||x||_F to y, G the Gram matrix x x^T / ||x||_F^2; each matrix by the q that its spectrum needs.
+) -> Unmapped | None:
+    """Write q(G) x / ||x||_F to y, each matrix with the q that its own spectrum needs.
 
     Args:
         x: (B, n, m), float32.
         y: (B, n, m), float32, where the result goes.
         dtype: Of the products' operands, and of what is n x n: float32, bfloat16 or float16; None for split operands.
-        choose: Returns the polynomial for a bound (sum t^4)^(1/4) on the spectrum of G, None where there is none.
+        choose: Returns the polynomial for a bound (sum t^4)^(1/4) on the eigenvalues of G, None where there is none.
         guess: A polynomial and the largest bound that it serves. All matrices take it before any bound is known, so
-            that the host waits after the last product, not before it; those beyond the bound are then done again.
-        sound: Whether x is known to be finite and within range.
+            that the host waits after the last product, not before it. Those beyond the bound are then done again.
+        checked: Whether x is known to be finite and in range.
         grams: Takes x x^T (B, n, n), where its products are those of x in float32.
 
     Returns:
-        The matrices that have no polynomial, and those whose correction is too large for 16 bits: of both nothing
-        useful was written. None, and the same for all, where x may not be finite or is out of range.
+        The matrices that are left to be done in another way. None, and the same for all, where x may not be finite or
+        is out of range.
     """
-    n, m = x.shape[-2:]
-    size, u = math.sqrt(n * m), float(n)  # Frobenius norm of the operands, trace of the Gram matrix: entries of order 1
-    if dtype is None:
-        size, u = size / 16, u / 16  # `split` takes no entry above 255
-    kept = dtype or x.dtype
-    norm = norms(x)
-    inverse = norm.clamp_min(LEAST_NORM).reciprocal().to(x.dtype)[:, None, None]  # zeros stay zero
-    if dtype == x.dtype:  # x is its own operand
-        low: Operand = (x,)
-        gram = square_of(low, transposed(low)).mul_(inverse.square() * u)  # u G
-    else:
-        low = _operand(torch.mul(x, inverse * size, out=torch.empty_like(x, dtype=kept)), dtype)
-        gram = square_of(low, transposed(low), kept, alpha=u / size**2)
-    g = _operand(gram, dtype)
-    square = square_of(g, g, kept, alpha=1 / u)  # u G^2
-
-    def write(growth: Growth, at: Tensor | None = None) -> None:
-        """Write q(G) x, of all matrices or of some, by Horner's scheme in H^2, H = G - centre: a product a two degrees.
-
-        M = (q(G) - c_0) / c_1 comes first. The large c_0 is kept apart: in a product it would cost M a digit.
-        """
-        coefficients, centre = growth.coefficients, growth.centre
-
-        def part(one: Tensor) -> Tensor:
-            return one if at is None else one.index_select(0, at)
-
-        g1, g2, start, by = part(gram), part(square), part(x), part(inverse)
-        if centre:
-            g2 = torch.add(g2, g1, alpha=-2 * centre)
-            g1 = g1.clone()
-            for h, constant in ((g1, -centre), (g2, centre**2)):  # u H, u H^2
-                h.diagonal(dim1=-2, dim2=-1).add_(u * constant)
-        factor = _operand(g2, dtype)
-        odds, evens = coefficients[1::2], coefficients[2::2]
-        rest = torch.add(g1, g2, alpha=evens[-1] / odds[-1])
-        for (odd, higher), even in reversed([*zip(pairwise(odds), evens, strict=False)]):
-            this = torch.add(g1, g2, alpha=even / odd)
-            rest = accumulate(this, factor, _operand(rest, dtype), alpha=higher / odd / u)
-        z = torch.mul(start, by, out=y if at is None else torch.empty_like(start))
-        if dtype == x.dtype:
-            accumulate(z, (rest.mul_(by),), (start,), alpha=odds[0] / u, beta=coefficients[0])
-        else:
-            lows = tuple(map(part, low))
-            accumulate(z, _operand(rest, dtype), lows, alpha=odds[0] / (u * size), beta=coefficients[0])
-        if at is not None:
-            y.index_copy_(0, at, z)
-
+    powers = _Powers.of(x, dtype)
     if guess is not None:
-        write(guess[0])
-    lengths = torch.linalg.vector_norm(square, dim=(-2, -1), dtype=torch.float32).double()
-    found, lengths_found = torch.stack([norm, lengths]).tolist()  # the one wait
-    if not sound and not within(found):
+        powers.write(guess[0], y)
+    lengths = torch.linalg.vector_norm(powers.squared, dim=(-2, -1), dtype=torch.float32).double()
+    norm_values, squared_norms = torch.stack([powers.norm, lengths]).tolist()  # the one wait
+    if not checked and not in_range(norm_values):
         return None
     if grams is not None and dtype == x.dtype:
-        grams.append(gram * (norm.square() / u)[:, None, None].to(gram))
-    wide: list[int] = []
-    heavy: list[int] = []
+        grams.append(powers.gram * (powers.norm.square() / powers.trace)[:, None, None].to(powers.gram))
+    unmapped = Unmapped([], [])
     others: dict[Growth, list[int]] = {}
-    for i, root in enumerate(length / u for length in lengths_found):  # (sum t^4)^(1/2)
-        own = choose(math.sqrt(root)) if math.isfinite(root) else None
-        if own is None:
-            wide.append(i)
-        elif kept != x.dtype and share(own, root) > LOW_PRECISION_SHARE:
-            heavy.append(i)
-        elif guess is None or math.sqrt(root) > guess[1]:
-            others.setdefault(own, []).append(i)
+    for i, squared_norm in enumerate(value / powers.trace for value in squared_norms):  # ||G^2||_F
+        growth = choose(math.sqrt(squared_norm)) if math.isfinite(squared_norm) else None
+        if growth is None:
+            unmapped.too_wide.append(i)
+        elif dtype not in (None, x.dtype) and correction_share(growth, squared_norm) > LOW_PRECISION_SHARE:
+            unmapped.too_imprecise.append(i)
+        elif guess is None or math.sqrt(squared_norm) > guess[1]:
+            others.setdefault(growth, []).append(i)
     for growth, members in others.items():
-        write(growth, None if len(members) == len(x) else positions(members, x))
-    return wide, heavy
+        powers.write(growth, y, None if len(members) == len(x) else indices(members, x))
+    return unmapped
 
 
 def _operand(x: Tensor, dtype: torch.dtype | None) -> Operand:

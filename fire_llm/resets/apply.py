@@ -82,9 +82,9 @@ def apply_reset(
     """
 
     def make() -> Plan:
-        cut = module_layout(layout, split, kernels)
-        specs = parse_resets(resets, options, modules=cut is not None)
-        return Plan.make(model, specs, initial, optimizer, whole=process_group is None, layout=cut)
+        module_cut = module_layout(layout, split, kernels)
+        specs = parse_resets(resets, options, modules=module_cut is not None)
+        return Plan.make(model, specs, initial, optimizer, whole=process_group is None, layout=module_cut)
 
     plan = together(process_group, make, Plan.request, timeout)
     if plan.fused and is_first():
@@ -188,22 +188,21 @@ def fire_(
 
     Source: arXiv 2602.08040.
     """
-    given = {"iterations": iterations, "tolerance": tolerance, "compute_dtype": compute_dtype, "layers": layers}
-    names = {"include": include, "exclude": exclude}
-    spec: dict[str, Any] = {
-        "method": "fire",
+    options = {
+        "iterations": iterations,
         "solver": solver,
+        "tolerance": tolerance,
         "scale": scale,
+        "compute_dtype": compute_dtype,
         "strength": strength,
-        **{key: value for key, value in given.items() if value is not None},
-        **{key: (value,) if isinstance(value, str) else tuple(value or ()) for key, value in names.items()},
+        "roles": _listed(roles),
+        "include": _listed(include),
+        "exclude": _listed(exclude),
+        "layers": layers,
     }
-    if roles is not None:
-        listed = isinstance(roles, Iterable) and not isinstance(roles, str | Mapping)
-        spec["roles"] = tuple(roles) if listed else (roles,) if isinstance(roles, str) else roles
     report = apply_reset(
         model,
-        spec,
+        {"method": "fire", **{key: value for key, value in options.items() if value is not None}},
         optimizer=optimizer,
         process_group=process_group,
         timeout=timeout,
@@ -213,7 +212,14 @@ def fire_(
     )
     if layout == "modules":  # the bounds of the warning are those of language models
         return report
-    said = norm_warning(report.resets, report.touched)
-    if said is not None and is_first() and not newly_drawn(getattr(unwrap(model), "config", None), report):
-        warnings.warn(said, stacklevel=2)
+    warning = norm_warning(report.resets, report.touched)
+    if warning is not None and is_first() and not newly_drawn(getattr(unwrap(model), "config", None), report):
+        warnings.warn(warning, stacklevel=2)
     return report
+
+
+def _listed(value: Any) -> Any:
+    """Return a text or an iterable as a tuple, and anything else as it is."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, Mapping) else value

@@ -32,25 +32,25 @@ def condition(when: Any) -> dict[str, float] | None:
 class Overtraining:
     """What the phase before says of the checkpoint that it handed on: held-out loss and training loss, in nats a token.
 
-    The checkpoint is overtrained if the held-out loss lies more than `threshold` above the lowest that the phase had
-    measured by then, and the training loss below what it was there: held-out text became worse while the text that is
-    read became better.
+    The checkpoint is overtrained if two things are true. Its held-out loss lies more than `threshold` above the lowest
+    of the phase so far. Its training loss lies below the training loss at that lowest point. Then held-out text became
+    worse while the text that is read became better.
     """
 
     corpora: tuple[str, ...]
-    """Whose held-out text it is: those of the phase that are measured, weighted as it reads them."""
+    """The corpora whose held-out text is measured, weighted as the phase reads them."""
     threshold: float
     step: int
     """Optimizer steps behind the checkpoint, within its phase."""
     nll: float
-    """Held-out, of the checkpoint."""
+    """Held-out loss of the checkpoint."""
     lowest: float
-    """Held-out, the lowest of the phase from its first step to the checkpoint."""
+    """Lowest held-out loss of the phase, from its first step to the checkpoint."""
     lowest_step: int
     train_loss: float
-    """Logged last before the checkpoint."""
+    """Training loss that was logged last before the checkpoint."""
     lowest_train_loss: float
-    """Logged last before the lowest held-out loss."""
+    """Training loss that was logged last before the lowest held-out loss."""
     applied: bool
     """Whether the checkpoint is overtrained, so that the reset acts."""
 
@@ -79,10 +79,11 @@ class Overtraining:
                 measured.append((entry[key], entry["step"], loss))
         if not measured:
             raise ValueError(f"the log holds no finite '{key}' behind a training loss")
-        nll, step, now = measured[-1]
-        lowest, at, then = min(measured)
-        worse = nll - lowest > threshold and now < then
-        return cls(tuple(corpora), threshold, step, nll, lowest, at, now, then, worse)
+        nll, step, train_loss = measured[-1]
+        lowest, lowest_step, lowest_train_loss = min(measured)
+        overtrained = nll - lowest > threshold and train_loss < lowest_train_loss
+        losses = (nll, lowest, lowest_step, train_loss, lowest_train_loss)
+        return cls(tuple(corpora), threshold, step, *losses, applied=overtrained)
 
     def __str__(self) -> str:
         """Return in one line whether the reset acts, and the numbers that say so."""

@@ -53,44 +53,47 @@ class ResetExecutor:
         by_placement: dict[Placement | None, list[Block]] = defaultdict(list)
         for block in blocks:
             by_placement[placement_of(block.tensor, process_group)].append(block)
-        odd = by_placement.pop(None, [])
-        total_cost = sum(b.cost for b in blocks)
-        redistributions, apart = [], []
-        for placement, own in by_placement.items():
+        unplanned = by_placement.pop(None, [])
+        total_cost = sum(block.cost for block in blocks)
+        redistributions: list[Redistribution] = []
+        row_wise: list[tuple[int, Placement]] = []
+        for placement, placed in by_placement.items():
             assert placement is not None
-            split = [
-                b
-                for b in own
-                if by_rows(b, plan.slices[b.members[0]], plan.actions[b.members[0]], placement, total_cost)
-            ]
-            apart += [(b.members[0], placement) for b in split]
-            redistributions.append(Redistribution(_worth_it(placement, own), [b for b in own if b not in split]))
+            moved = []
+            for block in placed:
+                index = block.members[0]
+                if by_rows(block, plan.slices[index], plan.actions[index], placement, total_cost):
+                    row_wise.append((index, placement))
+                else:
+                    moved.append(block)
+            redistributions.append(Redistribution(_worth_it(placement, placed), moved))
         if progress:
-            total = sum(len(b.members) for b in [*(b for e in redistributions for b in e.mine), *odd]) + len(apart)
+            own_blocks = [*unplanned, *(block for redistribution in redistributions for block in redistribution.mine)]
+            total = sum(len(block.members) for block in own_blocks) + len(row_wise)
             self.bar = progress_bar("reset", total, "tensor", delay=0)
-        self._gather_whole(odd)  # first, as torch may refuse it
+        self._gather_whole(unplanned)  # first, as torch may refuse it
         for redistribution in redistributions:
-            for mine in redistribution:
-                self.transform(mine)
-        for index, placement in apart:
+            for own in redistribution:
+                self.transform(own)
+        for index, placement in row_wise:
             report = reset_by_rows(plan.slices[index], plan.actions[index][0], placement, self.spectra)
             if report is None:
                 self.failed.add(plan.slices[index].name)
             self._done(index, report or TensorReport.of(plan.slices[index]))
         if self.bar is not None:
             self.bar.close()
-        return max((e.placement.n_replicas * e.placement.n_shards for e in redistributions), default=1)
+        return max((r.placement.n_replicas * r.placement.n_shards for r in redistributions), default=1)
 
     def join(self, process_group: Any) -> None:
         """Collect the reports and errors of all ranks, so that each has every one."""
-        own = (isinstance(self.error, UserError), str(self.error)) if self.error else None
-        for rank, (reports, failed, wrong) in enumerate(
-            gather_objects(process_group, (self.reports, self.failed, own))
-        ):
-            self.reports |= {i: report for i, report in reports.items() if i not in self.reports}
+        error = (isinstance(self.error, UserError), str(self.error)) if self.error else None
+        gathered = gather_objects(process_group, (self.reports, self.failed, error))
+        for rank, (reports, failed, error) in enumerate(gathered):
+            self.reports = {**reports, **self.reports}
             self.failed |= failed
-            if wrong and self.error is None:
-                self.error = (UserError if wrong[0] else RuntimeError)(f"on rank {rank} of the reset: {wrong[1]}")
+            if error and self.error is None:
+                is_users, message = error
+                self.error = (UserError if is_users else RuntimeError)(f"on rank {rank} of the reset: {message}")
 
     def report(self, seconds: float, shared: int) -> ResetReport:
         """Report on every slice, once the work is done and joined.
@@ -126,17 +129,17 @@ class ResetExecutor:
         by_parameter: dict[int, list[Block]] = defaultdict(list)
         for block in blocks:
             by_parameter[id(block.tensor)].append(block)
-        for of_one in by_parameter.values():
-            tensor: Any = of_one[0].tensor.detach()
+        for own in by_parameter.values():
+            tensor: Any = own[0].tensor.detach()
             try:
                 whole = tensor.full_tensor()
             except ValueError as error:  # torch 2.11, of strided shards
-                name = self.plan.slices[of_one[0].members[0]].name
+                name = self.plan.slices[own[0].members[0]].name
                 raise UserError(
                     f"'{name}' lies in parts {tensor.placements} that torch {installed('torch')} cannot put together: "
                     "update torch, or reset the checkpoint on the disk (fire-llm apply)"
                 ) from error
-            self.transform([(b, whole[b.rows.start : b.rows.stop]) for b in of_one])
+            self.transform([(block, whole[block.rows.start : block.rows.stop]) for block in own])
             _put_back(tensor, whole)
         self.gathered_whole = len(by_parameter)
         if by_parameter:
@@ -146,59 +149,65 @@ class ResetExecutor:
                 stacklevel=4,
             )
 
-    def transform(self, mine: Sequence[tuple[Block, Tensor]]) -> None:
+    def transform(self, own: Sequence[tuple[Block, Tensor]]) -> None:
         """Reset the slices of some blocks, each block in the tensor that stands for it; after an error, none."""
         if self.error is None:
             try:
-                for group in self._groups(mine):
+                for group in self._groups(own):
                     self._reset(group)
             except Exception as error:
                 self.error = error
 
-    def _groups(self, mine: Sequence[tuple[Block, Tensor]]) -> Iterable[list[tuple[int, ParameterSlice]]]:
+    def _groups(self, own: Sequence[tuple[Block, Tensor]]) -> Iterable[list[tuple[int, ParameterSlice]]]:
         """Return the slices to reset, grouped where that is faster; report on what is only fused with them."""
         groups: dict[Any, list[tuple[int, ParameterSlice]]] = defaultdict(list)
-        for block, tensor in mine:
+        for block, tensor in own:
             for index in block.members:
                 weight, actions = self.plan.slices[index].within(tensor), self.plan.actions[index]
                 if not actions:
-                    with self._measuring():
-                        own = self.plan.slices[index]
-                        report = describe(own, weight.read(), self.spectra) if self.measured else TensorReport.of(own)
-                    report.reason = self.plan.reason(index)
-                    self.reports[index] = report
+                    self._report_fused(index, weight)
                     continue
-                batched = together(tensor) and all(RESETS[s.method].batched for s in actions)
+                batched = together(tensor) and all(RESETS[spec.method].batched for spec in actions)
                 key = (weight.shape, weight.kernel, tensor.dtype, *map(id, actions)) if batched else index
                 groups[key].append((index, weight))
         return groups.values()
 
+    def _report_fused(self, index: int, weight: ParameterSlice) -> None:
+        """Report on a slice that is left alone, and lies in the same block as one that is reset."""
+        own = self.plan.slices[index]
+        with self._measuring():
+            report = describe(own, weight.read(), self.spectra) if self.measured else TensorReport.of(own)
+        report.reason = self.plan.reason(index)
+        self.reports[index] = report
+
     def _reset(self, group: list[tuple[int, ParameterSlice]]) -> None:
         """Reset slices of one shape, dtype and list of resets together."""
-        stacked = len(group) > 1
-        before = torch.stack([p.read() for _, p in group]) if stacked else group[0][1].read()
+        indices, weights = [index for index, _ in group], [weight for _, weight in group]
+        before = _stack([weight.read() for weight in weights])
         wide = torch.promote_types(before.dtype, torch.float32) if before.is_floating_point() else before.dtype
-        x = before.to(wide)  # rounded once, when it is written
-        grams: list[Tensor] = []
-        for number, spec in enumerate(self.plan.actions[group[0][0]]):
-            arguments: list[Any] = []
-            for read in self.plan.inputs(spec):
-                beside = [read(index).to(x) for index, _ in group]
-                arguments.append(torch.stack(beside) if stacked else beside[0])
-            method, kernel = RESETS[spec.method], group[0][1].kernel
-            measurable = method.gives_grams and number == 0 and self.measured and not stacked and not kernel
-            more = {"grams": grams} if measurable else {}
-            x = method.act(x, *arguments, options=spec.options, kernel=kernel, **more)
+        x, grams = self._act(before.to(wide), indices, weights[0].kernel)  # rounded once, when it is written
         rounded_to = self.rounded_to if before.is_floating_point() else None
         x = x.to(rounded_to or before.dtype).to(before.dtype)
-        rows = list(zip(group, before if stacked else (before,), x.unbind() if stacked else (x,), strict=True))
-        sound = all_finite(new for *_, new in rows)
-        self.failed |= {self.plan.slices[i].name for ((i, _), *_), good in zip(rows, sound, strict=True) if not good}
-        done = [(i, weight, old, new) for ((i, weight), old, new), good in zip(rows, sound, strict=True) if good]
+        stacked = len(group) > 1
+        done = [*zip(indices, before if stacked else (before,), x if stacked else (x,), strict=True)]
+        finite = all_finite(new for *_, new in done)
+        self.failed |= {self.plan.slices[i].name for i, good in zip(indices, finite, strict=True) if not good}
         with self._measuring():  # before anything is written, because `old` may be a view of what is written to
-            self._report([(i, old, after) for i, _, old, after in done], grams[0][0] if grams else None)
-        for _, weight, _, after in done:
-            weight.write_(after)
+            self._report([row for row, good in zip(done, finite, strict=True) if good], grams[0][0] if grams else None)
+        for weight, (*_, new), good in zip(weights, done, finite, strict=True):
+            if good:
+                weight.write_(new)
+
+    def _act(self, x: Tensor, indices: list[int], kernel: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
+        """Return what the resets of a group make of it, and the Gram matrix of a single matrix where one is formed."""
+        grams: list[Tensor] = []
+        for number, spec in enumerate(self.plan.actions[indices[0]]):
+            method = RESETS[spec.method]
+            inputs = [_stack([read(index).to(x) for index in indices]) for read in self.plan.inputs(spec)]
+            measurable = method.gives_grams and number == 0 and self.measured and len(indices) == 1 and not kernel
+            more = {"grams": grams} if measurable else {}
+            x = method.act(x, *inputs, options=spec.options, kernel=kernel, **more)
+        return x, grams
 
     def _report(self, done: list[tuple[int, Tensor, Tensor]], known: Tensor | None = None) -> None:
         """Report on slices before and after, and wait once for all that is measured but spectra.
@@ -212,15 +221,15 @@ class ResetExecutor:
                 self._done(index, replace(TensorReport.of(self.plan.slices[index]), sfe=None))
             return
         measures = Measures()
-        pairs = []
+        reports = []
         for index, before, after in done:
             own = self.plan.slices[index]
             report = describe(own, before, self.spectra, measures, known)
             later = describe(own, after, self.spectra, measures)
             measures.add(partial(setattr, report, "sfe"), squared_error(before, after))
-            pairs.append((index, report, later))
+            reports.append((index, report, later))
         measures.fetch()
-        for index, report, later in pairs:
+        for index, report, later in reports:
             report.dfi_after, report.norm_after = later.dfi_after, later.norm_after
             report.sigma_after = later.sigma_after
             self._done(index, report)
@@ -240,6 +249,11 @@ class ResetExecutor:
         self.measuring += time.perf_counter() - began
 
 
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """Return tensors of one shape as a stack, a single one as it is."""
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0]
+
+
 def together(tensor: Tensor) -> bool:
     """Return whether matrices of one shape are best taken together: a loop is faster on a CPU."""
     return not on_host(tensor)
@@ -254,10 +268,10 @@ def _worth_it(placement: Placement, blocks: list[Block]) -> Placement:
     return placement
 
 
-def _put_back(tensor: Any, whole: Tensor) -> None:
+def _put_back(tensor: Any, values: Tensor) -> None:
     """Write a whole parameter into the local part of a DTensor, without asking the other ranks."""
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = tensor.device_mesh
-    replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    replicated = DTensor.from_local(values, mesh, [Replicate()] * mesh.ndim, run_check=False)
     tensor.to_local().copy_(replicated.redistribute(mesh, tensor.placements).to_local())

@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,8 @@ class UnitSlot:
 
     def write_(self, new: Tensor) -> None:
         """Write it back."""
-        held = self.tensor.detach()
-        held.copy_(new.reshape(held.shape))
+        stored = self.tensor.detach()
+        stored.copy_(new.reshape(stored.shape))
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ class ModuleLayer:
     reader: nn.Module
     incoming: tuple[UnitSlot, ...]
     outgoing: UnitSlot
+
+    @property
+    def readers(self) -> tuple[nn.Module]:
+        """Return the one module that reads the units."""
+        return (self.reader,)
 
     @property
     def units(self) -> int:
@@ -147,20 +152,21 @@ def _check_weight(name: str, module: nn.Module) -> None:
 
 def _rows_of(name: str, module: nn.Module, units: int) -> list[UnitSlot]:
     """Return what a norm holds of each unit and is not frozen: scale, shift, and statistics unless all of it is."""
-    parameters, buffers = [*module.named_parameters()], [*module.named_buffers()]
-    for key, tensor in (*parameters, *buffers):
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    for key, tensor in tensors:
         refuse_uninitialised(tensor, f"{name}.{key}")
-    held = [(key, t) for key, t in (*parameters, *buffers) if t.ndim]
-    if not hasattr(module, "reset_parameters") or any(t.shape[:1] != (units,) for _, t in held):
+    by_unit = [(key, tensor) for key, tensor in tensors if tensor.ndim]
+    if not hasattr(module, "reset_parameters") or any(tensor.shape[:1] != (units,) for _, tensor in by_unit):
         raise UserError(
             f"hidden: '{name}' is a {class_of(module).__name__} between the two, and does not hold one number for each "
             f"of {units} units: name norms only"
         )
-    trained = not parameters or any(p.requires_grad for _, p in parameters)
+    requires_grad = [parameter.requires_grad for parameter in module.parameters()]
+    trained = not requires_grad or any(requires_grad)
     return [
-        UnitSlot(f"{name}.{key}", t, (units, math.prod(t.shape[1:])))
-        for key, t in held
-        if (t.requires_grad if isinstance(t, nn.Parameter) else trained)
+        UnitSlot(f"{name}.{key}", tensor, (units, math.prod(tensor.shape[1:])))
+        for key, tensor in by_unit
+        if (tensor.requires_grad if isinstance(tensor, nn.Parameter) else trained)
     ]
 
 
@@ -180,16 +186,15 @@ def _outgoing(name: str, reader: Any, units: int, writer: nn.Module) -> UnitSlot
 
 def _fresh(module: nn.Module) -> nn.Module:
     """Return a module of the same kind, drawn on the CPU by its own `reset_parameters`; hooks are not copied."""
-    drawn = copy.copy(module)
-    for kind in ("_parameters", "_buffers"):
-        held = vars(module)[kind].items()
-        own = {key: None if t is None else torch.zeros_like(t, device="cpu") for key, t in held}
-        vars(drawn)[kind] = {
-            k: nn.Parameter(t) if kind == "_parameters" and t is not None else t for k, t in own.items()
-        }
-    reset: Any = drawn.reset_parameters
-    reset()
-    return drawn
+
+    def zeros(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+        return {key: None if t is None else torch.zeros_like(t, device="cpu") for key, t in tensors.items()}
+
+    drawn: Any = copy.copy(module)
+    parameters = {key: None if t is None else nn.Parameter(t) for key, t in zeros(module._parameters).items()}
+    vars(drawn).update(_parameters=parameters, _buffers=zeros(module._buffers))
+    drawn.reset_parameters()
+    return cast(nn.Module, drawn)
 
 
 class Recycling:
@@ -239,13 +244,19 @@ class Recycling:
         self._work = Renewal(spec, named_layers(unwrap(model), hidden), self._draw)
         self._work.begin(1)
         self._work.listen()
+        self._slots = [slot for layer in self._work.layers for slot in (*layer.incoming, layer.outgoing)]
+        self._optimizer: torch.optim.Optimizer | None = None
+        """The optimizer that was last found to train this model."""
 
     def _draw(self, layer: UnitLayer, units: Tensor, step: int) -> list[Tensor]:
         assert isinstance(layer, ModuleLayer)
+        drawn: dict[str, Tensor] = {}
         with torch.random.fork_rng(devices=[]):
             torch.random.set_rng_state(generator(self.seed, step, self._work.spec.method, layer.name).get_state())
-            fresh = [(name, _fresh(module)) for name, module in layer.writers]
-        drawn = {f"{name}.{key}": t for name, m in fresh for key, t in (*m.named_parameters(), *m.named_buffers())}
+            for name, module in layer.writers:
+                fresh = _fresh(module)
+                tensors = (*fresh.named_parameters(), *fresh.named_buffers())
+                drawn |= {f"{name}.{key}": tensor for key, tensor in tensors}
         return [drawn[slot.parameter].detach().reshape(slot.shape)[units] for slot in layer.incoming]
 
     @property
@@ -265,9 +276,10 @@ class Recycling:
         Raises:
             UserError: The optimizer is another model's, or the model holds other tensors than it did.
         """
-        slots = [slot for layer in self._work.layers for slot in (*layer.incoming, layer.outgoing)]
-        refuse_replaced(self._modules, slots)
-        refuse_other_optimizer(optimizer, slots)
+        refuse_replaced(self._modules, self._slots)
+        if optimizer is not self._optimizer:
+            refuse_other_optimizer(optimizer, self._slots)
+            self._optimizer = optimizer
         before = self.recycled
         self.steps += 1
         self._work.end(self.steps, optimizer)

@@ -39,8 +39,8 @@ class PlasticityInjection(nn.Module):
                 f"plasticity injection adds what heads return, and this {type(self.old).__name__} returns a "
                 f"{type(old).__name__}: inject into a part of it that returns a tensor"
             )
-        found: Tensor = old + self.new(*inputs, **named) - self.drawn(*inputs, **named)
-        return found
+        output: Tensor = old + self.new(*inputs, **named) - self.drawn(*inputs, **named)
+        return output
 
 
 def inject_plasticity_(model: nn.Module, name: str, *, seed: int = 0) -> PlasticityInjection:
@@ -51,8 +51,8 @@ def inject_plasticity_(model: nn.Module, name: str, *, seed: int = 0) -> Plastic
 
     Args:
         model: Any module.
-        name: Of the head: a module that returns a tensor, whose parts can draw themselves (`reset_parameters`). One
-            that is injected already gets a new head in the place of the one that learned; that is frozen beside it.
+        name: Of the head: a module that returns a tensor, whose parts can draw themselves (`reset_parameters`). A
+            head that was injected before gets another new part; the part that learned until now is frozen.
         seed: Of what is drawn; no other generator is touched.
 
     Warns:
@@ -70,14 +70,14 @@ def inject_plasticity_(model: nn.Module, name: str, *, seed: int = 0) -> Plastic
     for key, tensor in (*old.named_parameters(), *old.named_buffers()):
         refuse_uninitialised(tensor, f"{name}.{key}")
     new = copy.deepcopy(old.new if isinstance(old, PlasticityInjection) else old).cpu()
-    holding = [(key, m) for key, m in new.named_modules() if [*m.parameters(recurse=False)]]
-    lacking = [key or name for key, module in holding if not hasattr(module, "reset_parameters")]
-    if lacking or not holding:
-        why = f"'{lacking[0]}' in it has no reset_parameters" if lacking else "it has no parameters"
+    with_weights = [(key, m) for key, m in new.named_modules() if [*m.parameters(recurse=False)]]
+    undrawable = [key or name for key, module in with_weights if not hasattr(module, "reset_parameters")]
+    if undrawable or not with_weights:
+        why = f"'{undrawable[0]}' in it has no reset_parameters" if undrawable else "it has no parameters"
         raise UserError(f"'{name}' cannot be drawn again: {why}")
     with torch.random.fork_rng(devices=[]):
         torch.random.set_rng_state(torch.Generator().manual_seed(seed).get_state())  # torch.manual_seed seeds CUDA too
-        for _, module in holding:
+        for _, module in with_weights:
             module.reset_parameters()
     places = [place for place, module in known.items() if module is old]
     if shared := _shared(known, old, places):
@@ -96,7 +96,11 @@ def inject_plasticity_(model: nn.Module, name: str, *, seed: int = 0) -> Plastic
 
 def _shared(known: dict[str, nn.Module], head: nn.Module, places: list[str]) -> str:
     """Return the name, outside of a head, of a parameter that it shares with the model; empty where there is none."""
-    own, inside = {id(p) for p in head.parameters()}, tuple(f"{place}." for place in places)
-    around = ((place, module) for place, module in known.items() if not f"{place}.".startswith(inside))
-    held = ((place, key, p) for place, module in around for key, p in module.named_parameters(recurse=False))
-    return next((f"{place}.{key}" if place else key for place, key, p in held if id(p) in own), "")
+    in_head, prefixes = {id(p) for p in head.parameters()}, tuple(f"{place}." for place in places)
+    for place, module in known.items():
+        if f"{place}.".startswith(prefixes):
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in in_head:
+                return f"{place}.{key}" if place else key
+    return ""

@@ -14,7 +14,7 @@ from fire_llm.distributed import is_dtensor, local_part, trains_any
 _OWN = "p.data = p.data.clone()"
 
 
-class Held(Protocol):
+class TensorPart(Protocol):
     """A slice of a model, or another part of one of its tensors."""
 
     @property
@@ -26,70 +26,75 @@ class Held(Protocol):
         """Return the tensor."""
 
 
-def refuse_memory(held: Iterable[Held], written: Sequence[Held]) -> None:
+def refuse_memory(parts: Iterable[TensorPart], written: Sequence[TensorPart]) -> None:
     """Refuse what would be written twice or cannot be written, of what lies in this machine's memory.
 
     Two parameters in one memory would be reset one after the other, and one that is to stay would be reset with the
     other. A tied weight, one parameter under several names, is one.
 
     Args:
-        held: All that a model holds.
+        parts: All that a model holds.
         written: What of it is to be written to.
 
     Raises:
         UserError: Naming the tensor, or both.
     """
-    for one in written:
-        part = local_part(one.tensor)
-        if part.layout != torch.strided:
-            raise UserError(f"'{one.parameter}' is stored as {part.layout}: make it dense, p.to_dense(), or exclude it")
-        if _is_here(part):
-            _refuse_unwritable(one.parameter, part)
-    targets, names = {id(one.tensor) for one in written}, {id(one.tensor): one.parameter for one in held}
-    parts = {id(one.tensor): part for one in held if _is_here(part := local_part(one.tensor))}
-    near: list[int] = []
-    for key in sorted(parts, key=lambda key: _span(parts[key])[0]):
-        near = [other for other in near if _span(parts[other])[1] > _span(parts[key])[0]]
-        for other in near:
-            if {key, other} & targets and _overlap(parts[key], parts[other]):
+    for part in written:
+        tensor = local_part(part.tensor)
+        if tensor.layout != torch.strided:
+            kind = tensor.layout
+            raise UserError(f"'{part.parameter}' is stored as {kind}: make it dense, p.to_dense(), or exclude it")
+        if _is_here(tensor):
+            _refuse_unwritable(part.parameter, tensor)
+    targets, names, tensors = {id(part.tensor) for part in written}, {}, {}
+    for part in parts:
+        names[id(part.tensor)] = part.parameter
+        if _is_here(tensor := local_part(part.tensor)):
+            tensors[id(part.tensor)] = tensor
+    # In the order of addresses, each tensor is compared with those before it that reach beyond its beginning.
+    reaching: list[int] = []
+    for key in sorted(tensors, key=lambda key: _span(tensors[key])[0]):
+        reaching = [other for other in reaching if _span(tensors[other])[1] > _span(tensors[key])[0]]
+        for other in reaching:
+            if {key, other} & targets and _overlap(tensors[key], tensors[other]):
                 raise UserError(
                     f"'{names[other]}' and '{names[key]}' are two tensors in one memory, where a reset of one changes "
                     f"the other too: make them one parameter under two names, or give one a copy, {_OWN}"
                 )
-        near.append(key)
+        reaching.append(key)
 
 
-def same_memory(one: Held, other: Held) -> bool:
+def same_memory(part: TensorPart, other: TensorPart) -> bool:
     """Return whether two tensors begin at one place of this machine's memory."""
-    a, b = local_part(one.tensor), local_part(other.tensor)
+    a, b = local_part(part.tensor), local_part(other.tensor)
     return _is_here(a) and _is_here(b) and a.data_ptr() == b.data_ptr()
 
 
-def refuse_replaced(modules: Mapping[str, nn.Module], held: Iterable[Held]) -> None:
+def refuse_replaced(modules: Mapping[str, nn.Module], parts: Iterable[TensorPart]) -> None:
     """Refuse tensors that a model no longer holds: what is done to them would have no effect.
 
     Args:
         modules: Of the model, by name.
-        held: Parts of what it held.
+        parts: Of the tensors that it held.
 
     Raises:
         UserError: Naming the first.
     """
-    for one in held:
-        path, _, attribute = one.parameter.rpartition(".")
-        if not is_dtensor(one.tensor) and getattr(modules[path], attribute, None) is not one.tensor:
+    for part in parts:
+        path, _, attribute = part.parameter.rpartition(".")
+        if not is_dtensor(part.tensor) and getattr(modules[path], attribute, None) is not part.tensor:
             raise UserError(
-                f"'{one.parameter}' is another tensor now, by load_state_dict(assign=True), a conversion of the model "
+                f"'{part.parameter}' is another tensor now, by load_state_dict(assign=True), a conversion of the model "
                 "or the like: make this again, after it"
             )
 
 
-def refuse_other_optimizer(optimizer: Any, held: Sequence[Held]) -> None:
-    """Refuse what is no optimizer, or trains nothing of what is held, so that its moments elsewhere would stay.
+def refuse_other_optimizer(optimizer: Any, parts: Sequence[TensorPart]) -> None:
+    """Refuse what is no optimizer, or trains nothing of these parts, so that its moments elsewhere would stay.
 
     Args:
         optimizer: One, or a list of several that share the weights.
-        held: Weights that are to be changed.
+        parts: Weights that are to be changed.
 
     Raises:
         UserError: Naming a parameter that none of them trains.
@@ -98,17 +103,17 @@ def refuse_other_optimizer(optimizer: Any, held: Sequence[Held]) -> None:
     for one in optimizer if several else [optimizer]:
         if not hasattr(one, "param_groups"):
             raise UserError(f"optimizer: a {type(one).__name__} is given: give the one that trains the model")
-    if held and not trains_any(optimizer, (one.tensor for one in held)):
+    if parts and not trains_any(optimizer, (part.tensor for part in parts)):
         raise UserError(
             f"optimizer: {'they train' if several else 'it trains'} none of the weights that are to be reset, such as "
-            f"'{held[0].parameter}': give the one that trains this model, several as a list, or make a new one from "
+            f"'{parts[0].parameter}': give the one that trains this model, several as a list, or make a new one from "
             "model.parameters(); where nothing trains these weights, leave it out"
         )
 
 
-def _is_here(part: Tensor) -> bool:
+def _is_here(tensor: Tensor) -> bool:
     """Return whether a tensor is an ordinary one that holds numbers."""
-    return type(part) is Tensor and part.layout == torch.strided and not part.is_meta and part.numel() > 0
+    return type(tensor) is Tensor and tensor.layout == torch.strided and not tensor.is_meta and tensor.numel() > 0
 
 
 def _refuse_unwritable(name: str, tensor: Tensor) -> None:

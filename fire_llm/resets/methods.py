@@ -50,11 +50,11 @@ class ResetMethod:
     """Whether the function takes the tensor's own initial value."""
     needs_gradient: bool
     """Whether the function takes the gradient of the loss over training data."""
-    batched: bool
-    """Whether the function also takes matrices of one shape stacked, (B, out, in)."""
     options: type[BaseModel]
     """The options, validated: the keyword-only arguments of the function, plus those that say what it acts on."""
-    kind: Kind = "transition"
+    kind: Kind
+    batched: bool = False
+    """Whether the function also takes matrices of one shape stacked, (B, out, in)."""
     elementwise: bool = False
     """Whether a penalty looks at each element by itself, so that it may be given any part of a parameter."""
     reads: Mapping[str, ReadWhen] = field(default_factory=dict)
@@ -99,13 +99,12 @@ class ResetMethod:
             kernel: Sizes of the kernel, () where there is none.
             **more: Further arguments, where it takes them.
         """
-        found: Tensor
         if kernel and not self.takes_kernels and not self.batched:
-            each = zip(*(tensor.unbind() for tensor in (x, *beside)), strict=True)
-            return torch.stack([self.function(*one, **options, **more) for one in each])
+            by_position = zip(*(tensor.unbind() for tensor in (x, *beside)), strict=True)
+            return torch.stack([self.function(*tensors, **options, **more) for tensors in by_position])
         positions = {"positions": math.prod(kernel)} if kernel and self.takes_kernels else {}
-        found = self.function(x, *beside, **positions, **options, **more)
-        return found
+        result: Tensor = self.function(x, *beside, **positions, **options, **more)
+        return result
 
     def leaves(self, buffer: Tensor) -> str | None:
         """Return why a buffer is left alone, None where it is not."""
@@ -149,7 +148,7 @@ def register_reset(
     """
 
     def add(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        _register(name, function, options_of or function, roles, "transition", batched, buffers=buffers)
+        _register(name, function, options_of or function, roles, "transition", batched=batched, buffers=buffers)
         return function
 
     return add
@@ -177,7 +176,7 @@ def register_training(
     """
 
     def add(entry: _T) -> _T:
-        _register(name, entry, entry, roles, kind, batched=False, elementwise=elementwise)
+        _register(name, entry, entry, roles, kind, elementwise=elementwise)
         return entry
 
     return add
@@ -189,11 +188,18 @@ def _register(
     schema_of: Callable[..., Any],
     roles: tuple[str, ...],
     kind: Kind,
-    batched: bool,
-    elementwise: bool = False,
-    buffers: Buffers = "none",
+    **traits: Any,
 ) -> None:
-    """Put an entry in the registry, its options read off the keyword-only arguments of `schema_of`."""
+    """Put an entry in the registry, its options read off the keyword-only arguments of `schema_of`.
+
+    Args:
+        name: Of the method.
+        entry: What it calls.
+        schema_of: Whose keyword-only arguments are the options.
+        roles: Roles it acts on unless the recipe says otherwise.
+        kind: How it acts.
+        **traits: Further fields of `ResetMethod`.
+    """
     typed: Any = schema_of.__init__ if inspect.isclass(schema_of) else schema_of
     hints = get_type_hints(typed, include_extras=True)
     options: dict[str, Any] = {
@@ -222,9 +228,18 @@ def _register(
     )
     taken = {p.name for p in inspect.signature(entry).parameters.values() if p.kind is not p.KEYWORD_ONLY}
     RESETS[name] = ResetMethod(
-        name, entry, roles, "initial" in taken, "gradient" in taken, batched, schema, kind, elementwise, reads, buffers,
-        "grams" in taken, "positions" in taken,
-    )  # fmt: skip
+        name=name,
+        function=entry,
+        roles=roles,
+        needs_initial="initial" in taken,
+        needs_gradient="gradient" in taken,
+        options=schema,
+        kind=kind,
+        reads=reads,
+        gives_grams="grams" in taken,
+        takes_kernels="positions" in taken,
+        **traits,
+    )
 
 
 @register_reset("none")
@@ -375,5 +390,6 @@ def _norm(w: Tensor) -> Tensor:
 
 
 def _with_norm(w: Tensor, norm: Tensor) -> Tensor:
-    own = _norm(w)
-    return w * torch.where(own > 0, norm / own, 1).to(w.dtype)
+    """Return a matrix scaled to a norm; zeros stay."""
+    own_norm = _norm(w)
+    return w * torch.where(own_norm > 0, norm / own_norm, 1).to(w.dtype)

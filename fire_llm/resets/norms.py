@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fire_llm.resets.report import ResetReport, TensorReport
-from fire_llm.resets.selection import layer_of
+from fire_llm.resets.selection import layers_of
 from fire_llm.resets.spec import ResetSpec
 
 LEAST, MOST = 0.5, 1.5
@@ -28,7 +28,7 @@ def sets_norms(specs: Sequence[ResetSpec]) -> bool:
 
 
 def norm_warning(specs: Sequence[ResetSpec], touched: Sequence[TensorReport]) -> str | None:
-    """Return what is to be said of the norms that resets leave; None where they do not fall or grow by more than half.
+    """Return the warning about a norm that resets change by more than half; None where they do not.
 
     Args:
         specs: The resets.
@@ -39,8 +39,8 @@ def norm_warning(specs: Sequence[ResetSpec], touched: Sequence[TensorReport]) ->
         return None
     layers: dict[int | None, list[TensorReport]] = defaultdict(list)
     for row in rows:
-        layers[layer_of(row)].append(row)
-    factors = {layer: _factor(of) for layer, of in layers.items()}
+        layers[next(iter(layers_of(row.role, row.parameter)), None)].append(row)
+    factors = {layer: _factor(members) for layer, members in layers.items()}
     worst = max(factors, key=lambda layer: abs(math.log(max(factors[layer], 1e-30))))
     where = f"{'outside of layers' if worst is None else f'in layer {worst}'}, where it {_times(factors[worst])}"
     return (

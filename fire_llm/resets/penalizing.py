@@ -61,18 +61,18 @@ class Penalties:
         kernels: Kernels = "positions",
         **options: Any,
     ) -> None:
-        cut = module_layout(layout, split, kernels)
-        specs = parse_resets(penalties, options, modules=cut is not None)
-        plan = Plan.of(model, specs, initial, "penalty", layout=cut)
+        module_cut = module_layout(layout, split, kernels)
+        specs = parse_resets(penalties, options, modules=module_cut is not None)
+        plan = Plan.of(model, specs, initial, "penalty", layout=module_cut)
         plan.check_values()
         self._modules = plain_modules(unwrap(model))
-        starts = {slice_.parameter: slice_.tensor for slice_ in plan.start.values()}
+        initial_tensors = {weight.parameter: weight.tensor for weight in plan.initial.values()}
         self._terms: list[tuple[ParameterSlice, Callable[..., Tensor], list[Tensor]]] = []
         for spec in specs:
-            for slice_ in _given(plan, spec):
-                beside = [_placed(starts[slice_.parameter], slice_)] if spec.needs_initial else []
-                act = partial(RESETS[spec.method].act, options=spec.options, kernel=slice_.kernel)
-                self._terms.append((slice_, act, beside))
+            for weight in _penalised(plan, spec):
+                inputs = [_placed(initial_tensors[weight.parameter], weight)] if spec.needs_initial else []
+                act = partial(RESETS[spec.method].act, options=spec.options, kernel=weight.kernel)
+                self._terms.append((weight, act, inputs))
 
     @torch.no_grad()
     def add_(self, scale: float = 1.0) -> None:
@@ -84,38 +84,38 @@ class Penalties:
         Raises:
             UserError: The model holds another parameter than it did.
         """
-        refuse_replaced(self._modules, (slice_ for slice_, *_ in self._terms))
-        for slice_, act, beside in self._terms:
-            if slice_.tensor.grad is None:
-                slice_.tensor.grad = torch.zeros_like(slice_.tensor)
-            elif slice_.tensor.grad.is_sparse:  # of an embedding; a penalty concerns each of its rows
-                slice_.tensor.grad = slice_.tensor.grad.to_dense()
-            held, slope = (replace(slice_, tensor=local_part(t)) for t in (slice_.tensor, slice_.tensor.grad))
-            slope.write_(slope.read().add(act(held.read(), *beside), alpha=scale))
+        refuse_replaced(self._modules, (weight for weight, *_ in self._terms))
+        for weight, act, inputs in self._terms:
+            if weight.tensor.grad is None:
+                weight.tensor.grad = torch.zeros_like(weight.tensor)
+            elif weight.tensor.grad.is_sparse:  # of an embedding; a penalty concerns each of its rows
+                weight.tensor.grad = weight.tensor.grad.to_dense()
+            values, gradient = (replace(weight, tensor=local_part(t)) for t in (weight.tensor, weight.tensor.grad))
+            gradient.write_(gradient.read().add(act(values.read(), *inputs), alpha=scale))
 
 
-def _given(plan: Plan, spec: ResetSpec) -> list[ParameterSlice]:
+def _penalised(plan: Plan, spec: ResetSpec) -> list[ParameterSlice]:
     """List the slices that a penalty is given; of a parameter in shards, the parameter, if any part of it will do.
 
     Raises:
         UserError: A matrix has to be whole and is not.
     """
-    given: list[ParameterSlice] = []
-    for parameter, slices in groupby(plan.slices, attrgetter("parameter")):
-        own = [(slice_, spec.why_not(slice_) is None) for slice_ in slices]
-        chosen = [slice_ for slice_, wanted in own if wanted]
+    penalised: list[ParameterSlice] = []
+    for parameter, group in groupby(plan.slices, attrgetter("parameter")):
+        slices = list(group)
+        chosen = [weight for weight in slices if spec.why_not(weight) is None]
         if chosen and is_dtensor(chosen[0].tensor):
-            if not RESETS[spec.method].elementwise or len(chosen) < len(own):
+            if not RESETS[spec.method].elementwise or len(chosen) < len(slices):
                 raise UserError(
                     f"'{spec.method}' needs the matrices of '{parameter}' whole, and FSDP2 shards them: train replicas"
                 )
             chosen = [replace(chosen[0], spec=None)]
-        given += chosen
-    return given
+        penalised += chosen
+    return penalised
 
 
-def _placed(whole: Tensor, slice_: ParameterSlice) -> Tensor:
+def _placed(whole: Tensor, weight: ParameterSlice) -> Tensor:
     """Return the part of a whole parameter that a slice stands for, where and as the slice is."""
-    if is_dtensor(slice_.tensor):
-        return local_part(placed_like(slice_.tensor, whole.detach()))
-    return replace(slice_, tensor=whole).read().to(slice_.tensor, copy=True)  # `initial` may be the model itself
+    if is_dtensor(weight.tensor):
+        return local_part(placed_like(weight.tensor, whole.detach()))
+    return replace(weight, tensor=whole).read().to(weight.tensor, copy=True)  # `initial` may be the model itself

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,8 +29,8 @@ class Plan:
     slices: list[ParameterSlice]
     actions: list[list[ResetSpec]]
     """Of each slice, in order."""
-    start: Mapping[str, ParameterSlice] = field(default_factory=dict)
-    """Initial slices by name; empty where no reset wants them."""
+    initial: Mapping[str, ParameterSlice] = field(default_factory=dict)
+    """Slices of the initial weights by name; empty where no reset wants them."""
     fused: list[str] = field(default_factory=list)
     """Weights that are touched as one matrix each, although their names say that they hold several."""
 
@@ -61,55 +61,17 @@ class Plan:
                 reset of matrices would touch is none, or not what the forward pass reads; or `refuse_memory`.
         """
         refuse_kinds(specs, kind)
-        cut = slices_of(model, specs, kind, layout)
+        slices = slices_of(model, specs, kind, layout)
         if whole:
-            refuse_unfound(specs, cut)
-        plan = cls(specs, cut, [[s for s in specs if s.why_not(p) is None] for p in cut])
-        wanting = [s.method for s in specs if s.needs_initial]
-        if wanting and initial is None:
-            raise UserError(
-                f"'{wanting[0]}' needs the run's initial weights: give `initial` (on the command line, --init or "
-                "--seed)"
-            )
-        if wanting and initial is not None:
-            if not isinstance(initial, nn.Module):
-                raise UserError(f"initial: a {type(initial).__name__} is given: give a module with the initial weights")
-            plan.start = {p.name: p for p in slices_of(initial, specs, kind, layout)}
-            own = next(
-                (p for p in plan.reading_initial if p.name in plan.start and same_memory(plan.start[p.name], p)), None
-            )
-            if own is not None and kind == "transition":
-                raise UserError(
-                    f"'{wanting[0]}': `initial` holds the model's very own '{own.parameter}': give a copy from before "
-                    "training, copy.deepcopy(model)"
-                )
+            refuse_unfound(specs, slices)
+        plan = cls(specs, slices, [[spec for spec in specs if spec.why_not(weight) is None] for weight in slices])
+        if method := next((spec.method for spec in specs if spec.needs_initial), None):
+            plan._take_initial(initial, method, kind, layout)
         plan._check_names()
         refuse_memory(plan.slices, plan.wanted)
         if layout is not None:
             plan._check_modules(layout, whole)
         return plan
-
-    def _check_modules(self, layout: ModuleLayout, whole: bool) -> None:
-        """Refuse weights that a reset of matrices cannot reach, and a reset that finds nothing."""
-        for weight, actions in zip(self.slices, self.actions, strict=True):
-            if weight.refused and any(RESETS[s.method].matrices_only for s in actions):
-                raise UserError(weight.refused)
-        for spec in self.specs:
-            if whole and not spec.idle and not any(spec in actions for actions in self.actions):
-                why = sorted({str(spec.why_not(weight)) for weight in self.slices})
-                raise UserError(f"'{spec.label()}' finds nothing to reset in the model ({'; '.join(why[:3])})")
-        if any(pattern == QUERY_OR_KEY for spec in self.specs for _, pattern in spec.patterns):
-            hidden = next((w.parameter for w in self.slices if _is_open(w, layout)), None)
-            if hidden is not None:
-                raise UserError(
-                    f"queries and keys are wanted, and by its name '{hidden}' holds several matrices: name its parts, "
-                    "as in split={'qkv': ('q', 'k', 'v')}, or give 1 where it is one matrix"
-                )
-        self.fused = [
-            weight.parameter
-            for weight, actions in zip(self.slices, self.actions, strict=True)
-            if _is_open(weight, layout) and any(RESETS[s.method].matrices_only for s in actions)
-        ]
 
     @classmethod
     def make(
@@ -135,33 +97,53 @@ class Plan:
         return plan
 
     @property
+    def items(self) -> list[tuple[ParameterSlice, list[ResetSpec]]]:
+        """List each slice with what is done to it."""
+        return [*zip(self.slices, self.actions, strict=True)]
+
+    @property
     def wanted(self) -> list[ParameterSlice]:
         """List the slices that something is done to."""
-        return [p for p, actions in zip(self.slices, self.actions, strict=True) if actions]
+        return [weight for weight, actions in self.items if actions]
 
     @property
     def reading_initial(self) -> list[ParameterSlice]:
         """List the slices that something is done to with their initial weights."""
-        rows = zip(self.slices, self.actions, strict=True)
-        return [weight for weight, actions in rows if any(spec.needs_initial for spec in actions)]
+        return [weight for weight, actions in self.items if any(spec.needs_initial for spec in actions)]
 
     @property
     def blocks(self) -> list[Block]:
         """List the runs of rows that are worked on, in the order of the parameters."""
-        costly = [any(RESETS[s.method].matrices_only for s in actions) for actions in self.actions]
+        costly = [_of_matrices(actions) for actions in self.actions]
         return [b for b in blocks_of(self.slices, costly) if any(self.actions[i] for i in b.members)]
 
     def keep(self, wanted: Callable[[ParameterSlice], bool]) -> None:
         """Leave slices out of the plan altogether."""
-        rows = [row for row in zip(self.slices, self.actions, strict=True) if wanted(row[0])]
-        self.slices, self.actions = [weight for weight, _ in rows], [actions for _, actions in rows]
+        kept = [item for item in self.items if wanted(item[0])]
+        self.slices, self.actions = [weight for weight, _ in kept], [actions for _, actions in kept]
+
+    def _take_initial(self, initial: Any, method: str, kind: Kind, layout: ModuleLayout | None) -> None:
+        """Read the initial weights that a method wants; refuse what cannot be them."""
+        if initial is None:
+            raise UserError(
+                f"'{method}' needs the run's initial weights: give `initial` (on the command line, --init or --seed)"
+            )
+        if not isinstance(initial, nn.Module):
+            raise UserError(f"initial: a {type(initial).__name__} is given: give a module with the initial weights")
+        self.initial = {weight.name: weight for weight in slices_of(initial, self.specs, kind, layout)}
+        for weight in self.reading_initial if kind == "transition" else ():
+            if weight.name in self.initial and same_memory(self.initial[weight.name], weight):
+                raise UserError(
+                    f"'{method}': `initial` holds the model's very own '{weight.parameter}': give a copy from before "
+                    "training, copy.deepcopy(model)"
+                )
 
     def _check_names(self) -> None:
-        """Refuse a plan that would touch nothing but frozen parameters, or whose initial weights do not match."""
-        if not self.wanted and any(s.why_not(p) == FROZEN for p in self.slices for s in self.specs):
+        """Refuse a plan that would touch nothing but frozen parameters, or lacks what a reset reads."""
+        if not self.wanted and any(s.why_not(weight) == FROZEN for weight in self.slices for s in self.specs):
             raise UserError("every parameter that the reset would touch is frozen: call requires_grad_(True) first")
-        for weight in self.reading_initial if self.start else ():
-            before = self.start.get(weight.name)
+        for weight in self.reading_initial:
+            before = self.initial.get(weight.name)
             if before is None or before.shape != weight.shape or before.tensor.shape != weight.tensor.shape:
                 raise UserError(
                     f"the initial weights hold no '{weight.name}' of shape {tuple(weight.tensor.shape)}: another "
@@ -169,7 +151,7 @@ class Plan:
                 )
             if is_sharded(before.tensor):
                 raise UserError(f"the initial weights of '{weight.name}' are sharded: give them whole on every rank")
-        for spec, weight in self._read_by_gradient():
+        for spec, weight in self._reading_gradient():
             if is_sharded(weight.tensor):
                 raise UserError(f"'{spec.method}' reads gradients, and FSDP2 holds them in shards: train replicas")
             if weight.tensor.grad is None:
@@ -178,30 +160,47 @@ class Plan:
                     "a recipe, give it to ResetCallback in a ContinualTrainer, or call backward() before apply_reset"
                 )
 
-    def _read_by_gradient(self) -> Iterator[tuple[ResetSpec, ParameterSlice]]:
-        """Yield the slices whose gradient a reset reads."""
-        for weight, actions in zip(self.slices, self.actions, strict=True):
-            yield from ((spec, weight) for spec in actions if spec.needs_gradient)
+    def _check_modules(self, layout: ModuleLayout, whole: bool) -> None:
+        """Refuse weights that a reset of matrices cannot reach, and a reset that finds nothing."""
+        for weight, actions in self.items:
+            if weight.refused and _of_matrices(actions):
+                raise UserError(weight.refused)
+        for spec in self.specs:
+            if whole and not spec.idle and not any(spec in actions for actions in self.actions):
+                why = sorted({str(spec.why_not(weight)) for weight in self.slices})
+                raise UserError(f"'{spec.label()}' finds nothing to reset in the model ({'; '.join(why[:3])})")
+        unsplit = [(weight, actions) for weight, actions in self.items if _is_unsplit(weight, layout)]
+        if unsplit and any(pattern == QUERY_OR_KEY for spec in self.specs for _, pattern in spec.patterns):
+            raise UserError(
+                f"queries and keys are wanted, and by its name '{unsplit[0][0].parameter}' holds several matrices: "
+                "name its parts, as in split={'qkv': ('q', 'k', 'v')}, or give 1 where it is one matrix"
+            )
+        self.fused = [weight.parameter for weight, actions in unsplit if _of_matrices(actions)]
+
+    def _reading_gradient(self) -> list[tuple[ResetSpec, ParameterSlice]]:
+        """List the slices whose gradient a reset reads, each with the reset."""
+        return [(spec, weight) for weight, actions in self.items for spec in actions if spec.needs_gradient]
 
     def inputs(self, spec: ResetSpec) -> list[Callable[[int], Tensor]]:
-        """Return what gives, of each slice, the tensors that a method takes beside the slice's own."""
-        given: list[tuple[bool, Callable[[int], Tensor]]] = [
-            (spec.needs_initial, lambda index: self.start[self.slices[index].name].read()),
-            (spec.needs_gradient, lambda index: with_gradient(self.slices[index]).read()),
-        ]
-        return [read for wanted, read in given if wanted]
+        """Return functions that give, of each slice, the tensors that a method takes beside the slice's own."""
+        reads: list[Callable[[int], Tensor]] = []
+        if spec.needs_initial:
+            reads.append(lambda index: self.initial[self.slices[index].name].read())
+        if spec.needs_gradient:
+            reads.append(lambda index: with_gradient(self.slices[index]).read())
+        return reads
 
     def check_values(self) -> None:
         """Refuse weights, initial ones too, that are not there or not finite."""
-        start = [self.start[w.name] for w in self.reading_initial if self.start]
-        for whose, weights in (("", self.wanted), ("the initial ", start)):
+        initial = [self.initial[weight.name] for weight in self.reading_initial]
+        for whose, weights in (("", self.wanted), ("the initial ", initial)):
             for weight in weights:
                 if weight.tensor.is_meta:
                     raise UserError(f"{whose}'{weight.name}' is on the meta device: load the weights before a reset")
-            for weight, finite in zip(weights, all_finite(held(weight) for weight in weights), strict=True):
+            for weight, finite in zip(weights, all_finite(map(local_values, weights)), strict=True):
                 if not finite:
                     raise UserError(f"{whose}{not_finite(weight.name)}")
-        read = list(self._read_by_gradient())
+        read = self._reading_gradient()
         gradients = all_finite(with_gradient(weight).read() for _, weight in read)
         for (spec, weight), finite in zip(read, gradients, strict=True):
             if not finite:
@@ -211,14 +210,16 @@ class Plan:
 
     def request(self) -> str:
         """Return what this rank is about to do, in a form that ranks can compare."""
-        rows = zip(self.slices, self.actions, strict=True)
-        return repr((self.specs, [(p.name, tuple(p.shape), str(p.tensor.dtype), len(actions)) for p, actions in rows]))
+        slices = [(w.name, tuple(w.shape), str(w.tensor.dtype), len(actions)) for w, actions in self.items]
+        return repr((self.specs, slices))
 
     def untouched(self, index: int, spectra: Spectra = False, measures: Measures | None = None) -> TensorReport:
         """Report on a slice that nothing came near; what lies in shards or on the disk is not measured."""
         weight = self.slices[index]
-        apart = weight.tensor.is_meta or is_sharded(weight.tensor)
-        report = TensorReport.of(weight) if apart else describe(weight, held(weight), spectra, measures)
+        if weight.tensor.is_meta or is_sharded(weight.tensor):
+            report = TensorReport.of(weight)
+        else:
+            report = describe(weight, local_values(weight), spectra, measures)
         report.reason = self.reason(index) if not self.actions[index] else None
         return report
 
@@ -234,18 +235,23 @@ class Plan:
         Args:
             name: What the model is called.
         """
-        matrices = sorted({p.role for p in self.slices if p.matrix})
-        why = sorted({self.reason(i) for i, p in enumerate(self.slices) if p.matrix})
+        matrices = sorted({weight.role for weight in self.slices if weight.matrix})
+        why = sorted({self.reason(i) for i, weight in enumerate(self.slices) if weight.matrix})
         return (
             f"nothing to reset in '{name}', whose matrices have the roles {', '.join(matrices)} ({'; '.join(why[:3])})."
         )
 
     def reason(self, index: int) -> str:
         """Return why a slice is left alone."""
-        return "; ".join(dict.fromkeys(str(s.why_not(self.slices[index])) for s in self.specs))
+        return "; ".join(dict.fromkeys(str(spec.why_not(self.slices[index])) for spec in self.specs))
 
 
-def _is_open(weight: ParameterSlice, layout: ModuleLayout) -> bool:
+def _of_matrices(actions: Iterable[ResetSpec]) -> bool:
+    """Return whether one of some resets takes matrices alone."""
+    return any(RESETS[spec.method].matrices_only for spec in actions)
+
+
+def _is_unsplit(weight: ParameterSlice, layout: ModuleLayout) -> bool:
     """Return whether a weight is one matrix, its name says that it holds several, and nobody has said which."""
     return is_fused(weight) and layout.parts(weight.parameter, *weight.tied) is None
 
@@ -260,14 +266,13 @@ def slices_of(
             `module_slices`, where any torch module is cut.
     """
     if layout is not None:
-        found = module_slices(model, layout, buffers=kind == "transition")
-        own = [pair for spec in specs for pair in spec.patterns]
+        patterns = [pair for spec in specs for pair in spec.patterns]
         return [
-            replace(weight, own_role=next((role for role, pattern in own if weight.found_by(pattern)), ""))
-            for weight in found
+            replace(weight, own_role=next((role for role, pattern in patterns if weight.found_by(pattern)), ""))
+            for weight in module_slices(model, layout, buffers=kind == "transition")
         ]
-    cut = parameter_slices(model, strict=any(set(spec.roles) != set(ROLES) for spec in specs))
-    return [*cut, *buffer_slices(model)] if kind == "transition" else cut
+    slices = parameter_slices(model, strict=any(set(spec.roles) != set(ROLES) for spec in specs))
+    return [*slices, *buffer_slices(model)] if kind == "transition" else slices
 
 
 def all_finite(tensors: Iterable[Tensor]) -> list[bool]:
@@ -287,7 +292,7 @@ def not_finite(name: str) -> str:
     return f"'{name}' holds NaN or infinity: a reset would spread it. Start from a sound checkpoint"
 
 
-def held(weight: ParameterSlice) -> Tensor:
+def local_values(weight: ParameterSlice) -> Tensor:
     """Return a slice, or, where it lies in shards, what this rank holds of the parameter around it."""
     tensor: Any = weight.tensor.detach()
     if not hasattr(tensor, "to_local"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from hashlib import blake2b
 from typing import Any, Protocol
 
@@ -22,15 +23,15 @@ from fire_llm.resets.spec import ResetSpec
 
 
 class UnitLayer(Protocol):
-    """One hidden layer: the weights of its units, and the module that reads them."""
+    """One hidden layer: the weights of its units, and the modules that read them."""
 
     @property
     def name(self) -> str:
         """Return what the layer is called in messages and states."""
 
     @property
-    def reader(self) -> nn.Module:
-        """Return the module whose input holds the activations."""
+    def readers(self) -> Sequence[nn.Module]:
+        """Return the modules whose input holds the activations; several share the weights of the layer."""
 
     @property
     def incoming(self) -> Sequence[Any]:
@@ -72,10 +73,10 @@ class Renewal:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what lasts from step to step, by name."""
-        found = {"recycled": torch.tensor(self.recycled)}
+        tensors = {"recycled": torch.tensor(self.recycled)}
         for layer, recycler in zip(self.layers, self.recyclers, strict=True):
-            found |= {f"{layer.name}.{key}": getattr(recycler, key) for key in recycler.kept}
-        return found
+            tensors |= {f"{layer.name}.{key}": getattr(recycler, key) for key in recycler.kept}
+        return tensors
 
     def go_on(self, saved: dict[str, Tensor]) -> None:
         """Take over what `tensors` returned.
@@ -96,15 +97,13 @@ class Renewal:
     def listen(self) -> None:
         """Hook into the readers; activations count while `listening`, in training mode."""
         for layer, recycler in zip(self.layers, self.recyclers, strict=True):
-            hear = self._listener(layer, recycler)
-            self._hooks.append(layer.reader.register_forward_pre_hook(hear, with_kwargs=True))
+            hook = partial(self._hear, layer, recycler)
+            self._hooks += [reader.register_forward_pre_hook(hook, with_kwargs=True) for reader in layer.readers]
 
-    def _listener(self, layer: UnitLayer, recycler: Recycler) -> Any:
-        def hear(module: nn.Module, inputs: Any, named: Any) -> None:
-            if self.listening and module.training:  # not while something is measured
-                recycler.observe(layer.rows(inputs[0] if inputs else next(iter(named.values()))))
-
-        return hear
+    def _hear(self, layer: UnitLayer, recycler: Recycler, module: nn.Module, inputs: Any, named: Any) -> None:
+        """Observe what a reader is about to read, but not while something is measured."""
+        if self.listening and module.training:
+            recycler.observe(layer.rows(inputs[0] if inputs else next(iter(named.values()))))
 
     def unhook(self) -> None:
         """Take the hooks out of the model."""
@@ -130,15 +129,14 @@ class Renewal:
         sums = torch.cat([r.sums for r in self.recyclers])
         if active():
             dist.all_reduce(sums)
-        masks = []
-        for layer, recycler, whole in zip(self.layers, self.recyclers, self._split(sums), strict=True):
-            recycler.sums.copy_(whole)
+        masks = []  # of each layer: whether it saw no token, and of each unit, whether it is stale
+        for layer, recycler, total in zip(self.layers, self.recyclers, self._split(sums), strict=True):
+            recycler.sums.copy_(total)
             weights = layer.outgoing.read().abs()
             outgoing = weights.sum(dim=[axis for axis in range(weights.ndim) if axis != 1])
-            masks.append(torch.cat([whole[-1:] == 0, recycler.pop_stale(outgoing)]))
-        # The one time a step that the host waits.
+            masks.append(torch.cat([total[-1:] == 0, recycler.pop_stale(outgoing)]))
         stale: dict[int, Tensor] = {}
-        for number, mask in enumerate(self._split(torch.cat(masks).cpu())):
+        for number, mask in enumerate(self._split(torch.cat(masks).cpu())):  # the one time a step that the host waits
             if mask[0]:
                 raise UserError(
                     f"'{self.spec.method}': no token passed the module of '{self.layers[number].name}': exclude that "
@@ -188,14 +186,14 @@ def _put(slice_: Any, axis: int, units: Tensor, values: Tensor | None, optimizer
     """
     units = units.to(slice_.tensor.device)
     for tensor in (slice_.tensor, *moments(optimizer, slice_)):
-        where = within(slice_, tensor)
-        whole = where.read().clone()
+        part = within(slice_, tensor)
+        new = part.read().clone()
         if values is None:
-            whole.index_fill_(axis, units, 0)
+            new.index_fill_(axis, units, 0)
         else:
-            whole.index_copy_(axis, units, values.to(whole))
-        where.write_(whole)
-        values = None
+            new.index_copy_(axis, units, values.to(new))
+        part.write_(new)
+        values = None  # the moments, which come next, are zeroed
 
 
 def moments(optimizer: Any, slice_: Any) -> Iterator[Tensor]:
@@ -205,12 +203,12 @@ def moments(optimizer: Any, slice_: Any) -> Iterator[Tensor]:
         UserError: It keeps something else (Adafactor, 8-bit moments).
     """
     parameter = slice_.tensor
-    for key, kept in (item for state in optimizer_states(optimizer) for item in state.get(parameter, {}).items()):
-        if not isinstance(kept, Tensor) or (kept.numel() == 1 and kept.shape != parameter.shape):
+    for key, state in (item for held in optimizer_states(optimizer) for item in held.get(parameter, {}).items()):
+        if not isinstance(state, Tensor) or (state.numel() == 1 and state.shape != parameter.shape):
             continue
-        if kept.shape != parameter.shape or not kept.is_floating_point():
+        if state.shape != parameter.shape or not state.is_floating_point():
             raise UserError(
                 f"the optimizer's '{key}' of '{slice_.parameter}' is not one number a weight, so that a unit's part of "
                 "it cannot be cleared: take adamw or muon"
             )
-        yield kept
+        yield state

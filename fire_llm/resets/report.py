@@ -51,11 +51,13 @@ class TensorReport:
         shape = [*weight.shape[1:], *weight.kernel] if weight.kernel else list(weight.shape)
         return cls(weight.name, weight.parameter, weight.part, weight.role, shape)
 
-    def _normed(self, norm: float) -> None:
+    def set_norm(self, norm: float) -> None:
+        """Note a norm, before and after alike."""
         self.norm_before = self.norm_after = norm
 
-    def _measured(self, norm: float, dfi: float) -> None:
-        self._normed(norm)
+    def set_measures(self, norm: float, dfi: float) -> None:
+        """Note a norm and a DfI, before and after alike."""
+        self.set_norm(norm)
         self.dfi_before = self.dfi_after = dfi
 
     @property
@@ -128,8 +130,8 @@ class ResetReport:
 
 def sigma_quantiles(sigma: Tensor) -> list[float | None]:
     """Return at most `SIGMA_QUANTILES` of a spectrum, evenly spread over the ranks, the ends included."""
-    at = torch.linspace(0, len(sigma) - 1, min(SIGMA_QUANTILES, len(sigma))).round().long()
-    return sigma[at.to(sigma.device)].tolist()
+    ranks = torch.linspace(0, len(sigma) - 1, min(SIGMA_QUANTILES, len(sigma))).round().long()
+    return sigma[ranks.to(sigma.device)].tolist()
 
 
 Spectra = bool | Literal["range"]
@@ -138,23 +140,27 @@ Spectra = bool | Literal["range"]
 
 def fetch(scalars: Sequence[Tensor]) -> list[Any]:
     """Return the values of scalars of one dtype, in order; each device that holds some is waited for once."""
-    found: dict[int, Any] = {}
+    values: dict[int, Any] = {}
     for device in {scalar.device for scalar in scalars}:
-        own = [i for i, scalar in enumerate(scalars) if scalar.device == device]
-        found |= zip(own, torch.stack([scalars[i] for i in own]).tolist(), strict=True)
-    return [found[i] for i in range(len(scalars))]
+        indices = [i for i, scalar in enumerate(scalars) if scalar.device == device]
+        values |= zip(indices, torch.stack([scalars[i] for i in indices]).tolist(), strict=True)
+    return [values[i] for i in range(len(scalars))]
 
 
 class _Sums:
     """Add up what is measured at each position of a kernel, in the place of a report."""
 
     def __init__(self, report: TensorReport, positions: int) -> None:
-        self.report, self.left, self.squared, self.dfi = report, positions, 0.0, 0.0
+        self.report, self.positions_left = report, positions
+        self.squared_norm = self.dfi = 0.0
 
-    def _measured(self, norm: float, dfi: float) -> None:
-        self.left, self.squared, self.dfi = self.left - 1, self.squared + norm**2, self.dfi + dfi
-        if not self.left:
-            self.report._measured(math.sqrt(self.squared), self.dfi)
+    def set_measures(self, norm: float, dfi: float) -> None:
+        """Add the measures of one position, and note the sums once all are there."""
+        self.positions_left -= 1
+        self.squared_norm += norm**2
+        self.dfi += dfi
+        if not self.positions_left:
+            self.report.set_measures(math.sqrt(self.squared_norm), self.dfi)
 
 
 class Measures:
@@ -171,9 +177,9 @@ class Measures:
 
     def fetch(self) -> None:
         """Wait for the numbers and hand them over, in order."""
-        known = iter(fetch([number.double() for number in self._numbers]))
+        values = iter(fetch([number.double() for number in self._numbers]))
         for use, count in self._uses:
-            use(*islice(known, count))
+            use(*islice(values, count))
 
 
 def on_host(tensor: Tensor) -> bool:
@@ -197,31 +203,43 @@ def describe(
         measures: Gathers the report's numbers, which are in it once they are fetched; default: at once.
         known: Its smaller Gram matrix of float32 products, where the reset has formed that.
     """
-    report, later = TensorReport.of(weight), measures or Measures()
-    if not weight.matrix:
+    report, pending = TensorReport.of(weight), measures or Measures()
+    if weight.matrix:
+        _describe_matrices(report, weight, tensor, spectra, pending, known)
+    else:
         numbers = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         numbers = numbers if numbers.is_floating_point() else numbers.double()
-        later.add(report._normed, torch.linalg.vector_norm(numbers, dtype=torch.float64))
-    else:
-        many = tensor if weight.kernel else (tensor,)
-        into: Any = _Sums(report, len(many)) if weight.kernel else report
-        ends: list[float] = []
-        for one in many:
-            if spectra == "range":
-                found = extent(one, known)
-                into._measured(found.norm, found.dfi)
-                ends += [found.largest, found.smallest]
-            elif on_host(one):
-                into._measured(*norm_and_dfi(one, known))
-            else:
-                g = gram(one if one.shape[0] >= one.shape[1] else one.mT)
-                later.add(into._measured, g.trace().sqrt(), dfi_of_gram(g))
-        if spectra == "range":
-            report.sigma_before = report.sigma_after = [max(ends), min(ends)]
-        elif spectra:
-            sigma = singular_values(tensor)
-            sigma = sigma.flatten().sort(descending=True).values if weight.kernel else sigma
-            report.sigma_before = report.sigma_after = sigma_quantiles(sigma)
+        pending.add(report.set_norm, torch.linalg.vector_norm(numbers, dtype=torch.float64))
     if measures is None:
-        later.fetch()
+        pending.fetch()
     return report
+
+
+def _describe_matrices(
+    report: TensorReport,
+    weight: ParameterSlice,
+    tensor: Tensor,
+    spectra: Spectra,
+    pending: Measures,
+    known: Tensor | None,
+) -> None:
+    """Measure a matrix, or all matrices of a kernel, into a report; further arguments as in `describe`."""
+    matrices = tensor if weight.kernel else (tensor,)
+    target = _Sums(report, len(matrices)) if weight.kernel else report
+    ends: list[float] = []
+    for matrix in matrices:
+        if spectra == "range":
+            measured = extent(matrix, known)
+            target.set_measures(measured.norm, measured.dfi)
+            ends += [measured.largest, measured.smallest]
+        elif on_host(matrix):
+            target.set_measures(*norm_and_dfi(matrix, known))
+        else:
+            g = gram(matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT)
+            pending.add(target.set_measures, g.trace().sqrt(), dfi_of_gram(g))
+    if spectra == "range":
+        report.sigma_before = report.sigma_after = [max(ends), min(ends)]
+    elif spectra:
+        sigma = singular_values(tensor)
+        sigma = sigma.flatten().sort(descending=True).values if weight.kernel else sigma
+        report.sigma_before = report.sigma_after = sigma_quantiles(sigma)

@@ -25,11 +25,12 @@ def by_rows(
     """Return whether a block is reset where its rows are: one tall matrix, in shards, for FIRE's own map alone."""
     if placement.shards is None or placement.axis or len(block.members) != 1 or len(actions) != 1:
         return False
-    whole = weight.spec is not None and not weight.spec.in_first and weight.shape == weight.tensor.shape
-    whole = whole and not weight.kernel
-    known = actions[0].method == "fire" and actions[0].options["solver"] == "newton-schulz"
+    if weight.spec is None or weight.spec.in_first or weight.kernel or weight.shape != weight.tensor.shape:
+        return False
+    if actions[0].method != "fire" or actions[0].options["solver"] != "newton-schulz":
+        return False
     ranks = placement.n_shards * placement.n_replicas
-    return whole and known and splits(weight.shape, weight.tensor.element_size(), total_cost, ranks)
+    return splits(weight.shape, weight.tensor.element_size(), total_cost, ranks)
 
 
 def reset_by_rows(
@@ -54,17 +55,16 @@ def reset_by_rows(
     with exact_products(rows.device):
         for chunk in rows.split(max(1, 16 * CHUNK_ELEMENTS // max(1, rows.shape[1]))):
             chunk.copy_(chunk.to(wide) @ p.to(wide))
-    after, moved = p.mT @ g @ p, p - torch.eye(len(p), dtype=p.dtype, device=p.device)
+    identity = torch.eye(len(p), dtype=p.dtype, device=p.device)
+    change = p - identity
     report = TensorReport.of(weight)
-    report.sfe = float((moved.mT @ g @ moved).trace())
-    for when, of in (("before", g), ("after", after)):
-        setattr(report, f"norm_{when}", float(of.trace().clamp_min(0).sqrt()))
-        setattr(
-            report, f"dfi_{when}", float((of - torch.eye(len(of), dtype=of.dtype, device=of.device)).square().sum())
-        )
+    report.sfe = float((change.mT @ g @ change).trace())
+    for when, gram_then in (("before", g), ("after", p.mT @ g @ p)):
+        setattr(report, f"norm_{when}", float(gram_then.trace().clamp_min(0).sqrt()))
+        setattr(report, f"dfi_{when}", float((gram_then - identity).square().sum()))
         if spectra == "range":
-            setattr(report, f"sigma_{when}", list(singular_range(of.double())))
+            setattr(report, f"sigma_{when}", list(singular_range(gram_then.double())))
         elif spectra:
-            sigma = torch.linalg.eigvalsh(of).clamp_min(0).sqrt().flip(-1)
+            sigma = torch.linalg.eigvalsh(gram_then).clamp_min(0).sqrt().flip(-1)
             setattr(report, f"sigma_{when}", sigma_quantiles(sigma))
     return report

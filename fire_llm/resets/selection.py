@@ -1,54 +1,27 @@
-"""How a reset names what it acts on: patterns of names, and numbers of layers."""
+"""How a reset names layers: ranges of numbers, and which of the layers hold a parameter."""
 
 from __future__ import annotations
 
 import re
-from typing import Protocol
-
-from fire_llm.architectures.matrices import ParameterSlice
 
 LAYERS = "numbers of layers, counted from 0: 4, 4-11 or 0-3,8"
 
 
-class Named(Protocol):
-    """A slice of a model, or what is reported of it."""
-
-    @property
-    def role(self) -> str:
-        """Return the one role it is listed under."""
-
-    @property
-    def parameter(self) -> str:
-        """Return the plain name of the parameter."""
-
-
-def compiles(pattern: str) -> bool:
-    """Return whether a text is a regular expression."""
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError):
-        return False
-    return True
-
-
 def parse_layers(text: str) -> list[range] | None:
     """Return the ranges that `0-3,8` names; None of a text that names none."""
-    found = [re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip(), re.ASCII) for part in text.split(",")]
-    ranges = [range(int(one[1]), int(one[2] or one[1]) + 1) for one in found if one]
-    return ranges if len(ranges) == len(found) and all(ranges) else None
+    matches = [re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part.strip(), re.ASCII) for part in text.split(",")]
+    ranges = [range(int(match[1]), int(match[2] or match[1]) + 1) for match in matches if match]
+    return ranges if len(ranges) == len(matches) and all(ranges) else None
 
 
-def layer_of(weight: Named) -> int | None:
-    """Return the number of the layer that holds a slice, the first in its name; None outside of layers."""
-    return None if weight.role in ("embedding", "lm_head") else _number(weight.parameter)
+def layers_of(role: str, *names: str) -> set[int]:
+    """Return the numbers of the layers that hold a parameter: of a tied one several, outside of layers none.
 
-
-def layers_of(weight: ParameterSlice) -> set[int]:
-    """Return the numbers of the layers that hold a slice: of a tied one several, outside of layers none."""
-    if weight.role in ("embedding", "lm_head"):
+    Args:
+        role: Of the parameter.
+        *names: All of its names. In each, the first number is that of the layer.
+    """
+    if role in ("embedding", "lm_head"):
         return set()
-    return {number for name in (weight.parameter, *weight.tied) if (number := _number(name)) is not None}
-
-
-def _number(name: str) -> int | None:
-    return next((int(step) for step in name.split(".") if step.isdecimal()), None)
+    numbers = [[int(step) for step in name.split(".") if step.isdecimal()] for name in names]
+    return {first for first, *_ in filter(None, numbers)}

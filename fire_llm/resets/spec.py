@@ -10,11 +10,12 @@ from pydantic import ValidationError
 
 from fire_llm.architectures.grammar import MODULE_MATRIX_ROLES, MODULE_ROLES
 from fire_llm.architectures.matrices import MATRIX_ROLES, ROLES, ParameterSlice
+from fire_llm.architectures.names import compiles
 from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.resets.conditions import CONDITIONS, Overtraining, condition
 from fire_llm.resets.methods import FORMER, RESETS, Kind, ResetMethod
 from fire_llm.resets.presets import PRESETS
-from fire_llm.resets.selection import LAYERS, compiles, layers_of, parse_layers
+from fire_llm.resets.selection import LAYERS, layers_of, parse_layers
 
 FROZEN = "frozen: requires_grad is off"
 """Why a reset leaves a parameter alone that could not learn again what it loses."""
@@ -51,7 +52,7 @@ class ResetSpec:
 
     @property
     def selection(self) -> dict[str, Any]:
-        """Return what of `include`, `exclude` and `layers` narrows what is touched, by name."""
+        """Return those of `layers`, `include` and `exclude` that are given, by name."""
         return {key: value for key in ("layers", "include", "exclude") if (value := getattr(self, key))}
 
     @property
@@ -100,46 +101,39 @@ class ResetSpec:
     ) -> tuple[list[tuple[str, str]], ResetSpec | None]:
         """Return the faults as (key, message) pairs, and the spec where there are none; arguments as in `parse`."""
         given = {"method": spec} if isinstance(spec, str) else dict(spec)
-        name = given.pop("method", None)
-        if name is None:
-            return [("method", f"missing; one of {', '.join(RESETS)}")], None
+        name: Any = given.pop("method", None)
         if isinstance(name, str) and name not in RESETS:
             name = FORMER.get(name, name)
-        if isinstance(name, str) and name in PRESETS:
-            return [("method", f"'{name}' is a preset for any torch module, with options of its own: give its name "
-                     f"alone, as in apply_reset(model, '{name}', layout='modules', initial=…)")], None  # fmt: skip
-        if not isinstance(name, str) or name not in RESETS:
-            near, presets = did_you_mean(str(name), [*RESETS, *PRESETS]), PRESETS if modules else ()
-            return [("method", f"unknown reset '{name}'.{near} Known: {', '.join([*RESETS, *presets])}")], None
+        if fault := _unknown_method(name, modules):
+            return [("method", fault)], None
         method = RESETS[name]
-        own = given.pop("roles", None) if modules else None
+        own_roles = given.pop("roles", None) if modules else None
         try:
             # Lists are what YAML and JSON have; the schema's tuples are strict.
-            given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+            given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
             options = method.options.model_validate(given).model_dump()
         except ValidationError as error:
             return list(dict(_fault(e, method) for e in error.errors()).items()), None
         faults = [(key, why) for key in given if (why := method.ignores(key, options))]
-        roles, chosen = options.pop("roles"), {key: options.pop(key) for key in ("exclude", "include")}
-        when = condition(options.pop("when", None))
-        layers = "" if (numbers := options.pop("layers")) is None else str(numbers)
-        faults += [
-            (key, f"'{e}' is not a regular expression") for key in chosen for e in chosen[key] if not compiles(e)
-        ]
+        names = {key: options.pop(key) for key in ("exclude", "include")}
+        roles, when, numbers = options.pop("roles"), condition(options.pop("when", None)), options.pop("layers")
+        for key, patterns in names.items():
+            faults += [(key, f"'{text}' is not a regular expression") for text in patterns if not compiles(text)]
+        layers = "" if numbers is None else str(numbers)
         if numbers is not None and parse_layers(layers) is None:
             faults.append(("layers", f"'{layers}' is not allowed: give {LAYERS}"))
-        roles, patterns, why = _module_roles(own, method) if modules else (roles, (), "")
-        if modules and numbers is not None:
+        if numbers is not None and modules:
             faults.append(("layers", "counts the blocks of a language model: name modules with include=[…] instead"))
-        known = MODULE_MATRIX_ROLES if modules else MATRIX_ROLES
-        wrong = [r for r in roles if r not in known] if not patterns and not why else []
+        roles, role_patterns, why = _module_roles(own_roles, method) if modules else (roles, (), "")
+        matrix_roles = MODULE_MATRIX_ROLES if modules else MATRIX_ROLES
+        wrong = [role for role in roles if role not in matrix_roles] if not role_patterns and not why else []
         if why:
             faults.append(("roles", why))
         if method.matrices_only and wrong:
-            allowed = ", ".join(known)
+            allowed = ", ".join(matrix_roles)
             faults.append(("roles", f"'{name}' acts on matrices ({allowed}); {', '.join(wrong)} are not. Remove them"))
-        spec_ = cls(name, options, roles, **chosen, layers=layers, when=when, patterns=patterns)
-        return faults, None if faults else spec_
+        parsed = cls(name, options, roles, **names, layers=layers, when=when, patterns=role_patterns)
+        return faults, None if faults else parsed
 
     def without_effect(self) -> list[tuple[str, str]]:
         """Return the option that leaves a method nothing to do, as (key, message), in a list; empty where it acts.
@@ -165,9 +159,11 @@ class ResetSpec:
             return f"role {'/'.join(sorted(weight.roles))} is not among {', '.join(self.roles)}"
         if weight.buffer and (why := RESETS[self.method].leaves(weight.tensor)):
             return why
-        numbered = parse_layers(self.layers) or () if self.layers else ()
-        if self.layers and not any(n in numbers for numbers in numbered for n in layers_of(weight)):
-            return f"not in layers {self.layers}"
+        if self.layers:
+            chosen = parse_layers(self.layers) or ()
+            layers = layers_of(weight.role, weight.parameter, *weight.tied)
+            if not any(layer in numbers for numbers in chosen for layer in layers):
+                return f"not in layers {self.layers}"
         if self.include and not any(weight.found_by(e) for e in self.include):
             return f"found by no pattern of include ({', '.join(self.include)})"
         pattern = next((e for e in self.exclude if weight.found_by(e)), None)
@@ -180,14 +176,31 @@ class ResetSpec:
         method = RESETS[self.method]
         defaults = method.options()
         shown = [
-            f"{k} {v}" for k, v in self.read.items() if v != getattr(defaults, k) or (k in _ALWAYS_SHOWN and v != 1)
+            f"{key} {value}"
+            for key, value in self.read.items()
+            if value != getattr(defaults, key) or (key in _ALWAYS_SHOWN and value != 1)
         ]
         if self.roles not in (ROLES, MODULE_ROLES):
             shown.append(f"roles {' '.join(self.roles)}")
-        shown += [f"{k} {v if isinstance(v, str) else ' '.join(v)}" for k, v in self.selection.items()]
+        shown += [f"{key} {text if isinstance(text, str) else ' '.join(text)}" for key, text in self.selection.items()]
         shown += [f"when {name} by more than {number:g} nats" for name, number in (self.when or {}).items()]
         verdict = "" if self.found is None else ": applied" if self.found.applied else ": not applied"
         return ", ".join([self.method, *shown]) + verdict
+
+
+def _unknown_method(name: Any, modules: bool) -> str:
+    """Return why a name is no method's; empty where it is one."""
+    if name is None:
+        return f"missing; one of {', '.join(RESETS)}"
+    if isinstance(name, str) and name in PRESETS:
+        return (
+            f"'{name}' is a preset for any torch module, with options of its own: give its name alone, as in "
+            f"apply_reset(model, '{name}', layout='modules', initial=…)"
+        )
+    if isinstance(name, str) and name in RESETS:
+        return ""
+    near, presets = did_you_mean(str(name), [*RESETS, *PRESETS]), PRESETS if modules else ()
+    return f"unknown reset '{name}'.{near} Known: {', '.join([*RESETS, *presets])}"
 
 
 def _fault(error: Any, method: ResetMethod) -> tuple[str, str]:
@@ -242,10 +255,10 @@ def _module_roles(given: Any, method: ResetMethod) -> tuple[tuple[str, ...], tup
     return roles, (), "" if roles else "give one role at least"
 
 
-def _spelt_out(one: str | Mapping[str, Any] | ResetSpec) -> Iterable[str | Mapping[str, Any] | ResetSpec]:
+def _spelt_out(reset: str | Mapping[str, Any] | ResetSpec) -> Iterable[str | Mapping[str, Any] | ResetSpec]:
     """Return the resets of a preset, or the one reset that is given."""
-    name = one.get("method") if isinstance(one, Mapping) and len(one) == 1 else one
-    return PRESETS[name] if isinstance(name, str) and name in PRESETS else (one,)
+    name = reset.get("method") if isinstance(reset, Mapping) and len(reset) == 1 else reset
+    return PRESETS[name] if isinstance(name, str) and name in PRESETS else (reset,)
 
 
 def _several(resets: Any) -> list[Any]:
@@ -255,11 +268,11 @@ def _several(resets: Any) -> list[Any]:
         UserError: It is none, or holds what is no reset.
     """
     listed = [*resets] if isinstance(resets, Iterable) else [resets]
-    for one in listed:
-        if not isinstance(one, str | Mapping | ResetSpec):
+    for reset in listed:
+        if not isinstance(reset, str | Mapping | ResetSpec):
             raise UserError(
-                f"resets: {one!r} is not allowed: give a method's name, such as 'fire', {{'method': …, option: …}}, or "
-                "a list of these"
+                f"resets: {reset!r} is not allowed: give a method's name, such as 'fire', {{'method': …, option: …}}, "
+                "or a list of these"
             )
     return listed
 
@@ -286,9 +299,9 @@ def parse_resets(
             )
         specs = [ResetSpec.parse({"method": resets, **options}, modules=modules)]
     else:
-        many = [resets] if isinstance(resets, str | Mapping | ResetSpec) else _several(resets)
-        many = [part for one in many for part in _spelt_out(one)] if modules else many
-        specs = [ResetSpec.parse(r, modules=modules) for r in many]
+        given = [resets] if isinstance(resets, str | Mapping | ResetSpec) else _several(resets)
+        given = [part for reset in given for part in _spelt_out(reset)] if modules else given
+        specs = [ResetSpec.parse(reset, modules=modules) for reset in given]
     for spec in specs:
         strange = set(spec.roles) - set(MODULE_ROLES if modules else ROLES) and not (modules and spec.patterns)
         if strange or (spec.patterns and not modules):

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fire_llm import UserError, fire_
-from fire_llm.linalg import accelerated, curvature, stack_maps
+from fire_llm.linalg import accelerated, curvature, split_products, stack_maps
 from fire_llm.linalg import matmul as products
 from fire_llm.linalg import newton_schulz as paper_map
 from fire_llm.linalg import polar as projection
@@ -86,13 +86,13 @@ def stacks_as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def mapped(w: torch.Tensor, iterations: int = 5, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     out = torch.empty_like(w, memory_format=torch.contiguous_format)
-    paper_map._by_stacks(w, out, iterations, dtype, "matrix")
+    paper_map._write_maps(w, out, iterations, dtype, "matrix")
     return out
 
 
 def projected(w: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(w, memory_format=torch.contiguous_format)
-    projection._by_stacks(w, out, 1e-3, "matrix")
+    projection._write_polar_factors(w, out, 1e-3, "matrix")
     return out
 
 
@@ -153,7 +153,7 @@ def test_scales_steps_and_small_sides(iterations: int, scale: float) -> None:
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 3e-4), (torch.float16, 4e-5), (torch.float32, 3e-7)])
 def test_a_gaussian_stack_takes_one_polynomial_and_one_wait(dtype, bound: float, waits: Waits) -> None:
     n = 768
-    growth, end = paper_map._fixed(5, n, n, True)
+    growth, end = paper_map._gaussian_polynomial(5, n, n, True)
     t = torch.linspace(0, end, 999, dtype=torch.float64)
     s = t.sqrt()
     for _ in range(5):
@@ -161,7 +161,7 @@ def test_a_gaussian_stack_takes_one_polynomial_and_one_wait(dtype, bound: float,
     q = sum(c * t**power for power, c in enumerate(growth.coefficients))
     assert len(growth.coefficients) == 5 and not growth.centre and (q[1:] / (s / t.sqrt())[1:] - 1).abs().max() < 3e-7
     w = gaussian(1, n, n).float() * 0.02
-    accelerated.accumulates("cpu", dtype)
+    products.accumulates("cpu", dtype)
     with waits:
         x = mapped(w, 5, dtype)
     assert waits.count == 1, waits.seen
@@ -309,10 +309,10 @@ def test_squares_of_any_size_succeed_at_the_first_attempt(in_float64, monkeypatc
 
 def test_split_products_hold_22_bits() -> None:
     a, b = gaussian(1, 60, 5000).float() / 10, gaussian(1, 5000, 70, seed=1).float() / 10
-    found = accelerated.square_of(accelerated.split(a), accelerated.split(b))
+    found = split_products.product(split_products.split(a), split_products.split(b))
     assert distance(found, a.double() @ b.double()) < 3e-7
     base = gaussian(1, 60, 70).float()
-    more = accelerated.accumulate(base.clone(), accelerated.split(a), accelerated.split(b), alpha=-2, beta=3)
+    more = split_products.accumulate(base.clone(), split_products.split(a), split_products.split(b), alpha=-2, beta=3)
     assert distance(more, 3 * base.double() - 2 * (a.double() @ b.double())) < 3e-7
 
 
@@ -330,7 +330,7 @@ def test_the_short_composition_does_what_is_said_of_it() -> None:
 @pytest.mark.parametrize("shape", [(6, 200, 200), (3, 300, 150)])
 def test_a_stack_costs_one_wait_or_two(shape, waits: Waits) -> None:
     w = gaussian(*shape).float() * 0.02
-    accelerated.accumulates("cpu", torch.float16)
+    products.accumulates("cpu", torch.float16)
     with waits:
         mapped(w, 5, torch.float32)
     assert waits.count == 1, waits.seen

@@ -617,6 +617,35 @@ def register_fancy() -> None:
     register_layout("FancyExperts", "down_proj", **stack)
 
 
+def test_a_size_is_read_off_the_block_by_a_function_or_by_the_name_of_an_attribute() -> None:
+    register_fancy()
+    model = FancyModel()
+    expected = [(m.name, m.spec) for m in logical_matrices(model)]
+    parts = tuple((name, "width") for name in "qkv")
+    register_layout("FancyAttention", "query_key_value", role="attention", parts=parts, groups="heads")
+    register_layout(
+        "FancyExperts",
+        "gate_up_proj",
+        role="mlp",
+        parts=("gate", "up"),
+        groups="down_proj.ndim",  # 3, and so a mistake
+        orientation="in_first",
+        stack="num_experts",
+    )
+    with pytest.raises(UserError, match=r"its layout says 3 × \[gate: equal share \+ up: equal share\]"):
+        list(logical_matrices(model))
+    register_layout(
+        "FancyExperts",
+        "gate_up_proj",
+        role="mlp",
+        parts=("gate", "up"),
+        groups=4,
+        orientation="in_first",
+        stack="num_experts",
+    )
+    assert [(m.name, m.spec) for m in logical_matrices(model)] == expected
+
+
 def test_a_registered_family_is_cut_as_its_forward_pass_says() -> None:
     torch.manual_seed(0)
     model = FancyModel()

@@ -804,3 +804,37 @@ def test_a_class_registered_for_causal_language_models_is_none_of_the_unknown(
     AutoModelForCausalLM.register(MyConfig, MyForCausalLM)
     src = prepared(saved, tmp_path, spoil=settings(model_type="my-llama", architectures=["MyForCausalLM"]))
     assert main(["apply", str(src), str(tmp_path / "dst")]) == 0
+
+
+def test_a_module_called_base_layer_is_no_adapter(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """PEFT calls so what an adapter is added to; a model that has such a module itself may be reset."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, LlamaConfig, LlamaForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    class OwnConfig(LlamaConfig):
+        model_type = "own-llama"
+
+    class OwnForCausalLM(LlamaForCausalLM):
+        config_class = OwnConfig
+
+        def __init__(self, config: OwnConfig) -> None:
+            super().__init__(config)
+            self.model.base_layer = torch.nn.LayerNorm(config.hidden_size)
+
+    for register in (CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+        monkeypatch.setattr(register, "_extra_content", {})
+    AutoConfig.register("own-llama", OwnConfig)
+    AutoModelForCausalLM.register(OwnConfig, OwnForCausalLM)
+
+    def add_norm(stored: dict[str, Tensor]) -> None:
+        stored.update({f"model.base_layer.{name}": torch.ones(32) for name in ("weight", "bias")})
+
+    own = settings(model_type="own-llama", architectures=["OwnForCausalLM"])
+    src = prepared(saved, tmp_path, spoil=both(own, weights(add_norm)))
+    assert main(["apply", str(src), str(tmp_path / "dst")]) == 0
+    assert "14 tensors touched" in capsys.readouterr().out
+    assert "model.base_layer.weight" in load_file(tmp_path / "dst" / WEIGHTS)
+    lone = prepared(saved, tmp_path / "lone", spoil=weights(lambda s: s.update({"x.base_layer.weight": torch.ones(3)})))
+    assert main(["apply", str(lone), str(tmp_path / "lone-dst")]) == 0  # no weight of the model is missing

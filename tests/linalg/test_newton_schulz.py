@@ -463,8 +463,8 @@ def test_the_polynomials_stand_for_the_steps_on_their_intervals(steps: int) -> N
 
 @pytest.mark.parametrize(("bound", "degree"), [(1e-3, 2), (0.0133, 4), (0.05, 8), (0.19, 12), (0.5, None), (1, None)])
 def test_five_steps_take_the_least_degree_that_their_spectrum_allows(bound: float, degree: int | None) -> None:
-    found = paper_map._polynomial_of(5, bound)
-    assert (found and len(found.coefficients) - 1) == degree and paper_map._polynomial_of(5, math.nan) is None
+    found = paper_map._polynomial_for(5, bound)
+    assert (found and len(found.coefficients) - 1) == degree and paper_map._polynomial_for(5, math.nan) is None
 
 
 @pytest.mark.parametrize("iterations", [0, 1, 5, 9])
@@ -519,7 +519,7 @@ def test_the_rational_function_is_right_or_says_that_it_may_not_be(shape, condit
     u, _, vh = svd(w)
     q = torch.from_numpy(u @ vh)
     tall = shape[0] > shape[1]
-    found = projection._rational((w.mT if tall else w)[None], 1e-3)
+    found = projection._by_rational_function((w.mT if tall else w)[None], 1e-3)
     assert (found is not None) == certain
     if found is not None:
         assert distance(found[0].mT if tall else found[0], q) < 1e-3
@@ -530,7 +530,7 @@ def test_the_rational_function_refuses_what_has_no_inverse() -> None:
     singular = gaussian(150, 400)
     singular[7] = singular[3]
     for w in (singular, torch.zeros(150, 400), gaussian(150, 1) * torch.logspace(0, -40, 400, dtype=torch.float64)):
-        assert projection._rational(w.float()[None], 1e-3) is None
+        assert projection._by_rational_function(w.float()[None], 1e-3) is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -400,3 +400,29 @@ def test_injection_refuses_what_it_cannot_draw():
     model = nn.ModuleDict({"head": nn.ReLU()})
     with pytest.raises(UserError, match="'head' cannot be drawn again: it has no parameters"):
         inject_plasticity_(model, "head")
+
+
+def test_an_optimizer_is_held_against_the_model_once() -> None:
+    class Watched(torch.optim.SGD):
+        """Count how often its parameters are looked at."""
+
+        looks = 0
+
+        @property
+        def param_groups(self):
+            Watched.looks += 1
+            return self._groups
+
+        @param_groups.setter
+        def param_groups(self, groups) -> None:
+            self._groups = groups
+
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    recycling = Recycling(model, "redo", hidden=[("0", "2")], every=100)
+    optimizer = Watched(model.parameters(), lr=0.1)
+    Watched.looks = 0
+    for _ in range(3):
+        recycling.step(optimizer)
+    assert Watched.looks == 1
+    with pytest.raises(UserError, match="it trains none of the weights"):
+        recycling.step(torch.optim.SGD(nn.Linear(2, 2).parameters()))

@@ -6,23 +6,20 @@ before what it multiplies.
 
 from __future__ import annotations
 
-from fire_llm.architectures.grammar import entries, merge
+from fire_llm.architectures.grammar import classes, entries, merge
 
 _BERT_LIKE = """
 Canine ConvBert LayoutLM LayoutLMv3 Lilt Longformer Luke MarkupLM MobileBert Mra Nystromformer Tapas Yoso
 """
 
 
-def _of(prefixes: str, name: str) -> str:
-    """Return the class names that begin with each of some prefixes and end alike."""
-    return " ".join(prefix + name for prefix in prefixes.split())
-
-
 TABLE = merge(
-    entries("attention", "query key value", f"AlbertAttention {_of(_BERT_LIKE, 'SelfAttention')}"),
-    entries("attention", "dense", f"AlbertAttention {_of(_BERT_LIKE, 'SelfOutput')}"),
+    entries("attention", "query key value", f"AlbertAttention {classes(_BERT_LIKE, 'SelfAttention')}"),
+    entries("attention", "dense", f"AlbertAttention {classes(_BERT_LIKE, 'SelfOutput')}"),
     entries(
-        "mlp", "dense", f"{_of(_BERT_LIKE, 'Intermediate')} {_of(_BERT_LIKE, 'Output')} FNetIntermediate FNetOutput"
+        "mlp",
+        "dense",
+        f"{classes(_BERT_LIKE, 'Intermediate')} {classes(_BERT_LIKE, 'Output')} FNetIntermediate FNetOutput",
     ),
     entries("mlp", "ffn ffn_output", "AlbertLayer"),
     # Of positions on a page, of entities, and of the tokens that all others look at.
@@ -36,13 +33,7 @@ TABLE = merge(
     entries("mlp", "lin1 lin2", "FFN"),
     entries("attention", "q k v o", "MPNetSelfAttention"),
     entries("mlp", "dense", "MPNetIntermediate MPNetOutput"),
-    entries(
-        "attention",
-        "in_proj",
-        "DisentangledSelfAttention",
-        parts=("q", "k", "v"),
-        groups=lambda attention: attention.num_attention_heads,
-    ),
+    entries("attention", "in_proj", "DisentangledSelfAttention", parts=("q", "k", "v"), groups="num_attention_heads"),
     # DeBERTa calls them pos_proj and pos_q_proj, its second version pos_key_proj and pos_query_proj: of positions.
     entries(
         "attention",

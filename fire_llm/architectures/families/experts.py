@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from fire_llm.architectures.grammar import Part, entries, merge
+from fire_llm.architectures.grammar import entries, merge
 
 TYPES = ""
 
@@ -21,46 +19,28 @@ Qwen3_5MoeExperts Qwen4ExpTextExperts SolarOpenExperts ZayaExperts
 """
 
 
-def _experts(experts: Any) -> int:
-    return int(experts.num_experts)
-
-
 # The sizes are spelt out, so that a class which comes to store the axes the other way round is refused.
-def _gate_up(experts: Any) -> tuple[Part, ...]:
-    return Part("gate", experts.intermediate_dim), Part("up", experts.intermediate_dim)
-
-
-def _up(experts: Any) -> tuple[Part, ...]:
-    return (Part("", experts.intermediate_dim),)
-
-
-def _down(experts: Any) -> tuple[Part, ...]:
-    return (Part("", experts.hidden_dim),)
-
-
-def _down_to_hidden_size(experts: Any) -> tuple[Part, ...]:
-    return (Part("", experts.hidden_size),)
-
-
-def _routed(mixture: Any) -> int:
-    return int(mixture.router.num_experts)
+GATE_UP = (("gate", "intermediate_dim"), ("up", "intermediate_dim"))
+DOWN = (("", "hidden_dim"),)
+DOWN_TO_HIDDEN_SIZE = (("", "hidden_size"),)
+JET_MOE = {"stack": "router.num_experts", "module_class": "JetMoeParallelExperts"}
 
 
 TABLE = merge(
-    entries("mlp", "gate_up_proj", STACKED, parts=_gate_up, stack=_experts),
-    entries("mlp", "down_proj", STACKED, parts=_down, stack=_experts),
+    entries("mlp", "gate_up_proj", STACKED, parts=GATE_UP, stack="num_experts"),
+    entries("mlp", "down_proj", STACKED, parts=DOWN, stack="num_experts"),
     # No gate; the latent that the experts read may be narrower than the model.
-    entries("mlp", "up_proj", "NemotronHExperts", parts=_up, stack=_experts),
-    entries("mlp", "down_proj", "NemotronHExperts", stack=_experts),
+    entries("mlp", "up_proj", "NemotronHExperts", parts=(("", "intermediate_dim"),), stack="num_experts"),
+    entries("mlp", "down_proj", "NemotronHExperts", stack="num_experts"),
     # Stored (in, out).
-    entries("mlp", "gate_up_proj", "AriaExperts", parts=_gate_up, stack=_experts, orientation="in_first"),
-    entries("mlp", "down_proj", "AriaExperts", parts=_down, stack=_experts, orientation="in_first"),
+    entries("mlp", "gate_up_proj", "AriaExperts", parts=GATE_UP, stack="num_experts", orientation="in_first"),
+    entries("mlp", "down_proj", "AriaExperts", parts=DOWN, stack="num_experts", orientation="in_first"),
     entries(
         "mlp",
         "gate_up_proj",
         "Llama4TextExperts",
-        parts=lambda experts: (Part("gate", experts.expert_dim), Part("up", experts.expert_dim)),
-        stack=_experts,
+        parts=(("gate", "expert_dim"), ("up", "expert_dim")),
+        stack="num_experts",
         orientation="in_first",
     ),
     # Gate and up take turns.
@@ -69,16 +49,16 @@ TABLE = merge(
         "gate_up_proj",
         "GptOssExperts",
         parts=(("gate", 1), ("up", 1)),
-        groups=lambda experts: experts.intermediate_size,
-        stack=_experts,
+        groups="intermediate_size",
+        stack="num_experts",
         orientation="in_first",
     ),
     entries(
         "mlp",
         "down_proj",
         "GptOssExperts Llama4TextExperts",
-        parts=_down_to_hidden_size,
-        stack=_experts,
+        parts=DOWN_TO_HIDDEN_SIZE,
+        stack="num_experts",
         orientation="in_first",
     ),
     entries("bias", "gate_up_proj_bias down_proj_bias", "GptOssExperts"),
@@ -87,33 +67,29 @@ TABLE = merge(
         "mlp",
         "gate_up_proj",
         "LongcatFlashExperts",
-        parts=lambda experts: (Part("gate", experts.intermediate_size), Part("up", experts.intermediate_size)),
-        stack=lambda experts: experts.total_experts,
+        parts=(("gate", "intermediate_size"), ("up", "intermediate_size")),
+        stack="total_experts",
     ),
-    entries(
-        "mlp",
-        "down_proj",
-        "LongcatFlashExperts",
-        parts=_down_to_hidden_size,
-        stack=lambda experts: experts.num_routed_experts,
-    ),
+    entries("mlp", "down_proj", "LongcatFlashExperts", parts=DOWN_TO_HIDDEN_SIZE, stack="num_routed_experts"),
     # Blocks of rows in a 2-D parameter; w2 is used without a transpose.
-    entries("mlp", "w1 v1", "DbrxExpertGLU", stack=lambda experts: experts.moe_num_experts),
-    entries("mlp", "w2", "DbrxExpertGLU", stack=lambda experts: experts.moe_num_experts, orientation="in_first"),
-    entries("mlp", "gate_proj up_proj down_proj", "InklingSharedExperts", stack=lambda shared: shared.n_shared_experts),
+    entries("mlp", "w1 v1", "DbrxExpertGLU", stack="moe_num_experts"),
+    entries("mlp", "w2", "DbrxExpertGLU", stack="moe_num_experts", orientation="in_first"),
+    entries("mlp", "gate_proj up_proj down_proj", "InklingSharedExperts", stack="n_shared_experts"),
     # JetMoE's attention has experts as well: each has its own q (in) and o (out), all share k and v.
     entries(
-        "attention", "input_linear output_linear", "JetMoeMoA", stack=_routed, module_class="JetMoeParallelExperts"
+        "attention",
+        "input_linear output_linear",
+        "JetMoeMoA",
+        **JET_MOE,
     ),
     entries(
         "mlp",
         "input_linear",
         "JetMoeMoE",
-        parts=lambda mixture: (Part("gate", mixture.hidden_size), Part("up", mixture.hidden_size)),
-        stack=_routed,
-        module_class="JetMoeParallelExperts",
+        parts=(("gate", "hidden_size"), ("up", "hidden_size")),
+        **JET_MOE,
     ),
-    entries("mlp", "output_linear", "JetMoeMoE", stack=_routed, module_class="JetMoeParallelExperts"),
+    entries("mlp", "output_linear", "JetMoeMoE", **JET_MOE),
     entries(
         "router",
         "gate",

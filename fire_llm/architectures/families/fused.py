@@ -48,27 +48,9 @@ def _bigcode_parts(attention: Any) -> tuple[Part, ...]:
 
 
 TABLE = merge(
-    entries(
-        "attention",
-        "query_key_value",
-        "BloomAttention PersimmonAttention",
-        parts=QKV,
-        groups=lambda attention: attention.num_heads,
-    ),
-    entries(
-        "attention",
-        "query_key_value",
-        "GPTNeoXAttention",
-        parts=QKV,
-        groups=lambda attention: attention.config.num_attention_heads,
-    ),
-    entries(
-        "attention",
-        "query_key_value",
-        "GPTNeoXJapaneseAttention",
-        parts=QKV,
-        groups=lambda attention: attention.num_attention_heads,
-    ),
+    entries("attention", "query_key_value", "BloomAttention PersimmonAttention", parts=QKV, groups="num_heads"),
+    entries("attention", "query_key_value", "GPTNeoXAttention", parts=QKV, groups="config.num_attention_heads"),
+    entries("attention", "query_key_value", "GPTNeoXJapaneseAttention", parts=QKV, groups="num_attention_heads"),
     entries("attention", "dense", "BloomAttention GPTNeoXAttention GPTNeoXJapaneseAttention PersimmonAttention"),
     entries("mlp", "dense_h_to_4h dense_4h_to_h", "BloomMLP GPTNeoXMLP GPTNeoXJapaneseMLP PersimmonMLP"),
     entries(

@@ -14,10 +14,8 @@ BambaMixer FalconH1Mixer GraniteMoeHybridMambaLayer Mamba2Mixer NemotronHMamba2M
 """
 
 
-def _step_parts(mixer: Any) -> tuple[Part, ...]:
-    """List what Mamba-1 computes from its input: step size, B and C."""
-    state = mixer.ssm_state_size
-    return Part("dt", mixer.time_step_rank), Part("B", state), Part("C", state)
+# What Mamba-1 computes from its input: step size, B and C.
+STEP = (("dt", "time_step_rank"), ("B", "ssm_state_size"), ("C", "ssm_state_size"))
 
 
 def _mamba2_parts(mixer: Any) -> tuple[Part, ...]:
@@ -28,21 +26,15 @@ def _mamba2_parts(mixer: Any) -> tuple[Part, ...]:
 
 TABLE = merge(
     entries("ssm", "in_proj", MAMBA1, parts=("x", "z")),
-    entries("ssm", "x_proj", MAMBA1, parts=_step_parts),
+    entries("ssm", "x_proj", MAMBA1, parts=STEP),
     entries("ssm", "out_proj", MAMBA1),
     entries("other", "conv1d dt_proj A_log", MAMBA1),
     entries("ssm", "in_proj", MAMBA2, parts=_mamba2_parts),
     entries("ssm", "out_proj", MAMBA2),
     entries("other", "conv1d", MAMBA2),
     # Zamba's Mamba-1 has heads: x_proj is a stack of them, and the rows of in_proj alternate between x and z.
-    entries(
-        "ssm",
-        "in_proj",
-        "ZambaMambaMixer",
-        parts=(("x", 1), ("z", 1)),
-        groups=lambda mixer: mixer.intermediate_size,
-    ),
-    entries("ssm", "x_proj_weight", "ZambaMambaMixer", parts=_step_parts, stack=lambda mixer: mixer.n_mamba_heads),
+    entries("ssm", "in_proj", "ZambaMambaMixer", parts=(("x", 1), ("z", 1)), groups="intermediate_size"),
+    entries("ssm", "x_proj_weight", "ZambaMambaMixer", parts=STEP, stack="n_mamba_heads"),
     entries("ssm", "out_proj", "ZambaMambaMixer"),
     entries("other", "conv1d dt_proj_weight A_log D", "ZambaMambaMixer"),
     entries("bias", "dt_proj_bias", "ZambaMambaMixer"),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from fire_llm.architectures.grammar import Part, entries, merge
+from fire_llm.architectures.grammar import entries, merge
 
 TYPES = """
 axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 dots3_note dots3_note_text glm4_moe_lite glm_moe_dsa hy_v4
@@ -18,31 +16,27 @@ MiniCPM3Attention YoutuAttention
 """
 
 
-def _latent(attention: Any) -> tuple[Part, ...]:
-    """List the latent, and beside it the one rotary key that all heads share."""
-    return Part("kv_latent", attention.kv_lora_rank), Part("k_rope", attention.qk_rope_head_dim)
-
-
-def _expanded(attention: Any) -> tuple[Part, ...]:
-    """List what a head expands the latent to."""
-    return Part("k_nope", attention.qk_nope_head_dim), Part("v", attention.v_head_dim)
-
-
-def _query_gate(attention: Any) -> tuple[Part, ...]:
-    """List a head's query and the gate of its output."""
-    return Part("q", attention.qk_head_dim), Part("gate", attention.v_head_dim)
-
-
-def _heads(attention: Any) -> int:
-    return int(attention.num_heads)
-
+LATENT = (("kv_latent", "kv_lora_rank"), ("k_rope", "qk_rope_head_dim"))  # the latent, and a rotary key for all heads
+EXPANDED = (("k_nope", "qk_nope_head_dim"), ("v", "v_head_dim"))  # what a head expands the latent to
+QUERY_GATE = (("q", "qk_head_dim"), ("gate", "v_head_dim"))  # a head's query and the gate of its output
 
 TABLE = merge(
     # A query latent is optional: q_proj without one, q_a_proj and q_b_proj with one.
     entries("attention", "q_proj q_a_proj q_b_proj o_proj", CLASSES),
-    entries("attention", "kv_a_proj_with_mqa", CLASSES, parts=_latent),
-    entries("attention", "kv_b_proj", CLASSES, parts=_expanded, groups=_heads),
-    entries("attention", "q_gate_proj", "AXK2Attention", parts=_query_gate, groups=_heads),
+    entries(
+        "attention",
+        "kv_a_proj_with_mqa",
+        CLASSES,
+        parts=(("kv_latent", "kv_lora_rank"), ("k_rope", "qk_rope_head_dim")),
+    ),
+    entries(
+        "attention",
+        "kv_b_proj",
+        CLASSES,
+        parts=(("k_nope", "qk_nope_head_dim"), ("v", "v_head_dim")),
+        groups="num_heads",
+    ),
+    entries("attention", "q_gate_proj", "AXK2Attention", parts=QUERY_GATE, groups="num_heads"),
     # As wide as the values: the output gate.
     entries("attention", "gate_proj", "HYV4Attention"),
     # One number a head.
@@ -53,7 +47,7 @@ TABLE = merge(
         "attention",
         "o_a_proj",
         "DeepseekV4Attention",
-        stack=lambda attention: attention.o_a_proj.n_groups,
+        stack="o_a_proj.n_groups",
         module_class="DeepseekV4GroupedLinear",
     ),
     entries(

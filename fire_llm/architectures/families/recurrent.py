@@ -16,14 +16,10 @@ GATED_QUERY = "Qwen3NextAttention Qwen3_5Attention Qwen3_5MoeAttention Qwen4ExpT
 SHORT_CONV = "Lfm2MoeShortConv Lfm2ShortConv Lfm3ShortConv"
 
 
-def _query_gate(attention: Any) -> tuple[Part, ...]:
-    """List a head's query and the gate of its output."""
-    return Part("q", attention.head_dim), Part("gate", attention.head_dim)
-
-
-def _delta_parts(mixer: Any) -> tuple[Part, ...]:
-    """List q, k and v, each for all heads."""
-    return Part("q", mixer.key_dim), Part("k", mixer.key_dim), Part("v", mixer.value_dim)
+# A head's query and the gate of its output; q, k and v, each for all heads; q, k, v and the output gate.
+QUERY_GATE = (("q", "head_dim"), ("gate", "head_dim"))
+DELTA = (("q", "key_dim"), ("k", "key_dim"), ("v", "value_dim"))
+XLSTM = (("q", "qk_dim"), ("k", "qk_dim"), ("v", "v_dim"), ("ogate", "v_dim"))
 
 
 def _delta_parts_of_a_head(mixer: Any) -> tuple[Part, ...]:
@@ -32,37 +28,16 @@ def _delta_parts_of_a_head(mixer: Any) -> tuple[Part, ...]:
     return Part("q", mixer.head_k_dim), Part("k", mixer.head_k_dim), Part("v", values), Part("z", values)
 
 
-def _xlstm_parts(layer: Any) -> tuple[Part, ...]:
-    """List q, k, v and the output gate."""
-    return Part("q", layer.qk_dim), Part("k", layer.qk_dim), Part("v", layer.v_dim), Part("ogate", layer.v_dim)
-
-
-def _lru_heads(unit: Any) -> int:
-    return int(unit.num_attention_heads)
-
-
 TABLE = merge(
     # Gated delta nets, from Qwen.
-    entries("ssm", "in_proj_qkv", GATED_DELTA, parts=_delta_parts),
+    entries("ssm", "in_proj_qkv", GATED_DELTA, parts=DELTA),
     entries("ssm", "in_proj_z out_proj", GATED_DELTA),
-    entries(
-        "ssm",
-        "in_proj_qkvz",
-        "Qwen3NextGatedDeltaNet",
-        parts=_delta_parts_of_a_head,
-        groups=lambda mixer: mixer.num_k_heads,
-    ),
+    entries("ssm", "in_proj_qkvz", "Qwen3NextGatedDeltaNet", parts=_delta_parts_of_a_head, groups="num_k_heads"),
     entries("ssm", "out_proj", "Qwen3NextGatedDeltaNet"),
     # One number a head, and a depthwise convolution.
     entries("other", "in_proj_a in_proj_b conv1d", GATED_DELTA),
     entries("other", "in_proj_ba conv1d", "Qwen3NextGatedDeltaNet"),
-    entries(
-        "attention",
-        "q_proj",
-        GATED_QUERY,
-        parts=_query_gate,
-        groups=lambda attention: attention.config.num_attention_heads,
-    ),
+    entries("attention", "q_proj", GATED_QUERY, parts=QUERY_GATE, groups="config.num_attention_heads"),
     entries("attention", "k_proj v_proj o_proj", GATED_QUERY),
     entries("other", "index_qk_proj", "Qwen4ExpTextQSAIndexer"),
     entries("other", "input_mix_weight_down input_mix_weight_up block_inject_weight", "Qwen4ExpTextGatedResidual"),
@@ -74,13 +49,7 @@ TABLE = merge(
     entries("other", "f_proj", "BailingHybridForgetGate"),
     entries("ssm", "q_proj k_proj v_proj g_a_proj g_b_proj o_proj", "KimiLinearDeltaAttention"),
     entries("other", "f_a_proj f_b_proj A_log", "KimiLinearForgetGate"),
-    entries(
-        "ssm",
-        "qkv_proj",
-        "MiniMaxLightningAttention",
-        parts=("q", "k", "v"),
-        groups=lambda attention: attention.num_attention_heads,
-    ),
+    entries("ssm", "qkv_proj", "MiniMaxLightningAttention", parts=("q", "k", "v"), groups="num_attention_heads"),
     entries("ssm", "output_gate out_proj", "MiniMaxLightningAttention"),
     entries("ssm", "in_proj", SHORT_CONV, parts=("B", "C", "x")),
     entries("ssm", "out_proj", SHORT_CONV),
@@ -90,7 +59,7 @@ TABLE = merge(
         "ssm",
         "input_gate_weight recurrent_gate_weight",
         "RecurrentGemmaRglru",
-        stack=_lru_heads,
+        stack="num_attention_heads",
         orientation="in_first",
     ),
     entries("bias", "input_gate_bias recurrent_gate_bias", "RecurrentGemmaRglru"),
@@ -119,7 +88,7 @@ TABLE = merge(
     entries("other", "time_mix_key time_mix_receptance", "RwkvFeedForward"),
     # weight_mode "single", then "fused".
     entries("ssm", "q k v ogate_preact out_proj", "xLSTMLayer"),
-    entries("ssm", "qkv_opreact", "xLSTMLayer", parts=_xlstm_parts),
+    entries("ssm", "qkv_opreact", "xLSTMLayer", parts=XLSTM),
     entries("other", "igate_preact fgate_preact ifgate_preact", "xLSTMLayer"),
     entries("mlp", "proj_up_gate proj_up proj_down", "xLSTMFeedForward"),
     entries("mlp", "proj_up_gate_z", "xLSTMFeedForward", parts=("gate", "up")),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fire_llm.architectures.grammar import entries, merge
+from fire_llm.architectures.grammar import classes, entries, merge
 
 CONV: dict[str, Any] = {"kernel": True, "module_class": "Conv2d"}
 
@@ -18,14 +18,9 @@ _BERT_LIKE = "Cvt Data2VecVision DonutSwin MobileViT Swinv2"
 _PATCHES = f"{_PLAIN} Data2VecVision DonutSwin FocalNet Hiera Swinv2"
 
 
-def _of(prefixes: str, name: str) -> str:
-    """Return the class names that begin with each of some prefixes and end alike."""
-    return " ".join(prefix + name for prefix in prefixes.split())
-
-
 TABLE = merge(
-    entries("attention", "q_proj k_proj v_proj o_proj", f"{_of(_PLAIN, 'Attention')} SegformerAttention"),
-    entries("mlp", "fc1 fc2", _of(_PLAIN, "MLP")),
+    entries("attention", "q_proj k_proj v_proj o_proj", f"{classes(_PLAIN, 'Attention')} SegformerAttention"),
+    entries("mlp", "fc1 fc2", classes(_PLAIN, "MLP")),
     entries("mlp", "gate_proj up_proj down_proj", "Dinov2SwiGLUFFN Dinov2WithRegistersSwiGLUFFN"),
     entries("mlp", "fc1 fc2", "SegformerMixMLP HieraMlp FocalNetMlp"),
     entries("mlp", "dense1 dense2", "PvtFFN PvtV2ConvFeedForwardNetwork"),
@@ -38,9 +33,9 @@ TABLE = merge(
         """,
     ),
     entries("attention", "projection_query projection_key projection_value", "CvtSelfAttention"),
-    entries("attention", "dense", f"{_of(_BERT_LIKE, 'SelfOutput')} PvtSelfOutput"),
+    entries("attention", "dense", f"{classes(_BERT_LIKE, 'SelfOutput')} PvtSelfOutput"),
     entries("attention", "proj", "PvtV2SelfAttention"),
-    entries("mlp", "dense", f"{_of(_BERT_LIKE, 'Intermediate')} {_of(_BERT_LIKE, 'Output')}"),
+    entries("mlp", "dense", f"{classes(_BERT_LIKE, 'Intermediate')} {classes(_BERT_LIKE, 'Output')}"),
     # (3, heads, head width) on the out axis.
     entries("attention", "qkv", "HieraMaskUnitAttention", parts=("q", "k", "v")),
     entries("attention", "proj", "HieraMaskUnitAttention"),
@@ -58,13 +53,13 @@ TABLE = merge(
     entries("mlp", "pwconv1 pwconv2", "ConvNextLayer ConvNextV2Layer"),
     # The first convolution of a ResNet is one of its layers; ConvNeXt cuts patches.
     entries("embedding", "patch_embeddings", "ConvNextEmbeddings ConvNextV2Embeddings"),
-    entries("embedding", "projection", f"{_of(_PATCHES, 'PatchEmbeddings')} PvtPatchEmbeddings"),
+    entries("embedding", "projection", f"{classes(_PATCHES, 'PatchEmbeddings')} PvtPatchEmbeddings"),
     entries("embedding", "projection", "CvtConvEmbeddings PoolFormerEmbeddings"),
     entries("embedding", "proj", "SegformerOverlapPatchEmbeddings PvtV2OverlapPatchEmbeddings"),
     entries(
         "embedding",
         "cls_token mask_token position_embeddings distillation_token register_tokens",
-        _of(_PATCHES, "Embeddings"),
+        classes(_PATCHES, "Embeddings"),
     ),
     entries("embedding", "cls_token position_embeddings", "PvtPatchEmbeddings"),
     entries("embedding", "cls_token", "CvtStage"),
