@@ -8,7 +8,7 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +107,11 @@ class FileParts:
     validation: tuple[Path, ...]
     spec: CorpusSpec
     holdout: float
-    kind: str = "files"
+
+    def settings(self) -> CorpusSpec:
+        """Return the settings with the files that were found."""
+        files = {"files": [*map(str, self.train)], "validation": [*map(str, self.validation)] or None}
+        return self.spec.model_copy(update=files)
 
     def _paths(self, split: str) -> tuple[Path, ...]:
         return self.validation if self.validation and split == "validation" else self.train
@@ -130,38 +134,22 @@ class FileParts:
             else:
                 yield from cut_lines(path, document, step)
 
-    def read(self, split: str, part: list[Range] | None = None) -> Iterator[str]:
-        """Yield the documents of a split, or of a part of it."""
-        texts = read_files(self.name, [*map(Range, self._paths(split))] if part is None else part, self.spec)
+    def read(self, split: str, part: Sequence[Range] | None = None) -> Iterator[str]:
+        """Yield the documents of a split, or of a part of it; plain data that a part was written as serves too."""
+        part = [*map(Range, self._paths(split))] if part is None else part
+        ranges = [Range(Path(path), start, stop) for path, start, stop in part]
+        texts = read_files(self.name, ranges, self.spec)
         if self.validation:
             return texts
         return (text for text in texts if held_out(text, self.holdout) == (split == "validation"))
 
-    def files(self, part: list[Range]) -> list[Path]:
-        """Return the files that a part is of."""
-        return [each.path for each in part]
+    def files(self, part: Sequence[Range]) -> list[Path]:
+        """Return the files of a part."""
+        return [Path(path) for path, *_ in part]
 
-    def cut(self, part: list[Range]) -> list[Any]:
+    def cut(self, part: Sequence[Range]) -> list[Any]:
         """Return the ranges of a part, without the files' names."""
-        return [[each.start, each.stop] for each in part]
-
-    def described(self) -> dict[str, Any]:
-        """Return it as plain data."""
-        return {
-            "name": self.name, "train": [*map(str, self.train)], "validation": [*map(str, self.validation)],
-            "spec": self.spec.model_dump(), "holdout": self.holdout,
-        }  # fmt: skip
-
-    @classmethod
-    def restored(cls, described: Mapping[str, Any]) -> FileParts:
-        """Return what was `described`."""
-        train, validation = (tuple(map(Path, described[split])) for split in ("train", "validation"))
-        return cls(described["name"], train, validation, CorpusSpec(**described["spec"]), described["holdout"])
-
-    @staticmethod
-    def part(described: list[Any]) -> list[Range]:
-        """Return a part that was written as JSON."""
-        return [Range(Path(path), start, stop) for path, start, stop in described]
+        return [ends for _, *ends in part]
 
 
 def _token_corpus(name: str, spec: CorpusSpec, train: list[Path], validation: list[Path]) -> Corpus:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,18 +43,19 @@ class HubParts:
     Attributes:
         name: of the corpus.
         spec: its settings.
-        revision: commit that is read, in a process that another one started; None: the one of `spec`.
     """
 
     name: str
     spec: CorpusSpec
-    revision: str | None = None
-    kind: str = "hub"
+
+    def settings(self) -> CorpusSpec:
+        """Return the settings with the commit that this process reads."""
+        return self.spec.model_copy(update={"revision": self._pinned})
 
     @cached_property
     def _pinned(self) -> str | None:
         """The commit that is read from the first part to the last, where the Hub can be asked for one."""
-        given = self.revision or self.spec.revision
+        given = self.spec.revision
         if Path(str(self.spec.dataset)).exists() or re.fullmatch("[0-9a-f]{40}", given or ""):
             return given
         settle_hub()
@@ -133,20 +134,6 @@ class HubParts:
     def cut(self, part: Sequence[int]) -> list[Any]:
         """Return what a part is of."""
         return [*part, self._pinned]
-
-    def described(self) -> dict[str, Any]:
-        """Return it as plain data."""
-        return {"name": self.name, "spec": self.spec.model_dump(), "revision": self._pinned}
-
-    @classmethod
-    def restored(cls, described: Mapping[str, Any]) -> HubParts:
-        """Return what was `described`."""
-        return cls(described["name"], CorpusSpec(**described["spec"]), described["revision"])
-
-    @staticmethod
-    def part(described: list[Any]) -> list[int]:
-        """Return a part that was written as JSON."""
-        return described
 
 
 def _load(name: str, spec: CorpusSpec, revision: str | None) -> Any:

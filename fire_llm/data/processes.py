@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,20 +29,18 @@ from fire_llm.core.errors import UserError
 from fire_llm.core.locks import held
 from fire_llm.core.signals import end_with
 from fire_llm.data.cache import refuse_changed
+from fire_llm.data.corpora import CorpusSpec, resolve
 from fire_llm.data.encode import Encoder
-from fire_llm.data.files import FileParts
-from fire_llm.data.hub import HubParts
 from fire_llm.data.spec import TextParts, not_blank
 from fire_llm.data.writing import META, write_tokens
 
 MANIFEST = "manifest.json"
-_KINDS: dict[str, Any] = {"files": FileParts, "hub": HubParts}
 _PROGRAM = (
     "import sys, os; sys.path[:] = sys.argv.pop(1).split(os.pathsep); "
     "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-    "from fire_llm.data.processes import main; raise SystemExit(main(*sys.argv[1:]))"
+    "from fire_llm.data.processes import main; raise SystemExit(main())"
 )
-"""Modules come from where who starts it has them, not from the current folder; Ctrl-C is for who starts it."""
+"""It finds modules where its parent does, not in the current folder, and leaves Ctrl-C to its parent."""
 
 
 @dataclass(frozen=True)
@@ -125,20 +123,18 @@ def tokenize_parts(job: Job, encoder: Encoder, processes: int, advance: Callable
     for place in done:
         meta = read_json(place / META, f"delete '{place}'")
         advance(int(meta["n_bytes"]), int(meta["n_tokens"]))
-    described = encoder.described()
     processes = min(processes, len(job.plan) - len(done))
-    if processes < 2 or described is None:
+    if processes < 2 or not encoder.is_fast:
         work(job, encoder, advance)
         return
     instructions = {
-        "folder": str(job.folder), "final": str(job.final), "kind": job.parts.kind, "parts": job.parts.described(),
-        "split": job.split, "plan": job.plan, "common": dict(job.common), "encoder": described,
-        "states": {str(path): state for path, state in job.states.items()},
+        "folder": job.folder, "final": job.final, "spec": job.parts.settings().model_dump(), "split": job.split,
+        "plan": job.plan, "common": job.common, "states": {str(path): state for path, state in job.states.items()},
+        "encoder": encoder.state(),
     }  # fmt: skip
-    file = job.folder / f".job-{secrets.token_hex(4)}.json"
-    write_json(file, json.loads(json.dumps(instructions, default=str)))
+    line = json.dumps(instructions, default=str).encode() + b"\n"
     inherited = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", _PROGRAM, os.pathsep.join(sys.path), str(file)]
+    command = [sys.executable, "-c", _PROGRAM, os.pathsep.join(sys.path)]
     started: list[subprocess.Popen[bytes]] = []
     pool = ThreadPoolExecutor(processes)
     one_at_a_time = threading.Lock()
@@ -150,7 +146,8 @@ def tokenize_parts(job: Job, encoder: Encoder, processes: int, advance: Callable
     try:
         for _ in range(processes):
             started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=inherited))
-        for each in as_completed([pool.submit(_listen, process, advance_one) for process in started]):
+        ended = [pool.submit(_supervise, process, line, advance_one) for process in started]
+        for each in as_completed(ended):
             each.result()
     finally:
         for process in started:
@@ -160,8 +157,8 @@ def tokenize_parts(job: Job, encoder: Encoder, processes: int, advance: Callable
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
-                    pipe.close()
-        file.unlink(missing_ok=True)
+                    with suppress(BrokenPipeError):  # of instructions that the process did not live to read
+                        pipe.close()
 
 
 def work(job: Job, encoder: Encoder, advance: Callable[[int, int], object]) -> None:
@@ -185,40 +182,41 @@ def work(job: Job, encoder: Encoder, advance: Callable[[int, int], object]) -> N
                             )
 
 
-def _listen(process: subprocess.Popen[bytes], advance: Callable[[int, int], object]) -> None:
-    """Take what a process says until it ends."""
-    assert process.stdout is not None
-    for line in process.stdout:
-        said = json.loads(line)
-        if isinstance(said, str):
-            raise UserError(said)
-        advance(*said)
+def _supervise(process: subprocess.Popen[bytes], line: bytes, advance: Callable[[int, int], object]) -> None:
+    """Tell a process what to do, and take what it reports until it ends."""
+    assert process.stdin is not None and process.stdout is not None
+    with suppress(BrokenPipeError):  # the process has ended: its exit code is reported below
+        process.stdin.write(line)
+        process.stdin.flush()
+    for report in map(json.loads, process.stdout):
+        if isinstance(report, str):
+            raise UserError(report)
+        advance(*report)
     if code := process.wait():
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         hint = ", most often because the machine ran out of memory" if code == -signal.SIGKILL else ""
         raise RuntimeError(f"a process that tokenised {how}{hint}; the same command goes on from the finished parts")
 
 
-def main(instructions: str) -> int:
-    """Work on the parts of a job that another process describes; it ends when that process does.
-
-    Args:
-        instructions: file of JSON.
-    """
+def main() -> int:
+    """Make parts of the job that the parent process describes on standard input; end when the parent does."""
+    line = sys.stdin.buffer.readline()
+    if not line.endswith(b"\n"):
+        return 1  # the parent has ended
     end_with(sys.stdin.fileno())
-    pipe, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no message of this one
+    pipe, sys.stdout = sys.stdout, sys.stderr  # the parent reads no more than what `say` writes
 
     def say(what: Any) -> None:
         pipe.write(json.dumps(what) + "\n")
         pipe.flush()
 
     try:
-        given = read_json(Path(instructions), "give the command again")
-        parts = _KINDS[given["kind"]].restored(given["parts"])
+        given = json.loads(line)
+        parts = resolve(given["common"]["corpus"], CorpusSpec(**given["spec"])).parts
+        assert parts is not None
         states = {Path(path): state for path, state in given["states"].items()}
-        plan = [parts.part(each) for each in given["plan"]]
         folders = (Path(given["folder"]), Path(given["final"]))
-        job = Job(*folders, parts, given["split"], plan, given["common"], states)
+        job = Job(*folders, parts, given["split"], given["plan"], given["common"], states)
         with writing(job.folder):
             work(job, Encoder.restored(given["encoder"]), lambda *sizes: say(sizes))
     except UserError as error:

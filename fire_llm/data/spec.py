@@ -79,11 +79,10 @@ class Part(NamedTuple):
 
 
 class TextParts(Protocol):
-    """How a corpus is cut into parts that are read by themselves, in this process or another one."""
+    """How a corpus is cut into parts, each of which this process or another one can read by itself."""
 
-    @property
-    def kind(self) -> str:
-        """Return `files` or `hub`."""
+    def settings(self) -> CorpusSpec:
+        """Return the settings by which another process resolves a corpus of the same name to the same text."""
 
     def plan(self, split: str) -> list[Any]:
         """Return the parts of a split, which depend on the text alone: their documents, in order, are the split's."""
@@ -96,9 +95,6 @@ class TextParts(Protocol):
 
     def cut(self, part: Any) -> list[Any]:
         """Return what a part is of, as plain data that is the same wherever the files lie."""
-
-    def described(self) -> dict[str, Any]:
-        """Return it as plain data, from which `restored` makes it again, as `part` does of a part."""
 
 
 @dataclass(frozen=True)
