@@ -11,7 +11,6 @@ from fire_llm.evaluation.measurement import all_described
 from fire_llm.reporting.comparison import Comparison
 from fire_llm.reporting.plots import arms as plots
 from fire_llm.reporting.plots.base import Figure, Style, palette
-from fire_llm.reporting.plots.diagnostics import MEASURES, measure_figure
 from fire_llm.reporting.plots.matrices import Reading, heat_figure, is_matrix, matrices, spectra_figure, values
 from fire_llm.reporting.plots.sweep import key_figure
 from fire_llm.reporting.plots.transfer import corpora_figure
@@ -232,8 +231,12 @@ def _diagnostics(c: Comparison, looks: Mapping[str, Style]) -> list[Block]:
     several = any(c.seeds(arm) > 1 for arm in c.arms)
     text = DIAGNOSED.format(corpus) + (" Means over the seeds." if several else "")
     return [
-        Block(title, text, drawn(*((caption, measure_figure(c.arms, key, looks)) for key, caption in measures.items())))
-        for title, measures in MEASURES.items()
+        Block(
+            title,
+            text,
+            drawn(*((caption, plots.measure_figure(c.arms, key, looks)) for key, caption in measures.items())),
+        )
+        for title, measures in plots.MEASURES.items()
     ]
 
 

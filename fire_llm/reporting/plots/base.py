@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 Figure = dict[str, Any]
@@ -73,6 +73,30 @@ def number(value: float) -> str:
     return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
 
 
+def line(points: Iterable[tuple[Any, float | None]], arm: str, style: Style, hover: str, **look: Any) -> Any:
+    """Return the trace of an arm's line, with a marker at each point.
+
+    Args:
+        points: (x, y) of each point.
+        arm: Its button on the page hides the line.
+        style: How the arm looks.
+        hover: Template of a point's hover text, as plotly reads it.
+        **look: Attributes of plotly's `Scatter` that differ or are added, such as `line_width`.
+    """
+    from plotly import graph_objects as go
+
+    x, y = zip(*points, strict=True)
+    attributes = {
+        "mode": "lines+markers",
+        "line_color": style.colour,
+        "line_dash": style.dash,
+        "line_width": 2,
+        "marker_symbol": style.symbol,
+        "marker_size": 7,
+    }
+    return go.Scatter(x=x, y=y, legendgroup=arm, hovertemplate=f"{hover}<extra></extra>", **(attributes | look))
+
+
 def band(x: Sequence[Any], low: Sequence[float], high: Sequence[float], arm: str, style: Style) -> Any:
     """Return the trace of a shaded band between two lines over the same x."""
     from plotly import graph_objects as go
@@ -94,6 +118,33 @@ def log_axis(low: float, high: float, steps: Sequence[int] = (1,)) -> Figure:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [step * 10.0**power for power in powers for step in steps]
     return {"type": "log", "tickvals": ticks, "ticktext": [number(t) for t in ticks]}
+
+
+HEAT_CELLS: Figure = {
+    "coloraxis": "coloraxis", "xgap": 2, "ygap": 2, "textfont": {"size": 12}, "z": [],
+    "hovertemplate": "%{customdata}<extra></extra>",
+}  # fmt: skip
+"""How the cells of every heat map look; a variant adds their numbers, texts and hover texts (`customdata`)."""
+
+
+def heat_layout(
+    columns: Sequence[str], rows: Mapping[float, str], bottom: float, scale: tuple[float, float], bar: Figure = BAR
+) -> Figure:
+    """Return the axes and the colour scale of a heat map.
+
+    Args:
+        columns: Headings of the columns, which are at x = 0, 1, …
+        rows: Names of the rows by their y; y grows downwards.
+        bottom: y of the lower edge; the upper edge is at -0.5.
+        scale: Lowest and highest number of the colour scale.
+        bar: The colour bar.
+    """
+    axis = {"showgrid": False, "showline": False, "ticks": ""}
+    return {
+        "coloraxis": {"cmin": scale[0], "cmax": scale[1], "colorscale": "Cividis", "colorbar": bar},
+        "xaxis": {**axis, "side": "top", "tickvals": list(range(len(columns))), "ticktext": list(columns)},
+        "yaxis": {**axis, "range": [bottom, -0.5], "tickvals": list(rows), "ticktext": list(rows.values())},
+    }
 
 
 def figure(traces: list[Any], variants: list[Figure] | None = None, *, height: int = 340, **layout: Any) -> Figure:

@@ -9,7 +9,19 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import NamedTuple
 
-from fire_llm.reporting.plots.base import BAR, NEUTRAL, Figure, Style, escaped, figure, log_axis, number, short
+from fire_llm.reporting.plots.base import (
+    BAR,
+    HEAT_CELLS,
+    NEUTRAL,
+    Figure,
+    Style,
+    escaped,
+    figure,
+    heat_layout,
+    log_axis,
+    number,
+    short,
+)
 from fire_llm.reporting.schema import InspectedMatrix, ResetEntry, TensorEntry
 
 MATRIX_ROLES = ("attention", "mlp", "ssm", "conv", "lm_head")
@@ -119,8 +131,7 @@ def heat_figure(
     # The rows below have one cell as wide as the map: edges, not centres, are given for them.
     width, below = len(parts), [len(layers) - 0.5 + 0.2 + i for i in range(len(outside) + 1)]
     few = len(layers) <= 16 and width <= 8
-    look = {"coloraxis": "coloraxis", "xgap": 2, "ygap": 2, "hovertemplate": "%{customdata}<extra></extra>"}
-    look |= {"texttemplate": "%{text}" if few else None, "textfont": {"size": 12}, "z": []}
+    look = {**HEAT_CELLS, "texttemplate": "%{text}" if few else None}
     traces = [go.Heatmap(x=list(range(width)), y=list(range(len(layers))), **look)] if layers else []
     traces += [go.Heatmap(x=[-0.5, width - 0.5], y=below, **look)] if outside else []
     grids: list[Grid] = [[[(layer, part) for part in parts] for layer in layers]] if layers else []
@@ -128,23 +139,13 @@ def heat_figure(
     variants = [{"label": label, "group": "", "data": [patch(label, grid) for grid in grids]} for label in readings]
     height = max(14, min(30, 560 // (len(layers) + len(outside))))
     named = layers[:: max(1, round(16 / height))]  # every layer, or every other one where rows are thin
-    bar = _bar(low, high, log)
-    axis: Figure = {"showgrid": False, "showline": False, "ticks": ""}
-    ticks = [*(layers.index(n) for n in named), *((x + y) / 2 for x, y in pairwise(below))]
-    words = [*map(str, named), *(escaped(p, 14) for p in outside)]
-    return figure(
-        traces,
-        variants,
-        height=100 + height * (len(layers) + len(outside)),
-        coloraxis={"cmin": low, "cmax": high, "colorscale": "Cividis", "colorbar": bar},
-        xaxis={**axis, "side": "top", "tickvals": list(range(width)), "ticktext": [escaped(p, 14) for p in parts]},
-        yaxis={
-            **axis,
-            "range": [(below[-1] if outside else len(layers) - 0.5), -0.5],
-            "tickvals": ticks,
-            "ticktext": words,
-        },
-    )
+    rows: dict[float, str] = {layers.index(layer): str(layer) for layer in named}
+    rows |= {
+        (top + bottom) / 2: escaped(part, 14) for (top, bottom), part in zip(pairwise(below), outside, strict=True)
+    }
+    bottom_edge = below[-1] if outside else len(layers) - 0.5
+    layout = heat_layout([escaped(p, 14) for p in parts], rows, bottom_edge, (low, high), _bar(low, high, log))
+    return figure(traces, variants, height=100 + height * (len(layers) + len(outside)), **layout)
 
 
 def _bar(low: float, high: float, log: bool) -> Figure:
