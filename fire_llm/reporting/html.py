@@ -58,21 +58,21 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Block:
-    """What stands under one heading of the page."""
+    """A heading of the page with its text, figures and tables."""
 
     title: str
     text: str
     """A caption, or nothing."""
     figures: list[Drawing]
     switch: str = ""
-    """What the figures' variants are a choice of; all figures under a heading switch together."""
+    """What a reader chooses with a variant, such as `seed`; all figures under a heading switch together."""
     chosen: int = 0
     """Index of the variant shown first."""
     tables: list[Table] = field(default_factory=list)
     """Below the figures."""
     id: str = ""
     half: bool = False
-    """Whether it stands beside another block."""
+    """Whether it takes half of the page's width, beside another block."""
 
     @property
     def choices(self) -> list[tuple[str, str]]:
@@ -136,8 +136,7 @@ def section(results: Results, index: int) -> Section:
     import yaml
 
     c = Comparison(results)
-    found = {arm: next((run.reset for run in c.runs(arm) if run.reset), None) for arm in c.arms}
-    reports = {arm: report for arm, report in found.items() if report}
+    reports = {arm: report for arm in c.arms if (report := c.report(arm))}
     agree, note = c.batches()
     looks = palette(list(c.arms), c.bases)
     blocks = [
@@ -186,13 +185,13 @@ def _outcome(c: Comparison, looks: Mapping[str, Style]) -> list[Block]:
 
 
 def _sequence(sequence: PhaseSequence, looks: Mapping[str, Style]) -> Block:
-    """Return the block about several phases with arms: a block without figures where there is one."""
+    """Return the block about several phases with arms; it has no figures if only one phase has arms."""
     figures = []
     measures = {"learned, less the base": sequence.against_base, "forgotten at the end": sequence.forgotten}
-    for caption, of in measures.items():
-        by_arm = {arm: of(arm) for arm in sequence.of.arms}
+    for caption, measure in measures.items():
         lines = {
-            (arm, ""): [(sequence.name(p), seeds) for p, seeds in by.items() if seeds] for arm, by in by_arm.items()
+            (arm, ""): [(sequence.name(phase), seeds) for phase, seeds in measure(arm).items() if seeds]
+            for arm in sequence.comparison.arms
         }
         figures.append((caption, key_figure(lines, "trained in turn", looks, "nats per token")))
     return Block("The stream", STREAM, drawn(*figures))
@@ -204,8 +203,8 @@ def _evaluation(c: Comparison) -> list[Block]:
     if not evaluation:
         return []
     text = MATRIX + " · ".join(all_described(row.model_dump() for row in evaluation.rows)) + "."
-    found = {FORGETTING: evaluation.forgetting, FORWARD: evaluation.forward_transfer}
-    tables = [_transfer(caption, entries) for caption, entries in found.items() if entries]
+    transfers = {FORGETTING: evaluation.forgetting, FORWARD: evaluation.forward_transfer}
+    tables = [_transfer(caption, entries) for caption, entries in transfers.items() if entries]
     return [Block("Checkpoints and corpora", text, drawn(("", corpora_figure(evaluation.rows))), "seed", tables=tables)]
 
 
@@ -215,14 +214,14 @@ def _transfer(caption: str, entries: list[Transfer]) -> Table:
 
 
 def _transfer_row(entry: Transfer) -> Row:
-    """Write one forgetting or forward transfer: of what, when, since when, by how much."""
+    """Write one forgetting or forward transfer: of which corpus, in which phase, and by how much."""
     when = " / ".join(filter(None, [entry.phase, entry.arm])) + (" (replayed)" if entry.replayed else "")
     if entry.replayed is None:  # forward transfer
         when = f"before {entry.phase}"
-    sure = "" if entry.se is None else f" ± {entry.se:.4f}"
+    error = "" if entry.se is None else f" ± {entry.se:.4f}"
     known = entry.low is not None and entry.high is not None
     interval = f"{entry.low:+.4f} to {entry.high:+.4f}" if known else DASH
-    return Row((entry.data, when), (str(entry.seed), entry.trained_in, f"{entry.mean:+.4f}{sure}", interval))
+    return Row((entry.data, when), (str(entry.seed), entry.trained_in, f"{entry.mean:+.4f}{error}", interval))
 
 
 def _diagnostics(c: Comparison, looks: Mapping[str, Style]) -> list[Block]:
@@ -287,7 +286,7 @@ def _made(c: Comparison, arm: str, report: ResetEntry | None) -> Row:
 
 
 def _untouched(reports: Mapping[str, ResetEntry]) -> list[LeftAlone]:
-    """Return what was left alone by reason, arms with the same list together."""
+    """Return what resets left alone, by reason; arms that left the same parameters alone share an entry."""
     groups: dict[str, LeftAlone] = {}
     for arm, report in reports.items():
         reasons: dict[str, list[str]] = {}
@@ -299,7 +298,7 @@ def _untouched(reports: Mapping[str, ResetEntry]) -> list[LeftAlone]:
 
 
 def _facts(c: Comparison) -> list[tuple[str, str]]:
-    """Return (name, value) of what one needs to repeat the run: model, data, versions, hardware, batches."""
+    """Return (name, value) of what a repetition of the run needs: model, data, versions, hardware, batches."""
     results, facts = c.results, []
     if results.model:
         facts.append(("model", f"{results.model.description} · {results.model.parameters:,} parameters"))

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.reporting.schema import SCHEMA_VERSION, Evaluation, Record, Results
+from fire_llm.reporting.table import first_few
 
 RENAMED = {"spike": "loss_jump", "speed": "throughput", "recycled": "recycled_units"}
 """Keys of a run in schema version 1, and what they are called since."""
@@ -20,9 +21,6 @@ AGAIN = "Run the recipe again with 'fire-llm run': it trains nothing that is fin
 
 STALE = "evaluation.json is not shown"
 UNTIED = "evaluation.json does not say which weights it measured: an earlier fire-llm wrote it"
-
-SHOWN = 5
-"""Faults that a message names; the rest are counted."""
 
 WANTED = {
     "float_type": "a number", "int_type": "a whole number", "int_from_float": "a whole number", "string_type": "text",
@@ -67,18 +65,18 @@ def load_results(path: str | Path) -> Results:
 
 
 def _note(results: Results, evaluation: Evaluation, folder: Path) -> str:
-    """Return what is to be said of an evaluation whose rows are not all of the weights that the results are of."""
+    """Return a warning if an evaluation measured other weights than those of the results, or does not tell which."""
     runs = [*results.phases, *(run for arm in results.arms.values() for run in arm.runs)]
-    weights = {checkpoint: found for run in runs for checkpoint, found in run.weights.items()}
+    weights = {checkpoint: hashed for run in runs for checkpoint, hashed in run.weights.items()}
     stages = {checkpoint.rpartition("/")[0] for checkpoint in weights}
-    of_stages = [row for row in evaluation.rows if row.checkpoint.rpartition("/")[0] in stages]
-    stale = dict.fromkeys(r.checkpoint for r in of_stages if r.weights and weights.get(r.checkpoint) != r.weights)
+    rows = [row for row in evaluation.rows if row.checkpoint.rpartition("/")[0] in stages]
+    stale = dict.fromkeys(r.checkpoint for r in rows if r.weights and weights.get(r.checkpoint) != r.weights)
     if stale:
         return (
-            f"{STALE}: it measured other weights than {', '.join([*stale][:SHOWN])} has now. "
+            f"{STALE}: it measured other weights than {first_few([*stale])} has now. "
             f"Measure again: fire-llm eval {folder}"
         )
-    if any(row.weights is None for row in of_stages):
+    if any(row.weights is None for row in rows):
         return f"{UNTIED}. Measure again: fire-llm eval {folder}"
     return ""
 
@@ -100,7 +98,7 @@ def _evaluation(file: Path) -> Evaluation | None:
 
 
 def upgraded(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return results of schema version 1 in the terms of version 2; what is damaged stays as it is.
+    """Return results of schema version 1 in the terms of version 2; damaged parts are left as they are.
 
     Args:
         data: The content of a results.json, which is not changed.
@@ -117,7 +115,7 @@ def upgraded(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _arm(name: str, arm: Any, phases: list[dict[str, Any]]) -> Any:
-    """Return an arm with its runs renamed, and its methods as the last phase of the recipe that has it plans them."""
+    """Return an arm with its runs renamed, and with its methods as the recipe's last phase with this arm plans them."""
     if not isinstance(arm, dict):
         return arm
     plans = [_mapping(phase.get("arms")).get(name.split("@")[0]) for phase in phases]
@@ -145,18 +143,16 @@ def _list(value: Any) -> list[Any]:
 
 
 def _checked(kind: type[Part], data: Any, file: Path, verb: str, again: str) -> Part:
-    """Return data as what they should be.
+    """Return data as a record of this kind.
 
     Raises:
-        UserError: Naming the fields that are not as the schema says, and the next step.
+        UserError: Fields are not as the schema says. It names them and the next step.
     """
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        faults = [*_faults(kind, error)]
-        more = f" and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        named = "; ".join(faults[:SHOWN]) + more
-        raise UserError(f"{file}: not what 'fire-llm {verb}' writes ({named}). {again}") from None
+        faults = first_few([*_faults(kind, error)], separator="; ")
+        raise UserError(f"{file}: not what 'fire-llm {verb}' writes ({faults}). {again}") from None
 
 
 def _faults(kind: type[Record], error: ValidationError) -> Iterator[str]:
@@ -175,10 +171,11 @@ def _faults(kind: type[Record], error: ValidationError) -> Iterator[str]:
 
 
 def _fields(kind: type[Record], loc: tuple[int | str, ...]) -> list[str]:
-    """Return the keys that are allowed at a place of the data."""
-    at: Any = kind
+    """Return the keys that a record allows at a path of keys and indices into it."""
+    annotation: Any = kind
     for part in loc:
-        at = at.model_fields[part].annotation if hasattr(at, "model_fields") else get_args(at)[-1]
-        if type(None) in get_args(at):
-            at = get_args(at)[0]
-    return list(at.model_fields)
+        is_record = hasattr(annotation, "model_fields")
+        annotation = annotation.model_fields[part].annotation if is_record else get_args(annotation)[-1]
+        if type(None) in get_args(annotation):
+            annotation = get_args(annotation)[0]
+    return list(annotation.model_fields)

@@ -1,4 +1,4 @@
-"""What the models of a run wrote after each prompt, as the page shows it: first what a reset did to it, then all."""
+"""Text that the models of a run wrote after each prompt, as the page shows it: what a reset changed, then all."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _EMPTY = re.compile(r"\n{4,}")
 
 @dataclass(frozen=True)
 class Written:
-    """One text, by whom and when."""
+    """One text, its writer and its time."""
 
     by: str
-    """Phase, arm and seed, as far as they tell it from others."""
+    """Phase, arm and seed, as far as they tell writers apart."""
     when: str
     text: str
     first: bool
-    """Whether the one above is by somebody else."""
+    """Whether it is the first text of its writer."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Prompted:
     few: list[Written]
     """Of the first seed of each arm: before the reset, after it, and at the end."""
     every: list[Written]
-    """All of it, of earlier phases too; empty where that is no more."""
+    """All texts, those of earlier phases too; empty if `few` has them all."""
 
 
 def samples(c: Comparison) -> list[Prompted]:
-    """Return what was written, by prompt; nothing where a run wrote nothing."""
+    """Return what was written, by prompt; nothing if the run wrote no text."""
     arms = [(arm, run) for arm in c.arms for run in c.runs(arm)]
     others = [(" / ".join(filter(None, (run.phase, run.arm))), run) for run in c.results.phases]
     every = [*others, *arms]

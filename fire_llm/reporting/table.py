@@ -75,6 +75,11 @@ class Table:
         return "\n".join(lines)
 
 
+def first_few(names: Sequence[str], most: int = 5, separator: str = ", ") -> str:
+    """List some names; those beyond `most` are only counted."""
+    return separator.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def plain(text: str) -> str:
     """Escape what Markdown would read as markup or as a cell's end."""
     return "".join("\\" + c if c in "|*_`<[\\" else c for c in text)

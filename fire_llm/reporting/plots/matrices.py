@@ -99,22 +99,22 @@ def heat_figure(
     """
     from plotly import graph_objects as go
 
-    found: dict[tuple[str, int | None, str], list[tuple[str, float | None]]] = {}
+    cells: dict[tuple[str, int | None, str], list[tuple[str, float | None]]] = {}
     for label, table in readings.items():
         for name, role, value in table:
-            found.setdefault((label, *parse_name(name, role)), []).append((name, value))
-    layers = sorted({layer for _, layer, _ in found if layer is not None})
-    parts = list(dict.fromkeys(part for _, layer, part in found if layer is not None)) or [""]
-    outside = list(dict.fromkeys(part for _, layer, part in found if layer is None))
+            cells.setdefault((label, *parse_name(name, role)), []).append((name, value))
+    layers = sorted({layer for _, layer, _ in cells if layer is not None})
+    parts = list(dict.fromkeys(part for _, layer, part in cells if layer is not None)) or [""]
+    outside = list(dict.fromkeys(part for _, layer, part in cells if layer is None))
 
-    def shown(number: float | None) -> bool:
-        return number is not None and (number > 0 or not log)
+    def drawable(numbers: Iterable[float | None]) -> list[float]:
+        return [x for x in numbers if x is not None and (x > 0 or not log)]
 
-    averages = {k: fmean(n) for k, v in found.items() if (n := [x for _, x in v if x is not None and shown(x)])}
+    averages = {key: fmean(numbers) for key, cell in cells.items() if (numbers := drawable(x for _, x in cell))}
     if not averages:
         return None
     scale = math.log10 if log else float
-    ends = [scale(x) for x in [*averages.values(), *same_scale] if x is not None and shown(x)]
+    ends = [scale(x) for x in drawable([*averages.values(), *same_scale])]
     low, high = min(ends), max(ends) + 1e-9
     if log:  # a polar factor's DfI of 1e-12 or a head's of 1e9 would leave one colour for all the rest
         middle = median(ends)
@@ -125,7 +125,7 @@ def heat_figure(
         return {
             "z": [short(scale(averages[k]) if k in averages else None for k in line) for line in keys],
             "text": [[number(averages[k]) if k in averages else "" for k in line] for line in keys],
-            "customdata": [[_tip(found.get(k, []), averages.get(k), unit) for k in line] for line in keys],
+            "customdata": [[_tip(cells.get(k, []), averages.get(k), unit) for k in line] for line in keys],
         }
 
     # The rows below have one cell as wide as the map: edges, not centres, are given for them.
@@ -149,7 +149,7 @@ def heat_figure(
 
 
 def _bar(low: float, high: float, log: bool) -> Figure:
-    """Return a flat colour bar for below the map, its ticks numbers even where colours are logarithms."""
+    """Return a flat colour bar for below the map; its ticks are plain numbers also where colours are logarithmic."""
     bar: Figure = dict(BAR)
     if log:
         ticks = [*range(math.ceil(low), math.floor(high) + 1, max(1, math.ceil((high - low) / 5)))]
@@ -158,11 +158,11 @@ def _bar(low: float, high: float, log: bool) -> Figure:
     return bar
 
 
-def _tip(found: Sequence[tuple[str, float | None]], average: float | None, unit: str) -> str:
-    """Return which matrices a cell stands for and its number in full."""
-    if not found:
+def _tip(cell: Sequence[tuple[str, float | None]], average: float | None, unit: str) -> str:
+    """Return the hover text of a cell: the names of its matrices and its number in full."""
+    if not cell:
         return "no such matrix"
-    name = escaped(found[0][0], 60) if len(found) == 1 else f"mean of {len(found)}, {escaped(found[0][0], 50)} …"
+    name = escaped(cell[0][0], 60) if len(cell) == 1 else f"mean of {len(cell)}, {escaped(cell[0][0], 50)} …"
     return f"{name}<br>" + ("unchanged or not measured" if average is None else f"{unit} {average:.5g}")
 
 

@@ -28,8 +28,8 @@ def row_name(row: EvaluationRow) -> str:
 def corpora_figure(rows: Sequence[EvaluationRow]) -> Figure | None:
     """Draw a heat map of checkpoints × corpora, a variant a seed; numbers are bits per byte.
 
-    Colours are the distance to the best checkpoint of the column, all alike from the worst trained one on: beside the
-    step-0 weights all others would look the same.
+    Colours are the distance to the best checkpoint of the column. They end at the worst trained checkpoint, because
+    beside untrained weights all others would look the same.
 
     Args:
         rows: Of evaluation.json.
@@ -63,7 +63,7 @@ def corpora_figure(rows: Sequence[EvaluationRow]) -> Figure | None:
 
 
 def _tip(row: EvaluationRow, bits: float, apart: float) -> str:
-    """Return what a cell stands for, in full."""
+    """Return the hover text of a cell: checkpoint, corpus and numbers in full."""
     error = (row.se or {}).get("bits_per_byte")
     exact = f"{bits:.5f}" + ("" if error is None else f" ± {error:.5f}")
     where = f"{escaped(row.checkpoint, 60)} on {escaped(row.data, 40)}"
