@@ -9,8 +9,6 @@ from collections.abc import Iterator
 
 import numpy as np
 
-COLUMNS = ("document", "start", "end", "first")
-
 
 def windows(lengths: np.ndarray, context: int, stride: int, *, reach_back: bool = False) -> np.ndarray:
     """Return the windows over documents; each position is scored in the first window that holds it.
