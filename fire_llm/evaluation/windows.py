@@ -1,4 +1,4 @@
-"""Which window scores which token, so that each is scored once, and the batches of windows.
+"""Cut texts into windows that score each token once, and group windows into batches.
 
 A text is read at positions: position k reads one token and predicts the next. W = windows, D = documents.
 """
