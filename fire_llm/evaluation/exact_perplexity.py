@@ -1,7 +1,7 @@
 """Exact perplexity as a metric of the `evaluate` library: as an object, or through `evaluate.load(<this file>)`.
 
-`evaluate` copies this file and runs the copy, and takes the first of its metrics that the copy's names hold for ours.
-Hence absolute imports alone, and `evaluate.Metric` by its full name.
+`evaluate` copies this file, runs the copy and takes the first metric among its names. So all imports are absolute, and
+`evaluate.Metric`, itself a metric, is not imported by name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fire_llm.evaluation import Scores, perplexity, summarize
 from fire_llm.evaluation.measurement import PREFIXES, check_choice, first_token
 
 ROUNDING = 1e-3
-"""Nats by which rounding may put a negative log-likelihood below zero, in bfloat16 at most."""
+"""Nats by which rounding, also in bfloat16, may put a negative log-likelihood below zero."""
 
 USAGE = """
 Args:
@@ -49,10 +49,10 @@ Example:
 
 
 class ExactPerplexity(evaluate.Metric):
-    """Measure perplexity exactly, with a model that is at hand or from likelihoods that are."""
+    """Measure perplexity exactly, with a loaded model or from given likelihoods."""
 
     def _info(self) -> evaluate.MetricInfo:
-        """Return what may be given: a reference is a list of one text, or an empty one where there is none."""
+        """Return the types of the inputs: a reference is a list of one text, a missing reference an empty list."""
         text, numbers = datasets.Value("string"), datasets.List(datasets.Value("float64"))
         return evaluate.MetricInfo(
             description="Exact perplexity: every token scored once, sums in fp64, one division at the end.",
@@ -106,7 +106,7 @@ class ExactPerplexity(evaluate.Metric):
             raise UserError(
                 f"{given} of {len(references)} predictions came with a reference: give one with each, or with none"
             )
-        counted = [one[0] for one in references] if given else predictions if texts else None
+        counted = [reference for (reference,) in references] if given else predictions if texts else None
         n_bytes = None if counted is None else np.asarray([len(text.encode()) for text in counted])
         n_words = None if counted is None else np.asarray([count_words(text) for text in counted])
         how: dict[str, Any] = {"context": context, "stride": stride, "per_document": per_document}

@@ -1,6 +1,6 @@
 """The negative log-likelihood of rows of logits on a GPU, in one kernel.
 
-torch's operations pass over the logits in fp32 seven times; here they are read twice, in the dtype that they are in.
+torch's operations read the logits seven times, in fp32; this kernel reads them twice, in their own dtype.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ except ImportError:
     triton = None
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Of the logits that the kernel reads."""
+"""Dtypes of logits that the kernel reads."""
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
-"""What Triton compiles the kernel with; products and sums are fused, whatever the default of its version is."""
+"""Triton's options of compilation. Products and sums are fused, whatever this version's default is."""
 
 
 @cache
 def usable(device: torch.device, dtype: torch.dtype, vocabulary: int) -> bool:
-    """Return whether the kernel runs on a device and gives what torch's operations give there, tried once."""
+    """Return whether the kernel runs on a device with the results of torch's operations; it is tried once."""
     if triton is None or dtype not in DTYPES:
         return False
     logits = torch.linspace(-9, 9, 3 * vocabulary, device=device).view(3, vocabulary).to(dtype)
@@ -49,12 +49,12 @@ def usable(device: torch.device, dtype: torch.dtype, vocabulary: int) -> bool:
 def row_nll(logits: Tensor, targets: Tensor, out: Tensor | None = None) -> Tensor:
     """Return the negative log-likelihood of each target in nats: exponentials in fp32, their sum in fp64.
 
-    A row is summed in the same order every time, whatever stands beside it.
+    A row is always summed in the same order, whatever the other rows are.
 
     Args:
         logits: (S, V), of `DTYPES`.
         targets: (S,) int64, each in [0, V).
-        out: (S,) fp64, where to write it.
+        out: (S,) fp64 to write to; a new tensor by default.
 
     Returns:
         (S,) fp64.
@@ -76,7 +76,7 @@ def _plain(logits: Tensor, targets: Tensor) -> Tensor:
 
 @cache
 def kernel() -> Any:
-    """Return the kernel, a row a program."""
+    """Return the kernel, which handles one row per program."""
     return triton.jit(_row_nll)
 
 

@@ -1,7 +1,7 @@
-"""What `fire-llm eval` measures of checkpoints, typed (docs/results-schema.md).
+"""The records of `fire-llm eval` (docs/results-schema.md).
 
-A record is a measurement with the names of what was measured. The names come first in the JSON, because the fields of
-the last base class come first in a dataclass.
+A record is a measurement after the names of its checkpoint and text. The names come first in the JSON, because the
+fields of the last base class come first in a dataclass.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class CheckpointRow(Perplexity, _Read):
 
 @dataclass(frozen=True)
 class CheckpointDifference(Difference, _Pair):
-    """The NLL of a checkpoint on a text less that of another one, `against`."""
+    """The NLL of a checkpoint on a text less that of another checkpoint, `against`."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ class CheckpointDiagnostics(Diagnostics, _Measured):
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """What holds for all numbers of an evaluation."""
+    """The settings of an evaluation."""
 
     prefix: str
-    """Token read first, as it was asked for: one of `PREFIXES`."""
+    """Choice of the token read first, one of `PREFIXES`."""
     per_document: bool
     device: str
     words: str = WORDS
