@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH_BYTES = 4_000_000
-"""Bytes of text encoded at once: enough for every core, little in memory."""
+"""Bytes of text encoded at once: enough to occupy every core, and little memory."""
 WINDOW = 1 << 19
-"""Characters; a longer document is encoded in overlapping windows of this length, for an encoding needs about a
-hundred bytes a token while it is made."""
+"""Characters of a window. A longer document is encoded in overlapping windows, because encoding takes about a hundred
+bytes of memory for each token."""
 OVERLAP = 1 << 12
 """Characters that neighbouring windows share."""
 AGREEMENT = 16
-"""Tokens on either side of a seam that both windows must have alike."""
+"""Tokens on either side of a seam that must be the same in both windows."""
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -88,11 +88,11 @@ class Encoder:
             return [_ids(encoding) for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _encode_long(self, text: str) -> np.ndarray:
-        """Return the ids of a long text from windows that overlap, joined where both agree.
+        """Return the ids of a long text from overlapping windows, joined where neighbours agree.
 
-        A window's first and last tokens may differ from the whole text's, those in the middle of an overlap do not:
-        what a tokenizer looks at reaches a few words. Where no place is found at which both windows agree (text
-        without a single boundary), the whole text is encoded at once.
+        A window's first and last tokens may differ from those of the whole text. Tokens in the middle of an overlap do
+        not, because a tokenizer looks only a few words ahead and back. If two windows agree nowhere (text without a
+        single boundary), the whole text is encoded at once.
         """
         starts = range(0, max(1, len(text) - OVERLAP), WINDOW - OVERLAP)
         done: list[np.ndarray] = []
@@ -122,14 +122,14 @@ def _ids(encoding: Any) -> np.ndarray:
 def _seam(
     left: np.ndarray, left_spans: np.ndarray, right: np.ndarray, right_spans: np.ndarray, middle: int
 ) -> tuple[int, int] | None:
-    """Return (i, j), near the character `middle`, such that left[:i] and right[j:] join without a fault, or None.
+    """Return (i, j) such that left[:i] and right[j:] are the ids of the joined text, or None.
 
     Args:
         left: ids of a window.
         left_spans: (n, 2), each token's first character and the one after its last, in the whole text.
         right: ids of the next window.
         right_spans: (n, 2), likewise.
-        middle: character around which to look.
+        middle: character near which to look.
     """
     centre = int(np.searchsorted(left_spans[:, 0], middle))
     for i in sorted(
@@ -140,7 +140,7 @@ def _seam(
         if (
             AGREEMENT <= j <= len(right) - AGREEMENT
             and right_spans[j, 0] == boundary
-            # One character may be several tokens: they share its span, and none of them is a place to join.
+            # The tokens of one character share its span: no seam may lie between them.
             and left_spans[i - 1, 1] <= boundary
             and right_spans[j - 1, 1] <= boundary
             and np.array_equal(left[i - AGREEMENT : i + AGREEMENT], right[j - AGREEMENT : j + AGREEMENT])
@@ -150,17 +150,17 @@ def _seam(
 
 
 def batches(documents: Iterable[str]) -> Iterator[tuple[list[str], list[int]]]:
-    """Yield (documents, the bytes of each) in lots of about `BATCH_BYTES`; a text longer than `WINDOW` comes alone."""
-    lot: list[str] = []
+    """Yield (documents, bytes of each) in batches of about `BATCH_BYTES`; a text longer than `WINDOW` comes alone."""
+    batch: list[str] = []
     sizes: list[int] = []
     total = 0
     for text in documents:
         size = len(text.encode())
-        if lot and (total + size > BATCH_BYTES or len(text) > WINDOW or len(lot[-1]) > WINDOW):
-            yield lot, sizes
-            lot, sizes, total = [], [], 0
-        lot.append(text)
+        if batch and (total + size > BATCH_BYTES or len(text) > WINDOW or len(batch[-1]) > WINDOW):
+            yield batch, sizes
+            batch, sizes, total = [], [], 0
+        batch.append(text)
         sizes.append(size)
         total += size
-    if lot:
-        yield lot, sizes
+    if batch:
+        yield batch, sizes

@@ -21,10 +21,10 @@ DEFAULT_HOLDOUT = 0.01
 
 
 def hub_corpus(name: str, spec: CorpusSpec) -> Corpus:
-    """Return the corpus of a Hub data set; nothing is downloaded before its documents are asked for.
+    """Return the corpus of a Hub data set; nothing is downloaded before its documents are read.
 
-    Its validation split is used where it has one and the spec sets no `holdout`; otherwise documents are held out of
-    its train split by hash. A document is a row.
+    Its validation split is used if it has one and the spec sets no `holdout`. Otherwise documents of its train split
+    are held out by hash. A document is a row.
     """
     assert spec.dataset is not None
     if find_spec("datasets") is None:
@@ -38,11 +38,11 @@ def hub_corpus(name: str, spec: CorpusSpec) -> Corpus:
 
 @dataclass(frozen=True)
 class HubParts:
-    """The rows of a Hub data set, cut into parts: its shards where it is streamed, else runs of rows.
+    """The rows of a Hub data set, cut into parts: into its shards if it is streamed, else into runs of rows.
 
     Attributes:
-        name: of the corpus.
-        spec: its settings.
+        name: name of the corpus.
+        spec: settings of the corpus.
     """
 
     name: str
@@ -54,14 +54,14 @@ class HubParts:
 
     @cached_property
     def _pinned(self) -> str | None:
-        """The commit that is read from the first part to the last, where the Hub can be asked for one."""
+        """The commit that all parts are read from; the revision in the settings if the Hub cannot tell."""
         given = self.spec.revision
         if Path(str(self.spec.dataset)).exists() or re.fullmatch("[0-9a-f]{40}", given or ""):
             return given
         settle_hub()
         from huggingface_hub import HfApi
 
-        with suppress(Exception):  # what keeps it from being read is told by who reads it
+        with suppress(Exception):  # a fault is reported when the rows are read
             return HfApi().dataset_info(str(self.spec.dataset), revision=given, timeout=30).sha
         return given
 
@@ -70,7 +70,7 @@ class HubParts:
         return _load(self.name, self.spec, self._pinned)
 
     def _rows(self, split: str) -> tuple[Any, bool]:
-        """Return the rows that a split is taken from, and whether all of them are its."""
+        """Return the rows that contain a split, and whether all of them belong to it."""
         data, dataset = self._data, self.spec.dataset
         if "train" not in data:
             raise UserError(f"corpus '{self.name}': {dataset} has no 'train' split, only: {', '.join(data)}.")
@@ -116,7 +116,7 @@ class HubParts:
 
     @contextmanager
     def _streamed(self) -> Iterator[None]:
-        """Say what became of a stream that breaks off."""
+        """Report a stream that breaks off, and that finished parts are kept."""
         try:
             yield
         except Exception as error:
@@ -128,19 +128,19 @@ class HubParts:
             ) from error
 
     def files(self, part: Sequence[int]) -> list[Path]:
-        """Return no file: nothing of it is local text."""
+        """Return no files: the text is not in local ones."""
         return []
 
     def cut(self, part: Sequence[int]) -> list[Any]:
-        """Return what a part is of."""
+        """Return the limits of a part and the commit."""
         return [*part, self._pinned]
 
 
 def _load(name: str, spec: CorpusSpec, revision: str | None) -> Any:
-    """Return all splits of a Hub data set, of a revision.
+    """Return all splits of a Hub data set at a revision.
 
     Raises:
-        UserError: for whatever keeps it from being loaded: no network, no such data set, a missing configuration.
+        UserError: it cannot be loaded: no network, no such data set, a missing configuration.
     """
     settle_hub()
     import datasets

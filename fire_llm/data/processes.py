@@ -1,11 +1,11 @@
 """Tokenise a corpus in parts, by several processes and machines that know each other only by locks.
 
-    CACHE/.NAME.parts/manifest.json             how the corpus is cut: the same for all that work on it
+    CACHE/.NAME.parts/manifest.json             how the corpus is cut: the same for all processes
     CACHE/.NAME.parts/part-00007/               a finished part, a token file of its own
-    CACHE/.NAME.parts/.part-00007.lock          held by who makes it
+    CACHE/.NAME.parts/.part-00007.lock          held by the process that makes the part
 
-A part appears whole. Who finds none left to make waits for those that others make; where a holder died, its part is
-made again.
+A part appears whole. A process that finds no free part waits for the parts of the others, and makes again the part of
+a process that died.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ _PROGRAM = (
 
 @dataclass(frozen=True)
 class Job:
-    """A split of a corpus to be tokenised in parts.
+    """A split of a corpus that is tokenised in parts.
 
     Attributes:
-        folder: of the parts.
-        final: the token file that they become; where it is there, nothing is left to do.
+        folder: folder of the parts.
+        final: the token file that they become; if it exists, nothing is left to do.
         parts: how the corpus is cut and read.
         split: "train" or "validation".
         plan: the parts, as `parts.read` takes them.
-        common: what meta.json is to say.
-        states: the state of each file that is read (`file_state`), as its text was found to be that of the corpus.
+        common: what meta.json says beside sizes and hashes.
+        states: the state (`file_state`) that each file had when its text was compared with the fingerprint.
     """
 
     folder: Path
@@ -75,7 +75,7 @@ class Job:
         """Return the folders of all parts that a corpus was cut into.
 
         Raises:
-            UserError: one is missing.
+            UserError: a part is missing.
         """
         again = "give the command again, which makes what is missing"
         number = len(read_json(folder / MANIFEST, again)["parts"])
@@ -87,17 +87,17 @@ class Job:
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        """Say how the corpus is cut, as plain data."""
+        """Describe how the corpus is cut, as plain data."""
         parts = [self.parts.cut(part) for part in self.plan]
         return dict(json.loads(json.dumps({"split": self.split, "parts": parts, **self.common})))
 
     def settled(self) -> bool:
-        """Return whether the folder's parts are cut as these are."""
+        """Return whether the manifest on disk is that of this job."""
         path = self.folder / MANIFEST
         return path.exists() and read_json(path, f"delete '{self.folder}'") == self.manifest
 
     def settle(self) -> None:
-        """Write down how the corpus is cut, or compare: what was cut in another way is deleted."""
+        """Write the manifest; delete parts that were cut in another way."""
         with held(self.folder / ".lock", wait=True):
             if not self.settled():
                 for place in self.folder.glob("part-*"):
@@ -106,16 +106,16 @@ class Job:
 
 
 def tokenize_parts(job: Job, encoder: Encoder, processes: int, advance: Callable[[int, int], object]) -> None:
-    """Make all parts that are not there.
+    """Make all parts that are missing.
 
     Args:
-        job: what is to be done.
-        encoder: of the tokenizer.
-        processes: at most as many work at it, each on one core; 1: this one, on all.
-        advance: called with the bytes and tokens of what is done, finished parts first.
+        job: the split and its parts.
+        encoder: encoder of the tokenizer.
+        processes: most processes to start, each for one core; 1 works in this process, on all cores.
+        advance: called with the bytes and tokens of finished work, first of the parts that exist already.
 
     Raises:
-        UserError: whatever is wrong with the corpus.
+        UserError: any fault of the corpus.
         RuntimeError: a process was killed.
     """
     job.settle()
@@ -137,18 +137,17 @@ def tokenize_parts(job: Job, encoder: Encoder, processes: int, advance: Callable
     command = [sys.executable, "-c", _PROGRAM, os.pathsep.join(sys.path)]
     started: list[subprocess.Popen[bytes]] = []
     pool = ThreadPoolExecutor(processes)
-    one_at_a_time = threading.Lock()
+    lock = threading.Lock()
 
-    def advance_one(n_bytes: int, n_tokens: int) -> None:
-        with one_at_a_time:
+    def advance_alone(n_bytes: int, n_tokens: int) -> None:
+        with lock:
             advance(n_bytes, n_tokens)
 
     try:
         for _ in range(processes):
             started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=inherited))
-        ended = [pool.submit(_supervise, process, line, advance_one) for process in started]
-        for each in as_completed(ended):
-            each.result()
+        for ended in as_completed([pool.submit(_supervise, process, line, advance_alone) for process in started]):
+            ended.result()
     finally:
         for process in started:
             process.terminate()
@@ -162,24 +161,31 @@ def tokenize_parts(job: Job, encoder: Encoder, processes: int, advance: Callable
 
 
 def work(job: Job, encoder: Encoder, advance: Callable[[int, int], object]) -> None:
-    """Make the parts that nobody else is making, one after another; then wait for those that others make."""
+    """Make the parts that no other process is making, one after another; then wait for the rest."""
+
+    def is_made(place: Path) -> bool:
+        return place.exists() or job.final.exists()  # in this order: the parts are deleted once the whole exists
+
     for wait in (False, True):
         for part, place in zip(job.plan, job.places, strict=True):
-            # In this order: parts are deleted when the whole is there.
-            if place.exists() or job.final.exists():
+            if is_made(place):
                 continue
             with held(job.folder / f".{place.name}.lock", wait=wait) as had:
-                if had and not place.exists() and not job.final.exists():
-                    with renamed(partial_of(place), place) as partial:
-                        texts = not_blank(job.parts.read(job.split, part))
-                        write_tokens(partial, texts, encoder, job.common, advance)
-                        read = {path: job.states[path] for path in job.parts.files(part)}
-                        refuse_changed(f"corpus '{job.common['corpus']}'", read)
-                        if not job.settled():
-                            raise UserError(
-                                f"another command cuts corpus '{job.common['corpus']}' in another way, below "
-                                f"'{job.folder}': it is of another version or revision. Wait until it is done"
-                            )
+                if had and not is_made(place):
+                    _make(job, part, place, encoder, advance)
+
+
+def _make(job: Job, part: Any, place: Path, encoder: Encoder, advance: Callable[[int, int], object]) -> None:
+    """Make a part, if its files are unchanged and the corpus is still cut as in this job."""
+    corpus = f"corpus '{job.common['corpus']}'"
+    with renamed(partial_of(place), place) as partial:
+        write_tokens(partial, not_blank(job.parts.read(job.split, part)), encoder, job.common, advance)
+        refuse_changed(corpus, {path: job.states[path] for path in job.parts.files(part)})
+        if not job.settled():
+            raise UserError(
+                f"another command cuts {corpus} in another way, below '{job.folder}': it is of another version or "
+                "revision. Wait until it is done"
+            )
 
 
 def _supervise(process: subprocess.Popen[bytes], line: bytes, advance: Callable[[int, int], object]) -> None:
