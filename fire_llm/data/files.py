@@ -27,7 +27,7 @@ from fire_llm.data.formats import (
     saved_splits,
     split_folders,
 )
-from fire_llm.data.partition import HEADING, Limited, Range, cut_lines, cut_rows, grouped
+from fire_llm.data.partition import HEADING, Range, cut_lines, cut_rows, grouped
 from fire_llm.data.spec import Corpus, CorpusSpec, Files, Part, held_out, setting
 
 DEFAULT_HOLDOUT = 0.05
@@ -269,9 +269,9 @@ def _read_range(name: str, piece: Range, spec: CorpusSpec, lines_before: int) ->
         yield from _read_parquet(name, piece, column)
         return
     with _open(piece, compression) as stream:
-        lines = _lines(name, piece.path, stream, lines_before, from_start=not piece.start)
+        lines = _lines(name, piece, stream, lines_before)
         if suffix == ".txt":
-            yield from _DOCUMENTS[spec.document or "blank-line"](lines)
+            yield from _DOCUMENTS[spec.document or "blank-line"](text for _, text in lines)
         else:
             yield from _read_json(name, piece.path, stream, lines, column, array_allowed=suffix == ".json")
 
@@ -295,46 +295,46 @@ def _enough_memory(name: str, path: Path) -> Iterator[None]:
 
 
 def _open(piece: Range, compression: str) -> io.BufferedReader:
-    """Open a range of a file, decompressed; at the end of a truncated file it raises OSError.
+    """Open a file at the start of a range, decompressed; at the end of a truncated file it raises OSError.
 
     Arrow decompresses .zst because `zstandard`'s reader takes a truncated frame for the end of the file.
     """
     if not compression:
         file = open(piece.path, "rb")  # noqa: SIM115 - the caller closes it
-        if not piece.start and piece.stop is None:
-            return file
-        stop = os.fstat(file.fileno()).st_size if piece.stop is None else piece.stop
-        return io.BufferedReader(Limited(file, piece.start, stop), 1 << 16)
+        file.seek(piece.start)
+        return file
     import pyarrow
 
     codec = "gzip" if compression == ".gz" else "zstd"
     return io.BufferedReader(pyarrow.input_stream(str(piece.path), compression=codec))
 
 
-def _lines(
-    name: str, path: Path, stream: io.BufferedReader, lines_before: int, from_start: bool
-) -> Iterator[tuple[int, str]]:
-    """Yield (number from 1, text without its line break) of the lines of UTF-8 text.
+def _lines(name: str, piece: Range, stream: io.BufferedReader, lines_before: int) -> Iterator[tuple[int, str]]:
+    """Yield (number from 1, text without its line break) of the lines of a range of UTF-8 text.
 
     Args:
         name: name of the corpus.
-        path: the file, for messages.
-        stream: bytes of the file.
-        lines_before: number of lines before the first one.
-        from_start: whether the stream begins at the start of the file.
+        piece: the range, which begins and ends with whole lines.
+        stream: bytes of the file from the start of the range on.
+        lines_before: number of lines before the range.
     """
-    if encoding := _wide(stream.peek(4096)[:4096]) if from_start else None:
+    path, position, number = piece.path, piece.start, lines_before
+    if encoding := None if piece.start else _wide(stream.peek(4096)[:4096]):
         raise UserError(
             f"corpus '{name}': {path} is not UTF-8, it looks like {encoding}. Convert its text: "
             f"iconv -f {encoding} -t UTF-8."
         )
-    for number, line in enumerate(iter(lambda: stream.readline(LONGEST_LINE + 1), b""), start=lines_before + 1):
+    while piece.stop is None or position < piece.stop:
+        line = stream.readline(LONGEST_LINE + 1)
+        if not line:
+            return
+        position, number = position + len(line), number + 1
         if len(line) > LONGEST_LINE:
             raise UserError(
                 f"corpus '{name}': {path}, line {number}: longer than {LONGEST_LINE:,} bytes, which no memory should "
                 "have to hold at once. Break the line between documents."
             )
-        if from_start and number == 1:
+        if position == len(line):  # the first line of the file
             line = line.removeprefix(codecs.BOM_UTF8)
         try:
             yield number, line.decode().rstrip("\r\n")
@@ -363,25 +363,21 @@ def _wide(head: bytes) -> str | None:
     return None
 
 
-def _by_line(lines: Iterable[tuple[int, str]]) -> Iterator[str]:
-    return (text for _, text in lines)
-
-
-def _by_blank_line(lines: Iterable[tuple[int, str]]) -> Iterator[str]:
+def _by_blank_line(lines: Iterable[str]) -> Iterator[str]:
     """Yield the runs of lines between lines of white space."""
-    for blank, group in itertools.groupby(_by_line(lines), key=lambda text: not text.strip()):
+    for blank, group in itertools.groupby(lines, key=lambda text: not text.strip()):
         if not blank:
             yield "\n".join(group)
 
 
-def _by_file(lines: Iterable[tuple[int, str]]) -> Iterator[str]:
-    yield "\n".join(_by_line(lines))
+def _by_file(lines: Iterable[str]) -> Iterator[str]:
+    yield "\n".join(lines)
 
 
-def _by_heading(lines: Iterable[tuple[int, str]]) -> Iterator[str]:
+def _by_heading(lines: Iterable[str]) -> Iterator[str]:
     """Yield WikiText articles: each starts at a title line that stands first or after an empty line."""
     article: list[str] = []
-    for text in _by_line(lines):
+    for text in lines:
         if HEADING.fullmatch(text) and article and not article[-1].strip():
             yield "\n".join(article).strip()
             article = []
@@ -389,12 +385,10 @@ def _by_heading(lines: Iterable[tuple[int, str]]) -> Iterator[str]:
     yield "\n".join(article).strip()
 
 
-_DOCUMENTS: dict[str, Callable[[Iterable[tuple[int, str]]], Iterator[str]]] = {
-    "line": _by_line,
-    "blank-line": _by_blank_line,
-    "file": _by_file,
-    "heading": _by_heading,
-}
+_DOCUMENTS: dict[str, Callable[[Iterable[str]], Iterator[str]]] = {
+    "line": iter, "blank-line": _by_blank_line, "file": _by_file, "heading": _by_heading,
+}  # fmt: skip
+"""Makes documents of lines, by kind of document."""
 
 
 def _read_json(
@@ -408,7 +402,7 @@ def _read_json(
     """Yield the texts of JSON objects, one on each line; or of the elements of a .json file that is an array."""
     rows: Iterable[tuple[str, object]]
     if array_allowed and stream.peek(64).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
-        array = _parse(name, str(path), "\n".join(_by_line(lines)), "one array of objects")
+        array = _parse(name, str(path), "\n".join(text for _, text in lines), "one array of objects")
         assert isinstance(array, list)
         rows = ((f"{path}, element {number}", row) for number, row in enumerate(array, start=1))
     else:
