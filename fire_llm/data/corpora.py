@@ -16,9 +16,9 @@ from fire_llm.data.builtin import Builtin
 from fire_llm.data.files import ALLOWED, DEFAULT_HOLDOUT, file_corpus, file_kind
 from fire_llm.data.formats import holds_ids
 from fire_llm.data.hub import hub_corpus
-from fire_llm.data.spec import SPLITS, Corpus, CorpusSpec, Split, held_out, split_by_hash
+from fire_llm.data.spec import SPLITS, Corpus, CorpusSpec, held_out, split_by_hash
 
-__all__ = ["CORPORA", "SPLITS", "Corpus", "CorpusSpec", "Entry", "Split", "held_out", "resolve"]
+__all__ = ["CORPORA", "SPLITS", "Corpus", "CorpusSpec", "Entry", "held_out", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def resolve(name: str, spec: CorpusSpec | None = None, root: Path | None = None)
         merged, known = CorpusSpec(**given), None
         if merged.files is None and merged.dataset is None:
             merged = merged.model_copy(update=_guess(name, root))
-    _refuse_contradictions(name, merged, known)
+    _refuse_contradictions(name, merged)
     if merged.files is not None:
         return file_corpus(name, merged, root)
     if merged.dataset is not None:
@@ -105,7 +105,7 @@ def _guess(name: str, root: Path) -> dict[str, str]:
     )
 
 
-def _refuse_contradictions(name: str, spec: CorpusSpec, known: Entry | None) -> None:
+def _refuse_contradictions(name: str, spec: CorpusSpec) -> None:
     """Refuse settings that would be ignored or that exclude each other."""
     place = f"corpora.{name}"
     if spec.files is not None and spec.dataset is not None:

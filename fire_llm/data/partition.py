@@ -14,7 +14,7 @@ from typing import NamedTuple
 PART_BYTES = 1 << 26
 """About how many bytes of text a part has: half a minute's work of one core, which is lost if a process is killed."""
 MOST_PARTS = 4096
-"""Most parts of a corpus: those of a larger corpus are longer."""
+"""Most parts of a corpus; a larger corpus has longer parts."""
 _CHUNK = 1 << 20
 
 # WikiText: " = Title = " opens an article, " = = Section = = " does not.

@@ -131,7 +131,7 @@ class Corpus:
 
     @contextmanager
     def unchanged(self) -> Iterator[Mapping[Path, str]]:
-        """Guard a block that reads documents: they all have to be those of the fingerprint.
+        """Guard a block that reads documents: the text must have the fingerprint before and after it.
 
         Yields the state (`file_state`) of each file.
 

@@ -100,8 +100,9 @@ def score_checkpoints(
     corpora, tokenizers = open_checkpoints(
         names, data, split, column, document, max_tokens=max_tokens, context=context, prefix=prefix
     )
-    title_of = dict(zip(names, titles or names, strict=True))
-    for name in names:
+    how = {"context": context, "stride": stride, "batch_size": batch_size, "compiled": compiled}
+    of_tasks: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size, "prefix": prefix}
+    for name, title in zip(names, titles or names, strict=True):
         tokenizer = tokenizers[name]
         model = load_model(name, "auto" if dtype == "stored" else getattr(torch, dtype)).to(where)
         first = first_token(tokenizer, prefix, name)
@@ -111,15 +112,7 @@ def score_checkpoints(
             for text, (corpus, part) in corpora.items()
         }
         texts = {text: EvaluationSet.of(file, first, per_document) for text, file in files.items()}
-        perplexities = score(
-            model,
-            texts,
-            context=context,
-            stride=stride,
-            batch_size=batch_size,
-            compiled=compiled,
-            progress=f"{title_of[name]} on" if progress else None,
-        )
+        perplexities = score(model, texts, progress=f"{title} on" if progress else None, **how)
         for text, result in perplexities.items():
             errors = standard_errors(result.scores)
             rows.append(CheckpointRow(name, text, corpora[text][1], prefix_text, **vars(result), se=errors))
@@ -127,15 +120,7 @@ def score_checkpoints(
             measures = diagnose(model, held_out.tokens, context=context)
             diagnosed.append(CheckpointDiagnostics(name, text, **vars(measures)))
         if tasks:
-            answers[name] = run_tasks(
-                (model, tokenizer),
-                tasks,
-                context=context,
-                limit=limit,
-                num_fewshot=num_fewshot,
-                batch_size=batch_size,
-                prefix=prefix,
-            )
+            answers[name] = run_tasks((model, tokenizer), tasks, context=context, **of_tasks)
         del model
     settings = CheckpointSettings(prefix, per_document, str(where), max_tokens=max_tokens)
     return CheckpointEvaluation(settings, rows, _differences(rows), diagnosed, answers)
@@ -197,7 +182,7 @@ def _differences(rows: Sequence[CheckpointRow]) -> list[CheckpointDifference]:
 
 
 def _corpus(name: str, split: str, column: str | None, document: str | None) -> tuple[Corpus, str]:
-    """Return a corpus and the split of it to read."""
+    """Return a corpus and the split to read."""
     if name in CORPORA and (column or document):
         raise UserError(f"--data {name} is a known corpus: --column and --document are for local files and Hub data")
     path = os.path.expanduser(name)

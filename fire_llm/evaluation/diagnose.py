@@ -1,4 +1,4 @@
-"""Measure how plastic a causal LM still is; what is measured of any network, and how it is reported."""
+"""Measure how plastic a causal LM still is; the measures of any network, and their names in a log."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from fire_llm.linalg.matmul import exact_products
 NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 LONG = {short: str(dtype).removeprefix("torch.") for dtype, short in NAMES.items()}
-"""torch's names of dtypes, by those of recipes and of `apply`."""
+"""torch's names of dtypes, by the short names in recipes and in `apply`."""
 
 
 def precision_of(model: nn.Module) -> str:

@@ -32,14 +32,14 @@ class Scores:
 
     def __post_init__(self) -> None:
         """Take lists as well as arrays, and refuse counts that are not one per document."""
-        object.__setattr__(self, "nll", np.asarray(self.nll, dtype=np.float64))
-        for name in ("tokens", "bytes", "words"):
-            counts = getattr(self, name)
-            if counts is not None:
-                object.__setattr__(self, name, np.asarray(counts, dtype=np.int64))
-                if getattr(self, name).shape != self.nll.shape:
-                    shape, right = getattr(self, name).shape, self.nll.shape
-                    raise ValueError(f"{name} has the shape {shape}, but there are {right} documents' nll")
+        for name, dtype in (("nll", np.float64), ("tokens", np.int64), ("bytes", np.int64), ("words", np.int64)):
+            if getattr(self, name) is not None:
+                values = np.asarray(getattr(self, name), dtype=dtype)
+                object.__setattr__(self, name, values)
+                if values.shape != self.nll.shape:
+                    raise ValueError(
+                        f"{name} has the shape {values.shape}, but there are {self.nll.shape} documents' nll"
+                    )
 
     @property
     def documents(self) -> int:

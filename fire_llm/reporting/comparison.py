@@ -126,7 +126,7 @@ class Comparison:
         return [reset.method for reset in report.resets] if report and report.resets else self.arms[arm].methods
 
     def report(self, arm: str) -> ResetEntry | None:
-        """Return what the resets of an arm did in the first of its seeds that has a report."""
+        """Return the report of an arm's resets, from the first of its runs that has one."""
         return next((run.reset for run in self.runs(arm) if run.reset), None)
 
     def start(self, arm: str) -> tuple[str, str] | None:

@@ -1,4 +1,4 @@
-"""Gather what the page says about one run: its figures under their headings, how its arms were made."""
+"""Gather the content of a page about one run: text, tables, and figures under their headings."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Block:
 
 
 def drawn(*figures: tuple[str, Figure | None]) -> list[Drawing]:
-    """Return (caption, figure) pairs as drawings, without those that are None."""
+    """Return drawings of (caption, figure) pairs; pairs without a figure are left out."""
     return [Drawing(caption, spec) for caption, spec in figures if spec]
 
 
@@ -104,7 +104,7 @@ class LeftAlone:
 
 @dataclass(frozen=True)
 class Section:
-    """What the page says about one run."""
+    """The content of a page about one run."""
 
     name: str
     created: str | None
@@ -123,16 +123,16 @@ class Section:
     made: Table
     """How each arm was made."""
     evidence: Table
-    """What resets that wait for a sign found."""
+    """What resets with a condition found."""
     untouched: list[LeftAlone]
     recipe: str
     """YAML."""
     facts: list[tuple[str, str]]
-    """What one needs to repeat the run."""
+    """Name and value of everything that a repetition of the run needs."""
 
 
 def section(results: Results, index: int) -> Section:
-    """Return what the page says about one run, the `index`-th of the page."""
+    """Return the section about one run, the `index`-th of its page."""
     import yaml
 
     c = Comparison(results)
@@ -167,7 +167,7 @@ def section(results: Results, index: int) -> Section:
 
 
 def _outcome(c: Comparison, looks: Mapping[str, Style]) -> list[Block]:
-    """Return the blocks about what the arms reached."""
+    """Return the blocks about the losses, steps saved and retention of the arms."""
     rivals = [arm for arm in c.ranked() if c.reference(arm, "full_reset") not in (None, arm)]
     saved = {arm: c.saved(arm) for arm in c.arms if arm in rivals}
     points = {arm: c.retention(arm) for arm in c.arms}
@@ -240,7 +240,7 @@ def _diagnostics(c: Comparison, looks: Mapping[str, Style]) -> list[Block]:
 
 
 def _matrices(c: Comparison, reports: Mapping[str, ResetEntry], looks: Mapping[str, Style]) -> list[Block]:
-    """Return the blocks about what the resets did, by each arm's first run; arms that touch none are left out."""
+    """Return the blocks about the matrices that resets changed, in the first run of each arm that changed any."""
     touched = {arm: [entry for entry in report.touched if is_matrix(entry)] for arm, report in reports.items()}
     tables = {arm: matrices(report) for arm, report in reports.items() if touched[arm]}
     entries = {arm: [*table.values()] for arm, table in tables.items()}
@@ -272,7 +272,7 @@ def _phases(c: Comparison) -> list[Block]:
 
 
 def _made(c: Comparison, arm: str, report: ResetEntry | None) -> Row:
-    """Write how an arm was made: its label, what its reset touched, what it cost."""
+    """Write how an arm was made: its label, how much its reset touched, and the time it took."""
     runs = c.runs(arm)
     seconds = [run.seconds for run in runs if run.seconds is not None]
     touched = cleared = took = DASH

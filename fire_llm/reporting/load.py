@@ -1,4 +1,4 @@
-"""Read results.json of this and of the first schema version; what cannot be read is one clear message."""
+"""Read results.json of this and of the first schema version; a file that cannot be read gives one clear message."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fire_llm.reporting.schema import SCHEMA_VERSION, Evaluation, Record, Result
 from fire_llm.reporting.table import first_few
 
 RENAMED = {"spike": "loss_jump", "speed": "throughput", "recycled": "recycled_units"}
-"""Keys of a run in schema version 1, and what they are called since."""
+"""Keys of a run in schema version 1, and their names in version 2."""
 
 AGAIN = "Run the recipe again with 'fire-llm run': it trains nothing that is finished and writes the file again."
 
@@ -26,7 +26,7 @@ WANTED = {
     "float_type": "a number", "int_type": "a whole number", "int_from_float": "a whole number", "string_type": "text",
     "bool_type": "true or false", "list_type": "a list", "dict_type": "a mapping", "model_type": "a mapping",
 }  # fmt: skip
-"""What is allowed, by pydantic's name of a fault."""
+"""What a field must be, by pydantic's name of the fault."""
 
 Part = TypeVar("Part", bound=Record)
 
@@ -104,7 +104,8 @@ def upgraded(data: Mapping[str, Any]) -> dict[str, Any]:
         data: The content of a results.json, which is not changed.
     """
     new = {"measurement" if key == "measured" else key: value for key, value in data.items()}
-    phases = [p for p in _list(_mapping(data.get("recipe")).get("phases")) if isinstance(_mapping(p).get("name"), str)]
+    planned = _mapping(data.get("recipe")).get("phases")
+    phases = [p for p in planned if isinstance(_mapping(p).get("name"), str)] if isinstance(planned, list) else []
     heaviest = {p["name"]: _heaviest(_mapping(p.get("data"))) for p in phases}
     new |= {"schema_version": SCHEMA_VERSION, "phase_corpus": {p: corpus for p, corpus in heaviest.items() if corpus}}
     if isinstance(data.get("phases"), list):
@@ -138,10 +139,6 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
 def _checked(kind: type[Part], data: Any, file: Path, verb: str, again: str) -> Part:
     """Return data as a record of this kind.
 
@@ -156,7 +153,7 @@ def _checked(kind: type[Part], data: Any, file: Path, verb: str, again: str) -> 
 
 
 def _faults(kind: type[Record], error: ValidationError) -> Iterator[str]:
-    """Yield every fault as `arms.fire.runs[0].seed: what is wrong, what is allowed`."""
+    """Yield a message for every fault: `arms.fire.runs[0].seed: "one" is not allowed; it must be a whole number`."""
     for fault in error.errors():
         where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"]).lstrip(".")
         if fault["type"] == "missing":

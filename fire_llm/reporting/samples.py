@@ -1,4 +1,4 @@
-"""Text that the models of a run wrote after each prompt, as the page shows it: what a reset changed, then all."""
+"""Texts that the models of a run wrote after each prompt, as the page shows them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Resets that wait for an overtrained checkpoint: in which phases and seeds they acted, and on what evidence."""
+"""Resets that wait for an overtrained checkpoint: in which phases and seeds they acted, and why."""
 
 from __future__ import annotations
 

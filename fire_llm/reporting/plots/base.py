@@ -1,8 +1,8 @@
-"""What all plots share: an arm's look, escaped labels, figures checked against plotly's schema.
+"""Shared by all plots: the look of arms, escaped labels, figures checked against plotly's schema.
 
-A figure is `{"data": [...], "layout": {...}, "variants": [{"label", "group", "data": [patch per trace], "layout"?}]}`:
-the page lays the patches of the chosen variant over it, so that a choice costs its numbers, not its styling.
-Colours of text and rules are left to the page, which knows whether it is light or dark.
+A figure is `{"data": [...], "layout": {...}, "variants": [{"label", "group", "data": [patch per trace], "layout"?}]}`.
+The page lays the patches of the chosen variant over the figure, so that a variant needs only its numbers. The page
+also sets the colours of text and rules, because it knows whether it is light or dark.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def escaped(value: str, width: int = 28) -> str:
 
 
 def short(values: Iterable[float | None]) -> list[float | None]:
-    """Round to four significant digits: what a screen can show, at a third of the bytes."""
+    """Round to four significant digits, which is enough for a screen and takes a third of the bytes."""
     return [None if v is None else float(f"{v:.4g}") for v in values]
 
 

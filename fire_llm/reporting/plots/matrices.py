@@ -114,11 +114,7 @@ def heat_figure(
     if not averages:
         return None
     scale = math.log10 if log else float
-    ends = [scale(x) for x in drawable([*averages.values(), *same_scale])]
-    low, high = min(ends), max(ends) + 1e-9
-    if log:  # a polar factor's DfI of 1e-12 or a head's of 1e9 would leave one colour for all the rest
-        middle = median(ends)
-        low, high = max(low, middle - DECADES), min(high, middle + DECADES)
+    low, high = _colour_range([scale(x) for x in drawable([*averages.values(), *same_scale])], log)
 
     def patch(label: str, grid: Grid) -> Figure:
         keys = [[(label, *cell) for cell in line] for line in grid]
@@ -146,6 +142,15 @@ def heat_figure(
     bottom_edge = below[-1] if outside else len(layers) - 0.5
     layout = heat_layout([escaped(p, 14) for p in parts], rows, bottom_edge, (low, high), _bar(low, high, log))
     return figure(traces, variants, height=100 + height * (len(layers) + len(outside)), **layout)
+
+
+def _colour_range(numbers: Sequence[float], log: bool) -> tuple[float, float]:
+    """Return the ends of a colour scale for numbers, which are logarithms if `log`."""
+    low, high = min(numbers), max(numbers) + 1e-9
+    if log:  # a polar factor's DfI of 1e-12 or a head's of 1e9 would leave one colour for all the rest
+        middle = median(numbers)
+        low, high = max(low, middle - DECADES), min(high, middle + DECADES)
+    return low, high
 
 
 def _bar(low: float, high: float, log: bool) -> Figure:
