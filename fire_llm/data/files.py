@@ -469,6 +469,6 @@ def _read_parquet(name: str, piece: Range, column: str) -> Iterator[str]:
             for text in batch.column(0).to_pylist():
                 row += 1
                 if not isinstance(text, str):
-                    found = "null" if text is None else str(kind)
-                    raise UserError(f"corpus '{name}': {path}, row {row}: '{column}' is {found}, not text.")
+                    is_kind = "null" if text is None else str(kind)
+                    raise UserError(f"corpus '{name}': {path}, row {row}: '{column}' is {is_kind}, not text.")
                 yield text

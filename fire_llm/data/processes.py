@@ -77,12 +77,12 @@ class Job:
         Raises:
             UserError: a part is missing.
         """
-        again = "give the command again, which makes what is missing"
-        number = len(read_json(folder / MANIFEST, again)["parts"])
+        advice = "give the command again, which makes what is missing"
+        number = len(read_json(folder / MANIFEST, advice)["parts"])
         places = [folder / f"part-{n:05d}" for n in range(number)]
         for place in places:
             if not place.exists():
-                raise UserError(f"'{place}' is gone: {again}")
+                raise UserError(f"'{place}' is gone: {advice}")
         return places
 
     @cached_property
@@ -156,7 +156,7 @@ def tokenize_parts(job: Job, encoder: Encoder, processes: int, advance: Callable
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
-                    with suppress(BrokenPipeError):  # of instructions that the process did not live to read
+                    with suppress(BrokenPipeError):  # the process ended before it had read its line
                         pipe.close()
 
 

@@ -59,7 +59,7 @@ class ExactPerplexity(evaluate.Metric):
             citation="",
             inputs_description=USAGE,
             features=[
-                datasets.Features({"predictions": each, "references": datasets.List(text)}) for each in (text, numbers)
+                datasets.Features({"predictions": kind, "references": datasets.List(text)}) for kind in (text, numbers)
             ],
         )
 
@@ -118,15 +118,15 @@ class ExactPerplexity(evaluate.Metric):
                     "as predictions the negative log-likelihoods of each document's tokens"
                 )
             ids = Encoder(tokenizer)(predictions)
-            empty = [number for number, each in enumerate(ids, 1) if not len(each)]
-            if empty:
-                raise UserError(f"prediction {empty[0]} of {len(ids)} has no tokens: leave empty texts out")
+            for number, document in enumerate(ids, 1):
+                if not len(document):
+                    raise UserError(f"prediction {number} of {len(ids)} has no tokens: leave empty texts out")
             if not per_document:
-                ids = [np.append(each, tokenizer.eos_token_id) for each in ids]
+                ids = [np.append(document, tokenizer.eos_token_id) for document in ids]
             result = perplexity(
                 model,
                 np.concatenate(ids),
-                documents=np.cumsum([len(each) for each in ids]),
+                documents=np.cumsum([*map(len, ids)]),
                 prefix=first_token(tokenizer, prefix, type(tokenizer).__name__),
                 n_bytes=n_bytes,
                 n_words=n_words,
@@ -139,15 +139,15 @@ class ExactPerplexity(evaluate.Metric):
             sums = np.asarray([_total(nll, number) for number, nll in enumerate(predictions, 1)])
             lengths = np.asarray([len(nll) for nll in predictions])
             result = summarize(Scores(sums, lengths, n_bytes, n_words), prefix=None, precision=None, **how)
-        each = result.scores
-        return {**result.to_dict(), "document_nll": each.nll.tolist(), "document_tokens": each.tokens.tolist()}
+        scores = result.scores
+        return {**result.to_dict(), "document_nll": scores.nll.tolist(), "document_tokens": scores.tokens.tolist()}
 
 
 def _total(nll: list[float], number: int) -> float:
     """Sum a document's negative log-likelihoods.
 
     Raises:
-        UserError: One is not finite or below zero, or there is none.
+        UserError: There are none, or one of them is not finite or is below zero.
     """
     wrong = [value for value in nll if not -ROUNDING <= value < float("inf")]
     if wrong or not nll:

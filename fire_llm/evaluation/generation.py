@@ -78,13 +78,10 @@ def continuations(model: Any, prompts: Prompts) -> list[str]:
             stack.enter_context(block)
         for ids in prompts.ids:
             torch.manual_seed(prompts.seed)
-            read = torch.tensor([ids], device=device)
-            found = inner.generate(
-                input_ids=read,
-                attention_mask=torch.ones_like(read),
-                synced_gpus=active() and bool(fsdp_modules(inner)),
-            )
-            written.append(tokenizer.decode(found[0, len(ids) :], skip_special_tokens=True))
+            prompt = torch.tensor([ids], device=device)
+            synced = active() and bool(fsdp_modules(inner))
+            text = inner.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), synced_gpus=synced)
+            written.append(tokenizer.decode(text[0, len(ids) :], skip_special_tokens=True))
     return written
 
 

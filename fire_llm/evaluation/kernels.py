@@ -93,10 +93,10 @@ def _row_nll(logits, targets, out, stride, SIZE: tl.constexpr, BLOCK: tl.constex
     sums = tl.zeros((BLOCK,), tl.float64)
     for at in range(0, SIZE, BLOCK):
         x = tl.load(begin + at + columns, mask=at + columns < SIZE, other=float("-inf")).to(tl.float32) - top
-        x = tl.where(x < -87.0, -87.0, x)  # the least that fp32 has a normal number for; NaN stays
-        # exp(x) = 2^n exp(r), |r| <= ln(2)/2, by its series to r^7. The instruction of the hardware is as far off as
-        # fp32 rounds, but may be so to one side; this is off by less than 1e-9 in the mean. n ln(2) is exact in the
-        # first of two parts.
+        x = tl.where(x < -87.0, -87.0, x)  # exp(-87) is about the smallest normal number of fp32; NaN stays
+        # exp(x) = 2^n exp(r) with |r| <= ln(2)/2, by the series to r^7. The hardware's instruction is as exact as fp32,
+        # but its errors may all have one sign; those of the series have a mean below 1e-9. ln(2) is the sum of two
+        # parts, and n times the first one is exact.
         n = tl.floor(x * 1.4426950408889634 + 0.5)
         r = (x - n * 0.693359375) + n * 2.12194440e-4
         q = 1.0 / 720.0 + r * (1.0 / 5040.0)

@@ -87,8 +87,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def attention_configs(model: nn.Module) -> list[Any]:
     """Return the configs of a model's modules, once each, that name an implementation of attention."""
-    found = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    return [config for config in found.values() if getattr(config, "_attn_implementation", None) is not None]
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    return [config for config in configs.values() if getattr(config, "_attn_implementation", None) is not None]
 
 
 @contextmanager

@@ -84,7 +84,7 @@ class CheckpointEvaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; diagnostics and tasks are left out where there are none."""
-        lists = {name: [each.to_dict() for each in getattr(self, name)] for name in ("rows", "differences")}
-        diagnostics = {"diagnostics": [each.to_dict() for each in self.diagnostics]} if self.diagnostics else {}
-        tasks = {"tasks": dict(self.tasks)} if self.tasks else {}
-        return {"schema_version": SCHEMA_VERSION, "settings": asdict(self.settings), **lists, **diagnostics, **tasks}
+        data = {"schema_version": SCHEMA_VERSION, "settings": asdict(self.settings)}
+        for name in ("rows", "differences", *(["diagnostics"] if self.diagnostics else [])):
+            data[name] = [record.to_dict() for record in getattr(self, name)]
+        return data | ({"tasks": dict(self.tasks)} if self.tasks else {})

@@ -90,7 +90,7 @@ class Comparison:
         given = isinstance(model, dict) and "checkpoint" in model
         self.one_phase = given and self.first == self.new and not results.phases
         """Whether the arms' phase is the only one, and goes on from a checkpoint that was given."""
-        # What such a run measures beside its new text is what the checkpoint may know.
+        # The other texts that such a run measures are texts that the given checkpoint may know.
         self.old = [c for c in self.corpora if c != self.new and (self.one_phase or c == self.first)]
         self.first = next(iter(self.old), self.first)
 
@@ -185,8 +185,8 @@ class Comparison:
         curves = {run.seed: run.curve for run in self.runs(reference)}
         seeds = [steps_saved(run.curve, curves.get(run.seed, []), self.new) for run in self.runs(arm)]
         arrived = [s for s in seeds if s is not None]
-        if any(len({run.steps for run in self.runs(one)}) > 1 for one in (arm, reference)):
-            # A mean curve ends where the first of its seeds stopped, and not at the final loss.
+        if any(len({run.steps for run in self.runs(either)}) > 1 for either in (arm, reference)):
+            # A mean curve ends at the step where its first seed stopped, not at the final loss.
             return fmean(arrived) if arrived and len(arrived) == len(seeds) else None, arrived
         return steps_saved(self.arms[arm].curve, self.arms[reference].curve, self.new), arrived
 

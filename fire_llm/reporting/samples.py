@@ -45,14 +45,14 @@ def samples(c: Comparison) -> list[Prompted]:
     seeds = [run.seed for _, run in arms or others]
     chosen = [(name, run) for name, run in arms or others if run.seed == seeds[0]]
     prompts = dict.fromkeys(sample.prompt for _, run in every for sample in run.samples)
-    found = []
+    several = len({run.seed for _, run in every}) > 1
+    prompted = []
     for prompt in prompts:
-        few = [w for name, run in chosen for w in _written(name, run, prompt, brief=True)]
-        several = len({run.seed for _, run in every}) > 1
-        told = [(f"{name}, seed {run.seed}" if several else name, run) for name, run in every]
-        whole = [w for name, run in told for w in _written(name, run, prompt)]
-        found.append(Prompted(shown(prompt), few, whole if len(whole) > len(few) else []))
-    return found
+        few = [text for name, run in chosen for text in _written(name, run, prompt, brief=True)]
+        named = [(f"{name}, seed {run.seed}" if several else name, run) for name, run in every]
+        whole = [text for name, run in named for text in _written(name, run, prompt)]
+        prompted.append(Prompted(shown(prompt), few, whole if len(whole) > len(few) else []))
+    return prompted
 
 
 def _written(name: str, run: Run, prompt: str, brief: bool = False) -> list[Written]:

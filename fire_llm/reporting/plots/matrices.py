@@ -55,13 +55,13 @@ def matrices(report: ResetEntry) -> dict[str, TensorEntry]:
 
     Those left alone carry their own values as "after", an SFE of 0, and no spectrum after.
     """
-    left = [
+    left_alone = [
         entry.model_copy(
             update={"sfe": 0.0, "dfi_after": entry.dfi_before, "norm_after": entry.norm_before, "sigma_after": None}
         )
         for entry in report.untouched
     ]
-    return {entry.name: entry for entry in [*report.touched, *left] if is_matrix(entry)}
+    return {entry.name: entry for entry in [*report.touched, *left_alone] if is_matrix(entry)}
 
 
 def is_matrix(entry: TensorEntry) -> bool:
@@ -124,7 +124,7 @@ def heat_figure(
             "customdata": [[_tip(cells.get(k, []), averages.get(k), unit) for k in line] for line in keys],
         }
 
-    # The rows below have one cell as wide as the map: edges, not centres, are given for them.
+    # A row below the layers has one cell as wide as the map, so plotly gets the edges of these cells, not the centres.
     width, below = len(parts), [len(layers) - 0.5 + 0.2 + i for i in range(len(outside) + 1)]
     few = len(layers) <= 16 and width <= 8
     look = {**HEAT_CELLS, "texttemplate": "%{text}" if few else None}
@@ -237,17 +237,17 @@ METRICS = {
 
 def metric_figure(rows: Sequence[InspectedMatrix]) -> Figure | None:
     """Draw one heat map with a variant for each metric the rows carry; colours are logarithmic over a span of 20."""
-    chosen: Figure | None = None
+    combined: Figure | None = None
     for key, label in METRICS.items():
         readings = [Reading(row.name, row.role or "", getattr(row, key)) for row in rows]
         numbers = [reading.value for reading in readings if reading.value is not None]
         log = bool(numbers) and min(numbers) > 0 and max(numbers) > 20 * min(numbers)
-        found = heat_figure({label: readings}, log=log, unit=label)
-        if found:
-            variant = {**found["variants"][0], "layout": {"coloraxis": found["layout"]["coloraxis"]}}
-            chosen = chosen or {**found, "variants": []}
-            chosen["variants"].append(variant)
-    return chosen
+        heat = heat_figure({label: readings}, log=log, unit=label)
+        if heat:
+            variant = {**heat["variants"][0], "layout": {"coloraxis": heat["layout"]["coloraxis"]}}
+            combined = combined or {**heat, "variants": []}
+            combined["variants"].append(variant)
+    return combined
 
 
 def layer_spectra_figure(rows: Sequence[InspectedMatrix]) -> Figure | None:
@@ -261,7 +261,7 @@ def layer_spectra_figure(rows: Sequence[InspectedMatrix]) -> Figure | None:
             parts.setdefault(parse_name(row.name, row.role or "")[1], []).append((row.name, short(row.sigma)))
     if not parts:
         return None
-    most = max(len(found) for found in parts.values())
+    most = max(len(spectra) for spectra in parts.values())
     # Cividis' lightest third disappears on white, its darkest on black: the middle serves both.
     shades = colors.sample_colorscale("Plasma", [0.12 + 0.66 * i / max(most - 1, 1) for i in range(most)])
     traces = [
@@ -269,11 +269,11 @@ def layer_spectra_figure(rows: Sequence[InspectedMatrix]) -> Figure | None:
         for c in shades
     ]
     variants: list[Figure] = []
-    for part, found in parts.items():
+    for part, spectra in parts.items():
         patches: list[Figure] = [{"x": [], "y": [], "text": ""}] * most
-        for place, (name, sigma) in enumerate(found):
-            # Spread over all shades: of q there is one a layer where of experts there are many.
-            shade = place * (most - 1) // max(len(found) - 1, 1)
+        for place, (name, sigma) in enumerate(spectra):
+            # A part with few spectra (q: one a layer) is spread over the shades of the part with most (experts).
+            shade = place * (most - 1) // max(len(spectra) - 1, 1)
             patches[shade] = {"x": ranks(len(sigma)), "y": sigma, "text": escaped(name, 60)}
         variants.append({"label": part, "group": "", "data": patches})
     return figure(traces, variants, height=420, **_spectrum_axes(p["y"] for v in variants for p in v["data"]))
