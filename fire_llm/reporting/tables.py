@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from fire_llm.core.console import show_table
 from fire_llm.core.errors import UserError, system_reason
 from fire_llm.core.terminal import open_console
-from fire_llm.reporting.comparison import Comparison, steps_saved
+from fire_llm.reporting.comparison import Comparison
 from fire_llm.reporting.html import section
 from fire_llm.reporting.load import load_results
 from fire_llm.reporting.schema import Results
@@ -31,7 +31,6 @@ __all__ = [
     "print_table",
     "render_table",
     "report_page",
-    "steps_saved",
     "write_page",
     "write_report",
 ]
