@@ -1,4 +1,4 @@
-"""Build the offline corpora from what every installation has: Python's own documentation, libraries and source."""
+"""Build the offline corpora from files that every installation has: Python's documentation, libraries and source."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from fire_llm.core.launch import cores
 from fire_llm.data import extract
 
 MIN_CHARACTERS = 80
-"""Characters below which a document is dropped: one-line stubs that say nothing."""
+"""Least characters of a document; shorter ones are one-line stubs."""
 MAX_CHARACTERS = 4_000
-"""Characters beyond which a file's blocks go on in a new document: no long module weighs on one split alone."""
+"""Characters after which a file's next block starts a new document, so that long modules are in both splits."""
 MAX_WORKERS = 8
-"""Processes that extract at once; each needs about 100 MB."""
+"""Most processes that extract at once; each needs about 100 MB."""
 
 _IN_PROCESS = threading.Lock()
-_FILES_A_WORKER = 32  # fewer are not worth a process
-# Tests and bundled copies of other projects; tables of characters; packages that were installed later.
+_FILES_A_WORKER = 32  # at least: fewer files are not worth a process
+# Tests, bundled copies of other projects, tables of characters, and packages that were installed later.
 _SKIPPED_FOLDERS = {"test", "tests", "testing", "idle_test", "idlelib", "lib2to3", "turtledemo", "_bundled", "_vendor"}
 _SKIPPED_FOLDERS |= {"encodings", "pydoc_data", "site-packages", "dist-packages", "__pycache__"}
 
@@ -40,10 +40,10 @@ class Builtin:
     """One offline corpus.
 
     Attributes:
-        kind: what is taken from a file, as in `extract.extract_blocks`.
-        packages: installed packages that are read; none: the standard library.
-        topics: whether the prose of the language reference (`pydoc_data.topics`) comes first.
-        share: part of the files that is read, chosen by a hash of their path: bounds the seconds, not the variety.
+        kind: kind of blocks, as in `extract.extract_blocks`.
+        packages: installed packages that are read; the standard library if there are none.
+        topics: whether the language reference (`pydoc_data.topics`) comes first.
+        share: share of the files that is read, chosen by a hash of their path: it saves time and keeps the variety.
     """
 
     kind: str
@@ -53,33 +53,33 @@ class Builtin:
 
 
 def fingerprint(builtin: Builtin) -> str:
-    """Return what the text depends on: the versions of Python, of the packages and of the extraction."""
+    """Return text that names all that the corpus depends on: Python, the packages, and the extraction's version."""
     versions = [f"{package}={_version(package)}" for package in builtin.packages]
     return f"builtin {builtin} python={platform.python_version()} {' '.join(versions)} v{extract.EXTRACTION_VERSION}"
 
 
 @functools.lru_cache(maxsize=4)
 def documents(builtin: Builtin) -> tuple[str, ...]:
-    """Return the documents of an offline corpus, in a fixed order: a topic of the reference or part of a file each.
+    """Return the documents of an offline corpus, in a fixed order; each is a topic of the reference or part of a file.
 
-    A block (docstring, comment or source) that was seen before is dropped, as are documents of fewer than
-    `MIN_CHARACTERS` characters. The result is kept (a few MB), for both splits and the tokenizer read it.
+    Blocks (docstrings, comments or source) that occurred before are dropped, and documents of fewer than
+    `MIN_CHARACTERS` characters. The result (a few MB) is kept, because both splits and the tokenizer read it.
 
     Raises:
-        UserError: where the packages or the standard library's sources are not installed.
+        UserError: the packages or the standard library's sources are not installed.
     """
     seen: set[str] = set()
-    found: list[str] = []
+    documents: list[str] = []
     for blocks in [*_topics(builtin), *_extract(_files(builtin), builtin.kind)]:
-        stretches = [""]
+        texts = [""]
         for block in blocks:
             if block not in seen:
                 seen.add(block)
-                if stretches[-1] and len(stretches[-1]) + len(block) > MAX_CHARACTERS:
-                    stretches.append("")
-                stretches[-1] += block + "\n\n"
-        found += [text.strip() for text in stretches if len(text.strip()) >= MIN_CHARACTERS]
-    return tuple(found)
+                if texts[-1] and len(texts[-1]) + len(block) > MAX_CHARACTERS:
+                    texts.append("")
+                texts[-1] += block + "\n\n"
+        documents += [text.strip() for text in texts if len(text.strip()) >= MIN_CHARACTERS]
+    return tuple(documents)
 
 
 def _topics(builtin: Builtin) -> list[list[str]]:
@@ -106,7 +106,7 @@ def _version(package: str) -> str:
 
 
 def _files(builtin: Builtin) -> list[str]:
-    """Return the Python files a corpus is made of, in an order and a choice that the machine has no part in."""
+    """Return the Python files of a corpus; choice and order are the same on every machine."""
     if builtin.packages:
         roots = []
         for package in builtin.packages:
@@ -120,7 +120,7 @@ def _files(builtin: Builtin) -> list[str]:
         for folder, folders, names in os.walk(root):
             folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
             for name in names:
-                # _sysconfigdata*.py records where this very Python was built: text that differs between machines.
+                # _sysconfigdata*.py differs between machines: it records where this Python was built.
                 if name.endswith(".py") and not name.startswith("_sysconfigdata"):
                     path = Path(folder, name)
                     key = f"{label}/{path.relative_to(root).as_posix()}"
@@ -138,13 +138,13 @@ def _files(builtin: Builtin) -> list[str]:
 def _extract(paths: list[str], kind: str) -> list[list[str]]:
     """Return the blocks of every file, extracted by worker processes that share no memory with this one.
 
-    A fork of a process that runs torch's threads may deadlock, and multiprocessing's other ways need a main guard in
-    the user's script; plain subprocesses need neither.
+    A fork of a process with torch's threads may deadlock, and multiprocessing's other start methods need a main guard
+    in the user's script. Plain subprocesses have neither problem.
     """
     workers = max(1, min(cores(), MAX_WORKERS, len(paths) // _FILES_A_WORKER))
     blocks: list[list[str]] = [[] for _ in paths]
     with ThreadPoolExecutor(workers) as pool:
-        # Every n-th file to each of n workers: neighbours are of one kind, so that the shares take equally long.
+        # Worker k of n gets every n-th file: neighbours are alike, so that all workers take about equally long.
         shares = [paths[start::workers] for start in range(workers)]
         for start, result in enumerate(pool.map(functools.partial(_work, kind=kind), shares)):
             blocks[start::workers] = result
@@ -152,14 +152,13 @@ def _extract(paths: list[str], kind: str) -> list[list[str]]:
 
 
 def _work(paths: list[str], kind: str) -> list[list[str]]:
-    """Extract in a subprocess, or here where no interpreter can be started (an embedded Python)."""
+    """Extract in a subprocess, or in this process if no interpreter can be started (an embedded Python)."""
     command = [sys.executable, "-I", "-X", "utf8", "-W", "ignore", extract.__file__, kind]
     try:
-        done = subprocess.run(
-            command, input="\n".join(paths).encode("utf-8", "surrogateescape"), capture_output=True, check=True
-        )
+        lines = "\n".join(paths).encode("utf-8", "surrogateescape")
+        done = subprocess.run(command, input=lines, capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        # One thread at a time: CPython 3.11's parser keeps its depth per interpreter and fails on two at once.
+        # One thread at a time: CPython 3.11's parser keeps its depth per interpreter, so that two threads fail.
         with _IN_PROCESS:
             return [extract.extract_blocks(path, kind) for path in paths]
     blocks: list[list[str]] = json.loads(done.stdout)

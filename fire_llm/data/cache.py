@@ -15,28 +15,26 @@ from fire_llm.core.ranks import first_rank
 
 CACHE_VARIABLE = "FIRE_LLM_CACHE"
 TICK = 0.02
-"""Seconds that the times of files are exact to, with some to spare: the system's clock ticks every 1 to 10 ms."""
-_DIGITS, _CHECK = 64, 8
-_untaken: dict[str, str] = {}  # what the cache folder did not take, for as long as this process lives
+"""Seconds within which two writes may give a file the same time: the system's clock ticks every 1 to 10 ms."""
+_DIGITS = 64
+_unwritten: dict[str, str] = {}  # hashes by state that the cache folder did not take; they last as long as this process
 
 
 def cache_folder(cache: str | Path | None = None) -> Path:
-    """Return the folder of what is computed once: `cache`, else $FIRE_LLM_CACHE, else ~/.cache/fire_llm."""
+    """Return the cache folder: `cache`, else $FIRE_LLM_CACHE, else ~/.cache/fire_llm."""
     return Path(os.path.expanduser(cache or os.environ.get(CACHE_VARIABLE) or "~/.cache/fire_llm"))
 
 
 @contextmanager
 def reporting(what: str, path: Path) -> Iterator[None]:
-    """Turn what the file system and the decompressors raise into a message that names the file.
+    """Turn errors of the file system and of decompressors into a message that names the file.
 
     Args:
-        what: The file belongs to: `corpus 'a'`.
+        what: Owner of the file, for the message: `corpus 'a'`.
         path: The file.
     """
     try:
         yield
-    except UserError:
-        raise
     except OSError as error:
         raise UserError(
             f"{what}: cannot read {path}: {error.strerror or error}. "
@@ -45,55 +43,51 @@ def reporting(what: str, path: Path) -> Iterator[None]:
 
 
 def content_hashes(what: str, paths: Sequence[Path]) -> list[str]:
-    """Return the hash of what each file holds (`hash_file`), wherever it lies and however old it is.
+    """Return the hash of each file's content (`hash_file`), whatever its place and times are.
 
-    A file is read once, at hundreds of MB/s: its hash is remembered in the cache folder, under its `file_state`. Where
-    that folder cannot be written to, each process reads it once.
+    A file is read once, at hundreds of MB/s: its hash is remembered in the cache folder under its `file_state`. If that
+    folder cannot be written to, each process reads the file once.
 
     Args:
-        what: the files belong to: `corpus 'a'`, for messages and the progress bar.
-        paths: files that are there.
+        what: owner of the files, for messages and the progress bar: `corpus 'a'`.
+        paths: existing files.
 
     Raises:
-        UserError: for a file that cannot be read, or that changes while it is.
+        UserError: for a file that cannot be read, or that changes while it is read.
     """
     folder = cache_folder() / "hashes"
     states: dict[Path, str] = {}
     for path in paths:
         with reporting(what, path):
             states[path] = file_state(path)
-    found = {path: known for path, state in states.items() if (known := _remembered(folder, state))}
-    unread = [path for path in paths if path not in found]
+    hashes = {path: known for path, state in states.items() if (known := _remembered(folder, state))}
+    unread = [path for path in paths if path not in hashes]
     size = sum(path.stat().st_size for path in unread)
     with progress_bar(f"hashing {what}", size, "B", shown=first_rank()) as bar:
         for path in unread:
             with reporting(what, path):
                 _outlive_tick(path)
-                found[path], state = hash_file(path, advance=bar.update), states[path]
+                hashes[path], state = hash_file(path, advance=bar.update), states[path]
                 refuse_changed(what, {path: state})
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                (folder / state).write_text(found[path] + _check(state, found[path]))
+                (folder / state).write_text(hashes[path] + _check(state, hashes[path]))
             except OSError:
-                _untaken[state] = found[path]
-    return [found[path] for path in paths]
+                _unwritten[state] = hashes[path]
+    return [hashes[path] for path in paths]
 
 
 def file_state(path: Path) -> str:
-    """Return what changes whenever a file is written to, without reading it: path, inode, size and times, hashed.
+    """Return a hash of a file's path, inode, size and times, which changes whenever the file is written to.
 
-    The time of the last change of its inode is among them, which no program can set back.
+    One of the times is that of the last change of the inode, which no program can set back.
     """
     stat = path.stat()
     return digest(f"{path.resolve()} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}", 16)
 
 
 def refuse_changed(what: str, states: Mapping[Path, str]) -> None:
-    """Compare files with the states they were in before they were read.
-
-    Raises:
-        UserError: for one that was written to since.
-    """
+    """Raise `UserError` for a file that has been written to since it had its state in `states`."""
     for path, state in states.items():
         if not path.exists() or file_state(path) != state:
             raise UserError(
@@ -102,21 +96,21 @@ def refuse_changed(what: str, states: Mapping[Path, str]) -> None:
 
 
 def _outlive_tick(path: Path) -> None:
-    """Wait until another write to a file would give it another time."""
+    """Wait until a new write to a file would change its time."""
     age = time.time() - path.stat().st_ctime
     if 0 <= age < TICK:
         time.sleep(TICK - age)
 
 
 def _remembered(folder: Path, state: str) -> str | None:
-    """Return a hash that was written down whole, or that could not be."""
+    """Return the remembered hash of a file in this state; a damaged note is ignored."""
     with suppress(OSError, UnicodeDecodeError):
         text = (folder / state).read_text()
         if text[_DIGITS:] == _check(state, text[:_DIGITS]):
             return text[:_DIGITS]
-    return _untaken.get(state)
+    return _unwritten.get(state)
 
 
-def _check(state: str, found: str) -> str:
-    """Return digits that show a note to be what was written."""
-    return digest(state + found, _CHECK)
+def _check(state: str, content_hash: str) -> str:
+    """Return a checksum of a remembered hash, which shows whether the note is damaged."""
+    return digest(state + content_hash, 8)

@@ -1,6 +1,6 @@
-"""Corpora by name: known corpora, local files, Hub data sets and what every installation has.
+"""Corpora by name: known corpora, local files, Hub data sets and offline corpora.
 
-To add a corpus, add an entry to `CORPORA`: where its text is and what it is.
+To add a corpus, add an entry to `CORPORA`: a summary and the place of its text.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from fire_llm.data.builtin import Builtin
 from fire_llm.data.files import ALLOWED, DEFAULT_HOLDOUT, file_corpus, file_kind
 from fire_llm.data.formats import holds_ids
 from fire_llm.data.hub import hub_corpus
-from fire_llm.data.spec import SPLITS, Corpus, CorpusSpec, Split, held_out, split_by_hash
+from fire_llm.data.spec import SPLITS, Corpus, CorpusSpec, held_out, split_by_hash
 
-__all__ = ["CORPORA", "SPLITS", "Corpus", "CorpusSpec", "Entry", "Split", "held_out", "resolve"]
+__all__ = ["CORPORA", "SPLITS", "Corpus", "CorpusSpec", "Entry", "held_out", "resolve"]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A known corpus: a line about it and where its text is, `builtin` or `spec`."""
+    """A known corpus: a summary in one line, and the place of its text in `builtin` or `spec`."""
 
     summary: str
     spec: CorpusSpec = field(default_factory=CorpusSpec)
@@ -55,10 +55,10 @@ CORPORA: dict[str, Entry] = {
 
 
 def resolve(name: str, spec: CorpusSpec | None = None, root: Path | None = None) -> Corpus:
-    """Return the corpus that a name in a recipe stands for. Its text is not read yet; local files are looked for.
+    """Return the corpus that a name in a recipe stands for. Local files must exist; their text is not read yet.
 
-    In this order: the recipe's own settings; a name in `CORPORA` (settings then change that entry); a file or glob;
-    a Hub data set "user/dataset".
+    A name stands for, in this order: files or a data set in the recipe's settings; an entry of `CORPORA`, changed by
+    the settings; a file or glob; a Hub data set "user/dataset".
 
     Args:
         name: key under `data` in a recipe.
@@ -77,7 +77,7 @@ def resolve(name: str, spec: CorpusSpec | None = None, root: Path | None = None)
         merged, known = CorpusSpec(**given), None
         if merged.files is None and merged.dataset is None:
             merged = merged.model_copy(update=_guess(name, root))
-    _refuse_contradictions(name, merged, known)
+    _refuse_contradictions(name, merged)
     if merged.files is not None:
         return file_corpus(name, merged, root)
     if merged.dataset is not None:
@@ -89,7 +89,7 @@ def resolve(name: str, spec: CorpusSpec | None = None, root: Path | None = None)
 
 
 def _guess(name: str, root: Path) -> dict[str, str]:
-    """Return the setting that a name which is itself a path, glob or Hub id stands for."""
+    """Return the setting for a name that is itself a path, a glob or a Hub id."""
     path = root / os.path.expanduser(name)
     if file_kind(name)[0] or holds_ids(path):
         return {"files": name}
@@ -105,7 +105,7 @@ def _guess(name: str, root: Path) -> dict[str, str]:
     )
 
 
-def _refuse_contradictions(name: str, spec: CorpusSpec, known: Entry | None) -> None:
+def _refuse_contradictions(name: str, spec: CorpusSpec) -> None:
     """Refuse settings that would be ignored or that exclude each other."""
     place = f"corpora.{name}"
     if spec.files is not None and spec.dataset is not None:

@@ -1,4 +1,4 @@
-"""Where documents begin inside blocks of tokens, as positions that start again at each of them."""
+"""The positions of tokens within their documents, for blocks of a token file."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fire_llm.data.tokens import TokenFile
 
 
 class Boundaries:
-    """Positions within documents for any stretch of a token file; pickles as that file does.
+    """Positions within documents for any stretch of a token file; pickled without tokens, as the file is.
 
-    The end-of-text token that stands before a document opens it, at position 0: it is what predicts the document's
-    first token. Every label is then predicted from its own document alone, as `perplexity(per_document=True)` does
-    with the end-of-text token as prefix. A document that runs on from the stretch before begins again at 0.
+    The end-of-text token before a document has position 0 in it, because it predicts the document's first token. So
+    every label is predicted only from its own document, as `perplexity(per_document=True)` does with the end-of-text
+    token as prefix. A document that began before the stretch starts again at 0.
 
     Args:
         source: The token file.
@@ -23,27 +23,26 @@ class Boundaries:
 
     def __init__(self, source: TokenFile) -> None:
         self._source = source
-        # A plain view of the map: nothing is read until it is looked at, and a look costs a tenth of a memmap's.
+        # A plain view of the map: nothing is read yet, and an access costs a tenth of an access to a memmap.
         self._ends = np.asarray(source.ends)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Boundaries, (self._source,)
 
     def positions(self, start: int, length: int) -> np.ndarray:
-        """Return (length,) int64: for each token of [start, start + length) its place in its document, there.
+        """Return (length,) int64: the position of each token of [start, start + length) in its document.
 
         Args:
             start: First token of the stretch, counted in the file.
             length: Tokens of the stretch.
         """
-        # The document after the one that ends before token e is opened by token e − 1. At `start` all begin anyway.
+        # If a document ends before token e, the next one begins with the end-of-text token e − 1.
         first = self._first_end(start + 2, 0, len(self._ends))
         last = self._first_end(start + length + 1, first, min(len(self._ends), first + length))
-        opened = self._ends[first:last, 0].astype(np.int64) - (start + 1)
-        places = np.arange(length, dtype=np.int64)
-        begun = np.zeros(length, dtype=np.int64)
-        begun[opened] = opened
-        return places - np.maximum.accumulate(begun)
+        begins = self._ends[first:last, 0].astype(np.int64) - (start + 1)
+        begin_of = np.zeros(length, dtype=np.int64)
+        begin_of[begins] = begins
+        return np.arange(length, dtype=np.int64) - np.maximum.accumulate(begin_of)
 
     def _first_end(self, token: int, low: int, high: int) -> int:
         """Return the number of the first document that ends at `token` or beyond."""

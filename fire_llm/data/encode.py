@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH_BYTES = 4_000_000
-"""Bytes of text encoded at once: enough for every core, little in memory."""
+"""Bytes of text encoded at once: enough to occupy every core, and little memory."""
 WINDOW = 1 << 19
-"""Characters; a longer document is encoded in overlapping windows of this length, for an encoding needs about a
-hundred bytes a token while it is made."""
+"""Characters of a window. A longer document is encoded in overlapping windows, because encoding takes about a hundred
+bytes of memory for each token."""
 OVERLAP = 1 << 12
 """Characters that neighbouring windows share."""
 AGREEMENT = 16
-"""Tokens on either side of a seam that both windows must have alike."""
+"""Tokens on either side of a seam that must be the same in both windows."""
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -36,51 +36,41 @@ class Encoder:
     Attributes:
         identity: hash of everything the encoding depends on.
         vocab_size: see `vocabulary_size`.
+        is_fast: whether the tokenizer is one of the library tokenizers, and not Python code.
     """
-
-    identity: str
-    vocab_size: int
-    _failed: str
-    _slow: Any
-    _fast: Any
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.vocab_size = vocabulary_size(tokenizer)
+        self.is_fast = bool(getattr(tokenizer, "is_fast", False))
         self._failed = f"the tokenizer '{tokenizer.name_or_path}' fails on a document"
-        self._slow, self._fast = tokenizer, None
-        if getattr(tokenizer, "is_fast", False):
+        self._split_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
+        self._tokenizer: Any = tokenizer
+        if self.is_fast:
             from tokenizers import Tokenizer
 
-            # A copy: the caller's may truncate or pad, or be set to by someone while this one is at work.
-            self._fast = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-            self._fast.no_truncation()
-            self._fast.no_padding()
-            self._fast.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
-            description = f"{self._fast.to_str()} {self._fast.encode_special_tokens}"
+            # A copy: the caller may set its own tokenizer to truncate or pad, even while this encoder is at work.
+            self._tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            self._tokenizer.encode_special_tokens = self._split_special_tokens
+            description = f"{self._tokenizer.to_str()} {self._split_special_tokens}"
         else:
             settings = {key: str(value) for key, value in getattr(tokenizer, "init_kwargs", {}).items()}
             description = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab(), settings], sort_keys=True)
         self.identity = digest(description, 16)
 
-    def described(self) -> dict[str, Any] | None:
-        """Return a fast tokenizer's encoder as plain data; None for a slow one, which is code."""
-        if self._fast is None:
-            return None
-        return {
-            "tokenizer": self._fast.to_str(), "special": self._fast.encode_special_tokens, "identity": self.identity,
-            "vocab_size": self.vocab_size, "failed": self._failed,
-        }  # fmt: skip
+    def state(self) -> dict[str, Any]:
+        """Return the encoder of a fast tokenizer as plain data, for `restored`."""
+        return {**vars(self), "_tokenizer": self._tokenizer.to_str()}
 
     @classmethod
-    def restored(cls, described: Mapping[str, Any]) -> Encoder:
-        """Return the encoder that was `described`."""
+    def restored(cls, state: Mapping[str, Any]) -> Encoder:
+        """Return the encoder that has this state."""
         from tokenizers import Tokenizer
 
         encoder = cls.__new__(cls)
-        encoder._fast = Tokenizer.from_str(described["tokenizer"])
-        encoder._fast.encode_special_tokens = described["special"]
-        encoder.identity, encoder.vocab_size = described["identity"], described["vocab_size"]
-        encoder._failed = described["failed"]
+        vars(encoder).update(state, _tokenizer=Tokenizer.from_str(state["_tokenizer"]))
+        encoder._tokenizer.encode_special_tokens = encoder._split_special_tokens
         return encoder
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
@@ -90,19 +80,19 @@ class Encoder:
             UserError: The tokenizer fails; its files are damaged or of another one.
         """
         with reading(self._failed):
-            if self._fast is None:
-                encoded = self._slow(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            if not self.is_fast:
+                encoded = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
                 return [np.asarray(ids, dtype=np.uint32) for ids in encoded]
             if len(texts) == 1 and len(texts[0]) > WINDOW:
                 return [self._encode_long(texts[0])]
-            return [_ids(encoding) for encoding in self._fast.encode_batch_fast(texts, add_special_tokens=False)]
+            return [_ids(encoding) for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _encode_long(self, text: str) -> np.ndarray:
-        """Return the ids of a long text from windows that overlap, joined where both agree.
+        """Return the ids of a long text from overlapping windows, joined where neighbours agree.
 
-        A window's first and last tokens may differ from the whole text's, those in the middle of an overlap do not:
-        what a tokenizer looks at reaches a few words. Where no place is found at which both windows agree (text
-        without a single boundary), the whole text is encoded at once.
+        A window's first and last tokens may differ from those of the whole text. Tokens in the middle of an overlap do
+        not, because a tokenizer looks only a few words ahead and back. If two windows agree nowhere (text without a
+        single boundary), the whole text is encoded at once.
         """
         starts = range(0, max(1, len(text) - OVERLAP), WINDOW - OVERLAP)
         done: list[np.ndarray] = []
@@ -110,14 +100,14 @@ class Encoder:
         group = max(1, BATCH_BYTES // WINDOW)
         for first in range(0, len(starts), group):
             chosen = starts[first : first + group]
-            windows = self._fast.encode_batch([text[s : s + WINDOW] for s in chosen], add_special_tokens=False)
+            windows = self._tokenizer.encode_batch([text[s : s + WINDOW] for s in chosen], add_special_tokens=False)
             for start, encoding in zip(chosen, windows, strict=True):
                 ids = _ids(encoding)
                 spans = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2) + start
                 if previous is not None:
                     seam = _seam(*previous, ids, spans, start + OVERLAP // 2)
                     if seam is None:
-                        return _ids(self._fast.encode(text, add_special_tokens=False))
+                        return _ids(self._tokenizer.encode(text, add_special_tokens=False))
                     done.append(previous[0][: seam[0]])
                     ids, spans = ids[seam[1] :], spans[seam[1] :]
                 previous = ids, spans
@@ -132,14 +122,14 @@ def _ids(encoding: Any) -> np.ndarray:
 def _seam(
     left: np.ndarray, left_spans: np.ndarray, right: np.ndarray, right_spans: np.ndarray, middle: int
 ) -> tuple[int, int] | None:
-    """Return (i, j), near the character `middle`, such that left[:i] and right[j:] join without a fault, or None.
+    """Return (i, j) such that left[:i] and right[j:] are the ids of the joined text, or None.
 
     Args:
         left: ids of a window.
         left_spans: (n, 2), each token's first character and the one after its last, in the whole text.
         right: ids of the next window.
         right_spans: (n, 2), likewise.
-        middle: character around which to look.
+        middle: character near which to look.
     """
     centre = int(np.searchsorted(left_spans[:, 0], middle))
     for i in sorted(
@@ -150,7 +140,7 @@ def _seam(
         if (
             AGREEMENT <= j <= len(right) - AGREEMENT
             and right_spans[j, 0] == boundary
-            # One character may be several tokens: they share its span, and none of them is a place to join.
+            # The tokens of one character share its span: no seam may lie between them.
             and left_spans[i - 1, 1] <= boundary
             and right_spans[j - 1, 1] <= boundary
             and np.array_equal(left[i - AGREEMENT : i + AGREEMENT], right[j - AGREEMENT : j + AGREEMENT])
@@ -160,17 +150,17 @@ def _seam(
 
 
 def batches(documents: Iterable[str]) -> Iterator[tuple[list[str], list[int]]]:
-    """Yield (documents, the bytes of each) in lots of about `BATCH_BYTES`; a text longer than `WINDOW` comes alone."""
-    lot: list[str] = []
+    """Yield (documents, bytes of each) in batches of about `BATCH_BYTES`; a text longer than `WINDOW` comes alone."""
+    batch: list[str] = []
     sizes: list[int] = []
     total = 0
     for text in documents:
         size = len(text.encode())
-        if lot and (total + size > BATCH_BYTES or len(text) > WINDOW or len(lot[-1]) > WINDOW):
-            yield lot, sizes
-            lot, sizes, total = [], [], 0
-        lot.append(text)
+        if batch and (total + size > BATCH_BYTES or len(text) > WINDOW or len(batch[-1]) > WINDOW):
+            yield batch, sizes
+            batch, sizes, total = [], [], 0
+        batch.append(text)
         sizes.append(size)
         total += size
-    if lot:
-        yield lot, sizes
+    if batch:
+        yield batch, sizes

@@ -52,9 +52,9 @@ def extract_blocks(path: str, kind: str) -> list[str]:
 
 
 def _docstrings(tree: ast.Module) -> Iterator[tuple[int, int, str]]:
-    """Yield (first line, last line, cleaned docstring less its legal paragraphs) of module, classes and functions.
+    """Yield (first line, last line, cleaned docstring without legal paragraphs) of module, classes and functions.
 
-    Only statements are visited: expressions are most of a tree and hold no docstring.
+    Only statements are visited: expressions are most of a tree and have no docstrings.
     """
     nodes: list[ast.AST] = [tree]
     while nodes:
@@ -75,18 +75,18 @@ def _docstrings(tree: ast.Module) -> Iterator[tuple[int, int, str]]:
 def _comments(lines: list[str], tree: ast.Module, docstrings: list[tuple[int, int, str]]) -> Iterator[tuple[int, str]]:
     """Yield (line, text) of the blocks of whole-line comments that read as prose.
 
-    A block is a run of adjacent lines that hold nothing but a comment. Lines inside multi-line strings are none.
+    A block is a run of adjacent lines with nothing but a comment. Lines inside multi-line strings do not count.
     """
     inside: set[int] = set()
     for first, last, _ in docstrings:
         inside.update(range(first, last + 1))
-    # Expressions are walked only where a triple quote is left over: the walk costs as much as parsing.
+    # Expressions are walked only if there is a triple quote outside docstrings: a walk costs as much as parsing.
     if any(('"""' in line or "'''" in line) and number not in inside for number, line in enumerate(lines, start=1)):
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant | ast.JoinedStr) and node.end_lineno and node.end_lineno > node.lineno:
                 inside.update(range(node.lineno, node.end_lineno + 1))
     block: list[str] = []
-    # The closing "" ends a block that runs to the end of the file.
+    # The "" at the end closes a block that reaches the end of the file.
     for number, line in enumerate([*lines, ""], start=1):
         stripped = line.strip()
         if stripped.startswith("#") and number not in inside:
@@ -99,7 +99,7 @@ def _comments(lines: list[str], tree: ast.Module, docstrings: list[tuple[int, in
 
 
 def _without_legal_header(source: str) -> str:
-    """Return the source less the block of comments at its top where that speaks of copyright or a licence."""
+    """Return the source without the comments at its top if these mention copyright or a licence."""
     lines = source.split("\n")
     end = 0
     while end < len(lines) and (not lines[end].strip() or lines[end].startswith("#")):

@@ -1,4 +1,4 @@
-"""Files of token ids that other programs wrote: where the ids lie in them, memory-mapped and never copied.
+"""Files of token ids that other programs wrote: they are memory-mapped and never copied.
 
     nanoGPT     x.bin            the ids alone, 16 bits each (32 where the vocabulary needs them)
     llm.c       x.bin            256 int32 (magic, version, number of ids), then the ids
@@ -29,30 +29,30 @@ Array = np.ndarray[Any, Any]
 
 RAW_DTYPES = ("uint16", "uint32")
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
-"""Files in a folder that `save_to_disk` wrote: of one split, and of several."""
+"""The file that marks a folder of `save_to_disk`: with one split, or with several."""
 COLUMN = "input_ids"
 
 _HEADER = 256
 _LLM_C = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
-"""By llm.c's magic number: the version, and the dtype of the ids."""
+"""By llm.c's magic number: its version and dtype."""
 _LLM_C_EXAMPLES = 20240522
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _INDEX_HEADER = "<9sQBQQ"
 _INDEX_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
-"""By Megatron's code; 6 and 7 are floating-point numbers, which no ids are."""
+"""Dtypes by Megatron's code; 6 and 7 are floating-point numbers."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Token ids in one place; equal and pickled by where that is.
+    """The place of token ids; it is compared and pickled without the ids.
 
     Attributes:
         path: file, or folder of a saved data set.
-        dtype: of the ids; empty for a saved data set, which says itself.
+        dtype: dtype of the ids; empty for a saved data set, which has its own.
         offset: bytes before the first id.
-        count: ids; of a saved data set, 0 until it is opened.
-        column: of a saved data set.
-        ends: (n_documents,) int64, where each document ends, in ids from the first of this source; None where only
+        count: number of ids; 0 for a saved data set, which must be opened to count them.
+        column: column of a saved data set.
+        ends: (n_documents,) int64, where each document ends, in ids from the first of this source; None if only
             end-of-text tokens tell.
     """
 
@@ -64,7 +64,7 @@ class Source:
     ends: Array | None = field(default=None, repr=False, compare=False)
 
     def arrays(self) -> list[Array]:
-        """Map the ids, read-only: (n,) integers each, one array or, of a saved data set, one for each batch of rows."""
+        """Map the ids, read-only, as (n,) integers: one array or, for a saved data set, one for each batch of rows."""
         if self.column:
             return _saved_arrays(self.path, self.column)
         return [mapped(self.path, self.dtype, (self.count,), self.offset)]
@@ -75,20 +75,20 @@ class Source:
 
 
 def is_saved_dataset(path: Path) -> bool:
-    """Return whether a folder is one that `save_to_disk` of datasets wrote, of one split or several."""
+    """Return whether datasets' `save_to_disk` wrote a folder, with one split or several."""
     return (path / SAVED).is_file() or (path / SAVED_SPLITS).is_file()
 
 
 def holds_ids(path: Path) -> bool:
-    """Return whether a path is one of token ids, by its ending or by what lies in the folder."""
+    """Return whether a file or folder holds token ids, by its ending or by the files in it."""
     return path.suffix.lower() in (".bin", ".idx") or is_saved_dataset(path)
 
 
 def saved_splits(path: Path) -> dict[str, Path]:
-    """Return the folders of the splits of a saved data set; empty where it is of one split.
+    """Return the folders of a saved data set's splits by name; empty if the data set has only one split.
 
     Raises:
-        UserError: it does not list them.
+        UserError: the list of splits is damaged.
     """
     if not (path / SAVED_SPLITS).is_file():
         return {}
@@ -100,7 +100,7 @@ def saved_splits(path: Path) -> dict[str, Path]:
 
 
 def split_folders(path: Path) -> tuple[Path, Path | None]:
-    """Return the folders of training and validation rows of a saved data set; the folder itself where it has no splits.
+    """Return the folders of training and validation rows of a saved data set; (path, None) if it has no splits.
 
     Raises:
         UserError: it has splits, and none is `train`.
@@ -114,22 +114,22 @@ def split_folders(path: Path) -> tuple[Path, Path | None]:
 
 
 def index_of(path: Path) -> Path:
-    """Return where the index of a .bin of Megatron's lies, whether it is there or not."""
+    """Return the path of the index that Megatron writes beside a .bin file; it may not exist."""
     return path.with_suffix(".IDX" if path.suffix.isupper() else ".idx")
 
 
 def _plain(name: str) -> str:
-    """Return the name of something in a folder; one that leads out of it is refused."""
+    """Return a name, after a check that it does not lead out of its folder."""
     if Path(name).name != name:
         raise ValueError(f"{name!r} is no name")
     return name
 
 
 def files_of(path: Path) -> list[Path]:
-    """Return the files whose content the ids of a path are, in a fixed order.
+    """Return the files that hold the ids of a path, in a fixed order.
 
     Raises:
-        UserError: a saved data set is damaged, or something stands in it where a file belongs.
+        UserError: a saved data set is damaged, or has something else in the place of a file.
     """
     if not path.is_dir():
         index = index_of(path)
@@ -143,16 +143,16 @@ def files_of(path: Path) -> list[Path]:
 
 
 def read_source(path: Path, vocabulary: int, dtype: str | None = None, column: str | None = None) -> Source:
-    """Find out where the ids of a path lie; no id is read but a few of the first.
+    """Return where the ids of a path lie, after a check of the file's header and size.
 
     Args:
         path: a .bin file, with or without a Megatron .idx beside it, or the folder of a saved data set of one split.
-        vocabulary: entries of the tokenizer's: a .bin without a header has 16 bits an id up to 65,536, else 32.
-        dtype: of the ids of a .bin without a header: uint16 or uint32.
-        column: of a saved data set; `input_ids` by default.
+        vocabulary: entries of the tokenizer: up to 65,536, a .bin without a header has 16 bits an id, else 32.
+        dtype: dtype of a .bin without a header: uint16 or uint32.
+        column: column of a saved data set; `input_ids` by default.
 
     Raises:
-        UserError: what the file says of itself is not so, or the ids cannot be of that dtype.
+        UserError: the file contradicts its header, or its ids cannot have that dtype.
     """
     if path.is_dir():
         return Source(path, column=column or COLUMN)
@@ -179,17 +179,17 @@ def read_source(path: Path, vocabulary: int, dtype: str | None = None, column: s
 
 
 def mapped(path: Path, dtype: str, shape: tuple[int, ...], offset: int = 0) -> Array:
-    """Map numbers of a file, read-only; a map holds a file open, and where these are too many, more are asked for.
+    """Map numbers of a file, read-only. A map keeps its file open; at the limit of open files the limit is raised.
 
     Args:
         path: the file.
-        dtype: of the numbers, little-endian.
-        shape: of the array.
-        offset: bytes before them.
+        dtype: dtype of the numbers, little-endian.
+        shape: shape of the array.
+        offset: bytes before the numbers.
     """
     kind = np.dtype(dtype).newbyteorder("<")
     if 0 in shape:
-        return np.empty(shape, kind)  # no system maps nothing
+        return np.empty(shape, kind)  # zero bytes cannot be mapped
     try:
         return np.memmap(path, kind, "r", offset, shape)
     except OSError as error:
@@ -205,14 +205,14 @@ def mapped(path: Path, dtype: str, shape: tuple[int, ...], offset: int = 0) -> A
 
 
 def _agreeing(source: Source, dtype: str | None) -> Source:
-    """Return a source whose file says its dtype, which no other setting may contradict."""
+    """Return a source whose file has its dtype in a header, after a check that the setting agrees."""
     if dtype not in (None, source.dtype):
         raise UserError(f"'{source.path}' says that its tokens are {source.dtype}, and 'dtype' is {dtype}: remove it")
     return source
 
 
 def _raw(file: SourceFile, dtype: str, vocabulary: int, head: bytes) -> Source:
-    """Return the ids of a file that holds nothing else."""
+    """Return the source of a file that holds nothing but ids."""
     size = np.dtype(dtype).itemsize
     if file.size % size:
         raise UserError(
@@ -220,7 +220,7 @@ def _raw(file: SourceFile, dtype: str, vocabulary: int, head: bytes) -> Source:
             "kind. Write its tokens again"
         )
     pairs = np.frombuffer(head[: len(head) // 4 * 4], "<u2").reshape(-1, 2)
-    # Ids of 32 bits, read as 16: every second one is their upper half.
+    # If ids of 32 bits are read as 16 bits, every second number is the upper half of an id.
     if size == 2 and len(pairs) > 7 and pairs[:, 0].any() and pairs[:, 1].max() <= (vocabulary - 1) >> 16:
         raise UserError(
             f"'{file}' holds no tokens of 16 bits: every second one is {pairs[:, 1].max()} or less, as in ids of 32 "
@@ -230,7 +230,7 @@ def _raw(file: SourceFile, dtype: str, vocabulary: int, head: bytes) -> Source:
 
 
 def _with_header(file: SourceFile, header: Array) -> Source:
-    """Return the ids of a file of llm.c."""
+    """Return the source of a file of llm.c."""
     version, dtype = _LLM_C[int(header[0])]
     after, count = file.size - 4 * _HEADER, int(header[2])
     if int(header[1]) != version:
@@ -246,7 +246,7 @@ def _with_header(file: SourceFile, header: Array) -> Source:
 
 
 def _indexed(path: Path, index: Path) -> Source:
-    """Return the ids and documents of a data set of Megatron-LM."""
+    """Return the source of a data set of Megatron-LM, with the ends of its documents."""
     file, described = SourceFile.of(path), SourceFile.of(index)
 
     def refuse(why: str) -> UserError:
@@ -280,12 +280,12 @@ def _indexed(path: Path, index: Path) -> Source:
         raise refuse(f"its documents do not rise from sequence 0 to {n:,}")
     if not ends[-1]:
         raise refuse("it holds no token")
-    found = np.unique(ends[documents[1:]])
-    return Source(path, _INDEX_DTYPES[code], 0, int(ends[-1]), ends=found[found > 0])
+    document_ends = np.unique(ends[documents[1:]])
+    return Source(path, _INDEX_DTYPES[code], 0, int(ends[-1]), ends=document_ends[document_ends > 0])
 
 
 def _saved_arrays(path: Path, column: str) -> list[Array]:
-    """Return the ids of a saved data set, rows after rows, as they lie in its memory map.
+    """Return the ids of a saved data set, row after row, as views of its memory map.
 
     Raises:
         UserError: it is damaged, or has no such column of whole numbers.
@@ -304,7 +304,7 @@ def _saved_arrays(path: Path, column: str) -> list[Array]:
             f"'{path}' has no column '{column}', only: {', '.join(names)}.{did_you_mean(column, names)} "
             "Name the column of token ids with 'text'"
         )
-    found: list[Array] = []
+    arrays: list[Array] = []
     for chunk in chunks:
         kind = chunk.type
         lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
@@ -314,23 +314,23 @@ def _saved_arrays(path: Path, column: str) -> list[Array]:
         if chunk.null_count or values.null_count:
             raise UserError(f"'{path}': column '{column}' has rows or ids that are missing")
         if len(values):
-            found.append(values.to_numpy(zero_copy_only=True))
-    if not found:
+            arrays.append(values.to_numpy(zero_copy_only=True))
+    if not arrays:
         raise UserError(f"'{path}' holds no token: its column '{column}' is empty")
-    return found
+    return arrays
 
 
 @dataclass(frozen=True)
 class Pretokenized:
-    """The tokenised files of a corpus.
+    """The files of a corpus that hold tokens.
 
     Attributes:
-        name: of the corpus.
-        train: files or folders of saved data sets, one after another.
-        validation: those that hold the held-out text; none where documents of `train` are held out.
-        holdout: share of the documents that is held out where there are none.
-        dtype: of .bin files without a header.
-        column: of saved data sets.
+        name: name of the corpus.
+        train: files or folders of saved data sets; documents are held out of them if `validation` is empty.
+        validation: files or folders of held-out text.
+        holdout: share of the documents that is held out.
+        dtype: dtype of .bin files without a header.
+        column: column of saved data sets.
     """
 
     name: str
@@ -341,10 +341,10 @@ class Pretokenized:
     column: str | None = None
 
     def sources(self, split: str, vocabulary: int) -> tuple[Source, ...]:
-        """Return where the ids lie that a split is taken from.
+        """Return the sources that contain a split.
 
         Raises:
-            UserError: a file is not what it says.
+            UserError: a file contradicts its header.
         """
         paths = self.validation if self.validation and split == "validation" else self.train
         try:
@@ -353,12 +353,12 @@ class Pretokenized:
             raise UserError(f"corpus '{self.name}': {error}") from error
 
     def documents_of(self, split: str) -> float | None:
-        """Return the share that is held out of the documents from which a split is taken; None where all are its."""
+        """Return the share of documents held out of the split's sources; None if all of them belong to the split."""
         return None if self.validation or (split == "train" and not self.holdout) else self.holdout
 
 
 class Stretches:
-    """Parts of several arrays, one after another, as one array of which stretches are read; nothing is copied before.
+    """Parts of several arrays, one after another, that are read like one array; a slice is copied when it is read.
 
     Args:
         arrays: (n,) integers each.
@@ -368,8 +368,8 @@ class Stretches:
     ndim = 1
 
     def __init__(self, arrays: Sequence[Array], spans: Array) -> None:
-        plain = map(np.asarray, arrays)  # views: a slice costs a tenth of a memmap's
-        # Beside signed ones, uint64 would become floating-point numbers; no id needs its last bit.
+        plain = map(np.asarray, arrays)  # slicing a plain view costs a tenth of slicing a memmap
+        # numpy joins uint64 and signed integers as floating-point numbers; no id needs the last bit of uint64.
         self._arrays = [array.view(np.int64) if array.dtype == np.uint64 else array for array in plain]
         self._limits = np.cumsum([0, *map(len, self._arrays)], dtype=np.int64)
         self.spans = np.asarray(spans, dtype=np.int64).reshape(-1, 2)
@@ -381,7 +381,7 @@ class Stretches:
         return self.shape[0]
 
     def __getitem__(self, places: slice) -> Array:
-        """Return the ids of a slice: a view where they lie side by side, else a copy."""
+        """Return the ids of a slice: a view if they lie side by side, else a copy."""
         start, stop, step = places.indices(len(self))
         pieces = [*self._pieces(start, max(start, stop))]
         joined = pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, self.dtype), *pieces])
@@ -392,29 +392,29 @@ class Stretches:
         return whole if dtype is None else whole.astype(dtype, copy=False)
 
     def head(self, count: int) -> Stretches:
-        """Return the first ids, not read either."""
-        kept = int(np.searchsorted(self._ends, count))
-        spans = self.spans[: kept + 1].copy()
-        if kept < len(spans):
-            spans[kept, 1] -= self._ends[kept] - count
+        """Return the first `count` ids, without reading them."""
+        last = int(np.searchsorted(self._ends, count))
+        spans = self.spans[: last + 1].copy()
+        if last < len(spans):
+            spans[last, 1] -= self._ends[last] - count
         return Stretches(self._arrays, spans)
 
     def pieces(self, longest: int) -> Iterator[Array]:
-        """Yield all ids in arrays of at most so many."""
+        """Yield all ids in arrays of at most `longest` ids."""
         for start in range(0, len(self), longest):
             yield from self._pieces(start, min(len(self), start + longest))
 
     def _pieces(self, start: int, stop: int) -> Iterator[Array]:
+        """Yield views that together are the ids [start, stop)."""
         span = int(np.searchsorted(self._ends, start, side="right"))
         while start < stop:
-            end = self.spans[span, 1]
-            at = int(end - (self._ends[span] - start))
-            taken = min(stop - start, int(end) - at)
-            start, span = start + taken, span + 1
-            number = int(np.searchsorted(self._limits, at, side="right")) - 1
-            while taken:
-                own = min(taken, int(self._limits[number + 1]) - at)
-                place = at - int(self._limits[number])
-                if own:
-                    yield self._arrays[number][place : place + own]
-                at, taken, number = at + own, taken - own, number + 1
+            end = int(self.spans[span, 1])
+            place = end - int(self._ends[span] - start)  # counted through all arrays
+            place_end = min(end, place + stop - start)
+            start, span = start + place_end - place, span + 1
+            number = int(np.searchsorted(self._limits, place, side="right")) - 1
+            while place < place_end:
+                first, limit = int(self._limits[number]), int(self._limits[number + 1])
+                if place < limit:
+                    yield self._arrays[number][place - first : min(place_end, limit) - first]
+                place, number = min(place_end, limit), number + 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,10 +21,10 @@ DEFAULT_HOLDOUT = 0.01
 
 
 def hub_corpus(name: str, spec: CorpusSpec) -> Corpus:
-    """Return the corpus of a Hub data set; nothing is downloaded before its documents are asked for.
+    """Return the corpus of a Hub data set; nothing is downloaded before its documents are read.
 
-    Its validation split is used where it has one and the spec sets no `holdout`; otherwise documents are held out of
-    its train split by hash. A document is a row.
+    Its validation split is used if it has one and the spec sets no `holdout`. Otherwise documents of its train split
+    are held out by hash. A document is a row.
     """
     assert spec.dataset is not None
     if find_spec("datasets") is None:
@@ -38,29 +38,30 @@ def hub_corpus(name: str, spec: CorpusSpec) -> Corpus:
 
 @dataclass(frozen=True)
 class HubParts:
-    """The rows of a Hub data set, cut into parts: its shards where it is streamed, else runs of rows.
+    """The rows of a Hub data set, cut into parts: into its shards if it is streamed, else into runs of rows.
 
     Attributes:
-        name: of the corpus.
-        spec: its settings.
-        revision: commit that is read, in a process that another one started; None: the one of `spec`.
+        name: name of the corpus.
+        spec: settings of the corpus.
     """
 
     name: str
     spec: CorpusSpec
-    revision: str | None = None
-    kind: str = "hub"
+
+    def settings(self) -> CorpusSpec:
+        """Return the settings with the commit that this process reads."""
+        return self.spec.model_copy(update={"revision": self._pinned})
 
     @cached_property
     def _pinned(self) -> str | None:
-        """The commit that is read from the first part to the last, where the Hub can be asked for one."""
-        given = self.revision or self.spec.revision
+        """The commit that all parts are read from; the revision in the settings if the Hub cannot tell."""
+        given = self.spec.revision
         if Path(str(self.spec.dataset)).exists() or re.fullmatch("[0-9a-f]{40}", given or ""):
             return given
         settle_hub()
         from huggingface_hub import HfApi
 
-        with suppress(Exception):  # what keeps it from being read is told by who reads it
+        with suppress(Exception):  # a fault is reported when the rows are read
             return HfApi().dataset_info(str(self.spec.dataset), revision=given, timeout=30).sha
         return given
 
@@ -69,7 +70,7 @@ class HubParts:
         return _load(self.name, self.spec, self._pinned)
 
     def _rows(self, split: str) -> tuple[Any, bool]:
-        """Return the rows that a split is taken from, and whether all of them are its."""
+        """Return the rows that contain a split, and whether all of them belong to it."""
         data, dataset = self._data, self.spec.dataset
         if "train" not in data:
             raise UserError(f"corpus '{self.name}': {dataset} has no 'train' split, only: {', '.join(data)}.")
@@ -115,7 +116,7 @@ class HubParts:
 
     @contextmanager
     def _streamed(self) -> Iterator[None]:
-        """Say what became of a stream that breaks off."""
+        """Report a stream that breaks off, and that finished parts are kept."""
         try:
             yield
         except Exception as error:
@@ -127,33 +128,19 @@ class HubParts:
             ) from error
 
     def files(self, part: Sequence[int]) -> list[Path]:
-        """Return no file: nothing of it is local text."""
+        """Return no files: the text is not in local ones."""
         return []
 
     def cut(self, part: Sequence[int]) -> list[Any]:
-        """Return what a part is of."""
+        """Return the limits of a part and the commit."""
         return [*part, self._pinned]
-
-    def described(self) -> dict[str, Any]:
-        """Return it as plain data."""
-        return {"name": self.name, "spec": self.spec.model_dump(), "revision": self._pinned}
-
-    @classmethod
-    def restored(cls, described: Mapping[str, Any]) -> HubParts:
-        """Return what was `described`."""
-        return cls(described["name"], CorpusSpec(**described["spec"]), described["revision"])
-
-    @staticmethod
-    def part(described: list[Any]) -> list[int]:
-        """Return a part that was written as JSON."""
-        return described
 
 
 def _load(name: str, spec: CorpusSpec, revision: str | None) -> Any:
-    """Return all splits of a Hub data set, of a revision.
+    """Return all splits of a Hub data set at a revision.
 
     Raises:
-        UserError: for whatever keeps it from being loaded: no network, no such data set, a missing configuration.
+        UserError: it cannot be loaded: no network, no such data set, a missing configuration.
     """
     settle_hub()
     import datasets

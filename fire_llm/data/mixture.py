@@ -1,7 +1,7 @@
 """Mix token files by weight: sample i is a pure function of (seed, phase, i).
 
-Nothing is stored and nothing is drawn in turn, so that resuming is arithmetic, any rank can read any sample, and the
-order does not depend on the number of workers, ranks or on a library's random generator.
+No state is stored and no sample depends on earlier ones. So resuming is arithmetic, any rank can read any sample, and
+the order does not depend on the number of workers or ranks, nor on a library's random generator.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _ROUNDS = 8
 class Mixture(Dataset[dict[str, Tensor]]):
     """Blocks of tokens of several corpora, in proportion to weights over tokens. C = context.
 
-    Block b of a corpus is its tokens [b·C, b·C + C]: C inputs and, one further, C labels.
+    Block b of a corpus is its tokens [b·C, b·C + C]: C inputs and, shifted by one, C labels.
 
-    Without replacement, the first i samples hold round(i·w) of a corpus of share w, and every block of a corpus
-    comes once before any comes again, in an order that changes with each of its epochs. With replacement, corpus and
-    block of every sample are independent draws, as in the authors' code.
+    Without replacement, the first i samples contain round(i·w) of a corpus with share w. Every block of a corpus comes
+    once in each of the corpus's epochs, in another order each time. With replacement, corpus and block of every sample
+    are independent draws, as in the authors' code.
     """
 
     every_label_counts = True
-    """No label is -100: a batch has as many as it has positions, and none has to be read to count them."""
+    """No label is -100, so that the labels of a batch can be counted without reading them."""
 
     def __init__(
         self,
@@ -60,13 +60,13 @@ class Mixture(Dataset[dict[str, Tensor]]):
 
         Args:
             sources: token files by corpus.
-            weights: shares of the tokens by corpus, of any sum; 0: never drawn.
-            context: tokens a sample.
-            seed: of the order.
-            phase: name of the phase: another phase draws in another order.
+            weights: shares of the tokens by corpus, of any sum; a corpus with weight 0 is never drawn.
+            context: tokens of a sample.
+            seed: seed of the order.
+            phase: name of the phase; the order of another phase is another one.
             sampling: "without-replacement" or "with-replacement".
-            document_positions: whether samples hold "position_ids" too, which start again at every document: models
-                of transformers then attend within documents alone.
+            document_positions: whether samples also have "position_ids", which start again at every document. Models
+                of transformers then attend only within documents.
 
         Raises:
             UserError: for weights that are no shares or not of these corpora, an unknown sampling, a context below 1,
@@ -91,7 +91,7 @@ class Mixture(Dataset[dict[str, Tensor]]):
                 raise UserError(f"the weight of '{name}' is {weights[name]}; it must be a finite number of at least 0.")
         if not any(weights[name] > 0 for name in sources):
             raise UserError("all weights of the mixture are 0. Give at least one corpus a weight above 0.")
-        # int(): a NumPy integer prints, and so hashes, differently.
+        # A NumPy integer would print, and so hash, in another way.
         self.context, self.seed, self.phase, self.sampling = int(context), int(seed), phase, sampling
         self.sources = {name: sources[name] for name in sorted(sources) if weights[name] > 0}
         for name, source in self.sources.items():
@@ -105,7 +105,7 @@ class Mixture(Dataset[dict[str, Tensor]]):
                     f"corpus '{name}' holds no end-of-text token, so that nobody knows where its documents begin: "
                     "leave document_mask out, or write its tokens with one after each document"
                 )
-        # Exact integers in place of floats: str() first, so that 0.1 is one tenth and 9.0 : 0.1 is 90 : 1.
+        # The weights become exact integers: by way of str(), 0.1 is one tenth, and 9.0 : 0.1 is 90 : 1.
         exact = [Fraction(str(float(weights[name]))) for name in self.sources]
         scale = math.lcm(*(share.denominator for share in exact))
         self.weights = {name: int(share * scale) for name, share in zip(self.sources, exact, strict=True)}
@@ -115,18 +115,18 @@ class Mixture(Dataset[dict[str, Tensor]]):
 
     @property
     def epoch_tokens(self) -> int:
-        """Return the tokens of one epoch: as many as the corpora that are drawn from hold together."""
+        """Return the tokens of one epoch: the sum over all corpora with a weight."""
         return sum(source.n_tokens for source in self.sources.values())
 
     def blocks(self, corpus: str) -> int:
-        """Return how many blocks a corpus has; tokens beyond the last whole one are not used."""
+        """Return how many blocks a corpus has; tokens after the last whole block are not used."""
         return (self.sources[corpus].n_tokens - 1) // self.context
 
     def locate(self, i: int) -> tuple[str, int, int]:
-        """Return where sample i comes from: (corpus, how many times all of that corpus came before, block).
+        """Return where sample i comes from: (corpus, the corpus's epoch from 0, block).
 
         Args:
-            i: index of the sample from 0; there is no last one.
+            i: index of the sample from 0; there is no last sample.
         """
         i = operator.index(i)  # a NumPy integer would overflow below
         if i < 0:
@@ -148,7 +148,7 @@ class Mixture(Dataset[dict[str, Tensor]]):
         corpus, _, block = self.locate(i)
         start = block * self.context
         tokens = torch.from_numpy(self.sources[corpus].tokens[start : start + self.context + 1].astype("int64"))
-        # A copy, so that whoever masks labels in place leaves the inputs alone.
+        # The labels are a copy, so that they can be masked in place without a change to the inputs.
         sample = {"input_ids": tokens[:-1], "labels": tokens[1:].clone()}
         if self.boundaries is not None:
             sample["position_ids"] = torch.from_numpy(self.boundaries[corpus].positions(start, self.context))
@@ -156,7 +156,7 @@ class Mixture(Dataset[dict[str, Tensor]]):
 
 
 class _Node:
-    """Split samples between two sides by their weights; a side is a node or a corpus's name."""
+    """A split of samples between two sides by weight; a side is another node or the name of a corpus."""
 
     def __init__(self, left: _Node | str, left_weight: int, right: _Node | str, right_weight: int) -> None:
         self.left, self.right = left, right
@@ -170,11 +170,11 @@ class _Node:
 def _tree(weights: Mapping[str, int]) -> _Node | str:
     """Return a Huffman tree of the corpora.
 
-    Every split rounds, and rounding adds up along a path; a Huffman tree keeps heavy corpora near the root and lets
-    light ones inherit only a part of the error: a count is off by less than 1 for up to three corpora, less than 2 for
-    any number (½·(1 + Σ w/w_ancestor), whose terms fall at least as fast as the reciprocal Fibonacci numbers).
+    Every split rounds, and rounding errors add up along a path. A Huffman tree keeps heavy corpora near the root, and
+    light ones inherit only a part of the error. So a count is off by less than 1 for up to three corpora, and by less
+    than 2 for any number (½·(1 + Σ w/w_ancestor), whose terms fall at least as fast as reciprocal Fibonacci numbers).
     """
-    tie = itertools.count()  # equal weights are taken in the order of their names
+    tie = itertools.count()  # among equal weights the order of names decides
     heap: list[tuple[int, int, _Node | str]] = [(weight, next(tie), name) for name, weight in sorted(weights.items())]
     heapq.heapify(heap)
     while len(heap) > 1:
@@ -196,20 +196,20 @@ def _quota(node: _Node | str, i: int) -> tuple[str, int]:
 
 
 def _hash(*key: object) -> int:
-    """Return 128 bits of a key that are the same in every process, on every machine and in every version."""
+    """Return a 128-bit hash of a key that is the same in every process, on every machine and in every version."""
     return int(digest(repr(key), 16), 16)
 
 
 def permute(position: int, n: int, key: tuple[object, ...]) -> int:
     """Return where a keyed pseudo-random permutation of range(n) sends `position`; constant time and memory.
 
-    A Feistel network permutes the next power of four; a result outside the range is permuted again until it falls
-    inside (cycle walking), which takes fewer than four turns on average.
+    A Feistel network permutes a range whose size is the next power of four. A result outside range(n) is permuted
+    again until it is inside (cycle walking), which takes fewer than four turns on average.
 
     Args:
         position: 0 ≤ position < n.
         n: size of the range.
-        key: what the permutation depends on: numbers and strings.
+        key: numbers and strings that choose the permutation.
     """
     half = max(1, (n - 1).bit_length() + 1 >> 1)
     mask = (1 << half) - 1

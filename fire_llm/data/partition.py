@@ -1,6 +1,6 @@
-"""Cut files of text into parts that are read by themselves; where they are cut depends on the files alone.
+"""Cut files of text into parts that can be read by themselves; the cuts depend only on the files.
 
-A cut is made only where a document begins, so that the parts' documents, one after another, are those of the file.
+Each part begins with a document, so that the parts' documents, one after another, are those of the file.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import io
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 PART_BYTES = 1 << 26
-"""Of text in a part, about: half a minute's work of one core, which is what a killed process loses."""
+"""About how many bytes of text a part has: half a minute's work of one core, which is lost if a process is killed."""
 MOST_PARTS = 4096
-"""Beyond as many, parts are longer."""
+"""Most parts of a corpus; a larger corpus has longer parts."""
 _CHUNK = 1 << 20
 
 # WikiText: " = Title = " opens an article, " = = Section = = " does not.
@@ -22,20 +22,20 @@ HEADING = re.compile(r"\s*= (?!=)(.*[^=])? =\s*")
 
 
 class Range(NamedTuple):
-    """Some of a file: bytes of lines, row groups of Parquet, or all of it."""
+    """A range of a file, in bytes of whole lines or in row groups of Parquet; by default the whole file."""
 
     path: Path
     start: int = 0
     stop: int | None = None
-    """First that is not of it; None: to the end of the file."""
+    """The first byte or row group after the range; None for the end of the file."""
 
 
 def cut_lines(path: Path, document: str, step: int) -> Iterator[tuple[Range, int]]:
-    """Yield the ranges of a file of lines, at least `step` bytes each but the last, and their bytes.
+    """Yield (range, bytes) for a file of lines; all ranges but the last have at least `step` bytes.
 
     Args:
         path: the file, not compressed.
-        document: `line`, `blank-line` or `heading`: what a document is, in lines.
+        document: what a document is: `line`, `blank-line` or `heading`.
         step: bytes.
     """
     size, start = path.stat().st_size, 0
@@ -46,9 +46,9 @@ def cut_lines(path: Path, document: str, step: int) -> Iterator[tuple[Range, int
     yield Range(path, start, None), size - start
 
 
-def _cut(file: io.BufferedReader, at: int, document: str) -> int | None:
-    """Return the first place from `at` on at which a document begins; None where none does."""
-    file.seek(at - 1)
+def _cut(file: io.BufferedReader, start: int, document: str) -> int | None:
+    """Return the first place from `start` on at which a document begins; None if none begins there."""
+    file.seek(start - 1)
     _skip_line(file)
     blank = False
     while document != "line":
@@ -73,7 +73,7 @@ def _skip_line(file: io.BufferedReader) -> None:
 
 
 def cut_rows(path: Path, step: int) -> Iterator[tuple[Range, int]]:
-    """Yield the ranges of a Parquet file, row groups of at least `step` bytes together but the last, and their bytes.
+    """Yield (range, bytes) for a Parquet file; all ranges of row groups but the last have at least `step` bytes.
 
     Args:
         path: the file.
@@ -92,44 +92,14 @@ def cut_rows(path: Path, step: int) -> Iterator[tuple[Range, int]]:
 
 
 def grouped(ranges: Iterable[tuple[Range, int]], step: int) -> Iterator[list[Range]]:
-    """Yield ranges in parts of about `step` bytes, many small files in one."""
+    """Yield parts of about `step` bytes; a part may have many small files."""
     part: list[Range] = []
     total = 0
-    for each, size in ranges:
+    for piece, size in ranges:
         if part and total + size > step:
             yield part
             part, total = [], 0
-        part.append(each)
+        part.append(piece)
         total += size
     if part:
         yield part
-
-
-class Limited(io.RawIOBase):
-    """Some of an open file's bytes, as a stream.
-
-    Args:
-        file: read from `start` on.
-        start: first byte.
-        stop: first byte that is not read.
-    """
-
-    def __init__(self, file: io.RawIOBase | io.BufferedReader, start: int, stop: int) -> None:
-        self._file, self._left = file, stop - start
-        file.seek(start)
-
-    def readable(self) -> bool:
-        """Return True."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Read into a buffer, and return how many bytes."""
-        data = self._file.read(min(len(buffer), self._left)) or b""
-        buffer[: len(data)] = data
-        self._left -= len(data)
-        return len(data)
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-        super().close()

@@ -1,4 +1,4 @@
-"""Corpora whose tokens other programs wrote: checked against the tokenizer once, indexed, and read where they lie."""
+"""Corpora of tokens that other programs wrote: checked against the tokenizer once, indexed, and never copied."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 AT_A_TIME = 1 << 22
-"""Ids looked at at once: what the check takes of memory."""
+"""Ids checked at once; it bounds the memory of the check."""
 _TRIED = 20_000
-"""Ids, about, that are decoded and encoded again."""
+"""About how many ids are decoded and encoded again."""
 
 
 def index(
@@ -35,16 +35,16 @@ def index(
 ) -> tuple[Array, Array, bool]:
     """Check all ids of a split, and find its documents.
 
-    A document ends with the end-of-text token; of several in a row, with the last. Where the files hold none of these
-    but the token that the tokenizer begins texts with, that one separates documents. Megatron's index says itself
-    where documents end, and each has to end with such a token.
+    A document ends with the end-of-text token; of several in a row, with the last. If the files have no end-of-text
+    token, the tokenizer's beginning-of-text token separates documents. Megatron's index has the ends of documents, and
+    each of these must be an end-of-text token.
 
     Args:
-        corpus: whose split it is.
-        sources: of the split.
+        corpus: the corpus.
+        sources: the files of the split.
         split: "train" or "validation".
-        tokenizer: the one that the files are said to be made with.
-        vocabulary: its entries.
+        tokenizer: the tokenizer that is said to have made the files.
+        vocabulary: number of its entries.
         progress: whether to show a bar.
 
     Returns:
@@ -52,23 +52,22 @@ def index(
         of its tokens, counted through all sources; and whether the last document lacks its end-of-text token.
 
     Raises:
-        UserError: an id is none of the tokenizer's, a document ends with another token than the end of text, or there
-            is nothing to hold out.
+        UserError: the tokenizer has no token for an id, a document of Megatron's index does not end with the
+            end-of-text token, or there is nothing to hold out.
     """
-    parts = [(source, source.arrays()) for source in sources]
-    arrays = [array for _, own in parts for array in own]
+    arrays_of = [(source, source.arrays()) for source in sources]
+    arrays = [array for _, own in arrays_of for array in own]
     n = sum(map(len, arrays))
     whole = Stretches(arrays, np.asarray([[0, n]]))
-    what = f"checking {corpus.name} ({split})"
-    with progress_bar(what, n, "tok", shown=progress) as bar:
-        for source, own in parts:
+    with progress_bar(f"checking {corpus.name} ({split})", n, "tok", shown=progress) as bar:
+        for source, own in arrays_of:
             _check_range(corpus.name, source, own, tokenizer, vocabulary, bar.update)
-    indexed = _indexed_ends(corpus.name, parts, tokenizer)
-    separator, first = int(tokenizer.eos_token_id), tokenizer.bos_token_id
-    ends = _marks(whole, separator) if indexed is None else indexed
-    if not len(ends) and isinstance(first, int) and first != separator:
-        ends, separator = _marks(whole, first), first
-    _doubt(corpus.name, whole, ends, tokenizer)
+    separator, begin_of_text = int(tokenizer.eos_token_id), tokenizer.bos_token_id
+    indexed = _indexed_ends(corpus.name, arrays_of, tokenizer)
+    ends = _ends_by_separator(whole, separator) if indexed is None else indexed
+    if not len(ends) and isinstance(begin_of_text, int) and begin_of_text != separator:
+        ends, separator = _ends_by_separator(whole, begin_of_text), begin_of_text
+    _warn_of_another_tokenizer(corpus.name, whole, ends, tokenizer)
     open_end = not len(ends) or int(ends[-1]) < n
     if open_end:
         ends = np.concatenate([ends, [n]])
@@ -82,7 +81,7 @@ def index(
             f"corpora.{corpus.name}.validation files in a recipe, or holdout: 0 where nothing is measured on it"
         )
     with progress_bar(f"dividing {corpus.name} ({split})", len(ends), "doc", shown=progress) as bar:
-        ids = np.asarray(arrays[0]) if len(arrays) == 1 else whole  # a plain view, of which slices cost little
+        ids = np.asarray(arrays[0]) if len(arrays) == 1 else whole  # slices of a plain view cost little
         chosen = _held_out(ids, ends, separator, share, bar.update) == (split == "validation")
     if not chosen.any():
         raise UserError(
@@ -105,14 +104,14 @@ def _check_range(
     advance: Callable[[int], object],
 ) -> None:
     """Refuse an id that the tokenizer has no token for."""
-    at = 0
+    before = 0
     for array in arrays:
         for start in range(0, len(array), AT_A_TIME):
             chunk = array[start : start + AT_A_TIME]
-            top, least = int(chunk.max()), int(chunk.min())
-            if top >= vocabulary or least < 0:
-                wrong = top if top >= vocabulary else least
-                place = at + start + int(np.argmax(chunk == wrong))
+            largest, smallest = int(chunk.max()), int(chunk.min())
+            if largest >= vocabulary or smallest < 0:
+                wrong = largest if largest >= vocabulary else smallest
+                place = before + start + int(np.argmax(chunk == wrong))
                 raise UserError(
                     f"corpus '{name}': '{source.path}' ({chunk.dtype.name}) holds token {wrong} at place {place:,}, "
                     f"and the ids of the tokenizer '{tokenizer.name_or_path}' are 0 to {vocabulary - 1:,}: it was made "
@@ -120,26 +119,26 @@ def _check_range(
                     f"there is corpora.{name}.dtype"
                 )
             advance(len(chunk))
-        at += len(array)
+        before += len(array)
 
 
-def _marks(whole: Stretches, separator: int) -> Array:
-    """Return (d,) int64: the places behind each end-of-text token that no other follows."""
-    found, at, pending = [], 0, False
+def _ends_by_separator(whole: Stretches, separator: int) -> Array:
+    """Return (d,) int64: the places after each run of separators."""
+    ends, start, pending = [], 0, False
     for piece in whole.pieces(AT_A_TIME):
         is_end = piece == separator
-        last = np.flatnonzero(is_end[:-1] & ~is_end[1:]) + (at + 1)
+        last = np.flatnonzero(is_end[:-1] & ~is_end[1:]) + (start + 1)
         if pending and not is_end[0]:
-            last = np.concatenate([[at], last])
-        found.append(last.astype(np.int64))
-        pending, at = bool(is_end[-1]), at + len(piece)
-    return np.concatenate([*found, np.asarray([at] if pending else [], dtype=np.int64)])
+            last = np.concatenate([[start], last])
+        ends.append(last.astype(np.int64))
+        pending, start = bool(is_end[-1]), start + len(piece)
+    return np.concatenate([*ends, np.asarray([start] if pending else [], dtype=np.int64)])
 
 
-def _indexed_ends(name: str, parts: Sequence[tuple[Source, list[Array]]], tokenizer: Any) -> Array | None:
-    """Return where documents end by Megatron's indices, each with an end-of-text token; None where a file has none."""
-    found, at = [], 0
-    for source, arrays in parts:
+def _indexed_ends(name: str, arrays_of: Sequence[tuple[Source, list[Array]]], tokenizer: Any) -> Array | None:
+    """Return the ends of documents in Megatron's indices, counted through all sources; None if a file has no index."""
+    ends, before = [], 0
+    for source, arrays in arrays_of:
         if source.ends is not None:
             last = arrays[0][source.ends - 1]
             wrong = np.flatnonzero(last != tokenizer.eos_token_id)
@@ -150,15 +149,15 @@ def _indexed_ends(name: str, parts: Sequence[tuple[Source, list[Array]]], tokeni
                     f"{tokenizer.eos_token_id}; number {int(wrong[0]) + 1} ends with {int(last[wrong[0]])}. Make it "
                     "with --append-eod, and with that tokenizer"
                 )
-            found.append(source.ends + at)
-        at += sum(map(len, arrays))
-    return np.concatenate(found) if len(found) == len(parts) else None
+            ends.append(source.ends + before)
+        before += sum(map(len, arrays))
+    return np.concatenate(ends) if len(ends) == len(arrays_of) else None
 
 
 def _held_out(
     whole: Array | Stretches, ends: Array, separator: int, share: float, advance: Callable[[int], object]
 ) -> Array:
-    """Return (d,) bool: whether a document is held out, by the hash of its ids without the end of text."""
+    """Return (d,) bool: whether each document is held out, by the hash of its ids without the separators."""
     chosen, start = np.zeros(len(ends), dtype=bool), 0
     for number, end in enumerate(ends.tolist()):
         ids = whole[start:end]
@@ -171,20 +170,20 @@ def _held_out(
     return chosen
 
 
-def _doubt(name: str, whole: Array | Stretches, ends: Array, tokenizer: Any) -> None:
-    """Say so where documents, decoded and encoded again, come back as other tokens: another tokenizer made them.
+def _warn_of_another_tokenizer(name: str, whole: Stretches, ends: Array, tokenizer: Any) -> None:
+    """Warn if the first documents, decoded and encoded again, give other tokens.
 
-    A tokenizer that normalises text gives others too, which is why this is no fault.
+    Then another tokenizer made them, or this one normalises text: so this is no error.
     """
-    limits = [*ends[: max(1, int(np.searchsorted(ends, _TRIED)))].tolist()] or [len(whole)]
+    tried = [*ends[: max(1, int(np.searchsorted(ends, _TRIED)))].tolist()] or [len(whole)]
     same = total = 0
-    for begin, end in zip([0, *limits], limits, strict=False):
+    for begin, end in zip([0, *tried], tried, strict=False):
         ids = whole[begin : min(end, begin + _TRIED)]
         ids = ids[~np.isin(ids, tokenizer.all_special_ids)].tolist()
         text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        again = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        encoded = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         total += len(ids)
-        same += next((n for n, pair in enumerate(zip(ids, again, strict=False)) if len({*pair}) > 1), len(ids))
+        same += next((n for n, pair in enumerate(zip(ids, encoded, strict=False)) if len({*pair}) > 1), len(ids))
     if first_rank() and same < total / 2:
         sys.stderr.write(
             f"fire-llm: corpus '{name}': of its first {total:,} tokens {same / total:.0%} come back when the tokenizer "

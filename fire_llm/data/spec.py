@@ -73,32 +73,28 @@ class Part(NamedTuple):
     """How a corpus reads one of its files."""
 
     cut: tuple[str | None, str | None]
-    """What a document is, and the column of the text."""
+    """The kind of its documents, and the column of the text."""
     held_out: float
     """Share of its documents that is held out: 1 for a file of validation text."""
 
 
 class TextParts(Protocol):
-    """How a corpus is cut into parts that are read by themselves, in this process or another one."""
+    """How a corpus is cut into parts, each of which this process or another one can read by itself."""
 
-    @property
-    def kind(self) -> str:
-        """Return `files` or `hub`."""
+    def settings(self) -> CorpusSpec:
+        """Return the settings by which another process resolves a corpus of the same name to the same text."""
 
     def plan(self, split: str) -> list[Any]:
-        """Return the parts of a split, which depend on the text alone: their documents, in order, are the split's."""
+        """Return the parts of a split, which depend only on the text; together they have all documents in order."""
 
     def read(self, split: str, part: Any) -> Iterator[str]:
         """Yield the documents of a part that belong to a split."""
 
     def files(self, part: Any) -> Iterable[Path]:
-        """Return the local files that a part is of."""
+        """Return the local files of a part."""
 
     def cut(self, part: Any) -> list[Any]:
-        """Return what a part is of, as plain data that is the same wherever the files lie."""
-
-    def described(self) -> dict[str, Any]:
-        """Return it as plain data, from which `restored` makes it again, as `part` does of a part."""
+        """Return the limits of a part, as plain data that is the same wherever the files lie."""
 
 
 @dataclass(frozen=True)
@@ -107,13 +103,13 @@ class Corpus:
 
     Attributes:
         name: the name in the recipe.
-        identity: the fingerprint, or what computes it.
+        identity: the fingerprint, or a function that computes it.
         read: opens a split again and yields its documents. Called by `documents`.
-        approximate_bytes: about how many bytes of text there are, for progress bars; None where that is not known.
+        approximate_bytes: about how many bytes of text there are, for progress bars; None if that is not known.
         files: local files, and how each is read.
-        expected: the fingerprint that the text has to have; what it has, by default.
-        pretokenized: the files where they hold tokens: there is no text to read.
-        parts: how it is cut to be read by several processes; None where one reads it.
+        expected: the fingerprint that the text must have; by default the one it has.
+        pretokenized: the files, if they hold tokens and no text.
+        parts: how several processes can read it; None if only one can.
     """
 
     name: str
@@ -127,28 +123,27 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Return text that changes whenever the documents would; local files are hashed for it, on the first call."""
-        return self.expected or self._found()
+        """Return text that is another for other documents; on the first call local files are hashed for it."""
+        return self.expected or self._current_fingerprint()
 
-    def _found(self) -> str:
+    def _current_fingerprint(self) -> str:
         return self.identity if isinstance(self.identity, str) else self.identity()
 
     @contextmanager
     def unchanged(self) -> Iterator[Mapping[Path, str]]:
-        """Read documents in the block: they are those of the fingerprint, from the first to the last.
+        """Guard a block that reads documents: the text must have the fingerprint before and after it.
 
-        Yields the state of each file, by `file_state`.
+        Yields the state (`file_state`) of each file.
 
         Raises:
-            UserError: before the block, where files hold other text than the fingerprint says; after it, where one was
-                written to meanwhile.
+            UserError: before the block if the files have another fingerprint; after it if one was written to meanwhile.
         """
         what = f"corpus '{self.name}'"
         states = {}
         for path in self.files:
             with reporting(what, path):
                 states[path] = file_state(path)
-        if self._found() != self.fingerprint:
+        if self._current_fingerprint() != self.fingerprint:
             raise UserError(
                 f"{what}: its text has changed since this command began. Put it back, or give the command again: "
                 "what was begun with the old text is then named."
@@ -157,13 +152,13 @@ class Corpus:
         refuse_changed(what, states)
 
     def documents(self, split: str) -> Iterator[str]:
-        """Yield the documents of a split, always in the same order; those of white space alone are left out.
+        """Yield the documents of a split, always in the same order, without documents of white space alone.
 
         Args:
             split: "train" or "validation". No document is in both.
 
         Raises:
-            UserError: for an unknown split, and for whatever is wrong with the files or the data set.
+            UserError: for an unknown split, and for any fault of the files or the data set.
         """
         if split not in SPLITS:
             raise UserError(f"unknown split '{split}'; allowed: {', '.join(SPLITS)}.{did_you_mean(split, SPLITS)}")
@@ -175,9 +170,9 @@ class Corpus:
         return not_blank(self.read(split))
 
     def trains_on_held_out(self, other: Corpus) -> Path | None:
-        """Return a file of which this corpus trains on documents that the other one holds out; None for none.
+        """Return a file of which this corpus trains on documents that the other corpus holds out; None for none.
 
-        Documents are held out by their hash: of two shares, the smaller is a part of the larger.
+        Documents are held out by their hash, so that a larger share contains every smaller one.
         """
         for path, own in self.files.items():
             theirs = other.files.get(path)
@@ -196,17 +191,16 @@ def not_blank(texts: Iterable[str]) -> Iterator[str]:
 def held_out(text: str | bytes, holdout: float) -> bool:
     """Return whether a document belongs to validation: its text's 64-bit hash, as a fraction, is below `holdout`.
 
-    The choice hangs on the text alone: neither order, nor files, nor the other documents change it, and a document
-    that occurs twice lands on one side.
+    The choice depends only on the text: not on order, files or other documents. Copies of a document are in one split.
     """
     return int(digest(text, 8), 16) / 2**64 < holdout
 
 
 def setting(name: str, key: str, option: str = "") -> str:
-    """Return where a setting of a corpus is given: in a recipe, and by an option of `fire-llm eval`, if it has one."""
+    """Return how to set a setting of a corpus, for messages: in a recipe, and by an option of `fire-llm eval`."""
     return f"corpora.{name}.{key} in a recipe" + (f", {option} with eval" if option else "")
 
 
 def split_by_hash(read: Callable[[], Iterable[str]], holdout: float) -> Callable[[str], Iterator[str]]:
-    """Return a reader of splits over a reader of all documents."""
+    """Return a reader of splits, given a reader of all documents."""
     return lambda split: (text for text in read() if held_out(text, holdout) == (split == "validation"))

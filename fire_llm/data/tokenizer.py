@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 SAMPLE_BYTES = 20_000_000
-"""Bytes of UTF-8 text, from the start of each corpus's train split, that the merges are learnt from."""
+"""Bytes of UTF-8 text from the start of each corpus's train split, from which the merges are learnt."""
 MIN_VOCABULARY = 257
-"""One token a byte and the end of text: with these any text can be written."""
+"""Least entries: one token for each byte, so that any text can be encoded, and the end of text."""
 
 
 def train_tokenizer(corpora: Sequence[Corpus], vocab_size: int, *, progress: bool = True) -> PreTrainedTokenizerFast:
@@ -64,7 +64,7 @@ def train_tokenizer(corpora: Sequence[Corpus], vocab_size: int, *, progress: boo
 
 
 def _sample(corpora: Sequence[Corpus]) -> Iterator[str]:
-    """Yield documents until each corpus has given `SAMPLE_BYTES` bytes; the last one is cut.
+    """Yield the first `SAMPLE_BYTES` bytes of each corpus's documents; the last document is cut.
 
     Raises:
         UserError: for a corpus without training text, or no corpus.
@@ -72,12 +72,12 @@ def _sample(corpora: Sequence[Corpus]) -> Iterator[str]:
     if not corpora:
         raise UserError("a tokenizer needs at least one corpus to learn from.")
     for corpus in corpora:
-        left = SAMPLE_BYTES
+        remaining = SAMPLE_BYTES
         for text in corpus.documents("train"):
-            if left <= 0:
+            if remaining <= 0:
                 break
             data = text.encode()
-            yield text if len(data) <= left else data[:left].decode(errors="ignore")
-            left -= len(data)
-        if left == SAMPLE_BYTES:
+            yield text if len(data) <= remaining else data[:remaining].decode(errors="ignore")
+            remaining -= len(data)
+        if remaining == SAMPLE_BYTES:
             raise UserError(f"corpus '{corpus.name}' has no training text to learn a tokenizer from.")

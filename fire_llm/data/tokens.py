@@ -29,6 +29,7 @@ from fire_llm.data.encode import Encoder
 from fire_llm.data.formats import Source, Stretches, files_of, mapped
 from fire_llm.data.pretokenized import index
 from fire_llm.data.processes import Job, tokenize_parts
+from fire_llm.data.spec import TextParts
 from fire_llm.data.writing import (
     DOCUMENTS,
     FILES,
@@ -52,12 +53,10 @@ __all__ = ["FORMAT_VERSION", "ChangedTokens", "TokenFile", "count_words", "seal"
 FORMAT_VERSION = 4
 """Raised whenever the files below would be laid out or filled differently."""
 _PARTS = ".parts"
-BAR_DELAY = 1.0
-"""Seconds before a progress bar shows; what is done by then needs none."""
 
 
 class ChangedTokens(UserError):
-    """Report a token file with other bytes than were written: a disk fails, or somebody wrote there."""
+    """Report a token file that has changed since it was written: the disk fails, or somebody wrote there."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +64,15 @@ class TokenFile:
     """The tokens of one split of a corpus; pickles as its path and maps the file again when unpickled.
 
     Attributes:
-        path: folder with documents.bin and meta.json, and tokens.bin or, of tokens that lie elsewhere, spans.bin.
+        path: folder with documents.bin and meta.json, and with tokens.bin or, if the tokens lie elsewhere, spans.bin.
         tokens: (n_tokens,) integers, mapped read-only; every document is followed by the end-of-text token. Tokens of
-            several files, or of a part of the documents of one, are `Stretches`: slices are read, no single ones.
-        n_tokens: tokens, end-of-text tokens included.
-        n_bytes: UTF-8 bytes of the documents' text; nothing is counted for the end of text. None: tokens alone are
-            known, no text.
-        n_words: parts of the documents' text between runs of white space, as `count_words` counts them, or None.
-        n_documents: documents.
-        content: hash of the whole file's tokens and of where its documents end; empty where that is not known.
-        open_end: whether the last document lacks its end-of-text token, as where tokens were cut off by number.
+            several files, or of some documents of one file, are `Stretches`, of which only slices can be read.
+        n_tokens: number of tokens, end-of-text tokens included.
+        n_bytes: UTF-8 bytes of the documents' text, without end-of-text tokens; None if there are only tokens.
+        n_words: words of the documents' text, as `count_words` counts them; None if there are only tokens.
+        n_documents: number of documents.
+        content: hash of the whole file's tokens and of the ends of its documents; empty if it is not known.
+        open_end: whether the last document lacks its end-of-text token, for example because tokens were cut off.
     """
 
     path: Path
@@ -97,35 +95,35 @@ class TokenFile:
         verify: bool = True,
         sources: Sequence[Source] = (),
     ) -> TokenFile:
-        """Map a token file; the first time in a process, all of it is read and found to be what was written.
+        """Map a token file; the first time in a process, all of it is read and compared with its checksums.
 
         Args:
             path: its folder.
-            of: what meta.json is to say of it: the corpus's fingerprint, the split, the tokenizer.
-            verify: read it; otherwise only sizes are compared.
-            sources: where the tokens lie that the folder is the index of; they are not read here.
+            of: entries that meta.json must have: the corpus's fingerprint, the split, the tokenizer.
+            verify: whether to compare checksums; sizes are always compared.
+            sources: where the tokens lie if the folder is only an index of them; they are not read here.
 
         Raises:
-            UserError: where the folder is not a whole token file: something is missing or cut short.
-            ChangedTokens: where it has other bytes than were written, or is of something else.
+            UserError: the folder is not a whole token file: something is missing or cut short.
+            ChangedTokens: the file has changed since it was written, or meta.json has other entries.
         """
         path = Path(path)
 
-        def said(why: object) -> str:
+        def message(why: object) -> str:
             return f"{path} is no readable token file ({why}). Delete the folder: the same command tokenises again."
 
         try:
             meta = json.loads((path / META).read_text(encoding="utf-8"))
             if meta.pop("digest") != meta_digest(meta):
-                raise ChangedTokens(said(f"{META} is not what was written"))
+                raise ChangedTokens(message(f"{META} is not what was written"))
             for key, value in (of or {}).items():
                 if meta[key] != value:
-                    raise ChangedTokens(said(f"it is of another {key}, {meta[key]!r}"))
+                    raise ChangedTokens(message(f"it is of another {key}, {meta[key]!r}"))
             for name, written in meta["files"].items():
                 if (size := (path / name).stat().st_size) != written["bytes"]:
                     raise ValueError(f"{name} has {size} bytes where {written['bytes']} belong")
                 if verify and _checksum(path / name, file_state(path / name)) != written["crc32"]:
-                    raise ChangedTokens(said(f"{name} is not what was written"))
+                    raise ChangedTokens(message(f"{name} is not what was written"))
             n_tokens, n_documents = int(meta["n_tokens"]), int(meta["n_documents"])
             n_bytes, n_words = (None if meta[n] is None else int(meta[n]) for n in ("n_bytes", "n_words"))
             ends = mapped(path / DOCUMENTS, "uint64", (n_documents, 1 if n_bytes is None else 3))
@@ -141,34 +139,31 @@ class TokenFile:
         except UserError:
             raise
         except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise UserError(said(error)) from error
+            raise UserError(message(error)) from error
 
     @property
     def files(self) -> list[Path]:
-        """Return the files that are mapped."""
+        """Return the files that are mapped into memory."""
         own = [self.path / name for name in (INDEX if self._sources else FILES)]
         return [*own, *(file for source in self._sources for file in files_of(source.path))]
 
     @property
     def ends(self) -> np.ndarray:
-        """Return (n_documents, 3) uint64, mapped: tokens, bytes and words up to each document's end.
-
-        Without bytes and words, (n_documents, 1).
-        """
+        """Return (n_documents, 3) uint64: tokens, bytes and words up to each document's end; or (n_documents, 1)."""
         if self._ends is None:
             raise ValueError(f"the token file '{self.path}' was not opened: it has no documents")
         return self._ends[: self.n_documents]
 
     def first(self, limit: int | None) -> TokenFile:
-        """Return the leading documents that hold at most `limit` tokens together; all of them for None.
+        """Return the first documents, as many as have at most `limit` tokens together; all of them for None.
 
         Raises:
-            UserError: where not even the first document fits.
+            UserError: the first document has more tokens.
         """
         if limit is None or limit >= self.n_tokens:
             return self
         ends = self.ends
-        if self.open_end and self.n_documents == 1:  # nothing says where documents end in it
+        if self.open_end and self.n_documents == 1:  # the file does not say where documents end
             cut = np.asarray([[limit]], dtype=np.uint64)
             return replace(self, tokens=_head(self.tokens, limit), n_tokens=limit, _ends=cut)
         whole = int(np.searchsorted(ends[:, 0], limit, side="right"))
@@ -201,7 +196,7 @@ def _reopen(path: Path, n_tokens: int, sources: tuple[Source, ...]) -> TokenFile
 
 
 def _joined(spans: Path, sources: Sequence[Source]) -> np.ndarray | Stretches:
-    """Return the spans of some files' tokens: of one array a view, where they lie side by side."""
+    """Return the spans of some files' tokens; a view if they are one span of one array."""
     arrays = [array for source in sources for array in source.arrays()]
     joined = Stretches(arrays, mapped(spans, "uint64", (spans.stat().st_size // 16, 2)))
     return joined[:] if len(arrays) == 1 and len(joined.spans) == 1 else joined
@@ -222,10 +217,10 @@ def tokenize_corpus(
 ) -> TokenFile:
     """Return the tokens of a split, made on the first call and found in the cache afterwards.
 
-    The folder's name carries a hash of the corpus's fingerprint, the tokenizer and the format, so that a changed file
-    or tokenizer is tokenised again. The files are written beside their place, synced and renamed: a run that dies
-    leaves nothing that looks whole. Processes that want the same tokens wait for the one that makes them; a corpus of
-    several parts (`processes`) they make together, on several machines too, and a part that is finished stays.
+    The folder's name has a hash of the corpus's fingerprint, the tokenizer and the format, so that a changed corpus or
+    tokenizer is tokenised again. The folder is written under another name, synced and renamed, so that a run that dies
+    leaves nothing that looks whole. If several processes want the same tokens, one makes them and the others wait. The
+    parts of a large corpus they make together, also on several machines, and finished parts are kept.
 
     Args:
         corpus: where the documents come from.
@@ -234,13 +229,13 @@ def tokenize_corpus(
         split: "train" or "validation".
         cache: folder; see `cache_folder`.
         progress: whether to show a progress bar.
-        processes: that tokenise a large corpus, each on one core: by default one a core, and none but this one under
-            a launcher, whose ranks share the parts. The tokens do not depend on it.
+        processes: number of processes that tokenise a large corpus, each on one core. By default one for each core; 1
+            under a launcher, whose ranks share the parts. The tokens do not depend on it.
 
     Raises:
         UserError: for a tokenizer without an end-of-text token, a split without documents, a cache folder that cannot
-            be written to, tokens in it that are not what was written, text that changes while it is read, and whatever
-            is wrong with the corpus.
+            be written to, cached tokens that have changed, text that changes while it is read, and any fault of the
+            corpus.
     """
     end = tokenizer.eos_token_id
     if not isinstance(end, int):
@@ -251,145 +246,141 @@ def tokenize_corpus(
     if processes is None:
         processes = 1 if launched() else cores()
     encoder = Encoder(tokenizer)
-    first = [tokenizer.bos_token_id] if corpus.pretokenized else []  # which may separate documents
+    first = [tokenizer.bos_token_id] if corpus.pretokenized else []  # in files of tokens it may separate documents
     identity = json.dumps([corpus.fingerprint, split, encoder.identity, end, FORMAT_VERSION, *first])
     label = re.sub(r"[^A-Za-z0-9._-]+", "-", corpus.name).strip("-.")[:60]
     folder = cache_folder(cache) / f"{label}-{split}-{digest(identity, 8)}"
-    of = {"fingerprint": corpus.fingerprint, "split": split, "tokenizer": encoder.identity, "end_of_text": end}
     common = {
         "format": FORMAT_VERSION, "corpus": corpus.name, "split": split, "fingerprint": corpus.fingerprint,
         "tokenizer": encoder.identity, "vocab_size": encoder.vocab_size, "end_of_text": end,
     }  # fmt: skip
     if corpus.pretokenized is None:
-        making = _Making(folder, corpus, split, encoder, common, progress, processes)
-        return _made(folder, of, (), corpus, progress, making.write, making.parts)
-    with corpus.unchanged():  # the tokens are these files'
-        known = corpus.pretokenized
-        sources = known.sources(split, encoder.vocab_size)
-
-        def write(partial: Path) -> None:
-            found = index(known, sources, split, tokenizer, encoder.vocab_size, progress)
-            write_index(partial, *found, common)
-
-        bare = [replace(source, ends=None) for source in sources]  # what the index holds
-        return _made(folder, of, bare, corpus, progress, write)
-
-
-def _made(
-    folder: Path,
-    of: Mapping[str, Any],
-    sources: Sequence[Source],
-    corpus: Corpus,
-    progress: bool,
-    write: Callable[[Path], None],
-    before: Callable[[], None] | None = None,
-) -> TokenFile:
-    """Return a token file of the cache, written by the first process that has no whole one.
-
-    Args:
-        folder: of the token file.
-        of: as in `TokenFile.open`.
-        sources: likewise.
-        corpus: whose text or tokens are read.
-        progress: whether to say that this process waits.
-        write: fills the folder.
-        before: what several processes do at the same time before one of them writes.
-    """
-    # Looked for before any lock is taken: a finished cache may well be read-only.
-    if (found := _whole(folder, of, sources)) is not None:
-        return found
-    with _writing(folder.parent):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _lock(folder.parent, folder.name).open("ab").close()  # a cache that cannot be written to is reported as such
-        _clear_leftovers(folder.parent)
-    if before is not None:
-        if folder.exists():  # a whole one alone says that there is nothing left to do
-            with _locked(folder, progress):
-                if _whole(folder, of, sources) is None:
-                    shutil.rmtree(folder)
-        before()
-    with _locked(folder, progress):
-        if (found := _whole(folder, of, sources)) is not None:
-            return found
-        partial = folder.with_name(f".{folder.name}{STAGING_SUFFIX}")
-        with _writing(folder.parent), renamed(partial, folder), corpus.unchanged():
-            write(partial)
-            if folder.exists():  # it is damaged
-                shutil.rmtree(folder)
-        sync(folder.parent, below=False)
-        shutil.rmtree(_parts_of(folder), ignore_errors=True)
-    return TokenFile.open(folder, of=of, sources=sources)
+        return _CachedTokens(folder, corpus, split, tokenizer, encoder, common, progress, processes).open_or_make()
+    with corpus.unchanged():
+        sources = corpus.pretokenized.sources(split, encoder.vocab_size)
+        cached = _CachedTokens(folder, corpus, split, tokenizer, encoder, common, progress, processes, sources)
+        return cached.open_or_make()
 
 
 @dataclass(frozen=True)
-class _Making:
-    """How a split of a text corpus becomes a token file: in parts where it is large, or comes as a stream."""
+class _CachedTokens:
+    """A token file of the cache: it is opened or, by the first process that finds no whole one, made.
+
+    Attributes:
+        folder: folder of the token file.
+        corpus: corpus whose text or tokens are read.
+        split: split of the corpus.
+        tokenizer: as in `tokenize_corpus`.
+        encoder: encoder of the tokenizer.
+        common: what meta.json says beside sizes and hashes.
+        progress: whether to show progress and to say that this process waits.
+        processes: number of processes that tokenise a large corpus.
+        sources: where the tokens lie if other programs made them; empty for text.
+    """
 
     folder: Path
     corpus: Corpus
     split: str
+    tokenizer: PreTrainedTokenizerBase
     encoder: Encoder
     common: Mapping[str, Any]
     progress: bool
     processes: int
+    sources: tuple[Source, ...] = ()
 
-    @contextlib.contextmanager
-    def _advance(self) -> Iterator[Callable[[int, int], None]]:
-        total = self.corpus.approximate_bytes if self.split == "train" else None
-        what, begun, done = f"tokenising {self.corpus.name} ({self.split})", time.monotonic(), [0]
-        with progress_bar(what, total, "B", shown=self.progress, delay=BAR_DELAY) as bar:
+    def open_or_make(self) -> TokenFile:
+        """Return the token file, after making it if it is missing or cut short."""
+        # A whole file is opened without the lock: a finished cache may be read-only.
+        if (file := self._open_if_whole()) is not None:
+            return file
+        cache = self.folder.parent
+        with _writing(cache):
+            cache.mkdir(parents=True, exist_ok=True)
+            _lock(cache, self.folder.name).open("ab").close()  # reports a cache that cannot be written to
+            _clear_leftovers(cache)
+        if self.corpus.parts is not None:
+            self._make_parts(self.corpus.parts)
+        with _locked(self.folder, self.progress):
+            if (file := self._open_if_whole()) is not None:
+                return file
+            partial = self.folder.with_name(f".{self.folder.name}{STAGING_SUFFIX}")
+            with _writing(cache), renamed(partial, self.folder), self.corpus.unchanged():
+                self._write(partial)
+                if self.folder.exists():  # it is damaged
+                    shutil.rmtree(self.folder)
+            sync(cache, below=False)
+            shutil.rmtree(_parts_of(self.folder), ignore_errors=True)
+        return self._open()
 
-            def advance(n_bytes: int, n_tokens: int) -> None:
-                done[0] += n_tokens
-                rate = done[0] / (time.monotonic() - begun) / 1e3
-                bar.set_postfix_str(f"{done[0] / 1e6:.1f}M tokens, {rate:.0f}k/s", refresh=False)
-                bar.update(n_bytes)
+    def _open(self) -> TokenFile:
+        expected = {key: self.common[key] for key in ("fingerprint", "split", "tokenizer", "end_of_text")}
+        sources = [replace(source, ends=None) for source in self.sources]  # the ends of documents are in the index
+        return TokenFile.open(self.folder, of=expected, sources=sources)
 
-            yield advance
+    def _open_if_whole(self) -> TokenFile | None:
+        """Return the token file; None if it is missing, lacks files or is cut short.
 
-    def parts(self) -> None:
-        """Make the parts, with whoever else is at it; nothing where there is one part."""
-        parts = self.corpus.parts
-        if parts is None:
-            return
+        Raises:
+            ChangedTokens: It has other bytes than were written.
+        """
+        try:
+            return self._open()
+        except ChangedTokens:
+            raise
+        except UserError:
+            return None
+
+    def _make_parts(self, parts: TextParts) -> None:
+        """Make the parts of a large text, together with other processes at work; nothing if it has one part."""
+        if self.folder.exists():  # a whole file would say that no part is left to make
+            with _locked(self.folder, self.progress):
+                if self._open_if_whole() is None:
+                    shutil.rmtree(self.folder)
         with _writing(self.folder.parent), self.corpus.unchanged() as states:
             plan = parts.plan(self.split)
             if len(plan) < 2 and not _parts_of(self.folder).exists():
                 return
             job = Job(_parts_of(self.folder), self.folder, parts, self.split, plan, self.common, states)
-            with self._advance() as advance:
+            with self._bar() as advance:
                 tokenize_parts(job, self.encoder, self.processes, advance)
 
-    def write(self, partial: Path) -> None:
+    def _write(self, folder: Path) -> None:
         """Fill the folder of the token file."""
         parts = _parts_of(self.folder)
+        if self.corpus.pretokenized:
+            known, vocabulary = self.corpus.pretokenized, self.encoder.vocab_size
+            spans = index(known, self.sources, self.split, self.tokenizer, vocabulary, self.progress)
+            write_index(folder, *spans, self.common)
+            return
         if parts.exists():
-            n_documents = write_joined(partial, Job.made_in(parts), self.common)
+            n_documents = write_joined(folder, Job.made_in(parts), self.common)
         else:
-            with self._advance() as advance:
+            with self._bar() as advance:
                 texts = self.corpus.documents(self.split)
-                n_documents = write_tokens(partial, texts, self.encoder, self.common, advance)
+                n_documents = write_tokens(folder, texts, self.encoder, self.common, advance)
         if not n_documents:
             raise UserError(_empty(self.corpus.name, self.split))
 
+    @contextlib.contextmanager
+    def _bar(self) -> Iterator[Callable[[int, int], None]]:
+        """Show a progress bar; yield a function that advances it by bytes and tokens."""
+        total = self.corpus.approximate_bytes if self.split == "train" else None
+        what, begun, n_done = f"tokenising {self.corpus.name} ({self.split})", time.monotonic(), 0
+        with progress_bar(what, total, "B", shown=self.progress) as bar:
 
-def _whole(folder: Path, of: Mapping[str, Any], sources: Sequence[Source]) -> TokenFile | None:
-    """Return a token file, None where it is to be made: there is none, or files of it are missing or cut short.
+            def advance(n_bytes: int, n_tokens: int) -> None:
+                nonlocal n_done
+                n_done += n_tokens
+                rate = n_done / (time.monotonic() - begun) / 1e3
+                bar.set_postfix_str(f"{n_done / 1e6:.1f}M tokens, {rate:.0f}k/s", refresh=False)
+                bar.update(n_bytes)
 
-    Raises:
-        ChangedTokens: where it has other bytes than were written.
-    """
-    try:
-        return TokenFile.open(folder, of=of, sources=sources)
-    except ChangedTokens:
-        raise
-    except UserError:
-        return None
+            yield advance
 
 
 @cache
 def _checksum(path: Path, state: str) -> str:
-    """Return the checksum of a file, read once a process for as long as nothing writes to it."""
+    """Return the checksum of a file; a process reads the file once for each state (`file_state`)."""
     return hash_file(path, of_chunk=crc32)
 
 
@@ -405,7 +396,7 @@ def _empty(name: str, split: str) -> str:
 
 @contextlib.contextmanager
 def _writing(cache: Path) -> Iterator[None]:
-    """Turn what a full, read-only or absent disk raises into a message that names the folder."""
+    """Turn the errors of a full, read-only or missing disk into a message that names the folder."""
     try:
         yield
     except OSError as error:
@@ -439,7 +430,7 @@ def _locked(folder: Path, progress: bool) -> Iterator[None]:
 
 
 def _clear_leftovers(cache: Path) -> None:
-    """Delete what writers that died have left, whatever they were writing; the living hold their locks."""
+    """Delete the unfinished folders of writers that died; living writers hold their locks."""
     for partial in cache.glob(f".*{STAGING_SUFFIX}"):
         with held(_lock(cache, partial.name[1 : -len(STAGING_SUFFIX)])) as had:
             if had:

@@ -1,4 +1,4 @@
-"""Write token files: documents into tokens, and the parts of a corpus into one, which is the same, bit for bit."""
+"""Write token files: from documents, or from the parts of a corpus, which give the same file bit for bit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fire_llm.data.formats import mapped
 
 META, TOKENS, DOCUMENTS, SPANS = "meta.json", "tokens.bin", "documents.bin", "spans.bin"
 FILES, INDEX = (TOKENS, DOCUMENTS), (DOCUMENTS, SPANS)
-"""What meta.json lists: of text, and of files that hold tokens already, which stay where they are."""
+"""The files that meta.json lists: FILES for tokens of text, INDEX for tokens that stay in other programs' files."""
 _SIZES = ("n_tokens", "n_bytes", "n_words", "n_documents")
 
 
@@ -33,11 +33,11 @@ def write_tokens(
     documents.bin holds three uint64 a document: the tokens, the UTF-8 bytes and the words up to its end.
 
     Args:
-        folder: that is there, and empty.
+        folder: an empty folder.
         documents: texts.
-        encoder: of the tokenizer.
-        common: what else meta.json is to say; `end_of_text` is the token behind each document.
-        advance: called with the bytes and the tokens of each lot of documents.
+        encoder: encoder of the tokenizer.
+        common: other entries of meta.json; `end_of_text` is the token after each document.
+        advance: called with the bytes and the tokens of each batch of documents.
     """
     end = int(common["end_of_text"])
     # 65536 entries have the ids 0 to 65535, which is what 16 bits hold.
@@ -46,19 +46,19 @@ def write_tokens(
     with open(folder / TOKENS, "wb") as file, open(folder / DOCUMENTS, "wb") as index:
         for texts, sizes in batches(documents):
             encoded = encoder(texts)
-            lot = np.full(sum(map(len, encoded)) + len(encoded), end, dtype)
+            batch = np.full(sum(map(len, encoded)) + len(encoded), end, dtype)
             position = 0
             for ids in encoded:
-                lot[position : position + len(ids)] = ids
+                batch[position : position + len(ids)] = ids
                 position += len(ids) + 1
-            file.write(lot.data)
+            file.write(batch.data)
             words = map(count_words, texts)
             sums = [(len(ids) + 1, *counts) for ids, *counts in zip(encoded, sizes, words, strict=True)]
             ends = np.cumsum([(n_tokens, n_bytes, n_words), *sums], axis=0, dtype=np.uint64)[1:]
             index.write(ends.data)
             n_tokens, n_bytes, n_words = (int(end) for end in ends[-1])
             n_documents += len(texts)
-            advance(sum(sizes), len(lot))
+            advance(sum(sizes), len(batch))
     counts = dict(zip(_SIZES, (n_tokens, n_bytes, n_words, n_documents), strict=True))
     seal(folder, {**common, "dtype": dtype.name, **counts})
     return n_documents
@@ -68,11 +68,11 @@ def write_index(folder: Path, ends: np.ndarray, spans: np.ndarray, open_end: boo
     """Write documents.bin, spans.bin and meta.json of tokens that lie elsewhere.
 
     Args:
-        folder: that is there, and empty.
+        folder: an empty folder.
         ends: (d, 1) uint64, the tokens up to each document's end.
         spans: (k, 2) uint64, where the tokens lie.
         open_end: whether the last document lacks its end-of-text token.
-        common: what else meta.json is to say.
+        common: other entries of meta.json.
     """
     ends.tofile(folder / DOCUMENTS)
     spans.tofile(folder / SPANS)
@@ -84,12 +84,12 @@ def write_joined(folder: Path, parts: Sequence[Path], common: Mapping[str, Any])
     """Write the documents of several token files, one after another; return their number.
 
     Args:
-        folder: that is there, and empty.
+        folder: an empty folder.
         parts: folders that `write_tokens` filled.
-        common: what else meta.json is to say.
+        common: other entries of meta.json.
 
     Raises:
-        UserError: a part is not what was written; it is deleted.
+        UserError: a part has changed since it was written; it is deleted.
     """
     total = np.zeros(4, dtype=np.uint64)
     dtype = ""
@@ -118,12 +118,12 @@ def write_joined(folder: Path, parts: Sequence[Path], common: Mapping[str, Any])
 
 
 def seal(folder: Path, meta: Mapping[str, Any], names: Sequence[str] = FILES) -> None:
-    """Write meta.json: what a folder's tokens are, with sizes and hashes of the other files and of itself.
+    """Write meta.json: facts about the tokens, and sizes and hashes of the other files and of itself.
 
     Args:
-        folder: with the other files.
-        meta: dtype, n_tokens, n_bytes, n_words, n_documents, and what else is to be known.
-        names: of the other files.
+        folder: the folder with the other files.
+        meta: dtype, n_tokens, n_bytes, n_words, n_documents, and any other entries.
+        names: names of the other files.
     """
     files = {
         name: {
@@ -138,7 +138,7 @@ def seal(folder: Path, meta: Mapping[str, Any], names: Sequence[str] = FILES) ->
 
 
 def meta_digest(meta: Mapping[str, Any]) -> str:
-    """Return the hash that meta.json has of itself."""
+    """Return the hash of meta.json that it stores as its own `digest`."""
     return digest(json.dumps(meta, sort_keys=True), 16)
 
 

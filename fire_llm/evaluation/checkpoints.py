@@ -1,4 +1,4 @@
-"""Measure checkpoints on corpora, and how sure the differences are."""
+"""Measure checkpoints on corpora, and the differences between them with their intervals."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def score_checkpoints(
         names: Checkpoint folders or Hub ids; each is read with its own tokenizer.
         data: Names of corpora, whose `split` is read, or local files, which are read whole.
         split: `train` or `validation`.
-        column: Column of the files that holds the text, where it is not `text`.
+        column: Column of the files that holds the text; `text` by default.
         document: What a document is in .txt files: line, blank-line, heading or file.
-        max_tokens: Read of each text the first documents alone that hold at most as many tokens together.
+        max_tokens: Read only the first documents of each text, with at most so many tokens together.
         context: As in `perplexity`, like the next three.
         stride: Positions between the starts of windows.
         batch_size: Windows of full length a forward pass.
@@ -74,15 +74,15 @@ def score_checkpoints(
         dtype: Of the weights and their products; `stored` keeps the checkpoint's.
         device: `cpu`, `cuda`, `cuda:N`, or `auto`, as in `find_device`.
         compiled: As in `perplexity`.
-        tasks: Also tasks of lm-eval, as in `run_tasks`, which get `context` and `prefix` too.
+        tasks: Also measure these tasks of lm-eval, as in `run_tasks`, with the same `context` and `prefix`.
         limit: As in `run_tasks`.
         num_fewshot: As in `run_tasks`.
         diagnostics: Also diagnose each model on each text, as in `diagnose`, at this `context`.
         progress: Show progress bars.
-        titles: What bars call the checkpoints; none: by their names.
+        titles: Names of the checkpoints in progress bars; `names` by default.
 
     Returns:
-        What `fire-llm eval --json` writes as plain data.
+        The evaluation, which `fire-llm eval --json` writes as plain data.
 
     Raises:
         UserError: For an unknown corpus, an unreadable checkpoint or file, or tokens that do not fit the model.
@@ -96,12 +96,13 @@ def score_checkpoints(
     if tasks:
         find_tasks(tasks)  # before texts are scored for hours
     rows: list[CheckpointRow] = []
-    found, answers = [], {}
+    diagnosed, answers = [], {}
     corpora, tokenizers = open_checkpoints(
         names, data, split, column, document, max_tokens=max_tokens, context=context, prefix=prefix
     )
-    shown = dict(zip(names, titles or names, strict=True))
-    for name in names:
+    how = {"context": context, "stride": stride, "batch_size": batch_size, "compiled": compiled}
+    of_tasks: dict[str, Any] = {"limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size, "prefix": prefix}
+    for name, title in zip(names, titles or names, strict=True):
         tokenizer = tokenizers[name]
         model = load_model(name, "auto" if dtype == "stored" else getattr(torch, dtype)).to(where)
         first = first_token(tokenizer, prefix, name)
@@ -111,34 +112,18 @@ def score_checkpoints(
             for text, (corpus, part) in corpora.items()
         }
         texts = {text: EvaluationSet.of(file, first, per_document) for text, file in files.items()}
-        measured = score(
-            model,
-            texts,
-            context=context,
-            stride=stride,
-            batch_size=batch_size,
-            compiled=compiled,
-            progress=f"{shown[name]} on" if progress else None,
-        )
-        for text, result in measured.items():
+        perplexities = score(model, texts, progress=f"{title} on" if progress else None, **how)
+        for text, result in perplexities.items():
             errors = standard_errors(result.scores)
             rows.append(CheckpointRow(name, text, corpora[text][1], prefix_text, **vars(result), se=errors))
         for text, held_out in texts.items() if diagnostics else ():
-            diagnosed = diagnose(model, held_out.tokens, context=context)
-            found.append(CheckpointDiagnostics(name, text, **vars(diagnosed)))
+            measures = diagnose(model, held_out.tokens, context=context)
+            diagnosed.append(CheckpointDiagnostics(name, text, **vars(measures)))
         if tasks:
-            answers[name] = run_tasks(
-                (model, tokenizer),
-                tasks,
-                context=context,
-                limit=limit,
-                num_fewshot=num_fewshot,
-                batch_size=batch_size,
-                prefix=prefix,
-            )
+            answers[name] = run_tasks((model, tokenizer), tasks, context=context, **of_tasks)
         del model
     settings = CheckpointSettings(prefix, per_document, str(where), max_tokens=max_tokens)
-    return CheckpointEvaluation(settings, rows, _differences(rows), found, answers)
+    return CheckpointEvaluation(settings, rows, _differences(rows), diagnosed, answers)
 
 
 def open_checkpoints(
@@ -152,20 +137,21 @@ def open_checkpoints(
     context: int | None = None,
     prefix: str = "auto",
 ) -> tuple[dict[str, tuple[Corpus, str]], dict[str, Any]]:
-    """Return what is measured on, by corpus, and each checkpoint's tokenizer; arguments are those of the scoring.
+    """Return (corpus, split) by the corpus's name, and each checkpoint's tokenizer.
 
-    A fault of the last one is reported before the first is scored.
+    Faults that configs and tokenizers show are reported here, before hours of scoring. Arguments are as in
+    `score_checkpoints`.
 
     Raises:
-        UserError: As `score_checkpoints` raises it, as far as configs and tokenizers show it.
+        UserError: As in `score_checkpoints`.
     """
     if max_tokens is not None and max_tokens < 2:
         raise UserError(f"--max-tokens {max_tokens}: at least 2 are needed, one to predict and one before it")
-    read = (_corpus(name, split, column, document) for name in data)
-    corpora = {corpus.name: (corpus, part) for corpus, part in read}
+    resolved = (_corpus(name, split, column, document) for name in data)
+    corpora = {corpus.name: (corpus, part) for corpus, part in resolved}
     for name in names:
         if os.path.isfile(os.path.join(name, CONFIG)):
-            pretrained_config(name)  # of what is no language model nobody looks for a tokenizer
+            pretrained_config(name)  # refuses a model that is no language model, before its tokenizer is missed
     tokenizers = {name: load_tokenizer(name) for name in names}
     for name, tokenizer in tokenizers.items():
         config = pretrained_config(name)
@@ -182,28 +168,28 @@ def open_checkpoints(
 
 
 def _differences(rows: Sequence[CheckpointRow]) -> list[CheckpointDifference]:
-    """Compare every other checkpoint with the first, a text at a time."""
+    """Compare every other checkpoint with the first on each text."""
     by_text: dict[str, list[CheckpointRow]] = {}
     for row in rows:
         by_text.setdefault(row.data, []).append(row)
-    found = []
+    differences = []
     for text, (first, *others) in by_text.items():
         for row in others:
             unit = comparable_unit(row.scores, first.scores)
             difference = paired_difference(row.scores, first.scores, unit=unit)
-            found.append(CheckpointDifference(row.checkpoint, first.checkpoint, text, **vars(difference)))
-    return found
+            differences.append(CheckpointDifference(row.checkpoint, first.checkpoint, text, **vars(difference)))
+    return differences
 
 
 def _corpus(name: str, split: str, column: str | None, document: str | None) -> tuple[Corpus, str]:
-    """Return a corpus and the split of it to read."""
+    """Return a corpus and the split to read."""
     if name in CORPORA and (column or document):
         raise UserError(f"--data {name} is a known corpus: --column and --document are for local files and Hub data")
-    place = os.path.expanduser(name)
-    local = name not in CORPORA and (os.path.exists(place) or has_magic(place) or file_kind(place) != ("", ""))
+    path = os.path.expanduser(name)
+    local = name not in CORPORA and (os.path.exists(path) or has_magic(path) or file_kind(path) != ("", ""))
     if not local:
         return resolve(name, CorpusSpec(text=column) if column else None), split
-    # A file named by hand is measured whole; it is no training corpus with a part held out.
+    # A file named by hand is measured whole: nothing of it is held out.
     settings = {"text": column, "document": document}
     given = {key: value for key, value in settings.items() if value is not None}
     return resolve(name, CorpusSpec(files=name, holdout=0.0, **given)), "train"

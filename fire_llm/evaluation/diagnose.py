@@ -1,8 +1,9 @@
-"""Measure a model on a text; what is measured, and how it is reported."""
+"""Measure how plastic a causal LM still is; the measures of any network, and their names in a log."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import fmean, median
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fire_llm.architectures.hidden_layers import down_projections
 from fire_llm.architectures.matrices import ParameterSlice, logical_matrices
@@ -18,7 +20,7 @@ from fire_llm.core.errors import UserError
 from fire_llm.distributed import refuse_engines
 from fire_llm.evaluation.network import Network, sample, undisturbed
 from fire_llm.linalg.activations import Activity, Features, dormant_share
-from fire_llm.linalg.curvature import gradient_norm, top_hessian_eigenvalue
+from fire_llm.linalg.curvature import Loss, gradient_norm, top_hessian_eigenvalue
 from fire_llm.linalg.measures import dfi, sfe, srank
 
 MEASURES = (
@@ -27,34 +29,34 @@ MEASURES = (
 )  # fmt: skip
 """The numbers among the fields of `Diagnostics`."""
 LOG_PREFIX = "diag_"
-"""What their names begin with in a log."""
+"""Prefix of these names in a training log."""
 
 
 @dataclass(frozen=True)
 class Plasticity:
-    """What was measured of any network and how; None stands for what was not, with the reason in `not_measured`."""
+    """Measures of any network and their settings; a measure is None if `not_measured` says why it was not taken."""
 
     srank: int | None
-    """srank_delta of the features, which the last layer reads: of a language model the last hidden states."""
+    """srank_delta of the features, the input of the last layer; a language model's features are its hidden states."""
     srank_share: float | None
-    """That over their width."""
+    """srank over the width of the features."""
     dormant_share: float | None
-    """Share of the hidden units, of a language model those of its MLPs, whose score is at most tau."""
+    """Share of the hidden units whose score is at most tau; a language model's hidden units are those of its MLPs."""
     hessian_eigenvalue: float | None
     """Eigenvalue of the Hessian of the loss (mean NLL, nats per token) with the largest magnitude, with its sign."""
     hessian_residual: float | None
-    """||H x - eigenvalue x||: some eigenvalue lies within it."""
+    """||H x - eigenvalue x||: some eigenvalue lies within this distance."""
     gradient_norm: float | None
-    """Of the loss on the same data, over all trainable parameters."""
+    """Norm of the gradient of the loss on the same data, over all trainable parameters."""
     dfi_mean: float
-    """Over the logical matrices of the roles, like the next two."""
+    """Mean DfI of the logical matrices; `dfi_median` and `sfe` are of the same matrices."""
     dfi_median: float
     sfe: float | None
-    """Total, against the reference."""
+    """Total SFE against the reference."""
     dormant: dict[str, float]
-    """Dormant share of every layer measured, under the name of what reads it: in an MLP its down projection."""
+    """Dormant share of each layer, by the name of the module that reads its units: in an MLP the down projection."""
     not_measured: dict[str, str]
-    """Why, by field; `dormant` may miss a part of the layers."""
+    """By field, why it was not measured; `dormant` may lack some layers."""
     delta: float
     tau: float
 
@@ -63,14 +65,13 @@ class Plasticity:
         return asdict(self)
 
     def measures(self) -> dict[str, float]:
-        """Return the numbers that were measured, those of single layers left out: what a log takes."""
-        found = {name: getattr(self, name) for name in MEASURES}
-        return {name: value for name, value in found.items() if value is not None}
+        """Return the measures by name, for a log: those that were taken, and none of single layers."""
+        return {name: value for name in MEASURES if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
 class Diagnostics(Plasticity):
-    """The same of a causal LM on a text."""
+    """Measures of a causal LM on a text."""
 
     tokens: int
     """Tokens read for the features and the units."""
@@ -97,7 +98,7 @@ def diagnose(
     tolerance: float = 1e-2,
     seed: int = 0,
 ) -> Diagnostics:
-    """Measure a causal LM on a text, and leave it as found: mode, gradients, attention, random numbers.
+    """Measure a causal LM on a text; its mode, gradients, attention and the random numbers stay as they are.
 
     All in fp32 (fp64 for fp64 weights), however the model is stored or trained: the rounding of bf16 alone fills a
     feature matrix to nearly its full rank. Shards are the exception: they are run as they are, and without the Hessian
@@ -137,25 +138,19 @@ def diagnose(
     ids = sample(model, tokens, context, sequences).to(next(model.parameters()).device)
     few = ids[:: -(-len(ids) // hessian_sequences)]
     skipped = {} if hessian else {"hessian_eigenvalue": "not asked for"}
-    top, gradient = None, None
     with undisturbed(model):
         network = Network(model)
         features, activities = _read(network, ids[:, :-1], batch_size, skipped)
-        if network.trained:
-            loss = partial(network.losses, few)
-            gradient = gradient_norm(loss, network.trained)
-            if hessian:
-                top = top_hessian_eigenvalue(loss, network.trained, iterations, tolerance, seed)
-        else:
+        if not network.trained:
             reason = "the weights lie in shards" if network.sharded else "no parameter requires gradients"
             skipped |= {"gradient_norm": reason} | ({"hessian_eigenvalue": reason} if hessian else {})
+        loss, power_iteration = partial(network.losses, few), (iterations, tolerance, seed)
+        of_loss = slopes(loss, network.trained, power_iteration if hessian else None)
     return Diagnostics(
         **measured(features, activities, matrices, reference, skipped, delta, tau),
-        hessian_eigenvalue=top.value if top else None,
-        hessian_residual=top.residual if top else None,
-        gradient_norm=gradient,
+        **of_loss,
         tokens=ids[:, 1:].numel(),
-        hessian_tokens=few[:, 1:].numel() if gradient is not None else 0,
+        hessian_tokens=few[:, 1:].numel() if network.trained else 0,
         context=ids.shape[1] - 1,
         roles=roles,
     )
@@ -170,7 +165,7 @@ def measured(
     delta: float,
     tau: float,
 ) -> dict[str, Any]:
-    """Return what `Plasticity` says of features, units and matrices, by field."""
+    """Return the fields of `Plasticity` about features, units and matrices."""
     deviations, moved = _distances(matrices, reference)
     if moved is None:
         skipped["sfe"] = "no reference was given"
@@ -190,6 +185,17 @@ def measured(
     }
 
 
+def slopes(loss: Loss, trained: Sequence[Tensor], hessian: tuple[int, float, int] | None) -> dict[str, Any]:
+    """Return the fields of `Plasticity` about gradient and Hessian, None where nothing is trained.
+
+    `hessian` holds iterations, tolerance and seed of `top_hessian_eigenvalue`; None leaves the Hessian out.
+    """
+    gradient = gradient_norm(loss, trained) if trained else None
+    top = top_hessian_eigenvalue(loss, trained, *hessian) if trained and hessian else None
+    eigenvalue, residual = (top.value, top.residual) if top else (None, None)
+    return {"gradient_norm": gradient, "hessian_eigenvalue": eigenvalue, "hessian_residual": residual}
+
+
 def check_settings(delta: float, tau: float, **counts: int) -> None:
     """Refuse settings that are out of range."""
     if not 0 <= delta < 1 or tau < 0:
@@ -203,32 +209,30 @@ def check_settings(delta: float, tau: float, **counts: int) -> None:
 def _read(
     network: Network, ids: Tensor, batch_size: int, skipped: dict[str, str]
 ) -> tuple[Features, dict[str, Activity]]:
-    """Read the sequences once; gather what the head and every down projection read."""
+    """Read the sequences once; gather the inputs of the head and of every down projection."""
     features = Features()
-    found, missing = down_projections(network.model)
-    activities = {name: Activity() for name in found}
+    projections, missing = down_projections(network.model)
+    activities = {name: Activity() for name in projections}
     model: Any = network.model
     head = model.get_output_embeddings()
-    hooks = [listen(module, activities[name].add) for name, module in found.items()]
-    if head is not None:
-        hooks.append(listen(head, features.add))
-    try:
+    with ExitStack() as hooks:
+        for name, module in projections.items():
+            hooks.enter_context(listen(module, activities[name].add))
+        if head is not None:
+            hooks.enter_context(listen(head, features.add))
         for batch in ids.split(batch_size):
             network.logits(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
     if not features.rows:
         skipped["srank"] = "the model has no one module as its head, or does not call it"
-    if silent := [name for name, activity in activities.items() if not activity.rows]:
-        missing["no token reached it"] = silent
+    if unreached := [name for name, activity in activities.items() if not activity.rows]:
+        missing["no token reached it"] = unreached
     if missing:
         skipped["dormant"] = "; ".join(f"{_some(names)}: {reason}" for reason, names in missing.items())
     return features, {name: activity for name, activity in activities.items() if activity.rows}
 
 
-def listen(module: nn.Module, take: Any) -> Any:
-    """Pass a module's input on, before the module reads it."""
+def listen(module: nn.Module, take: Callable[[Tensor], object]) -> RemovableHandle:
+    """Call `take` with the module's input before each of its forward passes, until the handle is closed."""
     return module.register_forward_pre_hook(lambda _, inputs: take(inputs[0]))
 
 
@@ -239,7 +243,7 @@ def _some(names: Sequence[str]) -> str:
 def _distances(
     matrices: Sequence[ParameterSlice], reference: nn.Module | Mapping[str, Tensor] | None
 ) -> tuple[list[float], float | None]:
-    """Return the DfI of every matrix, and their total SFE; shards are gathered, one parameter at a time."""
+    """Return the DfI of every matrix, and their total SFE; sharded parameters are gathered one at a time."""
     if isinstance(reference, nn.Module):
         reference = dict(plain_parameters(unwrap(reference)))
     if reference is not None:
@@ -252,26 +256,26 @@ def _distances(
             if reference is not None:
                 other = _whole(_counterpart(reference, parameter, whole))
         rows = slice(matrix.rows.start, matrix.rows.stop)
-        here = matrix.within(whole[rows]).read()
-        for one in here if here.ndim == 3 else [here]:  # a convolution has a matrix at each position of its kernel
-            deviation = dfi(one)
+        values = matrix.within(whole[rows]).read()
+        for plane in values if values.ndim == 3 else [values]:  # a kernel has a matrix at each of its positions
+            deviation = dfi(plane)
             if deviation != deviation or deviation == float("inf"):
                 raise UserError(
                     f"'{matrix.name}' holds NaN or infinity: it has no DfI. Go back to an earlier checkpoint"
                 )
             deviations.append(deviation)
-        total += sfe(here, matrix.within(other[rows]).read()) if reference is not None else 0.0
+        total += sfe(values, matrix.within(other[rows]).read()) if reference is not None else 0.0
     return deviations, None if reference is None else total
 
 
 def _counterpart(reference: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
-    found = reference.get(name)
-    if found is None or found.shape != like.shape:
-        shape = "no tensor" if found is None else f"the shape {tuple(found.shape)}"
+    tensor = reference.get(name)
+    if tensor is None or tensor.shape != like.shape:
+        shape = "no tensor" if tensor is None else f"the shape {tuple(tensor.shape)}"
         raise UserError(
             f"reference: '{name}' has {shape} there and {tuple(like.shape)} here: give a model of one architecture"
         )
-    return found
+    return tensor
 
 
 def _whole(tensor: Tensor) -> Tensor:

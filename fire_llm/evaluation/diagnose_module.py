@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils.hooks import RemovableHandle
 
 from fire_llm.architectures.modules import ModuleLayout, module_slices
 from fire_llm.architectures.names import unwrap
 from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.distributed import refuse_engines
-from fire_llm.evaluation.diagnose import Plasticity, check_settings, listen, measured
+from fire_llm.evaluation.diagnose import Plasticity, check_settings, listen, measured, slopes
 from fire_llm.evaluation.network import undisturbed
 from fire_llm.linalg.activations import Activity, Features
-from fire_llm.linalg.curvature import gradient_norm, top_hessian_eigenvalue
 
 
 @dataclass(frozen=True)
 class ModuleDiagnostics(Plasticity):
-    """What was measured of a network that is no language model."""
+    """Measures of a network that is no language model."""
 
     rows: int
     """Rows of the feature matrix: samples, or the positions of all of them."""
@@ -49,7 +51,7 @@ def diagnose_module(
     tolerance: float = 1e-2,
     seed: int = 0,
 ) -> ModuleDiagnostics:
-    """Measure any network, and leave it as found: mode, gradients, running statistics, random numbers.
+    """Measure any network; its mode, gradients, running statistics and the random numbers stay as they are.
 
         found = diagnose_module(
             model, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]), [(images, labels)],
@@ -87,52 +89,54 @@ def diagnose_module(
     matrices = [p for p in module_slices(model, ModuleLayout.of(split), buffers=False) if p.matrix]
     if not matrices:
         raise UserError("the model holds no matrix (Linear, convolution, MultiheadAttention): there is no DfI")
-    readers = dict(model.named_modules())
-    wanted = [*([features] if features is not None else []), *units]
-    if unknown := next((name for name in wanted if name not in readers), None):
-        raise UserError(f"the model has no module '{unknown}'.{did_you_mean(unknown, readers)}")
+    activities = {name: Activity() for name in units}
+    modules = dict(model.named_modules())
+    for name in [*([features] if features is not None else []), *activities]:
+        if name not in modules:
+            raise UserError(f"the model has no module '{name}'.{did_you_mean(name, modules)}")
     skipped = {} if hessian else {"hessian_eigenvalue": "not asked for"}
     skipped |= {} if features is not None else {"srank": "features names no module"}
-    seen, activities = Features(), {name: Activity() for name in wanted[features is not None :]}
     trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        skipped |= dict.fromkeys(["gradient_norm", *["hessian_eigenvalue"] * hessian], "nothing is trained")
     few = batches[:hessian_batches]
 
     def parts() -> Iterable[Tensor]:
         return (loss(model, batch) / len(few) for batch in few)
 
-    top, gradient = None, None
     with undisturbed(model):
-        hooks = [_listen(readers[name], activity.add) for name, activity in activities.items()]
-        hooks += [_listen(readers[features], seen.add)] if features is not None else []
-        try:
-            with torch.no_grad():
-                for batch in batches:
-                    loss(model, batch)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if trained:
-            gradient = gradient_norm(parts, trained)
-            top = top_hessian_eigenvalue(parts, trained, iterations, tolerance, seed) if hessian else None
-        else:
-            skipped |= dict.fromkeys(["gradient_norm", *["hessian_eigenvalue"] * hessian], "nothing is trained")
-    calls = {name: activity.rows for name, activity in activities.items()}
-    calls |= {features: seen.rows} if features is not None else {}
-    if silent := [name for name, rows in calls.items() if not rows]:
-        raise UserError(f"'{silent[0]}' is not called when the loss is computed: name a module that is")
+        feature_rows = _read(modules, partial(loss, model), batches, features, activities)
+        of_loss = slopes(parts, trained, (iterations, tolerance, seed) if hessian else None)
     return ModuleDiagnostics(
-        **measured(seen, activities, matrices, reference, skipped, delta, tau),
-        hessian_eigenvalue=top.value if top else None,
-        hessian_residual=top.residual if top else None,
-        gradient_norm=gradient,
-        rows=seen.rows,
+        **measured(feature_rows, activities, matrices, reference, skipped, delta, tau),
+        **of_loss,
+        rows=feature_rows.rows,
         batches=len(batches),
-        hessian_batches=len(few) if gradient is not None else 0,
+        hessian_batches=len(few) if trained else 0,
     )
 
 
-def _listen(module: nn.Module, take: Callable[[Tensor], None]) -> Any:
-    """Pass a module's input on, its channels last where it is a feature map."""
+@torch.no_grad()
+def _read(
+    modules: dict[str, nn.Module], loss: Any, batches: Sequence[Any], features: str | None, units: dict[str, Activity]
+) -> Features:
+    """Compute the loss of every batch; gather the inputs of the modules that read features and hidden units."""
+    gathered = Features()
+    takers: list[tuple[str, Activity | Features]] = [*units.items()]
+    takers += [(features, gathered)] if features is not None else []
+    with ExitStack() as hooks:
+        for name, taker in takers:
+            hooks.enter_context(_listen(modules[name], taker.add))
+        for batch in batches:
+            loss(batch)
+    for name, taker in takers:
+        if not taker.rows:
+            raise UserError(f"'{name}' is not called when the loss is computed: name a module that is")
+    return gathered
+
+
+def _listen(module: nn.Module, take: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call `take` with the module's input, as `listen`, but with the channels of a feature map last."""
     if isinstance(module, _ConvNd):
         axis = -len(module.kernel_size) - 1
         return listen(module, lambda inputs: take(inputs.movedim(axis, -1)))

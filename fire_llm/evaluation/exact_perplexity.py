@@ -1,7 +1,7 @@
 """Exact perplexity as a metric of the `evaluate` library: as an object, or through `evaluate.load(<this file>)`.
 
-`evaluate` copies this file and runs the copy, and takes the first of its metrics that the copy's names hold for ours.
-Hence absolute imports alone, and `evaluate.Metric` by its full name.
+`evaluate` copies this file, runs the copy and takes the first metric among its names. So all imports are absolute, and
+`evaluate.Metric`, itself a metric, is not imported by name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fire_llm.evaluation import Scores, perplexity, summarize
 from fire_llm.evaluation.measurement import PREFIXES, check_choice, first_token
 
 ROUNDING = 1e-3
-"""Nats by which rounding may put a negative log-likelihood below zero, in bfloat16 at most."""
+"""Nats by which rounding, also in bfloat16, may put a negative log-likelihood below zero."""
 
 USAGE = """
 Args:
@@ -49,17 +49,17 @@ Example:
 
 
 class ExactPerplexity(evaluate.Metric):
-    """Measure perplexity exactly, with a model that is at hand or from likelihoods that are."""
+    """Measure perplexity exactly, with a loaded model or from given likelihoods."""
 
     def _info(self) -> evaluate.MetricInfo:
-        """Return what may be given: a reference is a list of one text, or an empty one where there is none."""
+        """Return the types of the inputs: a reference is a list of one text, a missing reference an empty list."""
         text, numbers = datasets.Value("string"), datasets.List(datasets.Value("float64"))
         return evaluate.MetricInfo(
             description="Exact perplexity: every token scored once, sums in fp64, one division at the end.",
             citation="",
             inputs_description=USAGE,
             features=[
-                datasets.Features({"predictions": each, "references": datasets.List(text)}) for each in (text, numbers)
+                datasets.Features({"predictions": kind, "references": datasets.List(text)}) for kind in (text, numbers)
             ],
         )
 
@@ -106,7 +106,7 @@ class ExactPerplexity(evaluate.Metric):
             raise UserError(
                 f"{given} of {len(references)} predictions came with a reference: give one with each, or with none"
             )
-        counted = [one[0] for one in references] if given else predictions if texts else None
+        counted = [reference for (reference,) in references] if given else predictions if texts else None
         n_bytes = None if counted is None else np.asarray([len(text.encode()) for text in counted])
         n_words = None if counted is None else np.asarray([count_words(text) for text in counted])
         how: dict[str, Any] = {"context": context, "stride": stride, "per_document": per_document}
@@ -118,15 +118,15 @@ class ExactPerplexity(evaluate.Metric):
                     "as predictions the negative log-likelihoods of each document's tokens"
                 )
             ids = Encoder(tokenizer)(predictions)
-            empty = [number for number, each in enumerate(ids, 1) if not len(each)]
-            if empty:
-                raise UserError(f"prediction {empty[0]} of {len(ids)} has no tokens: leave empty texts out")
+            for number, document in enumerate(ids, 1):
+                if not len(document):
+                    raise UserError(f"prediction {number} of {len(ids)} has no tokens: leave empty texts out")
             if not per_document:
-                ids = [np.append(each, tokenizer.eos_token_id) for each in ids]
+                ids = [np.append(document, tokenizer.eos_token_id) for document in ids]
             result = perplexity(
                 model,
                 np.concatenate(ids),
-                documents=np.cumsum([len(each) for each in ids]),
+                documents=np.cumsum([*map(len, ids)]),
                 prefix=first_token(tokenizer, prefix, type(tokenizer).__name__),
                 n_bytes=n_bytes,
                 n_words=n_words,
@@ -139,15 +139,15 @@ class ExactPerplexity(evaluate.Metric):
             sums = np.asarray([_total(nll, number) for number, nll in enumerate(predictions, 1)])
             lengths = np.asarray([len(nll) for nll in predictions])
             result = summarize(Scores(sums, lengths, n_bytes, n_words), prefix=None, precision=None, **how)
-        each = result.scores
-        return {**result.to_dict(), "document_nll": each.nll.tolist(), "document_tokens": each.tokens.tolist()}
+        scores = result.scores
+        return {**result.to_dict(), "document_nll": scores.nll.tolist(), "document_tokens": scores.tokens.tolist()}
 
 
 def _total(nll: list[float], number: int) -> float:
     """Sum a document's negative log-likelihoods.
 
     Raises:
-        UserError: One is not finite or below zero, or there is none.
+        UserError: There are none, or one of them is not finite or is below zero.
     """
     wrong = [value for value in nll if not -ROUNDING <= value < float("inf")]
     if wrong or not nll:

@@ -1,4 +1,4 @@
-"""Text that a model writes after prompts, as a person reads it beside the loss; the model is left as it was."""
+"""Text that a model writes after prompts, for people to read; the model is left as it was."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from fire_llm.evaluation.precision import device_of, evaluating, own_precision
 
 @dataclass(frozen=True)
 class Prompts:
-    """What is written after, and how; ids are those of one tokenizer."""
+    """Prompts as tokens of one tokenizer, and the settings of generation."""
 
     texts: Sequence[str]
     ids: Sequence[Sequence[int]]
-    """Of each text, behind the token that held-out texts are read after, so that no text is empty."""
+    """Token ids of each text, after the prefix token that is also read before held-out text: so none is empty."""
     tokenizer: Any
     max_new_tokens: int
     temperature: float = 0.0
-    """What logits are divided by before a token is drawn; 0: the likeliest token, always."""
+    """Divisor of the logits before a token is drawn; 0 always takes the likeliest token."""
     seed: int = 0
-    """Of what is drawn, the same for every prompt and each time."""
+    """Seed of the draws, set again before each prompt."""
 
     @classmethod
     def of(cls, texts: Sequence[str], tokenizer: Any, context: int, **how: Any) -> Prompts:
         """Return prompts as tokens.
 
         Args:
-            texts: One or more; "" for what the model writes by itself.
-            tokenizer: Of transformers.
-            context: Tokens that the model is trained to read; a prompt and what is written fit into it.
+            texts: One or more; after "" the model writes freely.
+            tokenizer: A tokenizer of transformers.
+            context: Tokens that the model is trained to read; a prompt and the new tokens must fit into it.
             **how: `max_new_tokens`, `temperature` and `seed`.
 
         Raises:
@@ -61,8 +61,8 @@ class Prompts:
 def continuations(model: Any, prompts: Prompts) -> list[str]:
     """Return what a causal LM writes after each prompt, to the end-of-text token or `max_new_tokens`.
 
-    In the precision of its weights, by transformers' `generate` without any setting of the checkpoint's own. Modes,
-    settings and random numbers are left as they were. On several ranks every rank must call this; all get the same.
+    It uses transformers' `generate` in the precision of the weights, without the checkpoint's generation settings.
+    Modes, settings and random numbers are left as they were. On several ranks every rank must call this.
 
     Raises:
         UserError: The model has no `generate`.
@@ -78,13 +78,10 @@ def continuations(model: Any, prompts: Prompts) -> list[str]:
             stack.enter_context(block)
         for ids in prompts.ids:
             torch.manual_seed(prompts.seed)
-            read = torch.tensor([ids], device=device)
-            found = inner.generate(
-                input_ids=read,
-                attention_mask=torch.ones_like(read),
-                synced_gpus=active() and bool(fsdp_modules(inner)),
-            )
-            written.append(tokenizer.decode(found[0, len(ids) :], skip_special_tokens=True))
+            prompt = torch.tensor([ids], device=device)
+            synced = active() and bool(fsdp_modules(inner))
+            text = inner.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), synced_gpus=synced)
+            written.append(tokenizer.decode(text[0, len(ids) :], skip_special_tokens=True))
     return written
 
 

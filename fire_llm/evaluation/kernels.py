@@ -1,6 +1,6 @@
 """The negative log-likelihood of rows of logits on a GPU, in one kernel.
 
-torch's operations pass over the logits in fp32 seven times; here they are read twice, in the dtype that they are in.
+torch's operations read the logits seven times, in fp32; this kernel reads them twice, in their own dtype.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ except ImportError:
     triton = None
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Of the logits that the kernel reads."""
+"""Dtypes of logits that the kernel reads."""
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
-"""What Triton compiles the kernel with; products and sums are fused, whatever the default of its version is."""
+"""Triton's options of compilation. Products and sums are fused, whatever this version's default is."""
 
 
 @cache
 def usable(device: torch.device, dtype: torch.dtype, vocabulary: int) -> bool:
-    """Return whether the kernel runs on a device and gives what torch's operations give there, tried once."""
+    """Return whether the kernel runs on a device with the results of torch's operations; it is tried once."""
     if triton is None or dtype not in DTYPES:
         return False
     logits = torch.linspace(-9, 9, 3 * vocabulary, device=device).view(3, vocabulary).to(dtype)
@@ -49,12 +49,12 @@ def usable(device: torch.device, dtype: torch.dtype, vocabulary: int) -> bool:
 def row_nll(logits: Tensor, targets: Tensor, out: Tensor | None = None) -> Tensor:
     """Return the negative log-likelihood of each target in nats: exponentials in fp32, their sum in fp64.
 
-    A row is summed in the same order every time, whatever stands beside it.
+    A row is always summed in the same order, whatever the other rows are.
 
     Args:
         logits: (S, V), of `DTYPES`.
         targets: (S,) int64, each in [0, V).
-        out: (S,) fp64, where to write it.
+        out: (S,) fp64 to write to; a new tensor by default.
 
     Returns:
         (S,) fp64.
@@ -76,7 +76,7 @@ def _plain(logits: Tensor, targets: Tensor) -> Tensor:
 
 @cache
 def kernel() -> Any:
-    """Return the kernel, a row a program."""
+    """Return the kernel, which handles one row per program."""
     return triton.jit(_row_nll)
 
 
@@ -93,10 +93,10 @@ def _row_nll(logits, targets, out, stride, SIZE: tl.constexpr, BLOCK: tl.constex
     sums = tl.zeros((BLOCK,), tl.float64)
     for at in range(0, SIZE, BLOCK):
         x = tl.load(begin + at + columns, mask=at + columns < SIZE, other=float("-inf")).to(tl.float32) - top
-        x = tl.where(x < -87.0, -87.0, x)  # the least that fp32 has a normal number for; NaN stays
-        # exp(x) = 2^n exp(r), |r| <= ln(2)/2, by its series to r^7. The instruction of the hardware is as far off as
-        # fp32 rounds, but may be so to one side; this is off by less than 1e-9 in the mean. n ln(2) is exact in the
-        # first of two parts.
+        x = tl.where(x < -87.0, -87.0, x)  # exp(-87) is about the smallest normal number of fp32; NaN stays
+        # exp(x) = 2^n exp(r) with |r| <= ln(2)/2, by the series to r^7. The hardware's instruction is as exact as fp32,
+        # but its errors may all have one sign; those of the series have a mean below 1e-9. ln(2) is the sum of two
+        # parts, and n times the first one is exact.
         n = tl.floor(x * 1.4426950408889634 + 0.5)
         r = (x - n * 0.693359375) + n * 2.12194440e-4
         q = 1.0 / 720.0 + r * (1.0 / 5040.0)

@@ -1,7 +1,7 @@
-"""How a perplexity is measured, decided once: which token is read first, in which precision, and how a table says so.
+"""How a perplexity is measured: which token is read first, in which precision, and how a table says so.
 
-A run's own evaluations, `fire-llm eval RUN_DIR` and `fire-llm eval CHECKPOINT` follow it, so that one checkpoint has
-one perplexity.
+It is decided here once for a run's own evaluations, `fire-llm eval RUN_DIR` and `fire-llm eval CHECKPOINT`, so that
+one checkpoint has one perplexity.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from typing import Any
 from fire_llm.core.errors import UserError
 
 PREFIXES = ("auto", "bos", "eos", "none")
-"""What may be read before a text."""
+"""Choices of the token that is read before a text."""
 
 PRECISIONS = ("fp32", "training")
-"""What a run may measure in: fp32, or the precision that it trains in."""
+"""Choices of a run's measuring precision: fp32, or the precision that it trains in."""
 
 WORDS = "pieces between runs of white space"
 """What counts as a word."""
 
 
 def check_choice(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise `UserError` where the value of an option is none of those allowed."""
+    """Raise `UserError` if an option's value is not allowed."""
     if value not in allowed:
         raise UserError(f"--{option} {value}: it must be one of {', '.join(allowed)}")
 
@@ -45,12 +45,12 @@ def first_token(tokenizer: Any, wanted: str = "auto", name: str | None = None) -
     if wanted == "none":
         return None
     kinds = ("bos", "eos") if wanted == "auto" else (wanted,)
-    found = [token for kind in kinds if (token := getattr(tokenizer, f"{kind}_token_id")) is not None]
-    if not found:
+    tokens = [token for kind in kinds if (token := getattr(tokenizer, f"{kind}_token_id")) is not None]
+    if not tokens:
         of = f" of '{name}'" if name else ""
         others = ", ".join(prefix for prefix in PREFIXES if prefix != wanted)
         raise UserError(f"--prefix {wanted}: the tokenizer{of} has no such token. Give another: {others}")
-    return int(found[0])
+    return int(tokens[0])
 
 
 def token_text(tokenizer: Any, token: int | None) -> str | None:
@@ -59,11 +59,11 @@ def token_text(tokenizer: Any, token: int | None) -> str | None:
 
 
 def described(row: Mapping[str, Any]) -> str:
-    """Return how a perplexity was measured, to stand below its table.
+    """Return how a perplexity was measured, for the line below its table.
 
     Args:
-        row: `precision`, `context`, `stride`, `prefix` and `per_document` as `Perplexity` has them; `prefix_text` where
-            the token's text is known.
+        row: `precision`, `context`, `stride`, `prefix` and `per_document` as in `Perplexity`; `prefix_text` if the
+            token's text is known.
 
     Returns:
         For example `in fp32, context 128, stride 128, windows run across documents, after <|endoftext|>`.
@@ -73,13 +73,13 @@ def described(row: Mapping[str, Any]) -> str:
     else:
         first = f"after {row.get('prefix_text') or 'token ' + str(row['prefix'])}"
     documents = "each document by itself" if row["per_document"] else "windows run across documents"
-    # Likelihoods that something else measured have no precision that is known.
+    # The precision of likelihoods that something else measured is not known.
     precision = f"in {row['precision']}, " if row.get("precision") else ""
     return f"{precision}context {row['context']}, stride {row['stride']}, {documents}, {first}"
 
 
 def all_described(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return each way in which some rows were measured once; where there are several, with the checkpoints before it.
+    """Return each way in which rows were measured, once; if there are several, with the checkpoints before it.
 
     Args:
         rows: As in `described`, with `checkpoint`.
@@ -87,13 +87,13 @@ def all_described(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return each_once((row["checkpoint"], described(row)) for row in rows)
 
 
-def each_once(said: Iterable[tuple[str, str]]) -> list[str]:
-    """Return what is said of some names once, as it is where it is said of all, with the names before it otherwise.
+def each_once(statements: Iterable[tuple[str, str]]) -> list[str]:
+    """Return each statement once: alone if it holds for all names, else after the names for which it holds.
 
     Args:
-        said: (name, what is said of it).
+        statements: (name, statement about it) pairs.
     """
     names: dict[str, dict[str, None]] = {}
-    for name, what in said:
-        names.setdefault(what, {})[name] = None
-    return [what if len(names) == 1 else f"{', '.join(of)}: {what}" for what, of in names.items()]
+    for name, statement in statements:
+        names.setdefault(statement, {})[name] = None
+    return [text if len(names) == 1 else f"{', '.join(holders)}: {text}" for text, holders in names.items()]

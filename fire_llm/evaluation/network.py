@@ -1,4 +1,4 @@
-"""Run a model to measure it, and leave it as found.
+"""Run a model to measure it, without a change to the model.
 
 Shapes: B = sequences a pass, T = tokens a sequence, V = vocabulary.
 """
@@ -30,15 +30,15 @@ LOSS_TOKENS = 2048
 class Network:
     """Run an unwrapped causal LM in fp32 (fp64 for fp64 weights), whatever it is stored or trained in.
 
-    The model's parameters are stood in for by tensors of the same memory, or by fp32 copies where they are coarser, so
-    that no gradient, hook or flag of theirs is touched. Shards are read where they are, in the precision they have.
+    It runs with other tensors in place of the model's parameters: views of the same memory, or fp32 copies of 16-bit
+    parameters. So no gradient, hook or flag of a parameter is touched. Shards are used as they are.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.sharded = bool(fsdp_modules(model)) or any(map(is_dtensor, model.parameters()))
         named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        self._tensors = {} if self.sharded else {name: _fine(tensor) for name, tensor in named.items()}
+        self._tensors = {} if self.sharded else {name: _in_fp32(tensor) for name, tensor in named.items()}
         self.trained = [tensor for tensor in self._tensors.values() if tensor.requires_grad]
 
     def logits(self, ids: Tensor) -> Tensor:
@@ -49,12 +49,12 @@ class Network:
         """
         inputs = {"input_ids": ids, "use_cache": False}
         out = self.model(**inputs) if self.sharded else functional_call(self.model, self._tensors, (), inputs)
-        found: Tensor | None = getattr(out, "logits", None)
-        if found is None or found.shape[:2] != ids.shape:
+        logits: Tensor | None = getattr(out, "logits", None)
+        if logits is None or logits.shape[:2] != ids.shape:
             raise UserError(
                 f"{type(self.model).__name__} gives no logits a token: load it as a causal LM, with its head"
             )
-        return found
+        return logits
 
     def losses(self, sequences: Tensor) -> Iterator[Tensor]:
         """Yield parts that sum to the mean NLL of the sequences, in nats per token.
@@ -67,24 +67,22 @@ class Network:
             yield nll / sequences[:, 1:].numel()
 
 
-def _fine(tensor: Tensor) -> Tensor:
-    coarse = tensor.is_floating_point() and tensor.element_size() < 4
-    fine = tensor.detach().float() if coarse else tensor.detach()
-    return fine.requires_grad_(tensor.requires_grad)
+def _in_fp32(tensor: Tensor) -> Tensor:
+    half = tensor.is_floating_point() and tensor.element_size() < 4
+    detached = tensor.detach().float() if half else tensor.detach()
+    return detached.requires_grad_(tensor.requires_grad)
 
 
 @contextmanager
 def undisturbed(model: PreTrainedModel) -> Iterator[None]:
-    """Put a model into evaluation, in full precision and with plain attention; then put everything back.
+    """Put a model into evaluation, in full precision and with plain attention; then restore everything.
 
     Fused attention has no second derivative.
     """
-    sharded = bool(fsdp_modules(model))
     device = next(model.parameters()).device
-    indices = [device.index] if device.type == "cuda" else []
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(indices))
-        if not sharded:
+        stack.enter_context(torch.random.fork_rng([device.index] if device.type == "cuda" else []))
+        if not fsdp_modules(model):
             stack.enter_context(own_precision(model))
         stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
         stack.enter_context(evaluating(model))
@@ -93,13 +91,13 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
 
 
 def sample(model: nn.Module, tokens: Any, context: int | None, sequences: int) -> Tensor:
-    """Cut sequences of one length out of a text, disjoint but for one token and evenly spaced.
+    """Cut evenly spaced sequences of one length out of a text; neighbours share one token at most.
 
     Args:
-        model: Tells the vocabulary and the longest context.
+        model: Its config has the vocabulary and the longest context.
         tokens: (N,) ids.
         context: Tokens read in each; by default the model's longest, at most 1024 and N - 1.
-        sequences: At most how many.
+        sequences: Most sequences to cut.
 
     Returns:
         (n, context + 1) int64.

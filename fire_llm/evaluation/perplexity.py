@@ -27,23 +27,23 @@ from fire_llm.evaluation.scoring import PROBE, Scorer
 from fire_llm.evaluation.windows import batches, windows
 
 WORTH_COMPILING = 8
-"""Batches of one shape in a text from which on the trunk is compiled, which takes 20 s or so."""
+"""Least number of batches of one shape for which the trunk is compiled; compiling takes about 20 s."""
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What was measured and how."""
+    """The perplexity of a text, and how it was measured."""
 
     nll: float
     """Mean negative log-likelihood, nats a token."""
     perplexity: float
     """exp(nll), a token."""
     bits_per_byte: float | None
-    """Total NLL in bits over the UTF-8 bytes of the text; None where the bytes are not known."""
+    """Total NLL in bits over the UTF-8 bytes of the text; None if the bytes are not known."""
     byte_perplexity: float | None
     """exp of the total NLL over the bytes."""
     word_perplexity: float | None
-    """exp of the total NLL over the words: pieces between runs of white space; None where they are not known."""
+    """exp of the total NLL over the words: pieces between runs of white space; None if they are not known."""
     tokens: int
     """Tokens scored; in a stream, the separators of documents among them."""
     bytes: int | None
@@ -52,16 +52,16 @@ class Perplexity:
     context: int
     """Most tokens read before a scored one."""
     stride: int
-    """Tokens between the starts of windows; the context where windows are disjoint."""
+    """Tokens between the starts of windows; equal to the context if windows are disjoint."""
     prefix: int | None
-    """Token read before the text, or before each document; without one the first is not scored."""
+    """Token read before the text, or before each document; without one the first token is not scored."""
     per_document: bool
     """Whether each document was read by itself."""
     precision: str | None
-    """Of the weights and their products: fp32, bf16, fp16 or fp64, all of them where there are several; `mixed` where
-    the model kept its own; None where likelihoods came from elsewhere."""
+    """Precision of the weights and their products: fp32, bf16, fp16 or fp64, or several of them; `mixed` if the model
+    kept its mixed precision; None if the likelihoods came from elsewhere."""
     scores: Scores = field(repr=False, compare=False)
-    """What each document got."""
+    """Sums and counts of each document."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, without the documents' scores."""
@@ -116,30 +116,28 @@ def perplexity(
             that are none, a model that is no causal LM, or logits that are not finite.
     """
     model = unwrap(model)
-    text = np.asarray(tokens).reshape(-1)
-    ends = _ends(documents, len(text), int(prefix is not None))
+    ids = np.asarray(tokens).reshape(-1)
+    ends = _ends(documents, len(ids), int(prefix is not None))
     context, stride = _window(model, context, stride)
-    _check_ids(model, text, prefix)
-    begins = np.concatenate([[0], ends[:-1]])
-    if per_document:
-        lengths = ends - begins
-    else:
-        lengths, begins = np.asarray([len(text)]), np.asarray([0])
+    _check_ids(model, ids, prefix)
+    text = _Text(ids, ends, np.concatenate([[0], ends[:-1]]) if per_document else np.asarray([0]), prefix)
+    lengths = ends - text.begins if per_document else np.asarray([len(ids)])
     unscored = 0 if prefix is not None else 1
     short = np.flatnonzero(lengths <= unscored)
     if len(short):
         raise UserError(
-            f"{_which(short[0], ends)} has {lengths[short[0]]} token(s): perplexity needs one to predict and one "
+            f"{text.name(short[0])} has {lengths[short[0]]} token(s): perplexity needs one to predict and one "
             "before it. Leave it out, or give a prefix token"
         )
     spans = windows(lengths - unscored, context, stride, reach_back=per_document)
     counted = np.diff(ends, prepend=0)
     counted -= unscored if per_document else np.eye(1, len(ends), dtype=np.int64)[0] * unscored
-    nll = _score(model, text, begins, spans, ends, prefix, batch_size * context, compiled, mixed, progress, share)
+    work = [*batches(spans, batch_size * context)]
+    nll = _score(model, text, work, compiled, mixed, progress, share)
     n_bytes, n_words = (None if n is None else np.atleast_1d(np.asarray(n, dtype=np.int64)) for n in (n_bytes, n_words))
-    per_each = [n if n is not None and len(n) == len(ends) else None for n in (n_bytes, n_words)]
+    by_document = [n if n is not None and len(n) == len(ends) else None for n in (n_bytes, n_words)]
     return summarize(
-        Scores(nll, counted, *per_each),
+        Scores(nll, counted, *by_document),
         n_bytes=None if n_bytes is None else int(n_bytes.sum()),
         n_words=None if n_words is None else int(n_words.sum()),
         context=context,
@@ -183,108 +181,120 @@ def _exp(nll: float) -> float:
     return math.exp(min(nll, 700.0))
 
 
+@dataclass(frozen=True)
+class _Text:
+    """A text with its documents, as windows read it."""
+
+    tokens: np.ndarray
+    """(N,) token ids."""
+    ends: np.ndarray
+    """(D,) where each document ends."""
+    begins: np.ndarray
+    """Where the positions of windows are counted from: (D,) the begin of each document, or (1,) of the whole text."""
+    prefix: int | None
+
+    def tensors(self, batch: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, np.ndarray]:
+        """Return the arguments of a scorer for a batch of windows, and where in the text the scored tokens are.
+
+        Shorter windows are filled at their end with token 0, which no position before it sees.
+
+        Returns:
+            ids (B, T), targets (S,), their rows (S,) among the B·T or None if all are scored; (S,) places.
+        """
+        before = int(self.prefix is not None)
+        longest = int((batch[:, 2] - batch[:, 1]).max())
+        block = np.zeros((len(batch), longest + 1), dtype=np.int64)
+        scored = np.zeros((len(batch), longest), dtype=bool)
+        places = []
+        for row, row_scored, (document, start, end, first) in zip(block, scored, batch, strict=True):
+            # Position k of a document reads tokens[origin + k] and predicts the next one; the prefix is position 0.
+            origin = self.begins[document] - before
+            lead = before if start == 0 else 0
+            row[lead : end - start + 1] = self.tokens[origin + start + lead : origin + end + 1]
+            if self.prefix is not None and start == 0:
+                row[0] = self.prefix
+            row_scored[first - start : end - start] = True
+            places.append(np.arange(origin + first + 1, origin + end + 1))
+        ids, targets = (_to_device(array, device) for array in (block[:, :-1], block[:, 1:][scored]))
+        rows = None if scored.all() else _to_device(np.flatnonzero(scored), device)
+        return ids, targets, rows, np.concatenate(places)
+
+    def name(self, document: int) -> str:
+        """Return a name for a document: its number, counted from 1, and the places of its tokens."""
+        if len(self.ends) == 1:
+            return "the text"
+        begin = self.ends[document - 1] if document else 0
+        return f"document {document + 1} of {len(self.ends)} (tokens {begin} to {self.ends[document] - 1})"
+
+
 def _score(
-    model: Any,
-    text: np.ndarray,
-    begins: np.ndarray,
-    spans: np.ndarray,
-    ends: np.ndarray,
-    prefix: int | None,
-    tokens_a_batch: int,
-    compiled: bool,
-    mixed: bool,
-    progress: str | None,
-    share: bool,
+    model: Any, text: _Text, work: list[np.ndarray], compiled: bool, mixed: bool, progress: str | None, share: bool
 ) -> np.ndarray:
-    """Return (D,) fp64: the sum of the negative log-likelihoods of each document's tokens, in nats."""
+    """Return (D,) fp64: the sum of the negative log-likelihoods of each document's tokens, in nats.
+
+    `work` is the batches in order of cost, so that ranks that take turns have about the same to do.
+    """
     device = device_of(model)
     rank, world = (dist.get_rank(), dist.get_world_size()) if share and active() else (0, 1)
-    # In order of cost: ranks that take turns have about the same to do, in every turn and in all.
-    work = [*batches(spans, tokens_a_batch)]
     # What FSDP2 gathers in a forward pass is used again in training, which inference tensors may not be.
     sharded = bool(fsdp_modules(model))
-    sums = DocumentSums(ends, device)
-    to_score = int((spans[:, 2] - spans[:, 3]).sum())
-    bar = progress_bar(progress, to_score, "tok", shown=progress is not None, delay=2)
+    sums = DocumentSums(text.ends, device)
+    sizes = [int((batch[:, 2] - batch[:, 3]).sum()) for batch in work]
+    bar = progress_bar(progress, sum(sizes), "tok", shown=progress is not None, delay=2)
     try:
         with ExitStack() as stack:
             stack.enter_context(evaluating(model))
             stack.enter_context(torch.no_grad() if sharded else torch.inference_mode())
-            sample = torch.from_numpy(np.asarray(text[:PROBE], dtype=np.int64)).to(device)
+            sample = torch.from_numpy(np.asarray(text.tokens[:PROBE], dtype=np.int64)).to(device)
             if not mixed:
                 stack.enter_context(own_precision(model))
-            # Its trunk is looked for in its own precision, even where it is then measured in another.
+            # The trunk is looked for in the model's own precision, also if the text is then scored in another.
             with own_precision(model) if mixed else nullcontext():
-                longest = int((spans[:, 2] - spans[:, 1]).max())
+                longest = max(_shape(batch)[1] for batch in work)
                 scorer = Scorer(model, sample, context=longest, compiled=_commonest(work) if compiled else None)
             for turn in range(0, len(work), world):
                 # A rank without a batch of its own repeats the last: shards are gathered by all ranks or by none.
-                batch = work[min(turn + rank, len(work) - 1)]
-                if turn + rank < len(work) or sharded:
-                    ids, targets, rows, at = _tensors(text, begins, batch, prefix, device)
+                own = turn + rank < len(work)
+                if own or sharded:
+                    ids, targets, rows, places = text.tensors(work[turn + rank if own else -1], device)
                     nll = scorer(ids, targets, rows)
-                    if turn + rank < len(work):
-                        sums.add(at, nll)
+                    if own:
+                        sums.add(places, nll)
                         if world == 1 and not sums.finite:
-                            break  # there is nothing more to learn
-                bar.update(sum(int((each[:, 2] - each[:, 3]).sum()) for each in work[turn : turn + world]))
+                            break  # the text has no finite perplexity
+                bar.update(sum(sizes[turn : turn + world]))
             totals = sums.finish()
     finally:
         bar.close()
     if world > 1:
-        everyones = torch.from_numpy(totals).to(device)
-        dist.all_reduce(everyones)
-        totals = everyones.cpu().numpy()
+        shared = torch.from_numpy(totals).to(device)
+        dist.all_reduce(shared)
+        totals = shared.cpu().numpy()
     wrong = np.flatnonzero(~np.isfinite(totals))
     if len(wrong):
         raise UserError(
-            f"the model's logits are not finite on {_which(wrong[0], ends)}: its weights hold NaN or infinity, or "
+            f"the model's logits are not finite on {text.name(wrong[0])}: its weights hold NaN or infinity, or "
             "overflow in this precision. Try fp32; if that does not help, the checkpoint is damaged"
         )
     return totals
 
 
+def _shape(batch: np.ndarray) -> tuple[int, int]:
+    """Return (B, T) of a batch of windows."""
+    return len(batch), int((batch[:, 2] - batch[:, 1]).max())
+
+
 def _commonest(work: list[np.ndarray]) -> tuple[int, int] | None:
-    """Return the shape (B, T) of the most batches, None where they are too few to compile for."""
-    shapes = Counter((len(batch), int((batch[:, 2] - batch[:, 1]).max())) for batch in work)
-    shape, count = shapes.most_common(1)[0]
+    """Return the shape of the most batches, None if they are too few to compile for."""
+    shape, count = Counter(map(_shape, work)).most_common(1)[0]
     return shape if count >= WORTH_COMPILING else None
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """Copy to a device; a GPU takes it when it gets there, and the host goes on."""
+    """Copy to a device; the host does not wait for a GPU to receive the copy."""
     if device.type != "cuda":
         return torch.from_numpy(array).to(device)
     return torch.from_numpy(np.ascontiguousarray(array)).pin_memory().to(device, non_blocking=True)
-
-
-def _tensors(
-    text: np.ndarray, begins: np.ndarray, batch: np.ndarray, prefix: int | None, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor | None, np.ndarray]:
-    """Return what a scorer takes of a batch, and where in the text the scored tokens are.
-
-    Shorter windows are filled at their end with token 0, which no position before it sees.
-
-    Returns:
-        ids (B, T), targets (S,), their rows (S,) among the B·T or None where all are scored; (S,) places.
-    """
-    before = int(prefix is not None)
-    longest = int((batch[:, 2] - batch[:, 1]).max())
-    block = np.zeros((len(batch), longest + 1), dtype=np.int64)
-    scored = np.zeros((len(batch), longest), dtype=bool)
-    at = []
-    for row, line, (document, start, end, first) in zip(block, scored, batch, strict=True):
-        # Position k of a document reads text[origin + k] and predicts the one after; the prefix is position 0.
-        origin = begins[document] - before
-        lead = before if start == 0 else 0
-        row[lead : end - start + 1] = text[origin + start + lead : origin + end + 1]
-        if prefix is not None and start == 0:
-            row[0] = prefix
-        line[first - start : end - start] = True
-        at.append(np.arange(origin + first + 1, origin + end + 1))
-    ids, targets = (_to_device(each, device) for each in (block[:, :-1], block[:, 1:][scored]))
-    rows = None if scored.all() else _to_device(np.flatnonzero(scored), device)
-    return ids, targets, rows, np.concatenate(at)
 
 
 def _ends(documents: Any, n: int, prefix: int) -> np.ndarray:
@@ -303,7 +313,7 @@ def _ends(documents: Any, n: int, prefix: int) -> np.ndarray:
 
 
 def _window(model: Any, context: int | None, stride: int | None) -> tuple[int, int]:
-    """Check and return the context and the stride, of what is a language model."""
+    """Check and return the context and the stride of a language model."""
     vocabulary_of(model)
     context = choose_context(model.config, context)
     stride = context if stride is None else stride
@@ -312,27 +322,19 @@ def _window(model: Any, context: int | None, stride: int | None) -> tuple[int, i
     return context, stride
 
 
-def _check_ids(model: Any, text: np.ndarray, prefix: int | None) -> None:
+def _check_ids(model: Any, ids: np.ndarray, prefix: int | None) -> None:
+    """Refuse tokens that the model cannot read or, the prefix aside, cannot predict."""
     size = vocabulary_of(model)
-    last, first = (int(text.max()), int(text.min())) if len(text) else (0, 0)
-    ids = [last, first, *(() if prefix is None else (prefix,))]
-    top, least = max(ids), min(ids)
-    if top >= size or least < 0:
-        raise UserError(
-            f"token {top if top >= size else least} is outside the model's vocabulary of {size}: "
-            "another tokenizer's tokens? Use the one that was saved with the model"
-        )
+    largest, smallest = (int(ids.max()), int(ids.min())) if len(ids) else (0, 0)
+    for token in (largest, prefix or 0, smallest):
+        if not 0 <= token < size:
+            raise UserError(
+                f"token {token} is outside the model's vocabulary of {size}: "
+                "another tokenizer's tokens? Use the one that was saved with the model"
+            )
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if last >= (outputs := getattr(head, "out_features", size)):
+    if largest >= (outputs := getattr(head, "out_features", size)):
         raise UserError(
-            f"token {last} is one that the model reads and never predicts: its head has {outputs} outputs. Leave the "
-            "documents that hold it out"
+            f"token {largest} is one that the model reads and never predicts: its head has {outputs} outputs. Leave "
+            "the documents that hold it out"
         )
-
-
-def _which(document: int, ends: np.ndarray) -> str:
-    """Return a name for a document: its place, counted from 1, and its tokens'."""
-    if len(ends) == 1:
-        return "the text"
-    begin = ends[document - 1] if document else 0
-    return f"document {document + 1} of {len(ends)} (tokens {begin} to {ends[document] - 1})"

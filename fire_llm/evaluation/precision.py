@@ -18,14 +18,11 @@ from fire_llm.linalg.matmul import exact_products
 NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 LONG = {short: str(dtype).removeprefix("torch.") for dtype, short in NAMES.items()}
-"""torch's names of dtypes, by those of recipes and of `apply`."""
+"""torch's names of dtypes, by the short names in recipes and in `apply`."""
 
 
 def precision_of(model: nn.Module) -> str:
-    """Return the name of the dtype of a model's weights: fp64, fp32, bf16 or fp16.
-
-    Where they have several, all are named, that of the most weights first: `bf16 and fp32`.
-    """
+    """Return the names of the dtypes of a model's weights, the commonest first: `fp32`, or `bf16 and fp32`."""
     sizes: Counter[torch.dtype] = Counter()
     for p in model.parameters():
         sizes[p.dtype] += p.numel()
@@ -33,53 +30,52 @@ def precision_of(model: nn.Module) -> str:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the device that a model computes on; where accelerate keeps its weights elsewhere, accelerate knows it.
+    """Return the device that a model computes on: its weights' or, if accelerate keeps these elsewhere, accelerate's.
 
     Raises:
-        UserError: Its weights are nowhere.
+        UserError: It has no weights.
     """
-    devices = [p.device for p in model.parameters() if p.device.type != "meta"]
-    if devices:
-        return devices[0]
-    hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
-    given = [d for hook in hooks if (d := getattr(hook, "execution_device", None)) is not None]
-    if not given:
-        raise UserError(
-            f"{type(model).__name__} is on device 'meta', without weights: load them, with from_pretrained for example"
-        )
-    return torch.device(given[0])
+    for parameter in model.parameters():
+        if parameter.device.type != "meta":
+            return parameter.device
+    for module in model.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    raise UserError(
+        f"{type(model).__name__} is on device 'meta', without weights: load them, with from_pretrained for example"
+    )
 
 
 @contextmanager
 def own_precision(model: nn.Module) -> Iterator[None]:
-    """Compute with a model in the precision of its weights inside the block; afterwards all is as it was.
+    """Compute with a model in the precision of its weights inside the block; then restore everything.
 
-    Three things make bf16 or TF32 products of fp32 weights, and each is set aside: torch's own autocast and TF32;
-    the `forward` that accelerate lays over a model's own, which turns autocast on; and the policy by which FSDP2
-    gathers shards in another dtype. Kernels of attention that take no fp32 give way to torch's. Example: a model that
+    Three things make bf16 or TF32 products of fp32 weights, and each is suspended: torch's own autocast and TF32;
+    accelerate's replacement of a model's `forward`, which turns autocast on; and the policy by which FSDP2 gathers
+    shards in another dtype. Attention kernels that do not take fp32 are replaced by torch's. Example: a model that
     trains under bf16 autocast is evaluated in fp32, and its saved checkpoint, loaded in fp32, gives the same logits.
 
     Args:
-        model: On one device; collective where it is sharded.
+        model: On one device. A sharded model needs every rank to call this.
     """
-    device = device_of(model)
     half = all(p.element_size() < 4 for p in model.parameters())
-    laid_over = [vars(module) for module in model.modules() if {"forward", "_original_forward"} <= vars(module).keys()]
-    overlays = [own["forward"] for own in laid_over]
+    wrapped = [vars(module) for module in model.modules() if {"forward", "_original_forward"} <= vars(module).keys()]
+    wrappers = [attributes["forward"] for attributes in wrapped]
     attention = nullcontext() if half else attention_among(model, ("eager", "sdpa", "flex_attention"))
-    with _gathered_as_stored(model), exact_products(device), attention:
+    with _gathered_as_stored(model), exact_products(device_of(model)), attention:
         try:
-            for own in laid_over:
-                own["forward"] = own["_original_forward"]
+            for attributes in wrapped:
+                attributes["forward"] = attributes["_original_forward"]
             yield
         finally:
-            for own, overlay in zip(laid_over, overlays, strict=True):
-                own["forward"] = overlay
+            for attributes, wrapper in zip(wrapped, wrappers, strict=True):
+                attributes["forward"] = wrapper
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation; afterwards each module is in the mode that it was in."""
+    """Put a model into evaluation mode inside the block; then restore the mode of each module."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -91,13 +87,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def attention_configs(model: nn.Module) -> list[Any]:
     """Return the configs of a model's modules, once each, that name an implementation of attention."""
-    found = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    return [config for config in found.values() if getattr(config, "_attn_implementation", None) is not None]
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    return [config for config in configs.values() if getattr(config, "_attn_implementation", None) is not None]
 
 
 @contextmanager
 def attention_kept(configs: Sequence[Any]) -> Iterator[None]:
-    """Put the implementations of attention back as they were, whatever is done to them inside."""
+    """Restore the implementations of attention after the block."""
     before = [config._attn_implementation for config in configs]
     try:
         yield
@@ -108,12 +104,12 @@ def attention_kept(configs: Sequence[Any]) -> Iterator[None]:
 
 @contextmanager
 def attention_among(model: Any, allowed: Collection[str]) -> Iterator[None]:
-    """Let a model use another implementation of attention inside the block, where its own is none of those allowed.
+    """Replace a model's implementation of attention inside the block if it is not among those allowed.
 
-    flash-attention's own package, for one, does not take fp32.
+    flash-attention's own package, for example, does not take fp32.
 
     Args:
-        model: A model of transformers; others are left alone.
+        model: A model of transformers; other models are left alone.
         allowed: Names as in `attn_implementation`.
     """
     configs = attention_configs(model)
@@ -126,7 +122,7 @@ def attention_among(model: Any, allowed: Collection[str]) -> Iterator[None]:
 
 @contextmanager
 def _gathered_as_stored(model: nn.Module) -> Iterator[None]:
-    """Let FSDP2 gather shards in their own dtype inside the block, and cast neither inputs nor outputs."""
+    """Make FSDP2 gather shards in their own dtype inside the block, without casts of inputs and outputs."""
     states = fsdp2_states(fsdp_modules(model))
     policies = [fsdp2_policy(state) for state in states]
     if all(policy.param_dtype is None and policy.output_dtype is None for policy in policies):
@@ -135,12 +131,12 @@ def _gathered_as_stored(model: nn.Module) -> Iterator[None]:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     make_current(model)
-    held: list[Any] = []
+    originals: list[Any] = []
     try:
         for state in states:
-            held.append(set_fsdp2_policy(state, MixedPrecisionPolicy()))
+            originals.append(set_fsdp2_policy(state, MixedPrecisionPolicy()))
         yield
     finally:
         make_current(model)
-        for state, policy, before in zip(states, policies, held, strict=False):  # fewer where one was refused
-            set_fsdp2_policy(state, policy, before)
+        for state, policy, original in zip(states, policies, originals, strict=False):  # fewer if one was refused
+            set_fsdp2_policy(state, policy, original)

@@ -1,7 +1,7 @@
-"""What `fire-llm eval` measures of checkpoints, typed (docs/results-schema.md).
+"""The records of `fire-llm eval` (docs/results-schema.md).
 
-A record is a measurement with the names of what was measured. The names come first in the JSON, because the fields of
-the last base class come first in a dataclass.
+A record is a measurement after the names of its checkpoint and text. The names come first in the JSON, because the
+fields of the last base class come first in a dataclass.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class CheckpointRow(Perplexity, _Read):
 
 @dataclass(frozen=True)
 class CheckpointDifference(Difference, _Pair):
-    """The NLL of a checkpoint on a text less that of another one, `against`."""
+    """The NLL of a checkpoint on a text less that of another checkpoint, `against`."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ class CheckpointDiagnostics(Diagnostics, _Measured):
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """What holds for all numbers of an evaluation."""
+    """The settings of an evaluation."""
 
     prefix: str
-    """Token read first, as it was asked for: one of `PREFIXES`."""
+    """Choice of the token read first, one of `PREFIXES`."""
     per_document: bool
     device: str
     words: str = WORDS
@@ -84,7 +84,7 @@ class CheckpointEvaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; diagnostics and tasks are left out where there are none."""
-        lists = {name: [each.to_dict() for each in getattr(self, name)] for name in ("rows", "differences")}
-        diagnostics = {"diagnostics": [each.to_dict() for each in self.diagnostics]} if self.diagnostics else {}
-        tasks = {"tasks": dict(self.tasks)} if self.tasks else {}
-        return {"schema_version": SCHEMA_VERSION, "settings": asdict(self.settings), **lists, **diagnostics, **tasks}
+        data = {"schema_version": SCHEMA_VERSION, "settings": asdict(self.settings)}
+        for name in ("rows", "differences", *(["diagnostics"] if self.diagnostics else [])):
+            data[name] = [record.to_dict() for record in getattr(self, name)]
+        return data | ({"tasks": dict(self.tasks)} if self.tasks else {})

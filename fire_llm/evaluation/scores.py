@@ -1,4 +1,4 @@
-"""What each document of a text got: the sums from which every perplexity and its uncertainty follow."""
+"""The scores of each document of a text, from which every perplexity and its uncertainty are computed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scores:
-    """What each of D documents got, in the order of the text.
+    """The scores of D documents, in the order of the text.
 
     Args:
         nll: (D,) float64, Σ of negative log-likelihoods over the document's scored tokens, nats.
@@ -32,14 +32,14 @@ class Scores:
 
     def __post_init__(self) -> None:
         """Take lists as well as arrays, and refuse counts that are not one per document."""
-        object.__setattr__(self, "nll", np.asarray(self.nll, dtype=np.float64))
-        for name in ("tokens", "bytes", "words"):
-            counts = getattr(self, name)
-            if counts is not None:
-                object.__setattr__(self, name, np.asarray(counts, dtype=np.int64))
-                if getattr(self, name).shape != self.nll.shape:
-                    shape, right = getattr(self, name).shape, self.nll.shape
-                    raise ValueError(f"{name} has the shape {shape}, but there are {right} documents' nll")
+        for name, dtype in (("nll", np.float64), ("tokens", np.int64), ("bytes", np.int64), ("words", np.int64)):
+            if getattr(self, name) is not None:
+                values = np.asarray(getattr(self, name), dtype=dtype)
+                object.__setattr__(self, name, values)
+                if values.shape != self.nll.shape:
+                    raise ValueError(
+                        f"{name} has the shape {values.shape}, but there are {self.nll.shape} documents' nll"
+                    )
 
     @property
     def documents(self) -> int:
@@ -50,8 +50,8 @@ class Scores:
 class DocumentSums:
     """Add up a text's negative log-likelihoods by document, on the host, in the order in which they are given.
 
-    Atomic sums on a GPU would end in other digits every time. What a GPU computes is added a batch later, so that it
-    works at one batch while the host waits for the one before.
+    Atomic sums on a GPU would give other last digits every time. A GPU's results are added one batch later, so that it
+    computes a batch while the host waits for the previous one.
 
     Args:
         ends: (D,) where each document ends in the text.
@@ -59,7 +59,7 @@ class DocumentSums:
     """
 
     finite = True
-    """Whether all that was added so far is finite."""
+    """Whether all numbers added so far are finite."""
 
     def __init__(self, ends: np.ndarray, device: torch.device) -> None:
         self.ends, self.totals = ends, np.zeros(len(ends))
@@ -72,20 +72,20 @@ class DocumentSums:
         self._add_up(self._behind)
 
     def finish(self) -> np.ndarray:
-        """Return the sums (D,), of all that was given."""
+        """Return the sums (D,) over all batches."""
         self._add_up(0)
         return self.totals
 
-    def _add_up(self, but: int) -> None:
-        while len(self._pending) > but:
-            owners, fetched = self._pending.popleft()
-            nll = fetched()
-            np.add.at(self.totals, owners, nll)
+    def _add_up(self, most_pending: int) -> None:
+        while len(self._pending) > most_pending:
+            documents, fetch = self._pending.popleft()
+            nll = fetch()
+            np.add.at(self.totals, documents, nll)
             self.finite &= bool(np.isfinite(nll).all())
 
 
 def _to_host(nll: Tensor) -> Callable[[], np.ndarray]:
-    """Begin to copy to the host; what is given back waits for this copy, and for nothing queued later."""
+    """Begin a copy to the host; return a function that waits for this copy alone and gives it."""
     if nll.device.type != "cuda":
         return nll.cpu().numpy
     host = torch.empty(nll.shape, dtype=nll.dtype, pin_memory=True)
@@ -93,8 +93,8 @@ def _to_host(nll: Tensor) -> Callable[[], np.ndarray]:
     copied = torch.cuda.Event()
     copied.record(torch.cuda.current_stream(nll.device))
 
-    def fetched() -> np.ndarray:
+    def fetch() -> np.ndarray:
         copied.synchronize()
         return host.numpy()
 
-    return fetched
+    return fetch

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ IGNORE = -100
 """Label of a position that is read but not scored."""
 
 PROBE = 16
-"""Tokens of the text on which a model is looked at before it is trusted."""
+"""Tokens of the text on which a model is tried before it is scored."""
 
 
 def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
@@ -81,20 +82,20 @@ def exact_nll(logits: Tensor, targets: Tensor, out: Tensor | None = None) -> Ten
 class Scorer:
     """Score windows with a causal LM, its head applied to a slice of the positions at a time.
 
-    The model's own forward does everything: it runs once on a batch, its trunk's output is kept, and it is then run on
-    slices of that output for the trunk's. What a class does after its head (soft caps, scales, biases) is thus done as
-    it does it. That this gives the same logits as an ordinary forward pass is looked at, on a few tokens, before a
-    model is first scored; where it does not (a trunk that cannot be found), ordinary forward passes are taken. A model
-    in shards is not looked at: they are taken of it too, unless it was looked at when it was whole.
+    The model's own forward does everything. It runs once on a batch, and the output of its trunk (all but the head) is
+    kept. It then runs again for each slice, with the trunk replaced by that slice of its output. So whatever a class
+    does after its head (soft caps, scales, biases) is done by the class itself. Before a model is first scored, a few
+    tokens show whether this gives the logits of an ordinary forward pass. If it does not, or no trunk is found,
+    ordinary forward passes score the text. So they do for a model in shards that was not tried when it was whole.
 
-    On an accelerator, and where it is compiled, attention that is causal and nothing else has no mask (`unmasked`).
+    On an accelerator, or with a compiled trunk, plain causal attention runs without a mask (`unmasked`).
 
     Args:
         model: A causal LM, in evaluation mode.
         sample: (n,) tokens of the text to be scored.
         context: The most tokens of a window.
-        compiled: Shape (B, T) of the batches on which the trunk is compiled with torch.compile; None: on none. Others
-            are run as they are, so that one graph is made.
+        compiled: Shape (B, T) of the batches for which the trunk is compiled with torch.compile, so that one graph is
+            made; None for none.
 
     Raises:
         UserError: The model gives no logits over its vocabulary, or a token changes the logits before it.
@@ -131,22 +132,21 @@ class Scorer:
         Returns:
             (S,) fp64, nats.
         """
+        score = partial(self._score, ids, targets, rows)
         with unmasked(self.model) if self.unmasked else nullcontext():
-            if self.sharded and self.trunk is not None:
-                scored: Tensor = in_parts(self.root, self.trunk, lambda: self._score(ids, targets, rows))
-                return scored
-            return self._score(ids, targets, rows)
+            nll: Tensor = in_parts(self.root, self.trunk, score) if self.sharded and self.trunk is not None else score()
+            return nll
 
     def _score(self, ids: Tensor, targets: Tensor, rows: Tensor | None) -> Tensor:
         if self.trunk is None:
             return exact_nll(_taken(self.root(input_ids=ids, use_cache=False).logits, rows), targets)
-        some = _slice(len(targets), vocabulary_of(self.model), ids.device)
+        size = _slice(len(targets), vocabulary_of(self.model), ids.device)
         forward = self.fast if self.fast is not None and ids.shape == self.compiled else self.trunk.forward
-        parts = _logits_in_slices(self.model, self.trunk, forward, ids, rows, some)
+        slices = _logits_in_slices(self.model, self.trunk, forward, ids, rows, size)
         nll = torch.empty(len(targets), dtype=torch.float64, device=ids.device)
-        for logits, some_targets, out in zip(parts, targets.split(some), nll.split(some), strict=True):
-            exact_nll(logits, some_targets, out)
-            # Outputs of transformers are now and then part of a cycle, and would stay until the next collection.
+        for logits, slice_targets, out in zip(slices, targets.split(size), nll.split(size), strict=True):
+            exact_nll(logits, slice_targets, out)
+            # transformers' outputs may be part of a reference cycle, and would stay until the next collection.
             logits.untyped_storage().resize_(0)
         return nll
 
@@ -154,7 +154,7 @@ class Scorer:
 def _slice(scored: int, vocabulary: int, device: torch.device) -> int:
     """Return the positions of a slice: 16 MiB of logits in fp32 on a CPU, 1 GiB on a GPU, a 32nd of its memory at most.
 
-    On a GPU all are cut alike: products of few sizes are looked up once.
+    On a GPU all slices have about the same size, so that the kernels of a few sizes are looked up once.
     """
     if device.type == "cpu":
         return max(64, 2**22 // vocabulary)
@@ -166,15 +166,15 @@ def _slice(scored: int, vocabulary: int, device: torch.device) -> int:
 
 
 _KNOWN: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-"""Name of each model's trunk, None where it has to be run whole."""
+"""Name of each model's trunk, None if the model must run whole."""
 
 
 def _logits_in_slices(
-    model: Any, trunk: torch.nn.Module, forward: Callable[..., Any], ids: Tensor, rows: Tensor | None, some: int
+    model: Any, trunk: torch.nn.Module, forward: Callable[..., Any], ids: Tensor, rows: Tensor | None, size: int
 ) -> Any:
-    """Yield the logits (≤ some, V) of the positions `rows` of the flattened batch; of all where it is None."""
+    """Yield the logits (≤ size, V) of the positions `rows` of the flattened batch; of all positions if it is None."""
     kept: Any = None
-    at, n = 0, ids.numel() if rows is None else len(rows)
+    start, n = 0, ids.numel() if rows is None else len(rows)
 
     def replay(*args: Any, **kwargs: Any) -> Any:
         nonlocal kept
@@ -182,17 +182,17 @@ def _logits_in_slices(
             outputs = forward(*args, **kwargs)
             kept = outputs, _taken(outputs[0], rows)
         outputs, hidden = kept
-        return with_hidden(outputs, hidden[None, at : at + some])
+        return with_hidden(outputs, hidden[None, start : start + size])
 
     with forward_replaced(trunk, replay):
-        while at < n:
+        while start < n:
             yield model(input_ids=ids, use_cache=False).logits[0]
-            at += some
+            start += size
 
 
-def _taken(each: Tensor, rows: Tensor | None) -> Tensor:
+def _taken(values: Tensor, rows: Tensor | None) -> Tensor:
     """Return the `rows` of (B, T, …), as (S, …)."""
-    return each.flatten(0, 1).contiguous() if rows is None else each.flatten(0, 1)[rows]
+    return values.flatten(0, 1).contiguous() if rows is None else values.flatten(0, 1)[rows]
 
 
 def with_hidden(outputs: Any, hidden: Tensor) -> Any:
@@ -203,9 +203,9 @@ def with_hidden(outputs: Any, hidden: Tensor) -> Any:
 
 
 def _probe(model: Any, sample: Tensor) -> Tensor:
-    """Return the tokens to look at a model with: as many from however short a text, no more than it reads, no padding.
+    """Return tokens to try a model on: a text that is too short is repeated, and padding is replaced.
 
-    XLM, for one, finds the length of a text by its padding, wherever that stands, and attends to no token beyond.
+    XLM, for example, finds the length of a text by its padding token, wherever that stands.
     """
     n = min(PROBE, longest_context(model.config) or PROBE)
     tokens = sample.repeat(-(-n // len(sample)))[:n]
@@ -214,27 +214,23 @@ def _probe(model: Any, sample: Tensor) -> Tensor:
 
 
 def _look_at(model: Any, ids: Tensor) -> str | None:
-    """Return the name of the model's trunk, None where it has to be run whole.
+    """Return the name of the model's trunk, None if the model must run whole.
 
     Raises:
         UserError: It is no causal LM.
     """
     called: list[str] = []
-    hooks = [
-        module.register_forward_hook(lambda *_, name=name: called.append(name))
-        for name, module in model.named_modules()
-        if name and hasattr(module, "get_input_embeddings")
-    ]
-    try:
-        outputs = model(input_ids=ids, use_cache=False)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{type(model).__name__} cannot read a text of tokens alone ({type(error).__name__}: {error}). "
-            "Perplexity is for causal language models of text"
-        ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            if name and hasattr(module, "get_input_embeddings"):
+                hooks.enter_context(module.register_forward_hook(lambda *_, name=name: called.append(name)))
+        try:
+            outputs = model(input_ids=ids, use_cache=False)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{type(model).__name__} cannot read a text of tokens alone ({type(error).__name__}: {error}). "
+                "Perplexity is for causal language models of text"
+            ) from error
     logits = getattr(outputs, "logits", None)
     if logits is None or tuple(logits.shape[:2]) != tuple(ids.shape):
         raise UserError(
@@ -243,7 +239,7 @@ def _look_at(model: Any, ids: Tensor) -> str | None:
         )
     _refuse_foresight(model, ids, logits)
     rows = torch.arange(ids.shape[1] // 2, ids.shape[1], device=ids.device)
-    # A trunk's own parts end before it does: the last called is the outermost.
+    # A module's parts end before it does, so that the outermost module is the last in the list.
     for name in reversed(called):
         trunk = model.get_submodule(name)
         try:
@@ -256,14 +252,14 @@ def _look_at(model: Any, ids: Tensor) -> str | None:
 
 
 def _refuse_foresight(model: Any, ids: Tensor, logits: Tensor) -> None:
-    """Refuse a model whose logits depend on later tokens: it has seen what it is to predict."""
+    """Refuse a model whose logits depend on later tokens: it reads what it has to predict."""
     if ids.shape[1] < 2:
         return
     other = ids.clone()
     other[:, -1] = (other[:, -1] + 1) % vocabulary_of(model)
     before, after = logits[0, :-1], model(input_ids=other, use_cache=False).logits[0, :-1]
-    # In half precision rounding hides what a later token does to the logits. It hides no gradient, which is zero where
-    # that token does nothing.
+    # In half precision, rounding may hide a later token's effect on the logits. It hides no gradient: that is zero only
+    # if the token has no effect.
     half = torch.finfo(before.dtype).eps > 1e-4
     if not _close(after, before) or (half and _gradient_reaches_back(model, ids)):
         raise UserError(
@@ -273,9 +269,9 @@ def _refuse_foresight(model: Any, ids: Tensor, logits: Tensor) -> None:
 
 
 def _gradient_reaches_back(model: Any, ids: Tensor) -> bool:
-    """Return whether the logits have a gradient by the embedding of the last token, but for those of its own position.
+    """Return whether logits before the last position have a gradient by the embedding of the last token.
 
-    False where the model has no gradients to give.
+    False if no gradient can be computed.
     """
     embedded: list[Tensor] = []
 
@@ -285,19 +281,15 @@ def _gradient_reaches_back(model: Any, ids: Tensor) -> bool:
 
     hook = model.get_input_embeddings().register_forward_hook(catch)
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with hook, torch.inference_mode(False), torch.enable_grad():
             logits = model(input_ids=ids.clone(), use_cache=False).logits
-            found = torch.autograd.grad(logits[:, :-1].float().square().sum(), embedded, allow_unused=True)
+            gradients = torch.autograd.grad(logits[:, :-1].float().square().sum(), embedded, allow_unused=True)
     except Exception:  # kernels without a backward pass, classes that insist on how they are trained
         return False
-    finally:
-        hook.remove()
-    return any(
-        bool(gradient[:, -1].isfinite().all() and gradient[:, -1].any()) for gradient in found if gradient is not None
-    )
+    return any(bool(g[:, -1].isfinite().all() and g[:, -1].any()) for g in gradients if g is not None)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    """Return whether logits differ by rounding alone; what is not finite is left to the scores to name."""
+    """Return whether logits differ only by rounding; also True for logits that are not finite: scoring reports them."""
     near = 64 * torch.finfo(b.dtype).eps * float(b.abs().max())
     return bool(not torch.isfinite(b).all() or ((a - b).abs() <= near).all())

@@ -18,23 +18,24 @@ from fire_llm.core.errors import UserError
 from fire_llm.evaluation.scores import Scores
 
 RESAMPLES = 1000
-"""Draws; a standard error of 1000 is itself known to 2 %."""
+"""Number of draws; with 1000 of them a standard error is itself known to 2 %."""
 SEED = 0
-"""Seeds the draws: texts of as many documents are resampled alike, and the same scores give the same errors."""
+"""Seed of the draws: the same scores give the same errors."""
 MOST_UNITS = 10_000
-"""Beyond as many documents, random groups of them are drawn instead: that adds 0.7 % to the 2 %, not a minute."""
+"""Most documents drawn singly. Beyond it random groups of documents are drawn, which saves a minute and adds 0.7 % to
+the 2 %."""
 BOOTSTRAP = {"resamples": RESAMPLES, "seed": SEED, "over": "documents"}
-"""What a file of measurements says about its standard errors."""
+"""How standard errors were computed, as files of measurements record it."""
 AT_A_TIME = 2**22
-"""Documents drawn at a time, 8 bytes each in a few arrays: the memory that a bootstrap takes."""
+"""Documents drawn at a time; it bounds the memory, a few arrays with 8 bytes for each."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much one checkpoint's score differs from another's on the same documents."""
+    """The difference between two checkpoints' NLL on the same documents."""
 
     mean: float
-    """NLL(a) − NLL(b) of the whole text, nats a unit: negative where a is better."""
+    """NLL(a) − NLL(b) of the whole text, nats a unit: negative if a is better."""
     se: float | None
     """Standard error of `mean`; None for fewer than two documents."""
     low: float | None
@@ -42,7 +43,7 @@ class Difference:
     unit: str
     """token or byte."""
     level: float
-    """How often such an interval, low to high, holds the true difference."""
+    """Share of such intervals, low to high, that hold the true difference."""
     documents: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,7 +52,7 @@ class Difference:
 
 
 def standard_errors(scores: Scores, *, resamples: int = RESAMPLES, seed: int = SEED) -> dict[str, float | None]:
-    """Return the standard errors of everything that `Scores` give.
+    """Return the standard error of every measure that `Scores` give.
 
     Args:
         scores: What each of D documents got.
@@ -74,16 +75,15 @@ def standard_errors(scores: Scores, *, resamples: int = RESAMPLES, seed: int = S
     sums, units = _resampled(np.stack(columns, axis=1).astype(np.float64), resamples, seed)
     widen = _widening(units)
     for index, name in enumerate(names, 1):
-        whole = sums[:, index] > 0  # a draw of nothing but empty documents has no ratio
-        ratio = sums[whole, 0] / sums[whole, index]
+        valid = sums[:, index] > 0  # a draw of nothing but empty documents has no ratio
+        ratio = sums[valid, 0] / sums[valid, index]
         if len(ratio) < 2:
             continue
         mean, plain = float(columns[0].sum() / columns[index].sum()), widen * float(ratio.std(ddof=1))
         # Centred and cut before the exponential: a text of one word a page has word perplexities beyond fp64.
         spread = widen * float(np.exp(np.clip(ratio - mean, -300, 300)).std(ddof=1)) * math.exp(min(mean, 700.0))
-        errors[{"tokens": "perplexity", "bytes": "byte_perplexity", "words": "word_perplexity"}[name]] = (
-            spread if math.isfinite(spread) else None
-        )
+        measure = {"tokens": "perplexity", "bytes": "byte_perplexity", "words": "word_perplexity"}[name]
+        errors[measure] = spread if math.isfinite(spread) else None
         if name == "tokens":
             errors["nll"] = plain
         elif name == "bytes":
@@ -145,19 +145,19 @@ def paired_difference(
     if scored.sum() < 2:
         return Difference(mean, None, None, None, unit, level, a.documents)
     sums, units = _resampled(columns[scored], resamples, seed)
-    whole = sums[:, 1] > 0
-    error = _widening(units) * float((sums[whole, 0] / sums[whole, 1]).std(ddof=1))
+    valid = sums[:, 1] > 0
+    error = _widening(units) * float((sums[valid, 0] / sums[valid, 1]).std(ddof=1))
     reach = student_t(level, int(scored.sum()) - 1) * error
     return Difference(mean, error, mean - reach, mean + reach, unit, level, a.documents)
 
 
 def comparable_unit(a: Scores, b: Scores) -> str:
-    """Return what `paired_difference` can divide by: byte, or token where only tokens are known of the text."""
+    """Return the unit of `paired_difference` for two scores: byte, or token if neither knows the bytes."""
     return "token" if a.bytes is None and b.bytes is None else "byte"
 
 
 def _resampled(columns: np.ndarray, resamples: int, seed: int) -> tuple[np.ndarray, int]:
-    """Return the sums of each draw, and how many units were drawn from: documents, or groups of them.
+    """Return the sums of each draw, and the number of units: documents, or groups of documents.
 
     Args:
         columns: (D, k) float64.

@@ -1,4 +1,4 @@
-"""Downstream tasks: let lm_eval measure a checkpoint, and return its answers as plain data."""
+"""Downstream tasks: let lm_eval measure a checkpoint, and return its results as plain data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fire_llm.evaluation.precision import evaluating, own_precision, precision_o
 from fire_llm.models import find_device, load_model, load_tokenizer
 
 KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better", "git_hash")
-"""What is kept of lm_eval's answer, under its own names; its `git_hash` is that of the working directory."""
+"""The parts of lm_eval's results that are returned; `git_hash` is that of the working directory."""
 
 
 def run_tasks(
@@ -31,16 +31,15 @@ def run_tasks(
     device: str = "cpu",
     prefix: str = "auto",
 ) -> dict[str, Any]:
-    """Return what `lm_eval.simple_evaluate` says of a checkpoint on some tasks.
+    """Return the results of `lm_eval.simple_evaluate` for a checkpoint on some tasks.
 
     Args:
         checkpoint: A checkpoint folder or Hub id, which is loaded in fp32; or a loaded model and its tokenizer, which
-            are used as they are: no second model is made, the device is the model's, and its mode (train or eval) is
-            restored.
-        tasks: Names of lm_eval's tasks, groups or tags; or paths, which hold a `/` or end in `.yaml`: of a task of
-            one's own, or of a folder of such and of groups of them, all of which are run.
-        context: Most tokens read at once; by default as many as the model reads, and lm_eval's 2048 where it has no
-            limit. Questions that are longer lose their beginning, texts are read in windows.
+            are used as they are, on the model's device; its mode (train or eval) is restored.
+        tasks: Names of lm_eval's tasks, groups or tags; or paths, which contain a `/` or end in `.yaml`: the YAML file
+            of your own task, or a folder of tasks and groups, all of which are run.
+        context: Most tokens read at once; by default as many as the model reads, or lm_eval's 2048 if it has no limit.
+            Longer questions lose their beginning, longer texts are read in windows.
         limit: Documents of each task that are read, or below 1 the share of them; all by default. For trying out.
         num_fewshot: Examples before each question; the task's own number by default.
         batch_size: Sequences a forward pass.
@@ -75,10 +74,10 @@ def run_tasks(
     first = None if prefix == "auto" else first_token(tokenizer, prefix)
     log = logging.getLogger("lm_eval.models.huggingface")
     level = log.level
-    log.setLevel(logging.ERROR)  # it warns of a model that comes loaded, which is meant
+    log.setLevel(logging.ERROR)  # no warning about a model that is loaded already
     try:
         with evaluating(model), own_precision(model):
-            # Left to itself it takes XLNet's -1, and the two positions that RoBERTa keeps free.
+            # lm_eval's own default would be -1 for XLNet, and two positions too many for RoBERTa.
             most = longest or HFLM._DEFAULT_MAX_LENGTH
             lm = HFLM(
                 pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=most, prefix_token_id=first
@@ -105,24 +104,20 @@ def run_tasks(
 
 
 def refuse_prefix(prefix: str) -> None:
-    """Refuse a token read first that lm_eval has no way to read.
-
-    Raises:
-        UserError: It is none of `PREFIXES`, or none.
-    """
+    """Raise `UserError` for a prefix that is none of `PREFIXES`, or `none`, which lm_eval does not know."""
     check_choice("prefix", prefix, PREFIXES)
     if prefix == "none":
         raise UserError("--prefix none: lm_eval reads a token before every text: with --tasks give auto, bos or eos")
 
 
 def find_tasks(tasks: Sequence[str | Path]) -> tuple[Any, list[str]]:
-    """Return lm_eval's index of tasks, and what to ask it for.
+    """Return lm_eval's index of tasks, and the names to load from it.
 
     Raises:
         UserError: There is no such task, file or folder, or lm_eval is not installed.
     """
     try:
-        import lm_eval  # noqa: F401  # its parts may be in memory where it is not to be had
+        import lm_eval  # noqa: F401  # lm_eval.tasks may be in memory although lm_eval cannot be imported
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UserError(f"tasks are run by lm_eval: pip install 'fire-llm[tasks]' ({error})") from error
@@ -133,7 +128,7 @@ def find_tasks(tasks: Sequence[str | Path]) -> tuple[Any, list[str]]:
     if missing:
         raise UserError(f"tasks: there is no file or folder '{missing[0]}'")
     folders = [path for path in paths.values() if path.is_dir()]
-    # Its own 15,000 tasks take lm_eval ten seconds to list.
+    # lm_eval takes ten seconds to list its own 15,000 tasks.
     manager = TaskManager(include_path=folders, include_defaults=len(paths) < len(tasks))
     names: list[str] = []
     for task in tasks:
@@ -156,12 +151,12 @@ def find_tasks(tasks: Sequence[str | Path]) -> tuple[Any, list[str]]:
 
 
 def _load(manager: Any, names: list[str]) -> list[Any]:
-    """Return the outermost groups and tasks behind the names, their data read.
+    """Load the tasks and groups of these names with their data; return those that are in no other group.
 
     Raises:
         UserError: One cannot be loaded.
     """
-    found: dict[str, Any] = {}
+    items: dict[str, Any] = {}
     inner: set[str] = set()
     for name in names:
         try:
@@ -170,13 +165,13 @@ def _load(manager: Any, names: list[str]) -> list[Any]:
             raise UserError(
                 f"tasks: lm_eval cannot load '{name}': {type(error).__name__}, {first_line(error)}"
             ) from error
-        found |= {**loaded["tasks"], **loaded["groups"]}
+        items |= {**loaded["tasks"], **loaded["groups"]}
         inner |= {child for children in loaded["group_map"].values() for child in children}
-    return [item for key, item in found.items() if key not in inner]
+    return [item for key, item in items.items() if key not in inner]
 
 
 def _plain(value: Any) -> Any:
-    """Return JSON data: numbers that are not finite as None, what JSON does not know as text."""
+    """Return JSON data: None for numbers that are not finite, text for types that JSON does not have."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Held-out text as one tokenizer gives it, and the one loop that scores such texts."""
+"""Held-out texts as tokens of one tokenizer, and the one loop that scores them."""
 
 from __future__ import annotations
 
@@ -22,46 +22,44 @@ class EvaluationSet:
     tokens: Any
     """(N,) token ids."""
     n_bytes: Any = None
-    """UTF-8 bytes of the text behind them: of the whole, or (D,) of each document."""
+    """UTF-8 bytes of the text: of the whole, or (D,) of each document."""
     prefix: int | None = None
-    """Token read before the first, so that the first is scored too."""
+    """Token read before the first one, so that the first is scored too."""
     n_words: Any = None
-    """Pieces between runs of white space, likewise."""
+    """Pieces between runs of white space: of the whole, or (D,) of each document."""
     documents: np.ndarray | None = None
-    """(D,) where each ends in `tokens`; one document by default."""
+    """(D,) where each document ends in `tokens`; one document by default."""
     per_document: bool = False
     """Whether each document is read by itself, after `prefix`."""
 
     @classmethod
     def of(cls, file: TokenFile, prefix: int | None, per_document: bool = False) -> EvaluationSet:
-        """Return the documents of a token file, each with the end-of-text token after it unless they are read alone.
+        """Return the documents of a token file.
 
-        Of tokens without text neither bytes nor words are known.
-
-        Read alone, a document of which the tokenizer makes no token has nothing to score: it is left out, and told.
+        If each document is read by itself, its end-of-text token is dropped, and documents without any other token are
+        left out, which is said on stderr. Bytes and words are not known of tokens without text.
 
         Raises:
             UserError: No document has a token.
         """
-        ends = np.asarray(file.ends, dtype=np.int64)
-        tokens, limits = np.asarray(file.tokens), ends[:, 0]
-        sizes = np.diff(ends[:, 1:], axis=0, prepend=0)
+        sums = np.asarray(file.ends, dtype=np.int64)
+        tokens, ends = np.asarray(file.tokens), sums[:, 0]
+        sizes = np.diff(sums[:, 1:], axis=0, prepend=0)
         if per_document:
-            closed = np.ones(len(limits), dtype=np.int64)
-            closed[-1] -= file.open_end
-            tokens = np.delete(tokens, limits[closed > 0] - 1)
-            limits = limits - np.cumsum(closed)
-            full = np.diff(limits, prepend=0) > 0
+            has_separator = np.ones(len(ends), dtype=np.int64)
+            has_separator[-1] -= file.open_end
+            tokens = np.delete(tokens, ends[has_separator > 0] - 1)
+            ends = ends - np.cumsum(has_separator)
+            full = np.diff(ends, prepend=0) > 0
+            name = file.path.name
             if not full.any():
-                raise UserError(
-                    f"'{file.path.name}': the tokenizer makes no token of any document: is it the right one?"
-                )
+                raise UserError(f"'{name}': the tokenizer makes no token of any document: is it the right one?")
             if not full.all() and first_rank():
-                said = f"{(~full).sum()} of {len(full)} documents of '{file.path.name}' have no token and are left out"
-                sys.stderr.write(f"fire-llm: {said}\n")
-            limits, sizes = limits[full], sizes[full]
+                left_out = f"{(~full).sum()} of {len(full)} documents of '{name}' have no token and are left out"
+                sys.stderr.write(f"fire-llm: {left_out}\n")
+            ends, sizes = ends[full], sizes[full]
         n_bytes, n_words = sizes.T if sizes.size else (None, None)
-        return cls(tokens, n_bytes, prefix, n_words, limits, per_document)
+        return cls(tokens, n_bytes, prefix, n_words, ends, per_document)
 
 
 def score(

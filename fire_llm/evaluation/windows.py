@@ -1,4 +1,4 @@
-"""Which window scores which token, so that each is scored once, and the batches of windows.
+"""Cut texts into windows that score each token once, and group windows into batches.
 
 A text is read at positions: position k reads one token and predicts the next. W = windows, D = documents.
 """
@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-
-COLUMNS = ("document", "start", "end", "first")
 
 
 def windows(lengths: np.ndarray, context: int, stride: int, *, reach_back: bool = False) -> np.ndarray:
@@ -38,7 +36,7 @@ def windows(lengths: np.ndarray, context: int, stride: int, *, reach_back: bool 
 
 
 def batches(spans: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
-    """Yield the windows in batches of about equal cost, long ones first; lengths within one differ by half at most.
+    """Yield the windows in batches of about equal cost, long ones first; none is shorter than half its batch's longest.
 
     Args:
         spans: (W, 4), of `windows`.
@@ -50,10 +48,10 @@ def batches(spans: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
     length = spans[:, 2] - spans[:, 1]
     order = np.argsort(-length, kind="stable")
     falling = -length[order]
-    at = 0
-    while at < len(order):
-        longest = -int(falling[at])
+    start = 0
+    while start < len(order):
+        longest = -int(falling[start])
         similar = int(np.searchsorted(falling, -(longest // 2), side="right"))
-        until = min(at + max(1, tokens // longest), max(similar, at + 1))
-        yield spans[order[at:until]]
-        at = until
+        stop = min(start + max(1, tokens // longest), max(similar, start + 1))
+        yield spans[order[start:stop]]
+        start = stop

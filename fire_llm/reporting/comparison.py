@@ -14,17 +14,14 @@ from statistics import fmean, stdev
 from fire_llm.core.atomic import AVERAGED
 from fire_llm.evaluation.measurement import described
 from fire_llm.evaluation.statistics import student_t
-from fire_llm.reporting.schema import CurveEntry, Results, Run, Scores
-from fire_llm.reporting.table import DASH, Row, Table
+from fire_llm.reporting.schema import CurveEntry, ResetEntry, Results, Run, Scores
+from fire_llm.reporting.table import DASH, Row, Table, first_few
 
 BASE = "none"
 """The method of an arm without a reset."""
 
 LEVEL = 0.95
 """How often an interval over seeds holds the true mean."""
-
-SHOWN = 5
-"""Unfinished stages that are named; the rest are counted."""
 
 _UNKNOWN = Scores(nll=None)
 
@@ -35,10 +32,10 @@ def evaluations(curve: Sequence[CurveEntry], corpus: str, checkpoint: str = "fin
     Args:
         curve: Of a run.
         corpus: Name of the corpus.
-        checkpoint: Label of the weights meant: those of `ema` have a curve of their own.
+        checkpoint: Label of the checkpoint; the curve holds the scores of `ema`, the averaged weights, by themselves.
     """
-    scores = [(entry.step, entry.ema if checkpoint == AVERAGED else entry.eval) for entry in curve]
-    pairs = [(step, found[corpus].nll) for step, found in scores if corpus in found]
+    by_step = [(entry.step, entry.ema if checkpoint == AVERAGED else entry.eval) for entry in curve]
+    pairs = [(step, scores[corpus].nll) for step, scores in by_step if corpus in scores]
     return sorted((step, nll) for step, nll in pairs if nll is not None)
 
 
@@ -93,7 +90,7 @@ class Comparison:
         given = isinstance(model, dict) and "checkpoint" in model
         self.one_phase = given and self.first == self.new and not results.phases
         """Whether the arms' phase is the only one, and goes on from a checkpoint that was given."""
-        # What such a run measures beside its new text is what the checkpoint may know.
+        # The other texts that such a run measures are texts that the given checkpoint may know.
         self.old = [c for c in self.corpora if c != self.new and (self.one_phase or c == self.first)]
         self.first = next(iter(self.old), self.first)
 
@@ -124,42 +121,47 @@ class Comparison:
         return final[corpus].nll if corpus in final else None
 
     def methods(self, arm: str) -> list[str]:
-        """List the resets an arm applies, from its report or, where there is none, as the recipe plans them."""
-        reset = next((run.reset for run in self.runs(arm) if run.reset), None)
-        return [one.method for one in reset.resets] if reset and reset.resets else self.arms[arm].methods
+        """List the methods of an arm's resets, from its first report or, without one, as the recipe plans them."""
+        report = self.report(arm)
+        return [reset.method for reset in report.resets] if report and report.resets else self.arms[arm].methods
+
+    def report(self, arm: str) -> ResetEntry | None:
+        """Return the report of an arm's resets, from the first of its runs that has one."""
+        return next((run.reset for run in self.runs(arm) if run.reset), None)
 
     def start(self, arm: str) -> tuple[str, str] | None:
         """Return the phase and the name of the checkpoint an arm started from."""
         return next(((run.start.phase, run.start.checkpoint) for run in self.runs(arm) if run.start), None)
 
     def always(self, arm: str, method: str) -> bool:
-        """Check whether an arm and those of earlier phases that it goes on from apply this method and no other."""
-        before = [run.reset for own in self.runs(arm)[:1] for run in self.ancestors(own) if run.reset]
-        applied = [self.methods(arm), *([one.method for one in reset.resets] for reset in before)]
-        waiting = self.conditional(arm) or any(one.when for reset in before for one in reset.resets)
-        return not waiting and all(methods == [method] for methods in applied)
+        """Check whether an arm, and every run that it continues, applies this method and no other."""
+        earlier = [run.reset for first in self.runs(arm)[:1] for run in self.ancestors(first) if run.reset]
+        applied = [self.methods(arm), *([reset.method for reset in report.resets] for report in earlier)]
+        conditional = self.conditional(arm) or any(reset.when for report in earlier for reset in report.resets)
+        return not conditional and all(methods == [method] for methods in applied)
 
     def conditional(self, arm: str) -> bool:
-        """Check whether a reset of an arm waits for a sign, so that it acts in some seeds and not in others."""
-        return any(one.when for run in self.runs(arm) if run.reset for one in run.reset.resets)
+        """Check whether a reset of an arm has a condition, so that it acts in some seeds and not in others."""
+        return any(reset.when for run in self.runs(arm) if run.reset for reset in run.reset.resets)
 
     @cached_property
     def bases(self) -> list[str]:
-        """Return the arms without a reset, in this phase and in those that they go on from."""
+        """Return the arms that reset nothing, neither in this phase nor in an earlier one that they continue."""
         return [arm for arm in self.arms if self.always(arm, BASE)]
 
     def reference(self, arm: str, method: str) -> str | None:
-        """Return the arm with only this method (`BASE`, `full_reset`) that shares the arm's start.
+        """Return the arm with only this method (`BASE`, `full_reset`) that started from the same checkpoint.
 
-        Where none does, as in a sequence of phases with arms, it is the one that never applied another.
+        If there is none, as in a sequence of phases with arms, it is the only arm that never applied another method.
         """
-        found = [other for other in self.arms if self.methods(other) == [method] and not self.conditional(other)]
-        whole = [other for other in found if self.always(other, method)]
-        beside = [other for other in found if self.start(other) == self.start(arm) and (other != arm or arm in whole)]
-        return beside[0] if beside else whole[0] if len(whole) == 1 else None
+        candidates = [other for other in self.arms if self.methods(other) == [method] and not self.conditional(other)]
+        pure = [other for other in candidates if self.always(other, method)]
+        start = self.start(arm)
+        same_start = [other for other in candidates if self.start(other) == start and (other != arm or arm in pure)]
+        return same_start[0] if same_start else pure[0] if len(pure) == 1 else None
 
     def by_seed(self, arm: str, corpus: str) -> dict[int, float]:
-        """Return the final NLL of each seed that has one."""
+        """Return an arm's final NLL on a corpus by seed, without seeds that have none."""
         finals = {run.seed: run.final[corpus].nll for run in self.runs(arm) if corpus in run.final}
         return {seed: nll for seed, nll in finals.items() if nll is not None}
 
@@ -183,8 +185,8 @@ class Comparison:
         curves = {run.seed: run.curve for run in self.runs(reference)}
         seeds = [steps_saved(run.curve, curves.get(run.seed, []), self.new) for run in self.runs(arm)]
         arrived = [s for s in seeds if s is not None]
-        if any(len({run.steps for run in self.runs(one)}) > 1 for one in (arm, reference)):
-            # A mean curve ends where the first of its seeds stopped, and not at the final loss.
+        if any(len({run.steps for run in self.runs(either)}) > 1 for either in (arm, reference)):
+            # A mean curve ends at the step where its first seed stopped, not at the final loss.
             return fmean(arrived) if arrived and len(arrived) == len(seeds) else None, arrived
         return steps_saved(self.arms[arm].curve, self.arms[reference].curve, self.new), arrived
 
@@ -198,16 +200,19 @@ class Comparison:
         return self.earlier.get((run.start.phase, run.start.arm, run.seed)) if run.start else None
 
     def ancestors(self, run: Run) -> list[Run]:
-        """Return the run that a run starts from, the one that that starts from, and so on."""
-        found: list[Run] = []
-        at = self.parent(run)
-        while at is not None and at not in found:
-            found.append(at)
-            at = self.parent(at)
-        return found
+        """Return the run that a run starts from, that run's own parent, and so on back to the first phase."""
+        ancestors: list[Run] = []
+        parent = self.parent(run)
+        while parent is not None and parent not in ancestors:
+            ancestors.append(parent)
+            parent = self.parent(parent)
+        return ancestors
 
     def _parent_nll(self, run: Run, arm: str, corpus: str) -> float | None:
-        """Return a corpus's NLL of the checkpoint a run starts from, there or by the base at step 0."""
+        """Return the NLL on a corpus of the checkpoint that a run starts from.
+
+        It is read from the parent's curve or, where that lacks it, from the base's curve at step 0.
+        """
         if run.start and run.start.step is not None and (parent := self.parent(run)):
             measured = dict(evaluations(parent.curve, corpus, run.start.checkpoint))
             if run.start.step in measured:
@@ -217,7 +222,7 @@ class Comparison:
         return dict(evaluations(curve, corpus)).get(0)
 
     def retention(self, arm: str) -> list[tuple[float, float]]:
-        """Return each seed's (final NLL on the new corpus, forgetting: that on the first less the parent's)."""
+        """Return (final NLL on the new corpus, forgetting on the first corpus) of each seed."""
         if not self.new or self.first not in self.old:
             return []
         new, lost = self.by_seed(arm, self.new), self.forgotten(arm, self.first)
@@ -230,7 +235,7 @@ class Comparison:
         return {seed: final[seed] - nll for seed, nll in parents.items() if nll is not None and seed in final}
 
     def ranked(self) -> list[str]:
-        """Return the arms with a finite NLL on the new corpus, best first, and behind those what lacks seeds."""
+        """Return the arms with a finite NLL on the new corpus, best first; arms that lack seeds come last."""
         scores = {arm: nll for arm in self.arms if (nll := self.nll(arm, self.new or "")) is not None}
         return sorted(scores, key=lambda arm: (arm in self.partial, scores[arm]))
 
@@ -262,18 +267,18 @@ class Comparison:
 
     def averaged(self) -> list[Table]:
         """Return a table of the weights' moving averages beside the weights, a row an arm; nothing without any."""
-        measured = {arm: [run.final_ema for run in self.runs(arm) if run.final_ema] for arm in self.arms}
-        measured = {arm: found for arm, found in measured.items() if found}
-        if not measured:
+        averages = {arm: [run.final_ema for run in self.runs(arm) if run.final_ema] for arm in self.arms}
+        averages = {arm: seeds for arm, seeds in averages.items() if seeds}
+        if not averages:
             return []
-        corpora = [corpus for corpus in self.corpora if all(corpus in one for of in measured.values() for one in of)]
+        corpora = [c for c in self.corpora if all(c in scores for seeds in averages.values() for scores in seeds)]
         rows = []
-        for arm, found in measured.items():
+        for arm, seeds in averages.items():
             cells: list[str] = []
             for corpus in corpora:
-                own = [nll for one in found if (nll := one[corpus].nll) is not None]
-                whole = fmean(own) if own and len(own) == len(self.runs(arm)) else None
-                cells += [_plain(self.nll(arm, corpus), 4), _plain(whole, 4)]
+                nlls = [nll for scores in seeds if (nll := scores[corpus].nll) is not None]
+                mean = fmean(nlls) if nlls and len(nlls) == len(self.runs(arm)) else None
+                cells += [_plain(self.nll(arm, corpus), 4), _plain(mean, 4)]
             rows.append(Row((arm,), tuple(cells)))
         columns = tuple(name for corpus in corpora for name in (corpus, f"{corpus} (EMA)"))
         return [Table("NLL of the last weights and of their moving average (EMA)", columns, tuple(rows))]
@@ -281,15 +286,15 @@ class Comparison:
     def legend(self) -> str:
         """Return how the numbers of the tables were measured, and what ± means where there are several seeds."""
         measurement = self.results.measurement
-        said = [f"Measured {described(measurement.model_dump())}."] if measurement else []
+        sentences = [f"Measured {described(measurement.model_dump())}."] if measurement else []
         if max(map(self.seeds, self.arms), default=1) > 1:
-            said.append(
+            sentences.append(
                 "NLL ± its standard deviation over seeds; differences, paired by seed, ± half their "
                 f"{LEVEL:.0%} interval."
             )
             if self.partial:
-                said.append(f"Of fewer seeds than the others: {', '.join(self.partial)}.")
-        return " ".join(said)
+                sentences.append(f"Of fewer seeds than the others: {', '.join(self.partial)}.")
+        return " ".join(sentences)
 
     def batches(self) -> tuple[bool | None, str]:
         """Return whether all arms saw the same batches in the same order, None where that is not known; a sentence."""
@@ -303,91 +308,89 @@ class Comparison:
                 return None, f"{'One arm alone' if self.arms else 'No arms'}: there are no batches to compare."
             return None, "Whether the arms saw the same batches is not recorded."
         steps = {arm: sorted({run.steps for run in self.runs(arm) if run.steps is not None}) for arm in self.arms}
-        if self._stopped() and len({tuple(of) for of in steps.values()}) > 1:
-            told = ", ".join(f"{arm} {' and '.join(f'{n:,}' for n in of)}" for arm, of in steps.items())
+        if self._stopped() and len({tuple(numbers) for numbers in steps.values()}) > 1:
+            by_arm = ", ".join(f"{arm} {' and '.join(f'{n:,}' for n in numbers)}" for arm, numbers in steps.items())
             return None, (
-                f"The arms trained for different numbers of steps ({told}), so that the hashes of their batches cannot "
-                "be compared: differences mix the reset with the length."
+                f"The arms trained for different numbers of steps ({by_arm}), so that the hashes of their batches "
+                "cannot be compared: differences mix the reset with the length."
             )
-        split = [
-            f"seed {seed}: " + " ≠ ".join(", ".join(a) for a in kinds.values())
-            for seed, kinds in hashes.items()
-            if len(kinds) > 1
-        ]
+        split = "; ".join(
+            f"seed {seed}: " + " ≠ ".join(", ".join(arms) for arms in by_hash.values())
+            for seed, by_hash in hashes.items()
+            if len(by_hash) > 1
+        )
         if split:
-            found = f"The arms did not see the same batches ({'; '.join(split)})"
-            return False, f"{found}: differences mix the reset with the data."
+            return False, f"The arms did not see the same batches ({split}): differences mix the reset with the data."
         each = " (seed by seed)" if len(hashes) > 1 else ""
         return True, f"Every arm saw the same batches in the same order{each}: the hashes of their token ids agree."
 
     def reading(self) -> list[str]:
         """Return sentences that claim no more than the numbers: the outcome, its spread, retention, failures."""
-        ranked, said = self.ranked(), self._unfinished()
+        ranked, sentences = self.ranked(), self._unfinished()
         if not self.arms:
-            return [*said, "No arm was run."]
+            return [*sentences, "No arm was run."]
         if not ranked or self.new is None:
-            return [*said, "No arm has a finite loss on the new corpus: there is nothing to compare."]
+            return [*sentences, "No arm has a finite loss on the new corpus: there is nothing to compare."]
         best = ranked[0]
         final = self.arms[best].final[self.new]
         reached = f"{final.nll:.3f} nats per token (perplexity {_plain(final.perplexity, 2)})"
         if len(ranked) == 1:
-            said.append(f"{best} ends at {reached} on {self.new}; no other arm has a finite loss to compare it with.")
+            alone = "no other arm has a finite loss to compare it with"
+            sentences.append(f"{best} ends at {reached} on {self.new}; {alone}.")
         else:
-            said += self._margins(best, ranked[1], reached)
+            sentences += self._margins(best, ranked[1], reached)
         kept = {arm: fmean(y for _, y in pairs) for arm in ranked if (pairs := self.retention(arm))}
         if len(kept) > 1 and best in kept:
             least = min(kept, key=lambda a: kept[a])
             also = "the least forgetting" if least == best else f"the least: {least}, {_apart(kept[least])}"
             which = "the first of the other texts" if self.one_phase else "the first corpus"
-            said.append(f"On {self.first}, {which}, it ends {_apart(kept[best])} its parent checkpoint ({also}).")
-        lost = [arm for arm in self.arms if arm not in ranked]
-        said += [f"Without a finite loss on {self.new}: {', '.join(lost)}."] if lost else []
-        return [*said, *self._stopped()]
+            sentences.append(f"On {self.first}, {which}, it ends {_apart(kept[best])} its parent checkpoint ({also}).")
+        if len(ranked) < len(self.arms):
+            without = ", ".join(arm for arm in self.arms if arm not in ranked)
+            sentences.append(f"Without a finite loss on {self.new}: {without}.")
+        return [*sentences, *self._stopped()]
 
     def _unfinished(self) -> list[str]:
-        """Return what is not trained to its end, in a sentence; nothing where all is."""
-        left = [f"{folder} ({state})" for folder, state in self.results.unfinished.items()]
-        more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
-        return [f"Unfinished, what follows is of the rest: {', '.join(left[:SHOWN])}{more}."] if left else []
+        """Return a sentence that names the stages not trained to their end; nothing if there are none."""
+        stages = [f"{folder} ({state})" for folder, state in self.results.unfinished.items()]
+        return [f"Unfinished, what follows is of the rest: {first_few(stages)}."] if stages else []
 
     def _stopped(self) -> list[str]:
-        """Return which runs ended before their last step, in a sentence; nothing where none did."""
+        """Return a sentence that names the runs that ended before their last step; nothing if there are none."""
         runs = [*self.results.phases, *(run for arm in self.arms for run in self.runs(arm))]
         early = [
             f"{run.arm or run.phase} (seed {run.seed}) at step {run.steps:,} of {run.planned_steps:,}"
             for run in runs
             if run.planned_steps is not None and run.steps is not None
         ]
-        more = f" and {len(early) - SHOWN} more" if len(early) > SHOWN else ""
-        if not early:
-            return []
-        return [f"Stopped early, within the learning rate's schedule: {', '.join(early[:SHOWN])}{more}."]
+        return [f"Stopped early, within the learning rate's schedule: {first_few(early)}."] if early else []
 
     def _margins(self, best: str, second: str, reached: str) -> list[str]:
         """Return by how much the best arm leads, and over how many seeds."""
         new = self.new or ""
         rivals = {"base": self.reference(best, BASE), "full reset": self.reference(best, "full_reset")}
         pairs = [(name, self.differences(best, rival, new)) for name, rival in rivals.items()]
-        gaps = " and ".join(f"{_apart(fmean(found))} {name}" for name, found in pairs if found)
-        said = [f"{best} ends lowest on {new}, at {reached}{': ' if gaps else ''}{gaps}."]
-        against = (self.differences(arm, self.reference(arm, BASE), new) for arm in self.arms)  # of its own start
-        if rivals["base"] == best and not any(found and fmean(found) < 0 for found in against):
-            said.append("No reset did better than leaving the weights alone.")
+        gaps = " and ".join(f"{_apart(fmean(by_seed))} {name}" for name, by_seed in pairs if by_seed)
+        sentences = [f"{best} ends lowest on {new}, at {reached}{': ' if gaps else ''}{gaps}."]
+        # Each arm against the base of its own start.
+        against_base = (self.differences(arm, self.reference(arm, BASE), new) for arm in self.arms)
+        if rivals["base"] == best and not any(by_seed and fmean(by_seed) < 0 for by_seed in against_base):
+            sentences.append("No reset did better than leaving the weights alone.")
         saved = self.saved(best)[0]
         if saved is not None and saved > 0 and rivals["full reset"] != best:
-            said.append(f"{best} reaches the final loss of {rivals['full reset']} in {saved:.0%} fewer steps.")
+            sentences.append(f"{best} reaches the final loss of {rivals['full reset']} in {saved:.0%} fewer steps.")
         gap = self.differences(best, second, new)
         if len(gap) > 1:
             wins = f"lower in {sum(d < 0 for d in gap)} of {len(gap)} seeds"
-            said.append(f"Next is {second}: the difference, seed by seed, is {paired(gap)} ({wins}).")
+            sentences.append(f"Next is {second}: the difference, seed by seed, is {paired(gap)} ({wins}).")
         else:
-            said.append(f"Next is {second}, {abs(gap[0]):.3f} away.")
-            said.append("One seed: no spread is known, so small margins may be chance.")
-        return said
+            sentences.append(f"Next is {second}, {abs(gap[0]):.3f} away.")
+            sentences.append("One seed: no spread is known, so small margins may be chance.")
+        return sentences
 
 
 def _apart(difference: float) -> str:
-    """Write a signed difference in words, to be followed by what it is measured from."""
+    """Write a signed difference in words: `0.120 below`."""
     return f"{abs(difference):.3f} {'above' if difference > 0 else 'below'}"
 
 

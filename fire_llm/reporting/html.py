@@ -1,4 +1,4 @@
-"""Gather what the page says about one run: its figures under their headings, how its arms were made."""
+"""Gather the content of a page about one run: text, tables, and figures under their headings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from fire_llm.evaluation.measurement import all_described
 from fire_llm.reporting.comparison import Comparison
 from fire_llm.reporting.plots import arms as plots
 from fire_llm.reporting.plots.base import Figure, Style, palette
-from fire_llm.reporting.plots.diagnostics import MEASURES, measure_figure
 from fire_llm.reporting.plots.matrices import Reading, heat_figure, is_matrix, matrices, spectra_figure, values
 from fire_llm.reporting.plots.sweep import key_figure
 from fire_llm.reporting.plots.transfer import corpora_figure
@@ -59,21 +58,21 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Block:
-    """What stands under one heading of the page."""
+    """A heading of the page with its text, figures and tables."""
 
     title: str
     text: str
     """A caption, or nothing."""
     figures: list[Drawing]
     switch: str = ""
-    """What the figures' variants are a choice of; all figures under a heading switch together."""
+    """What a reader chooses with a variant, such as `seed`; all figures under a heading switch together."""
     chosen: int = 0
     """Index of the variant shown first."""
     tables: list[Table] = field(default_factory=list)
     """Below the figures."""
     id: str = ""
     half: bool = False
-    """Whether it stands beside another block."""
+    """Whether it takes half of the page's width, beside another block."""
 
     @property
     def choices(self) -> list[tuple[str, str]]:
@@ -83,7 +82,7 @@ class Block:
 
 
 def drawn(*figures: tuple[str, Figure | None]) -> list[Drawing]:
-    """Return (caption, figure) pairs as drawings, without those that are None."""
+    """Return drawings of (caption, figure) pairs; pairs without a figure are left out."""
     return [Drawing(caption, spec) for caption, spec in figures if spec]
 
 
@@ -105,7 +104,7 @@ class LeftAlone:
 
 @dataclass(frozen=True)
 class Section:
-    """What the page says about one run."""
+    """The content of a page about one run."""
 
     name: str
     created: str | None
@@ -124,21 +123,20 @@ class Section:
     made: Table
     """How each arm was made."""
     evidence: Table
-    """What resets that wait for a sign found."""
+    """What resets with a condition found."""
     untouched: list[LeftAlone]
     recipe: str
     """YAML."""
     facts: list[tuple[str, str]]
-    """What one needs to repeat the run."""
+    """Name and value of everything that a repetition of the run needs."""
 
 
 def section(results: Results, index: int) -> Section:
-    """Return what the page says about one run, the `index`-th of the page."""
+    """Return the section about one run, the `index`-th of its page."""
     import yaml
 
     c = Comparison(results)
-    found = {arm: next((run.reset for run in c.runs(arm) if run.reset), None) for arm in c.arms}
-    reports = {arm: report for arm, report in found.items() if report}
+    reports = {arm: report for arm in c.arms if (report := c.report(arm))}
     agree, note = c.batches()
     looks = palette(list(c.arms), c.bases)
     blocks = [
@@ -169,7 +167,7 @@ def section(results: Results, index: int) -> Section:
 
 
 def _outcome(c: Comparison, looks: Mapping[str, Style]) -> list[Block]:
-    """Return the blocks about what the arms reached."""
+    """Return the blocks about the losses, steps saved and retention of the arms."""
     rivals = [arm for arm in c.ranked() if c.reference(arm, "full_reset") not in (None, arm)]
     saved = {arm: c.saved(arm) for arm in c.arms if arm in rivals}
     points = {arm: c.retention(arm) for arm in c.arms}
@@ -187,13 +185,13 @@ def _outcome(c: Comparison, looks: Mapping[str, Style]) -> list[Block]:
 
 
 def _sequence(sequence: PhaseSequence, looks: Mapping[str, Style]) -> Block:
-    """Return the block about several phases with arms: a block without figures where there is one."""
+    """Return the block about several phases with arms; it has no figures if only one phase has arms."""
     figures = []
     measures = {"learned, less the base": sequence.against_base, "forgotten at the end": sequence.forgotten}
-    for caption, of in measures.items():
-        by_arm = {arm: of(arm) for arm in sequence.of.arms}
+    for caption, measure in measures.items():
         lines = {
-            (arm, ""): [(sequence.name(p), seeds) for p, seeds in by.items() if seeds] for arm, by in by_arm.items()
+            (arm, ""): [(sequence.name(phase), seeds) for phase, seeds in measure(arm).items() if seeds]
+            for arm in sequence.comparison.arms
         }
         figures.append((caption, key_figure(lines, "trained in turn", looks, "nats per token")))
     return Block("The stream", STREAM, drawn(*figures))
@@ -205,8 +203,8 @@ def _evaluation(c: Comparison) -> list[Block]:
     if not evaluation:
         return []
     text = MATRIX + " · ".join(all_described(row.model_dump() for row in evaluation.rows)) + "."
-    found = {FORGETTING: evaluation.forgetting, FORWARD: evaluation.forward_transfer}
-    tables = [_transfer(caption, entries) for caption, entries in found.items() if entries]
+    transfers = {FORGETTING: evaluation.forgetting, FORWARD: evaluation.forward_transfer}
+    tables = [_transfer(caption, entries) for caption, entries in transfers.items() if entries]
     return [Block("Checkpoints and corpora", text, drawn(("", corpora_figure(evaluation.rows))), "seed", tables=tables)]
 
 
@@ -216,14 +214,14 @@ def _transfer(caption: str, entries: list[Transfer]) -> Table:
 
 
 def _transfer_row(entry: Transfer) -> Row:
-    """Write one forgetting or forward transfer: of what, when, since when, by how much."""
+    """Write one forgetting or forward transfer: of which corpus, in which phase, and by how much."""
     when = " / ".join(filter(None, [entry.phase, entry.arm])) + (" (replayed)" if entry.replayed else "")
     if entry.replayed is None:  # forward transfer
         when = f"before {entry.phase}"
-    sure = "" if entry.se is None else f" ± {entry.se:.4f}"
+    error = "" if entry.se is None else f" ± {entry.se:.4f}"
     known = entry.low is not None and entry.high is not None
     interval = f"{entry.low:+.4f} to {entry.high:+.4f}" if known else DASH
-    return Row((entry.data, when), (str(entry.seed), entry.trained_in, f"{entry.mean:+.4f}{sure}", interval))
+    return Row((entry.data, when), (str(entry.seed), entry.trained_in, f"{entry.mean:+.4f}{error}", interval))
 
 
 def _diagnostics(c: Comparison, looks: Mapping[str, Style]) -> list[Block]:
@@ -232,13 +230,17 @@ def _diagnostics(c: Comparison, looks: Mapping[str, Style]) -> list[Block]:
     several = any(c.seeds(arm) > 1 for arm in c.arms)
     text = DIAGNOSED.format(corpus) + (" Means over the seeds." if several else "")
     return [
-        Block(title, text, drawn(*((caption, measure_figure(c.arms, key, looks)) for key, caption in measures.items())))
-        for title, measures in MEASURES.items()
+        Block(
+            title,
+            text,
+            drawn(*((caption, plots.measure_figure(c.arms, key, looks)) for key, caption in measures.items())),
+        )
+        for title, measures in plots.MEASURES.items()
     ]
 
 
 def _matrices(c: Comparison, reports: Mapping[str, ResetEntry], looks: Mapping[str, Style]) -> list[Block]:
-    """Return the blocks about what the resets did, by each arm's first run; arms that touch none are left out."""
+    """Return the blocks about the matrices that resets changed, in the first run of each arm that changed any."""
     touched = {arm: [entry for entry in report.touched if is_matrix(entry)] for arm, report in reports.items()}
     tables = {arm: matrices(report) for arm, report in reports.items() if touched[arm]}
     entries = {arm: [*table.values()] for arm, table in tables.items()}
@@ -270,7 +272,7 @@ def _phases(c: Comparison) -> list[Block]:
 
 
 def _made(c: Comparison, arm: str, report: ResetEntry | None) -> Row:
-    """Write how an arm was made: its label, what its reset touched, what it cost."""
+    """Write how an arm was made: its label, how much its reset touched, and the time it took."""
     runs = c.runs(arm)
     seconds = [run.seconds for run in runs if run.seconds is not None]
     touched = cleared = took = DASH
@@ -284,7 +286,7 @@ def _made(c: Comparison, arm: str, report: ResetEntry | None) -> Row:
 
 
 def _untouched(reports: Mapping[str, ResetEntry]) -> list[LeftAlone]:
-    """Return what was left alone by reason, arms with the same list together."""
+    """Return what resets left alone, by reason; arms that left the same parameters alone share an entry."""
     groups: dict[str, LeftAlone] = {}
     for arm, report in reports.items():
         reasons: dict[str, list[str]] = {}
@@ -296,7 +298,7 @@ def _untouched(reports: Mapping[str, ResetEntry]) -> list[LeftAlone]:
 
 
 def _facts(c: Comparison) -> list[tuple[str, str]]:
-    """Return (name, value) of what one needs to repeat the run: model, data, versions, hardware, batches."""
+    """Return (name, value) of what a repetition of the run needs: model, data, versions, hardware, batches."""
     results, facts = c.results, []
     if results.model:
         facts.append(("model", f"{results.model.description} · {results.model.parameters:,} parameters"))

@@ -1,4 +1,4 @@
-"""Read results.json of this and of the first schema version; what cannot be read is one clear message."""
+"""Read results.json of this and of the first schema version; a file that cannot be read gives one clear message."""
 
 from __future__ import annotations
 
@@ -12,23 +12,21 @@ from pydantic import ValidationError
 
 from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.reporting.schema import SCHEMA_VERSION, Evaluation, Record, Results
+from fire_llm.reporting.table import first_few
 
 RENAMED = {"spike": "loss_jump", "speed": "throughput", "recycled": "recycled_units"}
-"""Keys of a run in schema version 1, and what they are called since."""
+"""Keys of a run in schema version 1, and their names in version 2."""
 
 AGAIN = "Run the recipe again with 'fire-llm run': it trains nothing that is finished and writes the file again."
 
 STALE = "evaluation.json is not shown"
 UNTIED = "evaluation.json does not say which weights it measured: an earlier fire-llm wrote it"
 
-SHOWN = 5
-"""Faults that a message names; the rest are counted."""
-
 WANTED = {
     "float_type": "a number", "int_type": "a whole number", "int_from_float": "a whole number", "string_type": "text",
     "bool_type": "true or false", "list_type": "a list", "dict_type": "a mapping", "model_type": "a mapping",
 }  # fmt: skip
-"""What is allowed, by pydantic's name of a fault."""
+"""What a field must be, by pydantic's name of the fault."""
 
 Part = TypeVar("Part", bound=Record)
 
@@ -67,18 +65,18 @@ def load_results(path: str | Path) -> Results:
 
 
 def _note(results: Results, evaluation: Evaluation, folder: Path) -> str:
-    """Return what is to be said of an evaluation whose rows are not all of the weights that the results are of."""
+    """Return a warning if an evaluation measured other weights than those of the results, or does not tell which."""
     runs = [*results.phases, *(run for arm in results.arms.values() for run in arm.runs)]
-    weights = {checkpoint: found for run in runs for checkpoint, found in run.weights.items()}
+    weights = {checkpoint: hashed for run in runs for checkpoint, hashed in run.weights.items()}
     stages = {checkpoint.rpartition("/")[0] for checkpoint in weights}
-    of_stages = [row for row in evaluation.rows if row.checkpoint.rpartition("/")[0] in stages]
-    stale = dict.fromkeys(r.checkpoint for r in of_stages if r.weights and weights.get(r.checkpoint) != r.weights)
+    rows = [row for row in evaluation.rows if row.checkpoint.rpartition("/")[0] in stages]
+    stale = dict.fromkeys(r.checkpoint for r in rows if r.weights and weights.get(r.checkpoint) != r.weights)
     if stale:
         return (
-            f"{STALE}: it measured other weights than {', '.join([*stale][:SHOWN])} has now. "
+            f"{STALE}: it measured other weights than {first_few([*stale])} has now. "
             f"Measure again: fire-llm eval {folder}"
         )
-    if any(row.weights is None for row in of_stages):
+    if any(row.weights is None for row in rows):
         return f"{UNTIED}. Measure again: fire-llm eval {folder}"
     return ""
 
@@ -100,13 +98,14 @@ def _evaluation(file: Path) -> Evaluation | None:
 
 
 def upgraded(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return results of schema version 1 in the terms of version 2; what is damaged stays as it is.
+    """Return results of schema version 1 in the terms of version 2; damaged parts are left as they are.
 
     Args:
         data: The content of a results.json, which is not changed.
     """
     new = {"measurement" if key == "measured" else key: value for key, value in data.items()}
-    phases = [p for p in _list(_mapping(data.get("recipe")).get("phases")) if isinstance(_mapping(p).get("name"), str)]
+    planned = _mapping(data.get("recipe")).get("phases")
+    phases = [p for p in planned if isinstance(_mapping(p).get("name"), str)] if isinstance(planned, list) else []
     heaviest = {p["name"]: _heaviest(_mapping(p.get("data"))) for p in phases}
     new |= {"schema_version": SCHEMA_VERSION, "phase_corpus": {p: corpus for p, corpus in heaviest.items() if corpus}}
     if isinstance(data.get("phases"), list):
@@ -117,7 +116,7 @@ def upgraded(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _arm(name: str, arm: Any, phases: list[dict[str, Any]]) -> Any:
-    """Return an arm with its runs renamed, and its methods as the last phase of the recipe that has it plans them."""
+    """Return an arm with its runs renamed, and with its methods as the recipe's last phase with this arm plans them."""
     if not isinstance(arm, dict):
         return arm
     plans = [_mapping(phase.get("arms")).get(name.split("@")[0]) for phase in phases]
@@ -140,27 +139,21 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
 def _checked(kind: type[Part], data: Any, file: Path, verb: str, again: str) -> Part:
-    """Return data as what they should be.
+    """Return data as a record of this kind.
 
     Raises:
-        UserError: Naming the fields that are not as the schema says, and the next step.
+        UserError: Fields are not as the schema says. It names them and the next step.
     """
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        faults = [*_faults(kind, error)]
-        more = f" and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        named = "; ".join(faults[:SHOWN]) + more
-        raise UserError(f"{file}: not what 'fire-llm {verb}' writes ({named}). {again}") from None
+        faults = first_few([*_faults(kind, error)], separator="; ")
+        raise UserError(f"{file}: not what 'fire-llm {verb}' writes ({faults}). {again}") from None
 
 
 def _faults(kind: type[Record], error: ValidationError) -> Iterator[str]:
-    """Yield every fault as `arms.fire.runs[0].seed: what is wrong, what is allowed`."""
+    """Yield a message for every fault: `arms.fire.runs[0].seed: "one" is not allowed; it must be a whole number`."""
     for fault in error.errors():
         where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"]).lstrip(".")
         if fault["type"] == "missing":
@@ -175,10 +168,11 @@ def _faults(kind: type[Record], error: ValidationError) -> Iterator[str]:
 
 
 def _fields(kind: type[Record], loc: tuple[int | str, ...]) -> list[str]:
-    """Return the keys that are allowed at a place of the data."""
-    at: Any = kind
+    """Return the keys that a record allows at a path of keys and indices into it."""
+    annotation: Any = kind
     for part in loc:
-        at = at.model_fields[part].annotation if hasattr(at, "model_fields") else get_args(at)[-1]
-        if type(None) in get_args(at):
-            at = get_args(at)[0]
-    return list(at.model_fields)
+        is_record = hasattr(annotation, "model_fields")
+        annotation = annotation.model_fields[part].annotation if is_record else get_args(annotation)[-1]
+        if type(None) in get_args(annotation):
+            annotation = get_args(annotation)[0]
+    return list(annotation.model_fields)

@@ -1,4 +1,4 @@
-"""What the models of a run wrote after each prompt, as the page shows it: first what a reset did to it, then all."""
+"""Texts that the models of a run wrote after each prompt, as the page shows them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _EMPTY = re.compile(r"\n{4,}")
 
 @dataclass(frozen=True)
 class Written:
-    """One text, by whom and when."""
+    """One text, its writer and its time."""
 
     by: str
-    """Phase, arm and seed, as far as they tell it from others."""
+    """Phase, arm and seed, as far as they tell writers apart."""
     when: str
     text: str
     first: bool
-    """Whether the one above is by somebody else."""
+    """Whether it is the first text of its writer."""
 
 
 @dataclass(frozen=True)
@@ -34,25 +34,25 @@ class Prompted:
     few: list[Written]
     """Of the first seed of each arm: before the reset, after it, and at the end."""
     every: list[Written]
-    """All of it, of earlier phases too; empty where that is no more."""
+    """All texts, those of earlier phases too; empty if `few` has them all."""
 
 
 def samples(c: Comparison) -> list[Prompted]:
-    """Return what was written, by prompt; nothing where a run wrote nothing."""
+    """Return what was written, by prompt; nothing if the run wrote no text."""
     arms = [(arm, run) for arm in c.arms for run in c.runs(arm)]
     others = [(" / ".join(filter(None, (run.phase, run.arm))), run) for run in c.results.phases]
     every = [*others, *arms]
     seeds = [run.seed for _, run in arms or others]
     chosen = [(name, run) for name, run in arms or others if run.seed == seeds[0]]
     prompts = dict.fromkeys(sample.prompt for _, run in every for sample in run.samples)
-    found = []
+    several = len({run.seed for _, run in every}) > 1
+    prompted = []
     for prompt in prompts:
-        few = [w for name, run in chosen for w in _written(name, run, prompt, brief=True)]
-        several = len({run.seed for _, run in every}) > 1
-        told = [(f"{name}, seed {run.seed}" if several else name, run) for name, run in every]
-        whole = [w for name, run in told for w in _written(name, run, prompt)]
-        found.append(Prompted(shown(prompt), few, whole if len(whole) > len(few) else []))
-    return found
+        few = [text for name, run in chosen for text in _written(name, run, prompt, brief=True)]
+        named = [(f"{name}, seed {run.seed}" if several else name, run) for name, run in every]
+        whole = [text for name, run in named for text in _written(name, run, prompt)]
+        prompted.append(Prompted(shown(prompt), few, whole if len(whole) > len(few) else []))
+    return prompted
 
 
 def _written(name: str, run: Run, prompt: str, brief: bool = False) -> list[Written]:

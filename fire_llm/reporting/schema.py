@@ -453,13 +453,12 @@ PARTS: tuple[type[Record], ...] = (
     Results, Versions, Hardware, ModelSummary, Measurement, CorpusSize, Arm, Run, Start, CurveEntry, Scores,
     Diagnostics, Throughput, LossJump, ResetEntry, ResetSetting, Overtraining, TensorEntry, Sample,
 )  # fmt: skip
-"""The parts of results.json, in the order of the page."""
+"""The records of results.json, in the order of docs/results-schema.md."""
 
 EVALUATION_PARTS: tuple[type[Record], ...] = (
     Evaluation, EvaluationSettings, Bootstrap, EvaluationRow, Transfer,
 )  # fmt: skip
-
-"""Those of evaluation.json."""
+"""The records of evaluation.json."""
 
 
 def results_schema() -> dict[str, Any]:

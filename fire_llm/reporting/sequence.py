@@ -1,4 +1,4 @@
-"""What the arms of several phases with arms, trained in turn, learned in each phase, and what they kept of it."""
+"""Runs with several phases that have arms: what each arm learned in each phase, and how much of it was kept."""
 
 from __future__ import annotations
 
@@ -22,26 +22,23 @@ class PhaseSequence:
     """Follow the arms of the last phase back through the phases that led to them."""
 
     def __init__(self, comparison: Comparison) -> None:
-        self.of = comparison
+        self.comparison = comparison
         self._corpus = comparison.results.phase_corpus
         self._learned = {arm: self._scores(arm) for arm in comparison.arms}
 
     @cached_property
     def phases(self) -> dict[str, str]:
-        """Return the corpus of each phase that led to the arms, the first one without arms too; empty if one has some.
-
-        The corpus of a phase is the heaviest of its mixture.
-        """
-        if not any(arm for _, arm, _ in self.of.earlier):
+        """Return the heaviest corpus of each phase on the way to the arms; nothing if only the last phase has arms."""
+        if not any(arm for _, arm, _ in self.comparison.earlier):
             return {}
-        led = {phase for scores in self._learned.values() for phase in scores}
-        return {phase: corpus for phase, corpus in self._corpus.items() if phase in led}
+        learned_in = {phase for scores in self._learned.values() for phase in scores}
+        return {phase: corpus for phase, corpus in self._corpus.items() if phase in learned_in}
 
     @property
     def armed(self) -> list[str]:
         """Return the phases that have arms."""
-        bare = {phase for phase, arm, _ in self.of.earlier if not arm}
-        return [phase for phase in self.phases if phase not in bare]
+        without_arms = {phase for phase, arm, _ in self.comparison.earlier if not arm}
+        return [phase for phase in self.phases if phase not in without_arms]
 
     def learned(self, arm: str) -> ByPhase:
         """Return the NLL on each phase's own corpus at the checkpoint from which this arm's next phase began."""
@@ -49,58 +46,58 @@ class PhaseSequence:
 
     def _scores(self, arm: str) -> ByPhase:
         scores: ByPhase = {}
-        for run in self.of.runs(arm):
+        for run in self.comparison.runs(arm):
             step, label = None, "final"
-            for current in (run, *self.of.ancestors(run)):
+            for current in (run, *self.comparison.ancestors(run)):
                 measured = evaluations(current.curve, self._corpus.get(current.phase, ""), label)
-                at = dict(measured).get(step if step is not None else measured[-1][0]) if measured else None
-                if at is not None:
-                    scores.setdefault(current.phase, {})[run.seed] = at
+                nll = dict(measured).get(step if step is not None else measured[-1][0]) if measured else None
+                if nll is not None:
+                    scores.setdefault(current.phase, {})[run.seed] = nll
                 step, label = (current.start.step, current.start.checkpoint) if current.start else (None, "final")
         return scores
 
     def against_base(self, arm: str) -> dict[str, list[float]]:
-        """Return, by phase with arms, what the arm learned less what its base did, seed by seed."""
-        base = self.of.reference(arm, BASE)
+        """Return, by phase with arms, the arm's learned NLL less that of its base, seed by seed."""
+        base = self.comparison.reference(arm, BASE)
         if base is None:
             return {}
         mine, theirs = self.learned(arm), self.learned(base)
         return {p: [mine[p][s] - theirs[p][s] for s in mine.get(p, {}) if s in theirs.get(p, {})] for p in self.armed}
 
     def forgotten(self, arm: str) -> dict[str, list[float]]:
-        """Return, by phase but the last, the final NLL on its corpus less that which was learned, seed by seed."""
-        learned, lost = self.learned(arm), {}
+        """Return, by phase but the last, the final NLL on its corpus less the learned one, seed by seed."""
+        learned, forgotten = self.learned(arm), {}
         for phase in [*self.phases][:-1]:
-            final = self.of.by_seed(arm, self.phases[phase])
-            lost[phase] = [final[seed] - nll for seed, nll in learned.get(phase, {}).items() if seed in final]
-        return lost
+            final = self.comparison.by_seed(arm, self.phases[phase])
+            forgotten[phase] = [final[seed] - nll for seed, nll in learned.get(phase, {}).items() if seed in final]
+        return forgotten
 
     def tables(self) -> list[Table]:
-        """Return what was learned, what against the base, and what was forgotten; nothing for one phase with arms."""
+        """Return tables of what was learned, also against the base, and forgotten; none for one phase with arms."""
         if not self.phases:
             return []
 
-        def less(arm: str) -> dict[str, list[float]]:
-            return {} if self.of.reference(arm, BASE) == arm else self.against_base(arm)
+        def against_base(arm: str) -> dict[str, list[float]]:
+            return {} if self.comparison.reference(arm, BASE) == arm else self.against_base(arm)
 
         return [
             self._table(LEARNED, self.armed, lambda arm, phase: _spread(self.learned(arm).get(phase, {}))),
-            self._table(AGAINST_BASE, self.armed, lambda arm, phase: paired(less(arm).get(phase, []))),
+            self._table(AGAINST_BASE, self.armed, lambda arm, phase: paired(against_base(arm).get(phase, []))),
             self._table(FORGOTTEN, [*self.phases][:-1], lambda arm, phase: paired(self.forgotten(arm).get(phase, []))),
         ]
 
     def name(self, phase: str) -> str:
-        """Call a phase by its corpus, where no other has the same."""
+        """Return the name of a phase's corpus if no other phase has the same corpus, else the phase's own name."""
         corpora = list(self.phases.values())
         return self.phases[phase] if len(set(corpora)) == len(corpora) else phase
 
     def _table(self, caption: str, phases: list[str], cell: Callable[[str, str], str]) -> Table:
-        rows = tuple(Row((arm,), tuple(cell(arm, phase) for phase in phases)) for arm in self.of.arms)
+        rows = tuple(Row((arm,), tuple(cell(arm, phase) for phase in phases)) for arm in self.comparison.arms)
         return Table(caption, tuple(self.name(phase) for phase in phases), rows)
 
 
 def every_table(comparison: Comparison) -> list[Table]:
-    """Return the tables of a comparison, averaged weights, phases before it that have arms too, and waiting resets."""
+    """Return all tables of a run: its arms, averaged weights, earlier phases with arms, resets with a condition."""
     sequence = PhaseSequence(comparison).tables()
     return [*comparison.tables(), *comparison.averaged(), *sequence, *waiting_tables(comparison)]
 

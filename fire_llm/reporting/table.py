@@ -1,4 +1,4 @@
-"""One table of text, and how it is written: in a terminal, in Markdown; pages write it with a macro of theirs."""
+"""A table of text, written in a terminal or as Markdown; HTML pages write it with a macro of their templates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DASH = "–"
 
 @dataclass(frozen=True)
 class Row:
-    """A row: what it is called, its cells, and whether it is the best."""
+    """A row: its names, its cells, and whether it is the best."""
 
     names: tuple[str, ...]
     cells: tuple[str, ...]
@@ -47,7 +47,7 @@ class Table:
         """Return the table for a terminal; the best row is bold.
 
         Args:
-            widths: The columns of names in the order shown, and how many characters each gets at least.
+            widths: The columns of names in the order shown, with the least width of each in characters.
         """
         from rich import box
         from rich.markup import escape
@@ -75,6 +75,11 @@ class Table:
         return "\n".join(lines)
 
 
+def first_few(names: Sequence[str], most: int = 5, separator: str = ", ") -> str:
+    """List some names; those beyond `most` are only counted."""
+    return separator.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def plain(text: str) -> str:
-    """Escape what Markdown would read as markup or as a cell's end."""
+    """Escape characters that Markdown would read as markup or as the end of a cell."""
     return "".join("\\" + c if c in "|*_`<[\\" else c for c in text)

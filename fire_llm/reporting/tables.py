@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from fire_llm.core.console import show_table
 from fire_llm.core.errors import UserError, system_reason
 from fire_llm.core.terminal import open_console
-from fire_llm.reporting.comparison import Comparison, steps_saved
+from fire_llm.reporting.comparison import Comparison
 from fire_llm.reporting.html import section
 from fire_llm.reporting.load import load_results
 from fire_llm.reporting.schema import Results
@@ -31,20 +31,19 @@ __all__ = [
     "print_table",
     "render_table",
     "report_page",
-    "steps_saved",
     "write_page",
     "write_report",
 ]
 
 
 def render_table(results: Results) -> list[RichTable]:
-    """Return a rich table a corpus, a row an arm; the lowest loss is bold. Bits per byte are left out: 100 columns."""
+    """Return the tables for a terminal, without bits per byte, so that they fit into 100 columns."""
     tables = every_table(Comparison(results))
     return [table.only([name for name in table.columns if name != "bits/byte"]).rich({"arm": 12}) for table in tables]
 
 
 def print_table(results: Results, console: Console | None = None) -> None:
-    """Print the tables, then what they say and whether all arms saw the same batches."""
+    """Print the tables, then sentences that sum them up and whether all arms saw the same batches."""
     out, comparison = console or open_console(), Comparison(results)
     for table in render_table(results):
         show_table(out, table)
@@ -60,20 +59,20 @@ def print_table(results: Results, console: Console | None = None) -> None:
 def markdown_table(results: Results) -> str:
     """Return the tables, the reading and the note on batches as Markdown."""
     comparison = Comparison(results)
-    said = [plain(comparison.legend()), plain(" ".join(comparison.reading())), comparison.batches()[1]]
-    said.append(plain(results.evaluation_note))
-    return "\n\n".join([*(table.markdown() for table in every_table(comparison)), *filter(None, said)]) + "\n"
+    notes = [plain(comparison.legend()), plain(" ".join(comparison.reading())), comparison.batches()[1]]
+    notes.append(plain(results.evaluation_note))
+    return "\n\n".join([*(table.markdown() for table in every_table(comparison)), *filter(None, notes)]) + "\n"
 
 
 def page_fault() -> str | None:
-    """Return why no page can be made here, None where one can: the library of figures is large and optional."""
+    """Return why no page can be made here: plotly is large and optional. None if it is installed."""
     if find_spec("plotly") is not None:
         return None
     return "pages need plotly, which is not installed: pip install plotly, then fire-llm report RUN_DIR"
 
 
 def page_line(results: Results, page: Path) -> str:
-    """Write the page of finished work; return where it is, or why there is none, since the results are there."""
+    """Write the page of a finished run and return a line that says where; a failure is only said, not raised."""
     try:
         return f"report: {write_report(results, page)}"
     except UserError as fault:
@@ -118,7 +117,7 @@ def write_page(template: str, output: Path, **context: object) -> Path:
 
 
 def render(template: str, **context: object) -> str:
-    """Return the page that a template gives, with plotly's script inside."""
+    """Return a template filled in, with plotly's script inside."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from plotly.offline import get_plotlyjs
 
@@ -134,7 +133,7 @@ def render(template: str, **context: object) -> str:
 
 
 def _write(output: Path, page: str) -> Path:
-    """Write a page where it appears whole or not at all; `report.html` where a folder is given."""
+    """Write a page so that it appears whole or not at all; `report.html` if `output` is a folder."""
     path = Path(output) / "report.html" if Path(output).is_dir() else Path(output)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -1,4 +1,4 @@
-"""Resets that wait for an overtrained checkpoint: in which phases and seeds they acted, and on what evidence."""
+"""Resets that wait for an overtrained checkpoint: in which phases and seeds they acted, and why."""
 
 from __future__ import annotations
 
@@ -13,38 +13,37 @@ CAPTION = "resets that wait: seeds in which they acted, and nats of held-out NLL
 
 
 def waiting_tables(comparison: Comparison) -> list[Table]:
-    """Return a table of how often each waiting reset acted, a column a phase; nothing where no reset waits."""
-    found: dict[str, dict[str, list[Overtraining]]] = {}
-    for name, run, one in _judged(comparison):
-        found.setdefault(name, {}).setdefault(run.phase, []).append(one)
-    phases = tuple(dict.fromkeys(phase for by_phase in found.values() for phase in by_phase))
-    rows = tuple(Row((name,), tuple(_often(by_phase.get(p, [])) for p in phases)) for name, by_phase in found.items())
+    """Return a table of how often each waiting reset acted, a column a phase; nothing if no reset waits."""
+    judged: dict[str, dict[str, list[Overtraining]]] = {}
+    for name, run, judgement in _judged(comparison):
+        judged.setdefault(name, {}).setdefault(run.phase, []).append(judgement)
+    phases = tuple(dict.fromkeys(phase for by_phase in judged.values() for phase in by_phase))
+    rows = tuple(Row((name,), tuple(_often(by_phase.get(p, [])) for p in phases)) for name, by_phase in judged.items())
     return [Table(CAPTION, phases, rows)] if rows else []
 
 
 def evidence(comparison: Comparison) -> Table:
-    """Return a row for each waiting reset of each run: whether it acted, and the numbers that say so."""
+    """Return a row for each waiting reset of each run: whether it acted, and the numbers that decided it."""
     names = ("arm", "phase", "seed", "what the phase before says")
     rows = (
-        Row((name, run.phase, str(run.seed), str(conditions.Overtraining(**one.model_dump()))), ())
-        for name, run, one in _judged(comparison)
+        Row((name, run.phase, str(run.seed), str(conditions.Overtraining(**judgement.model_dump()))), ())
+        for name, run, judgement in _judged(comparison)
     )
     return Table("", (), tuple(rows), names)
 
 
 def _judged(comparison: Comparison) -> Iterator[tuple[str, Run, Overtraining]]:
-    """Yield the waiting resets of every run, by the arm's name, with the method's where several of an arm wait."""
+    """Yield (name, run, judgement) of every waiting reset: the arm's name, with the method if several of it wait."""
     arms = comparison.arms.values()
     for run in (*comparison.results.phases, *(run for arm in arms for run in arm.runs)):
-        waiting = [one for one in (run.reset.resets if run.reset else []) if one.found]
-        for one in waiting:
-            if one.found:
-                yield f"{run.arm}: {one.method}" if len(waiting) > 1 else str(run.arm), run, one.found
+        judged = [(reset.method, reset.found) for reset in (run.reset.resets if run.reset else []) if reset.found]
+        for method, judgement in judged:
+            yield f"{run.arm}: {method}" if len(judged) > 1 else str(run.arm), run, judgement
 
 
-def _often(found: list[Overtraining]) -> str:
-    rises = sorted(one.nll - one.lowest for one in found)
+def _often(judgements: list[Overtraining]) -> str:
+    rises = sorted(judgement.nll - judgement.lowest for judgement in judgements)
     if not rises:
         return DASH
     reach = f"{rises[0]:.2f}" + (f" to {rises[-1]:.2f}" if len(rises) > 1 else "")
-    return f"{sum(one.applied for one in found)} of {len(found)}, {reach}"
+    return f"{sum(judgement.applied for judgement in judgements)} of {len(judgements)}, {reach}"

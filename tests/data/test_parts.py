@@ -37,8 +37,6 @@ def tokenizer() -> Any:
 class Texts:
     """A corpus of parts that are lists; counts how often each is read."""
 
-    kind = "files"
-
     def __init__(self, parts: list[list[str]]) -> None:
         self.texts, self.reads = parts, Counter[int]()
         self.before = lambda part: None
@@ -56,9 +54,6 @@ class Texts:
 
     def cut(self, part: int) -> list[int]:
         return [part]
-
-    def described(self) -> dict[str, Any]:
-        raise AssertionError
 
     def corpus(self, name: str = "made") -> Corpus:
         return Corpus(name, "1", lambda split: [text for part in self.texts for text in part], parts=self)

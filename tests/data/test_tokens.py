@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import hashlib
 import itertools
 import json
@@ -449,7 +450,7 @@ def test_progress_is_shown_only_when_asked_for(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tokens, "BAR_DELAY", 0)
+    monkeypatch.setattr(tokens, "progress_bar", functools.partial(tokens.progress_bar, delay=0))
     tokenize_corpus(corpus_of(TEXTS), tokenizer, "train", cache=cache, progress=False)
     train_tokenizer([corpus_of(TEXTS)], 300, progress=False)
     assert capfd.readouterr() == ("", "")

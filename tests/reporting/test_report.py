@@ -20,11 +20,11 @@ from support.edits import edited
 
 from fire_llm.cli import main
 from fire_llm.core.errors import UserError
-from fire_llm.reporting.comparison import Comparison
+from fire_llm.reporting.comparison import Comparison, steps_saved
 from fire_llm.reporting.inspection import inspect_page
 from fire_llm.reporting.load import upgraded
+from fire_llm.reporting.plots.arms import measure_figure
 from fire_llm.reporting.plots.base import palette
-from fire_llm.reporting.plots.diagnostics import measure_figure
 from fire_llm.reporting.plots.matrices import parse_name
 from fire_llm.reporting.schema import CurveEntry, EvaluationRow, Results
 from fire_llm.reporting.table import Row, Table
@@ -33,7 +33,6 @@ from fire_llm.reporting.tables import (
     markdown_table,
     print_table,
     render_table,
-    steps_saved,
     write_report,
 )
 

@@ -1,14 +1,26 @@
-"""Plots of arms: losses, steps saved, plasticity against retention, norms; and the curve of a phase without arms."""
+"""Plots of arms: losses, steps saved, plasticity, retention, norms; and the curve of a phase without arms."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from fire_llm.reporting.plots.base import COLOURS, NEUTRAL, Figure, Style, band, escaped, figure, log_axis, short
+from fire_llm.reporting.plots.base import COLOURS, NEUTRAL, Figure, Style, band, escaped, figure, line, log_axis, short
 from fire_llm.reporting.schema import Arm, CurveEntry, Run, TensorEntry
+
+MEASURES = {
+    "Features and units": {
+        "srank": "srank of the last hidden states",
+        "dormant_share": "share of MLP units that are dormant",
+    },
+    "Curvature": {
+        "hessian_eigenvalue": "Hessian eigenvalue of the largest magnitude",
+        "gradient_norm": "norm of the gradient",
+    },
+}
+"""Captions of the measures of plasticity that are drawn, by heading."""
 
 
 def series(curve: Sequence[CurveEntry], corpus: str | None = None, averaged: bool = False) -> list[tuple[float, float]]:
@@ -43,8 +55,6 @@ def loss_figure(
     The axis opens on what follows the first third of training: a full reset starts at the logarithm of the
     vocabulary and would flatten everything else.
     """
-    from plotly import graph_objects as go
-
     bands, lines, settled, lowest = [], [], [], []
     for arm, entry in arms.items():
         points = thin(series(entry.curve, corpus))
@@ -59,32 +69,17 @@ def loss_figure(
         if spread:
             tokens_at, low, high = zip(*spread, strict=True)
             bands.append(band(tokens_at, low, high, arm, style))
-        what = "training loss %{y:.4f}" if corpus is None else "NLL %{y:.4f} · perplexity %{customdata:.2f}"
-        lines.append(
-            go.Scatter(
-                x=[t for t, _ in points],
-                y=[round(v, 5) for _, v in points],
-                customdata=[] if corpus is None else [round(math.exp(min(v, 700.0)), 4) for _, v in points],
-                name=label,
-                legendgroup=arm,
-                mode="lines" if corpus is None else "lines+markers",
-                line={"color": style.colour, "dash": style.dash, "width": 1.5 if corpus is None else 2},
-                marker={"symbol": style.symbol, "size": 7},
-                hovertemplate=f"<b>{label}</b><br>{what}<br>%{{x:.4s}} tokens<extra></extra>",
-            )
-        )
+        if corpus is None:
+            what, look = "training loss %{y:.4f}", {"mode": "lines", "line_width": 1.5}
+        else:
+            perplexities = [round(math.exp(min(v, 700.0)), 4) for _, v in points]
+            what, look = "NLL %{y:.4f} · perplexity %{customdata:.2f}", {"customdata": perplexities}
+        hover = f"<b>{label}</b><br>{what}<br>%{{x:.4s}} tokens"
+        lines.append(line(_rounded(points), arm, style, hover, name=label, **look))
         if averaged := thin(series(entry.curve, corpus, averaged=True)):
-            lines.append(
-                go.Scatter(
-                    x=[t for t, _ in averaged],
-                    y=[round(v, 5) for _, v in averaged],
-                    name=f"{label} (EMA)",
-                    legendgroup=arm,
-                    mode="lines",
-                    line={"color": style.colour, "dash": "dot", "width": 1.5},
-                    hovertemplate=f"<b>{label} (EMA)</b><br>NLL %{{y:.4f}}<br>%{{x:.4s}} tokens<extra></extra>",
-                )
-            )
+            name, look = f"{label} (EMA)", {"mode": "lines", "line_dash": "dot", "line_width": 1.5}
+            hover = f"<b>{name}</b><br>NLL %{{y:.4f}}<br>%{{x:.4s}} tokens"
+            lines.append(line(_rounded(averaged), arm, style, hover, name=name, **look))
             lowest.append(min(v for _, v in averaged))
         after = [v for t, v in points if t >= points[-1][0] / 3]
         settled.append(max(after))
@@ -98,6 +93,32 @@ def loss_figure(
         xaxis={"title": {"text": "tokens seen in this phase"}, "tickformat": "~s", "rangemode": "tozero"},
         yaxis={"title": {"text": "nats per token"}, "range": [min(lowest) - pad, max(settled) + pad]},
     )
+
+
+def _rounded(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Round losses to five decimals, which no screen resolves."""
+    return [(x, round(loss, 5)) for x, loss in points]
+
+
+def measure_figure(arms: Mapping[str, Arm], key: str, styles: Mapping[str, Style]) -> Figure | None:
+    """Draw a measure of plasticity against optimizer steps, a line an arm; None where no arm has it.
+
+    Args:
+        arms: By name; the measures are in the entries of their curves.
+        key: One of the measures.
+        styles: Look of every arm.
+    """
+    traces = []
+    for arm, entry in arms.items():
+        measured = [(e.step, getattr(e.diagnostics, key)) for e in entry.curve if e.diagnostics]
+        points = [(step, float(f"{value:.4g}")) for step, value in measured if value is not None]
+        if points:
+            hover = f"<b>{escaped(arm)}</b><br>%{{y:.4g}} after %{{x}} steps"
+            traces.append(line(points, arm, styles[arm], hover))
+    if not traces:
+        return None
+    shares = {"tickformat": ".1%", "rangemode": "tozero"} if key.endswith("_share") else {}
+    return figure(traces, height=300, xaxis={"title": {"text": "optimizer steps in this phase"}}, yaxis=shares)
 
 
 def phase_figure(runs: Sequence[Run]) -> Figure | None:

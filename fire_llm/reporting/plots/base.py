@@ -1,15 +1,15 @@
-"""What all plots share: an arm's look, escaped labels, figures checked against plotly's schema.
+"""Shared by all plots: the look of arms, escaped labels, figures checked against plotly's schema.
 
-A figure is `{"data": [...], "layout": {...}, "variants": [{"label", "group", "data": [patch per trace], "layout"?}]}`:
-the page lays the patches of the chosen variant over it, so that a choice costs its numbers, not its styling.
-Colours of text and rules are left to the page, which knows whether it is light or dark.
+A figure is `{"data": [...], "layout": {...}, "variants": [{"label", "group", "data": [patch per trace], "layout"?}]}`.
+The page lays the patches of the chosen variant over the figure, so that a variant needs only its numbers. The page
+also sets the colours of text and rules, because it knows whether it is light or dark.
 """
 
 from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 Figure = dict[str, Any]
@@ -62,7 +62,7 @@ def escaped(value: str, width: int = 28) -> str:
 
 
 def short(values: Iterable[float | None]) -> list[float | None]:
-    """Round to four significant digits: what a screen can show, at a third of the bytes."""
+    """Round to four significant digits, which is enough for a screen and takes a third of the bytes."""
     return [None if v is None else float(f"{v:.4g}") for v in values]
 
 
@@ -71,6 +71,30 @@ def number(value: float) -> str:
     if value == 0 or 0.01 <= abs(value) < 10000:
         return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+
+
+def line(points: Iterable[tuple[Any, float | None]], arm: str, style: Style, hover: str, **look: Any) -> Any:
+    """Return the trace of an arm's line, with a marker at each point.
+
+    Args:
+        points: (x, y) of each point.
+        arm: Its button on the page hides the line.
+        style: How the arm looks.
+        hover: Template of a point's hover text, as plotly reads it.
+        **look: Attributes of plotly's `Scatter` that differ or are added, such as `line_width`.
+    """
+    from plotly import graph_objects as go
+
+    x, y = zip(*points, strict=True)
+    attributes = {
+        "mode": "lines+markers",
+        "line_color": style.colour,
+        "line_dash": style.dash,
+        "line_width": 2,
+        "marker_symbol": style.symbol,
+        "marker_size": 7,
+    }
+    return go.Scatter(x=x, y=y, legendgroup=arm, hovertemplate=f"{hover}<extra></extra>", **(attributes | look))
 
 
 def band(x: Sequence[Any], low: Sequence[float], high: Sequence[float], arm: str, style: Style) -> Any:
@@ -94,6 +118,33 @@ def log_axis(low: float, high: float, steps: Sequence[int] = (1,)) -> Figure:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [step * 10.0**power for power in powers for step in steps]
     return {"type": "log", "tickvals": ticks, "ticktext": [number(t) for t in ticks]}
+
+
+HEAT_CELLS: Figure = {
+    "coloraxis": "coloraxis", "xgap": 2, "ygap": 2, "textfont": {"size": 12}, "z": [],
+    "hovertemplate": "%{customdata}<extra></extra>",
+}  # fmt: skip
+"""How the cells of every heat map look; a variant adds their numbers, texts and hover texts (`customdata`)."""
+
+
+def heat_layout(
+    columns: Sequence[str], rows: Mapping[float, str], bottom: float, scale: tuple[float, float], bar: Figure = BAR
+) -> Figure:
+    """Return the axes and the colour scale of a heat map.
+
+    Args:
+        columns: Headings of the columns, which are at x = 0, 1, …
+        rows: Names of the rows by their y; y grows downwards.
+        bottom: y of the lower edge; the upper edge is at -0.5.
+        scale: Lowest and highest number of the colour scale.
+        bar: The colour bar.
+    """
+    axis = {"showgrid": False, "showline": False, "ticks": ""}
+    return {
+        "coloraxis": {"cmin": scale[0], "cmax": scale[1], "colorscale": "Cividis", "colorbar": bar},
+        "xaxis": {**axis, "side": "top", "tickvals": list(range(len(columns))), "ticktext": list(columns)},
+        "yaxis": {**axis, "range": [bottom, -0.5], "tickvals": list(rows), "ticktext": list(rows.values())},
+    }
 
 
 def figure(traces: list[Any], variants: list[Figure] | None = None, *, height: int = 340, **layout: Any) -> Figure:

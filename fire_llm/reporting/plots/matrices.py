@@ -9,7 +9,19 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import NamedTuple
 
-from fire_llm.reporting.plots.base import BAR, NEUTRAL, Figure, Style, escaped, figure, log_axis, number, short
+from fire_llm.reporting.plots.base import (
+    BAR,
+    HEAT_CELLS,
+    NEUTRAL,
+    Figure,
+    Style,
+    escaped,
+    figure,
+    heat_layout,
+    log_axis,
+    number,
+    short,
+)
 from fire_llm.reporting.schema import InspectedMatrix, ResetEntry, TensorEntry
 
 MATRIX_ROLES = ("attention", "mlp", "ssm", "conv", "lm_head")
@@ -43,13 +55,13 @@ def matrices(report: ResetEntry) -> dict[str, TensorEntry]:
 
     Those left alone carry their own values as "after", an SFE of 0, and no spectrum after.
     """
-    left = [
+    left_alone = [
         entry.model_copy(
             update={"sfe": 0.0, "dfi_after": entry.dfi_before, "norm_after": entry.norm_before, "sigma_after": None}
         )
         for entry in report.untouched
     ]
-    return {entry.name: entry for entry in [*report.touched, *left] if is_matrix(entry)}
+    return {entry.name: entry for entry in [*report.touched, *left_alone] if is_matrix(entry)}
 
 
 def is_matrix(entry: TensorEntry) -> bool:
@@ -87,40 +99,35 @@ def heat_figure(
     """
     from plotly import graph_objects as go
 
-    found: dict[tuple[str, int | None, str], list[tuple[str, float | None]]] = {}
+    cells: dict[tuple[str, int | None, str], list[tuple[str, float | None]]] = {}
     for label, table in readings.items():
         for name, role, value in table:
-            found.setdefault((label, *parse_name(name, role)), []).append((name, value))
-    layers = sorted({layer for _, layer, _ in found if layer is not None})
-    parts = list(dict.fromkeys(part for _, layer, part in found if layer is not None)) or [""]
-    outside = list(dict.fromkeys(part for _, layer, part in found if layer is None))
+            cells.setdefault((label, *parse_name(name, role)), []).append((name, value))
+    layers = sorted({layer for _, layer, _ in cells if layer is not None})
+    parts = list(dict.fromkeys(part for _, layer, part in cells if layer is not None)) or [""]
+    outside = list(dict.fromkeys(part for _, layer, part in cells if layer is None))
 
-    def shown(number: float | None) -> bool:
-        return number is not None and (number > 0 or not log)
+    def drawable(numbers: Iterable[float | None]) -> list[float]:
+        return [x for x in numbers if x is not None and (x > 0 or not log)]
 
-    averages = {k: fmean(n) for k, v in found.items() if (n := [x for _, x in v if x is not None and shown(x)])}
+    averages = {key: fmean(numbers) for key, cell in cells.items() if (numbers := drawable(x for _, x in cell))}
     if not averages:
         return None
     scale = math.log10 if log else float
-    ends = [scale(x) for x in [*averages.values(), *same_scale] if x is not None and shown(x)]
-    low, high = min(ends), max(ends) + 1e-9
-    if log:  # a polar factor's DfI of 1e-12 or a head's of 1e9 would leave one colour for all the rest
-        middle = median(ends)
-        low, high = max(low, middle - DECADES), min(high, middle + DECADES)
+    low, high = _colour_range([scale(x) for x in drawable([*averages.values(), *same_scale])], log)
 
     def patch(label: str, grid: Grid) -> Figure:
         keys = [[(label, *cell) for cell in line] for line in grid]
         return {
             "z": [short(scale(averages[k]) if k in averages else None for k in line) for line in keys],
             "text": [[number(averages[k]) if k in averages else "" for k in line] for line in keys],
-            "customdata": [[_tip(found.get(k, []), averages.get(k), unit) for k in line] for line in keys],
+            "customdata": [[_tip(cells.get(k, []), averages.get(k), unit) for k in line] for line in keys],
         }
 
-    # The rows below have one cell as wide as the map: edges, not centres, are given for them.
+    # A row below the layers has one cell as wide as the map, so plotly gets the edges of these cells, not the centres.
     width, below = len(parts), [len(layers) - 0.5 + 0.2 + i for i in range(len(outside) + 1)]
     few = len(layers) <= 16 and width <= 8
-    look = {"coloraxis": "coloraxis", "xgap": 2, "ygap": 2, "hovertemplate": "%{customdata}<extra></extra>"}
-    look |= {"texttemplate": "%{text}" if few else None, "textfont": {"size": 12}, "z": []}
+    look = {**HEAT_CELLS, "texttemplate": "%{text}" if few else None}
     traces = [go.Heatmap(x=list(range(width)), y=list(range(len(layers))), **look)] if layers else []
     traces += [go.Heatmap(x=[-0.5, width - 0.5], y=below, **look)] if outside else []
     grids: list[Grid] = [[[(layer, part) for part in parts] for layer in layers]] if layers else []
@@ -128,27 +135,26 @@ def heat_figure(
     variants = [{"label": label, "group": "", "data": [patch(label, grid) for grid in grids]} for label in readings]
     height = max(14, min(30, 560 // (len(layers) + len(outside))))
     named = layers[:: max(1, round(16 / height))]  # every layer, or every other one where rows are thin
-    bar = _bar(low, high, log)
-    axis: Figure = {"showgrid": False, "showline": False, "ticks": ""}
-    ticks = [*(layers.index(n) for n in named), *((x + y) / 2 for x, y in pairwise(below))]
-    words = [*map(str, named), *(escaped(p, 14) for p in outside)]
-    return figure(
-        traces,
-        variants,
-        height=100 + height * (len(layers) + len(outside)),
-        coloraxis={"cmin": low, "cmax": high, "colorscale": "Cividis", "colorbar": bar},
-        xaxis={**axis, "side": "top", "tickvals": list(range(width)), "ticktext": [escaped(p, 14) for p in parts]},
-        yaxis={
-            **axis,
-            "range": [(below[-1] if outside else len(layers) - 0.5), -0.5],
-            "tickvals": ticks,
-            "ticktext": words,
-        },
-    )
+    rows: dict[float, str] = {layers.index(layer): str(layer) for layer in named}
+    rows |= {
+        (top + bottom) / 2: escaped(part, 14) for (top, bottom), part in zip(pairwise(below), outside, strict=True)
+    }
+    bottom_edge = below[-1] if outside else len(layers) - 0.5
+    layout = heat_layout([escaped(p, 14) for p in parts], rows, bottom_edge, (low, high), _bar(low, high, log))
+    return figure(traces, variants, height=100 + height * (len(layers) + len(outside)), **layout)
+
+
+def _colour_range(numbers: Sequence[float], log: bool) -> tuple[float, float]:
+    """Return the ends of a colour scale for numbers, which are logarithms if `log`."""
+    low, high = min(numbers), max(numbers) + 1e-9
+    if log:  # a polar factor's DfI of 1e-12 or a head's of 1e9 would leave one colour for all the rest
+        middle = median(numbers)
+        low, high = max(low, middle - DECADES), min(high, middle + DECADES)
+    return low, high
 
 
 def _bar(low: float, high: float, log: bool) -> Figure:
-    """Return a flat colour bar for below the map, its ticks numbers even where colours are logarithms."""
+    """Return a flat colour bar for below the map; its ticks are plain numbers also where colours are logarithmic."""
     bar: Figure = dict(BAR)
     if log:
         ticks = [*range(math.ceil(low), math.floor(high) + 1, max(1, math.ceil((high - low) / 5)))]
@@ -157,11 +163,11 @@ def _bar(low: float, high: float, log: bool) -> Figure:
     return bar
 
 
-def _tip(found: Sequence[tuple[str, float | None]], average: float | None, unit: str) -> str:
-    """Return which matrices a cell stands for and its number in full."""
-    if not found:
+def _tip(cell: Sequence[tuple[str, float | None]], average: float | None, unit: str) -> str:
+    """Return the hover text of a cell: the names of its matrices and its number in full."""
+    if not cell:
         return "no such matrix"
-    name = escaped(found[0][0], 60) if len(found) == 1 else f"mean of {len(found)}, {escaped(found[0][0], 50)} …"
+    name = escaped(cell[0][0], 60) if len(cell) == 1 else f"mean of {len(cell)}, {escaped(cell[0][0], 50)} …"
     return f"{name}<br>" + ("unchanged or not measured" if average is None else f"{unit} {average:.5g}")
 
 
@@ -231,17 +237,17 @@ METRICS = {
 
 def metric_figure(rows: Sequence[InspectedMatrix]) -> Figure | None:
     """Draw one heat map with a variant for each metric the rows carry; colours are logarithmic over a span of 20."""
-    chosen: Figure | None = None
+    combined: Figure | None = None
     for key, label in METRICS.items():
         readings = [Reading(row.name, row.role or "", getattr(row, key)) for row in rows]
         numbers = [reading.value for reading in readings if reading.value is not None]
         log = bool(numbers) and min(numbers) > 0 and max(numbers) > 20 * min(numbers)
-        found = heat_figure({label: readings}, log=log, unit=label)
-        if found:
-            variant = {**found["variants"][0], "layout": {"coloraxis": found["layout"]["coloraxis"]}}
-            chosen = chosen or {**found, "variants": []}
-            chosen["variants"].append(variant)
-    return chosen
+        heat = heat_figure({label: readings}, log=log, unit=label)
+        if heat:
+            variant = {**heat["variants"][0], "layout": {"coloraxis": heat["layout"]["coloraxis"]}}
+            combined = combined or {**heat, "variants": []}
+            combined["variants"].append(variant)
+    return combined
 
 
 def layer_spectra_figure(rows: Sequence[InspectedMatrix]) -> Figure | None:
@@ -255,7 +261,7 @@ def layer_spectra_figure(rows: Sequence[InspectedMatrix]) -> Figure | None:
             parts.setdefault(parse_name(row.name, row.role or "")[1], []).append((row.name, short(row.sigma)))
     if not parts:
         return None
-    most = max(len(found) for found in parts.values())
+    most = max(len(spectra) for spectra in parts.values())
     # Cividis' lightest third disappears on white, its darkest on black: the middle serves both.
     shades = colors.sample_colorscale("Plasma", [0.12 + 0.66 * i / max(most - 1, 1) for i in range(most)])
     traces = [
@@ -263,11 +269,11 @@ def layer_spectra_figure(rows: Sequence[InspectedMatrix]) -> Figure | None:
         for c in shades
     ]
     variants: list[Figure] = []
-    for part, found in parts.items():
+    for part, spectra in parts.items():
         patches: list[Figure] = [{"x": [], "y": [], "text": ""}] * most
-        for place, (name, sigma) in enumerate(found):
-            # Spread over all shades: of q there is one a layer where of experts there are many.
-            shade = place * (most - 1) // max(len(found) - 1, 1)
+        for place, (name, sigma) in enumerate(spectra):
+            # A part with few spectra (q: one a layer) is spread over the shades of the part with most (experts).
+            shade = place * (most - 1) // max(len(spectra) - 1, 1)
             patches[shade] = {"x": ranks(len(sigma)), "y": sigma, "text": escaped(name, 60)}
         variants.append({"label": part, "group": "", "data": patches})
     return figure(traces, variants, height=420, **_spectrum_axes(p["y"] for v in variants for p in v["data"]))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from fire_llm.reporting.plots.base import Figure, Style, band, escaped, figure, log_axis
+from fire_llm.reporting.plots.base import Figure, Style, band, escaped, figure, line, log_axis
 
 LOG_FROM = 10.0
 """Ratio of the largest value to the smallest from which an axis is logarithmic."""
@@ -30,8 +30,6 @@ def key_figure(
     Returns:
         A figure; None where no arm has two values to compare.
     """
-    from plotly import graph_objects as go
-
     drawn = {who: points for who, points in lines.items() if len(points) > 1}
     values = [value for points in drawn.values() for value, _ in points]
     if not values:
@@ -45,17 +43,9 @@ def key_figure(
         if any(len(seeds) > 1 for _, seeds in points):
             low, high = zip(*((min(seeds), max(seeds)) for _, seeds in points), strict=True)
             bands.append(band(x, low, high, arm, style))
-        traces.append(
-            go.Scatter(
-                x=x,
-                y=[round(fmean(seeds), 5) for _, seeds in points],
-                mode="lines+markers",
-                legendgroup=arm,
-                line={"color": style.colour, "dash": style.dash, "width": 2},
-                marker={"symbol": style.symbol, "size": 8},
-                hovertemplate=f"<b>{label}</b><br>%{{y:.4f}} at %{{x}}<extra></extra>",
-            )
-        )
+        means = [round(fmean(seeds), 5) for _, seeds in points]
+        hover = f"<b>{label}</b><br>%{{y:.4f}} at %{{x}}"
+        traces.append(line(zip(x, means, strict=True), arm, style, hover, marker_size=8))
     axis: Figure = {"title": {"text": escaped(key, 60)}, "showgrid": True}
     if not numbers:
         axis |= {"type": "category"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fire_llm.core.atomic import AVERAGED
-from fire_llm.reporting.plots.base import BAR, Figure, escaped, figure, short
+from fire_llm.reporting.plots.base import HEAT_CELLS, Figure, escaped, figure, heat_layout, short
 from fire_llm.reporting.schema import EvaluationRow
 from fire_llm.reporting.table import DASH
 
@@ -28,8 +28,8 @@ def row_name(row: EvaluationRow) -> str:
 def corpora_figure(rows: Sequence[EvaluationRow]) -> Figure | None:
     """Draw a heat map of checkpoints × corpora, a variant a seed; numbers are bits per byte.
 
-    Colours are the distance to the best checkpoint of the column, all alike from the worst trained one on: beside the
-    step-0 weights all others would look the same.
+    Colours are the distance to the best checkpoint of the column. They end at the worst trained checkpoint, because
+    beside untrained weights all others would look the same.
 
     Args:
         rows: Of evaluation.json.
@@ -56,40 +56,14 @@ def corpora_figure(rows: Sequence[EvaluationRow]) -> Figure | None:
             "customdata": [[_tip(*cells[key], apart[key]) if key in cells else "" for key in line] for line in grid],
         }
         variants.append({"label": str(seed), "group": "", "data": [patch]})
-    heat = go.Heatmap(
-        x=list(range(len(corpora))),
-        y=list(range(len(names))),
-        z=[],
-        coloraxis="coloraxis",
-        xgap=2,
-        ygap=2,
-        texttemplate="%{text}",
-        textfont={"size": 12},
-        hovertemplate="%{customdata}<extra></extra>",
-    )
-    axis: Figure = {"showgrid": False, "showline": False, "ticks": ""}
-    return figure(
-        [heat],
-        variants,
-        height=100 + ROW_HEIGHT * len(names),
-        coloraxis={"cmin": 0, "cmax": worst or 1.0, "colorscale": "Cividis", "colorbar": BAR},
-        xaxis={
-            **axis,
-            "side": "top",
-            "tickvals": list(range(len(corpora))),
-            "ticktext": [escaped(c, 24) for c in corpora],
-        },
-        yaxis={
-            **axis,
-            "range": [len(names) - 0.5, -0.5],
-            "tickvals": list(range(len(names))),
-            "ticktext": [escaped(name, 40) for name in names],
-        },
-    )
+    cells = go.Heatmap(x=list(range(len(corpora))), y=list(range(len(names))), texttemplate="%{text}", **HEAT_CELLS)
+    rows_by_y: dict[float, str] = {y: escaped(name, 40) for y, name in enumerate(names)}
+    layout = heat_layout([escaped(c, 24) for c in corpora], rows_by_y, len(names) - 0.5, (0, worst or 1.0))
+    return figure([cells], variants, height=100 + ROW_HEIGHT * len(names), **layout)
 
 
 def _tip(row: EvaluationRow, bits: float, apart: float) -> str:
-    """Return what a cell stands for, in full."""
+    """Return the hover text of a cell: checkpoint, corpus and numbers in full."""
     error = (row.se or {}).get("bits_per_byte")
     exact = f"{bits:.5f}" + ("" if error is None else f" ± {error:.5f}")
     where = f"{escaped(row.checkpoint, 60)} on {escaped(row.data, 40)}"
