@@ -24,6 +24,7 @@ from fire_llm.evaluation.perplexity import Perplexity
 from fire_llm.evaluation.scores import Scores
 from fire_llm.evaluation.statistics import BOOTSTRAP, standard_errors
 from fire_llm.evaluation.texts import EvaluationSet, score
+from fire_llm.experiment.bars import library_bars
 from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.measured import Measured, text_digest, weights_digest
 from fire_llm.experiment.recipe import Recipe, load_recipe
@@ -109,54 +110,47 @@ def evaluate_run(
         raise UserError(f"'{folder}' has no finished phase to evaluate: finish it with `fire-llm run`")
     names = _names(recipe, data)
     _refuse_changed(folder, finished, names)
-    where = find_device(device)
+    compute_on = find_device(device)
     texts, left_out = _texts(run, names, required=names if data else recipe.evaluated())
-    found, passed = rows_and_phase_runs(finished, run)
+    checkpoints, phase_runs = rows_and_phase_runs(finished, run)
     prefix_text = token_text(run.tokenizer, first_token(run.tokenizer))
+    settings = {"context": run.sequence_length if context is None else context, "stride": stride}
+    earlier = Measured(folder, {**settings, "device": compute_on.type})
+    digests = {name: text_digest(text) for name, text in texts.items()}
     matrix: dict[str, dict[str, Scores]] = {}
     rows: list[EvaluationRow] = []
-    context = run.sequence_length if context is None else context
-    before, reused = Measured(folder, {"context": context, "stride": stride, "device": where.type}), 0
-    digests = {name: text_digest(text) for name, text in texts.items()}
-    for row in found:
-        if row.phase and weights_hash(folder / row.checkpoint, read=True) != row.weights:
-            raise UserError(
-                f"'{folder / row.checkpoint}' is damaged: its weights are not what was written. Put back a copy of it, "
-                "or delete it and run the recipe again"
-            )
-        model = row.load()
-        weights = weights_digest(model)
-        keys = {name: before.key(weights, text) for name, text in digests.items()}
-        known = {name: kept for name, key in keys.items() if not again and (kept := before.find(key))}
-        unknown = {name: text for name, text in texts.items() if name not in known}
-        new: dict[str, Perplexity] = {}
-        if unknown:
-            new = score(
-                model.to(where),
-                unknown,
-                context=context,
-                stride=stride,
-                batch_size=batch_size,
-                progress=f"{row.checkpoint} on" if run.progress else None,
-            )
-        with held(lock_of(folder, "evaluation"), wait=True):
-            for name, result in new.items():
-                before.keep(keys[name], result)
-        measured, reused = {name: (known | new)[name] for name in texts}, reused + len(known)
-        matrix[row.checkpoint] = {name: result.scores for name, result in measured.items()}
-        for name, result in measured.items():
-            named = {"data": name, "split": "validation", "prefix_text": prefix_text}
-            errors = standard_errors(result.scores)
-            rows.append(EvaluationRow.model_validate({**row.names(), **named, **result.to_dict(), "se": errors}))
-        del model  # before the next is loaded
-    forgetting, forward_transfer = transfer(matrix, passed, LEVEL)
+    reused = 0
+    with library_bars(progress):
+        for row in checkpoints:
+            _refuse_damaged(folder, row)
+            model = row.load()
+            weights = weights_digest(model)
+            keys = {name: earlier.key(weights, text) for name, text in digests.items()}
+            known = {name: kept for name, key in keys.items() if not again and (kept := earlier.find(key))}
+            unknown = {name: text for name, text in texts.items() if name not in known}
+            bar = f"{row.checkpoint} on" if run.progress else None
+            new: dict[str, Perplexity] = {}
+            if unknown:
+                new = score(model.to(compute_on), unknown, **settings, batch_size=batch_size, progress=bar)
+            del model  # before the next is loaded
+            with held(lock_of(folder, "evaluation"), wait=True):
+                for name, result in new.items():
+                    earlier.keep(keys[name], result)
+            reused += len(known)
+            measured = {name: (known | new)[name] for name in texts}
+            matrix[row.checkpoint] = {name: result.scores for name, result in measured.items()}
+            for name, result in measured.items():
+                named = {"data": name, "split": "validation", "prefix_text": prefix_text}
+                errors = standard_errors(result.scores)
+                rows.append(EvaluationRow.model_validate({**row.names(), **named, **result.to_dict(), "se": errors}))
+    forgetting, forward_transfer = transfer(matrix, phase_runs, LEVEL)
     evaluation = Evaluation(
         schema_version=EVALUATION_VERSION,
         name=recipe.name,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         settings=EvaluationSettings(
             max_tokens=recipe.evaluate.max_tokens,
-            device=str(where),
+            device=str(compute_on),
             words=WORDS,
             bootstrap=Bootstrap.model_validate(BOOTSTRAP),
             level=LEVEL,
@@ -228,6 +222,19 @@ def _refuse_changed(folder: Path, finished: Sequence[Stage], names: Sequence[str
                     f"corpus '{name}' has changed since '{folder / stage.folder}' was trained, so that its held-out "
                     "text may be text that was trained on: put it back, or name other corpora with --data"
                 )
+
+
+def _refuse_damaged(folder: Path, row: Row) -> None:
+    """Refuse a checkpoint of the run whose weights are not those that were saved.
+
+    Raises:
+        UserError: Naming the checkpoint.
+    """
+    if row.phase and weights_hash(folder / row.checkpoint, read=True) != row.weights:
+        raise UserError(
+            f"'{folder / row.checkpoint}' is damaged: its weights are not what was written. Put back a copy of it, "
+            "or delete it and run the recipe again"
+        )
 
 
 def _texts(

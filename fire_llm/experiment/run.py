@@ -23,6 +23,7 @@ from fire_llm.core.locks import held, lock_of
 from fire_llm.core.ranks import launched, settle_launcher
 from fire_llm.core.signals import signals_handled
 from fire_llm.distributed import ranks, together
+from fire_llm.experiment.bars import library_bars
 from fire_llm.experiment.batch import phase_steps
 from fire_llm.experiment.collect import collect
 from fire_llm.experiment.context import RunContext
@@ -105,7 +106,8 @@ def run_recipe(
         Stopped: A KeyboardInterrupt, after SIGINT or SIGTERM: the step they came in is saved (docs/reliability.md).
     """
     folder = Path(os.path.expanduser(output or Path("runs") / recipe.name))
-    sweep = _Command([Trial("", {}, recipe)], folder, list(arms), progress, alone=True).run(workers)
+    with library_bars(progress):
+        sweep = _Command([Trial("", {}, recipe)], folder, list(arms), progress, alone=True).run(workers)
     return sweep.results[0].model_dump(mode="json")
 
 
@@ -130,7 +132,9 @@ def run_sweep(
         UserError: Where a folder belongs to another recipe or is in use by `fire-llm run`, or an arm is unknown.
         Stopped: A KeyboardInterrupt, after SIGINT or SIGTERM: every worker saved the step it was in.
     """
-    return _Command(trials, Path(os.path.expanduser(output)), list(arms), progress, alone=False).run(workers)
+    folder = Path(os.path.expanduser(output))
+    with library_bars(progress):
+        return _Command(trials, folder, list(arms), progress, alone=False).run(workers)
 
 
 @dataclass(frozen=True)
