@@ -26,13 +26,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmark_data import in_turns, texts_of
+from benchmark_data import in_turns
 
 from fire_llm.data import partition, tokenize_corpus, train_tokenizer
 from fire_llm.data.corpora import CorpusSpec, resolve
 from fire_llm.data.spec import Corpus
 
 Figures = dict[str, float]
+
+
+def texts_of(megabytes: float) -> list[str]:
+    """Return documents of the offline corpora, repeated with a number in front where they do not suffice."""
+    found: list[str] = []
+    total, again = 0, 0
+    while total < megabytes * 1e6:
+        for text in resolve("library-docs").documents("train"):
+            found.append(f"{again} {text}")
+            total += len(found[-1].encode())
+            if total >= megabytes * 1e6:
+                break
+        again += 1
+    return found
 
 
 def measured(work: Callable[[], int]) -> Figures:
