@@ -219,10 +219,8 @@ def main() -> None:
             shutil.rmtree(results[name], ignore_errors=True)
     if "apply" in figures and "no-measures" in figures:
         measuring = figures["apply"] - figures["no-measures"]
-        print(
-            f"of apply's {figures['apply']:.0f} s of CPU, measuring takes {measuring:.0f} "
-            f"({measuring / figures['apply']:.0%})"
-        )
+        share = measuring / figures["apply"]
+        print(f"of apply's {figures['apply']:.0f} s of CPU, measuring takes {measuring:.0f} ({share:.0%})")
     if "apply" in figures and "before" in figures:
         print(f"apply takes {figures['apply'] / figures['before']:.2f} of the other clone's CPU time")
     if "load" in figures and "apply" in figures:
@@ -231,9 +229,9 @@ def main() -> None:
         each = {"CPU seconds": figures, "peak memory": peaks}
         ratios = {
             f"{unit}, {name} / apply": value / found["apply"]
-            for unit, found in each.items()
-            for name, value in (found.items() if "apply" in found else ())
-        }
+            for unit, found in each.items() if "apply" in found
+            for name, value in found.items()
+        }  # fmt: skip
         args.json.write_text(json.dumps({"ratios": ratios}, indent=1))
     if results["apply"].exists():
         compare(source, results["apply"], results["load"] if results["load"].exists() else None)

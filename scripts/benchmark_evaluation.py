@@ -82,15 +82,8 @@ def contestants(model: Any, tokenizer: Any, texts: list[str], stream: np.ndarray
     def ours_documents() -> tuple[float, int]:
         ids = encode(texts)
         ends = np.cumsum([len(each) for each in ids])
-        measured = perplexity(
-            model,
-            np.concatenate(ids),
-            documents=ends,
-            per_document=True,
-            prefix=prefix,
-            context=context,
-            batch_size=args.batch_size,
-        )
+        how = {"prefix": prefix, "context": context, "batch_size": args.batch_size}
+        measured = perplexity(model, np.concatenate(ids), documents=ends, per_document=True, **how)
         return measured.nll * measured.tokens, measured.tokens
 
     run: dict[str, Callable] = {"ours, stream": ours_stream}
@@ -99,7 +92,7 @@ def contestants(model: Any, tokenizer: Any, texts: list[str], stream: np.ndarray
     run["ours, documents"] = ours_documents
     if installed("lm_eval"):
         run["lm_eval"] = lm_evals(model, tokenizer, texts, len(stream), args)
-    ends = np.cumsum([len(each) for each in Encoder(tokenizer)(texts)])
+    ends = np.cumsum([len(each) for each in encode(texts)])
     run["rolling loop"] = lambda: rolling_loop(model, stream, context, args.batch_size, prefix, documents=ends)
     return run
 
@@ -114,18 +107,11 @@ def trainers(model: Any, blocks: np.ndarray, args: Any) -> Callable:
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     dataset = Dataset.from_dict({"input_ids": blocks, "labels": blocks}).with_format("torch")
-    trainer = Trainer(
-        model,
-        TrainingArguments(
-            output_dir=tempfile.mkdtemp(),
-            per_device_eval_batch_size=args.batch_size,
-            prediction_loss_only=True,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=args.device == "cpu",
-        ),
-        eval_dataset=dataset,
-    )
+    settings = TrainingArguments(
+        output_dir=tempfile.mkdtemp(), per_device_eval_batch_size=args.batch_size, prediction_loss_only=True,
+        report_to="none", disable_tqdm=True, use_cpu=args.device == "cpu",
+    )  # fmt: skip
+    trainer = Trainer(model, settings, eval_dataset=dataset)
     trainer.remove_callback(PrinterCallback)
 
     def evaluated() -> tuple[float, int]:
@@ -169,16 +155,10 @@ def precisions(args: Any) -> dict[str, Any]:
     print(f"{describe(model)}, on {args.device}; context {args.context}, batch size {args.batch_size}, {len(stream):,} "
           f"tokens of {args.corpus} as one document")  # fmt: skip
     rows = measure(
-        model,
-        stream,
-        context=args.context,
-        batch_size=args.batch_size,
-        prefix=tokenizer.eos_token_id,
-        precisions=args.precisions,
-        rolling_batch_sizes=args.rolling_batch_sizes,
-        compiled=args.compile,
+        model, stream, context=args.context, batch_size=args.batch_size, prefix=tokenizer.eos_token_id,
+        precisions=args.precisions, rolling_batch_sizes=args.rolling_batch_sizes, compiled=args.compile,
         repeat=args.repeat,
-    )
+    )  # fmt: skip
     for row in rows:
         ours = next(each for each in rows if each["precision"] == row["precision"])
         print(f"{row['precision']:14} {row['contestant']:24} {row['tokens_per_second']:12,.0f} tokens/s, "

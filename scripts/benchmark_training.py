@@ -31,6 +31,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -241,17 +242,8 @@ def memory(args: argparse.Namespace) -> dict[str, float]:
     for vocabulary in args.vocabularies:
         found = {}
         for name in ("ours", "stock"):
-            command = [
-                sys.executable,
-                __file__,
-                "--only",
-                "memory-of",
-                "--contestant",
-                name,
-                "--vocab",
-                str(vocabulary),
-            ]
-            command += ["--device", args.device, "--precision", args.precision]
+            command = [sys.executable, __file__, "--only", "memory-of", "--contestant", name]
+            command += ["--vocab", str(vocabulary), "--device", args.device, "--precision", args.precision]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found[name] = json.loads(done.stdout.strip().splitlines()[-1])["bytes"]
         print(
@@ -276,15 +268,9 @@ def memory_of(args: argparse.Namespace) -> None:
     globals()["model_of"] = build
     args.context, args.batch, args.accumulation = 1024, 4, 1
     run = contestant(args.contestant, args, 2)
-    before = torch.cuda.memory_allocated() if args.device == "cuda" else resident()
+    before = torch.cuda.memory_allocated() if args.device == "cuda" else psutil.Process().memory_info().rss
     run()
     print(json.dumps({"bytes": peak_memory(torch.device(args.device)) - before}))
-
-
-def resident() -> int:
-    """Return the bytes of main memory that this process holds."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-    return pages * 4096
 
 
 def main() -> None:

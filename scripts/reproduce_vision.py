@@ -40,6 +40,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from vision_data import PACKAGED, Images, load
 from vision_networks import NETWORKS, build
+from write_results_page import OfTables, lines
 
 from fire_llm import Penalties, Recycling, UserError, apply_reset, diagnose_module, inject_plasticity_
 from fire_llm.core.atomic import read_json, write_json
@@ -573,23 +574,12 @@ def difference(pairs: list[float]) -> Any:
     return {"mean": tenth(fmean(pairs)), "half": tenth(half)} if interval else tenth(fmean(pairs))
 
 
-def written(cell: Any) -> str:
-    if isinstance(cell, dict):
-        spread = cell.get("half", cell.get("sd"))
-        return f"{cell['mean']:+.1f} ± {spread:.1f}" if "half" in cell else f"{cell['mean']:.1f} ± {spread:.1f}"
-    return "–" if cell is None else str(cell)
-
-
 def markdown(found: dict[str, dict[str, Any]]) -> str:
     """Return the tables as a page."""
-    parts = ["Accuracy in percent, mean ± standard deviation over seeds; differences paired by seed ± half their 95 %"]
-    parts[0] += " interval. Diagnostics right after the reset, before the second phase."
-    for name, one in found.items():
-        heads = [column.rpartition(": ")[2] for column in one["columns"]]
-        lines = [f"**{name}**", "", "| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
-        lines += ["| " + " | ".join(map(written, row)) + " |" for row in one["rows"]]
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n"
+    head = "Accuracy in percent, mean ± standard deviation over seeds; differences paired by seed ± half their 95 %"
+    head += " interval. Diagnostics right after the reset, before the second phase."
+    written = OfTables({"tables": found}).tables()
+    return "\n\n".join([head, *(f"**{name}**\n\n{table}" for name, table in written.items())]) + "\n"
 
 
 # ---- the command
@@ -675,7 +665,6 @@ def main(argv: list[str] | None = None) -> int:
             flush=True,
         )
     found = tables(results)
-    versions = {"torch": torch.__version__.partition("+")[0]}
     study = {
         "date": date.today().isoformat(),
         "command": f"python scripts/reproduce_vision.py {usual(args, images)}",
@@ -683,14 +672,12 @@ def main(argv: list[str] | None = None) -> int:
         "seeds": ", ".join(map(str, seeds)),
         "data": images.name,
         "unfinished": len(units) - len(results),
-        **versions,
+        "torch": torch.__version__.partition("+")[0],
         "tables": found,
     }
     write_json(args.output / "vision.json", {**study, "units": results})
     (args.output / "vision.md").write_text(markdown(found), encoding="utf-8")
     if args.study:
-        from write_results_page import lines
-
         args.study.write_text(lines(study) + "\n", encoding="utf-8")
     print(markdown(found))
     return 0

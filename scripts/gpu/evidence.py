@@ -93,9 +93,8 @@ def fitted(data: dict[str, Any], rate: float, seconds: float) -> dict[str, Any]:
     for phase in (first, second):
         phase["steps"] = max(8, int(phase["steps"] * factor))
     second["arms"] = {name: second["arms"][name] for name in arms[:count]}
-    for section, key in (("evaluate", "every_steps"),):
-        if data.get(section, {}).get(key):
-            data[section][key] = max(1, int(data[section][key] * factor))
+    if every := data.get("evaluate", {}).get("every_steps"):
+        data["evaluate"]["every_steps"] = max(1, int(every * factor))
     return data
 
 

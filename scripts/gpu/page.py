@@ -138,7 +138,7 @@ def _machines(folders: Sequence[Path], found: dict[str, Json]) -> list[str]:
             told += f" and {smi.get('clocks.max.sm')}"
         told += f"; {machine['cores']} CPU cores" if "cores" in machine else ""
         told += f"; CUDA {data['cuda']}" if data.get("cuda") else ""
-        commands = "\n".join(machine.get("commands") or [machine.get("command", "no command was recorded")])
+        commands = "\n".join(machine.get("commands", ["no command was recorded"]))
         for option, name in (("output", "DIR"), ("data", "FOLDER"), ("cache", "DIR")):
             commands = re.sub(rf"--{option} \S+", f"--{option} {name}", commands)
         told = f"{told}. {versions}." if versions else f"{told}."
@@ -188,15 +188,10 @@ def _solvers(data: Json, targets: Targets) -> list[str]:
         "from the polar factor in fp64.",
         "",
     ]
-    table = [
-        [
-            name,
-            f"{row['milliseconds']:.2f}",
-            f"{row['distance']:.1e}",
-            "" if row["extra_megabytes"] is None else f"{row['extra_megabytes']:,.0f}",
-        ]
-        for name, row in rows.items()
-    ]
+    table = []
+    for name, row in rows.items():
+        extra = "" if row["extra_megabytes"] is None else f"{row['extra_megabytes']:,.0f}"
+        table.append([name, f"{row['milliseconds']:.2f}", f"{row['distance']:.1e}", extra])
     lines += _table(("GPT-2's blocks", "ms", "distance", "MB beside input and result"), table)
     if "svd_milliseconds_one_layer" in data:
         took = data["svd_milliseconds_one_layer"]

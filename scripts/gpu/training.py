@@ -175,7 +175,7 @@ def _training(stage: Any) -> None:
 
 
 def _compare(stage: Any, rows: dict[str, dict[str, Any]], race: Any) -> None:
-    model = _hollow(race)
+    model = model_on_meta(config_for(race.preset, context=race.context, overrides={"vocab_size": race.vocab}))
     flops, peak = flops_per_token(model, race.context), peak_flops(torch.device(race.device), half=True)
     stage.note(flops_per_token=flops, peak_flops=peak)
     for row in rows.values():
@@ -189,15 +189,6 @@ def _compare(stage: Any, rows: dict[str, dict[str, Any]], race: Any) -> None:
         if all(pairs):
             ratios[f"ours / {other}"] = statistics.median(a / b for a, b in zip(*pairs, strict=False))
     stage.note(contestants=rows, ratios=ratios)
-
-
-@functools.cache
-def _hollow_model(preset: str, context: int, vocabulary: int) -> Any:
-    return model_on_meta(config_for(preset, context=context, overrides={"vocab_size": vocabulary}))
-
-
-def _hollow(race: Any) -> Any:
-    return _hollow_model(race.preset, race.context, race.vocab)
 
 
 def _restart_peak(cuda: bool) -> int:
@@ -233,11 +224,9 @@ def _profile(stage: Any, name: str, trainer: Any, step: float | None, profiles: 
     steps = trainer.args.max_steps = 2
     activities = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
     with profile(activities=activities) as seen:
-        began = time.perf_counter()
         trainer.train()
         if cuda:
             torch.cuda.synchronize()
-        wall = 1000 * (time.perf_counter() - began)
     events = [e for e in seen.key_averages() if not cuda or e.device_type == DeviceType.CUDA]
     events = [e for e in events if not getattr(e, "is_user_annotation", False)]  # they lie over kernels
     spent = {e.key: (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1000 for e in events}
@@ -247,12 +236,9 @@ def _profile(stage: Any, name: str, trainer: Any, step: float | None, profiles: 
     attention = [key for key in top if any(part in key.lower() for part in ATTENTION)]
     profiles[name] = {
         "steps": steps,
-        "wall_milliseconds": wall,
         "kernel_milliseconds": total,
         "step_milliseconds": step,
-        "kernel_milliseconds_a_step": total / steps,
         "kernels_a_step": sum(counts.values()) / steps,
-        "idle_share": 1 - total / steps / step if step else None,
         "attention": {key[:200]: {"milliseconds": spent[key], "calls": counts[key]} for key in attention},
         "top": [
             {"kernel": key[:200], "milliseconds": spent[key], "share": spent[key] / total, "calls": counts[key]}
