@@ -44,27 +44,27 @@ from fire_llm.models import find_device, load_model
 from fire_llm.reporting.schema import EVALUATION_VERSION, Bootstrap, Evaluation, EvaluationRow, EvaluationSettings
 
 LEVEL = 0.95
-"""Of the intervals."""
+"""The level of all intervals."""
 
 
 @dataclass
 class Row:
-    """A checkpoint of the matrix and how to load it."""
+    """A checkpoint of the matrix, and how to load it."""
 
     checkpoint: str
-    """Folder relative to the run's; `init/seed-1` for step-0 weights, the name given for a run that began with some."""
+    """Folder relative to the run's; `init/seed-1` for step-0 weights; the recipe's `checkpoint` if it has one."""
     phase: str | None
     arm: str | None
     seed: int | None
     step: int
     labels: list[str]
-    """init, start, final, best, or a number of steps."""
+    """Some of init, start, final, best and numbers of steps."""
     load: Callable[[], Any] = field(repr=False)
     weights: str | None = None
-    """Hash of its weights; None for step-0 weights, which the recipe gives."""
+    """Hash of its weights; None for step-0 weights, which follow from the recipe."""
 
     def names(self) -> dict[str, object]:
-        """Return what tells the row from others, as plain data."""
+        """Return all fields but `load`, as plain data."""
         return {key: value for key, value in vars(self).items() if key != "load"}
 
 
@@ -81,11 +81,11 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Score the checkpoints of a run on its held-out texts, and write and return the matrix.
 
-    Each checkpoint is loaded once, in fp32. What an earlier call measured with the same weights, text and settings is
-    not measured again. Under torch.distributed ranks share the work.
+    Each checkpoint is loaded once, in fp32. A perplexity that an earlier call measured with the same weights, text and
+    settings is not measured again. Under torch.distributed ranks share the work.
 
     Args:
-        run_dir: Folder of a run; what in it is not finished is left out and named.
+        run_dir: Folder of a run; its unfinished stages are left out and named.
         data: Corpora of the recipe or known ones; by default all that the recipe trains or measures on.
         context: Tokens a window; by default the run's, and the numbers are then those of its results.json.
         stride: As in `perplexity`.
@@ -172,7 +172,7 @@ def run_and_stages(folder: Path, progress: bool) -> tuple[RunContext, list[Stage
     """Read the recipe that a run's folder was made with.
 
     Raises:
-        UserError: It has none, or a damaged one; for text that is not there, with a hint where its path is relative.
+        UserError: It has no recipe, or a damaged one; or text is missing, with a hint if its path is relative.
     """
     path = folder / "recipe.json"
     if not is_run(folder):
@@ -194,7 +194,7 @@ def _names(recipe: Recipe, data: Sequence[str] | None) -> list[str]:
     """Return the corpora to measure on.
 
     Raises:
-        UserError: For one that is neither the recipe's nor a known one.
+        UserError: Naming a corpus that is neither the recipe's nor a known one.
     """
     own = list(dict.fromkeys([*recipe.corpus_names(), *recipe.corpora]))
     for name in data or ():
@@ -207,7 +207,7 @@ def _names(recipe: Recipe, data: Sequence[str] | None) -> list[str]:
 
 
 def _refuse_changed(folder: Path, finished: Sequence[Stage], names: Sequence[str]) -> None:
-    """Refuse what is not what the run was trained with: text (what is held out now may have been trained on), files.
+    """Refuse changes since training, of the model's files and of texts: held-out text may have been trained on.
 
     Raises:
         UserError: Naming the corpus, or the file of the model or tokenizer.
@@ -243,7 +243,7 @@ def _texts(
     """Return the held-out text of each corpus, and why others have none.
 
     Raises:
-        UserError: One that is required has none, or none has.
+        UserError: A required corpus has no held-out text.
     """
     first = first_token(run.tokenizer)
     texts: dict[str, EvaluationSet] = {}
@@ -261,15 +261,15 @@ def _texts(
 
 
 def rows_and_phase_runs(finished: Sequence[Stage], run: RunContext) -> tuple[list[Row], list[PhaseRun]]:
-    """Return the checkpoints of a run, what it began with first, and the stages between them.
+    """Return the checkpoints of a run, first the weights that it began with, and the stages between them.
 
     Args:
-        finished: Stages whose last checkpoint is there, parents before children.
-        run: That they belong to.
+        finished: The finished stages, parents before children.
+        run: The run that they belong to.
     """
     recipe, folder = run.recipe, run.folder
     rows: dict[str, Row] = {}
-    passed: dict[str, PhaseRun] = {}
+    phase_runs: dict[str, PhaseRun] = {}
     for seed in recipe.seed:
         given = recipe.model.checkpoint
         name = given or f"init/seed-{seed}"
@@ -285,7 +285,7 @@ def rows_and_phase_runs(finished: Sequence[Stage], run: RunContext) -> tuple[lis
         start = recipe.model.checkpoint or f"init/seed-{stage.seed}"
         if stage.parent is not None:
             start = str(labelled_checkpoint(folder / stage.parent.folder, stage.start).relative_to(folder))
-        parent = passed[stage.parent.folder] if stage.parent else None
+        parent = phase_runs[stage.parent.folder] if stage.parent else None
         names = (stage.phase.name, stage.arm, stage.seed, tuple(stage.phase.data))
-        passed[stage.folder] = PhaseRun(*names, start, last, parent)
-    return [*rows.values()], [*passed.values()]
+        phase_runs[stage.folder] = PhaseRun(*names, start, last, parent)
+    return [*rows.values()], [*phase_runs.values()]
