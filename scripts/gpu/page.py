@@ -1,4 +1,4 @@
-"""Turn the JSONs of `gpu_report.py` into a page: every figure beside its target, and what was not measured."""
+"""Turn the JSONs of `gpu_report.py` into a page: each figure with its target, and what was not measured."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ REPORTED = {"llm.c": 468_000, "PyTorch with torch.compile": 462_000}
 """Tokens a second of GPT-2 124M on one H100 at a context of 1024, as others report them."""
 RATE, RATIOS = 460_000, {"ours / bare": 0.98, "ours / stock": 1.3}
 SOLVERS = {"newton_schulz, bf16": ("FIRE's five steps", 2.5, 0.85), "polar, 1e-3": ("`polar` to 1e-3", 6.5, 3.0)}
-"""Of solvers with a target: a name, most milliseconds for GPT-2's matrices, most seconds for Llama-3-8B's."""
+"""Solvers with targets: (name, most milliseconds for GPT-2's matrices, most seconds for Llama-3-8B's)."""
 FASTER = 2.0
-"""Our tokens a second over a rolling loop's, at least."""
+"""Target of our tokens a second over those of a rolling loop."""
 
 Json = dict[str, Any]
 
 
 def page(folders: Sequence[Path]) -> str:
-    """Return the page, as Markdown, on what folders of JSONs hold; of a stage that several hold, the last that is done.
+    """Return the page on folders of JSONs, as Markdown.
 
-    Where none is done, the last one that started is used.
+    If several folders hold a stage, the last one that is done is used; if none is done, the last one that began.
     """
     found = {stage: _chosen(folders, stage) for stage in STAGES}
     targets = Targets()
@@ -53,7 +53,7 @@ def page(folders: Sequence[Path]) -> str:
 
 
 class Targets:
-    """Collect what figures should be, and what they are."""
+    """Compare figures with their targets, and collect those that fall short or are unmeasured."""
 
     def __init__(self) -> None:
         self.short: list[str] = []
@@ -74,7 +74,7 @@ class Targets:
         self._rows.append([what, told, wanted, verdict])
 
     def table(self) -> list[str]:
-        """Return the table of what was added since the last one."""
+        """Return a table of the figures that were added since the last table."""
         rows, self._rows = self._rows, []
         return [*_table(("figure", "measured", "wanted", ""), rows), ""] if rows else []
 
@@ -110,7 +110,7 @@ def _status(data: Json) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return a message without folders of the machine it is from, fit for a table."""
+    """Return a message without folders of its machine, and without characters that break a table."""
     text = re.sub(r"/(?:[\w.+-]+/)*(?=(?:fire_llm|scripts|tests|site-packages)/)", "", text)
     text = re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+", "…/", text)
     return text.replace("`", "'").replace("|", "/").strip()
@@ -260,7 +260,7 @@ def _training(data: Json, targets: Targets) -> list[str]:
 
 
 def _profile(name: str, seen: Json, rate: float | None, tokens: int, fell: bool) -> list[str]:
-    """Tell where a contestant's time goes; kernel by kernel where a target was not met."""
+    """Describe where a contestant's time goes; kernel by kernel if a target was not met."""
     kernels = seen["kernel_milliseconds"] / seen["steps"]
     told = f"`{name}` under the profiler: kernels take {kernels:.1f} ms a step"
     if rate:
