@@ -124,8 +124,8 @@ def main(arguments: Namespace) -> int | None:
     else:
         copied = f"copied and hashed in {report.copying_seconds:.2f} s"
         print(f"{report}; {copied}; computed on {find_device(arguments.device).type}\nsaved: {arguments.dst}")
-        if (said := norm_warning(report.resets, report.touched)) is not None:
-            print(f"warning: {said}")
+        if (warning := norm_warning(report.resets, report.touched)) is not None:
+            print(f"warning: {warning}")
         if report.nll:
             vocabulary = pretrained_config(arguments.dst).get_text_config().vocab_size
             print("\n".join(loss_lines(report.nll, vocabulary)))
@@ -143,7 +143,7 @@ def _print_actions(report: ResetReport) -> None:
 
 
 def _print_names(report: ResetReport) -> None:
-    """Print the tensors and files that the reset has nothing to do with."""
+    """Print the names of tensors that are kept unread, and of files that are not copied."""
     lists = {"kept as stored, not loaded by the class": report.kept_unread, "not copied": report.not_copied}
     for what, names in lists.items():
         if names:

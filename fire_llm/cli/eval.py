@@ -21,7 +21,7 @@ EXAMPLES = (
 )
 
 _OF_A_RUN = ("data", "context", "stride", "batch_size", "device", "again")
-"""Options that are also for the folder of a run; the run itself has settled the others."""
+"""Options that apply to the folder of a run too; its recipe decides the others."""
 
 
 def add_options(verb: ArgumentParser) -> None:
@@ -97,12 +97,12 @@ def main(arguments: Namespace) -> int | None:
 
 
 def _check_run_alone(arguments: Namespace, run: str) -> None:
-    """Refuse a run beside other checkpoints, and options that the run itself has settled."""
+    """Refuse a run beside other checkpoints, and options that the run's recipe decides."""
     if len(arguments.checkpoints) > 1:
         raise UserError(f"eval: '{run}' is the folder of a run: give one run alone, or checkpoints in it")
-    usual = parser(["eval"]).parse_args(["eval", run])
-    free = (*_OF_A_RUN, "num_processes", "json")
-    given = [n for n, value in vars(arguments).items() if n not in free and value != getattr(usual, n)]
+    defaults = parser(["eval"]).parse_args(["eval", run])
+    allowed = (*_OF_A_RUN, "num_processes", "json")
+    given = [n for n, value in vars(arguments).items() if n not in allowed and value != getattr(defaults, n)]
     if given:
         flag = given[0].replace("_", "-")
         raise UserError(
@@ -111,22 +111,12 @@ def _check_run_alone(arguments: Namespace, run: str) -> None:
 
 
 def _evaluate(arguments: Namespace, first: bool) -> tuple[dict[str, Any], Callable[[], None]]:
-    """Score checkpoints on texts and tasks; return the scores, and what prints them."""
+    """Score checkpoints on texts and tasks; return the scores, and a function that prints them."""
     from fire_llm.evaluation.checkpoints import score_checkpoints
     from fire_llm.evaluation.table import print_scores
 
-    names = (
-        "split",
-        "column",
-        "document",
-        "max_tokens",
-        "context",
-        "stride",
-        "batch_size",
-        "per_document",
-        "prefix",
-        "dtype",
-    )
+    texts = ("split", "column", "document", "max_tokens", "per_document", "prefix")
+    names = (*texts, "context", "stride", "batch_size", "dtype")
     found = score_checkpoints(
         arguments.checkpoints,
         arguments.data or [],
@@ -139,12 +129,12 @@ def _evaluate(arguments: Namespace, first: bool) -> tuple[dict[str, Any], Callab
         progress=first,
         **{name: getattr(arguments, name) for name in names},
     )
-    of_it = partial(print_scores, found.rows, differences=found.differences, diagnostics=found.diagnostics)
-    return found.to_dict(), partial(of_it, tasks=found.tasks, max_tokens=arguments.max_tokens)
+    tell = partial(print_scores, found.rows, differences=found.differences, diagnostics=found.diagnostics)
+    return found.to_dict(), partial(tell, tasks=found.tasks, max_tokens=arguments.max_tokens)
 
 
 def _evaluate_run(arguments: Namespace, first: bool) -> tuple[dict[str, Any], Callable[[], None]]:
-    """Score the checkpoints of a run; return the scores, and what writes the run's page again and prints them."""
+    """Score the checkpoints of a run; return the scores, and a function that prints them and rewrites the page."""
     from fire_llm.evaluation.table import print_scores
     from fire_llm.experiment.evaluate_run import evaluate_run
     from fire_llm.reporting.schema import Evaluation

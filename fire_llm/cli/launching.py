@@ -1,4 +1,4 @@
-"""Start a verb again on several processes: what was asked for, and the command line of each."""
+"""Start a verb on several processes: the launch that its options ask for, and the command line of each process."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.core.launch import Launch, prepare
 
 _MACHINES = ("num_machines", "machine_rank", "main_address")
-_LEFT_OUT = ("num_processes", "accelerate_config", "push_to_hub", *_MACHINES)
-"""Options that the ranks are not started with: the process that starts them acts on these."""
+_FOR_THE_LAUNCHER = ("num_processes", "accelerate_config", "push_to_hub", *_MACHINES)
+"""Options that ranks are started without: the process that starts them acts on these."""
 
 
 def training_launch(arguments: Namespace) -> Launch | None:
-    """Return the launch that --num-processes or --accelerate-config asks for, None where neither is given.
+    """Return the launch that --num-processes or --accelerate-config asks for; None if neither is given.
 
     Raises:
-        UserError: For options that exclude each other, or a launch that cannot work.
+        UserError: Options exclude each other, or the launch cannot work.
     """
     machines = _machines(arguments)
     if arguments.num_processes is None and arguments.accelerate_config is None:
@@ -35,7 +35,7 @@ def training_launch(arguments: Namespace) -> Launch | None:
 
 
 def _machines(arguments: Namespace) -> dict[str, Any]:
-    """Return what the options say about several machines, as accelerate's settings; empty where none is given."""
+    """Return the options about several machines as accelerate's settings; empty if none is given."""
     address, _, port = (arguments.main_address or "").partition(":")
     if ":" in port:  # an IPv6 address
         address, port = arguments.main_address, ""
@@ -51,10 +51,10 @@ def _machines(arguments: Namespace) -> dict[str, Any]:
 
 
 def device_launch(arguments: Namespace) -> Launch | None:
-    """Return the launch that --num-processes asks for on the devices of --device, None where one process is enough.
+    """Return the launch that --num-processes asks for on the devices of --device; None if one process is enough.
 
     Raises:
-        UserError: For an unknown device, or more processes than there are devices.
+        UserError: The device is unknown, or there are fewer devices than processes.
     """
     if arguments.num_processes is None:
         return None
@@ -66,10 +66,10 @@ def device_launch(arguments: Namespace) -> Launch | None:
 
 
 def _configuration(given: str) -> str:
-    """Return the file of accelerate's settings that a path, or the name of one in recipes/accelerate, stands for.
+    """Return the file of accelerate's settings for a path, or for a name in recipes/accelerate.
 
     Raises:
-        UserError: There is none, with the names that there are.
+        UserError: There is no such file; the message lists the names.
     """
     from fire_llm.experiment.recipe import recipes_folder
 
@@ -86,12 +86,12 @@ def _configuration(given: str) -> str:
 
 
 def command_line(arguments: Namespace) -> list[str]:
-    """Return the command line that each rank is started with: the verb's own, without what starts processes."""
+    """Return the command line of each rank: the verb with its options, without those for the launcher."""
     verbs: Any = next(a for a in parser([arguments.verb])._actions if a.dest == "verb").choices
     line = [arguments.verb]
     for action in verbs[arguments.verb]._actions:
         value = getattr(arguments, action.dest, None)
-        if action.dest in _LEFT_OUT or value in (None, False) or value == action.default:
+        if action.dest in _FOR_THE_LAUNCHER or value in (None, False) or value == action.default:
             continue
         flag, values = action.option_strings[-1:], value if isinstance(value, list) else [value]
         if value is True:
