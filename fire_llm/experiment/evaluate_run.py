@@ -20,13 +20,12 @@ from fire_llm.core.manifest import weights_hash
 from fire_llm.data.corpora import CORPORA
 from fire_llm.distributed import is_first
 from fire_llm.evaluation.measurement import WORDS, first_token, token_text
-from fire_llm.evaluation.perplexity import Perplexity
 from fire_llm.evaluation.scores import Scores
 from fire_llm.evaluation.statistics import BOOTSTRAP, standard_errors
-from fire_llm.evaluation.texts import EvaluationSet, score
+from fire_llm.evaluation.texts import EvaluationSet
 from fire_llm.experiment.bars import library_bars
 from fire_llm.experiment.context import RunContext
-from fire_llm.experiment.measured import Measured, text_digest, weights_digest
+from fire_llm.experiment.measured import Measured
 from fire_llm.experiment.recipe import Recipe, load_recipe
 from fire_llm.experiment.sources import changes
 from fire_llm.experiment.stages import (
@@ -116,28 +115,16 @@ def evaluate_run(
     prefix_text = token_text(run.tokenizer, first_token(run.tokenizer))
     settings = {"context": run.sequence_length if context is None else context, "stride": stride}
     earlier = Measured(folder, {**settings, "device": compute_on.type})
-    digests = {name: text_digest(text) for name, text in texts.items()}
     matrix: dict[str, dict[str, Scores]] = {}
     rows: list[EvaluationRow] = []
     reused = 0
     with library_bars(progress):
         for row in checkpoints:
             _refuse_damaged(folder, row)
-            model = row.load()
-            weights = weights_digest(model)
-            keys = {name: earlier.key(weights, text) for name, text in digests.items()}
-            known = {name: kept for name, key in keys.items() if not again and (kept := earlier.find(key))}
-            unknown = {name: text for name, text in texts.items() if name not in known}
             bar = f"{row.checkpoint} on" if run.progress else None
-            new: dict[str, Perplexity] = {}
-            if unknown:
-                new = score(model.to(compute_on), unknown, **settings, batch_size=batch_size, progress=bar)
-            del model  # before the next is loaded
-            with held(lock_of(folder, "evaluation"), wait=True):
-                for name, result in new.items():
-                    earlier.keep(keys[name], result)
-            reused += len(known)
-            measured = {name: (known | new)[name] for name in texts}
+            how = {**settings, "batch_size": batch_size, "progress": bar}
+            measured, known = earlier.score(row.load(), texts, compute_on, again=again, **how)
+            reused += known
             matrix[row.checkpoint] = {name: result.scores for name, result in measured.items()}
             for name, result in measured.items():
                 named = {"data": name, "split": "validation", "prefix_text": prefix_text}

@@ -19,10 +19,11 @@ import transformers
 from fire_llm.core.atomic import read_json, write_json
 from fire_llm.core.errors import UserError
 from fire_llm.core.hashing import digest
+from fire_llm.core.locks import held, lock_of
 from fire_llm.distributed import gather_objects, is_first
 from fire_llm.evaluation.perplexity import Perplexity, summarize
 from fire_llm.evaluation.scores import Scores
-from fire_llm.evaluation.texts import EvaluationSet
+from fire_llm.evaluation.texts import EvaluationSet, score
 
 FORMAT = 1
 """Increased whenever the same weights and text would give other sums."""
@@ -37,7 +38,7 @@ class Measured:
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        self.folder = folder / ".measured"
+        self.folder, self._lock = folder / ".measured", lock_of(folder, "evaluation")
         self._settings = [FORMAT, torch.__version__, transformers.__version__, dict(settings)]
 
     def key(self, weights: str, text: str) -> str:
@@ -65,6 +66,28 @@ class Measured:
             how = {name: getattr(result, name) for name in ("context", "stride", "prefix", "per_document", "precision")}
             content = {"digest": _digest(key, scores, how), "how": how, "scores": scores}
             write_json(self.folder / f"{key}.json", content)
+
+    def score(
+        self, model: Any, texts: Mapping[str, EvaluationSet], device: torch.device, *, again: bool, **how: Any
+    ) -> tuple[dict[str, Perplexity], int]:
+        """Return a model's perplexity on each text, and how many of them were found and not measured.
+
+        Args:
+            model: A model in memory, loaded for this.
+            texts: The texts by name.
+            device: Where to compute.
+            again: Measure all of them.
+            **how: As in `evaluation.texts.score`.
+        """
+        weights = weights_digest(model)
+        keys = {name: self.key(weights, text_digest(text)) for name, text in texts.items()}
+        known = {name: kept for name, key in keys.items() if not again and (kept := self.find(key))}
+        unknown = {name: text for name, text in texts.items() if name not in known}
+        new = score(model.to(device), unknown, **how) if unknown else {}
+        with held(self._lock, wait=True):
+            for name, result in new.items():
+                self.keep(keys[name], result)
+        return {name: (known | new)[name] for name in texts}, len(known)
 
 
 def weights_digest(model: torch.nn.Module) -> str:
