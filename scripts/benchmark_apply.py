@@ -167,6 +167,18 @@ def compare(source: Path, result: Path, baseline: Path | None) -> None:
         print(f"{equal} of {len(before)} tensors equal the baseline's to the byte")
 
 
+def compare_times(figures: dict[str, float]) -> None:
+    """Print what the CPU seconds of the contestants say about each other."""
+    if "apply" in figures and "no-measures" in figures:
+        measuring = figures["apply"] - figures["no-measures"]
+        share = measuring / figures["apply"]
+        print(f"of apply's {figures['apply']:.0f} s of CPU, measuring takes {measuring:.0f} ({share:.0%})")
+    if "apply" in figures and "before" in figures:
+        print(f"apply takes {figures['apply'] / figures['before']:.2f} of the other clone's CPU time")
+    if "load" in figures and "apply" in figures:
+        print(f"apply takes {figures['apply'] / figures['load']:.2f} of the baseline's time")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="llama-3-8b")
@@ -217,14 +229,7 @@ def main() -> None:
             print(f"  {', '.join(known)} (wall)")
         if name not in ("apply", "load"):
             shutil.rmtree(results[name], ignore_errors=True)
-    if "apply" in figures and "no-measures" in figures:
-        measuring = figures["apply"] - figures["no-measures"]
-        share = measuring / figures["apply"]
-        print(f"of apply's {figures['apply']:.0f} s of CPU, measuring takes {measuring:.0f} ({share:.0%})")
-    if "apply" in figures and "before" in figures:
-        print(f"apply takes {figures['apply'] / figures['before']:.2f} of the other clone's CPU time")
-    if "load" in figures and "apply" in figures:
-        print(f"apply takes {figures['apply'] / figures['load']:.2f} of the baseline's time")
+    compare_times(figures)
     if args.json:
         each = {"CPU seconds": figures, "peak memory": peaks}
         ratios = {
