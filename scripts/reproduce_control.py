@@ -51,6 +51,7 @@ from torch import Tensor, nn
 from write_results_page import Figure, OfTables, lines
 
 from fire_llm import __version__, apply_reset
+from fire_llm.core.atomic import write_json
 from fire_llm.core.errors import UserError
 from fire_llm.linalg.activations import dormant_scores, dormant_share, feature_srank
 from fire_llm.reporting.comparison import paired_interval
@@ -317,13 +318,6 @@ def said(words: str) -> None:
     print(words, file=sys.stderr, flush=True)
 
 
-def write(path: Path, data: dict[str, Any]) -> None:
-    """Write JSON; the file appears as a whole."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(data) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
 def finished(path: Path, task: Task) -> dict[str, Any] | None:
     """Return a unit that was finished with these settings; None if there is none.
 
@@ -358,7 +352,7 @@ def train(task: Task, seed: int, arms: Sequence[str], out: Path) -> None:
         diagnosis = diagnosed(model)
         model.policy.load_state_dict(initial.state_dict())
         unit = {"curve": curve.curve, "end": diagnosis, "untrained": diagnosed(model)}
-        write(place / "middle.json", {"task": asdict(task), "seconds": time.process_time() - began, **unit})
+        write_json(place / "middle.json", {"task": asdict(task), "seconds": time.process_time() - began, **unit})
     for arm in arms:
         if finished(place / f"{arm}.json", task) is not None:
             continue
@@ -369,7 +363,7 @@ def train(task: Task, seed: int, arms: Sequence[str], out: Path) -> None:
         reset = FireCallback(task.algorithm, arm, initial, temperature)
         model.learn(task.steps // 2, callback=[reset, curve], reset_num_timesteps=False)
         unit = {"curve": curve.curve, "begin": reset.diagnosis, "end": diagnosed(model)}
-        write(place / f"{arm}.json", {"task": asdict(task), "seconds": time.process_time() - began, **unit})
+        write_json(place / f"{arm}.json", {"task": asdict(task), "seconds": time.process_time() - began, **unit})
 
 
 # ---- tables
