@@ -117,7 +117,7 @@ def _evaluate(arguments: Namespace, first: bool) -> tuple[dict[str, Any], Callab
 
     texts = ("split", "column", "document", "max_tokens", "per_document", "prefix")
     names = (*texts, "context", "stride", "batch_size", "dtype")
-    found = score_checkpoints(
+    scored = score_checkpoints(
         arguments.checkpoints,
         arguments.data or [],
         device=arguments.device,
@@ -129,8 +129,8 @@ def _evaluate(arguments: Namespace, first: bool) -> tuple[dict[str, Any], Callab
         progress=first,
         **{name: getattr(arguments, name) for name in names},
     )
-    tell = partial(print_scores, found.rows, differences=found.differences, diagnostics=found.diagnostics)
-    return found.to_dict(), partial(tell, tasks=found.tasks, max_tokens=arguments.max_tokens)
+    tell = partial(print_scores, scored.rows, differences=scored.differences, diagnostics=scored.diagnostics)
+    return scored.to_dict(), partial(tell, tasks=scored.tasks, max_tokens=arguments.max_tokens)
 
 
 def _evaluate_run(arguments: Namespace, first: bool) -> tuple[dict[str, Any], Callable[[], None]]:
@@ -146,16 +146,16 @@ def _evaluate_run(arguments: Namespace, first: bool) -> tuple[dict[str, Any], Ca
     def tell() -> None:
         if (folder / "results.json").is_file():
             print(page_line(load_results(folder), folder / "report.html"))
-        found = Evaluation.model_validate(evaluation)
+        typed = Evaluation.model_validate(evaluation)
         print_scores(
-            found.rows,
-            forgetting=found.forgetting,
-            forward_transfer=found.forward_transfer,
-            left_out=found.left_out,
-            unfinished=found.unfinished,
-            max_tokens=found.settings.max_tokens,
+            typed.rows,
+            forgetting=typed.forgetting,
+            forward_transfer=typed.forward_transfer,
+            left_out=typed.left_out,
+            unfinished=typed.unfinished,
+            max_tokens=typed.settings.max_tokens,
         )
-        if found.reused:
-            print(f"{found.reused} of {len(found.rows)} rows were measured before, with these weights (--again: anew)")
+        if typed.reused:
+            print(f"{typed.reused} of {len(typed.rows)} rows were measured before, with these weights (--again: anew)")
 
     return evaluation, tell

@@ -41,13 +41,13 @@ def _machines(arguments: Namespace) -> dict[str, Any]:
         address, port = arguments.main_address, ""
     if port and not port.isdecimal():
         raise UserError(f"--main-address {arguments.main_address}: an address, or ADDRESS:PORT, is needed")
-    given = {
+    settings = {
         "num_machines": arguments.num_machines,
         "machine_rank": arguments.machine_rank,
         "main_process_ip": address or None,
         "main_process_port": int(port) if port else None,
     }
-    return {key: value for key, value in given.items() if value is not None}
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def device_launch(arguments: Namespace) -> Launch | None:
@@ -65,7 +65,7 @@ def device_launch(arguments: Namespace) -> Launch | None:
     return None if launch.alone else launch
 
 
-def _configuration(given: str) -> str:
+def _configuration(name: str) -> str:
     """Return the file of accelerate's settings for a path, or for a name in recipes/accelerate.
 
     Raises:
@@ -73,16 +73,16 @@ def _configuration(given: str) -> str:
     """
     from fire_llm.experiment.recipe import recipes_folder
 
-    if Path(given).is_file():
-        return given
-    known = {path.stem: str(path) for path in sorted((recipes_folder() / "accelerate").glob("*.yaml"))}
-    if given not in known:
+    if Path(name).is_file():
+        return name
+    files = {path.stem: str(path) for path in sorted((recipes_folder() / "accelerate").glob("*.yaml"))}
+    if name not in files:
         raise UserError(
-            f"--accelerate-config: there is no file '{given}', and no configuration of that name comes with the "
-            f"package.{did_you_mean(Path(given).stem, known)} Names: {', '.join(known)}. `accelerate config` writes "
+            f"--accelerate-config: there is no file '{name}', and no configuration of that name comes with the "
+            f"package.{did_you_mean(Path(name).stem, files)} Names: {', '.join(files)}. `accelerate config` writes "
             "a file of your own"
         )
-    return known[given]
+    return files[name]
 
 
 def command_line(arguments: Namespace) -> list[str]:

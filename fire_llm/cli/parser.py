@@ -32,8 +32,8 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if "invalid choice: '" in message and "VERB" in message:
-            given = message.split("invalid choice: '")[1].split("'")[0]
-            message = f"there is no verb '{given}'.{did_you_mean(given, VERBS)} Verbs: {', '.join(VERBS)}"
+            verb = message.split("invalid choice: '")[1].split("'")[0]
+            message = f"there is no verb '{verb}'.{did_you_mean(verb, VERBS)} Verbs: {', '.join(VERBS)}"
         sys.stderr.write(f"fire-llm: {message}\nTry: {self.prog} --help\n")
         raise SystemExit(2)
 

@@ -132,7 +132,7 @@ def _run(stage: Stage) -> Run:
     path = run.folder / stage.folder
     final = final_checkpoint(path)
     assert final is not None
-    state, own = (read_state(final, name) for name in STATES)
+    state, continual = (read_state(final, name) for name in STATES)
     history, per_step = state["log_history"], run.recipe.batch.tokens_per_step
     curve = _curve(history, per_step)
     start, jump = None, {}
@@ -151,10 +151,10 @@ def _run(stage: Stage) -> Run:
         seed=stage.seed,
         start=start,
         steps=state["global_step"],
-        planned_steps=state["max_steps"] if own.get("stopped") else None,
+        planned_steps=state["max_steps"] if continual.get("stopped") else None,
         tokens_per_step=per_step,
-        seconds=round(own["seconds"], 2),
-        batches_hash=f"{own['batches_hash'] & (2**64 - 1):016x}",
+        seconds=round(continual["seconds"], 2),
+        batches_hash=f"{continual['batches_hash'] & (2**64 - 1):016x}",
         checkpoint=str(final.relative_to(run.folder)),
         weights=_weights(stage),
         curve=curve,
@@ -255,7 +255,7 @@ def _arm(stages: list[Stage]) -> Arm:
 
 def mean_finals(runs: Sequence[Run]) -> dict[str, Scores]:
     """Return, by corpus, the final scores of several seeds as their mean."""
-    return {corpus: _mean_scores([one.final[corpus] for one in runs]) for corpus in runs[0].final}
+    return {corpus: _mean_scores([run.final[corpus] for run in runs]) for corpus in runs[0].final}
 
 
 def _mean_scores(values: Sequence[Scores]) -> Scores:
@@ -273,8 +273,8 @@ def _mean_scores(values: Sequence[Scores]) -> Scores:
 
 def _mean(values: Sequence[float | None]) -> float | None:
     """Return the mean over all seeds; None if one lacks the number."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / len(numbers) if numbers and len(numbers) == len(values) else None
 
 
 def _mean_entry(entries: Sequence[CurveEntry]) -> CurveEntry:
@@ -305,10 +305,10 @@ def _git_hash() -> str | None:
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None
+    return result.stdout.strip() or None
 
 
 def hardware() -> Hardware:

@@ -42,12 +42,12 @@ def overtraining(stage: Stage, threshold: float) -> Overtraining:
     history = [entry for entry in state["log_history"] if entry["step"] <= state["global_step"]]
     weights, evaluated = parent.phase.data, stage.run.recipe.evaluated()
     corpora = [name for name in weights if weights[name] and name in evaluated]
-    found: Overtraining | None = None
+    judged: Overtraining | None = None
     with suppress(ValueError):
-        found = Overtraining.of(history, "ema_nll" if checkpoint.name == AVERAGED else "eval_nll", corpora, threshold)
-    if found is None or found.step != state["global_step"]:
+        judged = Overtraining.of(history, "ema_nll" if checkpoint.name == AVERAGED else "eval_nll", corpora, threshold)
+    if judged is None or judged.step != state["global_step"]:
         raise UserError(
             f"{stage.title}: the log holds no finite held-out loss of '{checkpoint}', so that nobody knows whether it "
             "is overtrained: leave when out, or start from a step at which its phase was evaluated"
         )
-    return found
+    return judged

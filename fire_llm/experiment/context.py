@@ -177,8 +177,8 @@ class RunContext:
         The size of a tokenizer on the Hub is not looked up: `models.VOCABULARY` is assumed.
         """
         section = self.recipe.model
-        given = section.config if isinstance(section.config, str) else section.checkpoint
-        return self._config(None, given)
+        place = section.config if isinstance(section.config, str) else section.checkpoint
+        return self._config(None, place)
 
     @cached_property
     def sizes(self) -> Sizes | None:
@@ -281,7 +281,7 @@ class RunContext:
     @cached_property
     def recorded(self) -> dict[str, dict[str, str]]:
         """The hashes of the tokens that the run's stages were begun with: {corpus: {split: hash}}."""
-        found: dict[str, dict[str, str]] = {}
+        hashes: dict[str, dict[str, str]] = {}
         for path in [*self.folder.glob("*/seed-*/unit.json"), *self.folder.glob("*/*/seed-*/unit.json")]:
             # A damaged file is refused by `stages`.
             with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -289,8 +289,8 @@ class RunContext:
                 if unit["tokenizer"] == self.settings["tokenizer"]:
                     for corpus, splits in unit["tokens"].items():
                         if unit["corpora"].get(corpus) == self.corpus(corpus).fingerprint:
-                            found.setdefault(corpus, {}).update(splits)
-        return found
+                            hashes.setdefault(corpus, {}).update(splits)
+        return hashes
 
     def refuse_changed_tokens(self) -> None:
         """Refuse to go on if a token file in use was written to. A deleted or replaced one is still in memory.

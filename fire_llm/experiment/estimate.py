@@ -280,13 +280,13 @@ def _optimizer(section: OptimizerSection, model: Any) -> str:
         return section.name
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     hidden = hidden_matrices(model)
-    own = sum(sizes[name] for name in hidden)
+    by_muon = sum(sizes[name] for name in hidden)
     stacks = {p.parameter for p in logical_matrices(model) if p.spec is not None and p.spec.index is not None}
     among = f", {len(stacks)} stacks of experts among them" if stacks else ""
-    rest = sum(sizes.values()) - own
+    rest = sum(sizes.values()) - by_muon
     emulated = not torch.accelerator.is_available() and not hardware.cpu_has_bf16()
     slow = "; Muon multiplies in bf16, which this CPU emulates: its steps will be slow" if emulated else ""
-    return f"muon for {len(hidden)} matrices ({own:,} parameters), adamw for the rest ({rest:,}{among}){slow}"
+    return f"muon for {len(hidden)} matrices ({by_muon:,} parameters), adamw for the rest ({rest:,}{among}){slow}"
 
 
 def _schedule(section: OptimizerSection) -> str:

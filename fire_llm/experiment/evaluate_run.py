@@ -183,12 +183,13 @@ def _names(recipe: Recipe, data: Sequence[str] | None) -> list[str]:
     Raises:
         UserError: Naming a corpus that is neither the recipe's nor a known one.
     """
-    own = list(dict.fromkeys([*recipe.corpus_names(), *recipe.corpora]))
+    corpora = list(dict.fromkeys([*recipe.corpus_names(), *recipe.corpora]))
     for name in data or ():
-        if name not in own and name not in CORPORA:
+        if name not in corpora and name not in CORPORA:
             raise UserError(
-                f"--data: the run has no corpus '{name}'.{did_you_mean(name, [*own, *CORPORA])} It has: "
-                f"{', '.join(own)}. Known ones: {', '.join(CORPORA)}. For a file, name checkpoints instead of the run"
+                f"--data: the run has no corpus '{name}'.{did_you_mean(name, [*corpora, *CORPORA])} It has: "
+                f"{', '.join(corpora)}. Known ones: {', '.join(CORPORA)}. For a file, name checkpoints instead of the "
+                "run"
             )
     return list(dict.fromkeys(data)) if data else recipe.corpus_names()
 
@@ -200,11 +201,11 @@ def _refuse_changed(folder: Path, finished: Sequence[Stage], names: Sequence[str
         UserError: Naming the corpus, or the file of the model or tokenizer.
     """
     for stage in finished:
-        before = read_unit(folder / stage.folder) or {}
-        for change in changes(before.get("files"), stage.run.files):
+        unit = read_unit(folder / stage.folder) or {}
+        for change in changes(unit.get("files"), stage.run.files):
             raise UserError(f"{change} since '{folder / stage.folder}' was begun: put back what it was")
         for name, now in stage.spec["corpora"].items():
-            if name in names and before.get("corpora", {}).get(name, now) != now:
+            if name in names and unit.get("corpora", {}).get(name, now) != now:
                 raise UserError(
                     f"corpus '{name}' has changed since '{folder / stage.folder}' was trained, so that its held-out "
                     "text may be text that was trained on: put it back, or name other corpora with --data"

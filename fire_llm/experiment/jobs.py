@@ -85,13 +85,13 @@ def jobs_of(
     jobs: list[Job] = []
     by_key: dict[str, list[Job]] = {}
     for trial in trials:
-        own: dict[str, Job] = {}
+        by_folder: dict[str, Job] = {}
         run = RunContext(trial.recipe, trial.folder(output), progress, (known or {}).get(trial.name))
         for stage in expand(run):
-            parent = own[stage.parent.folder] if stage.parent else None
-            own[stage.folder] = job = Job(trial, stage, stage.key(stage.spec), parent)
+            parent = by_folder[stage.parent.folder] if stage.parent else None
+            by_folder[stage.folder] = job = Job(trial, stage, stage.key(stage.spec), parent)
             by_key.setdefault(job.key, []).append(job)
-        jobs += own.values()
+        jobs += by_folder.values()
     for job in jobs:
         job.duplicates = [duplicate for duplicate in by_key[job.key] if duplicate is not job]
     return jobs
@@ -104,8 +104,8 @@ def of_arms(jobs: Sequence[Job], arms: Sequence[str]) -> list[Job]:
         UserError: A trial has no such arm.
     """
     chosen: list[Job] = []
-    for _, own in groupby(jobs, lambda job: job.trial.name):
-        by_folder = {job.stage.folder: job for job in own}
+    for _, trial_jobs in groupby(jobs, lambda job: job.trial.name):
+        by_folder = {job.stage.folder: job for job in trial_jobs}
         chosen += [by_folder[stage.folder] for stage in select([job.stage for job in by_folder.values()], arms)]
     wanted = {id(job) for job in chosen}
     for job in chosen:  # a duplicate that this command does not train is not waited for
@@ -193,8 +193,8 @@ class Failures:
 
     def all(self) -> list[dict[str, Any]]:
         """Return the failures, ordered by stage."""
-        found = [json.loads(path.read_text(encoding="utf-8")) for path in self.folder.glob("*.json")]
-        return sorted(found, key=lambda failure: failure["stage"])
+        failures = [json.loads(path.read_text(encoding="utf-8")) for path in self.folder.glob("*.json")]
+        return sorted(failures, key=lambda failure: failure["stage"])
 
     def error(self) -> Exception:
         """Return the first failure as an exception of its own type; a user's mistake comes before others."""

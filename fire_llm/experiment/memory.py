@@ -64,20 +64,20 @@ def sizes(model: Any) -> Sizes | None:
     width, layers = getattr(text, "hidden_size", None), getattr(text, "num_hidden_layers", None)
     if width is None or layers is None:
         return None
-    found = [_kept(model, one, width) for one in layer_configs(text)]
-    kept, unfused = (max(each) for each in zip(*found, strict=True))
+    bytes_a_layer = [_kept(model, layer, width) for layer in layer_configs(text)]
+    kept, unfused = (max(each) for each in zip(*bytes_a_layer, strict=True))
     blocks = layer_sizes(model, layers)
     numbers = {id(p): p.numel() for p in model.parameters()}
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     head = sum(p.numel() for p in output.parameters()) if output is not None else 0
     tied = output is not None and getattr(output, "weight", None) is getattr(embedding, "weight", None)
-    own = 0 if tied else sum(p.numel() for p in embedding.parameters())
+    untied = 0 if tied else sum(p.numel() for p in embedding.parameters())
     total = sum(numbers.values())
     return Sizes(
         parameters=total,
         head=head,
         layer=max(blocks, default=0),
-        root=max(0, total - head - own - sum(blocks)),
+        root=max(0, total - head - untied - sum(blocks)),
         layers=sum(layer_runs(text)),
         width=width,
         vocabulary=int(text.vocab_size),
@@ -91,9 +91,9 @@ def _kept(model: nn.Module, layer: Any, width: int) -> tuple[int, int]:
     inner = getattr(layer, "intermediate_size", None) or getattr(layer, "n_inner", None) or 4 * width
     inner = max(inner) if isinstance(inner, list) else inner  # one a layer
     heads = getattr(layer, "num_attention_heads", None) or 1
-    each = getattr(layer, "head_dim", None) or width // heads
-    keys = (getattr(layer, "num_key_value_heads", None) or heads) * each
-    queries = heads * each
+    head_size = getattr(layer, "head_dim", None) or width // heads
+    keys = (getattr(layer, "num_key_value_heads", None) or heads) * head_size
+    queries = heads * head_size
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     of_heads = queries + keys if "q_norm" in names else 0
     kept = 4 * width + 6 * queries + 4 * keys + (8 if _gated(model) else 4) * inner + 2 * of_heads
@@ -164,22 +164,22 @@ def peak_bytes(model: Sizes, run: Training) -> int:
     several = 2 if run.tokens * model.vocabulary > run.logits else 1  # slices, whose gradients are added up
     if not run.shards:
         copies = 2 * model.parameters if run.half else 0
-        held = model.parameters * (run.at_rest + (4 if run.replicas else 0))
-        before = 4 * model.parameters if run.accumulated else 0
-        return held + max(before + copies + kept + hidden + loss + 4 * several * model.head, 4 * model.parameters)
+        at_rest = model.parameters * (run.at_rest + (4 if run.replicas else 0))
+        gradients = 4 * model.parameters if run.accumulated else 0
+        return at_rest + max(gradients + copies + kept + hidden + loss + 4 * several * model.head, 4 * model.parameters)
     shard = 0 if run.offload else -(-model.parameters // run.shards)
-    held, before = run.at_rest * shard, 0
+    at_rest, gradients = run.at_rest * shard, 0
     if run.accumulated:
-        before = 4 * shard if run.sync_each_batch else run.reduce_bytes * model.parameters
+        gradients = 4 * shard if run.sync_each_batch else run.reduce_bytes * model.parameters
     gathered = cast * (model.head + model.root + (0 if run.reshard else model.parameters - model.head - model.root))
     # In 16 bits, the gradients of slices are in 16 bits and their sum is in fp32.
     head = model.head * ((4 if several > 1 and run.half else 0) + cast * (1 if run.half else several))
     # Two gathered layers, the gradients of one, and the buffer in which ranks exchange them.
     moving = model.layer * (2 * cast + cast + run.reduce_bytes)
     exchanged = run.reduce_bytes * (model.head + model.head // run.shards)
-    return held + max(
-        before + gathered + kept + hidden + loss + head,
-        before + gathered + kept + hidden + cast * model.head + exchanged,
-        before + gathered + kept + moving,
+    return at_rest + max(
+        gradients + gathered + kept + hidden + loss + head,
+        gradients + gathered + kept + hidden + cast * model.head + exchanged,
+        gradients + gathered + kept + moving,
         4 * shard,
     )

@@ -51,11 +51,11 @@ def norm_warnings(stages: Iterable[Stage]) -> list[str]:
 def _sample(stored: Stored, specs: list[ResetSpec]) -> list[TensorReport]:
     """Reset some of the matrices in memory, and report their norms before and after."""
     plan = Plan.of(stored.model, specs, None)
-    wanted = [(weight, actions) for weight, actions in zip(plan.slices, plan.actions, strict=True) if actions]
+    touched = [(weight, actions) for weight, actions in zip(plan.slices, plan.actions, strict=True) if actions]
     rows = []
-    each = MOST_FLOPS / MOST_MATRICES
-    for weight, actions in wanted[:: max(1, -(-len(wanted) // MOST_MATRICES))]:
-        if FLOPS_PER_COST * cost(weight.shape) > each or weight.parameter not in stored.places.of:
+    most_flops = MOST_FLOPS / MOST_MATRICES
+    for weight, actions in touched[:: max(1, -(-len(touched) // MOST_MATRICES))]:
+        if FLOPS_PER_COST * cost(weight.shape) > most_flops or weight.parameter not in stored.places.of:
             continue
         x = stored.loaded(weight).read().float()
         if not torch.isfinite(x).all():  # the reset itself refuses it

@@ -239,9 +239,9 @@ def _outcome(final: Path) -> str:
     Args:
         final: Its last checkpoint.
     """
-    own, state = read_state(final, CONTINUAL_STATE), read_state(final, TRAINER_STATE)
-    took = f"{own['seconds']:.1f} s"
-    if own.get("stopped"):
+    continual, state = read_state(final, CONTINUAL_STATE), read_state(final, TRAINER_STATE)
+    took = f"{continual['seconds']:.1f} s"
+    if continual.get("stopped"):
         took += f", stopped at step {state['global_step']:,} of {state['max_steps']:,}"
     nll = [f"{corpus} {value:.3f}" for corpus, value in measured_nll(final).items()]
     return f"{took}, NLL {', '.join(nll)}" if nll else took

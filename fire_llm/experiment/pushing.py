@@ -162,9 +162,9 @@ def _recipe_text(recipe: Recipe) -> str:
 def _by_name(value: Any) -> Any:
     """Return plain data in which each absolute path is replaced by its last part."""
     if isinstance(value, dict):
-        return {key: _by_name(one) for key, one in value.items()}
+        return {key: _by_name(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_by_name(one) for one in value]
+        return [_by_name(item) for item in value]
     return Path(value).name if isinstance(value, str) and _is_absolute(value) else value
 
 
@@ -213,19 +213,21 @@ def _open_repository(repo: str, option: str, private: bool, stages: Sequence[Sta
     """
     from huggingface_hub import HfApi
 
-    said = f"{option} '{repo}'"
+    named = f"{option} '{repo}'"
     check_repository(repo, option)
     api = HfApi()
     try:
         api.whoami()
     except Exception as error:  # the network, the Hub and the token raise many types
-        raise UserError(f"{said}: the login was not accepted ({_said(error)}): `hf auth login`, or HF_TOKEN") from error
+        raise UserError(
+            f"{named}: the login was not accepted ({_said(error)}): `hf auth login`, or HF_TOKEN"
+        ) from error
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         info = api.model_info(repo)
         if private and info.private is False:
             how = "write private: false" if option == "hub.repo" else "give --public"
-            raise UserError(f"{said} is public, and {PRIVATE[option]}: make it private on its page, or {how}")
+            raise UserError(f"{named} is public, and {PRIVATE[option]}: make it private on its page, or {how}")
         files = {file.rfilename for file in info.siblings or ()}
         if stages and "README.md" not in files:
             card = _text("README.md", _repository_card(stages, repo))
@@ -237,7 +239,7 @@ def _open_repository(repo: str, option: str, private: bool, stages: Sequence[Sta
         raise
     except Exception as error:
         raise UserError(
-            f"{said} cannot be written to ({_said(error)}): log in with a token that may write there "
+            f"{named} cannot be written to ({_said(error)}): log in with a token that may write there "
             f"(`hf auth login`), name a repository of your own{', or leave hub out' if stages else ''}"
         ) from error
 
@@ -333,7 +335,7 @@ def _files(checkpoint: Path) -> list[Any]:
 
     patterns = (*MODEL, *TOKENIZER, *COMPANIONS)
     refuse_files(str(checkpoint), (p.name for p in checkpoint.iterdir()))
-    files = sorted(p for p in checkpoint.iterdir() if p.is_file() and any(fnmatch(p.name, one) for one in patterns))
+    files = sorted(p for p in checkpoint.iterdir() if p.is_file() and any(fnmatch(p.name, glob) for glob in patterns))
     for path in files:
         if leads_out(path, checkpoint):
             raise UserError(f"'{path}' is a link to a file outside of the checkpoint, which is not uploaded: delete it")
@@ -366,7 +368,7 @@ def _without_paths(path: Path) -> str:
         if isinstance(value, dict):
             return {k: cleaned(v) for k, v in value.items() if not _is_place(k, v)}
         if isinstance(value, list):
-            return [cleaned(one) for one in value if not (isinstance(one, str) and _is_absolute(one))]
+            return [cleaned(item) for item in value if not (isinstance(item, str) and _is_absolute(item))]
         return value
 
     return json.dumps(cleaned(json.loads(path.read_text(encoding="utf-8"))), indent=2, ensure_ascii=False) + "\n"
@@ -414,10 +416,10 @@ def _model_card(stage: Stage, title: str, what: str, body: str, repo: str, branc
     """Return a card with the Hub's metadata, and with the code that loads the model from a branch."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    given = stage.run.recipe.model.checkpoint
+    checkpoint = stage.run.recipe.model.checkpoint
     methods = dict.fromkeys(reset.method for reset in stage.resets)
     data = ModelCardData(
-        base_model=given if given and given.count("/") == 1 and not os.path.exists(given) else None,
+        base_model=checkpoint if checkpoint and checkpoint.count("/") == 1 and not os.path.exists(checkpoint) else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["fire_llm", "continual-pretraining", *methods],

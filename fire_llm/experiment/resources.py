@@ -92,11 +92,11 @@ def worker_count(workers: int | None, jobs: Sequence[Job]) -> int:
     undone = [job for job in jobs if not job.done()]
     parents = {job.parent.key for job in undone if job.parent is not None}
     at_once = len({job.key for job in undone} - parents)
-    if own := registered_here():
+    if registered := registered_here():
         if (workers or 1) > 1:
             raise UserError(
-                f"--workers {workers}: this process has registered {', '.join(own)}, which other processes do not "
-                "know. Train with one worker, or add them to fire_llm itself (docs/adding.md)"
+                f"--workers {workers}: this process has registered {', '.join(registered)}, which other processes do "
+                "not know. Train with one worker, or add them to fire_llm itself (docs/adding.md)"
             )
         return 1
     if workers is None:
@@ -146,11 +146,11 @@ def environment(n: int, workers: int, trials: Iterable[Trial]) -> dict[str, str]
         inherited["CUDA_VISIBLE_DEVICES"] = devices[:count][n % min(count, len(devices))]
         # By default each worker would start as many compilers as there are cores.
         inherited.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, cores() // workers)))
-    own = threads_asked_for()
-    if own is None:
-        own = 1 if all(small(trial.recipe) for trial in trials) else max(1, cores() // workers)
+    own_threads = threads_asked_for()
+    if own_threads is None:
+        own_threads = 1 if all(small(trial.recipe) for trial in trials) else max(1, cores() // workers)
     for name in _LIBRARIES:
-        inherited.setdefault(name, str(own))
+        inherited.setdefault(name, str(own_threads))
     # Tokenizers have little to do while a model trains, and their pool of threads does not survive a fork.
     inherited.setdefault("TOKENIZERS_PARALLELISM", "false")
     return inherited

@@ -63,8 +63,8 @@ class Source:
         below = [*folder.iterdir(), *(folder / SHARDED).glob("*")]
         files = {str(path.relative_to(folder)): path for path in below if path.is_file()}
         wanted = sorted(name for name in files if any(fnmatch(name, pattern) for pattern in self.patterns))
-        found = content_hashes(f"{self.what} '{self.name}'", [files[name] for name in wanted])
-        return dict(zip(wanted, found, strict=True))
+        hashes = content_hashes(f"{self.what} '{self.name}'", [files[name] for name in wanted])
+        return dict(zip(wanted, hashes, strict=True))
 
 
 def changes(before: Any, after: Mapping[str, Hashes]) -> Iterator[str]:

@@ -47,13 +47,13 @@ class Summary:
     @cached_property
     def entries(self) -> list[Entry]:
         """Return the arms of every trial; an arm that several trials share is listed once."""
-        found: dict[str, Entry] = {}
+        by_content: dict[str, Entry] = {}
         for trial, comparison in zip(self.trials, self.comparisons, strict=True):
             for arm in comparison.arms:
                 same = json.dumps([arm, *(run.model_dump(mode="json") for run in comparison.runs(arm))])
-                found.setdefault(same, Entry(arm, [], comparison)).trials.append(trial)
-        arms = list(dict.fromkeys(entry.arm for entry in found.values()))
-        return sorted(found.values(), key=lambda entry: arms.index(entry.arm))
+                by_content.setdefault(same, Entry(arm, [], comparison)).trials.append(trial)
+        arms = list(dict.fromkeys(entry.arm for entry in by_content.values()))
+        return sorted(by_content.values(), key=lambda entry: arms.index(entry.arm))
 
     @cached_property
     def corpora(self) -> list[str]:
@@ -101,12 +101,12 @@ class Summary:
 
     def reading(self) -> list[str]:
         """Return which arm of which trial ends lowest on each corpus."""
-        said = []
+        texts = []
         for corpus in self.corpora:
             if entry := self._lowest(corpus):
                 nll = entry.of.nll(entry.arm, corpus)
-                said.append(f"Lowest on {corpus}: {entry.arm} ({entry.where(self.trials)}), {nll:.4f} nats per token.")
-        return said or ["No arm of any trial has a finite loss."]
+                texts.append(f"Lowest on {corpus}: {entry.arm} ({entry.where(self.trials)}), {nll:.4f} nats per token.")
+        return texts or ["No arm of any trial has a finite loss."]
 
     def _lowest(self, corpus: str) -> Entry | None:
         """Return the arm with the lowest final NLL on a corpus, among those that lack no seed."""

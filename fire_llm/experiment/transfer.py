@@ -64,18 +64,18 @@ def transfer(
     forward: dict[tuple[str, str], Transfer] = {}
 
     def difference(stage: PhaseRun, corpus: str, after: str, before: str, trained_in: str) -> Transfer:
-        one, other = matrix[after][corpus], matrix[before][corpus]
-        found = paired_difference(one, other, unit=comparable_unit(one, other), level=level)
+        later, earlier = matrix[after][corpus], matrix[before][corpus]
+        result = paired_difference(later, earlier, unit=comparable_unit(later, earlier), level=level)
         names = {"data": corpus, "phase": stage.phase, "seed": stage.seed, "after": after, "before": before}
-        return Transfer.model_validate({**names, "trained_in": trained_in, **found.to_dict()})
+        return Transfer.model_validate({**names, "trained_in": trained_in, **result.to_dict()})
 
     for stage in stages:
         for corpus in matrix[stage.end]:
             taken = next(((s, checkpoint) for s, checkpoint in stage.before if corpus in s.trained), None)
             if taken is not None:
-                lost = difference(stage, corpus, stage.end, taken[1], taken[0].phase)
+                entry = difference(stage, corpus, stage.end, taken[1], taken[0].phase)
                 own = {"arm": stage.arm, "replayed": corpus in stage.trained}
-                forgetting.append(lost.model_copy(update=own))
+                forgetting.append(entry.model_copy(update=own))
             elif corpus in stage.trained and stage.parent is not None and (stage.start, corpus) not in forward:
                 forward[stage.start, corpus] = difference(stage, corpus, stage.start, stage.root, stage.phase)
     return forgetting, [*forward.values()]

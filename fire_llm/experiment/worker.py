@@ -133,16 +133,16 @@ class _Worker:
 def main(instructions: str, n: str, log: str) -> int:
     """Train in a process of its own what a file says; end when the standard input is closed."""
     gc.freeze()  # imported objects stay: without them, collecting garbage between stages takes a tenth of the time
-    given = json.loads(Path(instructions).read_text(encoding="utf-8"))
+    content = json.loads(Path(instructions).read_text(encoding="utf-8"))
     end_with(sys.stdin.fileno())
-    output, failures = Path(given["output"]), Failures(Path(given["failures"]))
-    trials = [Trial(trial["name"], trial["settings"], load_recipe(trial["recipe"])) for trial in given["trials"]]
+    output, failures = Path(content["output"]), Failures(Path(content["failures"]))
+    trials = [Trial(trial["name"], trial["settings"], load_recipe(trial["recipe"])) for trial in content["trials"]]
     print(f"{QUIET}{time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()}", file=sys.stderr, flush=True)
     report = StepReport(to_file(failures.folder / f"{n}.step"))
     try:
         with standard_streams(), signals_handled():  # a log on a full disk ends no stage
-            options = given["options"]
-            jobs = of_arms(jobs_of(trials, output, options.pop("progress"), given["known"]), given["arms"])
+            options = content["options"]
+            jobs = of_arms(jobs_of(trials, output, options.pop("progress"), content["known"]), content["arms"])
             work(jobs, output, failures, **options, log=log, report=report)
     except KeyboardInterrupt as stopped:
         return stopped.code if isinstance(stopped, Stopped) else 130

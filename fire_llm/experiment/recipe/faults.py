@@ -111,16 +111,16 @@ def arm_faults(data: Mapping[str, Any], made: bool = False) -> list[str]:
             if arm == []:
                 faults.append(f"phases[{i}].arms.{name}: an empty list resets nothing; write none")
             for j, reset in enumerate(as_list(arm)):
-                where = f"phases[{i}].arms.{name}" + (f"[{j}]" if isinstance(arm, list) else "")
+                path = f"phases[{i}].arms.{name}" + (f"[{j}]" if isinstance(arm, list) else "")
                 if not isinstance(reset, str | Mapping):
                     faults.append(
-                        f"{where}: {reset!r} is no reset; write {{method: NAME}}, NAME one of {', '.join(RESETS)}"
+                        f"{path}: {reset!r} is no reset; write {{method: NAME}}, NAME one of {', '.join(RESETS)}"
                     )
                     continue
-                found, spec = ResetSpec.check(reset)
+                problems, spec = ResetSpec.check(reset)
                 if spec is not None and not made:
-                    found = spec.without_effect()
-                faults += [f"{where}.{key}: {message}" for key, message in found]
+                    problems = spec.without_effect()
+                faults += [f"{path}.{key}: {message}" for key, message in problems]
     return faults
 
 
@@ -148,8 +148,8 @@ def contradictions(recipe: Recipe) -> Iterable[str]:
         yield from _hub_faults(recipe, recipe.hub)
     earlier: dict[str, list[str]] = {}
     for n, phase in enumerate(recipe.phases):
-        own = [fault for fault in optimizer_faults(optimizer_of(recipe, phase)) if fault not in common]
-        yield from (f"phases[{n}].{fault}" for fault in [*own, *_phase_contradictions(recipe, phase, earlier)])
+        phase_faults = [fault for fault in optimizer_faults(optimizer_of(recipe, phase)) if fault not in common]
+        yield from (f"phases[{n}].{fault}" for fault in [*phase_faults, *_phase_contradictions(recipe, phase, earlier)])
         earlier[phase.name] = [str(k) for k in ["final", *phase.keep, *([AVERAGED] if phase.ema else [])]]
         for arm in phase.arms or {}:
             earlier[f"{phase.name}/{arm}"] = earlier[phase.name]
@@ -343,16 +343,16 @@ def _stop_contradictions(recipe: Recipe, phase: PhaseSection, stop: StopSection)
 def _when_contradictions(recipe: Recipe, phase: PhaseSection, sources: Mapping[str, list[Any]]) -> Iterable[str]:
     """Yield, for each reset with the condition `overtrained`, why a checkpoint could not be judged."""
     earlier = {other.name: other for other in recipe.phases[: recipe.phases.index(phase)]}
-    why = [] if sources else ["what the first phase starts from was not measured by a phase before; leave when out"]
+    reasons = [] if sources else ["what the first phase starts from was not measured by a phase before; leave when out"]
     for source, labels in sources.items():
         if (parent := earlier.get(source.partition("/")[0])) is not None:
-            why += _unjudged(recipe, parent, labels)
+            reasons += _unjudged(recipe, parent, labels)
     for name, arm in (phase.arms or {}).items():
         for i, reset in enumerate(as_list(arm)):
             parsed = ResetSpec.check(reset)[1] if isinstance(reset, str | Mapping) else None
             if parsed is not None and parsed.when is not None:
-                where = f"arms.{name}[{i}]" if isinstance(arm, list) else f"arms.{name}"
-                yield from (f"{where}.when: {each}" for each in dict.fromkeys(why))
+                path = f"arms.{name}[{i}]" if isinstance(arm, list) else f"arms.{name}"
+                yield from (f"{path}.when: {reason}" for reason in dict.fromkeys(reasons))
 
 
 def _unjudged(recipe: Recipe, phase: PhaseSection, labels: Iterable[Any]) -> Iterable[str]:
@@ -389,14 +389,14 @@ def stop_fault(recipe: Recipe, phase: PhaseSection, steps: int) -> str | None:
 def _kept_contradictions(recipe: Recipe, phase: PhaseSection, sources: Iterable[str | None]) -> Iterable[str]:
     """Yield why a phase cannot go on with the optimizer state of the checkpoints that it starts from."""
     by_name = {other.name: other for other in recipe.phases}
-    own = optimizer_of(recipe, phase).name
+    own_name = optimizer_of(recipe, phase).name
     for source in sources:
         if source is None:
             yield "optimizer_state: 'kept' wants a checkpoint of an earlier phase, and this is the first. Remove it"
             continue
         parent = by_name.get(source.partition("/")[0])
-        if parent is not None and (name := optimizer_of(recipe, parent).name) != own:
+        if parent is not None and (name := optimizer_of(recipe, parent).name) != own_name:
             yield (
                 f"optimizer_state: 'kept' wants one optimizer in both phases; '{source}' is trained with {name}, this "
-                f"phase with {own}. Write cleared, or give both the same optimizer.name"
+                f"phase with {own_name}. Write cleared, or give both the same optimizer.name"
             )

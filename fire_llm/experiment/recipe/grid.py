@@ -66,17 +66,17 @@ def load_trials(
     trials: list[Trial] = []
     faults: dict[str, list[str]] = {}
     for name, point in zip(_names(points), points, strict=True):
-        own = json.loads(json.dumps(data))
+        trial_data = json.loads(json.dumps(data))
         recipe = None
         try:
             for key, value in point.items():
-                set_key(own, "sweep", key, value)
-            recipe, found = checked(own)
+                set_key(trial_data, "sweep", key, value)
+            recipe, problems = checked(trial_data)
         except UserError as error:
-            found = [str(error)]
+            problems = [str(error)]
         if recipe is not None and recipe.hub is not None and len(points) > 1:
-            found = [*found, "hub: the runs of a grid would be pushed over each other; leave hub out of a grid"]
-        for fault in found:
+            problems.append("hub: the runs of a grid would be pushed over each other; leave hub out of a grid")
+        for fault in problems:
             faults.setdefault(fault, []).append(name)
         if recipe is not None:
             trials.append(Trial(name, point, recipe))
@@ -100,16 +100,16 @@ def grid_faults(swept: Mapping[str, Any]) -> list[str]:
 def _too_many(swept: Mapping[str, Any]) -> list[str]:
     """Return the fault that a grid has too many trials, in a list that is empty if it has not."""
     count = prod(len(values) for values in swept.values() if isinstance(values, list))
-    said = f"sweep: {count:,} trials, the product of the lists' lengths; at most {MOST_TRIALS} are allowed"
-    return [said] if count > MOST_TRIALS else []
+    fault = f"sweep: {count:,} trials, the product of the lists' lengths; at most {MOST_TRIALS} are allowed"
+    return [fault] if count > MOST_TRIALS else []
 
 
-def _located(fault: str, names: list[str], of: int) -> str:
+def _located(fault: str, names: list[str], trials: int) -> str:
     """Return a fault with the names of the trials that have it, unless all have it."""
-    if len(names) == of:
+    if len(names) == trials:
         return fault
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"in {' and '.join(names[:3])}{more}: {fault}"
+    others = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"in {' and '.join(names[:3])}{others}: {fault}"
 
 
 def _names(points: list[dict[str, Any]]) -> list[str]:
@@ -131,10 +131,10 @@ def _short_keys(keys: list[str]) -> dict[str, str]:
     """Return for each key as many of its last parts as tell it from all others."""
     parts = {key: [p for p in re.split(r"[.\[\]]", key) if p] for key in keys}
     short = {}
-    for key, own in parts.items():
-        tails = range(1, len(own) + 1)
-        enough = (n for n in tails if all(key == other or own[-n:] != p[-n:] for other, p in parts.items()))
-        short[key] = _safe(".".join(own[-next(enough, len(own)) :]))
+    for key, own_parts in parts.items():
+        tails = range(1, len(own_parts) + 1)
+        enough = (n for n in tails if all(key == other or own_parts[-n:] != p[-n:] for other, p in parts.items()))
+        short[key] = _safe(".".join(own_parts[-next(enough, len(own_parts)) :]))
     return short
 
 

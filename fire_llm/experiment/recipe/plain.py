@@ -127,10 +127,10 @@ def _faults_in(value: Any, path: str, depth: int, count: Iterator[int]) -> Itera
         if depth > DEEPEST:
             yield f"{here}: it is nested more than {DEEPEST} deep (or holds itself); no key of a recipe goes so deep"
         elif isinstance(value, list):
-            for i, one in enumerate(value):
-                yield from _faults_in(one, f"{path}[{i}]", depth + 1, count)
+            for i, item in enumerate(value):
+                yield from _faults_in(item, f"{path}[{i}]", depth + 1, count)
         else:
-            for key, one in value.items():
+            for key, item in value.items():
                 if not isinstance(key, str):
                     yield f"{here}: the key {_short(key)} is not text; put it in quotes"
                 elif fault := _text_fault(key, here):
@@ -138,7 +138,7 @@ def _faults_in(value: Any, path: str, depth: int, count: Iterator[int]) -> Itera
                 elif re.search(r"[\t\n\r]", key):
                     yield f"{here}: a key holds a line break or a tab; names are of one line"
                 else:
-                    yield from _faults_in(one, f"{path}.{key}" if path else key, depth + 1, count)
+                    yield from _faults_in(item, f"{path}.{key}" if path else key, depth + 1, count)
     elif isinstance(value, str):
         if fault := _text_fault(value, here):
             yield f"{here}: the text {fault}"
@@ -156,8 +156,8 @@ def _text_fault(text: str, path: str) -> str | None:
     """Return what is wrong with a text; the message does not quote it, as it may hold a secret or steer a terminal."""
     if len(text) > LONGEST_TEXT:
         return f"has {len(text)} characters; {LONGEST_TEXT} are allowed"
-    if found := _UNPRINTABLE.search(text):
-        return f"holds the character U+{ord(found.group()):04X}, which cannot be printed; remove it"
+    if match := _UNPRINTABLE.search(text):
+        return f"holds the character U+{ord(match.group()):04X}, which cannot be printed; remove it"
     if SECRET.search(text):
         return (
             "holds a password or a token, and recipes are stored with their results: remove it, and set HF_TOKEN in "

@@ -64,10 +64,10 @@ def checked(data: dict[str, Any], made: bool = False) -> tuple[Recipe | None, li
 def refuse(source: str | Path | Mapping[str, Any], faults: list[str]) -> None:
     """Raise one `UserError` with all faults of a recipe, if there are any."""
     if faults:
-        where = "the recipe" if isinstance(source, Mapping) else f"'{source}'"
+        subject = "the recipe" if isinstance(source, Mapping) else f"'{source}'"
         faults = list(dict.fromkeys(faults))
         count = "one fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise UserError("\n  ".join([f"{count} in {where}:", *faults]))
+        raise UserError("\n  ".join([f"{count} in {subject}:", *faults]))
 
 
 def recipes_folder() -> Path:
@@ -82,19 +82,19 @@ def _read(source: str | Path) -> dict[str, Any]:
     try:
         if not path.exists() and path.suffix == "":
             path = recipes_folder() / f"{source}.yaml"
-        found = path.is_file()
-        if found and path.stat().st_size > MOST_BYTES:
+        exists = path.is_file()
+        if exists and path.stat().st_size > MOST_BYTES:
             raise UserError(
                 f"'{path}' is no recipe: it has {path.stat().st_size:,} bytes, and {MOST_BYTES:,} are allowed"
             )
-        text = path.read_text(encoding="utf-8") if found else ""
+        text = path.read_text(encoding="utf-8") if exists else ""
     except UnicodeDecodeError as error:
         raise UserError(
             f"'{path}' is not YAML: it is not text in UTF-8 ({error.reason} at byte {error.start})"
         ) from error
     except OSError as error:
         raise UserError(f"'{path}' cannot be read: {error.strerror}") from error
-    if not found:
+    if not exists:
         files = [p for p in recipes_folder().rglob("*.yaml") if p.parent.name != "accelerate"]
         known = sorted(str(p.relative_to(recipes_folder()).with_suffix("")) for p in files)
         raise UserError(
@@ -116,21 +116,21 @@ def assignment(option: str, text: str) -> tuple[str, Any]:
         UserError: It is no `KEY=VALUE`, or the value is no YAML.
     """
     key, equals, value = text.partition("=")
-    said = f"{option} {printable(key)}"  # the value may be a secret
+    subject = f"{option} {printable(key)}"  # the value may be a secret
     if not equals or not _parts(key):
         example = "phases.1.steps=100" if option == "--set" else "optimizer.lr=[1.0e-3,3.0e-4]"
-        raise UserError(f"{said}: write KEY=VALUE, such as {example}")
+        raise UserError(f"{subject}: write KEY=VALUE, such as {example}")
     try:
         return key, read_yaml(value)
     except ValueError as error:
-        raise UserError(f"{said}: the value is not YAML: {error}") from error
+        raise UserError(f"{subject}: the value is not YAML: {error}") from error
 
 
-def set_key(data: dict[str, Any], said: str, key: str, value: Any) -> None:
+def set_key(data: dict[str, Any], option: str, key: str, value: Any) -> None:
     """Set the value at a dotted key.
 
     Raises:
-        UserError: The recipe has no such place; the message begins with `said` and the key.
+        UserError: The recipe has no such place; the message begins with `option` and the key.
     """
     parts = _parts(key)
     section: Any = data
@@ -138,7 +138,7 @@ def set_key(data: dict[str, Any], said: str, key: str, value: Any) -> None:
         in_list = isinstance(section, list) and isinstance(part, int) and part < len(section)
         if not in_list and not isinstance(section, dict):
             missing = printable(".".join(map(str, parts[: i + 1])))
-            raise UserError(f"{said} {printable(key)}: the recipe has no '{missing}'")
+            raise UserError(f"{option} {printable(key)}: the recipe has no '{missing}'")
         place: Any = part if in_list else str(part)
         if i == len(parts) - 1:
             section[place] = value

@@ -98,7 +98,7 @@ class ModelSection(_Section):
     def beginnings(self) -> list[str]:
         """Return which of the keys are given that say what a model begins with; exactly one should be."""
         given = {name: getattr(self, name) is not None for name in ("preset", "checkpoint", "architecture")}
-        return [name for name, there in {**given, "config": isinstance(self.config, str)}.items() if there]
+        return [name for name, is_given in {**given, "config": isinstance(self.config, str)}.items() if is_given]
 
 
 class TokenizerSection(_Section):
@@ -166,10 +166,10 @@ class OptimizerSection(_Section):
         """Return the arguments of `trainer.multiplier`; None for the schedules that transformers has."""
         if self.schedule not in ("wsd", "infinite"):
             return None
-        own = {"decay": int(self.decay * steps), "floor": self.min_lr / self.lr, "shape": self.shape}
+        arguments = {"decay": int(self.decay * steps), "floor": self.min_lr / self.lr, "shape": self.shape}
         if self.schedule == "infinite":
-            own |= {"cooldown": int(self.cooldown * steps), "constant": (self.constant_lr or self.lr) / self.lr}
-        return own
+            arguments |= {"cooldown": int(self.cooldown * steps), "constant": (self.constant_lr or self.lr) / self.lr}
+        return arguments
 
 
 class PhaseOptimizerSection(OptimizerSection):
@@ -343,8 +343,8 @@ class Recipe(_Section):
 
     def diagnosed(self, phase: PhaseSection) -> str:
         """Return the corpus that a phase's plasticity is measured on: its heaviest evaluated one, else the first."""
-        own = [name for name in self.evaluated() if name in phase.data]
-        return max(own, key=phase.data.__getitem__) if own else self.evaluated()[0]
+        phase_corpora = [name for name in self.evaluated() if name in phase.data]
+        return max(phase_corpora, key=phase.data.__getitem__) if phase_corpora else self.evaluated()[0]
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -357,14 +357,14 @@ def recipe_schema() -> dict[str, Any]:
         options["properties"]["method"] = {"enum": [name, *former]} if former else {"const": name}
         options["required"] = [*options.get("required", []), "method"]
         resets.append(options)
-    one = {"anyOf": [{"enum": [*RESETS, *FORMER]}, *resets]}
-    arms = {"anyOf": [one, {"type": "array", "items": one}]}
+    reset = {"anyOf": [{"enum": [*RESETS, *FORMER]}, *resets]}
+    arms = {"anyOf": [reset, {"type": "array", "items": reset}]}
     schema["$defs"]["PhaseSection"]["properties"]["arms"] = {"type": "object", "additionalProperties": arms}
     # What a validator accepts in shorthand, editors must accept too.
     sections = schema["$defs"]
     lists = {"PhaseSection": "keep", "EvaluateSection": "data", "GenerateSection": "prompts"}
-    own = [(schema, "seed"), (schema, "report_to"), *((sections[name], key) for name, key in lists.items())]
-    for section, key in own:
+    shorthands = [(schema, "seed"), (schema, "report_to"), *((sections[name], key) for name, key in lists.items())]
+    for section, key in shorthands:
         listed = section["properties"][key]
         section["properties"][key] = {"anyOf": [listed["items"], listed]}
     for key in ("model", "tokenizer"):
