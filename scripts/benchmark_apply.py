@@ -202,9 +202,10 @@ def main() -> None:
         print(f"{write_checkpoint(source, args.model) / 1e9:.2f} B parameters")
     if "before" in args.only and args.before is None:
         parser.error("before: name the other clone with --before")
-    more = ["--device", args.device, *(["--num-processes", str(args.num_processes)] if args.num_processes > 1 else [])]
+    options = ["--device", args.device]
+    options += ["--num-processes", str(args.num_processes)] if args.num_processes > 1 else []
     applied = {
-        name: [sys.executable, "-m", "fire_llm", "apply", str(source), str(results[name]), *more] for name in kinds
+        name: [sys.executable, "-m", "fire_llm", "apply", str(source), str(results[name]), *options] for name in kinds
     }
     commands = {
         "apply": applied["apply"],

@@ -37,16 +37,16 @@ Figures = dict[str, float]
 
 def texts_of(megabytes: float) -> list[str]:
     """Return documents of the offline corpora, repeated with a number in front where they do not suffice."""
-    found: list[str] = []
-    total, again = 0, 0
+    texts: list[str] = []
+    total, repetition = 0, 0
     while total < megabytes * 1e6:
         for text in resolve("library-docs").documents("train"):
-            found.append(f"{again} {text}")
-            total += len(found[-1].encode())
+            texts.append(f"{repetition} {text}")
+            total += len(texts[-1].encode())
             if total >= megabytes * 1e6:
                 break
-        again += 1
-    return found
+        repetition += 1
+    return texts
 
 
 def measured(work: Callable[[], int]) -> Figures:

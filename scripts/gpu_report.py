@@ -76,9 +76,9 @@ class Stage:
             "size": args.size,
             "failures": {},
         }
-        before = args.output / f"{name}.json"
-        if before.exists():  # what is known without torch was written already
-            self.found |= {k: v for k, v in json.loads(before.read_text(encoding="utf-8")).items() if k == "machine"}
+        earlier = args.output / f"{name}.json"
+        if earlier.exists():  # what is known without torch was written already
+            self.found |= {k: v for k, v in json.loads(earlier.read_text(encoding="utf-8")).items() if k == "machine"}
 
     def left(self) -> float:
         """Return the seconds until the limit."""
@@ -245,13 +245,13 @@ class Worker:
             if answer is None:
                 self.stop()
                 return self._ended(name, why)
-            told: dict[str, Any] = json.loads(answer)
-            if "ready" in told:
+            message: dict[str, Any] = json.loads(answer)
+            if "ready" in message:
                 self.ready = True
                 continue
-            if not told["sound"]:
+            if not message["sound"]:
                 self.stop()
-            return told
+            return message
 
     def _ended(self, name: str, why: str) -> dict[str, Any]:
         file, log = self.args.output / f"{name}.json", self.args.output / "log.txt"
@@ -268,7 +268,7 @@ class Worker:
 def run_tests(stage: Stage) -> None:
     """Run the GPU tests in processes of their own and count what passed."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        record, said = Path(folder) / "record.jsonl", Path(folder) / "said.txt"
+        record, output = Path(folder) / "record.jsonl", Path(folder) / "said.txt"
         command = [sys.executable, "-m", "pytest", *TESTS, f"--record={record}"]
         chosen = [["--groups", name] for name in (*GROUPS, "!" + ",".join(GROUPS))]
         if stage.args.size == "tiny":
@@ -281,7 +281,7 @@ def run_tests(stage: Stage) -> None:
         code: int | None = 0
         processes: list[subprocess.Popen[bytes]] = []
         try:
-            with said.open("a", encoding="utf-8") as file:
+            with output.open("a", encoding="utf-8") as file:
                 for n, part in enumerate(chosen):
                     started = subprocess.Popen(
                         [*command, f"--basetemp={folder}/{n}", *part], cwd=ROOT, env=environment, stdout=file,
@@ -298,7 +298,7 @@ def run_tests(stage: Stage) -> None:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
         found = read_record(record.read_text(encoding="utf-8").splitlines() if record.exists() else [])
-        last = [line[:300] for line in said.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]]
+        last = [line[:300] for line in output.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]]
         stage.note(exit_code=code, **found, last_lines=last)
     counted = ", ".join(f"{count} {word}" for word, count in found["counts"].items())
     stage.say(counted or "no test was collected")
@@ -324,19 +324,19 @@ def read_record(lines: list[str]) -> dict[str, Any]:
     ended: dict[str, dict[str, Any]] = {}
     for line in lines:
         with contextlib.suppress(json.JSONDecodeError):  # the last may be cut off
-            told = json.loads(line)
-            if "ended" in told:
-                ended[told["test"]] = told
+            event = json.loads(line)
+            if "ended" in event:
+                ended[event["test"]] = event
             else:
-                began.append(told["test"])
-    words = [told["ended"] for told in ended.values()]
-    slowest = sorted(ended.values(), key=lambda told: -told["seconds"])[:15]
+                began.append(event["test"])
+    words = [event["ended"] for event in ended.values()]
+    slowest = sorted(ended.values(), key=lambda event: -event["seconds"])[:15]
     return {
         "counts": {word: words.count(word) for word in dict.fromkeys(words)},
-        "failed": {name: told["said"] for name, told in ended.items() if told["ended"] in ("failed", "errors")},
+        "failed": {name: event["said"] for name, event in ended.items() if event["ended"] in ("failed", "errors")},
         "running": [name for name in began if name not in ended],
-        "slowest_seconds": {told["test"]: told["seconds"] for told in slowest},
-        "seconds_of_all": round(sum(told["seconds"] for told in ended.values()), 2),
+        "slowest_seconds": {event["test"]: event["seconds"] for event in slowest},
+        "seconds_of_all": round(sum(event["seconds"] for event in ended.values()), 2),
     }
 
 
@@ -393,18 +393,18 @@ def measure(args: argparse.Namespace, options: list[str]) -> int:
     if "tests" in stages:
         stages = ["tests", *(stage for stage in stages if stage != "tests")]  # loading the libraries takes as long
     worker.start()
-    before = args.output / "environment.json"
-    commands = json.loads(before.read_text(encoding="utf-8"))["machine"].get("commands", []) if before.exists() else []
+    file = args.output / "environment.json"
+    commands = json.loads(file.read_text(encoding="utf-8"))["machine"].get("commands", []) if file.exists() else []
     commands.append("python scripts/gpu_report.py " + " ".join(options))
     machine = {"commands": commands, **describe_machine()}
     write(args.output / "environment.json", {"stage": "environment", "status": "not finished", "machine": machine})
     try:
         for name in stages:
-            most, least = LIMITS[name]
-            most = args.limits.get(name, most)
-            seconds = min(most, end - time.monotonic() - 3)
+            most_seconds, least_seconds = LIMITS[name]
+            most_seconds = args.limits.get(name, most_seconds)
+            seconds = min(most_seconds, end - time.monotonic() - 3)
             began = time.monotonic()
-            if seconds < least and args.size == "full":
+            if seconds < least_seconds and args.size == "full":
                 write(args.output / f"{name}.json", {"stage": name, "status": "left out: no time was left"})
                 answer: dict[str, Any] = {"lines": [], "status": "left out: no time was left"}
             elif name == "tests":

@@ -195,11 +195,11 @@ def prepared(images: Images, network: str, size: Size, seed: int) -> Images:
     generator = torch.Generator().manual_seed(seed)
     most = size.images[network]
     chosen = torch.randperm(len(images.x), generator=generator)[:most]
-    held = torch.randperm(len(images.test_x), generator=generator)[: size.test_images]
-    x, test_x = images.x[chosen], images.test_x[held]
+    test_chosen = torch.randperm(len(images.test_x), generator=generator)[: size.test_images]
+    x, test_x = images.x[chosen], images.test_x[test_chosen]
     if network in size.halve and x.shape[-1] >= 28:
         x, test_x = F.avg_pool2d(x, 2), F.avg_pool2d(test_x, 2)
-    return Images(images.name, x, images.y[chosen], test_x, images.test_y[held])
+    return Images(images.name, x, images.y[chosen], test_x, images.test_y[test_chosen])
 
 
 def phases(unit: Unit, images: Images, size: Size) -> list[tuple[Tensor, Tensor, int, Tensor]]:
@@ -209,8 +209,8 @@ def phases(unit: Unit, images: Images, size: Size) -> list[tuple[Tensor, Tensor,
     if unit.setting in STARTS:
         share = size.first[unit.setting]
         part = everything[: round(count * share)]
-        drawn = torch.Generator().manual_seed(unit.seed)
-        noise = torch.randint(images.classes, (len(part),), generator=drawn)
+        generator = torch.Generator().manual_seed(unit.seed)
+        noise = torch.randint(images.classes, (len(part),), generator=generator)
         labels = noise if unit.setting == "noisy-start" else images.y[part]
         return [
             (part, labels, round(epochs / share), tests),
@@ -220,12 +220,12 @@ def phases(unit: Unit, images: Images, size: Size) -> list[tuple[Tensor, Tensor,
     order = torch.randperm(images.classes, generator=torch.Generator().manual_seed(unit.seed))
     for number in range(1, size.parts + 1):
         if unit.setting == "continual":
-            part, held = everything[: count * number // size.parts], tests
+            part, test_part = everything[: count * number // size.parts], tests
         else:
             known = order[: images.classes * number // size.parts]
             part = everything[torch.isin(images.y, known)]
-            held = tests[torch.isin(images.test_y, known)]
-        found.append((part, images.y[part], epochs, held))
+            test_part = tests[torch.isin(images.test_y, known)]
+        found.append((part, images.y[part], epochs, test_part))
     return found
 
 
@@ -274,22 +274,25 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return 100 * right / len(y)
 
 
-def recycled_by(unit: Unit, model: Any, each: int, whole: int, seed: int) -> Recycling | None:
+def recycled_by(unit: Unit, model: Any, epoch_steps: int, whole: int, seed: int) -> Recycling | None:
     """Return the recycling of hidden units, None if the arm has none.
 
     Args:
         unit: The arm, network and setting.
         model: A network that lists its hidden layers.
-        each: Steps an epoch.
+        epoch_steps: Steps an epoch.
         whole: Steps of a phase on all images.
         seed: Seed of new weights.
     """
-    method, of = ARMS[unit.arm].recycling, tuned(unit.setting, unit.network)
-    times = PAPER_STEPS.get(unit.network, PAPER_STEPS["resnet"]) / whole
+    method, chosen = ARMS[unit.arm].recycling, tuned(unit.setting, unit.network)
+    shorter = PAPER_STEPS.get(unit.network, PAPER_STEPS["resnet"]) / whole
     options: dict[str, dict[str, Any]] = {
-        "redo": {"every": each, "threshold": of.redo},
-        "continual_backprop": {"rate": min(1.0, of.cbp_rate * times), "maturity": round(of.cbp_maturity / times)},
-        "snr": {"eta": of.snr},
+        "redo": {"every": epoch_steps, "threshold": chosen.redo},
+        "continual_backprop": {
+            "rate": min(1.0, chosen.cbp_rate * shorter),
+            "maturity": round(chosen.cbp_maturity / shorter),
+        },
+        "snr": {"eta": chosen.snr},
     }
     return Recycling(model, method, hidden=model.hidden(), seed=seed, **options[method]) if method else None
 
@@ -323,30 +326,30 @@ def train(
     Returns:
         How many units were recycled.
     """
-    arm, of, each = ARMS[unit.arm], tuned(unit.setting, unit.network), -(-len(x) // size.batch)
-    steps, step = epochs * each, 0
+    arm, chosen, epoch_steps = ARMS[unit.arm], tuned(unit.setting, unit.network), -(-len(x) // size.batch)
+    steps, step = epochs * epoch_steps, 0
     given = optimizers(model, arm.muon and acts, size.lr)
-    rates = [[group["lr"] for group in one.param_groups] for one in given]
-    recycling = recycled_by(unit, model, each, whole, seed) if acts else None
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in given]
+    recycling = recycled_by(unit, model, epoch_steps, whole, seed) if acts else None
     penalties = None
     if acts and arm.penalty:
-        options = {"l2_init": {"strength": of.l2_init / 2}, "parseval": {"strength": of.parseval, "scale": 1.0}}
+        options = {"l2_init": {"strength": chosen.l2_init / 2}, "parseval": {"strength": chosen.parseval, "scale": 1.0}}
         penalties = Penalties(model, arm.penalty, initial=initial, layout="modules", **options[arm.penalty])
     generator = torch.Generator().manual_seed(seed)
     model.train()
     for _ in range(epochs):
         for batch in torch.randperm(len(x), generator=generator).split(size.batch):
             step += 1
-            for one, own in zip(given, rates, strict=True):
-                for group, rate in zip(one.param_groups, own, strict=True):
+            for optimizer, peaks in zip(given, rates, strict=True):
+                for group, rate in zip(optimizer.param_groups, peaks, strict=True):
                     group["lr"] = rate * min(1.0, 10 * step / steps)  # a tenth of the phase warms up
             model.zero_grad()
             F.cross_entropy(model(x[batch]), y[batch]).backward()
             if penalties is not None:
                 penalties.add_()
             nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], size.clip)
-            for one in given:
-                one.step()
+            for optimizer in given:
+                optimizer.step()
             if recycling is not None:
                 recycling.step(given[0])
     if recycling is not None:
@@ -376,9 +379,9 @@ def transition(unit: Unit, model: nn.Module, initial: nn.Module, x: Tensor, y: T
     if isinstance(resets, dict) and unit.network in resets:
         resets = resets[unit.network]
     if unit.arm == "dash":
-        of = tuned(unit.setting, unit.network)
-        gather_gradients(model, x, y, of.alpha, 1000 * unit.seed + number, size)
-        resets = resets | {"floor": of.floor}
+        chosen = tuned(unit.setting, unit.network)
+        gather_gradients(model, x, y, chosen.alpha, 1000 * unit.seed + number, size)
+        resets = resets | {"floor": chosen.floor}
     if resets is not None:
         apply_reset(model, resets, layout="modules", initial=initial)
         model.zero_grad()
@@ -420,19 +423,19 @@ class Work:
         shape = (images.x.shape[1], images.x.shape[2])
         initial = build(unit.network, shape, self.images.classes, self.size.name, unit.seed).to(self.device)
         model = copy.deepcopy(initial)
-        begun = Path(f"{self.file(unit)}.begun.safetensors")
-        found: list[dict[str, Any]] = []
+        unfinished = Path(f"{self.file(unit)}.begun.safetensors")
+        entries: list[dict[str, Any]] = []
         diagnostics = None
-        if begun.exists():
-            state = load_file(begun)
-            found = json.loads(bytes(state.pop("@found").tolist()))
-            diagnostics = found.pop() if found and "srank" in found[-1] else None
-            if arm.inject and len(found) > 1:
+        if unfinished.exists():
+            state = load_file(unfinished)
+            entries = json.loads(bytes(state.pop("@found").tolist()))
+            diagnostics = entries.pop() if entries and "srank" in entries[-1] else None
+            if arm.inject and len(entries) > 1:
                 transition(unit, model, initial, images.x, images.y, 1, self.size)
             model.load_state_dict(state)
         whole = self.size.epochs[unit.network] * -(-len(images.x) // self.size.batch)
         for number, (part, labels, epochs, held) in enumerate(phases(unit, images, self.size)):
-            if number < len(found):
+            if number < len(entries):
                 continue
             x, y, clock = images.x[part].to(self.device), labels.to(self.device), time.process_time()
             test_x, test_y = images.test_x[held].to(self.device), images.test_y[held].to(self.device)
@@ -456,12 +459,12 @@ class Work:
             entry["train"] = accuracy(model, x, y)
             entry["test"] = accuracy(model, test_x, test_y)
             entry["cpu_seconds"] = round(time.process_time() - clock, 2)
-            found.append(entry)
-            said = json.dumps([*found, *([diagnostics] if diagnostics else [])]).encode()
-            keep({**model.state_dict(), "@found": torch.tensor(list(said), dtype=torch.uint8)}, begun)
-        result = {**asdict(unit), "phases": found, "diagnostics": diagnostics}
+            entries.append(entry)
+            progress = json.dumps([*entries, *([diagnostics] if diagnostics else [])]).encode()
+            keep({**model.state_dict(), "@found": torch.tensor(list(progress), dtype=torch.uint8)}, unfinished)
+        result = {**asdict(unit), "phases": entries, "diagnostics": diagnostics}
         write_json(self.file(unit), result)
-        begun.unlink()
+        unfinished.unlink()
         return result
 
 
@@ -492,24 +495,24 @@ def done(units: list[Unit], workers: int, given: tuple[Any, ...]) -> Iterator[di
     """
     waves: list[list[Unit]] = []
     for key in dict.fromkeys((u.setting, u.network) for u in units):
-        own = [u for u in units if (u.setting, u.network) == key]
-        first = {u.seed: u for u in reversed(own) if not ARMS[u.arm].trains_otherwise}
-        waves += [[*first.values()], [u for u in own if u not in first.values()]]
+        together = [u for u in units if (u.setting, u.network) == key]
+        first = {u.seed: u for u in reversed(together) if not ARMS[u.arm].trains_otherwise}
+        waves += [[*first.values()], [u for u in together if u not in first.values()]]
     if workers == 1:
         _start(*given)
-        yield from (_run(unit) for own in waves for unit in own)
+        yield from (_run(unit) for wave in waves for unit in wave)
         return
     with multiprocessing.get_context("spawn").Pool(workers, _start, given) as pool:
-        for own in waves:
-            yield from pool.imap_unordered(_run, own)
+        for wave in waves:
+            yield from pool.imap_unordered(_run, wave)
 
 
 def whole_arms(units: list[Unit], output: Path) -> list[dict[str, Any]]:
     """Return the results of the arms of which every seed is finished."""
     files = {unit: output / "units" / f"{unit.name}.json" for unit in units}
     lacking = {(u.setting, u.network, u.arm) for u, file in files.items() if not file.exists()}
-    own = [file for u, file in files.items() if (u.setting, u.network, u.arm) not in lacking]
-    return [read_json(file, "delete it to train the unit again") for file in own]
+    complete = [file for u, file in files.items() if (u.setting, u.network, u.arm) not in lacking]
+    return [read_json(file, "delete it to train the unit again") for file in complete]
 
 
 # ---- results
@@ -660,13 +663,13 @@ def main(argv: list[str] | None = None) -> int:
         if f"{name}.json" in finished:
             continue
         fresh += 1
-        left = (time.monotonic() - clock) / fresh * (len(units) - len(results)) / 60
+        minutes_left = (time.monotonic() - clock) / fresh * (len(units) - len(results)) / 60
         print(
-            f"[{len(results)}/{len(units)}] {name}: {last(result):.1f} %, {left:.0f} min left",
+            f"[{len(results)}/{len(units)}] {name}: {last(result):.1f} %, {minutes_left:.0f} min left",
             file=sys.stderr,
             flush=True,
         )
-    found = tables(results)
+    study_tables = tables(results)
     study = {
         "date": date.today().isoformat(),
         "command": f"python scripts/reproduce_vision.py {usual(args, images)}",
@@ -675,13 +678,13 @@ def main(argv: list[str] | None = None) -> int:
         "data": images.name,
         "unfinished": len(units) - len(results),
         "torch": torch.__version__.partition("+")[0],
-        "tables": found,
+        "tables": study_tables,
     }
     write_json(args.output / "vision.json", {**study, "units": results})
-    (args.output / "vision.md").write_text(markdown(found), encoding="utf-8")
+    (args.output / "vision.md").write_text(markdown(study_tables), encoding="utf-8")
     if args.study:
         args.study.write_text(lines(study) + "\n", encoding="utf-8")
-    print(markdown(found))
+    print(markdown(study_tables))
     return 0
 
 

@@ -162,20 +162,20 @@ def bare(arm: str) -> str:
     return arm.partition("@")[0]
 
 
-def starts(of: Comparison) -> dict[str, list[str]]:
+def starts(comparison: Comparison) -> dict[str, list[str]]:
     """Return the arms of each warm start."""
-    found: dict[str, list[str]] = {}
-    for arm in of.arms:
-        found.setdefault(arm.partition("@")[2], []).append(arm)
-    return found
+    by_start: dict[str, list[str]] = {}
+    for arm in comparison.arms:
+        by_start.setdefault(arm.partition("@")[2], []).append(arm)
+    return by_start
 
 
-def seeds_of(of: Comparison, arm: str) -> set[int]:
-    return {run.seed for run in of.runs(arm)}
+def seeds_of(comparison: Comparison, arm: str) -> set[int]:
+    return {run.seed for run in comparison.runs(arm)}
 
 
-def looks(of: Comparison) -> dict[str, Style]:
-    return palette([*dict.fromkeys(map(bare, of.arms))], {bare(arm) for arm in of.bases})
+def looks(comparison: Comparison) -> dict[str, Style]:
+    return palette([*dict.fromkeys(map(bare, comparison.arms))], {bare(arm) for arm in comparison.bases})
 
 
 def spanned(values: Sequence[float], least: float = 0.0) -> tuple[float, float]:
@@ -185,20 +185,21 @@ def spanned(values: Sequence[float], least: float = 0.0) -> tuple[float, float]:
     return low - room, high + room
 
 
-def panels(of: Comparison, difference: bool) -> str:
+def panels(comparison: Comparison, difference: bool) -> str:
     """Return a row of panels a corpus, a panel a warm start: each arm's mean NLL, or that less its base's."""
     rows = []
-    for corpus in of.corpora:
+    for corpus in comparison.corpora:
         row, inner = [], []
-        for start, arms in starts(of).items():
+        for start, arms in starts(comparison).items():
             lines = []
             for arm in arms:
-                base = of.reference(arm, BASE)
-                if difference and base and seeds_of(of, arm) != seeds_of(of, base):
+                base = comparison.reference(arm, BASE)
+                if difference and base and seeds_of(comparison, arm) != seeds_of(comparison, base):
                     continue  # the two means are of other seeds
-                theirs = dict(evaluations(of.arms[base].curve, corpus)) if base else {}
-                tokens = {entry.step: entry.tokens for entry in of.arms[arm].curve}
-                points = [(tokens[step], nll, step) for step, nll in evaluations(of.arms[arm].curve, corpus) if step]
+                theirs = dict(evaluations(comparison.arms[base].curve, corpus)) if base else {}
+                tokens = {entry.step: entry.tokens for entry in comparison.arms[arm].curve}
+                measured = evaluations(comparison.arms[arm].curve, corpus)
+                points = [(tokens[step], nll, step) for step, nll in measured if step]
                 if difference:
                     points = [(x, nll - theirs[step], step) for x, nll, step in points if step in theirs]
                 if points:
@@ -208,23 +209,23 @@ def panels(of: Comparison, difference: bool) -> str:
             title = f"{corpus}, from {start}" if start else corpus
             name = "NLL less base's, nats a token" if difference else "NLL, nats a token"
             row.append((title, name, lines))
-        row = [one for one in row if one[2]]
+        row = [panel for panel in row if panel[2]]
         if row:
             xs = [x for _, _, lines in row for line in lines for x, _ in line.points]
             within = (min(xs), max(xs) * 1.02, *spanned([*inner, *([0.0] if difference else [])], 1e-3))
             rows.append([Panel(t, "tokens", n, ls, within, True, (False, difference)) for t, n, ls in row])
-    return svg(rows, looks(of))
+    return svg(rows, looks(comparison))
 
 
-def trade_off(of: Comparison) -> str:
+def trade_off(comparison: Comparison) -> str:
     """Return a panel a warm start: differences to base on the old corpus and on the new, a line a family of arms."""
     found: dict[str, dict[str, list[tuple[float, str, tuple[float, float], tuple[float, float]]]]] = {}
-    for start, arms in starts(of).items():
+    for start, arms in starts(comparison).items():
         for arm in arms:
-            base = of.reference(arm, BASE)
-            if arm == base or of.methods(arm) == ["full_reset"] or not of.new or not of.first:
+            base = comparison.reference(arm, BASE)
+            if arm == base or comparison.methods(arm) == ["full_reset"] or not comparison.new or not comparison.first:
                 continue
-            pairs = [of.differences(arm, base, corpus) for corpus in (of.first, of.new)]
+            pairs = [comparison.differences(arm, base, corpus) for corpus in (comparison.first, comparison.new)]
             if all(pairs):
                 halves = [(i[1] - i[0]) / 2 if (i := paired_interval(pair)) else 0.0 for pair in pairs]
                 strength = re.fullmatch(r"(.+?)-(\d*\.?\d+)", bare(arm))
@@ -242,7 +243,7 @@ def trade_off(of: Comparison) -> str:
         around = [[0.0, *(p[axis] for line in lines for p in line.points)] for axis in (0, 1)]
         title = f"against base, from {start}" if start else "against base"
         within = (*spanned(around[0], 1e-3), *spanned(around[1], 1e-3))
-        axes = (f"{of.first} (old), nats a token", f"{of.new} (new), nats a token")
+        axes = (f"{comparison.first} (old), nats a token", f"{comparison.new} (new), nats a token")
         rows.append(Panel(title, *axes, lines, within, zeros=(True, True)))
     return svg([rows], palette(families))
 

@@ -384,7 +384,7 @@ class Page:
         return f"![{words}]({self.folder.name}/{name}-{kind}.svg)\n\n*{words}*"
 
 
-def fill(text: str, known: Callable[[str], str], where: str) -> str:
+def fill(text: str, value_of: Callable[[str], str], where: str) -> str:
     """Return a text with its placeholders filled.
 
     Raises:
@@ -395,7 +395,7 @@ def fill(text: str, known: Callable[[str], str], where: str) -> str:
         if found[1]:
             return found[1]
         try:
-            return known(found[2])
+            return value_of(found[2])
         except UserError as fault:
             raise UserError(f"{where}: {found[0]}: {fault}") from None
 

@@ -21,7 +21,7 @@ class Entry:
 
     arm: str
     trials: list[Trial]
-    of: Comparison
+    comparison: Comparison
     """The comparison of the first of these trials."""
 
     def where(self, every_trial: Sequence[Trial]) -> str:
@@ -91,7 +91,7 @@ class Summary:
         columns = list(dict.fromkeys(name for part in parts.values() for name in part.columns))
         rows = []
         for entry in self.entries:
-            part = parts.get(id(entry.of))
+            part = parts.get(id(entry.comparison))
             for row in part.rows if part is not None else ():
                 if part is not None and row.name == entry.arm:
                     texts = dict(zip(part.columns, row.cells, strict=True))
@@ -104,14 +104,14 @@ class Summary:
         texts = []
         for corpus in self.corpora:
             if entry := self._lowest(corpus):
-                nll = entry.of.nll(entry.arm, corpus)
+                nll = entry.comparison.nll(entry.arm, corpus)
                 texts.append(f"Lowest on {corpus}: {entry.arm} ({entry.where(self.trials)}), {nll:.4f} nats per token.")
         return texts or ["No arm of any trial has a finite loss."]
 
     def _lowest(self, corpus: str) -> Entry | None:
         """Return the arm with the lowest final NLL on a corpus, among those that lack no seed."""
-        complete = [entry for entry in self.entries if entry.arm not in entry.of.partial]
-        scored = [(n, i) for i, e in enumerate(complete) if (n := e.of.nll(e.arm, corpus)) is not None]
+        complete = [entry for entry in self.entries if entry.arm not in entry.comparison.partial]
+        scored = [(n, i) for i, e in enumerate(complete) if (n := e.comparison.nll(e.arm, corpus)) is not None]
         return complete[min(scored)[1]] if scored else None
 
     def legend(self) -> str:

@@ -150,12 +150,12 @@ def _training(stage: Any) -> None:
 def _tell(stage: Any, rows: dict[str, dict[str, Any]], race: Any) -> None:
     """Add the rates and ratios to the stage's table."""
     for name, row in rows.items():
-        said = f"{row['median']:12,.0f} tokens/s" if "median" in row else "not measured"
+        rate = f"{row['median']:12,.0f} tokens/s" if "median" in row else "not measured"
         mfu = f", MFU {row['mfu']:.1%}" if row.get("mfu") else ""
         memory = row.get("peak_bytes", 0) / 2**30
-        half = f"; micro-batches of {row['sequences']}, out of memory before" if row["sequences"] < race.batch else ""
+        cut = f"; micro-batches of {row['sequences']}, out of memory before" if row["sequences"] < race.batch else ""
         first = f"first round {row.get('first_round_seconds', 0):.0f} s"
-        stage.say(f"{name:6} {said}{mfu}, {memory:.1f} GiB; {first}{half}")
+        stage.say(f"{name:6} {rate}{mfu}, {memory:.1f} GiB; {first}{cut}")
     for name, ratio in stage.found.get("ratios", {}).items():
         stage.say(f"{name}: {ratio:.3f}")
 
