@@ -29,7 +29,7 @@ from fire_llm.distributed import ranks
 from fire_llm.experiment.memory import Sizes, sizes
 from fire_llm.experiment.recipe import Recipe
 from fire_llm.experiment.recipe.sections import as_list
-from fire_llm.experiment.sources import MODEL, TOKENIZER, Hashes, Source, changes
+from fire_llm.experiment.sources import MODEL, TOKENIZER, Hashes, Source, changes, hashes
 from fire_llm.models import (
     PRESETS,
     config_for,
@@ -111,7 +111,8 @@ class RunContext:
         return known if known is not None else {what: self._hashes(what) for what in self._sources}
 
     def _hashes(self, what: str) -> Hashes:
-        return self._sources[what].hashes(Path(self._place(what)))
+        source = self._sources[what]
+        return hashes(f"{what} '{source.name}'", self._place(what), source.patterns)
 
     def _place(self, what: str) -> str:
         if what not in self._places:

@@ -54,17 +54,23 @@ class Source:
         with asking_hub(self.name):
             return snapshot_download(self.name, allow_patterns=[*self.patterns, *COMPANIONS], ignore_patterns=["*/*"])
 
-    def hashes(self, folder: Path) -> Hashes:
-        """Return the hashes of its files in a folder; each file is read once, and its hash remembered.
 
-        Raises:
-            UserError: A file cannot be read, or changes while it is.
-        """
-        below = [*folder.iterdir(), *(folder / SHARDED).glob("*")]
-        files = {str(path.relative_to(folder)): path for path in below if path.is_file()}
-        wanted = sorted(name for name in files if any(fnmatch(name, pattern) for pattern in self.patterns))
-        hashes = content_hashes(f"{self.what} '{self.name}'", [files[name] for name in wanted])
-        return dict(zip(wanted, hashes, strict=True))
+def hashes(what: str, place: str, patterns: tuple[str, ...]) -> Hashes:
+    """Return the hashes of the files of a model or tokenizer; each file is read once, and its hash remembered.
+
+    Args:
+        what: For messages: `model 'gpt2'`.
+        place: Its folder.
+        patterns: Patterns of the names of its files.
+
+    Raises:
+        UserError: A file cannot be read, or changes while it is.
+    """
+    folder = Path(place)
+    below = [*folder.iterdir(), *(folder / SHARDED).glob("*")]
+    files = {str(path.relative_to(folder)): path for path in below if path.is_file()}
+    wanted = sorted(name for name in files if any(fnmatch(name, pattern) for pattern in patterns))
+    return dict(zip(wanted, content_hashes(what, [files[name] for name in wanted]), strict=True))
 
 
 def changes(before: Any, after: Mapping[str, Hashes]) -> Iterator[str]:
