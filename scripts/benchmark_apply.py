@@ -1,14 +1,14 @@
-"""Reset a large synthetic checkpoint on the disk: peak memory and time, beside loading it whole and beside `cp`.
+"""Reset a large synthetic checkpoint on the disk, and compare memory and time with loading it whole and with `cp`.
 
     python scripts/benchmark_apply.py [--model llama-3-8b] [--folder DIR] [--only apply cp load] [--keep]
     python scripts/benchmark_apply.py --model gpt-0.1b --only apply no-measures before cp --before CLONE --repeat 3
 
-Writes a sharded bf16 checkpoint of random weights (the model's real shapes), then runs, each in a process of its own
-and in turns: `fire-llm apply`, and the same with --no-measures, whose difference is what measuring takes; `fire-llm
-apply` of another clone of the package; `cp -r` and a flush to the disk; and from_pretrained + fire_ + save_pretrained,
-the baseline, which needs the memory of the whole model. Of each, the least seconds of all turns are told.
-Afterwards every tensor is compared: those that FIRE leaves must be the source's to the byte, the others the
-baseline's. Free disk needed: three times the checkpoint (48 GB for 8 B parameters).
+The script writes a sharded bf16 checkpoint of random weights with the model's real shapes. Then it runs in turns, each
+in a process of its own: `fire-llm apply`; the same with --no-measures (the difference is the time of measuring);
+`fire-llm apply` of another clone of the package; `cp -r` with a flush to the disk; and the baseline from_pretrained +
+fire_ + save_pretrained, which needs the memory of the whole model. For each it prints the least seconds of all turns.
+At the end it compares every tensor: those that FIRE leaves alone must equal the source to the byte, the others the
+baseline. It needs free disk space of three times the checkpoint (48 GB for 8 B parameters).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ print(f"load {loaded - began:.0f} s, fire_ {fired - loaded:.0f} s ({report.secon
 
 
 def stored_shapes(model_type: str, settings: dict[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the keys and shapes that such a checkpoint has on the disk, experts one by one."""
+    """Yield the keys and shapes of a checkpoint on the disk, where experts are stored one by one."""
     config = AutoConfig.for_model(model_type, **settings)
     for name, parameter in model_on_meta(config).named_parameters():
         shape = tuple(parameter.shape)
@@ -129,7 +129,7 @@ def write_checkpoint(folder: Path, model: str, shard_bytes: int = 4 * 10**9) -> 
 
 
 def timed(command: list[str], package: Path) -> tuple[int, float, float, float]:
-    """Run a command; return its exit code, wall and CPU seconds, and the peak resident memory of it all in GiB."""
+    """Run a command; return exit code, wall and CPU seconds, and the peak resident memory of its processes in GiB."""
     used = os.times()
     # `python -m` looks for packages in its own folder first.
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(package)}, cwd=package)
@@ -168,7 +168,7 @@ def compare(source: Path, result: Path, baseline: Path | None) -> None:
 
 
 def compare_times(figures: dict[str, float]) -> None:
-    """Print what the CPU seconds of the contestants say about each other."""
+    """Print the ratios of the contestants' CPU seconds."""
     if "apply" in figures and "no-measures" in figures:
         measuring = figures["apply"] - figures["no-measures"]
         share = measuring / figures["apply"]

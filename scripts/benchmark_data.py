@@ -4,9 +4,9 @@
 
 Mixture: samples/s of two corpora in batches, in this process and through a DataLoader with workers; ours against
 `interleave_datasets` of two streams.
-Resume: seconds until the batch of a given step is there. Ours is arithmetic; `skip(n)` and `load_state_dict` of an
-IterableDataset, and accelerate's `skip_first_batches`, read what they skip: they are timed over as many samples as
-`--skip` says, and extended in proportion, which the output says too.
+Resume: seconds until the batch of a given step is read. Ours is arithmetic. `skip(n)` and `load_state_dict` of an
+IterableDataset, and accelerate's `skip_first_batches`, read the samples that they skip. They are timed over `--skip`
+samples, and the time is extended in proportion; the output says so.
 
 Contestants take turns in one process; figures are medians over the rounds, ratios are medians of the rounds' ratios.
 """
@@ -36,7 +36,7 @@ WEIGHTS = {"a": 0.9, "b": 0.1}
 
 
 def in_turns(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Return each contestant's results, of rounds in which all take part, every other one in reverse."""
+    """Return each contestant's results over rounds in which all take part; every other round is in reverse order."""
     found: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(rounds):
         for name in list(contestants)[:: 1 if turn % 2 == 0 else -1]:
@@ -45,7 +45,7 @@ def in_turns(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[s
 
 
 def report(title: str, unit: str, found: dict[str, list[float]]) -> dict[str, Any]:
-    """Print medians and what the first contestant has of each other, and return them."""
+    """Print and return the medians, and the ratio of the first contestant to each other."""
     first = next(iter(found))
     rows = {}
     print(title)
@@ -91,7 +91,7 @@ class Span(torch.utils.data.Sampler[int]):
 
 
 def streams(files: dict[str, TokenFile], context: int) -> Any:
-    """Return datasets' way to the same: the blocks of each corpus as a stream, interleaved by weight."""
+    """Return the same mixture by datasets: the blocks of each corpus as a stream, interleaved by weight."""
     from datasets import Dataset, interleave_datasets
 
     blocks = []
@@ -130,7 +130,7 @@ def mixing(files: dict[str, TokenFile], args: argparse.Namespace) -> dict[str, A
 
 
 def resuming(files: dict[str, TokenFile], args: argparse.Namespace) -> dict[str, Any]:
-    """Measure seconds until the batch of a far step is there."""
+    """Measure seconds until the batch of a far step is read."""
     from accelerate import skip_first_batches
 
     mixture = Mixture(files, WEIGHTS, context=args.context, seed=1, phase="p")

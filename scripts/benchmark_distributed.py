@@ -1,4 +1,4 @@
-"""Time FIRE on 1, 2 and 4 ranks: replicas that share the work or do all of it each, and FSDP2's shards.
+"""Time FIRE on 1, 2 and 4 ranks: replicas that share the work, replicas that each do all of it, and FSDP2's shards.
 
     python scripts/benchmark_distributed.py [--ranks 1 2 4] [--model gpt2 | small] [--repeat 3]
 

@@ -1,4 +1,4 @@
-"""Time perplexity beside `Trainer.evaluate` and lm_eval, and measure the memory that each takes above the model's own.
+"""Compare `perplexity` with `Trainer.evaluate` and lm_eval: time, and memory above the model's own.
 
     python scripts/benchmark_evaluation.py [--model gpt-small] [--context 256] [--vocab 50304] [--device cuda]
     python scripts/benchmark_evaluation.py --only memory [--memory-of ours plain lm_eval]
@@ -9,8 +9,8 @@ the context; `ours, documents`, lm_eval's loglikelihood_rolling and the rolling 
 loop tokenise them. Seconds are medians; the ratio of a pair is the median of the rounds' ratios. The negative
 log-likelihoods are compared as well. lm_eval and Trainer.evaluate are left out where lm_eval and datasets are missing.
 
-Precisions: perplexity beside the rolling loop, which does what lm_eval does with tokens, in fp32, in bf16, and in fp32
-under bf16 autocast; the text is one document. On a GPU the clock stops when it has done its work.
+Precisions: perplexity and the rolling loop, which scores tokens as lm_eval does, in fp32, in bf16, and in fp32 under
+bf16 autocast; the text is one document. On a GPU the clock stops when the GPU has finished.
 
 Memory: a narrow Llama of vocabulary 131,072 reads windows of 4096 tokens, each contestant in a process of its own,
 after a short text that loads the libraries. On a CPU it is the peak of resident memory less what was resident before;
@@ -47,7 +47,7 @@ from fire_llm.data.encode import Encoder
 from fire_llm.models import PRESETS, config_for, describe, fresh_model, load_model, load_tokenizer
 
 TOKENIZER_ENTRIES = 4096
-"""Of the tokenizer trained for a preset; its model's vocabulary may be larger, as its cost is what is measured."""
+"""Entries of the tokenizer that is trained for a preset. The model's vocabulary may be larger, as its cost counts."""
 PAIRS = (
     ("ours, stream", "Trainer.evaluate", 1.0),
     ("ours, documents", "lm_eval", 2.0),
@@ -70,7 +70,7 @@ def texts_of(corpus: str, tokenizer: Any, tokens: int) -> tuple[list[str], list[
 
 
 def contestants(model: Any, tokenizer: Any, texts: list[str], stream: np.ndarray, args: Any) -> dict[str, Callable]:
-    """Return functions that measure the text and give Σ nll and the tokens it is of."""
+    """Return functions that score the text and return Σ nll and the number of tokens scored."""
     context, prefix = args.context, tokenizer.eos_token_id
     blocks = stream[: len(stream) // context * context].reshape(-1, context)
     encode = Encoder(tokenizer)
@@ -102,7 +102,7 @@ def installed(library: str) -> bool:
 
 
 def trainers(model: Any, blocks: np.ndarray, args: Any) -> Callable:
-    """Return what measures blocks with Trainer.evaluate."""
+    """Return a function that measures blocks with Trainer.evaluate."""
     from datasets import Dataset
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
@@ -122,7 +122,7 @@ def trainers(model: Any, blocks: np.ndarray, args: Any) -> Callable:
 
 
 def lm_evals(model: Any, tokenizer: Any, texts: list[str], tokens: int, args: Any) -> Callable:
-    """Return what measures texts with lm_eval."""
+    """Return a function that measures texts with lm_eval."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
