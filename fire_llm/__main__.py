@@ -13,16 +13,16 @@ from fire_llm.core.signals import SIGNALS
 def program() -> NoReturn:
     """Run one verb and end the process with its exit code.
 
-    Before a verb waits for signals, and after it, nothing is left to save: they end the process at once. Once a signal
-    has ended the verb, others change nothing any more.
+    Before and after the work of a verb there is nothing to save, so signals end the process at once. After a signal has
+    ended the verb, further signals are ignored.
     """
     for number in SIGNALS:
-        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # not where they are ignored
-            # The system's own end comes to a rank in any call, as its launcher may want.
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # ignored ones stay ignored
+            # The system's default ends a rank even inside a library's call, as its launcher may need.
             signal.signal(number, signal.SIG_DFL if "RANK" in os.environ else _end)
     code = main()
     for number in SIGNALS if code > 128 else ():
-        signal.signal(number, signal.SIG_IGN)  # Python's own end would fall back to the system's
+        signal.signal(number, signal.SIG_IGN)  # while Python shuts down, it restores the system's default
     raise SystemExit(code)
 
 

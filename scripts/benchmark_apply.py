@@ -1,14 +1,14 @@
-"""Reset a large synthetic checkpoint on the disk: peak memory and time, beside loading it whole and beside `cp`.
+"""Reset a large synthetic checkpoint on the disk, and compare memory and time with loading it whole and with `cp`.
 
     python scripts/benchmark_apply.py [--model llama-3-8b] [--folder DIR] [--only apply cp load] [--keep]
     python scripts/benchmark_apply.py --model gpt-0.1b --only apply no-measures before cp --before CLONE --repeat 3
 
-Writes a sharded bf16 checkpoint of random weights (the model's real shapes), then runs, each in a process of its own
-and in turns: `fire-llm apply`, and the same with --no-measures, whose difference is what measuring takes; `fire-llm
-apply` of another clone of the package; `cp -r` and a flush to the disk; and from_pretrained + fire_ + save_pretrained,
-the baseline, which needs the memory of the whole model. Of each, the least seconds of all turns are told.
-Afterwards every tensor is compared: those that FIRE leaves must be the source's to the byte, the others the
-baseline's. Free disk needed: three times the checkpoint (48 GB for 8 B parameters).
+The script writes a sharded bf16 checkpoint of random weights with the model's real shapes. Then it runs in turns, each
+in a process of its own: `fire-llm apply`; the same with --no-measures (the difference is the time of measuring);
+`fire-llm apply` of another clone of the package; `cp -r` with a flush to the disk; and the baseline from_pretrained +
+fire_ + save_pretrained, which needs the memory of the whole model. For each it prints the least seconds of all turns.
+At the end it compares every tensor: those that FIRE leaves alone must equal the source to the byte, the others the
+baseline. It needs free disk space of three times the checkpoint (48 GB for 8 B parameters).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ print(f"load {loaded - began:.0f} s, fire_ {fired - loaded:.0f} s ({report.secon
 
 
 def stored_shapes(model_type: str, settings: dict[str, int]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield the keys and shapes that such a checkpoint has on the disk, experts one by one."""
+    """Yield the keys and shapes of a checkpoint on the disk, where experts are stored one by one."""
     config = AutoConfig.for_model(model_type, **settings)
     for name, parameter in model_on_meta(config).named_parameters():
         shape = tuple(parameter.shape)
@@ -129,7 +129,7 @@ def write_checkpoint(folder: Path, model: str, shard_bytes: int = 4 * 10**9) -> 
 
 
 def timed(command: list[str], package: Path) -> tuple[int, float, float, float]:
-    """Run a command; return its exit code, wall and CPU seconds, and the peak resident memory of it all in GiB."""
+    """Run a command; return exit code, wall and CPU seconds, and the peak resident memory of its processes in GiB."""
     used = os.times()
     # `python -m` looks for packages in its own folder first.
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(package)}, cwd=package)
@@ -167,6 +167,18 @@ def compare(source: Path, result: Path, baseline: Path | None) -> None:
         print(f"{equal} of {len(before)} tensors equal the baseline's to the byte")
 
 
+def compare_times(figures: dict[str, float]) -> None:
+    """Print the ratios of the contestants' CPU seconds."""
+    if "apply" in figures and "no-measures" in figures:
+        measuring = figures["apply"] - figures["no-measures"]
+        share = measuring / figures["apply"]
+        print(f"of apply's {figures['apply']:.0f} s of CPU, measuring takes {measuring:.0f} ({share:.0%})")
+    if "apply" in figures and "before" in figures:
+        print(f"apply takes {figures['apply'] / figures['before']:.2f} of the other clone's CPU time")
+    if "load" in figures and "apply" in figures:
+        print(f"apply takes {figures['apply'] / figures['load']:.2f} of the baseline's time")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="llama-3-8b")
@@ -190,9 +202,10 @@ def main() -> None:
         print(f"{write_checkpoint(source, args.model) / 1e9:.2f} B parameters")
     if "before" in args.only and args.before is None:
         parser.error("before: name the other clone with --before")
-    more = ["--device", args.device, *(["--num-processes", str(args.num_processes)] if args.num_processes > 1 else [])]
+    options = ["--device", args.device]
+    options += ["--num-processes", str(args.num_processes)] if args.num_processes > 1 else []
     applied = {
-        name: [sys.executable, "-m", "fire_llm", "apply", str(source), str(results[name]), *more] for name in kinds
+        name: [sys.executable, "-m", "fire_llm", "apply", str(source), str(results[name]), *options] for name in kinds
     }
     commands = {
         "apply": applied["apply"],
@@ -217,23 +230,14 @@ def main() -> None:
             print(f"  {', '.join(known)} (wall)")
         if name not in ("apply", "load"):
             shutil.rmtree(results[name], ignore_errors=True)
-    if "apply" in figures and "no-measures" in figures:
-        measuring = figures["apply"] - figures["no-measures"]
-        print(
-            f"of apply's {figures['apply']:.0f} s of CPU, measuring takes {measuring:.0f} "
-            f"({measuring / figures['apply']:.0%})"
-        )
-    if "apply" in figures and "before" in figures:
-        print(f"apply takes {figures['apply'] / figures['before']:.2f} of the other clone's CPU time")
-    if "load" in figures and "apply" in figures:
-        print(f"apply takes {figures['apply'] / figures['load']:.2f} of the baseline's time")
+    compare_times(figures)
     if args.json:
         each = {"CPU seconds": figures, "peak memory": peaks}
         ratios = {
             f"{unit}, {name} / apply": value / found["apply"]
-            for unit, found in each.items()
-            for name, value in (found.items() if "apply" in found else ())
-        }
+            for unit, found in each.items() if "apply" in found
+            for name, value in found.items()
+        }  # fmt: skip
         args.json.write_text(json.dumps({"ratios": ratios}, indent=1))
     if results["apply"].exists():
         compare(source, results["apply"], results["load"] if results["load"].exists() else None)

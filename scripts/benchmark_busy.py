@@ -1,4 +1,4 @@
-"""Run the demo on the machine as it is, then beside processes that burn every core: seconds, ratio, equal weights.
+"""Run the demo on the machine as it is, then beside processes that keep every core busy; compare times and weights.
 
     python scripts/benchmark_busy.py                 # an eighth of the demo, each way twice, in turns
     python scripts/benchmark_busy.py --whole         # all of it, each way once
@@ -29,7 +29,7 @@ SHORT = ("phases.0.steps=60", "phases.1.steps=20", "evaluate.every_steps=20", "s
 
 @contextmanager
 def burning(number: int):
-    """Keep so many processes busy while the block runs."""
+    """Keep this number of processes busy while the block runs."""
     burners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(number)]
     try:
         yield

@@ -1,13 +1,12 @@
-"""Time the data path beside Hugging Face's: tokenising, samples of a mixture, and going on far into a run.
+"""Time the data path beside Hugging Face's: samples of a mixture, and going on far into a run.
 
-    python scripts/benchmark_data.py [--mb 20] [--samples 20000] [--far 1000000] [--only tokenise mixture resume]
+    python scripts/benchmark_data.py [--samples 20000] [--far 1000000] [--only mixture resume]
 
-Tokenising: `tokenize_corpus` against `datasets.map` (batched, as many processes as cores) with the same fast tokenizer
-on the same text; both write to an empty folder, and the tokens are compared. Mixture: samples/s of two corpora in
-batches, in this process and through a DataLoader with workers; ours against `interleave_datasets` of two streams.
-Resume: seconds until the batch of a given step is there. Ours is arithmetic; `skip(n)` and `load_state_dict` of an
-IterableDataset, and accelerate's `skip_first_batches`, read what they skip: they are timed over as many samples as
-`--skip` says, and extended in proportion, which the output says too.
+Mixture: samples/s of two corpora in batches, in this process and through a DataLoader with workers; ours against
+`interleave_datasets` of two streams.
+Resume: seconds until the batch of a given step is read. Ours is arithmetic. `skip(n)` and `load_state_dict` of an
+IterableDataset, and accelerate's `skip_first_batches`, read the samples that they skip. They are timed over `--skip`
+samples, and the time is extended in proportion; the output says so.
 
 Contestants take turns in one process; figures are medians over the rounds, ratios are medians of the rounds' ratios.
 """
@@ -18,7 +17,6 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import statistics
 import sys
 import tempfile
@@ -31,16 +29,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from fire_llm.data import Mixture, TokenFile, tokenize_corpus, train_tokenizer
-from fire_llm.data.corpora import resolve
-from fire_llm.data.spec import Corpus
+from fire_llm.data import Mixture, TokenFile
 from fire_llm.data.tokens import seal
 
 WEIGHTS = {"a": 0.9, "b": 0.1}
 
 
 def in_turns(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Return each contestant's results, of rounds in which all take part, every other one in reverse."""
+    """Return each contestant's results over rounds in which all take part; every other round is in reverse order."""
     found: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(rounds):
         for name in list(contestants)[:: 1 if turn % 2 == 0 else -1]:
@@ -49,7 +45,7 @@ def in_turns(contestants: dict[str, Callable[[], float]], rounds: int) -> dict[s
 
 
 def report(title: str, unit: str, found: dict[str, list[float]]) -> dict[str, Any]:
-    """Print medians and what the first contestant has of each other, and return them."""
+    """Print and return the medians, and the ratio of the first contestant to each other."""
     first = next(iter(found))
     rows = {}
     print(title)
@@ -58,66 +54,6 @@ def report(title: str, unit: str, found: dict[str, list[float]]) -> dict[str, An
         rows[name] = {"median": statistics.median(values), "all": values, "ratio_of_first": ratio}
         print(f"  {name:<44} {statistics.median(values):>14,.5g} {unit:<10} ours / this: {ratio:.3g}")
     return {"unit": unit, "rows": rows}
-
-
-def texts_of(megabytes: float) -> list[str]:
-    """Return documents of the offline corpora, repeated with a number in front where they do not suffice."""
-    found: list[str] = []
-    total, again = 0, 0
-    while total < megabytes * 1e6:
-        for text in resolve("library-docs").documents("train"):
-            found.append(f"{again} {text}")
-            total += len(found[-1].encode())
-            if total >= megabytes * 1e6:
-                break
-        again += 1
-    return found
-
-
-# ---- tokenising
-
-
-def tokenising(texts: list[str], tokenizer: Any, rounds: int, folder: Path, processes: int) -> dict[str, Any]:
-    """Measure tokens/s of making a corpus into tokens on the disk."""
-    from datasets import Dataset, disable_caching, disable_progress_bars
-
-    disable_caching()
-    disable_progress_bars()
-    corpus = Corpus("bench", "1", lambda split: texts)
-    dataset = Dataset.from_dict({"text": texts})
-    counts: dict[str, int] = {}
-
-    def ours() -> float:
-        begun = time.perf_counter()
-        made = tokenize_corpus(corpus, tokenizer, "train", cache=folder / "ours", progress=False)
-        seconds = time.perf_counter() - begun
-        counts["ours"] = made.n_tokens - made.n_documents
-        shutil.rmtree(folder / "ours")
-        return made.n_tokens / seconds
-
-    def theirs(number: int | None) -> float:
-        # Each of several processes has one thread, as datasets' own guide has it; one process has them all.
-        os.environ["TOKENIZERS_PARALLELISM"] = "true" if number is None else "false"
-        begun = time.perf_counter()
-        made = dataset.map(
-            lambda rows: {"input_ids": tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"]},
-            batched=True, num_proc=number, remove_columns=["text"], new_fingerprint=f"f{time.time_ns()}",
-        )  # fmt: skip
-        made.save_to_disk(str(folder / "theirs"))
-        seconds = time.perf_counter() - begun
-        os.environ.pop("TOKENIZERS_PARALLELISM")
-        counts[f"map {number}"] = total = sum(map(len, made.with_format("numpy")["input_ids"]))
-        shutil.rmtree(folder / "theirs")
-        return (total + len(texts)) / seconds
-
-    contestants: dict[str, Callable[[], float]] = {
-        "ours": ours,
-        "datasets.map, one process, threads": lambda: theirs(None),
-    }
-    contestants[f"datasets.map, {processes} processes"] = lambda: theirs(processes)
-    found = report("tokenising, text to tokens on the disk", "tokens/s", in_turns(contestants, rounds))
-    assert len(set(counts.values())) == 1, counts
-    return found
 
 
 # ---- the mixture
@@ -155,7 +91,7 @@ class Span(torch.utils.data.Sampler[int]):
 
 
 def streams(files: dict[str, TokenFile], context: int) -> Any:
-    """Return datasets' way to the same: the blocks of each corpus as a stream, interleaved by weight."""
+    """Return the same mixture by datasets: the blocks of each corpus as a stream, interleaved by weight."""
     from datasets import Dataset, interleave_datasets
 
     blocks = []
@@ -194,7 +130,7 @@ def mixing(files: dict[str, TokenFile], args: argparse.Namespace) -> dict[str, A
 
 
 def resuming(files: dict[str, TokenFile], args: argparse.Namespace) -> dict[str, Any]:
-    """Measure seconds until the batch of a far step is there."""
+    """Measure seconds until the batch of a far step is read."""
     from accelerate import skip_first_batches
 
     mixture = Mixture(files, WEIGHTS, context=args.context, seed=1, phase="p")
@@ -236,9 +172,11 @@ def resuming(files: dict[str, TokenFile], args: argparse.Namespace) -> dict[str,
     return found | {"extended_from_samples": args.skip, "sample": sample}
 
 
+PARTS = {"mixture": mixing, "resume": resuming}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mb", type=float, default=20, help="megabytes of text to tokenise (20)")
     parser.add_argument("--samples", type=int, default=20_000, help="samples of the mixture a turn (20000)")
     parser.add_argument("--context", type=int, default=1024, help="tokens a sample (1024)")
     parser.add_argument("--batch", type=int, default=16, help="samples a batch and a step (16)")
@@ -246,32 +184,22 @@ def main() -> int:
     parser.add_argument("--far", type=int, default=1_000_000, help="step to go on from (1e6)")
     parser.add_argument("--skip", type=int, default=20_000, help="samples that skipping is timed over (20000)")
     parser.add_argument("--rounds", type=int, default=5, help="turns each (5)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="of datasets.map (all cores)")
-    parser.add_argument("--only", nargs="+", default=["tokenise", "mixture", "resume"], help="parts to run")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=[*PARTS], help="parts to run")
     parser.add_argument("--json", metavar="FILE", help="write the figures too")
     args = parser.parse_args()
     import datasets
-    import tokenizers
 
-    versions = f"datasets {datasets.__version__}, tokenizers {tokenizers.__version__}, torch {torch.__version__}"
+    versions = f"datasets {datasets.__version__}, torch {torch.__version__}"
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}")
     result: dict[str, Any] = {"settings": vars(args), "versions": versions}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        if "tokenise" in args.only:
-            texts = texts_of(args.mb)
-            tokenizer = train_tokenizer([Corpus("bench", "1", lambda split: texts)], 4096, progress=False)
-            result["tokenise"] = tokenising(texts, tokenizer, args.rounds, folder, args.processes)
-        if {"mixture", "resume"} & set(args.only):
-            files = token_files(folder / "tokens", args.tokens)
-            if "mixture" in args.only:
-                result["mixture"] = mixing(files, args)
-            if "resume" in args.only:
-                result["resume"] = resuming(files, args)
+        files = token_files(Path(name), args.tokens)
+        for part in args.only:
+            result[part] = PARTS[part](files, args)
     result["ratios"] = {
         f"{part}, ours / {name}": row["ratio_of_first"] ** (-1 if result[part]["unit"] == "s" else 1)
-        for part in ("tokenise", "mixture", "resume")
-        for name, row in (result[part]["rows"] if part in result else {}).items()
+        for part in args.only
+        for name, row in result[part]["rows"].items()
     }
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1))

@@ -1,4 +1,4 @@
-"""Time FIRE on 1, 2 and 4 ranks: replicas that share the work or do all of it each, and FSDP2's shards.
+"""Time FIRE on 1, 2 and 4 ranks: replicas that share the work, replicas that each do all of it, and FSDP2's shards.
 
     python scripts/benchmark_distributed.py [--ranks 1 2 4] [--model gpt2 | small] [--repeat 3]
 
@@ -44,6 +44,11 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: whole(p) for name, p in model.named_parameters()}
 
 
+def largest_resident() -> int:
+    """Return the most bytes of main memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def rank_main(rank: int, world: int, size: str, repeat: int, folder: str) -> None:
     """Time every mode on this rank; the first rank writes the results."""
     gpu = torch.cuda.is_available()
@@ -55,7 +60,7 @@ def rank_main(rank: int, world: int, size: str, repeat: int, folder: str) -> Non
     dist.init_process_group(
         "nccl" if gpu else "gloo", init_method=f"file://{folder}/store-{world}", rank=rank, world_size=world
     )
-    rows, decide = [], work.worthwhile
+    rows = []
     for mode in MODES if world > 1 else MODES[:1]:
         work.worthwhile = (lambda *_: True) if mode == "shared" else (lambda *_: False)
         best, extra = float("inf"), 0
@@ -69,12 +74,9 @@ def rank_main(rank: int, world: int, size: str, repeat: int, folder: str) -> Non
                 fully_shard(model)
             if gpu:
                 torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            before = torch.cuda.memory_allocated() if gpu else largest_resident()
             report = fire_(model)
-            peak = (
-                torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            )
-            extra = max(extra, peak - before)
+            extra = max(extra, (torch.cuda.max_memory_allocated() if gpu else largest_resident()) - before)
             slowest = torch.tensor(report.seconds, device=device)
             dist.all_reduce(slowest, dist.ReduceOp.MAX)
             best = min(best, slowest.item())
@@ -85,7 +87,6 @@ def rank_main(rank: int, world: int, size: str, repeat: int, folder: str) -> Non
         apart = torch.tensor(max((found[n] - alone[n]).abs().max().item() for n in found), device=device)
         dist.all_reduce(apart, dist.ReduceOp.MAX)
         rows.append((mode if world > 1 else "one rank", best, apart.item(), extra))
-    work.worthwhile = decide
     if rank == 0:
         torch.save(rows, Path(folder) / f"rows-{world}.pt")
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Time perplexity beside `Trainer.evaluate` and lm_eval, and measure the memory that each takes above the model's own.
+"""Compare `perplexity` with `Trainer.evaluate` and lm_eval: time, and memory above the model's own.
 
     python scripts/benchmark_evaluation.py [--model gpt-small] [--context 256] [--vocab 50304] [--device cuda]
     python scripts/benchmark_evaluation.py --only memory [--memory-of ours plain lm_eval]
@@ -9,8 +9,8 @@ the context; `ours, documents`, lm_eval's loglikelihood_rolling and the rolling 
 loop tokenise them. Seconds are medians; the ratio of a pair is the median of the rounds' ratios. The negative
 log-likelihoods are compared as well. lm_eval and Trainer.evaluate are left out where lm_eval and datasets are missing.
 
-Precisions: perplexity beside the rolling loop, which does what lm_eval does with tokens, in fp32, in bf16, and in fp32
-under bf16 autocast; the text is one document. On a GPU the clock stops when it has done its work.
+Precisions: perplexity and the rolling loop, which scores tokens as lm_eval does, in fp32, in bf16, and in fp32 under
+bf16 autocast; the text is one document. On a GPU the clock stops when the GPU has finished.
 
 Memory: a narrow Llama of vocabulary 131,072 reads windows of 4096 tokens, each contestant in a process of its own,
 after a short text that loads the libraries. On a CPU it is the peak of resident memory less what was resident before;
@@ -47,7 +47,7 @@ from fire_llm.data.encode import Encoder
 from fire_llm.models import PRESETS, config_for, describe, fresh_model, load_model, load_tokenizer
 
 TOKENIZER_ENTRIES = 4096
-"""Of the tokenizer trained for a preset; its model's vocabulary may be larger, as its cost is what is measured."""
+"""Entries of the tokenizer that is trained for a preset. The model's vocabulary may be larger, as its cost counts."""
 PAIRS = (
     ("ours, stream", "Trainer.evaluate", 1.0),
     ("ours, documents", "lm_eval", 2.0),
@@ -70,7 +70,7 @@ def texts_of(corpus: str, tokenizer: Any, tokens: int) -> tuple[list[str], list[
 
 
 def contestants(model: Any, tokenizer: Any, texts: list[str], stream: np.ndarray, args: Any) -> dict[str, Callable]:
-    """Return functions that measure the text and give Σ nll and the tokens it is of."""
+    """Return functions that score the text and return Σ nll and the number of tokens scored."""
     context, prefix = args.context, tokenizer.eos_token_id
     blocks = stream[: len(stream) // context * context].reshape(-1, context)
     encode = Encoder(tokenizer)
@@ -82,15 +82,8 @@ def contestants(model: Any, tokenizer: Any, texts: list[str], stream: np.ndarray
     def ours_documents() -> tuple[float, int]:
         ids = encode(texts)
         ends = np.cumsum([len(each) for each in ids])
-        measured = perplexity(
-            model,
-            np.concatenate(ids),
-            documents=ends,
-            per_document=True,
-            prefix=prefix,
-            context=context,
-            batch_size=args.batch_size,
-        )
+        how = {"prefix": prefix, "context": context, "batch_size": args.batch_size}
+        measured = perplexity(model, np.concatenate(ids), documents=ends, per_document=True, **how)
         return measured.nll * measured.tokens, measured.tokens
 
     run: dict[str, Callable] = {"ours, stream": ours_stream}
@@ -99,7 +92,7 @@ def contestants(model: Any, tokenizer: Any, texts: list[str], stream: np.ndarray
     run["ours, documents"] = ours_documents
     if installed("lm_eval"):
         run["lm_eval"] = lm_evals(model, tokenizer, texts, len(stream), args)
-    ends = np.cumsum([len(each) for each in Encoder(tokenizer)(texts)])
+    ends = np.cumsum([len(each) for each in encode(texts)])
     run["rolling loop"] = lambda: rolling_loop(model, stream, context, args.batch_size, prefix, documents=ends)
     return run
 
@@ -109,23 +102,16 @@ def installed(library: str) -> bool:
 
 
 def trainers(model: Any, blocks: np.ndarray, args: Any) -> Callable:
-    """Return what measures blocks with Trainer.evaluate."""
+    """Return a function that measures blocks with Trainer.evaluate."""
     from datasets import Dataset
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     dataset = Dataset.from_dict({"input_ids": blocks, "labels": blocks}).with_format("torch")
-    trainer = Trainer(
-        model,
-        TrainingArguments(
-            output_dir=tempfile.mkdtemp(),
-            per_device_eval_batch_size=args.batch_size,
-            prediction_loss_only=True,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=args.device == "cpu",
-        ),
-        eval_dataset=dataset,
-    )
+    settings = TrainingArguments(
+        output_dir=tempfile.mkdtemp(), per_device_eval_batch_size=args.batch_size, prediction_loss_only=True,
+        report_to="none", disable_tqdm=True, use_cpu=args.device == "cpu",
+    )  # fmt: skip
+    trainer = Trainer(model, settings, eval_dataset=dataset)
     trainer.remove_callback(PrinterCallback)
 
     def evaluated() -> tuple[float, int]:
@@ -136,7 +122,7 @@ def trainers(model: Any, blocks: np.ndarray, args: Any) -> Callable:
 
 
 def lm_evals(model: Any, tokenizer: Any, texts: list[str], tokens: int, args: Any) -> Callable:
-    """Return what measures texts with lm_eval."""
+    """Return a function that measures texts with lm_eval."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
@@ -169,16 +155,10 @@ def precisions(args: Any) -> dict[str, Any]:
     print(f"{describe(model)}, on {args.device}; context {args.context}, batch size {args.batch_size}, {len(stream):,} "
           f"tokens of {args.corpus} as one document")  # fmt: skip
     rows = measure(
-        model,
-        stream,
-        context=args.context,
-        batch_size=args.batch_size,
-        prefix=tokenizer.eos_token_id,
-        precisions=args.precisions,
-        rolling_batch_sizes=args.rolling_batch_sizes,
-        compiled=args.compile,
+        model, stream, context=args.context, batch_size=args.batch_size, prefix=tokenizer.eos_token_id,
+        precisions=args.precisions, rolling_batch_sizes=args.rolling_batch_sizes, compiled=args.compile,
         repeat=args.repeat,
-    )
+    )  # fmt: skip
     for row in rows:
         ours = next(each for each in rows if each["precision"] == row["precision"])
         print(f"{row['precision']:14} {row['contestant']:24} {row['tokens_per_second']:12,.0f} tokens/s, "

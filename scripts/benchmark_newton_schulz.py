@@ -181,15 +181,9 @@ def measure(
         taken, results = milliseconds(solver, stacks, repeat)
         extra = (torch.cuda.max_memory_allocated() - held) / 2**20 if cuda else None
         sigma_error, distance = errors(results, [one[target] for one in targets], by_svd)
-        row = {
-            "solver": name,
-            "milliseconds": taken,
-            "sigma_error": sigma_error,
-            "distance": distance,
-            "extra_megabytes": extra,
-        }
-        tell(row)
-        rows.append(row)
+        row = {"solver": name, "milliseconds": taken, "sigma_error": sigma_error, "distance": distance}
+        rows.append({**row, "extra_megabytes": extra})
+        tell(rows[-1])
     return rows
 
 
@@ -259,12 +253,8 @@ def main() -> None:
     solvers = without(contestants(cuda), args.without)
     rows = measure(stacks, solvers, args.repeat, by_svd=args.targets == "svd", tell=tell)
     if args.json:
-        machine = {
-            "device": name,
-            "torch": torch.__version__,
-            "matrices": count,
-            "shapes": [list(s.shape) for s in stacks],
-        }
+        shapes = [list(stack.shape) for stack in stacks]
+        machine = {"device": name, "torch": torch.__version__, "matrices": count, "shapes": shapes}
         loop = times.get("paper's loop, fp32", float("nan"))
         ratios = {f"paper's loop / {name}": loop / taken for name, taken in times.items()}
         args.json.write_text(json.dumps({**machine, "rows": rows, "ratios": ratios}, indent=1) + "\n")

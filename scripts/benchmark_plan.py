@@ -1,4 +1,4 @@
-"""Simulate how FIRE's work divides among ranks: makespan against the ideal, from shapes alone.
+"""Simulate from shapes how FIRE's work divides among ranks, and compare the makespan with the ideal.
 
     python scripts/benchmark_plan.py [--ranks 1 8 64] [--model llama-3-8b] [--lm-head]
 

@@ -1,12 +1,12 @@
-"""Measure what a checkpoint of a model in shards costs: whole through the first rank's memory, and in shards.
+"""Measure the cost of saving a model in shards: gathered on the first rank, and written in shards.
 
     python scripts/benchmark_saving.py [--ranks 4] [--width 512] [--layers 8] [--saves 3] [--output FOLDER]
 
 gloo ranks on the CPU, one thread each, train a GPT-2 under FSDP2 and save, in turns: `gathered`, where the first rank
 gathers weights and moments and writes them while all wait; `shards, waited for`; and `shards`, written beside
-training. The stall is what a save keeps training from going on for, of the slowest rank: the least, the median and the
-largest. The peak is by how much the first rank's memory grew while it saved, and the largest of the others' growth.
-Memory of files that the system can drop at any time is not counted.
+training. The stall is for how long a save stops training on the slowest rank: the least, the median and the largest.
+The peak is by how much memory grew during saves, on the first rank and at most on the others. Memory of files that the
+system can drop at any time is not counted.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 def own_memory() -> int:
-    """Return the bytes of this process that lie in no file."""
+    """Return the bytes of this process's memory that belong to no file."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
 
@@ -80,7 +80,7 @@ class Peak:
 
 
 class Measured(ContinualTrainer):
-    """Time each save, and gather whole tensors where the way says so."""
+    """Time each save, and the growth of memory."""
 
     stalls: list[float]
     peak: Peak

@@ -2,12 +2,12 @@
 
     python scripts/benchmark_tokenizing.py [--mb 48] [--processes 2] [--rounds 3] [--part-mb 2] [--json FILE]
 
-All write to an empty folder, from one .jsonl file on the disk to tokens on the disk, with the same fast tokenizer, and
-their tokens are compared. Every process has one thread but in the contestant that says so. Contestants take turns,
-every other round in reverse, and each figure is a median over rounds. On a machine that does other work seconds say
-little, so CPU seconds stand beside them: of this process and of those that it started. `expected` is the speed-up that
-these give where every process has a core of its own: CPU of one process over that of the busiest of several, which is
-this one's share (planning, joining, hashing) and one N-th of the others'.
+All contestants turn one .jsonl file into tokens in an empty folder, with the same fast tokenizer, and their tokens are
+compared. Each process has one thread, except in the contestant named so. Contestants take turns, every other round in
+reverse, and each figure is a median over rounds. On a busy machine seconds say little, so CPU seconds are printed too:
+of this process and of those that it started. `expected` is the speed-up if every process had a core of its own: the
+CPU seconds of one process over those of the busiest of several, which has this process's share (planning, joining,
+hashing) and one N-th of the others'.
 """
 
 from __future__ import annotations
@@ -26,13 +26,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmark_data import in_turns, texts_of
+from benchmark_data import in_turns
 
 from fire_llm.data import partition, tokenize_corpus, train_tokenizer
 from fire_llm.data.corpora import CorpusSpec, resolve
 from fire_llm.data.spec import Corpus
 
 Figures = dict[str, float]
+
+
+def texts_of(megabytes: float) -> list[str]:
+    """Return documents of the offline corpora, repeated with a number in front where they do not suffice."""
+    texts: list[str] = []
+    total, repetition = 0, 0
+    while total < megabytes * 1e6:
+        for text in resolve("library-docs").documents("train"):
+            texts.append(f"{repetition} {text}")
+            total += len(texts[-1].encode())
+            if total >= megabytes * 1e6:
+                break
+        repetition += 1
+    return texts
 
 
 def measured(work: Callable[[], int]) -> Figures:

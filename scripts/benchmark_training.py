@@ -1,15 +1,14 @@
-"""Time training beside a bare loop with the same kernels and beside transformers' stock Trainer; measure memory.
+"""Compare training with a bare loop on the same kernels and with transformers' stock Trainer: time and memory.
 
     python scripts/benchmark_training.py [--preset gpt-small] [--context 256] [--vocab 50304] [--device cuda]
     python scripts/benchmark_training.py --only memory [--vocabularies 50304 131072]
 
 Speed: one model, one block of tokens, in turns, each contestant in a process of its own that waits while the others
-run: a round is a few steps of each, after a first one that is not counted. `bare` is a loop in plain PyTorch with the
-kernels that ours takes (the same sliced loss, fused AdamW, clipping, compiled where ours is): the ceiling. `stock` is
-Trainer with its own loss, given blocks of the same tokens, with what a careful user sets: fused AdamW, SDPA, the
-precision; compiled where ours is. What it leaves alone is left alone: the heap of the process
-(fire_llm/training/heap.py), which ours and bare keep. Seconds are medians; the ratio of a pair is the median of the
-rounds' ratios. Losses of the first step are compared.
+run. A round is a few steps of each, after a first one that is not counted. `bare` is a loop in plain PyTorch with our
+kernels (the same sliced loss, fused AdamW, clipping, compiled if ours is): the ceiling. `stock` is Trainer with its own
+loss on the same tokens, with the settings of a careful user: fused AdamW, SDPA, the precision, compiled if ours is.
+Only ours and bare keep freed memory in the process (fire_llm/training/heap.py). Seconds are medians; the ratio of a
+pair is the median of the rounds' ratios.
 
 Memory: a narrow Llama takes two steps with each vocabulary, each contestant in a process of its own. On a CPU it is the
 peak of resident memory less what was resident before; on a GPU, that of torch's allocator.
@@ -31,6 +30,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -49,7 +49,7 @@ TARGETS = {"bare": 0.98, "stock": 1.3}
 
 
 class Blocks(torch.utils.data.Dataset):
-    """Give random blocks of tokens; `shifted` labels are ours, transformers shifts its own."""
+    """Random blocks of tokens; our trainer takes labels that are shifted, transformers shifts them itself."""
 
     def __init__(self, vocabulary: int, context: int, shifted: bool) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -104,7 +104,7 @@ def our_trainer(args: argparse.Namespace, steps: int) -> Any:
         bf16_params=args.precision == "bf16-params",
     )
     trainer = ContinualTrainer(model, settings, Blocks(model.config.vocab_size, args.context, True))
-    trainer.remove_callback(Keeping)  # it would write a checkpoint after each round
+    trainer.remove_callback(Keeping)  # this callback would write a checkpoint after each round
     return trainer
 
 
@@ -139,7 +139,7 @@ def train_for(trainer: Any, args: argparse.Namespace) -> float:
 
 
 def bare(args: argparse.Namespace, steps: int) -> Callable[[], float]:
-    """Return a function that trains in plain PyTorch, with our kernels, and gives the seconds of all steps but one."""
+    """Return a function that trains in plain PyTorch with our kernels and returns the seconds of all steps but one."""
     model, device = model_of(args), torch.device(args.device)
     data = Blocks(model.config.vocab_size, args.context, True)
     half = resolve_precision(args.precision).startswith("bf16")
@@ -186,7 +186,7 @@ CONTESTANTS = ("ours", "bare", "stock")
 
 
 def contestant(name: str, args: argparse.Namespace, steps: int) -> Callable[[], float]:
-    """Return a function that trains for `steps` steps and gives the seconds from the end of the first to the last."""
+    """Return a function that trains for `steps` steps and returns the seconds of all steps but the first."""
     return functools.partial(train_for, TRAINERS[name](args, steps), args) if name in TRAINERS else bare(args, steps)
 
 
@@ -236,22 +236,13 @@ def turns_of(args: argparse.Namespace) -> None:
 
 
 def memory(args: argparse.Namespace) -> dict[str, float]:
-    """Print the peak memory of each contestant above what it held before, each in a process; return the ratios."""
+    """Print the memory that training adds, each contestant in a process of its own; return the ratios."""
     ratios = {}
     for vocabulary in args.vocabularies:
         found = {}
         for name in ("ours", "stock"):
-            command = [
-                sys.executable,
-                __file__,
-                "--only",
-                "memory-of",
-                "--contestant",
-                name,
-                "--vocab",
-                str(vocabulary),
-            ]
-            command += ["--device", args.device, "--precision", args.precision]
+            command = [sys.executable, __file__, "--only", "memory-of", "--contestant", name]
+            command += ["--vocab", str(vocabulary), "--device", args.device, "--precision", args.precision]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found[name] = json.loads(done.stdout.strip().splitlines()[-1])["bytes"]
         print(
@@ -263,7 +254,7 @@ def memory(args: argparse.Namespace) -> dict[str, float]:
 
 
 def memory_of(args: argparse.Namespace) -> None:
-    """Train a narrow Llama for two steps and print the bytes that this took, as JSON."""
+    """Train a narrow Llama for two steps and print, as JSON, the bytes that this added at the peak."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     def build(_: Any) -> Any:
@@ -276,15 +267,9 @@ def memory_of(args: argparse.Namespace) -> None:
     globals()["model_of"] = build
     args.context, args.batch, args.accumulation = 1024, 4, 1
     run = contestant(args.contestant, args, 2)
-    before = torch.cuda.memory_allocated() if args.device == "cuda" else resident()
+    before = torch.cuda.memory_allocated() if args.device == "cuda" else psutil.Process().memory_info().rss
     run()
     print(json.dumps({"bytes": peak_memory(torch.device(args.device)) - before}))
-
-
-def resident() -> int:
-    """Return the bytes of main memory that this process holds."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-    return pages * 4096
 
 
 def main() -> None:

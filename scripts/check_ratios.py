@@ -59,18 +59,18 @@ def main() -> int:
         parser.error(f"--only {' '.join(args.only)}: in no command of {args.file}: {'; '.join(tracked)}")
     missed = 0
     for command in chosen:
-        found = measure(command, args.file.parent)
+        ratios = measure(command, args.file.parent)
         print(f"{command}\n{'':4}{'was':>10}{'is':>10}{'least':>10}")
         for name, row in tracked[command]["ratios"].items():
-            now = found.get(name, math.nan)
+            now = ratios.get(name, math.nan)
             reached = now >= row["threshold"]
             missed += not reached
             print(
                 f"{'' if reached else '!!':4}{row['last']:10.3g}{now:10.3g}{row['threshold']:10.3g}  {name}", flush=True
             )
-            if args.write and name in found:
+            if args.write and name in ratios:
                 row["last"] = float(f"{now:.3g}")
-        if args.write and found:
+        if args.write and ratios:
             tracked[command] |= taken_with()
     if args.write:
         args.file.write_text(json.dumps(tracked, indent=1) + "\n")

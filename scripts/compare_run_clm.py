@@ -123,15 +123,9 @@ def measured(args: argparse.Namespace, work: Path, model: Path) -> dict[str, flo
     """Return a model's held-out NLL by each program's count."""
     out = work / "measured"
     data = ["--train_file", args.train, "--validation_file", args.validation, "--block_size", str(CONTEXT)]
-    command = [
-        sys.executable,
-        args.run_clm,
-        "--model_name_or_path",
-        str(model),
-        "--tokenizer_name",
-        str(work / "start"),
-    ]
-    command += [*data, "--cache_dir", str(work / "cache"), "--output_dir", str(out), "--do_eval", "--use_cpu"]
+    command = [sys.executable, args.run_clm, "--model_name_or_path", str(model)]
+    command += ["--tokenizer_name", str(work / "start"), *data, "--cache_dir", str(work / "cache")]
+    command += ["--output_dir", str(out), "--do_eval", "--use_cpu"]
     timed([*command, "--report_to", "none", "--per_device_eval_batch_size", "32"], work / "measured.log", work)
     theirs = json.loads((out / "eval_results.json").read_text())["eval_loss"]
     command = [sys.executable, "-m", "fire_llm", "eval", str(model), "--data", args.validation, "--document", "file"]
@@ -180,11 +174,8 @@ def main() -> None:
     }.items():
         print(f"| {what} | " + " | ".join(spread([r[key] for r in runs]) for runs in found.values()) + " |")
     for what, key in {"seconds": "wall", "CPU seconds": "cpu"}.items():
-        print(
-            f"| {what} | "
-            + " | ".join(f"{statistics.median(r[key] for r in runs):.0f}" for runs in found.values())
-            + " |"
-        )
+        medians = [f"{statistics.median(r[key] for r in runs):.0f}" for runs in found.values()]
+        print(f"| {what} | {' | '.join(medians)} |")
     for name in ("run_clm", "fire-llm"):
         seed = args.seeds[0]
         print(f"\nfiles of {name}-{seed}:\n{files(work / f'{name}-{seed}')}")

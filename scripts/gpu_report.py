@@ -1,13 +1,13 @@
-"""Measure on one GPU, in minutes, what no CPU can show: tests, Newton-Schulz, training, perplexity, arms of a recipe.
+"""Measure on one GPU, in minutes, what a CPU cannot show: tests, Newton-Schulz, training, perplexity, arms of a recipe.
 
     python scripts/gpu_report.py --data FOLDER --output DIR [--seconds 540] [--stages tests training …]
     python scripts/gpu_report.py --output DIR [DIR …] --write-docs docs/gpu-results.md
     python scripts/gpu_report.py --size tiny --device cpu --data FOLDER --output DIR    (a dry run)
 
-Each stage has a limit in seconds and a JSON of its own in DIR, rewritten after every measurement. What fails or
-takes too long is recorded there, and the next stage goes on; later stages are shortened, or left out, to fit into
---seconds. FOLDER holds wikitext2-tok/, webtext/ and gpt2-tokenizer/. One process measures all stages but the tests, so
-that compiled code serves again; where it ends before its time, another goes on with the next stage.
+Each stage has a limit in seconds and a JSON of its own in DIR, which is rewritten after every measurement. A failure or
+a timeout is recorded there, and the next stage begins. Later stages are shortened or left out to fit into --seconds.
+FOLDER holds wikitext2-tok/, webtext/ and gpt2-tokenizer/. One process measures all stages but the tests, so that they
+share compiled code. If it ends too early, another process begins with the next stage.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {
     # stage: (most seconds, seconds below which it is not begun)
-    "environment": (60, 3),  # with loading the libraries, where no tests ran meanwhile
+    "environment": (60, 3),  # includes loading the libraries, unless the tests ran meanwhile
     "tests": (110, 15),
     "newton-schulz": (45, 10),
     "training": (200, 45),
@@ -51,18 +51,18 @@ LIBRARIES = ("torch", "triton", "transformers", "accelerate", "numpy", "pydantic
 TESTS = ["tests/accelerators/test_gpu.py", "-m", "gpu", "-o", "addopts=", "-W", "default", "-p", "no:cacheprovider"]
 TESTS += ["-q", "--tb=short", "--show-capture=no", "-p", "gpu.recording"]
 GROUPS = ("compiled in fp32", "compiled in bf16", "cuSOLVER")
-"""Of tests that share what takes seconds to begin; each has a process of its own, and so has the rest."""
+"""Groups of tests that share a slow start; each group runs in a process of its own, and so do all other tests."""
 GRACE = 12
-"""Seconds that a stage which does not end at its limit is given before its process is killed."""
+"""Seconds after a stage's limit before its process is killed."""
 LAST_LINES = 8
 
 
 class OutOfTime(BaseException):
-    """Ends a stage at its limit; no stage's own `except Exception` takes it for a failed measurement."""
+    """Ends a stage at its limit; a stage's own `except Exception` does not catch it."""
 
 
 class Stage:
-    """Hold what a stage has found so far, and write it into the stage's file."""
+    """Collect the measurements of a stage, and write them into the stage's file."""
 
     def __init__(self, name: str, args: argparse.Namespace, seconds: float) -> None:
         self.name, self.args, self.limit = name, args, seconds
@@ -76,22 +76,22 @@ class Stage:
             "size": args.size,
             "failures": {},
         }
-        before = args.output / f"{name}.json"
-        if before.exists():  # what is known without torch was written already
-            self.found |= {k: v for k, v in json.loads(before.read_text(encoding="utf-8")).items() if k == "machine"}
+        earlier = args.output / f"{name}.json"
+        if earlier.exists():  # the description of the machine, which needs no torch, was written before
+            self.found |= {k: v for k, v in json.loads(earlier.read_text(encoding="utf-8")).items() if k == "machine"}
 
     def left(self) -> float:
         """Return the seconds until the limit."""
         return self.limit - (time.monotonic() - self.began)
 
     def note(self, **measured: Any) -> None:
-        """Add measurements, and write all."""
+        """Add measurements, and write the file."""
         self.found |= measured
         self.found["seconds"] = round(time.monotonic() - self.began, 2)
         write(self.args.output / f"{self.name}.json", self.found)
 
     def file(self, name: str, data: Any) -> None:
-        """Write a file of its own."""
+        """Write another JSON file beside the stage's own."""
         write(self.args.output / name, data)
 
     def say(self, line: str) -> None:
@@ -99,7 +99,7 @@ class Stage:
         self.lines.append(line)
 
     def attempt(self, what: str, measure: Callable[[], Any]) -> Any:
-        """Return what `measure` gives; where it fails, record why and return None."""
+        """Return what `measure` returns; if it fails, record why and return None."""
         try:
             return measure()
         except Exception:
@@ -108,7 +108,7 @@ class Stage:
             return None
 
     def run(self, measure: Callable[[Stage], None]) -> None:
-        """Run a stage to its end, its failure or its limit; the file says which."""
+        """Run a stage until it ends, fails or reaches its limit; the file says which."""
         self.note()
         status, previous = "done", signal.signal(signal.SIGALRM, _out_of_time)
         signal.setitimer(signal.ITIMER_REAL, max(0.1, self.limit))
@@ -129,12 +129,12 @@ def _out_of_time(*_: Any) -> None:
 
 
 def tail() -> list[str]:
-    """Return the last lines of the traceback of what is being handled."""
+    """Return the last lines of the current exception's traceback."""
     return [line[:300] for line in traceback.format_exc().strip().splitlines()[-LAST_LINES:]]
 
 
 def write(path: Path, data: Any) -> None:
-    """Write JSON that a reader sees whole, or as it was before."""
+    """Write JSON in one rename, so that a reader never sees half of it."""
     partial = path.with_name(f".{path.name}")
     partial.write_text(json.dumps(data, indent=1, default=str) + "\n", encoding="utf-8")
     os.replace(partial, path)
@@ -144,9 +144,9 @@ def write(path: Path, data: Any) -> None:
 
 
 def work(args: argparse.Namespace) -> None:
-    """Measure the stages that standard input names, one a line, each answered by a line when it ends."""
+    """Measure the stages that lines of standard input name, and answer each with a line when it ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print goes to the log
+    os.dup2(2, 1)  # the output of libraries goes to the log
     sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
     from gpu.evidence import evidence, prepare
     from gpu.kernels import clean, environment, orthogonalisers
@@ -175,7 +175,7 @@ def work(args: argparse.Namespace) -> None:
 
 
 class Worker:
-    """Start the process that measures, and start it again where it ended."""
+    """Start the process that measures, and start it again if it ended."""
 
     def __init__(self, args: argparse.Namespace, options: list[str]) -> None:
         self.args, self.options = args, options
@@ -184,7 +184,7 @@ class Worker:
         self.answers: queue.Queue[str | None] = queue.Queue()
 
     def start(self) -> None:
-        """Start the process, which loads its libraries before it is asked for anything."""
+        """Start the process; it loads its libraries at once."""
         with (self.args.output / "log.txt").open("a", encoding="utf-8") as log:
             self.process = subprocess.Popen(
                 [sys.executable, __file__, *self.options, "--worker"],
@@ -207,24 +207,24 @@ class Worker:
         answers.put(None)
 
     def stop(self) -> None:
-        """End the process and all that it started."""
+        """End the process and all processes that it started."""
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
             self.reader.join()
             for pipe in (self.process.stdin, self.process.stdout):
-                with contextlib.suppress(OSError):  # what was written to it may not have been read
+                with contextlib.suppress(OSError):  # the process may have ended before it read everything
                     pipe and pipe.close()
             self.process = None
 
     def measure(self, name: str, seconds: float, end: float) -> dict[str, Any]:
-        """Have a stage measured, and return its answer: its table and its status.
+        """Let the process measure a stage, and return its answer: table and status.
 
         Args:
-            name: Of the stage.
+            name: The stage.
             seconds: Its limit.
-            end: Of everything, in the seconds of time.monotonic; its process is killed then.
+            end: When everything has to end, by time.monotonic; the process is killed then.
         """
         if self.process is None:
             self.start()
@@ -234,7 +234,7 @@ class Worker:
         asked = False
         while True:
             if self.ready and not asked:
-                left = max(1.0, limit - time.monotonic())  # loading libraries is a part of it
+                left = max(1.0, limit - time.monotonic())  # loading the libraries took a part of it
                 self.process.stdin.write(json.dumps({"stage": name, "seconds": left}) + "\n")
                 self.process.stdin.flush()
                 asked = True
@@ -245,13 +245,13 @@ class Worker:
             if answer is None:
                 self.stop()
                 return self._ended(name, why)
-            told: dict[str, Any] = json.loads(answer)
-            if "ready" in told:
+            message: dict[str, Any] = json.loads(answer)
+            if "ready" in message:
                 self.ready = True
                 continue
-            if not told["sound"]:
+            if not message["sound"]:
                 self.stop()
-            return told
+            return message
 
     def _ended(self, name: str, why: str) -> dict[str, Any]:
         file, log = self.args.output / f"{name}.json", self.args.output / "log.txt"
@@ -266,9 +266,9 @@ class Worker:
 
 
 def run_tests(stage: Stage) -> None:
-    """Run the GPU tests in processes of their own and count what passed."""
+    """Run the GPU tests in processes of their own, and count how they ended."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        record, said = Path(folder) / "record.jsonl", Path(folder) / "said.txt"
+        record, output = Path(folder) / "record.jsonl", Path(folder) / "said.txt"
         command = [sys.executable, "-m", "pytest", *TESTS, f"--record={record}"]
         chosen = [["--groups", name] for name in (*GROUPS, "!" + ",".join(GROUPS))]
         if stage.args.size == "tiny":
@@ -281,7 +281,7 @@ def run_tests(stage: Stage) -> None:
         code: int | None = 0
         processes: list[subprocess.Popen[bytes]] = []
         try:
-            with said.open("a", encoding="utf-8") as file:
+            with output.open("a", encoding="utf-8") as file:
                 for n, part in enumerate(chosen):
                     started = subprocess.Popen(
                         [*command, f"--basetemp={folder}/{n}", *part], cwd=ROOT, env=environment, stdout=file,
@@ -298,7 +298,7 @@ def run_tests(stage: Stage) -> None:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
         found = read_record(record.read_text(encoding="utf-8").splitlines() if record.exists() else [])
-        last = [line[:300] for line in said.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]]
+        last = [line[:300] for line in output.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]]
         stage.note(exit_code=code, **found, last_lines=last)
     counted = ", ".join(f"{count} {word}" for word, count in found["counts"].items())
     stage.say(counted or "no test was collected")
@@ -314,29 +314,29 @@ def run_tests(stage: Stage) -> None:
 
 
 def read_record(lines: list[str]) -> dict[str, Any]:
-    """Read what gpu/recording.py wrote, to its end or to where it was cut off.
+    """Read the record of gpu/recording.py, which may be cut off.
 
     Returns:
-        counts of tests by how they ended; failed, the last lines of each that did; running, those that began and did
-        not end; slowest_seconds of the slowest 15, with their fixtures; seconds_of_all.
+        counts: tests by how they ended; failed: the last lines of each failure; running: tests that did not end;
+        slowest_seconds: the slowest 15, with their fixtures; seconds_of_all.
     """
     began: list[str] = []
     ended: dict[str, dict[str, Any]] = {}
     for line in lines:
         with contextlib.suppress(json.JSONDecodeError):  # the last may be cut off
-            told = json.loads(line)
-            if "ended" in told:
-                ended[told["test"]] = told
+            event = json.loads(line)
+            if "ended" in event:
+                ended[event["test"]] = event
             else:
-                began.append(told["test"])
-    words = [told["ended"] for told in ended.values()]
-    slowest = sorted(ended.values(), key=lambda told: -told["seconds"])[:15]
+                began.append(event["test"])
+    words = [event["ended"] for event in ended.values()]
+    slowest = sorted(ended.values(), key=lambda event: -event["seconds"])[:15]
     return {
         "counts": {word: words.count(word) for word in dict.fromkeys(words)},
-        "failed": {name: told["said"] for name, told in ended.items() if told["ended"] in ("failed", "errors")},
+        "failed": {name: event["said"] for name, event in ended.items() if event["ended"] in ("failed", "errors")},
         "running": [name for name in began if name not in ended],
-        "slowest_seconds": {told["test"]: told["seconds"] for told in slowest},
-        "seconds_of_all": round(sum(told["seconds"] for told in ended.values()), 2),
+        "slowest_seconds": {event["test"]: event["seconds"] for event in slowest},
+        "seconds_of_all": round(sum(event["seconds"] for event in ended.values()), 2),
     }
 
 
@@ -344,7 +344,7 @@ def read_record(lines: list[str]) -> dict[str, Any]:
 
 
 def prepare_environment(args: argparse.Namespace) -> None:
-    """Set what libraries read when they are loaded, for this process's children."""
+    """Set the environment of this process's children."""
     fast = Path("/dev/shm")
     cache = args.cache or (fast / "cache" if fast.is_dir() else Path(tempfile.gettempdir()) / "cache")
     os.environ |= ENVIRONMENT | {
@@ -358,7 +358,7 @@ def prepare_environment(args: argparse.Namespace) -> None:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return what can be said of the machine without loading torch."""
+    """Return what is known of the machine without loading torch."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
@@ -383,7 +383,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def measure(args: argparse.Namespace, options: list[str]) -> int:
-    """Measure all stages that fit, print their tables, and return 0 where every one of them is done."""
+    """Measure all stages that fit, print their tables, and return 0 if all are done."""
     end = time.monotonic() + args.seconds
     args.output.mkdir(parents=True, exist_ok=True)
     prepare_environment(args)
@@ -393,18 +393,18 @@ def measure(args: argparse.Namespace, options: list[str]) -> int:
     if "tests" in stages:
         stages = ["tests", *(stage for stage in stages if stage != "tests")]  # loading the libraries takes as long
     worker.start()
-    before = args.output / "environment.json"
-    commands = json.loads(before.read_text(encoding="utf-8"))["machine"].get("commands", []) if before.exists() else []
+    file = args.output / "environment.json"
+    commands = json.loads(file.read_text(encoding="utf-8"))["machine"].get("commands", []) if file.exists() else []
     commands.append("python scripts/gpu_report.py " + " ".join(options))
     machine = {"commands": commands, **describe_machine()}
     write(args.output / "environment.json", {"stage": "environment", "status": "not finished", "machine": machine})
     try:
         for name in stages:
-            most, least = LIMITS[name]
-            most = args.limits.get(name, most)
-            seconds = min(most, end - time.monotonic() - 3)
+            most_seconds, least_seconds = LIMITS[name]
+            most_seconds = args.limits.get(name, most_seconds)
+            seconds = min(most_seconds, end - time.monotonic() - 3)
             began = time.monotonic()
-            if seconds < least and args.size == "full":
+            if seconds < least_seconds and args.size == "full":
                 write(args.output / f"{name}.json", {"stage": name, "status": "left out: no time was left"})
                 answer: dict[str, Any] = {"lines": [], "status": "left out: no time was left"}
             elif name == "tests":

@@ -114,12 +114,8 @@ def main() -> None:
     print(table(rows, vocabulary))
     if args.json:
         versions = {"fire_llm": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-        settings = {
-            "context": args.context,
-            "max_tokens": args.max_tokens,
-            "prompt": PROMPT,
-            "ln_v": math.log(vocabulary),
-        }
+        settings = {"context": args.context, "max_tokens": args.max_tokens, "prompt": PROMPT}
+        settings["ln_v"] = math.log(vocabulary)
         about = {"command": " ".join(map(str, sys.argv)), "machine": platform.processor() or platform.machine()}
         args.json.write_text(json.dumps({**about, "versions": versions, **settings, "arms": rows}, indent=1) + "\n")
 

@@ -48,9 +48,10 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor, nn
-from write_results_page import Figure, OfTables
+from write_results_page import Figure, OfTables, lines
 
 from fire_llm import __version__, apply_reset
+from fire_llm.core.atomic import write_json
 from fire_llm.core.errors import UserError
 from fire_llm.linalg.activations import dormant_scores, dormant_share, feature_srank
 from fire_llm.reporting.comparison import paired_interval
@@ -61,18 +62,18 @@ ARMS = ("base", "full-reset", "s-and-p", "fire", "fire-keep-norm", "linear-reset
 
 @dataclass(frozen=True)
 class Task:
-    """One environment, the agent that learns it, and how long."""
+    """One environment, the agent that learns in it, and for how long."""
 
     name: str
     algorithm: str
     environment: str
     steps: int
-    """Of the environment; the reset is in the middle."""
+    """Steps of the environment; the reset is in the middle."""
     evaluate_every: int
     episodes: int
-    """Of each evaluation."""
+    """Episodes of each evaluation."""
     replay_ratio: int
-    """Gradient steps to one step of the environment."""
+    """Gradient steps for each step of the environment."""
     learning_rate: float
     width: int
     batch: int
@@ -173,7 +174,7 @@ FUSED = {"optimizer_kwargs": {"fused": True}}
 
 
 def agent(task: Task, seed: int) -> BaseAlgorithm:
-    """Return an agent that has learned nothing; its weights depend on the seed alone."""
+    """Return an untrained agent; its weights depend on the seed alone."""
     common: dict[str, Any] = {
         "env": environments(task, task.envs),
         "learning_rate": task.learning_rate,
@@ -188,7 +189,7 @@ def agent(task: Task, seed: int) -> BaseAlgorithm:
     }
     if task.algorithm == "dqn":
         look = {"features_extractor_class": Features, "features_extractor_kwargs": {"features_dim": task.width}}
-        # Exploration falls during a tenth of all steps, a fifth of the half that `learn` is called for.
+        # Exploration falls during a tenth of all steps. `learn` is called for half of them, so it is a fifth of those.
         ends = {"exploration_fraction": 0.2, "exploration_final_eps": 0.01, "target_update_interval": 200}
         policy = {**look, "net_arch": [], "normalize_images": False, **FUSED}
         model = DQN("CnnPolicy", policy_kwargs=policy, **ends, **common)
@@ -223,22 +224,22 @@ RESETS: dict[str, dict[str, Any]] = {
         "fire-keep-norm": {**PROJECTED, "roles": ["linear"]},
     },
 }
-"""By algorithm and arm: what `apply_reset` is given."""
+"""By algorithm and arm, the resets for `apply_reset`."""
 NETWORKS = {"dqn": {"q_net": "q_net_target"}, "sac": {"actor": None, "critic": "critic_target"}}
-"""By algorithm: what is reset, and the target network that follows it."""
+"""By algorithm, the networks that are reset, each with the target network that follows it."""
 
 
 class FireCallback(BaseCallback):
-    """Reset an agent when training goes on: its networks, the targets and, for SAC, what the paper's code sets back.
+    """Reset an agent when training goes on: its networks, their targets and, for SAC, what the paper's code resets.
 
-    For SAC that is every optimizer's moments, of the base too, and the temperature of the arms that reset. For DQN the
-    moments stay. The replay buffer stays in both.
+    For SAC, the moments of every optimizer are cleared, also in the arm base, and arms that reset set the temperature
+    back. For DQN the moments stay. The replay buffer stays in both.
 
     Args:
         algorithm: `dqn` or `sac`.
         arm: One of ARMS.
         initial: The policy with the run's initial weights.
-        log_temperature: Of SAC, the initial one.
+        log_temperature: SAC's initial log temperature.
     """
 
     def __init__(self, algorithm: str, arm: str, initial: nn.Module, log_temperature: float = 0.0) -> None:
@@ -288,7 +289,7 @@ class Evaluations(BaseCallback):
 
 @torch.no_grad()
 def diagnosed(model: BaseAlgorithm, rows: int = 2048) -> dict[str, float]:
-    """Return srank of what the value's last layer reads, and the dormant share of all hidden units, on the buffer."""
+    """Return, on observations of the buffer, the srank of the value network's last features and its dormant share."""
     buffer = model.replay_buffer
     size = buffer.size()
     picked = np.random.default_rng(0).integers(0, size, rows)
@@ -297,7 +298,7 @@ def diagnosed(model: BaseAlgorithm, rows: int = 2048) -> dict[str, float]:
     hidden: list[Tensor] = []
 
     def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        """Take a convolution's channels for its units."""
+        """Keep the activations of hidden units; the units of a convolution are its channels."""
         hidden.append(output.movedim(1, -1).flatten(0, -2))
 
     network = model.q_net if isinstance(model, DQN) else model.critic.qf0
@@ -317,18 +318,11 @@ def said(words: str) -> None:
     print(words, file=sys.stderr, flush=True)
 
 
-def write(path: Path, data: dict[str, Any]) -> None:
-    """Write JSON; the file is whole or not there."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(data) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
 def finished(path: Path, task: Task) -> dict[str, Any] | None:
-    """Return a unit that was finished with these settings, None where there is none.
+    """Return a unit that was finished with these settings; None if there is none.
 
     Raises:
-        UserError: It was made with others.
+        UserError: It was made with other settings.
     """
     if not path.exists():
         return None
@@ -339,7 +333,7 @@ def finished(path: Path, task: Task) -> dict[str, Any] | None:
 
 
 def train(task: Task, seed: int, arms: Sequence[str], out: Path) -> None:
-    """Train one seed of a task to the middle and each arm from there to the end, without what is finished."""
+    """Train one seed of a task to the middle, and each arm from there to the end; finished units are skipped."""
     arms = [arm for arm in arms if arm in RESETS[task.algorithm]]
     place = out / task.name / f"seed-{seed}"
     if all(finished(place / f"{name}.json", task) for name in ("middle", *arms)):
@@ -358,7 +352,7 @@ def train(task: Task, seed: int, arms: Sequence[str], out: Path) -> None:
         diagnosis = diagnosed(model)
         model.policy.load_state_dict(initial.state_dict())
         unit = {"curve": curve.curve, "end": diagnosis, "untrained": diagnosed(model)}
-        write(place / "middle.json", {"task": asdict(task), "seconds": time.process_time() - began, **unit})
+        write_json(place / "middle.json", {"task": asdict(task), "seconds": time.process_time() - began, **unit})
     for arm in arms:
         if finished(place / f"{arm}.json", task) is not None:
             continue
@@ -369,7 +363,7 @@ def train(task: Task, seed: int, arms: Sequence[str], out: Path) -> None:
         reset = FireCallback(task.algorithm, arm, initial, temperature)
         model.learn(task.steps // 2, callback=[reset, curve], reset_num_timesteps=False)
         unit = {"curve": curve.curve, "begin": reset.diagnosis, "end": diagnosed(model)}
-        write(place / f"{arm}.json", {"task": asdict(task), "seconds": time.process_time() - began, **unit})
+        write_json(place / f"{arm}.json", {"task": asdict(task), "seconds": time.process_time() - began, **unit})
 
 
 # ---- tables
@@ -389,14 +383,13 @@ MEASURES = {"last three": last, "area": area}
 
 
 def number(value: float, digits: int) -> str:
-    """Return a number with the digits that `as_json` writes it with, zeros at the end among them."""
+    """Return a number as text, from which `as_json` makes a number with the same digits, also trailing zeros."""
     return f"#{round(value, digits) + 0.0:.{digits}f}"
 
 
 def as_json(study: dict[str, Any]) -> str:
-    """Return JSON with what holds no other list or object in one line."""
-    text = re.sub(r'"#(-?[\d.]+)"', r"\1", json.dumps(study, indent=1))
-    return re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda inner: " ".join(inner[0].split()), text)
+    """Return a study as JSON, numbers with the digits that `number` gave them."""
+    return re.sub(r'"#(-?[\d.]+)"', r"\1", lines(study))
 
 
 def spread(values: Sequence[float], digits: int) -> dict[str, str] | str:
@@ -415,7 +408,7 @@ def paired(mine: Sequence[float], theirs: Sequence[float], digits: int) -> dict[
 
 
 Units = dict[str, list[dict[str, Any]]]
-"""By arm, and `middle`: a unit a seed."""
+"""By arm, and for `middle`, the units of all seeds."""
 
 
 def returns(task: str, units: Units) -> dict[str, Any]:
@@ -438,7 +431,7 @@ def returns(task: str, units: Units) -> dict[str, Any]:
 
 
 def networks(task: str, units: Units) -> dict[str, Any]:
-    """Return the table of the diagnostics: untrained, before the reset, behind it, at the end."""
+    """Return the table of the diagnostics: untrained, before the reset, after it, at the end."""
 
     def row(name: str, arm: str, when: str) -> list[Any]:
         found = [unit[when] for unit in units[arm]]
@@ -513,12 +506,12 @@ def gathered(tasks: Sequence[Task], seeds: Sequence[int], arms: Sequence[str], o
 
 
 def quick(task: Task) -> Task:
-    """Return a task that shows that everything works, and nothing else."""
+    """Return a task so small that it shows only whether everything works."""
     return replace(task, steps=160, evaluate_every=40, episodes=2, replay_ratio=1, learning_starts=40, width=16)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train what is not there, gather, print."""
+    """Train the units that are not finished, gather the study, and print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the units and what is gathered")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="of every task (1 2 3)")

@@ -1,4 +1,4 @@
-"""FIRE and what it is compared with on images: a first phase on a part of the data, a reset, a second phase on all.
+"""Compare FIRE with other methods on images: a first phase on a part of the data, a reset, a second phase on all.
 
     apt-get install dataset-fashion-mnist        # 70,000 real images, nothing else is downloaded
     python scripts/reproduce_vision.py --output runs/vision --seeds 1 2 3 --workers 2
@@ -6,12 +6,12 @@
     python scripts/reproduce_vision.py --output runs/smoke --quick
 
 Settings: warm-start (a tenth of the images, then all of them), noisy-start (half of them with random labels, then all
-with their own: ours, and harsher than anything in the paper), continual (images arrive in parts, old ones stay) and
-class-incremental (classes arrive, old ones stay). Arms that reset act between phases; those that act while training
-act from the second phase on in the two starts and from the first in the others, as in the authors' code. What it prints
-stands in vision.json and vision.md too, each unit's own figures in units/. Started again, it goes on; a finished unit
-is not trained again, an interrupted one goes on at its last finished phase. `--study FILE` writes what docs/results/
-takes.
+with their own; it is not in the paper, and harsher than its settings), continual (images arrive in parts, old ones
+stay) and class-incremental (classes arrive, old ones stay). Arms that reset act between phases. Arms that act while
+training act from the second phase on in the two starts, and from the first in the others, as in the authors' code.
+The tables are printed and written to vision.json and vision.md, the figures of each unit to units/. The same command
+goes on after an interruption: a finished unit is not trained again, an unfinished one goes on after its last finished
+phase. `--study FILE` writes the JSON of a study for docs/results/.
 
 Source: FIRE, arXiv 2602.08040, section 5.1, and its authors' public code, whose settings `--size paper` takes.
 """
@@ -40,6 +40,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from vision_data import PACKAGED, Images, load
 from vision_networks import NETWORKS, build
+from write_results_page import OfTables, lines
 
 from fire_llm import Penalties, Recycling, UserError, apply_reset, diagnose_module, inject_plasticity_
 from fire_llm.core.atomic import read_json, write_json
@@ -52,10 +53,10 @@ STARTS = ("warm-start", "noisy-start")
 
 @dataclass(frozen=True)
 class Arm:
-    """What one arm does."""
+    """What one arm does between phases and while training."""
 
     resets: Any = None
-    """Between phases, as `apply_reset` takes them; by network where they differ."""
+    """Resets between phases, as `apply_reset` takes them; a mapping by network if they differ."""
     penalty: str = ""
     recycling: str = ""
     muon: bool = False
@@ -89,17 +90,19 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Tuned:
-    """What the authors chose for one network in one setting; shrink-and-perturb has 0.8 in all."""
+    """The options that the authors chose for one network in one setting; shrink-and-perturb has 0.8 everywhere."""
 
     alpha: float
-    """Of DASH, with its floor."""
+    """DASH's share of a new gradient in its moving average."""
     floor: float
+    """DASH's least factor."""
     parseval: float
     cbp_rate: float
-    """A step, with the age in steps from which on a unit is mature."""
+    """Share of units that continual backprop replaces in a step."""
     cbp_maturity: int
+    """Age in steps from which on it may replace a unit."""
     redo: float
-    """Threshold, once an epoch."""
+    """ReDo's threshold; it acts once an epoch."""
     l2_init: float
     """Coefficient of half the squared distance."""
     snr: float
@@ -116,11 +119,11 @@ TUNED = {
     ("class-incremental", "vit"): Tuned(0.3, 0.3, 1e-5, 1e-5, 1000, 0.01, 1e-5, 0.08),
 }
 PAPER_STEPS = {"resnet": 19_600, "vit": 19_600, "vgg": 39_100}
-"""Of a phase on all images there, by which the rate and the maturity of continual backprop are scaled."""
+"""Steps of the paper's phase on all images; the rate and the maturity of continual backprop are scaled by them."""
 
 
 def tuned(setting: str, network: str) -> Tuned:
-    """Return the authors' choice; the MLP, which is not theirs, and what they did not run take the nearest one."""
+    """Return the authors' options, or the nearest ones for the MLP and for settings that they did not run."""
     kind = "start" if setting in STARTS else setting
     network = "resnet" if network == "mlp" else network
     return TUNED.get((kind, network)) or TUNED[kind, "vgg"]
@@ -132,9 +135,9 @@ class Size:
 
     name: str
     images: dict[str, int | None]
-    """By network; None for all."""
+    """Number of images by network; None for all."""
     epochs: dict[str, int]
-    """Of a phase on all images, by network."""
+    """Epochs of a phase on all images, by network."""
     batch: int
     parts: int
     """Phases of the continual and the class-incremental setting."""
@@ -167,7 +170,7 @@ SIZES = {
         scopes=EVERY,
     ),
 }  # fmt: skip
-"""By name: a CPU's quarter of an hour for three seeds, the paper's, and a smoke test."""
+"""A quarter of an hour on a CPU for three seeds, the paper's size, and a smoke test."""
 
 
 @dataclass(frozen=True)
@@ -188,26 +191,26 @@ class Unit:
 
 
 def prepared(images: Images, network: str, size: Size, seed: int) -> Images:
-    """Return the images that a network sees, drawn by the seed."""
+    """Return the images that a network trains on and is tested on, chosen by the seed."""
     generator = torch.Generator().manual_seed(seed)
     most = size.images[network]
     chosen = torch.randperm(len(images.x), generator=generator)[:most]
-    held = torch.randperm(len(images.test_x), generator=generator)[: size.test_images]
-    x, test_x = images.x[chosen], images.test_x[held]
+    test_chosen = torch.randperm(len(images.test_x), generator=generator)[: size.test_images]
+    x, test_x = images.x[chosen], images.test_x[test_chosen]
     if network in size.halve and x.shape[-1] >= 28:
         x, test_x = F.avg_pool2d(x, 2), F.avg_pool2d(test_x, 2)
-    return Images(images.name, x, images.y[chosen], test_x, images.test_y[held])
+    return Images(images.name, x, images.y[chosen], test_x, images.test_y[test_chosen])
 
 
 def phases(unit: Unit, images: Images, size: Size) -> list[tuple[Tensor, Tensor, int, Tensor]]:
-    """Return of each phase its images' numbers, their labels, how often they are seen, and the test images' numbers."""
+    """Return for each phase (indices of its images, their labels, epochs, indices of its test images)."""
     count, epochs = len(images.x), size.epochs[unit.network]
     everything, tests = torch.arange(count), torch.arange(len(images.test_x))
     if unit.setting in STARTS:
         share = size.first[unit.setting]
         part = everything[: round(count * share)]
-        drawn = torch.Generator().manual_seed(unit.seed)
-        noise = torch.randint(images.classes, (len(part),), generator=drawn)
+        generator = torch.Generator().manual_seed(unit.seed)
+        noise = torch.randint(images.classes, (len(part),), generator=generator)
         labels = noise if unit.setting == "noisy-start" else images.y[part]
         return [
             (part, labels, round(epochs / share), tests),
@@ -217,12 +220,12 @@ def phases(unit: Unit, images: Images, size: Size) -> list[tuple[Tensor, Tensor,
     order = torch.randperm(images.classes, generator=torch.Generator().manual_seed(unit.seed))
     for number in range(1, size.parts + 1):
         if unit.setting == "continual":
-            part, held = everything[: count * number // size.parts], tests
+            part, test_part = everything[: count * number // size.parts], tests
         else:
             known = order[: images.classes * number // size.parts]
             part = everything[torch.isin(images.y, known)]
-            held = tests[torch.isin(images.test_y, known)]
-        found.append((part, images.y[part], epochs, held))
+            test_part = tests[torch.isin(images.test_y, known)]
+        found.append((part, images.y[part], epochs, test_part))
     return found
 
 
@@ -230,7 +233,7 @@ def phases(unit: Unit, images: Images, size: Size) -> list[tuple[Tensor, Tensor,
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon in fp32, kernels of convolutions flattened: torch's computes in bf16, which takes minutes a phase on a CPU.
+    """Muon in fp32 with flattened kernels of convolutions; torch's takes minutes a phase in bf16 on a CPU.
 
     Source: Jordan et al., Muon, 2024, as in `torch.optim.Muon` without weight decay.
     """
@@ -254,7 +257,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers(model: nn.Module, muon: bool, lr: float) -> list[torch.optim.Optimizer]:
-    """Return the optimizers: Adam, or Muon of every linear layer and convolution but the last, and Adam of the rest."""
+    """Return Adam; or Muon for all linear layers and convolutions but the last, and Adam for the rest."""
     if not muon:
         return [torch.optim.Adam(model.parameters(), lr)]
     last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
@@ -265,28 +268,31 @@ def optimizers(model: nn.Module, muon: bool, lr: float) -> list[torch.optim.Opti
 
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Return the percentage that is right, in evaluation mode."""
+    """Return the accuracy in percent, in evaluation mode."""
     model.eval()
     right = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(500), y.split(500), strict=True))
     return 100 * right / len(y)
 
 
-def recycled_by(unit: Unit, model: Any, each: int, whole: int, seed: int) -> Recycling | None:
-    """Return what recycles units, if the arm does.
+def recycled_by(unit: Unit, model: Any, epoch_steps: int, whole: int, seed: int) -> Recycling | None:
+    """Return the recycling of hidden units, None if the arm has none.
 
     Args:
-        unit: Says the arm, and what the authors chose for its network and setting.
-        model: Knows its hidden layers.
-        each: Steps an epoch.
+        unit: The arm, network and setting.
+        model: A network that lists its hidden layers.
+        epoch_steps: Steps an epoch.
         whole: Steps of a phase on all images.
-        seed: Of what is drawn.
+        seed: Seed of new weights.
     """
-    method, of = ARMS[unit.arm].recycling, tuned(unit.setting, unit.network)
-    times = PAPER_STEPS.get(unit.network, PAPER_STEPS["resnet"]) / whole
+    method, chosen = ARMS[unit.arm].recycling, tuned(unit.setting, unit.network)
+    shorter = PAPER_STEPS.get(unit.network, PAPER_STEPS["resnet"]) / whole
     options: dict[str, dict[str, Any]] = {
-        "redo": {"every": each, "threshold": of.redo},
-        "continual_backprop": {"rate": min(1.0, of.cbp_rate * times), "maturity": round(of.cbp_maturity / times)},
-        "snr": {"eta": of.snr},
+        "redo": {"every": epoch_steps, "threshold": chosen.redo},
+        "continual_backprop": {
+            "rate": min(1.0, chosen.cbp_rate * shorter),
+            "maturity": round(chosen.cbp_maturity / shorter),
+        },
+        "snr": {"eta": chosen.snr},
     }
     return Recycling(model, method, hidden=model.hidden(), seed=seed, **options[method]) if method else None
 
@@ -306,44 +312,44 @@ def train(
     """Train a phase; the order of the images is the same for every arm.
 
     Args:
-        model: What is trained.
-        unit: Says what the arm does.
-        acts: Whether what the arm does while training acts in this phase.
-        initial: The weights that training began with.
+        model: The network.
+        unit: The arm, network and setting.
+        acts: Whether the arm's methods that act while training act in this phase.
+        initial: The network with its initial weights.
         x: Images.
         y: Their labels.
-        epochs: How often each is seen.
+        epochs: Epochs of this phase.
         whole: Steps of a phase on all images.
-        seed: Of the order.
-        size: Batch, learning rate and the norm that gradients are clipped to.
+        seed: Seed of the order of the images.
+        size: Holds batch size, learning rate and the largest gradient norm.
 
     Returns:
         How many units were recycled.
     """
-    arm, of, each = ARMS[unit.arm], tuned(unit.setting, unit.network), -(-len(x) // size.batch)
-    steps, step = epochs * each, 0
+    arm, chosen, epoch_steps = ARMS[unit.arm], tuned(unit.setting, unit.network), -(-len(x) // size.batch)
+    steps, step = epochs * epoch_steps, 0
     given = optimizers(model, arm.muon and acts, size.lr)
-    rates = [[group["lr"] for group in one.param_groups] for one in given]
-    recycling = recycled_by(unit, model, each, whole, seed) if acts else None
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in given]
+    recycling = recycled_by(unit, model, epoch_steps, whole, seed) if acts else None
     penalties = None
     if acts and arm.penalty:
-        options = {"l2_init": {"strength": of.l2_init / 2}, "parseval": {"strength": of.parseval, "scale": 1.0}}
+        options = {"l2_init": {"strength": chosen.l2_init / 2}, "parseval": {"strength": chosen.parseval, "scale": 1.0}}
         penalties = Penalties(model, arm.penalty, initial=initial, layout="modules", **options[arm.penalty])
     generator = torch.Generator().manual_seed(seed)
     model.train()
     for _ in range(epochs):
         for batch in torch.randperm(len(x), generator=generator).split(size.batch):
             step += 1
-            for one, own in zip(given, rates, strict=True):
-                for group, rate in zip(one.param_groups, own, strict=True):
+            for optimizer, peaks in zip(given, rates, strict=True):
+                for group, rate in zip(optimizer.param_groups, peaks, strict=True):
                     group["lr"] = rate * min(1.0, 10 * step / steps)  # a tenth of the phase warms up
             model.zero_grad()
             F.cross_entropy(model(x[batch]), y[batch]).backward()
             if penalties is not None:
                 penalties.add_()
             nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], size.clip)
-            for one in given:
-                one.step()
+            for optimizer in given:
+                optimizer.step()
             if recycling is not None:
                 recycling.step(given[0])
     if recycling is not None:
@@ -352,7 +358,7 @@ def train(
 
 
 def gather_gradients(model: nn.Module, x: Tensor, y: Tensor, alpha: float, seed: int, size: Size) -> None:
-    """Leave in `.grad` what DASH reads: a moving average of the gradients over one pass of the coming data."""
+    """Set `.grad` to what DASH reads: a moving average of the gradients over one epoch of the new data."""
     means = {p: torch.zeros_like(p) for p in model.parameters()}
     frozen = copy.deepcopy({k: b for k, b in model.named_buffers()})
     model.train()
@@ -368,23 +374,23 @@ def gather_gradients(model: nn.Module, x: Tensor, y: Tensor, alpha: float, seed:
 
 
 def transition(unit: Unit, model: nn.Module, initial: nn.Module, x: Tensor, y: Tensor, number: int, size: Size) -> None:
-    """Do what the arm does between two phases."""
+    """Apply the arm's resets between two phases."""
     arm, resets = ARMS[unit.arm], ARMS[unit.arm].resets
     if isinstance(resets, dict) and unit.network in resets:
         resets = resets[unit.network]
     if unit.arm == "dash":
-        of = tuned(unit.setting, unit.network)
-        gather_gradients(model, x, y, of.alpha, 1000 * unit.seed + number, size)
-        resets = resets | {"floor": of.floor}
+        chosen = tuned(unit.setting, unit.network)
+        gather_gradients(model, x, y, chosen.alpha, 1000 * unit.seed + number, size)
+        resets = resets | {"floor": chosen.floor}
     if resets is not None:
         apply_reset(model, resets, layout="modules", initial=initial)
         model.zero_grad()
-    if arm.inject and number == 1:  # once, as its paper does
+    if arm.inject and number == 1:  # once, as in its paper
         inject_plasticity_(model, "head", seed=1000 * unit.seed + number)
 
 
 def diagnosed(model: Any, unit: Unit, x: Tensor, y: Tensor, before: nn.Module) -> dict[str, Any]:
-    """Return how plastic a network is before its second phase, on images that it has not seen."""
+    """Return measures of a network's plasticity before its second phase, on images that it has not seen."""
     readers = [names[-1] for names in model.hidden()]
     head = readers[-1] if unit.network != "vit" else "head"
     found = diagnose_module(
@@ -400,7 +406,7 @@ def diagnosed(model: Any, unit: Unit, x: Tensor, y: Tensor, before: nn.Module) -
 
 
 class Work:
-    """The units of one run, trained one by one."""
+    """Train the units of one run, one by one."""
 
     def __init__(self, output: Path, data: Path | None, size: Size, diagnose: bool, device: str) -> None:
         self.output, self.size, self.diagnose, self.device = output, size, diagnose, device
@@ -410,26 +416,26 @@ class Work:
         return self.output / "units" / f"{unit.name}.json"
 
     def run(self, unit: Unit) -> dict[str, Any]:
-        """Train one unit, from its last finished phase on; return and write what it gave."""
+        """Train one unit from its last finished phase on, and write and return its results."""
         if self.file(unit).exists():
             return read_json(self.file(unit), "delete it to train the unit again")
         images, arm = prepared(self.images, unit.network, self.size, unit.seed), ARMS[unit.arm]
         shape = (images.x.shape[1], images.x.shape[2])
         initial = build(unit.network, shape, self.images.classes, self.size.name, unit.seed).to(self.device)
         model = copy.deepcopy(initial)
-        begun = Path(f"{self.file(unit)}.begun.safetensors")
-        found: list[dict[str, Any]] = []
+        unfinished = Path(f"{self.file(unit)}.begun.safetensors")
+        entries: list[dict[str, Any]] = []
         diagnostics = None
-        if begun.exists():
-            state = load_file(begun)
-            found = json.loads(bytes(state.pop("@found").tolist()))
-            diagnostics = found.pop() if found and "srank" in found[-1] else None
-            if arm.inject and len(found) > 1:
+        if unfinished.exists():
+            state = load_file(unfinished)
+            entries = json.loads(bytes(state.pop("@found").tolist()))
+            diagnostics = entries.pop() if entries and "srank" in entries[-1] else None
+            if arm.inject and len(entries) > 1:
                 transition(unit, model, initial, images.x, images.y, 1, self.size)
             model.load_state_dict(state)
         whole = self.size.epochs[unit.network] * -(-len(images.x) // self.size.batch)
         for number, (part, labels, epochs, held) in enumerate(phases(unit, images, self.size)):
-            if number < len(found):
+            if number < len(entries):
                 continue
             x, y, clock = images.x[part].to(self.device), labels.to(self.device), time.process_time()
             test_x, test_y = images.test_x[held].to(self.device), images.test_y[held].to(self.device)
@@ -453,17 +459,17 @@ class Work:
             entry["train"] = accuracy(model, x, y)
             entry["test"] = accuracy(model, test_x, test_y)
             entry["cpu_seconds"] = round(time.process_time() - clock, 2)
-            found.append(entry)
-            said = json.dumps([*found, *([diagnostics] if diagnostics else [])]).encode()
-            keep({**model.state_dict(), "@found": torch.tensor(list(said), dtype=torch.uint8)}, begun)
-        result = {**asdict(unit), "phases": found, "diagnostics": diagnostics}
+            entries.append(entry)
+            progress = json.dumps([*entries, *([diagnostics] if diagnostics else [])]).encode()
+            keep({**model.state_dict(), "@found": torch.tensor(list(progress), dtype=torch.uint8)}, unfinished)
+        result = {**asdict(unit), "phases": entries, "diagnostics": diagnostics}
         write_json(self.file(unit), result)
-        begun.unlink()
+        unfinished.unlink()
         return result
 
 
 def keep(state: dict[str, Tensor], file: Path) -> None:
-    """Write tensors so that the file is there as a whole or not at all."""
+    """Write tensors to a file that appears as a whole."""
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     save_file({key: t.contiguous().clone() for key, t in state.items()}, partial)
     partial.replace(file)
@@ -483,30 +489,30 @@ def _run(unit: Unit) -> dict[str, Any]:
 
 
 def done(units: list[Unit], workers: int, given: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
-    """Yield the units' results as they come, a setting and network after another.
+    """Yield the results of units as they finish, one setting and network after another.
 
-    Of each, those whose first phase others share come first.
+    A unit that trains a first phase that others share comes before those.
     """
     waves: list[list[Unit]] = []
     for key in dict.fromkeys((u.setting, u.network) for u in units):
-        own = [u for u in units if (u.setting, u.network) == key]
-        first = {u.seed: u for u in reversed(own) if not ARMS[u.arm].trains_otherwise}
-        waves += [[*first.values()], [u for u in own if u not in first.values()]]
+        together = [u for u in units if (u.setting, u.network) == key]
+        first = {u.seed: u for u in reversed(together) if not ARMS[u.arm].trains_otherwise}
+        waves += [[*first.values()], [u for u in together if u not in first.values()]]
     if workers == 1:
         _start(*given)
-        yield from (_run(unit) for own in waves for unit in own)
+        yield from (_run(unit) for wave in waves for unit in wave)
         return
     with multiprocessing.get_context("spawn").Pool(workers, _start, given) as pool:
-        for own in waves:
-            yield from pool.imap_unordered(_run, own)
+        for wave in waves:
+            yield from pool.imap_unordered(_run, wave)
 
 
 def whole_arms(units: list[Unit], output: Path) -> list[dict[str, Any]]:
-    """Return what is finished of those arms of which every seed is."""
+    """Return the results of the arms of which every seed is finished."""
     files = {unit: output / "units" / f"{unit.name}.json" for unit in units}
     lacking = {(u.setting, u.network, u.arm) for u, file in files.items() if not file.exists()}
-    own = [file for u, file in files.items() if (u.setting, u.network, u.arm) not in lacking]
-    return [read_json(file, "delete it to train the unit again") for file in own]
+    complete = [file for u, file in files.items() if (u.setting, u.network, u.arm) not in lacking]
+    return [read_json(file, "delete it to train the unit again") for file in complete]
 
 
 # ---- results
@@ -517,12 +523,12 @@ def last(result: dict[str, Any]) -> float:
 
 
 def mean_of_later(result: dict[str, Any]) -> float:
-    """Return the mean over the phases behind the first, where arms differ."""
+    """Return the mean test accuracy over all phases but the first, in which all arms are alike."""
     return fmean(phase["test"] for phase in result["phases"][1:])
 
 
 def tables(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return a table a setting and network: columns of accuracy in percent, differences paired by seed."""
+    """Return a table for each setting and network: accuracy in percent, and differences paired by seed."""
     found: dict[str, dict[str, Any]] = {}
     for setting in SETTINGS:
         for network in NETWORKS:
@@ -573,33 +579,22 @@ def difference(pairs: list[float]) -> Any:
     return {"mean": tenth(fmean(pairs)), "half": tenth(half)} if interval else tenth(fmean(pairs))
 
 
-def written(cell: Any) -> str:
-    if isinstance(cell, dict):
-        spread = cell.get("half", cell.get("sd"))
-        return f"{cell['mean']:+.1f} ± {spread:.1f}" if "half" in cell else f"{cell['mean']:.1f} ± {spread:.1f}"
-    return "–" if cell is None else str(cell)
-
-
 def markdown(found: dict[str, dict[str, Any]]) -> str:
     """Return the tables as a page."""
-    parts = ["Accuracy in percent, mean ± standard deviation over seeds; differences paired by seed ± half their 95 %"]
-    parts[0] += " interval. Diagnostics right after the reset, before the second phase."
-    for name, one in found.items():
-        heads = [column.rpartition(": ")[2] for column in one["columns"]]
-        lines = [f"**{name}**", "", "| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
-        lines += ["| " + " | ".join(map(written, row)) + " |" for row in one["rows"]]
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n"
+    head = "Accuracy in percent, mean ± standard deviation over seeds; differences paired by seed ± half their 95 %"
+    head += " interval. Diagnostics right after the reset, before the second phase."
+    written = OfTables({"tables": found}).tables()
+    return "\n\n".join([head, *(f"**{name}**\n\n{table}" for name, table in written.items())]) + "\n"
 
 
 # ---- the command
 
 
 def settled(output: Path, about: dict[str, Any]) -> None:
-    """Begin a folder of units, or see that it is of the same settings.
+    """Begin a folder of units, or check that its units have the same settings.
 
     Raises:
-        UserError: It is of others.
+        UserError: They have others.
     """
     (output / "units").mkdir(parents=True, exist_ok=True)
     file = output / "settings.json"
@@ -611,7 +606,7 @@ def settled(output: Path, about: dict[str, Any]) -> None:
 
 
 def usual(args: argparse.Namespace, images: Images) -> str:
-    """Return what trains the same again, on any machine."""
+    """Return the options that train the same again on any machine."""
     data = "" if images.name in (PACKAGED.name, "digits") else " --data FOLDER"
     small = " --size paper" if args.size == "paper" else ""
     return f"--output runs/vision{data}{small} --seeds {' '.join(map(str, args.seeds))} --workers {args.workers}"
@@ -668,14 +663,13 @@ def main(argv: list[str] | None = None) -> int:
         if f"{name}.json" in finished:
             continue
         fresh += 1
-        left = (time.monotonic() - clock) / fresh * (len(units) - len(results)) / 60
+        minutes_left = (time.monotonic() - clock) / fresh * (len(units) - len(results)) / 60
         print(
-            f"[{len(results)}/{len(units)}] {name}: {last(result):.1f} %, {left:.0f} min left",
+            f"[{len(results)}/{len(units)}] {name}: {last(result):.1f} %, {minutes_left:.0f} min left",
             file=sys.stderr,
             flush=True,
         )
-    found = tables(results)
-    versions = {"torch": torch.__version__.partition("+")[0]}
+    study_tables = tables(results)
     study = {
         "date": date.today().isoformat(),
         "command": f"python scripts/reproduce_vision.py {usual(args, images)}",
@@ -683,16 +677,14 @@ def main(argv: list[str] | None = None) -> int:
         "seeds": ", ".join(map(str, seeds)),
         "data": images.name,
         "unfinished": len(units) - len(results),
-        **versions,
-        "tables": found,
+        "torch": torch.__version__.partition("+")[0],
+        "tables": study_tables,
     }
     write_json(args.output / "vision.json", {**study, "units": results})
-    (args.output / "vision.md").write_text(markdown(found), encoding="utf-8")
+    (args.output / "vision.md").write_text(markdown(study_tables), encoding="utf-8")
     if args.study:
-        from write_results_page import lines
-
         args.study.write_text(lines(study) + "\n", encoding="utf-8")
-    print(markdown(found))
+    print(markdown(study_tables))
     return 0
 
 

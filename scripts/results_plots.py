@@ -1,4 +1,4 @@
-"""Draw the plots of docs/results.md as SVG, the same bytes from the same numbers."""
+"""Draw the plots of docs/results.md as SVG; the same numbers give the same bytes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fire_llm.reporting.comparison import BASE, Comparison, evaluations, paired_
 from fire_llm.reporting.plots.base import Style, palette
 
 WIDTH, HEIGHT = 340, 250
-"""Of the inside of a panel, pixels."""
+"""Pixels of the inside of a panel."""
 LEFT, TOP, RIGHT, BOTTOM = 62, 34, 14, 44
 DASHES = {"solid": "", "dash": ' stroke-dasharray="7 4"', "dot": ' stroke-dasharray="2 3"'}
 DASHES["dashdot"] = ' stroke-dasharray="8 3 2 3"'
 LETTER = 6.6
-"""Width of a letter of the legend, pixels, nearly."""
+"""About how many pixels wide a letter of the legend is."""
 
 
 @dataclass
@@ -43,12 +43,12 @@ class Panel:
     y: str
     lines: list[Line]
     within: tuple[float, float, float, float]
-    """Lowest and highest x, lowest and highest y that are shown."""
+    """The limits of the axes: lowest and highest x, lowest and highest y."""
     log: bool = False
     zeros: tuple[bool, bool] = field(default=(False, False))
-    """Whether a line stands at x = 0, at y = 0."""
+    """Whether a line is drawn at x = 0, and at y = 0."""
     rows: Sequence[str] = ()
-    """Names at y = 0, 1, …, in place of numbers."""
+    """Names for y = 0, 1, … instead of numbers."""
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -74,10 +74,10 @@ def written(value: float) -> str:
 
 
 def svg(rows: list[list[Panel]], styles: dict[str, Style]) -> str:
-    """Return panels in rows, and below them which line is which.
+    """Return panels in rows, with a legend below.
 
     Raises:
-        UserError: Without any.
+        UserError: There are no panels.
     """
     if not any(rows):
         raise UserError("there is nothing to draw: no arm has what this plot shows")
@@ -162,69 +162,70 @@ def bare(arm: str) -> str:
     return arm.partition("@")[0]
 
 
-def starts(of: Comparison) -> dict[str, list[str]]:
+def starts(comparison: Comparison) -> dict[str, list[str]]:
     """Return the arms of each warm start."""
-    found: dict[str, list[str]] = {}
-    for arm in of.arms:
-        found.setdefault(arm.partition("@")[2], []).append(arm)
-    return found
+    by_start: dict[str, list[str]] = {}
+    for arm in comparison.arms:
+        by_start.setdefault(arm.partition("@")[2], []).append(arm)
+    return by_start
 
 
-def seeds_of(of: Comparison, arm: str) -> set[int]:
-    return {run.seed for run in of.runs(arm)}
+def seeds_of(comparison: Comparison, arm: str) -> set[int]:
+    return {run.seed for run in comparison.runs(arm)}
 
 
-def looks(of: Comparison) -> dict[str, Style]:
-    return palette([*dict.fromkeys(map(bare, of.arms))], {bare(arm) for arm in of.bases})
+def looks(comparison: Comparison) -> dict[str, Style]:
+    return palette([*dict.fromkeys(map(bare, comparison.arms))], {bare(arm) for arm in comparison.bases})
 
 
 def spanned(values: Sequence[float], least: float = 0.0) -> tuple[float, float]:
-    """Return a range around values, with some room."""
+    """Return a range that holds all values, with a margin of at least `least`."""
     low, high = min(values), max(values)
     room = max(0.08 * (high - low), least)
     return low - room, high + room
 
 
-def panels(of: Comparison, difference: bool) -> str:
-    """Return a row of panels a corpus, a panel a warm start: each arm's mean NLL, or that less its base's."""
+def panels(comparison: Comparison, difference: bool) -> str:
+    """Return a row for each corpus and a panel for each warm start: the arms' mean NLL, or that minus their base's."""
     rows = []
-    for corpus in of.corpora:
+    for corpus in comparison.corpora:
         row, inner = [], []
-        for start, arms in starts(of).items():
+        for start, arms in starts(comparison).items():
             lines = []
             for arm in arms:
-                base = of.reference(arm, BASE)
-                if difference and base and seeds_of(of, arm) != seeds_of(of, base):
-                    continue  # the two means are of other seeds
-                theirs = dict(evaluations(of.arms[base].curve, corpus)) if base else {}
-                tokens = {entry.step: entry.tokens for entry in of.arms[arm].curve}
-                points = [(tokens[step], nll, step) for step, nll in evaluations(of.arms[arm].curve, corpus) if step]
+                base = comparison.reference(arm, BASE)
+                if difference and base and seeds_of(comparison, arm) != seeds_of(comparison, base):
+                    continue  # the two means are over different seeds
+                theirs = dict(evaluations(comparison.arms[base].curve, corpus)) if base else {}
+                tokens = {entry.step: entry.tokens for entry in comparison.arms[arm].curve}
+                measured = evaluations(comparison.arms[arm].curve, corpus)
+                points = [(tokens[step], nll, step) for step, nll in measured if step]
                 if difference:
                     points = [(x, nll - theirs[step], step) for x, nll, step in points if step in theirs]
                 if points:
                     lines.append(Line(bare(arm), [(x, y) for x, y, _ in points]))
-                    # Right after a reset, losses are far from all others: the plot is about where they go.
+                    # The first losses after a reset are far off the others and do not set the limits of the axis.
                     inner += [y for x, y, _ in points if x >= points[-1][0] * (0.4 if difference else 0.05)]
             title = f"{corpus}, from {start}" if start else corpus
             name = "NLL less base's, nats a token" if difference else "NLL, nats a token"
             row.append((title, name, lines))
-        row = [one for one in row if one[2]]
+        row = [panel for panel in row if panel[2]]
         if row:
             xs = [x for _, _, lines in row for line in lines for x, _ in line.points]
             within = (min(xs), max(xs) * 1.02, *spanned([*inner, *([0.0] if difference else [])], 1e-3))
             rows.append([Panel(t, "tokens", n, ls, within, True, (False, difference)) for t, n, ls in row])
-    return svg(rows, looks(of))
+    return svg(rows, looks(comparison))
 
 
-def trade_off(of: Comparison) -> str:
-    """Return a panel a warm start: differences to base on the old corpus and on the new, a line a family of arms."""
+def trade_off(comparison: Comparison) -> str:
+    """Return a panel for each warm start: differences to base on old and new corpus, a line for each family of arms."""
     found: dict[str, dict[str, list[tuple[float, str, tuple[float, float], tuple[float, float]]]]] = {}
-    for start, arms in starts(of).items():
+    for start, arms in starts(comparison).items():
         for arm in arms:
-            base = of.reference(arm, BASE)
-            if arm == base or of.methods(arm) == ["full_reset"] or not of.new or not of.first:
+            base = comparison.reference(arm, BASE)
+            if arm == base or comparison.methods(arm) == ["full_reset"] or not comparison.new or not comparison.first:
                 continue
-            pairs = [of.differences(arm, base, corpus) for corpus in (of.first, of.new)]
+            pairs = [comparison.differences(arm, base, corpus) for corpus in (comparison.first, comparison.new)]
             if all(pairs):
                 halves = [(i[1] - i[0]) / 2 if (i := paired_interval(pair)) else 0.0 for pair in pairs]
                 strength = re.fullmatch(r"(.+?)-(\d*\.?\d+)", bare(arm))
@@ -242,13 +243,13 @@ def trade_off(of: Comparison) -> str:
         around = [[0.0, *(p[axis] for line in lines for p in line.points)] for axis in (0, 1)]
         title = f"against base, from {start}" if start else "against base"
         within = (*spanned(around[0], 1e-3), *spanned(around[1], 1e-3))
-        axes = (f"{of.first} (old), nats a token", f"{of.new} (new), nats a token")
+        axes = (f"{comparison.first} (old), nats a token", f"{comparison.new} (new), nats a token")
         rows.append(Panel(title, *axes, lines, within, zeros=(True, True)))
     return svg([rows], palette(families))
 
 
 def against_base(tables: Mapping[str, Mapping[str, Any]], across: int = 2) -> str:
-    """Return a panel a table that has a column `vs base`: each row's difference with half its interval."""
+    """Return a panel for each table with a column `vs base`: the difference of each row, with half its interval."""
     panels = []
     for name, table in tables.items():
         column = next((i for i, head in enumerate(table["columns"]) if head.endswith("vs base")), None)
@@ -272,7 +273,7 @@ TABLE_PLOTS: dict[str, tuple[Callable[[Mapping[str, Mapping[str, Any]]], str], s
         "Mean difference to base over the seeds, with its 95 % interval, which may reach beyond the panel.",
     )
 }
-"""The same for studies of which only tables are kept."""
+"""The same for studies that keep only tables."""
 PLOTS: dict[str, tuple[Callable[[Comparison], str], str]] = {
     "curves": (lambda of: panels(of, False), "Mean NLL over the seeds against tokens, logarithmic."),
     "differences": (
@@ -286,4 +287,4 @@ PLOTS: dict[str, tuple[Callable[[Comparison], str], str]] = {
         "half 95 % intervals; points by strength.",
     ),
 }
-"""By the name that a text asks for: what draws it, and the words below it."""
+"""By the name in a placeholder: the function that draws the plot, and its caption."""

@@ -1,4 +1,4 @@
-"""Measure a text as lm_eval does, without it, and time perplexity beside that; used by benchmark_evaluation.py."""
+"""Measure a text as lm_eval does, without lm_eval, and time `perplexity` against that."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PRECISIONS = ("fp32", "bf16", "bf16 autocast")
 
 
 def rolling_windows(documents: Sequence[Sequence[int]], context: int, prefix: int) -> Iterator[tuple[list, list]]:
-    """Yield what a model reads and what of the tokens after it is scored, as lm_eval cuts texts.
+    """Yield for each window the tokens that a model reads and those that are scored, as lm_eval cuts texts.
 
     Source: lm_eval.utils.get_rolling_token_windows with context_len=1, then make_disjoint_window.
     """
@@ -43,7 +43,7 @@ def rolling_loop(
     autocast: torch.dtype | None = None,
     softmax: torch.dtype | None = None,
 ) -> tuple[float, int]:
-    """Do what lm_eval does to measure a text, but for tokenising it, and return Σ nll in nats and the tokens it is of.
+    """Score a tokenised text as lm_eval does; return Σ nll in nats and the number of tokens scored.
 
     Args:
         model: A causal LM, in evaluation mode.
@@ -75,8 +75,8 @@ def rolling_loop(
             targets = torch.tensor(scored, dtype=torch.long, device=device)[None]
             equal = (greedy == targets).all()
             picked = torch.gather(each, 2, targets[..., None]).squeeze(-1)
-            answer = float(picked.sum()), bool(equal)  # it asks for both, a window
-            total -= answer[0]
+            total -= float(picked.sum())
+            bool(equal)  # lm_eval reads this too, which waits for the device once more
     return total, ends[-1]
 
 
@@ -92,7 +92,7 @@ def measure(
     compiled: bool = False,
     repeat: int = 3,
 ) -> list[dict[str, Any]]:
-    """Time `perplexity` beside the rolling loop on one text, in turns, and return a row for each.
+    """Time `perplexity` and the rolling loop on one text, in turns, and return a row for each.
 
     Args:
         model: A causal LM in fp32, on the device to measure on. It stays as it is.
@@ -143,7 +143,7 @@ def measure(
 def in_turns(
     run: dict[str, Callable], repeat: int, device: torch.device
 ) -> dict[str, tuple[float, list[float], tuple[float, int]]]:
-    """Return of each contestant: seconds of a first pass, of the timed passes, and what it measured."""
+    """Return for each contestant (seconds of a first pass, seconds of the timed passes, what it measured)."""
 
     def once(name: str) -> tuple[float, tuple[float, int]]:
         wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None

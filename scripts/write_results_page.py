@@ -82,7 +82,7 @@ class Figure(float):
 
 @dataclass(frozen=True)
 class Cell:
-    """A number, what follows its ±, and whether it is a difference."""
+    """A number with its spread."""
 
     mean: float
     spread: float | None = None
@@ -91,7 +91,13 @@ class Cell:
     unit: str = ""
 
     def write(self, digits: int | None = None, absolute: bool = False, alone: bool = False) -> str:
-        """Return it in the page's digits or these."""
+        """Return the cell as text.
+
+        Args:
+            digits: Digits after the point; by default, the cell's own.
+            absolute: Without its sign.
+            alone: Without its spread.
+        """
         places = self.digits if digits is None else digits
         sign = "+" if self.signed and not absolute else ""
         mean = f"{abs(self.mean) if absolute else self.mean:{sign}.{places}f}".replace("-", "−")
@@ -99,7 +105,7 @@ class Cell:
 
 
 def level(values: Iterable[float]) -> Cell:
-    """Return the mean of seeds with their standard deviation."""
+    """Return the mean over seeds with their standard deviation."""
     known = [*values]
     return Cell(fmean(known), stdev(known) if len(known) > 1 else None)
 
@@ -115,7 +121,7 @@ def paired(values: Iterable[float]) -> Cell:
 
 
 class OfRun:
-    """A study whose seeds are kept: everything is computed from them."""
+    """A study that keeps the results of every seed; all numbers are computed from them."""
 
     def __init__(self, data: dict[str, Any]) -> None:
         self.results = Results.model_validate(data["results"])
@@ -127,7 +133,7 @@ class OfRun:
         results, hardware, measured = self.results, self.results.hardware, self.results.measurement
         recipe = results.recipe or {}
         asked = str(recipe.get("precision", ""))
-        # What was measured in says what was trained in where the recipe makes them one.
+        # With evaluate.precision: training, the precision of the measurements is that of training.
         as_trained = measured is not None and (recipe.get("evaluate") or {}).get("precision") == "training"
         runs = [*results.phases, *(run for arm in results.arms.values() for run in arm.runs)]
         known = {
@@ -146,7 +152,7 @@ class OfRun:
         return {table.caption: self._markdown(table) for table in every_table(self.of)}
 
     def _markdown(self, table: Table) -> str:
-        """Return a table with a heading for each warm start, and the number of seeds where it differs."""
+        """Return a table with a heading for each warm start, and with the number of seeds if arms differ in it."""
         kept = [i for i, name in enumerate(table.columns) if any(row.cells[i] != DASH for row in table.rows)]
         seeds = ("seeds",) if self.of.partial else ()
         columns = [*table.names, *seeds, *(table.columns[i] for i in kept)]
@@ -170,7 +176,7 @@ class OfRun:
         return rows[min(known)[1]] if known else None
 
     def notes(self) -> list[str]:
-        """Return what the tables must not be read without."""
+        """Return warnings that belong to the tables."""
         left, (same, batches) = len(self.results.unfinished), self.of.batches()
         said = [f"Unfinished: {left} stages; the tables are of the rest."] if left else []
         return [*said, *([batches] if same is False else [])]
@@ -217,7 +223,7 @@ class OfRun:
 
 
 class OfTables:
-    """A study of which the printed numbers are kept."""
+    """A study that keeps printed numbers."""
 
     def __init__(self, data: dict[str, Any]) -> None:
         self.data: dict[str, Any] = data["tables"]
@@ -259,12 +265,12 @@ class OfTables:
 
 
 def slug(name: str) -> str:
-    """Return a row's or column's name as placeholders write it, without `**` and what stands in brackets."""
+    """Return the name of a row or column as placeholders write it, without `**` and brackets."""
     return re.sub(r"\*\*| \([^)]*\)", "", name).strip().lower().replace(" ", "-")
 
 
 def shown(cell: Any) -> str:
-    """Return a cell of a JSON table as the page has it."""
+    """Return a cell of a JSON table as the page shows it."""
     if isinstance(cell, list):
         return ", ".join(map(shown, cell))
     if isinstance(cell, dict):
@@ -289,12 +295,12 @@ def typeset(cell: str) -> str:
 
 
 def emboldened(cells: list[str], bold: bool) -> list[str]:
-    """Return a row's cells, bold where they are to be and are not yet."""
+    """Return a row's cells, in bold if `bold`."""
     return [f"**{c}**" if bold and c not in ("", DASH) and not c.startswith("**") else c for c in cells]
 
 
 def markdown(heads: list[str], rows: list[list[str]], numbers: list[bool] | None = None) -> str:
-    """Return a table; columns of numbers, by default all but the first, stand to the right."""
+    """Return a table; columns of numbers, by default all but the first, are aligned to the right."""
     right = numbers or [False, *[True] * (len(heads) - 1)]
 
     def line(cells: list[str]) -> str:
@@ -308,7 +314,7 @@ def markdown(heads: list[str], rows: list[list[str]], numbers: list[bool] | None
 
 
 class Page:
-    """The studies of a folder, and the page and plots that they become."""
+    """Turn the studies of a folder into a page and its plots."""
 
     def __init__(self, folder: Path = FOLDER) -> None:
         self.folder = folder
@@ -327,7 +333,7 @@ class Page:
         return data if "results" in data else json.loads(text, parse_float=Figure)
 
     def files(self) -> dict[Path, str]:
-        """Return what the page and the plots are to hold, by file."""
+        """Return the content of the page and of the plots, by file."""
         order: list[str] = []
 
         def section(key: str) -> str:
@@ -384,7 +390,7 @@ class Page:
         return f"![{words}]({self.folder.name}/{name}-{kind}.svg)\n\n*{words}*"
 
 
-def fill(text: str, known: Callable[[str], str], where: str) -> str:
+def fill(text: str, value_of: Callable[[str], str], where: str) -> str:
     """Return a text with its placeholders filled.
 
     Raises:
@@ -395,7 +401,7 @@ def fill(text: str, known: Callable[[str], str], where: str) -> str:
         if found[1]:
             return found[1]
         try:
-            return known(found[2])
+            return value_of(found[2])
         except UserError as fault:
             raise UserError(f"{where}: {found[0]}: {fault}") from None
 
@@ -406,7 +412,7 @@ def fill(text: str, known: Callable[[str], str], where: str) -> str:
 
 
 def add(run: Path, name: str, command: str | None = None, folder: Path = FOLDER) -> None:
-    """Write a run's JSON, and, where there are none, its text and its place on the page."""
+    """Write the JSON of a run; if they do not exist, also its text and its place on the page."""
     from fire_llm.cli.report import results_of
 
     results = results_of(run)
@@ -427,7 +433,7 @@ def add(run: Path, name: str, command: str | None = None, folder: Path = FOLDER)
 
 
 def usual_command(results: Results) -> str:
-    """Return the command that runs the recipe of this name."""
+    """Return the command that runs the recipe of a run."""
     recipe = next((ROOT / "recipes").rglob(f"{results.name}.yaml"), None)
     named = recipe.relative_to(ROOT / "recipes").with_suffix("") if recipe else f"{results.name}.yaml"
     data = " --set data_root=FOLDER" if (results.recipe or {}).get("data_root") else ""
@@ -435,7 +441,7 @@ def usual_command(results: Results) -> str:
 
 
 def kept(results: Results) -> dict[str, Any]:
-    """Return a run's results without what no table and no plot needs: seeds, mean curves, where each began."""
+    """Return the part of a run's results that tables and plots need: seeds, mean curves, where each stage began."""
     runs = [*results.phases, *(run for arm in results.arms.values() for run in arm.runs)]
     starts = {(s.phase, s.arm, run.seed, s.step) for run in runs if (s := run.start)}
 
@@ -448,7 +454,7 @@ def kept(results: Results) -> dict[str, Any]:
     def run(of: Run) -> Run:
         measured = [one for one in of.curve if one.eval or one.ema]
         ends = (0, measured[-1].step if measured else 0)
-        # The curves of runs that stopped at steps of their own have no mean that says when one got somewhere.
+        # If runs stopped early at different steps, the mean curve does not show when each reached a loss.
         all_of_it = of.planned_steps is not None
         curve = [e for e in measured if all_of_it or e.step in ends or (of.phase, of.arm, of.seed, e.step) in starts]
         return of.model_copy(
@@ -469,7 +475,7 @@ def kept(results: Results) -> dict[str, Any]:
     cut = results.model_copy(
         update={"phases": [*map(run, results.phases)], "arms": {name: arm(one) for name, one in results.arms.items()}}
     )
-    # Required fields are not defaults; a path of the machine is no business of the page's.
+    # Required fields stay, as they have no default. Paths of the machine do not belong on the page.
     data: dict[str, Any] = cut.model_dump(mode="json", exclude_defaults=True)
     return without_paths(data)
 
@@ -479,7 +485,7 @@ def rounded(value: float | None) -> float | None:
 
 
 def without_paths(data: Any) -> Any:
-    """Return data in which a path from the root is FOLDER and its last part."""
+    """Return data in which the folder of each absolute path is replaced by FOLDER."""
     if isinstance(data, dict):
         return {key: without_paths(value) for key, value in data.items()}
     if isinstance(data, list):
@@ -488,7 +494,7 @@ def without_paths(data: Any) -> Any:
 
 
 def lines(data: Any, at: str = "") -> str:
-    """Return JSON, on one line what fits."""
+    """Return JSON in which everything that fits on a line stands on one."""
     flat = json.dumps(data, ensure_ascii=False)
     if len(at) + len(flat) < 120 or not data or not isinstance(data, dict | list):
         return flat

@@ -29,7 +29,7 @@ def test_a_curve_is_summed_up_by_its_end_and_its_area(script):
 def test_differences_are_paired_by_seed(script):
     # Differences 1, 2, 3: mean 2, and Student's interval is 4.303 * 1 / sqrt(3) to each side.
     cell = script.as_json({"cell": script.paired([11, 22, 33], [10, 20, 30], 4)})
-    assert '{ "mean": 2.0000, "half": 2.4841 }' in cell
+    assert '{"mean": 2.0000, "half": 2.4841}' in cell
     assert script.paired([1], [2], 3) is None
     assert json.loads(script.as_json(script.spread([1, 2, 3], 1))) == {"mean": 2, "sd": 1}
 

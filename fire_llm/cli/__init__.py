@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("USE_HUB_KERNELS", "0")  # else the package kernels fetches code for some model types
-        code = exit_code(settle_launcher, REPEAT)  # by what it leaves, signals are handled in another way
+        code = exit_code(settle_launcher, REPEAT)  # signals_handled depends on what it finds
         if not code:
             with signals_handled():
                 code = exit_code(lambda: _work(arguments), RESUME if arguments.verb in RESUMED else REPEAT)
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 RESUMED = ("run", "sweep", "demo")
-"""Verbs that go on from what they saved; the others make their result at the very end."""
+"""Verbs that resume from what they saved; the others write their result at the very end."""
 
 
 def _work(arguments: Namespace) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fire_llm.cli.launching import command_line, device_launch
 from fire_llm.cli.parser import add_device, add_native, path
@@ -73,11 +73,6 @@ def add_options(verb: ArgumentParser) -> None:
 def main(arguments: Namespace) -> int | None:
     """Reset a checkpoint on the disk: here, or on the ranks of a launch."""
     from fire_llm.checkpoint import check_repository, reset_checkpoint
-    from fire_llm.checkpoint.card import COMMAND_OPTIONS
-    from fire_llm.checkpoint.perplexities import loss_lines
-    from fire_llm.models import find_device, pretrained_config
-    from fire_llm.resets import RESETS
-    from fire_llm.resets.norms import norm_warning
 
     if arguments.push_to_hub is not None:
         check_repository(arguments.push_to_hub)
@@ -86,12 +81,6 @@ def main(arguments: Namespace) -> int | None:
         if code == 0:
             _push(arguments)
         return code
-    names = (*COMMAND_OPTIONS, "include", "exclude", "layers")
-    options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    if arguments.role:
-        method = RESETS.get(arguments.method)
-        base = method.roles if method is not None and method.matrices_only else ()
-        options["roles"] = list(dict.fromkeys([*base, *arguments.role]))
     if launched():
         from fire_llm.distributed import join
 
@@ -112,25 +101,47 @@ def main(arguments: Namespace) -> int | None:
         measure_on=arguments.measure_on,
         max_tokens=arguments.max_tokens,
         context=arguments.context,
-        **options,
+        **_reset_options(arguments),
     )
-    if not first_rank():
-        return None
-    if arguments.dry_run:
-        _print_actions(report)
-    _print_names(report)
-    if arguments.dry_run:
-        print(f"{len(report.touched)} to reset, {len(report.untouched)} to leave; nothing written (--dry-run)")
-    else:
-        copied = f"copied and hashed in {report.copying_seconds:.2f} s"
-        print(f"{report}; {copied}; computed on {find_device(arguments.device).type}\nsaved: {arguments.dst}")
-        if (said := norm_warning(report.resets, report.touched)) is not None:
-            print(f"warning: {said}")
-        if report.nll:
-            vocabulary = pretrained_config(arguments.dst).get_text_config().vocab_size
-            print("\n".join(loss_lines(report.nll, vocabulary)))
-        _push(arguments)
+    if first_rank():
+        if arguments.dry_run:
+            _print_actions(report)
+        _print_names(report)
+        if arguments.dry_run:
+            print(f"{len(report.touched)} to reset, {len(report.untouched)} to leave; nothing written (--dry-run)")
+        else:
+            _print_result(report, arguments)
+            _push(arguments)
     return None
+
+
+def _reset_options(arguments: Namespace) -> dict[str, Any]:
+    """Return the options of the reset that were given."""
+    from fire_llm.checkpoint.card import COMMAND_OPTIONS
+    from fire_llm.resets import RESETS
+
+    names = (*COMMAND_OPTIONS, "include", "exclude", "layers")
+    options = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    if arguments.role:
+        method = RESETS.get(arguments.method)
+        base = method.roles if method is not None and method.matrices_only else ()
+        options["roles"] = list(dict.fromkeys([*base, *arguments.role]))
+    return options
+
+
+def _print_result(report: ResetReport, arguments: Namespace) -> None:
+    """Print what was done, where the result lies, and its losses if they were measured."""
+    from fire_llm.checkpoint.perplexities import loss_lines
+    from fire_llm.models import find_device, pretrained_config
+    from fire_llm.resets.norms import norm_warning
+
+    copied = f"copied and hashed in {report.copying_seconds:.2f} s"
+    print(f"{report}; {copied}; computed on {find_device(arguments.device).type}\nsaved: {arguments.dst}")
+    if (warning := norm_warning(report.resets, report.touched)) is not None:
+        print(f"warning: {warning}")
+    if report.nll:
+        vocabulary = pretrained_config(arguments.dst).get_text_config().vocab_size
+        print("\n".join(loss_lines(report.nll, vocabulary)))
 
 
 def _print_actions(report: ResetReport) -> None:
@@ -143,7 +154,7 @@ def _print_actions(report: ResetReport) -> None:
 
 
 def _print_names(report: ResetReport) -> None:
-    """Print the tensors and files that the reset has nothing to do with."""
+    """Print the names of tensors that are kept unread, and of files that are not copied."""
     lists = {"kept as stored, not loaded by the class": report.kept_unread, "not copied": report.not_copied}
     for what, names in lists.items():
         if names:

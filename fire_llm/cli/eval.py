@@ -21,7 +21,7 @@ EXAMPLES = (
 )
 
 _OF_A_RUN = ("data", "context", "stride", "batch_size", "device", "again")
-"""Options that are also for the folder of a run; the run itself has settled the others."""
+"""Options that apply to the folder of a run too; its recipe decides the others."""
 
 
 def add_options(verb: ArgumentParser) -> None:
@@ -97,12 +97,12 @@ def main(arguments: Namespace) -> int | None:
 
 
 def _check_run_alone(arguments: Namespace, run: str) -> None:
-    """Refuse a run beside other checkpoints, and options that the run itself has settled."""
+    """Refuse a run beside other checkpoints, and options that the run's recipe decides."""
     if len(arguments.checkpoints) > 1:
         raise UserError(f"eval: '{run}' is the folder of a run: give one run alone, or checkpoints in it")
-    usual = parser(["eval"]).parse_args(["eval", run])
-    free = (*_OF_A_RUN, "num_processes", "json")
-    given = [n for n, value in vars(arguments).items() if n not in free and value != getattr(usual, n)]
+    defaults = parser(["eval"]).parse_args(["eval", run])
+    allowed = (*_OF_A_RUN, "num_processes", "json")
+    given = [n for n, value in vars(arguments).items() if n not in allowed and value != getattr(defaults, n)]
     if given:
         flag = given[0].replace("_", "-")
         raise UserError(
@@ -111,23 +111,13 @@ def _check_run_alone(arguments: Namespace, run: str) -> None:
 
 
 def _evaluate(arguments: Namespace, first: bool) -> tuple[dict[str, Any], Callable[[], None]]:
-    """Score checkpoints on texts and tasks; return the scores, and what prints them."""
+    """Score checkpoints on texts and tasks; return the scores, and a function that prints them."""
     from fire_llm.evaluation.checkpoints import score_checkpoints
     from fire_llm.evaluation.table import print_scores
 
-    names = (
-        "split",
-        "column",
-        "document",
-        "max_tokens",
-        "context",
-        "stride",
-        "batch_size",
-        "per_document",
-        "prefix",
-        "dtype",
-    )
-    found = score_checkpoints(
+    texts = ("split", "column", "document", "max_tokens", "per_document", "prefix")
+    names = (*texts, "context", "stride", "batch_size", "dtype")
+    scored = score_checkpoints(
         arguments.checkpoints,
         arguments.data or [],
         device=arguments.device,
@@ -139,12 +129,12 @@ def _evaluate(arguments: Namespace, first: bool) -> tuple[dict[str, Any], Callab
         progress=first,
         **{name: getattr(arguments, name) for name in names},
     )
-    of_it = partial(print_scores, found.rows, differences=found.differences, diagnostics=found.diagnostics)
-    return found.to_dict(), partial(of_it, tasks=found.tasks, max_tokens=arguments.max_tokens)
+    tell = partial(print_scores, scored.rows, differences=scored.differences, diagnostics=scored.diagnostics)
+    return scored.to_dict(), partial(tell, tasks=scored.tasks, max_tokens=arguments.max_tokens)
 
 
 def _evaluate_run(arguments: Namespace, first: bool) -> tuple[dict[str, Any], Callable[[], None]]:
-    """Score the checkpoints of a run; return the scores, and what writes the run's page again and prints them."""
+    """Score the checkpoints of a run; return the scores, and a function that prints them and rewrites the page."""
     from fire_llm.evaluation.table import print_scores
     from fire_llm.experiment.evaluate_run import evaluate_run
     from fire_llm.reporting.schema import Evaluation
@@ -156,16 +146,16 @@ def _evaluate_run(arguments: Namespace, first: bool) -> tuple[dict[str, Any], Ca
     def tell() -> None:
         if (folder / "results.json").is_file():
             print(page_line(load_results(folder), folder / "report.html"))
-        found = Evaluation.model_validate(evaluation)
+        typed = Evaluation.model_validate(evaluation)
         print_scores(
-            found.rows,
-            forgetting=found.forgetting,
-            forward_transfer=found.forward_transfer,
-            left_out=found.left_out,
-            unfinished=found.unfinished,
-            max_tokens=found.settings.max_tokens,
+            typed.rows,
+            forgetting=typed.forgetting,
+            forward_transfer=typed.forward_transfer,
+            left_out=typed.left_out,
+            unfinished=typed.unfinished,
+            max_tokens=typed.settings.max_tokens,
         )
-        if found.reused:
-            print(f"{found.reused} of {len(found.rows)} rows were measured before, with these weights (--again: anew)")
+        if typed.reused:
+            print(f"{typed.reused} of {len(typed.rows)} rows were measured before, with these weights (--again: anew)")
 
     return evaluation, tell

@@ -1,10 +1,9 @@
-"""How a command ends: one message and one exit code for an error, a signal or output that is lost."""
+"""End a command with one message and one exit code for an error, a signal or lost output."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 from fire_llm.core.errors import UserError, explained, system_reason
 from fire_llm.core.launch import ended, report_failure
@@ -20,15 +19,20 @@ def exit_code(work: Callable[[], int | None], next_step: str) -> int:
     """
     try:
         return _done(work)
-    except KeyboardInterrupt as error:  # also one that comes while another end is reported
+    except KeyboardInterrupt as error:  # it may also come while another error is reported
         code, message = ended(error, next_step)
         report_failure(code, message)
         return code
 
 
 def _done(work: Callable[[], int | None]) -> int:
+    """Do the work of a verb, and report the error that ends it."""
     try:
-        with _leaving():
+        if not launched():
+            return work() or 0
+        from fire_llm.distributed import leaving  # heavy, and needed only where a launcher started other ranks
+
+        with leaving():
             return work() or 0
     except UserError as error:
         report_failure(2, str(error) or explained(error))
@@ -42,22 +46,13 @@ def _done(work: Callable[[], int | None]) -> int:
 
 
 def lost_output(lost: list[OSError]) -> int:
-    """Return the exit code for output that could not be written, other than to a reader that left (`| head`): 0 or 1.
+    """Return the exit code 1 if output could not be written, else 0; a reader that left (`| head`) does not count.
 
     Args:
-        lost: Errors of standard output.
+        lost: The errors of writing to standard output.
     """
     if not lost:
         return 0
     reason = system_reason(lost[0]) or lost[0].strerror
     report_failure(1, f"the work is done, and what it prints could not be written: {reason}")
     return 1
-
-
-def _leaving() -> AbstractContextManager[None]:
-    """Return what leaves the other ranks at the end, where a launcher started some."""
-    if not launched():
-        return nullcontext()  # nothing heavy is imported
-    from fire_llm.distributed import leaving
-
-    return leaving()

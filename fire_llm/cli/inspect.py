@@ -45,13 +45,13 @@ def main(arguments: Namespace) -> None:
     inspection = inspect_checkpoint(
         arguments.checkpoint, arguments.against, roles, device=device, native=arguments.native
     )
-    found = inspection.to_dict()
+    figures = inspection.to_dict()
     if arguments.json:
-        write_json(Path(arguments.json), found)
+        write_json(Path(arguments.json), figures)
     if arguments.html:
         names = [arguments.checkpoint, *([arguments.against] if arguments.against is not None else [])]
-        inspect_page(found["rows"], Path(arguments.html), " against ".join(names), about(found))
-    print_inspection(found, arguments.all)
+        inspect_page(figures["rows"], Path(arguments.html), " against ".join(names), about(figures))
+    print_inspection(figures, arguments.all)
     for page in filter(None, (arguments.json, arguments.html)):
         print(f"saved: {page}")
     print(f"computed on {device}")

@@ -1,4 +1,4 @@
-"""Start a verb again on several processes: what was asked for, and the command line of each."""
+"""Start a verb on several processes: the launch that its options ask for, and the command line of each process."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from fire_llm.core.errors import UserError, did_you_mean
 from fire_llm.core.launch import Launch, prepare
 
 _MACHINES = ("num_machines", "machine_rank", "main_address")
-_LEFT_OUT = ("num_processes", "accelerate_config", "push_to_hub", *_MACHINES)
-"""Options that the ranks are not started with: the process that starts them acts on these."""
+_FOR_THE_LAUNCHER = ("num_processes", "accelerate_config", "push_to_hub", *_MACHINES)
+"""Options that ranks are started without: the process that starts them acts on these."""
 
 
 def training_launch(arguments: Namespace) -> Launch | None:
-    """Return the launch that --num-processes or --accelerate-config asks for, None where neither is given.
+    """Return the launch that --num-processes or --accelerate-config asks for; None if neither is given.
 
     Raises:
-        UserError: For options that exclude each other, or a launch that cannot work.
+        UserError: Options exclude each other, or the launch cannot work.
     """
     machines = _machines(arguments)
     if arguments.num_processes is None and arguments.accelerate_config is None:
@@ -35,26 +35,26 @@ def training_launch(arguments: Namespace) -> Launch | None:
 
 
 def _machines(arguments: Namespace) -> dict[str, Any]:
-    """Return what the options say about several machines, as accelerate's settings; empty where none is given."""
+    """Return the options about several machines as accelerate's settings; empty if none is given."""
     address, _, port = (arguments.main_address or "").partition(":")
     if ":" in port:  # an IPv6 address
         address, port = arguments.main_address, ""
     if port and not port.isdecimal():
         raise UserError(f"--main-address {arguments.main_address}: an address, or ADDRESS:PORT, is needed")
-    given = {
+    settings = {
         "num_machines": arguments.num_machines,
         "machine_rank": arguments.machine_rank,
         "main_process_ip": address or None,
         "main_process_port": int(port) if port else None,
     }
-    return {key: value for key, value in given.items() if value is not None}
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 def device_launch(arguments: Namespace) -> Launch | None:
-    """Return the launch that --num-processes asks for on the devices of --device, None where one process is enough.
+    """Return the launch that --num-processes asks for on the devices of --device; None if one process is enough.
 
     Raises:
-        UserError: For an unknown device, or more processes than there are devices.
+        UserError: The device is unknown, or there are fewer devices than processes.
     """
     if arguments.num_processes is None:
         return None
@@ -65,33 +65,33 @@ def device_launch(arguments: Namespace) -> Launch | None:
     return None if launch.alone else launch
 
 
-def _configuration(given: str) -> str:
-    """Return the file of accelerate's settings that a path, or the name of one in recipes/accelerate, stands for.
+def _configuration(name: str) -> str:
+    """Return the file of accelerate's settings for a path, or for a name in recipes/accelerate.
 
     Raises:
-        UserError: There is none, with the names that there are.
+        UserError: There is no such file; the message lists the names.
     """
     from fire_llm.experiment.recipe import recipes_folder
 
-    if Path(given).is_file():
-        return given
-    known = {path.stem: str(path) for path in sorted((recipes_folder() / "accelerate").glob("*.yaml"))}
-    if given not in known:
+    if Path(name).is_file():
+        return name
+    files = {path.stem: str(path) for path in sorted((recipes_folder() / "accelerate").glob("*.yaml"))}
+    if name not in files:
         raise UserError(
-            f"--accelerate-config: there is no file '{given}', and no configuration of that name comes with the "
-            f"package.{did_you_mean(Path(given).stem, known)} Names: {', '.join(known)}. `accelerate config` writes "
+            f"--accelerate-config: there is no file '{name}', and no configuration of that name comes with the "
+            f"package.{did_you_mean(Path(name).stem, files)} Names: {', '.join(files)}. `accelerate config` writes "
             "a file of your own"
         )
-    return known[given]
+    return files[name]
 
 
 def command_line(arguments: Namespace) -> list[str]:
-    """Return the command line that each rank is started with: the verb's own, without what starts processes."""
+    """Return the command line of each rank: the verb with its options, without those for the launcher."""
     verbs: Any = next(a for a in parser([arguments.verb])._actions if a.dest == "verb").choices
     line = [arguments.verb]
     for action in verbs[arguments.verb]._actions:
         value = getattr(arguments, action.dest, None)
-        if action.dest in _LEFT_OUT or value in (None, False) or value == action.default:
+        if action.dest in _FOR_THE_LAUNCHER or value in (None, False) or value == action.default:
             continue
         flag, values = action.option_strings[-1:], value if isinstance(value, list) else [value]
         if value is True:

@@ -1,4 +1,4 @@
-"""What can be typed: the verbs, and the options that several of them take."""
+"""Build the parser of the command line: the verbs, and the options that several of them take."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ VERBS = {
 
 
 class _Parser(ArgumentParser):
-    """Answer an unknown verb with the one that was meant."""
+    """Answer an unknown verb with the name of the nearest one."""
 
     def error(self, message: str) -> NoReturn:
         if "invalid choice: '" in message and "VERB" in message:
-            given = message.split("invalid choice: '")[1].split("'")[0]
-            message = f"there is no verb '{given}'.{did_you_mean(given, VERBS)} Verbs: {', '.join(VERBS)}"
+            verb = message.split("invalid choice: '")[1].split("'")[0]
+            message = f"there is no verb '{verb}'.{did_you_mean(verb, VERBS)} Verbs: {', '.join(VERBS)}"
         sys.stderr.write(f"fire-llm: {message}\nTry: {self.prog} --help\n")
         raise SystemExit(2)
 
@@ -42,7 +42,7 @@ def parser(verbs: Container[str] = VERBS) -> ArgumentParser:
     """Build the parser.
 
     Args:
-        verbs: Those whose options are wanted, and whose modules are imported; the others have a name alone.
+        verbs: Import the modules of these verbs and add their options; other verbs only get their names.
     """
     root = _Parser(
         prog="fire-llm",
@@ -98,7 +98,7 @@ def add_report_to(verb: ArgumentParser) -> None:
 
 
 def set_report_to(arguments: Namespace) -> None:
-    """Turn --report-to into what --set says of the recipe's key."""
+    """Turn --report-to into a --set of the recipe's key."""
     if arguments.report_to:
         names = [name for given in arguments.report_to for name in given.split(",")]
         arguments.set = [*arguments.set, f"report_to={json.dumps(names if names != ['none'] else [])}"]
@@ -106,7 +106,7 @@ def set_report_to(arguments: Namespace) -> None:
 
 
 def add_processes(verb: ArgumentParser) -> None:
-    """Add what says how many processes train, and on which machines: --workers, --num-processes, …."""
+    """Add the options for the number of processes and machines: --workers, --num-processes, …."""
     verb.add_argument(
         "--workers",
         type=int,

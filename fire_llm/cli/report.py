@@ -1,4 +1,4 @@
-"""`fire-llm report`: print the table of runs, as far as they are, and write the page."""
+"""`fire-llm report`: print the tables of runs, finished or not, and write a page."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def add_options(verb: ArgumentParser) -> None:
 
 
 def main(arguments: Namespace) -> None:
-    """Print a table a run, and write one page."""
+    """Print a table for each run, and write one page for all."""
     from fire_llm.reporting.schema import results_schema
     from fire_llm.reporting.tables import markdown_table, print_table, write_report
 
@@ -41,17 +41,17 @@ def main(arguments: Namespace) -> None:
     page = Path(arguments.output) if arguments.output else Path(arguments.runs[0]) / "report.html"
     try:
         page = write_report(results if len(results) > 1 else results[0], page)
-    finally:  # where no page can be made, the tables are all there is
-        for one in results:
+    finally:  # the tables are printed even if no page can be made
+        for of_run in results:
             if arguments.markdown:
-                print(markdown_table(one))
+                print(markdown_table(of_run))
             else:
-                print_table(one)
+                print_table(of_run)
     print(f"report: {page}")
 
 
 def results_of(run: Path) -> Results:
-    """Return the results of a run, of one that has none yet what is finished of it."""
+    """Return the results of a run; if it has written none yet, those of its finished stages."""
     from fire_llm.core.atomic import is_run
     from fire_llm.reporting.tables import load_results
 

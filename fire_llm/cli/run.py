@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fire_llm.cli.launching import command_line, training_launch
 from fire_llm.cli.parser import add_processes, add_recipe, add_report_to, path, set_report_to
 from fire_llm.core.launch import report_failure, start
 from fire_llm.core.ranks import first_rank, launched
+
+if TYPE_CHECKING:
+    from fire_llm.experiment.recipe import Recipe, Trial
 
 EXAMPLES = (
     "fire-llm run recipe.yaml --output runs/one",
@@ -40,7 +43,11 @@ def add_options(verb: ArgumentParser) -> None:
 
 
 def main(arguments: Namespace) -> int | None:
-    """Run a recipe, or the trials of its grid: here, in workers, or on the ranks of a launch."""
+    """Run a recipe, or the trials of its grid: here, in workers, or on the ranks of a launch.
+
+    Returns:
+        The exit code; None for 0.
+    """
     from fire_llm.experiment.recipe import Trial, doubts, load_recipe, load_trials
     from fire_llm.experiment.stages import check_processes
 
@@ -73,32 +80,30 @@ def main(arguments: Namespace) -> int | None:
         from fire_llm.core.hardware import resolve_precision
 
         return start(launch, command_line(arguments), resolve_precision(recipe.precision))
-    from fire_llm.experiment.pushing import unpushed
-    from fire_llm.experiment.run import run_recipe, run_sweep
-
     workers = arguments.workers if launch is None else 1
-    if not sweeping:
-        results = run_recipe(recipe, folder, arms=arguments.arm, workers=workers)
-        if first_rank():
-            show_results(results, folder / "report.html")
-            if left := unpushed(recipe, folder):
-                report_failure(1, left)
-                return 1
-        return None
-    done = run_sweep(trials, folder, arms=arguments.arm, workers=workers)
-    if first_rank():
-        from fire_llm.experiment.sweep_report import show
-
-        show(done, folder)
-    if done.failures:
-        report_failure(done.code, done.failed_text())
-    return done.code
+    if sweeping:
+        return _sweep(trials, folder, arguments.arm, workers)
+    return _run(recipe, folder, arguments.arm, workers)
 
 
 def _as_list(text: str) -> str:
-    """Return `KEY=[V1,V2]` for `KEY=V1,V2`; what is no such list is returned as it is."""
+    """Return `KEY=[V1,V2]` for `KEY=V1,V2`, and any other text as it is."""
     key, equals, values = text.partition("=")
     return f"{key}=[{values}]" if equals and "," in values and values[0] not in "[{\"'" else text
+
+
+def _run(recipe: Recipe, folder: Path, arms: list[str], workers: int | None) -> int:
+    """Run a recipe, write its page and print its table; return the exit code."""
+    from fire_llm.experiment.pushing import unpushed
+    from fire_llm.experiment.run import run_recipe
+
+    results = run_recipe(recipe, folder, arms=arms, workers=workers)
+    if first_rank():
+        show_results(results, folder / "report.html")
+        if left := unpushed(recipe, folder):
+            report_failure(1, left)
+            return 1
+    return 0
 
 
 def show_results(results: dict[str, Any], page: Path) -> None:
@@ -110,3 +115,16 @@ def show_results(results: dict[str, Any], page: Path) -> None:
     line = page_line(typed, page)
     print_table(typed)
     print(line)
+
+
+def _sweep(trials: list[Trial], folder: Path, arms: list[str], workers: int | None) -> int:
+    """Run the trials of a sweep, write their pages and print their table; return the exit code."""
+    from fire_llm.experiment.run import run_sweep
+    from fire_llm.experiment.sweep_report import show
+
+    sweep = run_sweep(trials, folder, arms=arms, workers=workers)
+    if first_rank():
+        show(sweep, folder)
+    if sweep.failures:
+        report_failure(sweep.code, sweep.failed_text())
+    return sweep.code

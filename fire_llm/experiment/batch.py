@@ -1,4 +1,4 @@
-"""How many steps a phase has, and how the tokens of a step are cut into forward passes."""
+"""Compute how many steps a phase has, and how the tokens of a step divide into forward passes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.recipe import PhaseSection
 
 CPU_TOKENS, ACCELERATOR_TOKENS, MOST_TOKENS = 4_096, 16_384, 65_536
-"""Tokens of a forward pass: on a CPU, on an accelerator of unknown memory or model, and as many as ever pay."""
+"""Tokens of a forward pass: on a CPU; on an accelerator if its memory or the model is unknown; at most."""
 
 KEPT_SHARE = 0.3
-"""Of an accelerator's memory, for what a forward pass keeps for its backward pass."""
+"""The share of an accelerator's memory for the activations that a forward pass keeps for its backward pass."""
 
 
 def phase_steps(phase: PhaseSection, tokens_per_step: int, epoch_tokens: int) -> int:
@@ -29,16 +29,16 @@ def phase_steps(phase: PhaseSection, tokens_per_step: int, epoch_tokens: int) ->
 def split_batch(
     run: RunContext, world: int, memory: int | None = None, *, checkpointed: bool | None = None
 ) -> tuple[int, int]:
-    """Return (sequences a forward pass, forward passes a step) of each of `world` ranks.
+    """Return (sequences a forward pass, forward passes a step) of each rank.
 
     Args:
-        run: Whose batch it is.
-        world: Ranks.
-        memory: Bytes of each rank's accelerator, 0 for none; by default, of this machine's.
-        checkpointed: Whether activations are; by default, as the recipe says.
+        run: The run whose batch is divided.
+        world: The number of ranks.
+        memory: Bytes of each rank's accelerator, 0 for none; by default, this machine's.
+        checkpointed: Whether activations are checkpointed; by default, as the recipe says.
 
     Raises:
-        UserError: Where the tokens of a step do not divide evenly.
+        UserError: The tokens of a step do not divide evenly.
     """
     batch, length = run.recipe.batch, run.sequence_length
     tokens, given = batch.tokens_per_step, batch.sequences_per_device
@@ -61,7 +61,7 @@ def split_batch(
 
 
 def _tokens_at_once(run: RunContext, memory: int, checkpointed: bool) -> int:
-    """Return how many tokens a forward pass takes: more of them fill a GPU better, until its memory is full."""
+    """Return how many tokens a forward pass takes. More tokens use a GPU better, until its memory is full."""
     if memory == 0:
         return CPU_TOKENS
     if memory < 0 or run.sizes is None:

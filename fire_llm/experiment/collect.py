@@ -1,4 +1,4 @@
-"""Read the results of a run off its checkpoints, so that nothing a killed process held in memory is missed."""
+"""Read the results of a run off its checkpoints, so that a process that was killed takes no results with it."""
 
 from __future__ import annotations
 
@@ -68,16 +68,15 @@ def collect(stages: list[Stage], run: RunContext, *, texts: bool = True) -> Resu
 
     Args:
         stages: All stages of the run.
-        run: That they belong to.
-        texts: Look at the tokenizer and the texts too, which are made where they are not there yet.
+        run: The run that they belong to.
+        texts: Read the tokenizer and the texts too; they are made if they do not exist yet.
     """
     recipe = run.recipe
     finished: list[Stage] = []
     for stage in stages:  # parents before children
         if final_checkpoint(run.folder / stage.folder) and (stage.parent is None or stage.parent in finished):
             finished.append(stage)
-    armed = [phase for phase in recipe.phases if phase.arms]
-    last = armed[-1] if armed else None
+    last = next((phase for phase in reversed(recipe.phases) if phase.arms), None)
     compared = [stage for stage in finished if last is not None and stage.phase.name == last.name]
     arms: dict[str, list[Stage]] = {}
     for stage in compared:
@@ -128,11 +127,12 @@ def _measurement(run: RunContext) -> Measurement:
 
 
 def _run(stage: Stage) -> Run:
+    """Return the results of one finished stage."""
     run = stage.run
     path = run.folder / stage.folder
     final = final_checkpoint(path)
     assert final is not None
-    state, own = (read_state(final, name) for name in STATES)
+    state, continual = (read_state(final, name) for name in STATES)
     history, per_step = state["log_history"], run.recipe.batch.tokens_per_step
     curve = _curve(history, per_step)
     start, jump = None, {}
@@ -151,10 +151,10 @@ def _run(stage: Stage) -> Run:
         seed=stage.seed,
         start=start,
         steps=state["global_step"],
-        planned_steps=state["max_steps"] if own.get("stopped") else None,
+        planned_steps=state["max_steps"] if continual.get("stopped") else None,
         tokens_per_step=per_step,
-        seconds=round(own["seconds"], 2),
-        batches_hash=f"{own['batches_hash'] & (2**64 - 1):016x}",
+        seconds=round(continual["seconds"], 2),
+        batches_hash=f"{continual['batches_hash'] & (2**64 - 1):016x}",
         checkpoint=str(final.relative_to(run.folder)),
         weights=_weights(stage),
         curve=curve,
@@ -175,7 +175,7 @@ def _run(stage: Stage) -> Run:
 
 
 def _samples(history: list[dict[str, Any]]) -> list[Sample]:
-    """Return what a stage's model wrote."""
+    """Return the texts that a stage's model wrote."""
     return [
         Sample(step=log["step"], before_reset=log[BEFORE], prompt=prompt, text=text)
         for log in history
@@ -186,11 +186,8 @@ def _samples(history: list[dict[str, Any]]) -> list[Sample]:
 
 def _weights(stage: Stage) -> dict[str, str]:
     """Return the hashes of the weights that a finished stage kept, by checkpoint."""
-    kept: dict[str, str] = {}
-    for path in kept_checkpoints(stage):
-        if (found := weights_hash(path)) is not None:
-            kept[str(path.relative_to(stage.run.folder))] = found
-    return kept
+    hashes = {str(path.relative_to(stage.run.folder)): weights_hash(path) for path in kept_checkpoints(stage)}
+    return {path: weights for path, weights in hashes.items() if weights is not None}
 
 
 def _reset_entry(report: Path) -> ResetEntry:
@@ -203,23 +200,23 @@ def _reset_entry(report: Path) -> ResetEntry:
 
 
 def measured_nll(checkpoint: Path) -> dict[str, float]:
-    """Return the NLL that a checkpoint was measured at when it was written, by corpus; empty where it was not."""
+    """Return the held-out NLL of a checkpoint from its log, by corpus; empty if it was not evaluated at its step."""
     averaged, state = checkpoint.name == AVERAGED, trainer_state(checkpoint)
-    entries = [entry for entry in _curve(state["log_history"], 0) if entry.step == state["global_step"]]
-    found = (scores for entry in entries for scores in (entry.ema if averaged else entry.eval).items())
-    return {corpus: scores.nll for corpus, scores in found if scores.nll is not None}
+    entry = next((e for e in _curve(state["log_history"], 0) if e.step == state["global_step"]), None)
+    scores = {} if entry is None else entry.ema if averaged else entry.eval
+    return {corpus: score.nll for corpus, score in scores.items() if score.nll is not None}
 
 
 def _loss_jump(before: dict[str, float], curve: list[CurveEntry], vocabulary: int) -> dict[str, LossJump]:
-    """Return, by corpus, what the reset did to the loss, and the first evaluated step at which that was made good."""
-    found = {}
+    """Return, by corpus, by how much the reset raised the loss, and at which evaluated step it was as low again."""
+    jumps = {}
     for corpus, nll in before.items():
         measured = [(e.step, e.eval[corpus].nll) for e in curve if corpus in e.eval]
         after = next((value for step, value in measured if step == 0), None)
         if after is not None:
             regained = next((step for step, value in measured if value is not None and value <= nll), None)
-            found[corpus] = LossJump.model_validate({**loss_jump(nll, after, vocabulary), "regained_at_step": regained})
-    return found
+            jumps[corpus] = LossJump.model_validate({**loss_jump(nll, after, vocabulary), "regained_at_step": regained})
+    return jumps
 
 
 def _curve(history: list[dict[str, Any]], tokens_per_step: int) -> list[CurveEntry]:
@@ -233,37 +230,32 @@ def _curve(history: list[dict[str, Any]], tokens_per_step: int) -> list[CurveEnt
         if "loss" in log:
             entry |= {"train_loss": log["loss"], "learning_rate": log.get("learning_rate")}
         for key, value in log.items():
-            of, _, rest = key.partition("_")
-            if of in ("eval", "ema") and rest != "nll":
-                corpus, measure = _split_key(rest)
-                if measure:
-                    entry[of].setdefault(corpus, {})[measure] = value
+            weights, _, rest = key.partition("_")
+            measure = next((name for name in MEASURED if rest.endswith(f"_{name}")), None)
+            if weights in ("eval", "ema") and rest != "nll" and measure:
+                entry[weights].setdefault(rest.removesuffix(f"_{measure}"), {})[measure] = value
         if diagnostics := {key[len(LOG_PREFIX) :]: value for key, value in log.items() if key.startswith(LOG_PREFIX)}:
             entry["diagnostics"] = diagnostics
     return [CurveEntry.model_validate(entries[step]) for step in sorted(entries)]
 
 
-def _split_key(key: str) -> tuple[str, str]:
-    for measure in MEASURED:
-        if key.endswith(f"_{measure}"):
-            return key[: -len(measure) - 1], measure
-    return key, ""
-
-
 def _arm(stages: list[Stage]) -> Arm:
+    """Return the results of one arm: those of each seed, and their means."""
     runs = [_run(stage) for stage in stages]
     return Arm(
         label="; ".join(r.label() for r in stages[0].resets),
         methods=[r.method for r in stages[0].resets],
         final=mean_finals(runs),
-        curve=_mean_curve([one.curve for one in runs]),
+        curve=runs[0].curve
+        if len(runs) == 1
+        else [_mean_entry(entries) for entries in zip(*(run.curve for run in runs), strict=False)],
         runs=runs,
     )
 
 
 def mean_finals(runs: Sequence[Run]) -> dict[str, Scores]:
     """Return, by corpus, the final scores of several seeds as their mean."""
-    return {corpus: _mean_scores([one.final[corpus] for one in runs]) for corpus in runs[0].final}
+    return {corpus: _mean_scores([run.final[corpus] for run in runs]) for corpus in runs[0].final}
 
 
 def _mean_scores(values: Sequence[Scores]) -> Scores:
@@ -280,13 +272,9 @@ def _mean_scores(values: Sequence[Scores]) -> Scores:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean of all seeds; None where one lacks the number."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None
-
-
-def _mean_curve(curves: list[list[CurveEntry]]) -> list[CurveEntry]:
-    return curves[0] if len(curves) == 1 else [_mean_entry(entries) for entries in zip(*curves, strict=False)]
+    """Return the mean over all seeds; None if one lacks the number."""
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / len(numbers) if numbers and len(numbers) == len(values) else None
 
 
 def _mean_entry(entries: Sequence[CurveEntry]) -> CurveEntry:
@@ -317,21 +305,19 @@ def _git_hash() -> str | None:
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None
+    return result.stdout.strip() or None
 
 
 def hardware() -> Hardware:
-    """Return what the run ran on."""
+    """Return the machine that this process runs on."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [
-            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
+        lines = info.read_text().splitlines()
+        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if sys.platform != "win32" else 0.0
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return Hardware(cpu=cpu, cores=os.cpu_count(), memory_gib=round(memory, 1), accelerator=accelerator)

@@ -1,4 +1,4 @@
-"""What the stages of a run share, each thing resolved once: corpora, arms, tokenizer, config, tokens."""
+"""What the stages of a run share: corpora, arms, tokenizer, config and tokens, each resolved once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from fire_llm.distributed import ranks
 from fire_llm.experiment.memory import Sizes, sizes
 from fire_llm.experiment.recipe import Recipe
 from fire_llm.experiment.recipe.sections import as_list
-from fire_llm.experiment.sources import MODEL, TOKENIZER, Hashes, changes, hashes, place_of
+from fire_llm.experiment.sources import MODEL, TOKENIZER, Hashes, Source, changes, hashes
 from fire_llm.models import (
     PRESETS,
     config_for,
@@ -50,8 +50,8 @@ class RunContext:
     Args:
         recipe: From `load_recipe`.
         folder: The run's; `runs/NAME` by default.
-        progress: Show what takes long. Of several ranks, the first one alone does.
-        known: What another context of the same command found, from `known`: all of it reads the same.
+        progress: Show what takes long. Of several ranks, only the first shows anything.
+        known: The hashes that another context of the same command returned from `known`; they are not computed again.
     """
 
     def __init__(
@@ -67,7 +67,8 @@ class RunContext:
         self._corpora: dict[str, Corpus] = {}
         self._tokens: dict[tuple[str, str], TokenFile] = {}
         self._places: dict[str, str] = dict(self._known.get("places", {}))
-        self._states: dict[Path, tuple[int, ...]] = {}
+        self._token_files: dict[Path, tuple[int, ...]] = {}
+        """Token files in use, with their state when they were opened."""
 
     @property
     def progress(self) -> bool:
@@ -77,65 +78,69 @@ class RunContext:
     def corpus(self, name: str) -> Corpus:
         """Return the corpus of a name; its text is neither read nor hashed here."""
         if name not in self._corpora:
-            found = resolve(name, self.recipe.corpora.get(name), Path(self.recipe.data_root))
-            self._corpora[name] = replace(found, expected=self._known.get("corpora", {}).get(name))
+            corpus = resolve(name, self.recipe.corpora.get(name), Path(self.recipe.data_root))
+            self._corpora[name] = replace(corpus, expected=self._known.get("corpora", {}).get(name))
         return self._corpora[name]
 
     def known(self) -> dict[str, Any]:
-        """Return what the run reads from outside, by content, as plain data: it is the same for as long as it runs."""
+        """Return the hashes of all that the run reads from outside, as plain data, for other processes of a command."""
         names = dict.fromkeys([*self.recipe.corpus_names(), *self.tokenizer_corpora])
         corpora = {name: self.corpus(name).fingerprint for name in names}
         return {"files": self.files, "places": self._places, "corpora": corpora}
 
     @cached_property
-    def _names(self) -> dict[str, tuple[str, tuple[str, ...]]]:
-        """What the model and the tokenizer are read from, where that is not the run's own: a folder or a Hub id."""
+    def _sources(self) -> dict[str, Source]:
+        """Where {model, tokenizer} are read from, without what the run makes itself."""
         section, tokenizer = self.recipe.model, self.recipe.tokenizer
-        own = tokenizer is not None and tokenizer.train is not None
-        words = None if own else (tokenizer and tokenizer.path) or section.checkpoint
-        model: tuple[str | None, tuple[str, ...]] = section.checkpoint, MODEL
+        trained = tokenizer is not None and tokenizer.train is not None
+        sources = {
+            "model": Source("model", section.checkpoint or "", MODEL),
+            "tokenizer": Source("tokenizer", (tokenizer and tokenizer.path) or section.checkpoint or "", TOKENIZER),
+        }
         if isinstance(section.config, str):
             folder, file = os.path.split(section.config)
-            alone = os.path.isfile(section.config)
-            model = (folder or ".", (escape(file),)) if alone else (section.config, (CONFIG,))
-        found = {"model": model, "tokenizer": (words, TOKENIZER)}
-        return {what: (name, patterns) for what, (name, patterns) in found.items() if name}
+            is_file = os.path.isfile(section.config)
+            place, pattern = (folder or ".", escape(file)) if is_file else (section.config, CONFIG)
+            sources["model"] = Source("model", place, (pattern,))
+        return {what: s for what, s in sources.items() if s.name and not (trained and what == "tokenizer")}
 
     @cached_property
     def files(self) -> dict[str, Hashes]:
-        """The hashes of the files of {model, tokenizer}, without what is the run's own; read when first asked for."""
+        """The hashes of the files of {model, tokenizer}, without what the run makes itself."""
         known: dict[str, Hashes] | None = self._known.get("files")
-        return known if known is not None else {what: self._hashes(what) for what in self._names}
+        return known if known is not None else {what: self._hashes(what) for what in self._sources}
 
     def _hashes(self, what: str) -> Hashes:
-        name, patterns = self._names[what]
-        return hashes(f"{what} '{name}'", self._place(what), patterns)
+        source = self._sources[what]
+        return hashes(f"{what} '{source.name}'", self._place(what), source.patterns)
 
     def _place(self, what: str) -> str:
         if what not in self._places:
             if what == "model":
-                _ = self.planned_config  # which has the better message for an unknown name
-            self._places[what] = place_of(what, *self._names[what])
+                _ = self.planned_config  # it has the better message for an unknown name
+            self._places[what] = self._sources[what].folder()
         return self._places[what]
 
     @contextmanager
     def reading(self, what: str) -> Iterator[str]:
-        """Yield where the model or the tokenizer is loaded from, and see that its files are the run's `files`.
+        """Yield the folder that the model or the tokenizer is loaded from; refuse changed files before and after.
 
         Args:
             what: `model` or `tokenizer`.
 
         Raises:
-            UserError: A file holds something else than when the command began, before the block or after it.
+            UserError: A file is not what it was when the command began.
         """
-        for look in ("before", "after"):
-            for change in changes({what: self.files[what]}, {what: self._hashes(what)}):
-                raise UserError(
-                    f"'{self._names[what][0]}' is not what it was when this command began: {change}. Put it back, or "
-                    "give the command again: what was begun with the old one is then named"
-                )
-            if look == "before":
-                yield self._place(what)
+        self._refuse_changed_source(what)
+        yield self._place(what)
+        self._refuse_changed_source(what)
+
+    def _refuse_changed_source(self, what: str) -> None:
+        for change in changes({what: self.files[what]}, {what: self._hashes(what)}):
+            raise UserError(
+                f"'{self._sources[what].name}' is not what it was when this command began: {change}. Put it back, or "
+                "give the command again: what was begun with the old one is then named"
+            )
 
     @cached_property
     def arms(self) -> dict[str, dict[str, tuple[ResetSpec, ...]]]:
@@ -155,7 +160,7 @@ class RunContext:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What the weights of every stage depend on, as plain data."""
+        """The settings of the recipe that the weights of every stage depend on, as plain data."""
         named = {"tokenizer", "batch", "evaluate", "log_every_steps"}
         common = self.recipe.model_dump(mode="json", include=named)
         if self.recipe.attention != "auto":
@@ -168,27 +173,27 @@ class RunContext:
 
     @cached_property
     def planned_config(self) -> Any:
-        """The transformers config of the model before the tokenizer is there: its shapes are those of `config`.
+        """The transformers config of the model, made without its tokenizer; its shapes are those of `config`.
 
-        A tokenizer of the Hub is not asked for its size: `models.VOCABULARY` is taken for it.
+        The size of a tokenizer on the Hub is not looked up: `models.VOCABULARY` is assumed.
         """
         section = self.recipe.model
-        given = section.config if isinstance(section.config, str) else section.checkpoint
-        return self._config(None, given)
+        place = section.config if isinstance(section.config, str) else section.checkpoint
+        return self._config(None, place)
 
     @cached_property
     def sizes(self) -> Sizes | None:
-        """What of the model memory depends on; None where its config does not say."""
+        """The sizes of the model that memory depends on; None if its config does not tell them."""
         return sizes(model_on_meta(self.planned_config))
 
     @cached_property
     def _local_tokenizer(self) -> Any:
-        """The tokenizer where it can be loaded without a network or a training, to plan with; None elsewhere."""
+        """The tokenizer, to plan with, if it lies in a folder; None if it has to be downloaded or trained."""
         path = str(self.recipe.tokenizer and self.recipe.tokenizer.path)
         return load_tokenizer(path) if os.path.isdir(path) else None
 
     def _config(self, tokenizer: Any, place: str | None) -> Any:
-        """Return the config of the model, for a tokenizer, with what is read from outside read from a place."""
+        """Return the config of the model for a tokenizer; `place` is where its checkpoint or config lies."""
         section = self.recipe.model
         options: dict[str, Any] = {"tokenizer": tokenizer, "context": section.context, "dropout": section.dropout}
         if isinstance(section.config, str):
@@ -203,12 +208,12 @@ class RunContext:
 
     @cached_property
     def sequence_length(self) -> int:
-        """Tokens a sequence: the recipe's `model.context`, else what `choose_context` takes."""
+        """Tokens a sequence: the recipe's `model.context`, else what `choose_context` chooses."""
         return choose_context(self.planned_config, self.recipe.model.context, "model.context")
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer: given, the model's own, or trained here once."""
+        """The tokenizer: the one that the recipe names, the model's own, or one that is trained here once."""
         section = self.recipe.tokenizer
         if section is None or section.train is None:
             with self.reading("tokenizer") as place:
@@ -218,7 +223,7 @@ class RunContext:
         origin = {"vocabulary": section.train, "corpora": {c.name: c.fingerprint for c in corpora}}
         if not own.exists() and ranks().is_main_process:
             with held(lock_of(self.folder, "tokenizer"), wait=True):
-                if not own.exists():  # the one that was waited for made it
+                if not own.exists():  # the process that held the lock may have trained it
                     trained = train_tokenizer(corpora, section.train, progress=self.progress)
                     with staged(own) as partial:
                         trained.save_pretrained(partial)
@@ -240,17 +245,17 @@ class RunContext:
     def config(self) -> Any:
         """The transformers config of the model."""
         given = self.recipe.model.config
-        if "model" not in self._names:
+        if "model" not in self._sources:
             return self._config(self.tokenizer, None)
         tokenizer = self.tokenizer
         with self.reading("model") as place:
             return self._config(tokenizer, given if isinstance(given, str) and os.path.isfile(given) else place)
 
     def first_model(self, seed: int, attention: str | None = None) -> Any:
-        """Return the weights that the run begins with, in fp32: those of its checkpoint, else new ones of a seed.
+        """Return the model that the run begins with, in fp32: its checkpoint, or new weights drawn from a seed.
 
         Args:
-            seed: Of new weights.
+            seed: The seed of new weights.
             attention: `attn_implementation`; None: transformers' choice.
         """
         if self.recipe.model.checkpoint is None:
@@ -259,42 +264,42 @@ class RunContext:
             return load_model(place, torch.float32, config=self.config, attention=attention)
 
     def tokens(self, corpus: str, split: str) -> TokenFile:
-        """Return a corpus as tokens, tokenising it where no cache holds it."""
+        """Return a corpus as tokens; it is tokenised if no cache holds them."""
         key = (corpus, split)
-        _ = self.config  # which refuses a tokenizer that does not fit the model, before text is tokenised for hours
+        _ = self.config  # this refuses a tokenizer that does not fit the model, before text is tokenised for hours
         if key not in self._tokens:
-            found = tokenize_corpus(self.corpus(corpus), self.tokenizer, split, progress=self.progress)
-            if self.recorded.get(corpus, {}).get(split, found.content) != found.content:
+            tokens = tokenize_corpus(self.corpus(corpus), self.tokenizer, split, progress=self.progress)
+            if self.recorded.get(corpus, {}).get(split, tokens.content) != tokens.content:
                 raise UserError(
-                    f"corpus '{corpus}' ({split}): '{found.path}' holds other tokens than a stage of '{self.folder}' "
+                    f"corpus '{corpus}' ({split}): '{tokens.path}' holds other tokens than a stage of '{self.folder}' "
                     "was begun with, of the same text: the tokenizer, or the library that it comes with, has changed. "
                     "Put it back and delete that folder of the cache, or choose another --output"
                 )
-            self._tokens[key] = found
-            self._states |= {path: state for path in found.files if (state := _state(path)) is not None}
+            self._tokens[key] = tokens
+            self._token_files |= {path: state for path in tokens.files if (state := _state(path)) is not None}
         return self._tokens[key]
 
     @cached_property
     def recorded(self) -> dict[str, dict[str, str]]:
         """The hashes of the tokens that the run's stages were begun with: {corpus: {split: hash}}."""
-        found: dict[str, dict[str, str]] = {}
+        hashes: dict[str, dict[str, str]] = {}
         for path in [*self.folder.glob("*/seed-*/unit.json"), *self.folder.glob("*/*/seed-*/unit.json")]:
-            # What is damaged is refused by `stages`.
+            # A damaged file is refused by `stages`.
             with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 unit = json.loads(path.read_text(encoding="utf-8"))
                 if unit["tokenizer"] == self.settings["tokenizer"]:
                     for corpus, splits in unit["tokens"].items():
                         if unit["corpora"].get(corpus) == self.corpus(corpus).fingerprint:
-                            found.setdefault(corpus, {}).update(splits)
-        return found
+                            hashes.setdefault(corpus, {}).update(splits)
+        return hashes
 
     def refuse_changed_tokens(self) -> None:
-        """Refuse to go on where tokens in use were written to; those that were deleted or replaced are still held.
+        """Refuse to go on if a token file in use was written to. A deleted or replaced one is still in memory.
 
         Raises:
             UserError: Naming the file.
         """
-        for path, before in self._states.items():
+        for path, before in self._token_files.items():
             now = _state(path)
             if now is not None and now[:2] == before[:2] and now != before:
                 raise UserError(
@@ -307,17 +312,17 @@ class RunContext:
         return self.tokens(corpus, "validation").first(self.recipe.evaluate.max_tokens)
 
     def release(self) -> None:
-        """Forget what takes memory; it is made again when it is asked for."""
+        """Free the memory of tokenizer, config and tokens; they are made again when they are asked for."""
         self._tokens.clear()
-        self._states.clear()
+        self._token_files.clear()
         for name in ("tokenizer", "config", "planned_config"):
             self.__dict__.pop(name, None)
 
 
 def _state(path: Path) -> tuple[int, ...] | None:
-    """Return which file a path names, its size and when it was written to; None for none."""
+    """Return device, inode, size and modification time of a file; None if there is none."""
     try:
-        found = path.stat()
+        stat = path.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns

@@ -31,18 +31,18 @@ from fire_llm.experiment.stages import Stage, check_resets, expand, final_checkp
 from fire_llm.models import check_fits, describe, load_tokenizer, model_on_meta
 
 TRAINING_BYTES = BYTES_A_PARAMETER + 4
-"""Of a parameter while training: the gradient beside what a checkpoint holds, in fp32."""
+"""Bytes of a parameter while training: what a checkpoint holds, and the gradient in fp32."""
 
 BYTES_A_TOKEN = 4.2
-"""UTF-8 bytes of English text that a byte-level BPE puts into a token, about; for phases counted in epochs."""
+"""About how many UTF-8 bytes of English text a byte-level BPE puts into a token; for phases counted in epochs."""
 
 MACHINES = (("H100", 1), ("A100", 8), ("H100", 8))
-"""Devices of 80 GB, and how many: what hours and memory are estimated for."""
+"""Hours and memory are estimated for these devices of 80 GB, and this many of them."""
 
 MACHINE_BYTES = 80 * 10**9
 
 ROOM = int(0.9 * MACHINE_BYTES)
-"""What a step may hold: the allocator's slack, CUDA's context and NCCL's buffers take the rest."""
+"""Bytes that a step may hold: the allocator's slack, CUDA's context and NCCL's buffers take the rest."""
 
 SHARDS, CHECKPOINTED, SYNC, ONE_SEQUENCE, OFFLOAD = CHANGES = (
     "--accelerate-config fsdp2",
@@ -51,33 +51,33 @@ SHARDS, CHECKPOINTED, SYNC, ONE_SEQUENCE, OFFLOAD = CHANGES = (
     "batch.sequences_per_device: 1",
     "fsdp_offload_params: true",
 )
-"""What makes a step hold less, the cheapest first; the last is a key of accelerate's configuration."""
+"""Changes that reduce the memory of a step, the cheapest first; the last is a key of accelerate's configuration."""
 
 MFU = 0.3
-"""Share of a device's peak that training is taken to reach.
+"""The share of a device's peak that training is assumed to reach.
 
 Source: nanoGPT trains GPT-2 124M for 600,000 steps of 491,520 tokens in about 4 days on eight A100s, which is 0.29.
 """
 
 LOGITS_HELD = 2**29
-"""Of a forward pass, on 80 GB; the loss takes slices of so many (`trainer.loss`), but in fp16."""
+"""The most logits in memory at once on 80 GB: the loss takes slices of this size (`training.loss`), except in fp16."""
 
 
 def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] = ()) -> dict[str, Any]:
     """Return the plan as data: the stages with steps, tokens and FLOPs, and the totals.
 
-    Steps counted in epochs are estimated from the bytes of the corpora; None where those are not known. No text is
-    read. A stage's `key` is the same in the plans of trials that share it.
+    Steps counted in epochs are estimated from the bytes of the corpora; they are None if those are not known. No text
+    is read. A stage's `key` is the same in the plans of trials that share it.
 
     Raises:
-        UserError: What an arm is to do to the model it cannot, as far as the config shows; or the tokens of a step are
-            no whole number of the model's sequences.
+        UserError: An arm cannot reset or train the model, as far as its config shows; or the tokens of a step do not
+            divide into sequences.
     """
     run = RunContext(recipe, output)
     model = model_on_meta(run.planned_config)
     stages = select(expand(run), arms)
     check_all(
-        lambda: split_batch(run, 1, memory=0),  # what one process cannot divide, none can
+        lambda: split_batch(run, 1, memory=0),  # a batch that one process cannot divide, several cannot
         lambda: _check_tokenizer(run),
         lambda: _check_tokens(run),
         lambda: _check_trackers(recipe),
@@ -85,7 +85,7 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
         lambda: _check_recycling(stages, model),
     )
     parameters = sum(p.numel() for p in model.parameters())
-    # Where a token's operations are not counted exactly (experts, state spaces), 6 a parameter is not too few.
+    # If a token's operations cannot be counted exactly (experts, state spaces), 6 a parameter are not too few.
     flops_a_token = flops_per_token(model, run.sequence_length) or 6 * parameters
     rows: list[dict[str, Any]] = []
     for stage in stages:
@@ -113,7 +113,7 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
         "precision": resolve_precision(recipe.precision),
         "optimizer": _optimizer(recipe.optimizer, model),
         "schedule": _schedule(recipe.optimizer),
-        "own": [*(own for phase in recipe.phases if (own := _own(recipe, phase, model))), *_pushed(recipe)],
+        "own": [*(own for phase in recipe.phases if (own := _own_settings(recipe, phase, model))), *_pushed(recipe)],
         "stages": rows,
         "warnings": norm_warnings(stages),
         "machines": _machines(run, BYTES_A_PARAMETER + averaged, sum(row["flops"] or 0 for row in rows)),
@@ -123,20 +123,20 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
 
 
 def _check_tokenizer(run: RunContext) -> None:
-    """Hold a local tokenizer, and what is to be generated, against the model."""
+    """Compare a tokenizer in a folder, and the prompts, with the model; one on the Hub is compared at loading."""
     recipe = run.recipe
-    words = (recipe.tokenizer and recipe.tokenizer.path) or (None if run.tokenizer_corpora else recipe.model.checkpoint)
-    if words and isdir(words):  # one of the Hub's is held against the embedding when it is loaded
-        check_fits(run.planned_config, load_tokenizer(words), recipe.model.context)
+    place = (recipe.tokenizer and recipe.tokenizer.path) or (None if run.tokenizer_corpora else recipe.model.checkpoint)
+    if place and isdir(place):
+        check_fits(run.planned_config, load_tokenizer(place), recipe.model.context)
         check_prompts(run)
 
 
 def _check_tokens(run: RunContext) -> None:
-    """Look at the headers of files that are tokenised already; their tokens are held against the tokenizer later."""
+    """Check the headers of files that are tokenised already; their tokens are checked later, with the tokenizer."""
     vocabulary = run.planned_config.get_text_config().vocab_size
-    found = [run.corpus(name).pretokenized for name in run.recipe.corpus_names()]
-    splits = ((own, split) for own in found if own for split in (SPLITS if own.validation else ("train",)))
-    check_all(*(partial(own.sources, split, vocabulary) for own, split in splits))
+    files = [files for name in run.recipe.corpus_names() if (files := run.corpus(name).pretokenized)]
+    splits = ((given, split) for given in files for split in (SPLITS if given.validation else ("train",)))
+    check_all(*(partial(given.sources, split, vocabulary) for given, split in splits))
 
 
 def _check_trackers(recipe: Recipe) -> None:
@@ -155,30 +155,30 @@ def _check_recycling(stages: Iterable[Stage], model: Any) -> None:
 
 
 def _machines(run: RunContext, at_rest: int, flops: float) -> list[dict[str, Any]]:
-    """Return hours and memory on known devices; of those that the batch divides into, and for 16 bits alone.
+    """Return hours and memory on each of `MACHINES` whose number of devices divides the batch; in 16 bits only.
 
     Args:
         run: The run.
         at_rest: Bytes of a parameter between steps, in fp32.
-        flops: Of all stages.
+        flops: The operations of all stages.
     """
     if run.recipe.precision == "fp32" or run.sizes is None:
         return []
-    work = flops * (4 / 3 if run.recipe.gradient_checkpointing else 1)  # the forward pass, a third of it, is done again
+    work = flops * (4 / 3 if run.recipe.gradient_checkpointing else 1)  # the forward pass, a third, is repeated
     machines = []
     for device, count in MACHINES:
         try:
-            own = memory_bytes(run, count, at_rest)
+            held = memory_bytes(run, count, at_rest)
         except UserError:
             continue
         machines.append(
             {
                 "name": f"{count}×{device}",
                 "hours": work / (count * PEAK_FLOPS[device] * MFU) / 3600,
-                "memory_bytes": own,
+                "memory_bytes": held,
                 "shards_bytes": memory_bytes(run, count, at_rest, [SHARDS]) if count > 1 else None,
-                "fits": own <= ROOM,
-                "would_fit": None if own <= ROOM else would_fit(run, count, at_rest),
+                "fits": held <= ROOM,
+                "would_fit": None if held <= ROOM else would_fit(run, count, at_rest),
             }
         )
     return machines
@@ -189,9 +189,9 @@ def memory_bytes(run: RunContext, count: int, at_rest: int, changes: Iterable[st
 
     Args:
         run: The run.
-        count: GPUs: replicas, or shards of FSDP2.
+        count: How many GPUs: replicas, or shards of FSDP2.
         at_rest: Bytes of a parameter between steps, in fp32.
-        changes: Some of `CHANGES`, made to the recipe or its start.
+        changes: Those of `CHANGES` that are made to the recipe or to the command.
 
     Raises:
         UserError: The batch does not divide.
@@ -227,17 +227,17 @@ def memory_bytes(run: RunContext, count: int, at_rest: int, changes: Iterable[st
 
 
 def would_fit(run: RunContext, count: int, at_rest: int) -> str:
-    """Return the fewest changes with which a step fits GPUs of 80 GB, and what it then holds; in words."""
+    """Return in words the fewest changes with which a step fits GPUs of 80 GB, and how much memory it then takes."""
     recipe = run.recipe
     useless = {
         CHECKPOINTED: recipe.gradient_checkpointing or recipe.precision == "bf16-params",
         SYNC: recipe.sync_each_batch,
         ONE_SEQUENCE: recipe.batch.sequences_per_device == 1,
     }
-    open_to = [change for change in CHANGES if not useless.get(change)]
-    for number in range(1, len(open_to) + 1):
-        for some in combinations(open_to, number):
-            # Without shards, gradients are whole on each rank whenever they are added up.
+    possible = [change for change in CHANGES if not useless.get(change)]
+    for number in range(1, len(possible) + 1):
+        for some in combinations(possible, number):
+            # Without shards each rank holds whole gradients, whenever they are added up.
             if (SYNC in some or OFFLOAD in some) and SHARDS not in some:
                 continue
             if (held := memory_bytes(run, count, at_rest, some)) <= ROOM:
@@ -245,8 +245,8 @@ def would_fit(run: RunContext, count: int, at_rest: int) -> str:
     return "does not fit, whatever is set: take more GPUs, or a smaller model"
 
 
-def _own(recipe: Recipe, phase: PhaseSection, model: Any) -> str:
-    """Return in words what of a phase is its own: its optimizer, its average, its end; nothing where nothing is."""
+def _own_settings(recipe: Recipe, phase: PhaseSection, model: Any) -> str:
+    """Return in words how a phase differs from the recipe: optimizer, average, early end; empty if it does not."""
     section = optimizer_of(recipe, phase)
     parts = []
     if section != recipe.optimizer:
@@ -262,7 +262,7 @@ def _own(recipe: Recipe, phase: PhaseSection, model: Any) -> str:
 
 
 def _pushed(recipe: Recipe) -> list[str]:
-    """Return in words what is pushed where; nothing where nothing is."""
+    """Return in words what is pushed where; empty if nothing is."""
     if (hub := recipe.hub) is None:
         return []
     what = {"end": "the final checkpoint", "best": "the best checkpoint", "every save": "every checkpoint"}[hub.push]
@@ -274,19 +274,19 @@ def _optimizer(section: OptimizerSection, model: Any) -> str:
     """Return in words which optimizer trains what.
 
     Raises:
-        UserError: Muon is asked for, and the layout of the model is unknown.
+        UserError: It is Muon, and the layout of the model is unknown.
     """
     if section.name != "muon":
         return section.name
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     hidden = hidden_matrices(model)
-    own = sum(sizes[name] for name in hidden)
+    by_muon = sum(sizes[name] for name in hidden)
     stacks = {p.parameter for p in logical_matrices(model) if p.spec is not None and p.spec.index is not None}
     among = f", {len(stacks)} stacks of experts among them" if stacks else ""
-    rest = sum(sizes.values()) - own
+    rest = sum(sizes.values()) - by_muon
     emulated = not torch.accelerator.is_available() and not hardware.cpu_has_bf16()
     slow = "; Muon multiplies in bf16, which this CPU emulates: its steps will be slow" if emulated else ""
-    return f"muon for {len(hidden)} matrices ({own:,} parameters), adamw for the rest ({rest:,}{among}){slow}"
+    return f"muon for {len(hidden)} matrices ({by_muon:,} parameters), adamw for the rest ({rest:,}{among}){slow}"
 
 
 def _schedule(section: OptimizerSection) -> str:
@@ -315,7 +315,7 @@ def _steps(stage: Stage) -> int | None:
 
 
 def _approximate_tokens(run: RunContext, name: str) -> float | None:
-    """Return about how many tokens a corpus trains on, without reading it; None where nobody knows."""
+    """Return about how many tokens a corpus trains on, without reading it; None if that cannot be told."""
     corpus = run.corpus(name)
     if corpus.pretokenized is None:
         return None if corpus.approximate_bytes is None else corpus.approximate_bytes / BYTES_A_TOKEN
@@ -327,8 +327,8 @@ def state_of(folder: Path) -> str:
     """Return in words how far a stage is."""
     if final_checkpoint(folder) is not None:
         return "finished"
-    whole = checkpoints(folder)
-    return f"resumes at step {whole[-1][1]}" if whole else "to do"
+    complete = checkpoints(folder)
+    return f"resumes at step {complete[-1][1]}" if complete else "to do"
 
 
 def print_plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] = ()) -> None:
@@ -353,9 +353,7 @@ def print_plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[
         print(doubt)
     print(f"model: {planned['model']}; precision {planned['precision']}; seeds {recipe.seed}")
     print(f"optimizer: {planned['optimizer']}")
-    print(f"schedule {planned['schedule']}")
-    for own in planned["own"]:
-        print(own)
+    print("\n".join([f"schedule {planned['schedule']}", *planned["own"]]))
     for warning in planned["warnings"]:
         print(f"warning: {warning}")
     show_table(open_console(), table)
@@ -364,24 +362,24 @@ def print_plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[
         f"disk ≈ {planned['disk_bytes'] / 1e9:.2g} GB of checkpoints; "
         f"memory ≈ {planned['memory_bytes'] / 1e9:.2g} GB a process, without activations"
     )
-    told = [machine for machine in planned["machines"] if machine["hours"] * 60 >= 1]
-    hours = [f"{machine['name']} ≈ {_duration(machine['hours'])}, {_gigabytes(machine)}" for machine in told]
+    machines = [machine for machine in planned["machines"] if machine["hours"] * 60 >= 1]
+    hours = [f"{machine['name']} ≈ {_duration(machine['hours'])}, {_gigabytes(machine)}" for machine in machines]
     if hours:
         print(f"at {MFU:.0%} of the 16-bit peak, evaluation left out: {'; '.join(hours)}")
-    for machine in told:
+    for machine in machines:
         if not machine["fits"]:
             print(f"{machine['name']} of {MACHINE_BYTES / 1e9:.0f} GB: {machine['would_fit']}")
 
 
 def _gigabytes(machine: dict[str, Any]) -> str:
-    """Return in words what a GPU of a machine holds at the peak of a step."""
-    sharded = machine["shards_bytes"]
-    cut = "" if sharded is None else f" ({sharded / 1e9:.3g} in shards)"
-    return f"{machine['memory_bytes'] / 1e9:.3g} GB a GPU{cut}"
+    """Return in words how much a GPU holds at the peak of a step."""
+    in_shards = machine["shards_bytes"]
+    suffix = "" if in_shards is None else f" ({in_shards / 1e9:.3g} in shards)"
+    return f"{machine['memory_bytes'] / 1e9:.3g} GB a GPU{suffix}"
 
 
 def totals(rows: Sequence[dict[str, Any]]) -> str:
-    """Return in words what some rows of a plan take together."""
+    """Return in words how many tokens and FLOPs the rows of a plan take together."""
     tokens, flops = (sum(row[what] or 0 for row in rows) for what in ("tokens", "flops"))
     unknown = "" if all(row["steps"] is not None for row in rows) else " and the phases counted in epochs"
     return f"in all: {tokens:,} tokens, {flops:.2g} FLOPs{unknown}"

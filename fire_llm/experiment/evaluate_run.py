@@ -20,12 +20,12 @@ from fire_llm.core.manifest import weights_hash
 from fire_llm.data.corpora import CORPORA
 from fire_llm.distributed import is_first
 from fire_llm.evaluation.measurement import WORDS, first_token, token_text
-from fire_llm.evaluation.perplexity import Perplexity
 from fire_llm.evaluation.scores import Scores
 from fire_llm.evaluation.statistics import BOOTSTRAP, standard_errors
-from fire_llm.evaluation.texts import EvaluationSet, score
+from fire_llm.evaluation.texts import EvaluationSet
+from fire_llm.experiment.bars import library_bars
 from fire_llm.experiment.context import RunContext
-from fire_llm.experiment.measured import Measured, text_digest, weights_digest
+from fire_llm.experiment.measured import Measured
 from fire_llm.experiment.recipe import Recipe, load_recipe
 from fire_llm.experiment.sources import changes
 from fire_llm.experiment.stages import (
@@ -43,27 +43,27 @@ from fire_llm.models import find_device, load_model
 from fire_llm.reporting.schema import EVALUATION_VERSION, Bootstrap, Evaluation, EvaluationRow, EvaluationSettings
 
 LEVEL = 0.95
-"""Of the intervals."""
+"""The level of all intervals."""
 
 
 @dataclass
 class Row:
-    """A checkpoint of the matrix and how to load it."""
+    """A checkpoint of the matrix, and how to load it."""
 
     checkpoint: str
-    """Folder relative to the run's; `init/seed-1` for step-0 weights, the name given for a run that began with some."""
+    """Folder relative to the run's; `init/seed-1` for step-0 weights; the recipe's `checkpoint` if it has one."""
     phase: str | None
     arm: str | None
     seed: int | None
     step: int
     labels: list[str]
-    """init, start, final, best, or a number of steps."""
+    """Some of init, start, final, best and numbers of steps."""
     load: Callable[[], Any] = field(repr=False)
     weights: str | None = None
-    """Hash of its weights; None for step-0 weights, which the recipe gives."""
+    """Hash of its weights; None for step-0 weights, which follow from the recipe."""
 
     def names(self) -> dict[str, object]:
-        """Return what tells the row from others, as plain data."""
+        """Return all fields but `load`, as plain data."""
         return {key: value for key, value in vars(self).items() if key != "load"}
 
 
@@ -80,11 +80,11 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Score the checkpoints of a run on its held-out texts, and write and return the matrix.
 
-    Each checkpoint is loaded once, in fp32. What an earlier call measured with the same weights, text and settings is
-    not measured again. Under torch.distributed ranks share the work.
+    Each checkpoint is loaded once, in fp32. A perplexity that an earlier call measured with the same weights, text and
+    settings is not measured again. Under torch.distributed ranks share the work.
 
     Args:
-        run_dir: Folder of a run; what in it is not finished is left out and named.
+        run_dir: Folder of a run; its unfinished stages are left out and named.
         data: Corpora of the recipe or known ones; by default all that the recipe trains or measures on.
         context: Tokens a window; by default the run's, and the numbers are then those of its results.json.
         stride: As in `perplexity`.
@@ -109,54 +109,35 @@ def evaluate_run(
         raise UserError(f"'{folder}' has no finished phase to evaluate: finish it with `fire-llm run`")
     names = _names(recipe, data)
     _refuse_changed(folder, finished, names)
-    where = find_device(device)
+    compute_on = find_device(device)
     texts, left_out = _texts(run, names, required=names if data else recipe.evaluated())
-    found, passed = rows_and_phase_runs(finished, run)
+    checkpoints, phase_runs = rows_and_phase_runs(finished, run)
     prefix_text = token_text(run.tokenizer, first_token(run.tokenizer))
+    settings = {"context": run.sequence_length if context is None else context, "stride": stride}
+    earlier = Measured(folder, {**settings, "device": compute_on.type})
     matrix: dict[str, dict[str, Scores]] = {}
     rows: list[EvaluationRow] = []
-    context = run.sequence_length if context is None else context
-    before, reused = Measured(folder, {"context": context, "stride": stride, "device": where.type}), 0
-    digests = {name: text_digest(text) for name, text in texts.items()}
-    for row in found:
-        if row.phase and weights_hash(folder / row.checkpoint, read=True) != row.weights:
-            raise UserError(
-                f"'{folder / row.checkpoint}' is damaged: its weights are not what was written. Put back a copy of it, "
-                "or delete it and run the recipe again"
-            )
-        model = row.load()
-        weights = weights_digest(model)
-        keys = {name: before.key(weights, text) for name, text in digests.items()}
-        known = {name: kept for name, key in keys.items() if not again and (kept := before.find(key))}
-        unknown = {name: text for name, text in texts.items() if name not in known}
-        new: dict[str, Perplexity] = {}
-        if unknown:
-            new = score(
-                model.to(where),
-                unknown,
-                context=context,
-                stride=stride,
-                batch_size=batch_size,
-                progress=f"{row.checkpoint} on" if run.progress else None,
-            )
-        with held(lock_of(folder, "evaluation"), wait=True):
-            for name, result in new.items():
-                before.keep(keys[name], result)
-        measured, reused = {name: (known | new)[name] for name in texts}, reused + len(known)
-        matrix[row.checkpoint] = {name: result.scores for name, result in measured.items()}
-        for name, result in measured.items():
-            named = {"data": name, "split": "validation", "prefix_text": prefix_text}
-            errors = standard_errors(result.scores)
-            rows.append(EvaluationRow.model_validate({**row.names(), **named, **result.to_dict(), "se": errors}))
-        del model  # before the next is loaded
-    forgetting, forward_transfer = transfer(matrix, passed, LEVEL)
+    reused = 0
+    with library_bars(progress):
+        for row in checkpoints:
+            _refuse_damaged(folder, row)
+            bar = f"{row.checkpoint} on" if run.progress else None
+            how = {**settings, "batch_size": batch_size, "progress": bar}
+            measured, known = earlier.score(row.load(), texts, compute_on, again=again, **how)
+            reused += known
+            matrix[row.checkpoint] = {name: result.scores for name, result in measured.items()}
+            for name, result in measured.items():
+                named = {"data": name, "split": "validation", "prefix_text": prefix_text}
+                errors = standard_errors(result.scores)
+                rows.append(EvaluationRow.model_validate({**row.names(), **named, **result.to_dict(), "se": errors}))
+    forgetting, forward_transfer = transfer(matrix, phase_runs, LEVEL)
     evaluation = Evaluation(
         schema_version=EVALUATION_VERSION,
         name=recipe.name,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         settings=EvaluationSettings(
             max_tokens=recipe.evaluate.max_tokens,
-            device=str(where),
+            device=str(compute_on),
             words=WORDS,
             bootstrap=Bootstrap.model_validate(BOOTSTRAP),
             level=LEVEL,
@@ -178,7 +159,7 @@ def run_and_stages(folder: Path, progress: bool) -> tuple[RunContext, list[Stage
     """Read the recipe that a run's folder was made with.
 
     Raises:
-        UserError: It has none, or a damaged one; for text that is not there, with a hint where its path is relative.
+        UserError: It has no recipe, or a damaged one; or text is missing, with a hint if its path is relative.
     """
     path = folder / "recipe.json"
     if not is_run(folder):
@@ -200,34 +181,48 @@ def _names(recipe: Recipe, data: Sequence[str] | None) -> list[str]:
     """Return the corpora to measure on.
 
     Raises:
-        UserError: For one that is neither the recipe's nor a known one.
+        UserError: Naming a corpus that is neither the recipe's nor a known one.
     """
-    own = list(dict.fromkeys([*recipe.corpus_names(), *recipe.corpora]))
+    corpora = list(dict.fromkeys([*recipe.corpus_names(), *recipe.corpora]))
     for name in data or ():
-        if name not in own and name not in CORPORA:
+        if name not in corpora and name not in CORPORA:
             raise UserError(
-                f"--data: the run has no corpus '{name}'.{did_you_mean(name, [*own, *CORPORA])} It has: "
-                f"{', '.join(own)}. Known ones: {', '.join(CORPORA)}. For a file, name checkpoints instead of the run"
+                f"--data: the run has no corpus '{name}'.{did_you_mean(name, [*corpora, *CORPORA])} It has: "
+                f"{', '.join(corpora)}. Known ones: {', '.join(CORPORA)}. For a file, name checkpoints instead of the "
+                "run"
             )
     return list(dict.fromkeys(data)) if data else recipe.corpus_names()
 
 
 def _refuse_changed(folder: Path, finished: Sequence[Stage], names: Sequence[str]) -> None:
-    """Refuse what is not what the run was trained with: text (what is held out now may have been trained on), files.
+    """Refuse changes since training, of the model's files and of texts: held-out text may have been trained on.
 
     Raises:
         UserError: Naming the corpus, or the file of the model or tokenizer.
     """
     for stage in finished:
-        before = read_unit(folder / stage.folder) or {}
-        for change in changes(before.get("files"), stage.run.files):
+        unit = read_unit(folder / stage.folder) or {}
+        for change in changes(unit.get("files"), stage.run.files):
             raise UserError(f"{change} since '{folder / stage.folder}' was begun: put back what it was")
         for name, now in stage.spec["corpora"].items():
-            if name in names and before.get("corpora", {}).get(name, now) != now:
+            if name in names and unit.get("corpora", {}).get(name, now) != now:
                 raise UserError(
                     f"corpus '{name}' has changed since '{folder / stage.folder}' was trained, so that its held-out "
                     "text may be text that was trained on: put it back, or name other corpora with --data"
                 )
+
+
+def _refuse_damaged(folder: Path, row: Row) -> None:
+    """Refuse a checkpoint of the run whose weights are not those that were saved.
+
+    Raises:
+        UserError: Naming the checkpoint.
+    """
+    if row.phase and weights_hash(folder / row.checkpoint, read=True) != row.weights:
+        raise UserError(
+            f"'{folder / row.checkpoint}' is damaged: its weights are not what was written. Put back a copy of it, "
+            "or delete it and run the recipe again"
+        )
 
 
 def _texts(
@@ -236,7 +231,7 @@ def _texts(
     """Return the held-out text of each corpus, and why others have none.
 
     Raises:
-        UserError: One that is required has none, or none has.
+        UserError: A required corpus has no held-out text.
     """
     first = first_token(run.tokenizer)
     texts: dict[str, EvaluationSet] = {}
@@ -254,15 +249,15 @@ def _texts(
 
 
 def rows_and_phase_runs(finished: Sequence[Stage], run: RunContext) -> tuple[list[Row], list[PhaseRun]]:
-    """Return the checkpoints of a run, what it began with first, and the stages between them.
+    """Return the checkpoints of a run, first the weights that it began with, and the stages between them.
 
     Args:
-        finished: Stages whose last checkpoint is there, parents before children.
-        run: That they belong to.
+        finished: The finished stages, parents before children.
+        run: The run that they belong to.
     """
     recipe, folder = run.recipe, run.folder
     rows: dict[str, Row] = {}
-    passed: dict[str, PhaseRun] = {}
+    phase_runs: dict[str, PhaseRun] = {}
     for seed in recipe.seed:
         given = recipe.model.checkpoint
         name = given or f"init/seed-{seed}"
@@ -278,7 +273,7 @@ def rows_and_phase_runs(finished: Sequence[Stage], run: RunContext) -> tuple[lis
         start = recipe.model.checkpoint or f"init/seed-{stage.seed}"
         if stage.parent is not None:
             start = str(labelled_checkpoint(folder / stage.parent.folder, stage.start).relative_to(folder))
-        parent = passed[stage.parent.folder] if stage.parent else None
+        parent = phase_runs[stage.parent.folder] if stage.parent else None
         names = (stage.phase.name, stage.arm, stage.seed, tuple(stage.phase.data))
-        passed[stage.folder] = PhaseRun(*names, start, last, parent)
-    return [*rows.values()], [*passed.values()]
+        phase_runs[stage.folder] = PhaseRun(*names, start, last, parent)
+    return [*rows.values()], [*phase_runs.values()]

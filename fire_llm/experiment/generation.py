@@ -1,4 +1,4 @@
-"""The prompts of a recipe as tokens, checked before the hours of work."""
+"""The prompts of a recipe as tokens, which are checked before training begins."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def prompts_of(run: RunContext, tokenizer: Any, seed: int = 0) -> Prompts:
     """Return the prompts of a run's recipe as tokens.
 
     Args:
-        run: Its recipe has a section `generate`.
-        tokenizer: The run's.
-        seed: Of what is drawn.
+        run: A run whose recipe has a section `generate`.
+        tokenizer: The run's tokenizer.
+        seed: The seed of the tokens that are drawn.
 
     Raises:
-        UserError: One does not fit into the context.
+        UserError: A prompt does not fit into the context.
     """
     section = run.recipe.generate
     assert section is not None
@@ -32,18 +32,18 @@ def check_prompts(run: RunContext, tokenizer: Any = None) -> None:
     """Refuse prompts that are too long.
 
     Args:
-        run: The prompts are its recipe's, if it has any.
-        tokenizer: The run's, where it is there; one that the run is going to train is not made for this.
+        run: The run, whose recipe may have prompts.
+        tokenizer: The run's tokenizer, if it is loaded. If the run has to train one first, nothing is checked without.
 
     Raises:
-        UserError: For the first of them.
+        UserError: Naming the first prompt that is too long.
     """
     if run.recipe.generate is not None and (tokenizer is not None or not run.tokenizer_corpora):
         prompts_of(run, tokenizer or run.tokenizer)
 
 
 def generation(run: RunContext, seed: int) -> GenerationCallback | None:
-    """Return what writes text in a stage of a seed; None where the recipe asks for none."""
+    """Return the callback that generates text in a stage of a seed; None if the recipe asks for none."""
     from fire_llm.training import GenerationCallback  # the trainer takes seconds to import
 
     section = run.recipe.generate

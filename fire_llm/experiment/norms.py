@@ -1,4 +1,4 @@
-"""What the arms of a recipe do to the norms of the checkpoint that it starts from, computed before training."""
+"""Compute before training how the arms of a recipe change the norms of the checkpoint that it starts from."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from fire_llm.resets.plan import Plan
 from fire_llm.resets.report import TensorReport
 
 MOST_MATRICES = 16
-"""Sampled of an arm, evenly spread over those that it resets."""
+"""So many of the matrices that an arm resets are sampled, evenly spread."""
 
 MOST_FLOPS = 1e12
-"""Of all of them together, a few seconds on a CPU: larger matrices are left out."""
+"""The most operations for all samples, a few seconds on a CPU: larger matrices are left out."""
 
 
 def norm_warnings(stages: Iterable[Stage]) -> list[str]:
     """Return a warning for each arm that changes the norms of a checkpoint in a folder by more than half.
 
     Args:
-        stages: Of one run or several.
+        stages: The stages of one run or several.
     """
     stored: dict[str, Stored] = {}
-    said: dict[str, None] = {}
+    warnings: dict[str, None] = {}
     for stage in {(stage.run, stage.phase.name, stage.arm): stage for stage in stages if stage.arm}.values():
         folder = str(stage.run.recipe.model.checkpoint)
         specs = [spec for spec in stage.resets if spec.kind == "transition"]
@@ -39,26 +39,26 @@ def norm_warnings(stages: Iterable[Stage]) -> list[str]:
         try:
             if folder not in stored:
                 stored[folder] = Stored.open(folder)
-            found = norm_warning(specs, _sample(stored[folder], specs))
-        except UserError:  # whatever cannot be read here is refused where it is needed
+            warning = norm_warning(specs, _sample(stored[folder], specs))
+        except UserError:  # a checkpoint that cannot be read is refused where it is loaded
             continue
-        if found is not None:
-            said[f"phase '{stage.phase.name}', arm '{stage.arm}', by the weights of '{folder}': {found}"] = None
-    return list(said)
+        if warning is not None:
+            warnings[f"phase '{stage.phase.name}', arm '{stage.arm}', by the weights of '{folder}': {warning}"] = None
+    return list(warnings)
 
 
 @torch.no_grad()
 def _sample(stored: Stored, specs: list[ResetSpec]) -> list[TensorReport]:
     """Reset some of the matrices in memory, and report their norms before and after."""
     plan = Plan.of(stored.model, specs, None)
-    wanted = [(weight, actions) for weight, actions in zip(plan.slices, plan.actions, strict=True) if actions]
+    touched = [(weight, actions) for weight, actions in zip(plan.slices, plan.actions, strict=True) if actions]
     rows = []
-    each = MOST_FLOPS / MOST_MATRICES
-    for weight, actions in wanted[:: max(1, -(-len(wanted) // MOST_MATRICES))]:
-        if FLOPS_PER_COST * cost(weight.shape) > each or weight.parameter not in stored.places.of:
+    most_flops = MOST_FLOPS / MOST_MATRICES
+    for weight, actions in touched[:: max(1, -(-len(touched) // MOST_MATRICES))]:
+        if FLOPS_PER_COST * cost(weight.shape) > most_flops or weight.parameter not in stored.places.of:
             continue
         x = stored.loaded(weight).read().float()
-        if not torch.isfinite(x).all():  # which the reset itself refuses
+        if not torch.isfinite(x).all():  # the reset itself refuses it
             continue
         row = TensorReport.of(weight)
         row.norm_before = float(torch.linalg.vector_norm(x))

@@ -20,7 +20,7 @@ from fire_llm.experiment.resources import environment
 from fire_llm.experiment.worker import POLL_SECONDS, QUIET
 
 _PACKAGES = str(Path(__file__).parents[2])
-"""Where fire_llm lies: a program may have found it by a path of its own."""
+"""The folder that holds fire_llm; a worker may not find it by itself."""
 
 _PROGRAM = (
     "import sys; sys.path.append(sys.argv.pop(1)); "
@@ -32,13 +32,13 @@ class Workers:
     """Start, watch and end the processes that train the stages of one command.
 
     Args:
-        number: Of processes.
-        trials: Whose stages they train.
-        arms: Only these, where there are any.
+        number: How many processes.
+        trials: The trials whose stages they train.
+        arms: Train only these arms; all if empty.
         output: The command's folder.
-        failures: Where they write what failed.
-        options: Of `worker.work`; and `progress`: whether they say anything, which is passed on.
-        known: By trial, what its stages read from outside: workers read the same.
+        failures: Where workers write what failed.
+        options: Options of `worker.work`; and `progress`, whether lines of the workers are shown.
+        known: By trial, the hashes of what its stages read (`RunContext.known`), so that workers hash nothing again.
     """
 
     def __init__(
@@ -63,22 +63,23 @@ class Workers:
         self.logs = [output / ".workers" / f"{socket.gethostname()}-{n + 1}.log" for n in range(number)]
         self.processes: list[subprocess.Popen[bytes]] = []
         self._read: list[int] = []
+        """By worker, how many bytes of its log were shown."""
 
     def train(self, overview: Overview) -> list[str]:
-        """Start all, wait until they have ended, and return what ended those that did not end by themselves.
+        """Start all workers, wait until they have ended, and return why those ended that failed or were killed.
 
         Args:
             overview: Shown meanwhile.
 
         Raises:
-            Stopped: A signal came; it was passed on, and every worker has ended.
+            Stopped: A signal came. It was passed on, and every worker has ended.
         """
-        file = self.failures.folder.with_suffix(".todo")
+        todo = self.failures.folder.with_suffix(".todo")
         try:
             self.failures.folder.mkdir(parents=True, exist_ok=True)
-            write_json(file, self.instructions)
+            write_json(todo, self.instructions)
             for n, log in enumerate(self.logs):
-                self._start(n, log, file)
+                self._start(n, log, todo)
             while any(process.poll() is None for process in self.processes):
                 self._show(overview)
                 if self.options["alone"] and self.failures.any():
@@ -93,8 +94,8 @@ class Workers:
         finally:
             for process in self.processes:
                 assert process.stdin is not None
-                process.stdin.close()  # which ends a worker that is left, should this process fail
-            file.unlink(missing_ok=True)
+                process.stdin.close()  # this ends a worker that still runs
+            todo.unlink(missing_ok=True)
         return [_verdict(p.returncode, n, self.logs[n]) for n, p in enumerate(self.processes) if p.returncode]
 
     def _start(self, n: int, log: Path, instructions: Path) -> None:
@@ -107,6 +108,7 @@ class Workers:
             )
 
     def _end(self, number: int) -> None:
+        """Send a signal to all workers and wait until they have ended."""
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(number)
@@ -114,20 +116,21 @@ class Workers:
             process.wait()
 
     def _show(self, overview: Overview) -> None:
+        """Show the new lines of the workers' logs, and how far all stages are."""
         for n, log in enumerate(self.logs) if self.options["progress"] else ():
             with log.open("rb") as file:
                 file.seek(self._read[n])
-                whole, _, _ = file.read().rpartition(b"\n")
-            if whole:
-                self._read[n] += len(whole) + 1
-                for line in whole.decode(errors="replace").split("\n"):
+                complete, _, _ = file.read().rpartition(b"\n")
+            if complete:
+                self._read[n] += len(complete) + 1
+                for line in complete.decode(errors="replace").split("\n"):
                     if not line.startswith(QUIET):
                         overview.say(line)
         overview.refresh()
 
 
 def _verdict(code: int, n: int, log: Path) -> str:
-    """Return in words what ended a worker."""
+    """Return in words how a worker ended."""
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     hint = ", most often because the machine ran out of memory" if code == -signal.SIGKILL else ""
     return f"worker {n + 1} {how}{hint}; see '{log}'"

@@ -9,6 +9,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,21 +26,21 @@ from fire_llm.experiment.stages import final_checkpoint
 from fire_llm.training.progress import BAR_DELAY, LINE_SECONDS, duration, interactive, perplexities
 
 REPORT_SECONDS = 1.0
-"""Between two reports of a process that trains."""
+"""Seconds between two reports of a process that trains."""
 
 RATE_SECONDS = 60.0
-"""Over which the speed is taken; evaluations and saves are in it, so that the time left is."""
+"""Seconds over which the speed is measured, with evaluations and saves, as the time that is left has them too."""
 
 Send = Callable[[str, int, dict[str, str]], None]
-"""Takes a job's key, the step that it is at, and its latest measures as text."""
+"""Takes a job's key, its current step, and its latest measures as text."""
 
 
 def to_file(path: Path) -> Send:
-    """Return what writes a report into a small file, which the `Overview` of another process reads."""
+    """Return a function that writes a report into a small file, which the `Overview` of another process reads."""
 
     def send(key: str, step: int, measures: dict[str, str]) -> None:
         partial = path.with_suffix(".partial")
-        with suppress(OSError):  # the save of a checkpoint reports a full disk
+        with suppress(OSError):  # a full disk is reported when a checkpoint is saved
             partial.write_text(json.dumps([key, step, measures]), encoding="utf-8")
             os.replace(partial, path)
 
@@ -50,7 +51,7 @@ class StepReport(TrainerCallback):
     """Report which stage this process trains and how far it is, at most once in `REPORT_SECONDS`.
 
     Args:
-        send: Where to.
+        send: Called with each report.
     """
 
     def __init__(self, send: Send) -> None:
@@ -75,33 +76,45 @@ class StepReport(TrainerCallback):
         self._measures |= perplexities(logs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Report the last step, however soon it comes."""
+        """Report the last step, even if the previous report is more recent than `REPORT_SECONDS`."""
         self.send(self.key, state.global_step, self._measures)
 
 
 class _Speed:
-    """Take a speed over the last `RATE_SECONDS`."""
+    """Measure tokens a second over the last `RATE_SECONDS`."""
 
     def __init__(self) -> None:
-        self._seen: deque[tuple[float, int]] = deque()
+        self._samples: deque[tuple[float, int]] = deque()
 
-    def at(self, tokens: int) -> float:
-        """Note how many tokens are done by now, and return the tokens a second; 0 where they are not known."""
+    def update(self, tokens: int) -> float:
+        """Record how many tokens are done by now, and return the tokens a second; 0 at the first call."""
         now = time.monotonic()
-        self._seen.append((now, tokens))
-        while now - self._seen[0][0] > RATE_SECONDS:
-            self._seen.popleft()
-        since, before = self._seen[0]
+        self._samples.append((now, tokens))
+        while now - self._samples[0][0] > RATE_SECONDS:
+            self._samples.popleft()
+        since, before = self._samples[0]
         return (tokens - before) / (now - since) if now > since else 0.0
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What is shown of one stage, or of all."""
+
+    title: str
+    done: int
+    """Steps so far."""
+    steps: int
+    facts: str
+    """Speed, time left and the latest measures."""
 
 
 class Overview:
     """Show a bar for each stage that is being trained, and one for all; without a terminal, lines now and then.
 
     Args:
-        jobs: What is to be trained, finished ones included.
-        steps: Optimizer steps of each, by key.
-        failures: What failed. The workers' reports lie beside it, in files that end in `.step`.
+        jobs: All jobs of the command, also finished ones.
+        steps: Optimizer steps of each job, by key.
+        failures: The jobs that failed. Its folder also holds the workers' reports, in files that end in `.step`.
         shown: Show anything at all.
     """
 
@@ -111,9 +124,9 @@ class Overview:
         self.tokens_per_step = {job.key: job.trial.recipe.batch.tokens_per_step for job in jobs}
         self.at = {job.key: steps[job.key] if job.done() else _newest_step(job) for job in jobs}
         self.training: dict[str, tuple[str, dict[str, str]]] = {}
-        """The key of what each process trained last, and its measures."""
+        """By process, the key of the stage that it trained last, and its measures."""
         self._speeds: defaultdict[str, _Speed] = defaultdict(_Speed)
-        self._speeds[""].at(self._tokens(self.at))
+        self._speeds[""].update(self._tokens(self.at))
         self._began = self._line_at = time.monotonic()
         self._bars: Any = _bars() if shown and interactive() else None
         self._tasks: dict[str, Any] = {}
@@ -128,57 +141,57 @@ class Overview:
             self._bars.stop()
 
     def report(self, key: str, step: int, measures: dict[str, str]) -> None:
-        """Take a report of this process, and show what has changed."""
+        """Take a report of this process, and show the changes."""
         self._take("", key, step, measures)
         self.refresh()
 
     def refresh(self) -> None:
-        """Read the workers' reports, and show what has changed."""
+        """Read the workers' reports, and show the changes."""
         for path in self.failures.folder.glob("*.step"):
             with suppress(OSError, ValueError):
                 self._take(path.stem, *json.loads(path.read_text(encoding="utf-8")))
         for job in [*self.left]:
             with suppress(OSError, UserError):  # another process may be deleting what is read here
                 if (final := final_checkpoint(job.folder)) is not None:
-                    ended = _ended(final)
+                    outcome = _outcome(final)
                     self.left.remove(job)
                     self.at[job.key] = self.steps[job.key]
-                    self.say(f"{job.title}: {ended} ({self._stages()})")
+                    self.say(f"{job.title}: {outcome} ({self._stages()})")
         rows = self._rows()
         now = time.monotonic()
         if self._bars is not None and now >= self._began + BAR_DELAY:
             self._draw(rows)
         elif self._bars is None and now >= self._line_at + LINE_SECONDS:
             self._line_at = now
-            for title, done, steps, *facts in rows.values():
-                self.say(f"{title}: {', '.join(filter(None, [f'{done:,} of {steps:,} steps', *facts]))}")
+            for row in rows.values():
+                self.say(f"{row.title}: {_joined(f'{row.done:,} of {row.steps:,} steps', row.facts)}")
 
     def say(self, line: str) -> None:
-        """Write a line, above the bars where there are any."""
+        """Write a line, above the bars if there are any."""
         if self.shown:
             sys.stderr.write(f"{line}\n")
 
-    def _take(self, by: str, key: str, step: int, measures: dict[str, str]) -> None:
+    def _take(self, process: str, key: str, step: int, measures: dict[str, str]) -> None:
         self.at[key] = max(self.at[key], step)
-        self.training[by] = key, measures
+        self.training[process] = key, measures
 
-    def _rows(self) -> dict[str, tuple[str, int, int, str, str]]:
-        """Return (title, steps done, steps, speed, measures) of what is being trained by key, and of all by ""."""
+    def _rows(self) -> dict[str, _Row]:
+        """Return a row for each stage that is being trained, by key, and one for all of them under ""."""
         left = {job.key: job for job in reversed(self.left)}
         rows = {}
         for _, (key, measures) in sorted(self.training.items()):
             if key in left and not self.failures.has(left[key]):
-                at, steps = {key: self.at[key]}, {key: self.steps[key]}
+                done, steps = self.at[key], self.steps[key]
                 latest = ", ".join(f"{name} {value}" for name, value in measures.items())
-                rows[key] = (left[key].title, at[key], steps[key], self._speed(key, at, steps), latest)
+                rows[key] = _Row(left[key].title, done, steps, _joined(self._speed(key, {key: done}), latest))
         total = sum(self.at.values()), sum(self.steps.values())
-        rows[""] = (self._stages(), *total, self._speed("", self.at, self.steps), "")
+        rows[""] = _Row(self._stages(), *total, self._speed("", self.at))
         return rows
 
-    def _speed(self, key: str, at: Mapping[str, int], steps: Mapping[str, int]) -> str:
-        """Return the tokens a second in words, and how long the rest takes at that speed."""
-        done = self._tokens(at)
-        rate = self._speeds[key].at(done)
+    def _speed(self, key: str, at: Mapping[str, int]) -> str:
+        """Return in words the tokens a second of the stages in `at`, and how long the rest of them takes."""
+        done, steps = self._tokens(at), {job: self.steps[job] for job in at}
+        rate = self._speeds[key].update(done)
         return f"{rate:,.0f} tokens/s, {duration((self._tokens(steps) - done) / rate)} left" if rate > 0 else ""
 
     def _tokens(self, steps: Mapping[str, int]) -> int:
@@ -187,20 +200,20 @@ class Overview:
     def _stages(self) -> str:
         return f"{self.count - len(self.left)}/{self.count} stages"
 
-    def _draw(self, rows: Mapping[str, tuple[str, int, int, str, str]]) -> None:
+    def _draw(self, rows: Mapping[str, _Row]) -> None:
         self._bars.start()
         for key in self._tasks.keys() - rows.keys():
             self._bars.remove_task(self._tasks.pop(key))
-        for key, (title, done, steps, *facts) in rows.items():
+        for key, row in rows.items():
             if key not in self._tasks:
-                self._tasks[key] = self._bars.add_task(title, facts="")
-            said = ", ".join(filter(None, facts))
-            self._bars.update(self._tasks[key], description=title, completed=done, total=steps, facts=said)
+                self._tasks[key] = self._bars.add_task(row.title, facts="")
+            shown = {"description": row.title, "completed": row.done, "total": row.steps, "facts": row.facts}
+            self._bars.update(self._tasks[key], **shown)
         self._bars.refresh()
 
 
 def _bars() -> Any:
-    """Return bars on the standard error, drawn at `refresh` alone and removed at the end; None where none can be."""
+    """Return bars on standard error that are drawn at `refresh` and removed at the end; None if none can be drawn."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     out = open_console(stderr=True)
@@ -212,15 +225,23 @@ def _bars() -> Any:
 
 
 def _newest_step(job: Job) -> int:
-    whole = checkpoints(job.folder)
-    return whole[-1][1] if whole else 0
+    complete = checkpoints(job.folder)
+    return complete[-1][1] if complete else 0
 
 
-def _ended(final: Path) -> str:
-    """Return in words how long a stage took and what it ended at."""
-    own, state = read_state(final, CONTINUAL_STATE), read_state(final, TRAINER_STATE)
-    took = f"{own['seconds']:.1f} s"
-    if own.get("stopped"):
+def _joined(*facts: str) -> str:
+    return ", ".join(filter(None, facts))
+
+
+def _outcome(final: Path) -> str:
+    """Return in words how long a stage took and the NLL that it ended at.
+
+    Args:
+        final: Its last checkpoint.
+    """
+    continual, state = read_state(final, CONTINUAL_STATE), read_state(final, TRAINER_STATE)
+    took = f"{continual['seconds']:.1f} s"
+    if continual.get("stopped"):
         took += f", stopped at step {state['global_step']:,} of {state['max_steps']:,}"
     nll = [f"{corpus} {value:.3f}" for corpus, value in measured_nll(final).items()]
     return f"{took}, NLL {', '.join(nll)}" if nll else took

@@ -1,6 +1,6 @@
-"""Push the checkpoints of a run to the Hub: a branch for each stage, tried before the work and again behind it.
+"""Push the checkpoints of a run to the Hub, a branch for each stage. Access is tried before training begins.
 
-What is pushed is the model and its tokenizer, with a card. Moments, logs and paths of this machine stay here.
+A push holds the model, its tokenizer and a card. Optimizer moments, logs and paths of this machine are not uploaded.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from fire_llm.reporting.schema import Results
 from fire_llm.reporting.tables import load_results, markdown_table, page_fault, report_page
 
 PUSHED = "pushed.json"
-"""File in a stage's folder: which weights were pushed last, and where to."""
+"""File in a stage's folder that says which weights were pushed last, and where to."""
 
 PAGE = "report.html"
 PRIVATE = {"hub.repo": "hub.private is true", "push": "--public was not given"}
-"""Why a repository is to be private, by the option that named it."""
+"""Why a repository has to be private, by the option that names it."""
 
 _SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
-"""Files in which libraries note where they read something."""
+"""Files in which libraries store paths of this machine."""
 
 _CARD = """\
 # {title}
@@ -111,26 +111,26 @@ def push_run(
     facts, table = _facts(stage, weights)
     body = f"{facts}\n{table}## All arms\n\n{markdown_table(results)}\n{beside}"
     title = f"{run.recipe.name}: {stage.title}"
-    operations.append(_text("README.md", _with_head(stage, title, _weights_of(weights), body, repo)))
-    there = _open_repository(repo, "push", private)
+    operations.append(_text("README.md", _model_card(stage, title, _weights_of(weights), body, repo)))
+    existing = _open_repository(repo, "push", private)
     ours, patterns = {operation.path_in_repo for operation in operations}, (*MODEL, *TOKENIZER, *COMPANIONS, PAGE)
-    stale = sorted(name for name in there - ours if any(fnmatch(name, pattern) for pattern in patterns))
-    operations += [CommitOperationDelete(path_in_repo=name) for name in stale]  # of another model, that was there
+    stale = sorted(name for name in existing - ours if any(fnmatch(name, pattern) for pattern in patterns))
+    operations += [CommitOperationDelete(path_in_repo=name) for name in stale]  # files of another model
     try:
-        done = HfApi().create_commit(repo, operations, commit_message=_message(stage.title))
-    except Exception as error:  # whatever the network, the Hub or the rights bring
+        commit = HfApi().create_commit(repo, operations, commit_message=_message(stage.title))
+    except Exception as error:  # the network, the Hub and missing rights raise many types
         raise UserError(
             f"push: nothing was uploaded to '{repo}' ({_said(error)}). Try again, or log in with a token that may "
             "write there (`hf auth login`)"
         ) from error
-    return str(done.commit_url)
+    return str(commit.commit_url)
 
 
 def _chosen(stages: list[Stage], arm: str | None, seed: int | None, start: str | None) -> Stage:
-    """Return the stage of the last phase that is meant.
+    """Return the stage of the last phase that the options choose.
 
     Raises:
-        UserError: There is none, or several; with those that there are.
+        UserError: They choose none, or several; the message lists the choices.
     """
     last = [stage for stage in stages if stage.phase is stages[-1].phase]
     if arm and "@" in arm and (named := [stage for stage in last if stage.arm == arm]):  # as tables name it
@@ -140,32 +140,31 @@ def _chosen(stages: list[Stage], arm: str | None, seed: int | None, start: str |
         "start": (start, lambda stage: stage.start_name),
         "seed": (last[0].seed if seed is None else seed, lambda stage: stage.seed),
     }
-    for key, (wanted, of) in keys.items():
-        there = [str(one) for one in dict.fromkeys(map(of, last))]
-        if wanted is None and len(there) > 1:
-            raise UserError(f"--{key}: say which: {', '.join(there)}")
-        if wanted is not None and there == [""]:
+    for key, (wanted, value_of) in keys.items():
+        values = [str(value) for value in dict.fromkeys(map(value_of, last))]
+        if wanted is None and len(values) > 1:
+            raise UserError(f"--{key}: say which: {', '.join(values)}")
+        if wanted is not None and values == [""]:
             raise UserError(f"--{key}: the last phase, '{last[0].phase.name}', has no {key}s: leave it out")
-        if wanted is not None and str(wanted) not in there:
-            near = did_you_mean(str(wanted), there)
-            raise UserError(f"--{key}: the run has no '{wanted}'.{near} It has: {', '.join(there)}")
-        last = [stage for stage in last if wanted is None or of(stage) == wanted]
+        if wanted is not None and str(wanted) not in values:
+            near = did_you_mean(str(wanted), values)
+            raise UserError(f"--{key}: the run has no '{wanted}'.{near} It has: {', '.join(values)}")
+        last = [stage for stage in last if wanted is None or value_of(stage) == wanted]
     return last[0]
 
 
 def _recipe_text(recipe: Recipe) -> str:
-    """Return a recipe as YAML, with every key at its value, and the places of this machine left out."""
-    data = recipe.model_dump(mode="json")
-    kept = {k: v for k, v in data.items() if k not in ("data_root", "hub")}
-    return yaml.safe_dump(_by_name(kept), sort_keys=False)
+    """Return a recipe as YAML, with the value of every key, and without paths of this machine."""
+    data = recipe.model_dump(mode="json", exclude={"data_root", "hub"})
+    return yaml.safe_dump(_by_name(data), sort_keys=False)
 
 
 def _by_name(value: Any) -> Any:
-    """Return plain data with the places of this machine in it cut down to their last names."""
+    """Return plain data in which each absolute path is replaced by its last part."""
     if isinstance(value, dict):
-        return {key: _by_name(one) for key, one in value.items()}
+        return {key: _by_name(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_by_name(one) for one in value]
+        return [_by_name(item) for item in value]
     return Path(value).name if isinstance(value, str) and _is_absolute(value) else value
 
 
@@ -174,18 +173,18 @@ def _is_absolute(text: str) -> bool:
 
 
 def check_hub(stages: Iterable[Stage], finished: Iterable[Stage] = ()) -> None:
-    """Try what pushing takes before the work: the login, the repository, a branch for each stage and its writing.
+    """Try all that pushing needs before training begins: the login, the repository, and a branch for each stage.
 
     Args:
-        stages: To be trained.
-        finished: That are trained, and may be to be pushed.
+        stages: Stages that are to be trained.
+        finished: Stages that are finished, and may have to be pushed.
 
     Raises:
-        UserError: What of it cannot be had, with the next step.
+        UserError: Naming what is refused, and the next step.
     """
     for stage in finished:
         try:
-            _wanted(stage)
+            _to_push(stage)
         except UserError as error:
             raise UserError(
                 f"hub.push is best, and '{stage.folder}' was trained without keep: best, so that its best checkpoint "
@@ -198,38 +197,41 @@ def check_hub(stages: Iterable[Stage], finished: Iterable[Stage] = ()) -> None:
 
 
 def _open_repository(repo: str, option: str, private: bool, stages: Sequence[Stage] = ()) -> set[str]:
-    """Try the login; make the repository, where it is not there, and a branch for each stage, and write a card to it.
+    """Try the login, make the repository if there is none, write a card to it, and make a branch for each stage.
 
     Args:
         repo: owner/name.
-        option: As which it was given, for messages.
+        option: The option or key that names it, for messages.
         private: As in `push_run`.
-        stages: That are to have branches.
+        stages: Stages that need a branch.
 
     Returns:
-        The names of the files that were there.
+        The names of the files on the main branch.
 
     Raises:
-        UserError: What of it cannot be had, with the next step.
+        UserError: Naming what is refused, and the next step.
     """
     from huggingface_hub import HfApi
 
-    said = f"{option} '{repo}'"
+    named = f"{option} '{repo}'"
     check_repository(repo, option)
     api = HfApi()
     try:
         api.whoami()
-    except Exception as error:  # whatever the network, the Hub or the token bring
-        raise UserError(f"{said}: the login was not accepted ({_said(error)}): `hf auth login`, or HF_TOKEN") from error
+    except Exception as error:  # the network, the Hub and the token raise many types
+        raise UserError(
+            f"{named}: the login was not accepted ({_said(error)}): `hf auth login`, or HF_TOKEN"
+        ) from error
     try:
         api.create_repo(repo, private=private, exist_ok=True)
-        there = api.model_info(repo)
-        if private and there.private is False:
+        info = api.model_info(repo)
+        if private and info.private is False:
             how = "write private: false" if option == "hub.repo" else "give --public"
-            raise UserError(f"{said} is public, and {PRIVATE[option]}: make it private on its page, or {how}")
-        files = {file.rfilename for file in there.siblings or ()}
+            raise UserError(f"{named} is public, and {PRIVATE[option]}: make it private on its page, or {how}")
+        files = {file.rfilename for file in info.siblings or ()}
         if stages and "README.md" not in files:
-            api.create_commit(repo, [_text("README.md", _contents(stages))], commit_message=_message("the card"))
+            card = _text("README.md", _repository_card(stages, repo))
+            api.create_commit(repo, [card], commit_message=_message("the card"))
         for stage in stages:
             api.create_branch(repo, branch=branch_of(stage), exist_ok=True)
         return files
@@ -237,28 +239,27 @@ def _open_repository(repo: str, option: str, private: bool, stages: Sequence[Sta
         raise
     except Exception as error:
         raise UserError(
-            f"{said} cannot be written to ({_said(error)}): log in with a token that may write there "
+            f"{named} cannot be written to ({_said(error)}): log in with a token that may write there "
             f"(`hf auth login`), name a repository of your own{', or leave hub out' if stages else ''}"
         ) from error
 
 
-def push_stage(stage: Stage) -> bool:
-    """Push what is to be pushed of a finished stage, unless that was done; return whether it is there.
+def push_stage(stage: Stage) -> None:
+    """Push the checkpoint of a finished stage that belongs on the Hub, unless it is there.
 
     A failure is a warning: the checkpoints stay, and the same command tries again.
     """
-    checkpoint = _wanted(stage)
-    if checkpoint is None or _is_pushed(stage, checkpoint):
-        return True
-    return _push(stage, checkpoint)
+    checkpoint = _to_push(stage)
+    if checkpoint is not None and not _is_pushed(stage, checkpoint):
+        _push(stage, checkpoint)
 
 
 def unpushed(recipe: Recipe, folder: Path) -> str | None:
-    """Return in words which finished stages of a run are not on the Hub as they should be; None where all are."""
+    """Return in words which finished stages of a run still have to be pushed; None if all are on the Hub."""
     if recipe.hub is None:
         return None
     stages = expand(RunContext(recipe, folder))
-    left = [s.folder for s in stages if (path := _wanted(s)) is not None and not _is_pushed(s, path)]
+    left = [s.folder for s in stages if (path := _to_push(s)) is not None and not _is_pushed(s, path)]
     if not left:
         return None
     return (
@@ -274,14 +275,14 @@ class PushCallback(TrainerCallback):
         self.stage = stage
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Push the newest; a signal does not wait for that."""
-        found = checkpoints(self.stage.run.folder / self.stage.folder)
-        if is_first() and found and not asked():
-            _push(self.stage, found[-1][0])
+        """Push the newest checkpoint, unless a signal asked to end: a push takes long."""
+        complete = checkpoints(self.stage.run.folder / self.stage.folder)
+        if is_first() and complete and not asked():
+            _push(self.stage, complete[-1][0])
 
 
-def _wanted(stage: Stage) -> Path | None:
-    """Return the checkpoint that is to be on the Hub at the end; None for none, or before the stage is finished."""
+def _to_push(stage: Stage) -> Path | None:
+    """Return the checkpoint that belongs on the Hub; None if the recipe pushes none or the stage is not finished."""
     section, folder = stage.run.recipe.hub, stage.run.folder / stage.folder
     if section is None or final_checkpoint(folder) is None:
         return None
@@ -301,39 +302,40 @@ def _record(stage: Stage, checkpoint: Path) -> dict[str, Any]:
     return {"repo": section.repo, "branch": branch_of(stage), "weights": weights_hash(checkpoint)}
 
 
-def _push(stage: Stage, checkpoint: Path) -> bool:
+def _push(stage: Stage, checkpoint: Path) -> None:
+    """Push a checkpoint to the branch of its stage; a failure is a warning."""
     from huggingface_hub import HfApi
 
     record, step = _record(stage, checkpoint), step_behind(checkpoint)
+    repo, branch = record["repo"], record["branch"]
     try:
-        operations = _files(checkpoint)
-        card = _text("README.md", _card(stage, checkpoint))
+        title = f"{stage.run.recipe.name}: {stage.title}"
+        body = "\n".join(_facts(stage, checkpoint))
+        card = _text("README.md", _model_card(stage, title, _weights_of(checkpoint), body, repo, branch))
+        operations = [*_files(checkpoint), card]
         api = HfApi()
-        api.create_branch(record["repo"], branch=record["branch"], exist_ok=True)
-        api.create_commit(
-            record["repo"], [*operations, card], commit_message=_message(f"step {step}"), revision=record["branch"]
-        )
-    except Exception as error:  # whatever the network, the Hub or the rights bring: the hours of work go on
+        api.create_branch(repo, branch=branch, exist_ok=True)
+        api.create_commit(repo, operations, commit_message=_message(f"step {step}"), revision=branch)
+    except Exception as error:  # training goes on, whatever the network, the Hub and missing rights raise
         sys.stderr.write(
-            f"warning: {stage.title}: step {step} was not pushed to '{record['repo']}' ({_said(error)}); that "
+            f"warning: {stage.title}: step {step} was not pushed to '{repo}' ({_said(error)}); that "
             "will be tried again\n"
         )
-        return False
-    write_json(stage.run.folder / stage.folder / PUSHED, record)
-    return True
+    else:
+        write_json(stage.run.folder / stage.folder / PUSHED, record)
 
 
 def _files(checkpoint: Path) -> list[Any]:
-    """Return the operations that upload a checkpoint: its weights, its tokenizer, and what goes with them.
+    """Return the operations that upload a checkpoint: its weights, its tokenizer, and their settings.
 
     Raises:
-        UserError: There is something in it that is no regular file.
+        UserError: It holds a link to a file elsewhere, or what is no regular file.
     """
     from huggingface_hub import CommitOperationAdd
 
     patterns = (*MODEL, *TOKENIZER, *COMPANIONS)
     refuse_files(str(checkpoint), (p.name for p in checkpoint.iterdir()))
-    files = sorted(p for p in checkpoint.iterdir() if p.is_file() and any(fnmatch(p.name, one) for one in patterns))
+    files = sorted(p for p in checkpoint.iterdir() if p.is_file() and any(fnmatch(p.name, glob) for glob in patterns))
     for path in files:
         if leads_out(path, checkpoint):
             raise UserError(f"'{path}' is a link to a file outside of the checkpoint, which is not uploaded: delete it")
@@ -360,13 +362,13 @@ def _message(what: str) -> str:
 
 
 def _without_paths(path: Path) -> str:
-    """Return a file of settings without those that name a place on this machine."""
+    """Return the text of a JSON file of settings, without those that hold a path of this machine."""
 
     def cleaned(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: cleaned(v) for k, v in value.items() if not _is_place(k, v)}
         if isinstance(value, list):
-            return [cleaned(one) for one in value if not (isinstance(one, str) and _is_absolute(one))]
+            return [cleaned(item) for item in value if not (isinstance(item, str) and _is_absolute(item))]
         return value
 
     return json.dumps(cleaned(json.loads(path.read_text(encoding="utf-8"))), indent=2, ensure_ascii=False) + "\n"
@@ -377,14 +379,6 @@ def _is_place(key: str, value: Any) -> bool:
     return isinstance(value, str) and (_is_absolute(value) or (named and os.path.exists(value)))
 
 
-def _card(stage: Stage, checkpoint: Path) -> str:
-    """Return the card of a checkpoint: how it was trained, and what it was measured at."""
-    facts, table = _facts(stage, checkpoint)
-    title, branch = f"{stage.run.recipe.name}: {stage.title}", branch_of(stage)
-    assert stage.run.recipe.hub is not None
-    return _with_head(stage, title, _weights_of(checkpoint), f"{facts}\n{table}", stage.run.recipe.hub.repo, branch)
-
-
 def _weights_of(checkpoint: Path) -> str:
     """Return in words which weights a checkpoint holds."""
     what = "The moving average of the weights" if checkpoint.name == AVERAGED else "The weights"
@@ -392,7 +386,7 @@ def _weights_of(checkpoint: Path) -> str:
 
 
 def _facts(stage: Stage, checkpoint: Path) -> tuple[str, str]:
-    """Return how a checkpoint was trained, as a list, and what it was measured at, as a table or nothing."""
+    """Return how a checkpoint was trained, as a list, and its NLL, as a table; the table is empty if none is known."""
     recipe, state = stage.run.recipe, trainer_state(checkpoint)
     step = state["global_step"]
     resets = "; ".join(reset.label() for reset in decided_resets(stage))
@@ -411,21 +405,21 @@ def _facts(stage: Stage, checkpoint: Path) -> tuple[str, str]:
     return "".join(f"- {name}: {value}\n" for name, value in facts.items() if value is not None), table
 
 
-def _contents(stages: Sequence[Stage]) -> str:
-    """Return the card of the repository: its branches."""
-    recipe, first = stages[0].run.recipe, branch_of(stages[0])
+def _repository_card(stages: Sequence[Stage], repo: str) -> str:
+    """Return the card of the main branch, which lists the branches."""
     body = "Each stage has a branch:\n\n" + "".join(f"- `{branch_of(stage)}`\n" for stage in stages) + "\n"
-    assert recipe.hub is not None
-    return _with_head(stages[0], recipe.name, "The stages of a run", body, recipe.hub.repo, first)
+    name = stages[0].run.recipe.name
+    return _model_card(stages[0], name, "The stages of a run", body, repo, branch_of(stages[0]))
 
 
-def _with_head(stage: Stage, title: str, what: str, body: str, repo: str, branch: str | None = None) -> str:
+def _model_card(stage: Stage, title: str, what: str, body: str, repo: str, branch: str | None = None) -> str:
+    """Return a card with the Hub's metadata, and with the code that loads the model from a branch."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    given = stage.run.recipe.model.checkpoint
+    checkpoint = stage.run.recipe.model.checkpoint
     methods = dict.fromkeys(reset.method for reset in stage.resets)
     data = ModelCardData(
-        base_model=given if given and given.count("/") == 1 and not os.path.exists(given) else None,
+        base_model=checkpoint if checkpoint and checkpoint.count("/") == 1 and not os.path.exists(checkpoint) else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["fire_llm", "continual-pretraining", *methods],

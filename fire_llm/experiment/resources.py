@@ -1,6 +1,6 @@
-"""Threads of a stage and processes of a command: by the recipe and the hardware, never by how busy the machine is.
+"""Choose the threads of a stage and the processes of a command by the recipe and the hardware, never by the load.
 
-What depended on the load would change results: on another number of threads, sums are rounded in another order.
+Otherwise a busy machine would change results: another number of threads rounds sums in another order.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from fire_llm.models import model_on_meta
 from fire_llm.resets import RESETS
 
 SMALL_PASS_FLOPS = 1e11
-"""Of a micro-batch, forward and backward: up to these, a stage trains on one CPU thread (docs/scaling.md)."""
+"""A stage trains on one CPU thread if a micro-batch, forward and backward, takes at most this (docs/scaling.md)."""
 
 WORTH_PROCESSES_FLOPS = 1e12
-"""Of all stages that are left: below these, processes take longer to start than they save."""
+"""If all unfinished stages take less than this, processes take longer to start than they save."""
 
 THREADS = "OMP_NUM_THREADS"
-"""The user's own choice of threads, which is respected."""
+"""In this variable the user may choose the number of threads."""
 
 _LIBRARIES = (THREADS, "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 """torch, NumPy and tokenizers start a thread a core each, unless these say otherwise."""
@@ -44,7 +44,7 @@ def flops_of(recipe: Recipe) -> tuple[float, float]:
     Raises:
         UserError: The tokens of a step do not divide into sequences.
     """
-    # Trials of a sweep mostly share these, and building a model takes a tenth of a second.
+    # Most trials of a sweep share these keys, and building a model takes a tenth of a second.
     key = recipe.model_dump_json(include={"model", "tokenizer", "batch"})
     if key not in _flops:
         run = RunContext(recipe)
@@ -58,15 +58,15 @@ def flops_of(recipe: Recipe) -> tuple[float, float]:
 def small(recipe: Recipe) -> bool:
     """Return whether a recipe's stages train on one thread: on a CPU, with `SMALL_PASS_FLOPS` a micro-batch at most.
 
-    The threads of a process wait for each other after every operation. In a small model that is thousands of times a
-    second: a second thread gains little on an idle machine, and where another process takes its core, all wait.
+    The threads of a process wait for each other after every operation. A small model has thousands of operations a
+    second. So a second thread gains little on an idle machine, and if another process takes its core, all threads wait.
     """
     return not torch.accelerator.is_available() and flops_of(recipe)[1] <= SMALL_PASS_FLOPS
 
 
 @contextmanager
 def threads(number: int | None) -> Iterator[None]:
-    """Compute with so many threads while the block runs; None leaves them as they are."""
+    """Compute with this number of threads while the block runs; None changes nothing."""
     if number is None:
         yield
         return
@@ -79,24 +79,24 @@ def threads(number: int | None) -> Iterator[None]:
 
 
 def worker_count(workers: int | None, jobs: Sequence[Job]) -> int:
-    """Return how many processes train the unfinished jobs: no more than there are stages that can be trained at once.
+    """Return how many processes train the unfinished jobs: at most as many as can be trained at the same time.
 
     Args:
-        workers: What was asked for. By default one a GPU; on a CPU one a core where all models are small and there is
-            enough work, else one.
-        jobs: What is to be trained.
+        workers: The number that the user gave. By default one a GPU; on a CPU one a core if all models are small and
+            there is enough work, else one.
+        jobs: The jobs of the command.
 
     Raises:
-        UserError: Processes were asked for, and this one has registered what they would not know.
+        UserError: The user wants several processes, but this one has registered resets or layouts that others lack.
     """
     undone = [job for job in jobs if not job.done()]
     parents = {job.parent.key for job in undone if job.parent is not None}
     at_once = len({job.key for job in undone} - parents)
-    if own := registered_here():
+    if registered := registered_here():
         if (workers or 1) > 1:
             raise UserError(
-                f"--workers {workers}: this process has registered {', '.join(own)}, which other processes do not "
-                "know. Train with one worker, or add them to fire_llm itself (docs/adding.md)"
+                f"--workers {workers}: this process has registered {', '.join(registered)}, which other processes do "
+                "not know. Train with one worker, or add them to fire_llm itself (docs/adding.md)"
             )
         return 1
     if workers is None:
@@ -105,7 +105,7 @@ def worker_count(workers: int | None, jobs: Sequence[Job]) -> int:
 
 
 def _one_a_core(undone: Sequence[Job]) -> int:
-    """Return a worker a core, or one: for models that are not small, and where there is little to do."""
+    """Return the number of workers on a CPU: one a core if all models are small and there is enough work, else one."""
     if torch.accelerator.is_available() or not all(small(job.trial.recipe) for job in undone):
         return 1
     if sum(job_flops(job) for job in {job.key: job for job in undone}.values()) < WORTH_PROCESSES_FLOPS:
@@ -121,7 +121,7 @@ def job_flops(job: Job) -> float:
 
 
 def _allowed_cores() -> int:
-    """Count the cores, where a container may use less time than all of them have as many as that."""
+    """Return the number of cores, or what a container's limit of CPU time amounts to."""
     try:
         with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
             quota, period = file.read().split()
@@ -131,27 +131,27 @@ def _allowed_cores() -> int:
 
 
 def threads_asked_for() -> int | None:
-    """Return the number of threads that the user has set in the environment, None where there is none."""
+    """Return the number of threads that the user set in the environment; None if there is none."""
     value = os.environ.get(THREADS, "").partition(",")[0].strip()  # one number a level of nesting
     return int(value) if value.isdigit() and int(value) > 0 else None
 
 
 def environment(n: int, workers: int, trials: Iterable[Trial]) -> dict[str, str]:
-    """Return what the n-th of several workers inherits: its GPU, and as many threads of each library as are its own."""
+    """Return the environment of the n-th of several workers: its GPU, and its share of threads for each library."""
     inherited = dict(os.environ)
-    if (present := torch.cuda.device_count()) > 0:
-        named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
-        devices = [name for name in named if name] or [str(i) for i in range(present)]
-        # CUDA counts the names up to the first that is none of its devices.
-        inherited["CUDA_VISIBLE_DEVICES"] = devices[:present][n % min(present, len(devices))]
-        # Each would start as many compilers as there are cores.
+    if (count := torch.cuda.device_count()) > 0:
+        names = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+        devices = [name for name in names if name] or [str(i) for i in range(count)]
+        # CUDA ignores all names from the first unknown one on.
+        inherited["CUDA_VISIBLE_DEVICES"] = devices[:count][n % min(count, len(devices))]
+        # By default each worker would start as many compilers as there are cores.
         inherited.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, cores() // workers)))
-    own = threads_asked_for()
-    if own is None:
-        own = 1 if all(small(trial.recipe) for trial in trials) else max(1, cores() // workers)
+    own_threads = threads_asked_for()
+    if own_threads is None:
+        own_threads = 1 if all(small(trial.recipe) for trial in trials) else max(1, cores() // workers)
     for name in _LIBRARIES:
-        inherited.setdefault(name, str(own))
-    # What tokenizers do beside training is little, and their pool of threads does not survive a fork.
+        inherited.setdefault(name, str(own_threads))
+    # Tokenizers have little to do while a model trains, and their pool of threads does not survive a fork.
     inherited.setdefault("TOKENIZERS_PARALLELISM", "false")
     return inherited
 

@@ -1,6 +1,6 @@
-"""Run what one command asks for: the stages of a run, or of all trials of a sweep, and gather what they made.
+"""Run what one command asks for: train the stages of a run, or of all trials of a sweep, and write the results.
 
-A run is a sweep of one trial that has its folder to itself, and that ends at its first failure.
+A run is a sweep of one trial. It has its folder to itself, and it ends at its first failure.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fire_llm.core.locks import held, lock_of
 from fire_llm.core.ranks import launched, settle_launcher
 from fire_llm.core.signals import signals_handled
 from fire_llm.distributed import ranks, together
+from fire_llm.experiment.bars import library_bars
 from fire_llm.experiment.batch import phase_steps
 from fire_llm.experiment.collect import collect
 from fire_llm.experiment.context import RunContext
@@ -42,9 +43,10 @@ from fire_llm.training.heap import keep_freed_memory, release_memory
 from fire_llm.training.trackers import check_trackers
 
 SCHEMA_VERSION = 1
+"""Of `sweep.json`."""
 
-_TASKS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Set by srun and mpirun in each of several tasks, which accelerate would take for the ranks of one training."""
+_TASK_COUNTS = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Variables in which srun and mpirun say how many tasks they started; accelerate takes tasks for ranks."""
 
 
 @dataclass(frozen=True)
@@ -53,19 +55,19 @@ class Sweep:
 
     trials: list[Trial]
     results: list[Results]
-    """What each trial's `results.json` holds; of the stages that are finished."""
+    """The content of each trial's `results.json`: the stages that are finished."""
     failures: list[dict[str, Any]]
-    """Stages that failed, each {stage, message, code, log}; empty where all are finished."""
+    """Stages that failed, each {stage, message, code, log}; empty if all are finished."""
     left: list[str]
-    """Stages that start from those."""
+    """Stages that were not trained, because they start from one that failed."""
 
     @property
     def code(self) -> int:
-        """Return the exit code: 0, 1 where the work failed, 2 where the user's input is wrong."""
+        """Return the exit code: 0 for success, 1 if the work failed, 2 if the user's input is wrong."""
         return max((int(failure["code"]) for failure in self.failures), default=0)
 
     def failed_text(self) -> str:
-        """Return in words what failed, each once, and what starts from it."""
+        """Return in words which stages failed, and which were not trained for that reason."""
         lines = [f"{len(self.failures)} failed; the same command tries again:"]
         for failure in self.failures:
             log = f" (see '{failure['log']}')" if failure["log"] else ""
@@ -83,7 +85,7 @@ def run_recipe(
     workers: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Run what of a recipe is not finished yet, and return (and write) the results.
+    """Run the stages of a recipe that are not finished yet, and write and return the results.
 
     Stages that do not depend on each other, such as arms and seeds, are trained side by side where that pays.
 
@@ -92,20 +94,21 @@ def run_recipe(
         output: The run's folder, `runs/NAME` by default. What in it is finished is skipped, what was cut off resumes.
         arms: Only these arms (and the phases they start from); all by default.
         workers: Processes that train, each a stage of its own: by default one a GPU; on a CPU one a core where the
-            model is small (docs/scaling.md), else one. The weights do not depend on it. What one process can do at a
-            time is done in this one. Under a launcher, its ranks train one stage after another together.
+            model is small (docs/scaling.md), else one. The weights do not depend on it. This process trains itself
+            for as long as one process is enough. Under a launcher, its ranks train one stage after another together.
         progress: Show how far training is.
 
     Returns:
-        The content of `results.json` as plain data (see docs/results-schema.md). It is what one saves, prints or
-        puts into a table of one's own; `fire_llm.reporting.schema.Results.model_validate` gives it types.
+        The content of `results.json` as plain data (see docs/results-schema.md), to save, print or put into a table;
+        `fire_llm.reporting.schema.Results.model_validate` gives it types.
 
     Raises:
-        UserError: Where the folder belongs to a different recipe or is in use, an arm is unknown, or the disk is full.
-        Stopped: A KeyboardInterrupt, after SIGINT or SIGTERM: the step they came in is saved (docs/reliability.md).
+        UserError: The folder belongs to a different recipe or is in use, an arm is unknown, or the disk is full.
+        Stopped: A KeyboardInterrupt, after SIGINT or SIGTERM: the current step was saved (docs/reliability.md).
     """
     folder = Path(os.path.expanduser(output or Path("runs") / recipe.name))
-    sweep = _Command([Trial("", {}, recipe)], folder, list(arms), progress, alone=True).run(workers)
+    with library_bars(progress):
+        sweep = _Command([Trial("", {}, recipe)], folder, list(arms), progress, alone=True).run(workers)
     return sweep.results[0].model_dump(mode="json")
 
 
@@ -117,35 +120,68 @@ def run_sweep(
     workers: int | None = None,
     progress: bool = True,
 ) -> Sweep:
-    """Run what of a sweep's trials is not finished yet, and write the results of each.
+    """Run the stages of a sweep's trials that are not finished yet, and write the results of each trial.
 
     Args:
         trials: From `load_trials`.
-        output: The sweep's folder. A trial's run is a folder in it, or all of it where there is no grid.
+        output: The sweep's folder. It holds a folder for the run of each trial; without a grid, it is the run's folder.
         arms: Only these arms (and the phases they start from); all by default.
         workers: As in `run_recipe`.
         progress: Show how far training is.
 
     Raises:
-        UserError: Where a folder belongs to another recipe or is in use by `fire-llm run`, or an arm is unknown.
-        Stopped: A KeyboardInterrupt, after SIGINT or SIGTERM: every worker saved the step it was in.
+        UserError: A folder belongs to another recipe or is in use by `fire-llm run`, or an arm is unknown.
+        Stopped: A KeyboardInterrupt, after SIGINT or SIGTERM: every worker saved its current step.
     """
-    return _Command(trials, Path(os.path.expanduser(output)), list(arms), progress, alone=False).run(workers)
+    folder = Path(os.path.expanduser(output))
+    with library_bars(progress):
+        return _Command(trials, folder, list(arms), progress, alone=False).run(workers)
 
 
 @dataclass(frozen=True)
 class _Command:
-    """What one command is to run."""
+    """What one command has to run."""
 
     trials: Sequence[Trial]
     output: Path
     arms: list[str]
     progress: bool
     alone: bool
-    """A run rather than a sweep."""
+    """Whether this is a run rather than a sweep."""
 
     def run(self, workers: int | None) -> Sweep:
         """Train what is not finished, here, in workers or on the ranks of a launcher, and gather the results."""
+        self._check_launcher(workers)
+        refuse_links(self.output, [])
+        jobs = jobs_of(self.trials, self.output, self.progress)
+        wanted = of_arms(jobs, self.arms)
+        self._check_ahead(jobs, [job.stage for job in wanted if not job.done()])
+        if ranks().num_processes > 1 or launched():
+            return Sweep(list(self.trials), self._on_ranks(jobs, wanted), [], [])
+        with ExitStack() as stack:
+            with writing(self.output):
+                self.output.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(signals_handled())
+            stack.enter_context(only_run(self.output, shared=not self.alone))
+            _prepare(self.trials, wanted, jobs, self.output, self.alone)
+            failures = Failures(stack.enter_context(_failures_folder(self.output)))
+            killed = self._train(wanted, failures, workers)
+            failed = failures.all()
+            failed_stages = {failure["stage"] for failure in failed}
+            left = [job.title for job in wanted if not job.done() and job.title not in failed_stages]
+            if self.alone and failed:
+                raise failures.error()
+            if self.alone and left:
+                raise RuntimeError(f"{'; '.join(killed)}; the same command goes on from the newest checkpoints")
+            failed += [{"stage": "", "message": message, "code": 1, "log": None} for message in killed if left]
+            for job in jobs:
+                push_stage(job.stage)
+            with held(lock_of(self.output, "results"), wait=True):
+                results = [_gather(trial, jobs) for trial in self.trials]
+        return Sweep(list(self.trials), results, failed, left)
+
+    def _check_launcher(self, workers: int | None) -> None:
+        """Refuse a number of workers, or tasks of srun and mpirun, with which the command cannot be meant."""
         if workers is not None and workers < 1:
             raise UserError(f"--workers {workers}: at least 1 is needed")
         settle_launcher()
@@ -154,16 +190,14 @@ class _Command:
                 f"--workers {workers}: a launcher started this process (RANK or WORLD_SIZE is set), and its ranks "
                 "train each stage together. Leave --workers out, or start without a launcher"
             )
-        if not launched():
-            for name in _TASKS:
-                if self.alone:
-                    _check_tasks(name)
-                else:
-                    os.environ.pop(name, None)
-        refuse_links(self.output, [])
-        jobs = jobs_of(self.trials, self.output, self.progress)
-        wanted = of_arms(jobs, self.arms)
-        ahead = [job.stage for job in wanted if not job.done()]
+        for name in () if launched() else _TASK_COUNTS:
+            if self.alone:
+                _check_tasks(name)
+            else:
+                os.environ.pop(name, None)
+
+    def _check_ahead(self, jobs: Sequence[Job], ahead: Sequence[Stage]) -> None:
+        """Find what would end the command hours later: resets, prompts, the login to the Hub, trackers."""
         check_resets(ahead)
         for run in {stage.run for stage in ahead}:
             check_prompts(run)
@@ -173,28 +207,6 @@ class _Command:
             together(None, self._check_trackers, "trackers")
         if self.progress and ranks().is_main_process:
             sys.stderr.writelines(f"warning: {warning}\n" for warning in norm_warnings(ahead))
-        if ranks().num_processes > 1 or launched():
-            return Sweep(list(self.trials), self._on_ranks(jobs, wanted), [], [])
-        with ExitStack() as stack:
-            with writing(self.output):
-                self.output.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(signals_handled())
-            stack.enter_context(only_run(self.output, shared=not self.alone))
-            _prepare(self.trials, wanted, jobs, self.output, self.alone)
-            failures = Failures(stack.enter_context(_own(self.output)))
-            ended = self._train(wanted, failures, workers)
-            failed = [*failures.all()]
-            left = [job.title for job in wanted if not job.done() and job.title not in {f["stage"] for f in failed}]
-            if self.alone and failed:
-                raise failures.error()
-            if self.alone and left:
-                raise RuntimeError(f"{'; '.join(ended)}; the same command goes on from the newest checkpoints")
-            failed += [{"stage": "", "message": message, "code": 1, "log": None} for message in ended if left]
-            for job in jobs:
-                push_stage(job.stage)
-            with held(lock_of(self.output, "results"), wait=True):
-                results = [_gather(trial, jobs) for trial in self.trials]
-        return Sweep(list(self.trials), results, failed, left)
 
     def _check_trackers(self) -> None:
         for names, project in {(tuple(trial.recipe.report_to), trial.recipe.name) for trial in self.trials}:
@@ -202,15 +214,16 @@ class _Command:
                 check_trackers(names, project, begin=True)
 
     def _train(self, wanted: Sequence[Job], failures: Failures, workers: int | None) -> list[str]:
-        """Train jobs, in this process for as long as one is enough; return what ended workers that were ended."""
+        """Train jobs, in this process for as long as one is enough; return why workers ended that were killed."""
         number = worker_count(workers, wanted)
         if all(job.done() for job in wanted):
             return []
-        one_thread, asked = threads_asked_for() is None, threads_asked_for() or 1
-        if asked > 1 and self.progress and any(small(trial.recipe) for trial in self.trials):
+        asked = threads_asked_for()
+        if (asked or 1) > 1 and self.progress and any(small(trial.recipe) for trial in self.trials):
             sys.stderr.write(f"each stage trains on {asked} threads, as OMP_NUM_THREADS says\n")
-        options: dict[str, Any] = {"one_thread": one_thread, "alone": self.alone}
-        # Where there are several GPUs, each process is to see one; else this process does what one can do at a time.
+        options: dict[str, Any] = {"one_thread": asked is None, "alone": self.alone}
+        # This process trains until two stages can be trained at once. With several GPUs it trains nothing itself:
+        # each worker is to see one GPU alone.
         most = None if number == 1 else 1
         if torch.cuda.device_count() > 1 and workers != 1 and not registered_here():
             most = 0
@@ -225,7 +238,7 @@ class _Command:
             return Workers(number, self.trials, self.arms, self.output, failures, options, known).train(overview)
 
     def _tokenised(self, wanted: Sequence[Job]) -> dict[str, int]:
-        """Make tokenizers and tokens before training wants them, with all cores, and return the jobs' steps by key."""
+        """Make all tokenizers and tokens before training, with all cores, and return the steps of each job by key."""
         runs: dict[str, RunContext] = {}
         steps: dict[str, int] = {}
         for job in wanted:
@@ -236,7 +249,7 @@ class _Command:
             try:
                 if not job.done():
                     check_prompts(job.run, run.tokenizer)
-                    for name in recipe.evaluated():  # the shorter part first: a fault of it is found soon
+                    for name in recipe.evaluated():  # held-out text is shorter: its faults are found sooner
                         run.held_out(name)
                     for name in stage.phase.data:
                         run.tokens(name, "train")
@@ -245,18 +258,17 @@ class _Command:
             except Exception:
                 if self.alone:
                     raise
-                # Whatever is wrong with one trial's text must not end the others: training the stage raises it again.
+                # A fault in one trial's text must not end the others: training the stage raises it again.
             steps[job.key] = phase_steps(stage.phase, recipe.batch.tokens_per_step, tokens)
             if self.alone and not job.done() and (fault := stop_fault(recipe, stage.phase, steps[job.key])):
                 raise UserError(f"phase '{stage.phase.name}': {fault}")
         for run in runs.values():
-            if run is not wanted[0].run:  # which is the first to be trained
+            if run is not wanted[0].run:  # the first to be trained needs its tokens soon
                 run.release()
         return steps
 
     def _on_ranks(self, jobs: Sequence[Job], wanted: Sequence[Job]) -> list[Results]:
         """Run one trial after another on all ranks of a launcher, and return their results."""
-        state = ranks()
         results = []
         for trial in self.trials:
             folder, own = trial.folder(self.output), [job for job in wanted if job.trial is trial]
@@ -266,29 +278,28 @@ class _Command:
             with signals_handled(), only_run(folder):
                 refuse_other_recipe(folder, [job.stage for job in own], _stages(trial, jobs))
                 keep_freed_memory()
-                if state.is_main_process:
+                if ranks().is_main_process:
                     write_json(folder / "recipe.json", trial.recipe.model_dump(mode="json"))
                     if self.trials[0].name:
                         write_json(self.output / "sweep.json", described(self.trials))
                     clear_jobs(own, self.output)
-                    for job in own:
-                        # Earlier trials are finished.
+                    for job in own:  # a duplicate in an earlier trial is finished
                         if not job.done() and (source := job.source()):
                             link_duplicate(job, source)
-                state.wait_for_everyone()
+                ranks().wait_for_everyone()
                 with writing(folder):
                     for job in own:
                         if not job.done():
                             train(job.stage, job.run)
                             release_memory()
-                for stage in _stages(trial, jobs) if state.is_main_process else ():
+                for stage in _stages(trial, jobs) if ranks().is_main_process else ():
                     push_stage(stage)
-                results.append(_gather(trial, jobs, state.is_main_process))
+                results.append(_gather(trial, jobs))
         return results
 
 
 def _check_tasks(name: str) -> None:
-    """Refuse one of several tasks of srun or mpirun that does not know where to meet the others.
+    """Refuse to be one of several tasks of srun or mpirun if MASTER_ADDR does not say where they meet.
 
     Raises:
         UserError: Naming the variable.
@@ -307,7 +318,7 @@ def _stages(trial: Trial, jobs: Sequence[Job]) -> list[Stage]:
 
 
 def _prepare(trials: Sequence[Trial], wanted: Sequence[Job], jobs: Sequence[Job], output: Path, alone: bool) -> None:
-    """Compare the folders of all trials with what they were begun with, and say in them what they are."""
+    """Compare the folders of all trials with their recipes, clear what killed processes left, and write recipes."""
     with held(lock_of(output, "recipes"), wait=True):
         for trial in trials:
             folder = trial.folder(output)
@@ -325,13 +336,13 @@ def _prepare(trials: Sequence[Trial], wanted: Sequence[Job], jobs: Sequence[Job]
 
 
 @contextmanager
-def _own(output: Path) -> Iterator[Path]:
-    """Yield a folder for what the workers of one command say; those of commands that died are deleted."""
+def _failures_folder(output: Path) -> Iterator[Path]:
+    """Yield a folder in which the workers of this command report; those of commands that died are deleted."""
 
     def clear(name: str) -> None:
         shutil.rmtree(output / ".workers" / name, ignore_errors=True)
         (output / ".workers" / f"{name}.todo").unlink(missing_ok=True)
-        lock_of(output, name).unlink(missing_ok=True)  # nobody waits for this one
+        lock_of(output, name).unlink(missing_ok=True)  # no process waits for this lock
 
     for lock in lock_of(output, "").parent.glob("command-*.lock"):
         with held(lock) as had:
@@ -356,12 +367,12 @@ def described(trials: Sequence[Trial]) -> dict[str, Any]:
     return {"schema_version": SCHEMA_VERSION, "grid": grid, "cells": named}
 
 
-def _gather(trial: Trial, jobs: Sequence[Job], first: bool = True) -> Results:
-    """Return a trial's results, of the stages that are finished; the first rank writes them."""
+def _gather(trial: Trial, jobs: Sequence[Job]) -> Results:
+    """Return the results of a trial's finished stages; the first rank writes them."""
     stages = _stages(trial, jobs)
     run = stages[0].run
     results = collect(stages, run)
-    if first:
+    if ranks().is_main_process:
         write_json(run.folder / "results.json", results.model_dump(mode="json"))
     run.release()
     return results

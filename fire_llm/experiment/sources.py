@@ -1,8 +1,9 @@
-"""The files that a run's model and tokenizer come from, by what they hold: the same name may hold others tomorrow."""
+"""The files that a run reads its model and tokenizer from, and their hashes: what a name holds may change."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -17,59 +18,66 @@ TOKENIZER = (
     "config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
     "*.tiktoken", "*.spm",
 )  # fmt: skip
-"""Files that a model, and a tokenizer, are read from."""
+"""Names of the files that a model, and a tokenizer, are read from."""
 
 COMPANIONS = ("generation_config.json", "chat_template*")
-"""What checkpoints hold too, and no weight depends on."""
+"""Names of files in a checkpoint that no weight depends on."""
 
 Hashes = dict[str, str]
 """The hash of each file, by its name."""
 
 
-def place_of(what: str, name: str, patterns: tuple[str, ...]) -> str:
-    """Return the folder that a model or tokenizer is loaded from: for a Hub id, the snapshot in the Hub's cache.
+@dataclass(frozen=True)
+class Source:
+    """A model or a tokenizer that a run reads from a folder or from the Hub."""
 
-    Args:
-        what: For messages: `model`.
-        name: A folder or a Hub id.
-        patterns: Of the files that are fetched; another's weights are not, where its tokenizer is wanted.
+    what: str
+    """`model` or `tokenizer`."""
+    name: str
+    """A folder or a Hub id."""
+    patterns: tuple[str, ...]
+    """Of the names of the files that are read. For a tokenizer, weights beside it are neither fetched nor hashed."""
 
-    Raises:
-        UserError: There is no such folder, and the Hub has none of that id or cannot be asked.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return str(path)
-    if name.count("/") != 1:
-        raise UserError(f"{what}: {no_folder(name)}, and a Hub id has the form owner/name")
-    from huggingface_hub import snapshot_download
+    def folder(self) -> str:
+        """Return the folder that it is loaded from: for a Hub id, the snapshot in the Hub's cache.
 
-    with asking_hub(name):
-        return snapshot_download(name, allow_patterns=[*patterns, *COMPANIONS], ignore_patterns=["*/*"])
+        Raises:
+            UserError: There is no such folder, and the Hub has no such id or cannot be asked.
+        """
+        path = Path(self.name).expanduser()
+        if path.is_dir():
+            return str(path)
+        if self.name.count("/") != 1:
+            raise UserError(f"{self.what}: {no_folder(self.name)}, and a Hub id has the form owner/name")
+        from huggingface_hub import snapshot_download
+
+        with asking_hub(self.name):
+            return snapshot_download(self.name, allow_patterns=[*self.patterns, *COMPANIONS], ignore_patterns=["*/*"])
 
 
 def hashes(what: str, place: str, patterns: tuple[str, ...]) -> Hashes:
-    """Return what the files of a model or tokenizer hold; each is read once, and its hash remembered.
+    """Return the hashes of the files of a model or tokenizer; each file is read once, and its hash remembered.
 
     Args:
         what: For messages: `model 'gpt2'`.
         place: Its folder.
-        patterns: Of the files' names.
+        patterns: Patterns of the names of its files.
 
     Raises:
         UserError: A file cannot be read, or changes while it is.
     """
     folder = Path(place)
-    files = {str(p.relative_to(folder)): p for p in [*folder.iterdir(), *(folder / SHARDED).glob("*")] if p.is_file()}
-    found = {name: files[name] for name in sorted(files) if any(fnmatch(name, pattern) for pattern in patterns)}
-    return dict(zip(found, content_hashes(what, [*found.values()]), strict=True))
+    below = [*folder.iterdir(), *(folder / SHARDED).glob("*")]
+    files = {str(path.relative_to(folder)): path for path in below if path.is_file()}
+    wanted = sorted(name for name in files if any(fnmatch(name, pattern) for pattern in patterns))
+    return dict(zip(wanted, content_hashes(what, [files[name] for name in wanted]), strict=True))
 
 
 def changes(before: Any, after: Mapping[str, Hashes]) -> Iterator[str]:
-    """Yield in words which files of model and tokenizer differ, where both sides know of them.
+    """Yield in words which files of model and tokenizer differ; one that `before` does not list is passed over.
 
     Args:
-        before: {model or tokenizer: hashes}, as `unit.json` has it; None where it has none.
+        before: {model or tokenizer: hashes} from `unit.json`; None if it has none.
         after: The same, later.
     """
     for what, now in after.items() if isinstance(before, dict) else ():

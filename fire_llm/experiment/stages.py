@@ -39,33 +39,33 @@ from fire_llm.resets.plan import slices_of
 from fire_llm.resets.unfound import refuse_unfound
 
 MOST_STAGES = 2_000
-"""Of a recipe: a few lines of warm starts and seeds multiply."""
+"""A recipe may have this many stages. The limit is needed because a few lines of warm starts and seeds multiply."""
 
 LONGEST_NAME = 255
-"""Characters of a folder's name; file systems take no more."""
+"""File systems take no more characters for the name of a folder."""
 
 STORED = {name: former for former, name in FORMER.items()}
-"""Methods that `unit.json` holds under their former name: older runs stored it, and digests of later stages hold it."""
+"""Methods whose former name `unit.json` holds: older runs stored it, and the digests of later stages depend on it."""
 
 PASSES = {"batch": None, "evaluate": None}
 """Sections whose `sequences_per_device` cuts the same tokens into smaller or larger forward passes."""
 
 RECORDED = {"files", "tokens", "weights", "reset"}
-"""Keys of `unit.json` beside the recipe's: hashes of what the stage was begun with, and of what it wrote."""
+"""Keys of `unit.json` that are not the recipe's: hashes of what the stage began with, and of what it wrote."""
 
 REPORT = "reset.json"
-"""File in a stage's folder with what its reset did."""
+"""File in a stage's folder that tells what its reset did."""
 
 _LATER = {"include": (), "layers": "", "patterns": (), "when": None, "found": None}
-"""Fields that older runs' `unit.json` lacks, and what they are where nobody gives them: they are left out there.
+"""Fields of a reset that older runs' `unit.json` lacks, with their defaults. A field at its default is not stored.
 
-So is the strength of `fire` and `rescale` where it is 1."""
+The strength of `fire` and `rescale` is not stored either where it is 1."""
 
-_NO_PART = {"arms", "keep", "start_from", "optimizer"}
-"""Keys of a phase that `unit.json` has elsewhere, or not at all."""
+_STORED_ELSEWHERE = {"arms", "keep", "start_from", "optimizer"}
+"""Keys of a phase that the section `phase` of `unit.json` leaves out."""
 
 _ABSENT = object()
-"""Marks a key that a stage's folder, or the recipe, does not have."""
+"""Stands for the value of a key that is missing in `unit.json` or in the recipe."""
 
 
 @dataclass(frozen=True)
@@ -90,46 +90,48 @@ class Stage:
 
     @property
     def recipe_arm(self) -> str:
-        """Return the arm as the recipe names it, without the start that it is trained from; empty for none."""
+        """Return the arm's name in the recipe, without its warm start; empty for a phase without arms."""
         return (self.arm or "").partition("@")[0]
 
     @property
     def start_name(self) -> str:
-        """Return the warm start as folders name it: its label, behind its stage's name where stages differ."""
+        """Return the warm start as the folder names it: the checkpoint's label, after its stage's name where needed."""
         name = self.folder.removeprefix(f"{self.phase.name}/").removesuffix(f"seed-{self.seed}").rstrip("/")
         return (name.partition("@")[2] if self.arm else name) or self.start
 
     @cached_property
     def spec(self) -> dict[str, Any]:
         """Everything that the weights depend on: the content of `unit.json`. Text, model and tokenizer are hashed."""
-        described = self._described(self._fingerprints(), self.parent.spec if self.parent else None)
-        return {**described, "files": self.run.files} if self.run.files else described
+        return self.spec_in_passes({})
 
     def spec_in_passes(self, passes: Mapping[str, int | None]) -> dict[str, Any]:
         """Return `spec` as it would be with these `sequences_per_device` of the sections in `PASSES`."""
-        parent = self.parent.spec_in_passes(passes) if self.parent else None
-        described = self._described(self._fingerprints(), parent, passes)
+        parent = None
+        if self.parent is not None:
+            parent = self.parent.spec_in_passes(passes) if passes else self.parent.spec
+        fingerprints = {name: self.run.corpus(name).fingerprint for name in self._corpora}
+        described = self._described(fingerprints, parent, passes)
         return {**described, "files": self.run.files} if self.run.files else described
 
     @cached_property
     def lock(self) -> str:
-        """Return what is the same for all that would write this stage's checkpoints, or those of a duplicate."""
+        """Return the name of the lock that a process holds while it writes the checkpoints of this or a duplicate."""
         return self.key(self.spec_in_passes(PASSES))
 
     @cached_property
     def outline(self) -> dict[str, Any]:
-        """`spec` with the settings of the corpora in the place of what they hold, so that nothing is hashed."""
+        """`spec` with the settings of the corpora in place of the hashes of their text, so that nothing is read."""
         given, root = self.run.recipe.corpora, self.run.recipe.data_root
         settings = {name: [root, given[name].model_dump() if name in given else None] for name in self._corpora}
-        return self._described(settings, self.parent.outline if self.parent else None)
+        return self._described(settings, self.parent.outline if self.parent else None, {})
 
     def key(self, described: dict[str, Any]) -> str:
-        """Return what is the same for stages, of several trials too, that end with the same checkpoints.
+        """Return a digest that stages share, also across trials, if they end with the same checkpoints.
 
         Args:
-            described: The stage's `spec`, or its `outline` where that will do.
+            described: The stage's `spec`, or its `outline`, which needs no hashes.
         """
-        # What is kept, and what is left out, are no part of the spec: they change what a folder holds.
+        # `keep` and `nonfinite` are not in the spec, but they change what a folder holds.
         identity = [described, self.phase.keep, self.run.recipe.nonfinite]
         return digest(json.dumps(identity, sort_keys=True), 12)
 
@@ -137,22 +139,18 @@ class Stage:
     def _corpora(self) -> Iterable[str]:
         return dict.fromkeys([*self.phase.data, *self.run.recipe.evaluated(), *self.run.tokenizer_corpora])
 
-    def _fingerprints(self) -> dict[str, str]:
-        return {name: self.run.corpus(name).fingerprint for name in self._corpora}
-
     def _described(
-        self, corpora: Mapping[str, Any], parent: dict[str, Any] | None, passes: Mapping[str, int | None] | None = None
+        self, corpora: Mapping[str, Any], parent: dict[str, Any] | None, passes: Mapping[str, int | None]
     ) -> dict[str, Any]:
-        # Files are compared stage by stage; without them, the digest is that of runs whose stages list none.
-        known = {key: value for key, value in (parent or {}).items() if key != "files"}
-        origin = digest(json.dumps(known, sort_keys=True), 16) if parent else None
+        # The digest leaves files out: they are compared stage by stage, and older runs list none.
+        parent_spec = {key: value for key, value in (parent or {}).items() if key != "files"}
+        origin = digest(json.dumps(parent_spec, sort_keys=True), 16) if parent else None
         settings = self.run.settings
-        cut = {s: {**settings[s], "sequences_per_device": n} for s, n in (passes or {}).items()}
         spec = {
             **settings,
-            **cut,
+            **{section: {**settings[section], "sequences_per_device": n} for section, n in passes.items()},
             "optimizer": optimizer_of(self.run.recipe, self.phase).identity(),
-            "phase": {key: value for key, value in self.phase.identity().items() if key not in _NO_PART},
+            "phase": {key: value for key, value in self.phase.identity().items() if key not in _STORED_ELSEWHERE},
             "corpora": corpora,
             "seed": self.seed,
             "resets": [_stored(r) for r in self.resets],
@@ -163,6 +161,7 @@ class Stage:
 
 
 def _stored(reset: ResetSpec) -> dict[str, Any]:
+    """Return a reset as `unit.json` holds it."""
     fields = {key: value for key, value in vars(reset).items() if key not in _LATER or value != _LATER[key]}
     if reset.method in ("fire", "rescale") and reset.options["strength"] == 1:
         fields["options"] = {key: value for key, value in reset.options.items() if key != "strength"}
@@ -242,7 +241,7 @@ def check_kernels(run: RunContext) -> None:
 
 
 def _refuse_folders(stages: list[Stage]) -> None:
-    """Refuse folders that a file system would not take, or take for one another."""
+    """Refuse names of folders that a file system cannot hold, or cannot tell apart."""
     by_name: dict[str, Stage] = {}
     for stage in stages:
         if stage.folder.lower() in by_name:
@@ -255,19 +254,19 @@ def _refuse_folders(stages: list[Stage]) -> None:
 
 
 def refuse_links(folder: Path, stages: Iterable[Stage]) -> None:
-    """Refuse a run's folder in which something leads out of it: what is written there, or deleted, lies elsewhere.
+    """Refuse links out of a run's folder: through them, a run would write or delete files that are not its own.
 
     Raises:
-        UserError: Naming the place and where it leads.
+        UserError: Naming the link and where it leads.
     """
     root = folder.resolve()
-    places = [folder / n for n in ("tokenizer", ".locks", ".workers", *(stage.folder for stage in stages))]
-    own = [folder / ".lock", *folder.glob("*.json*"), *folder.glob("*.html"), *folder.glob("*.partial")]
-    below = (Path(at, n) for place in places for at, folders, files in os.walk(place) for n in (*folders, *files))
-    for place in itertools.chain(own, places, filter(Path.is_symlink, below)):
-        if not (target := Path(os.path.realpath(place))).is_relative_to(root):
+    files = [folder / ".lock", *folder.glob("*.json*"), *folder.glob("*.html"), *folder.glob("*.partial")]
+    folders = [folder / n for n in ("tokenizer", ".locks", ".workers", *(stage.folder for stage in stages))]
+    content = (Path(parent, n) for top in folders for parent, dirs, names in os.walk(top) for n in (*dirs, *names))
+    for path in itertools.chain(files, folders, filter(Path.is_symlink, content)):
+        if not (target := Path(os.path.realpath(path))).is_relative_to(root):
             raise UserError(
-                f"'{place}' leads out of the run's folder, to '{target}': remove the link. A whole run may "
+                f"'{path}' leads out of the run's folder, to '{target}': remove the link. A whole run may "
                 "lie elsewhere (--output), parts of it may not"
             )
 
@@ -275,13 +274,13 @@ def refuse_links(folder: Path, stages: Iterable[Stage]) -> None:
 def refuse_other_recipe(folder: Path, stages: Sequence[Stage], beside: Iterable[Stage] = ()) -> None:
     """Compare each stage with what its folder was begun with: the recipe, the files, the weights of its parent.
 
-    Fewer or more sequences a forward pass are no difference: a step has the same tokens.
+    Another number of sequences a forward pass is no difference, because a step has the same tokens.
 
     Args:
         folder: The run's.
-        stages: Those that are to be trained or skipped.
-        beside: Those whose results stand beside theirs: they are of the same text, files and parents, if of another
-            recipe.
+        stages: Stages that are to be trained or skipped.
+        beside: Other stages of the run, whose results stand in the same tables. They may be of another recipe, but
+            must have the same text, files and parents.
 
     Raises:
         UserError: Naming the first stage that differs and everything that changed.
@@ -295,7 +294,7 @@ def refuse_other_recipe(folder: Path, stages: Sequence[Stage], beside: Iterable[
         recipe = "another recipe" if changed else "other files"
         changed += changes(before.get("files"), stage.run.files)
         if stage.parent is not None and "weights" in before:
-            with suppress(UserError):  # of a parent that is to be trained again nothing is known yet
+            with suppress(UserError):  # the parent is to be trained again
                 start = labelled_checkpoint(folder / stage.parent.folder, stage.start)
                 if weights_hash(start) != before["weights"]:
                     changed.append(f"'{start}', which it starts from, has other weights")
@@ -307,22 +306,24 @@ def refuse_other_recipe(folder: Path, stages: Sequence[Stage], beside: Iterable[
 
 
 def _changed_settings(before: dict[str, Any], stage: Stage) -> list[str]:
+    """Return how the recipe differs from the one in `unit.json`, whatever the sequences of a forward pass."""
     now = stage.spec
-    with suppress(KeyError, TypeError):  # what has no such sections differs anyway
+    with suppress(KeyError, TypeError):  # a unit.json without these sections differs anyway
         passes = {section: before[section]["sequences_per_device"] for section in PASSES}
         if passes != {section: now[section]["sequences_per_device"] for section in PASSES}:
             now = stage.spec_in_passes(passes)
-    own, now = ({key: value for key, value in of.items() if key not in RECORDED} for of in (before, now))
-    return list(_differences(own, now))
+    then, now = ({key: value for key, value in spec.items() if key not in RECORDED} for spec in (before, now))
+    return list(_differences(then, now))
 
 
 def _changed_text(before: dict[str, Any], stage: Stage) -> list[str]:
-    own, now = before.get("corpora"), stage.spec["corpora"]
-    return list(_differences({**now, **own}, {**own, **now}, "corpora")) if isinstance(own, dict) else []
+    """Return which corpora of both the recipe and `unit.json` hold another text."""
+    then, now = before.get("corpora"), stage.spec["corpora"]
+    return list(_differences({**now, **then}, {**then, **now}, "corpora")) if isinstance(then, dict) else []
 
 
 def read_unit(folder: Path) -> dict[str, Any] | None:
-    """Return the `unit.json` of a stage's folder, None where it was not begun.
+    """Return the `unit.json` of a stage's folder; None if the stage was not begun.
 
     Raises:
         UserError: It is damaged.
@@ -331,18 +332,19 @@ def read_unit(folder: Path) -> dict[str, Any] | None:
     return read_json(path, f"delete '{folder}' to train that stage again") if path.exists() else None
 
 
-def _differences(before: Any, after: Any, at: str = "") -> Iterator[str]:
+def _differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
+    """Yield in words each value that differs, with the path of its keys."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key in dict.fromkeys([*before, *after]):
-            path = f"{at}.{key}" if at else str(key)
-            yield from _differences(before.get(key, _ABSENT), after.get(key, _ABSENT), path)
+            below = f"{path}.{key}" if path else str(key)
+            yield from _differences(before.get(key, _ABSENT), after.get(key, _ABSENT), below)
     elif before != after:
         then, now = ("absent" if value is _ABSENT else json.dumps(value) for value in (before, after))
-        yield f"{at}: {then} then, {now} now"
+        yield f"{path}: {then} then, {now} now"
 
 
 def _start_name(starts: list[tuple[Stage | None, str]], parent: Stage | None, start: str) -> str:
-    """Return a warm start's name among several: its checkpoint's label, behind its stage's name where stages differ."""
+    """Return the name of one of several warm starts: the checkpoint's label, after its stage's name where needed."""
     if len(starts) == 1 or parent is None:
         return ""
     several = len({other.folder for other, _ in starts if other}) > 1
@@ -363,7 +365,7 @@ def select(stages: list[Stage], arms: Iterable[str]) -> list[Stage]:
     """Return the stages of the named arms and those that they start from.
 
     Raises:
-        UserError: For an arm that the recipe has not.
+        UserError: The recipe has no such arm.
     """
     wanted = list(arms)
     known = list(dict.fromkeys(stage.recipe_arm for stage in stages if stage.arm))
@@ -382,19 +384,19 @@ def select(stages: list[Stage], arms: Iterable[str]) -> list[Stage]:
 
 
 def final_checkpoint(folder: Path) -> Path | None:
-    """Return the last checkpoint of a stage if it is finished; None where its states are not what was written."""
-    whole = checkpoints(folder)
-    if not whole:
+    """Return the last checkpoint of a stage; None if the stage is not finished or the checkpoint's state is damaged."""
+    complete = checkpoints(folder)
+    if not complete:
         return None
-    newest, step = whole[-1]
+    newest, step = complete[-1]
     if damage(newest, only=STATES):
         return None
-    ended = step >= read_state(newest, TRAINER_STATE)["max_steps"]
-    return newest if ended or read_state(newest, CONTINUAL_STATE).get("stopped") else None
+    reached_end = step >= read_state(newest, TRAINER_STATE)["max_steps"]
+    return newest if reached_end or read_state(newest, CONTINUAL_STATE).get("stopped") else None
 
 
 def finished(folder: Path) -> bool:
-    """Return whether a stage's last checkpoint is there, none of its files lost, cut or written to since."""
+    """Return whether a stage is finished and no file of its last checkpoint was lost, cut or changed."""
     final = final_checkpoint(folder)
     return final is not None and damage(final, contents=False) is None
 
@@ -427,12 +429,12 @@ def kept_checkpoints(stage: Stage) -> dict[Path, list[str]]:
 
 
 def step_behind(checkpoint: Path) -> int:
-    """Return the steps behind a checkpoint, or behind the one that an average of weights lies in."""
+    """Return the step of a checkpoint; an average of weights has that of the checkpoint it lies in."""
     return step_of(checkpoint.parent if checkpoint.name == AVERAGED else checkpoint) or 0
 
 
 def check_processes(recipe: Recipe, world: int, arms: Iterable[str] = ()) -> None:
-    """Check, before any process is started, what every one of them would fail at.
+    """Check, before processes are started, what all of them would fail at.
 
     Raises:
         UserError: For an unknown arm, or a batch that does not divide.

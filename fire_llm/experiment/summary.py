@@ -1,9 +1,9 @@
-"""Set the arms of all trials beside each other."""
+"""Compare the arms of all trials of a sweep."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,15 +17,15 @@ from fire_llm.reporting.table import DASH, Row, Table
 
 @dataclass(frozen=True)
 class Entry:
-    """An arm, with the trials that have it: several where their stages were the same ones."""
+    """An arm, with the trials that have it: several trials if they share its stages."""
 
     arm: str
     trials: list[Trial]
-    of: Comparison
-    """The first trial's."""
+    comparison: Comparison
+    """The comparison of the first of these trials."""
 
     def where(self, every_trial: Sequence[Trial]) -> str:
-        """Name the trials: by the settings that they share, where all trials with these are meant."""
+        """Name the trials: by the settings that they share, if no other trial has the same ones."""
         first = self.trials[0]
         if len(self.trials) == 1:
             return first.name
@@ -37,7 +37,7 @@ class Entry:
 
 
 class Summary:
-    """Answer what the sweep's table and its page ask."""
+    """Compute what the table and the page of a sweep show."""
 
     def __init__(self, trials: Sequence[Trial], results: Sequence[Results]) -> None:
         """Take the trials, and the results of each."""
@@ -46,14 +46,14 @@ class Summary:
 
     @cached_property
     def entries(self) -> list[Entry]:
-        """Return the arms of every trial; what is the same in several trials stands once."""
-        found: dict[str, Entry] = {}
+        """Return the arms of every trial; an arm that several trials share is listed once."""
+        by_content: dict[str, Entry] = {}
         for trial, comparison in zip(self.trials, self.comparisons, strict=True):
             for arm in comparison.arms:
                 same = json.dumps([arm, *(run.model_dump(mode="json") for run in comparison.runs(arm))])
-                found.setdefault(same, Entry(arm, [], comparison)).trials.append(trial)
-        arms = list(dict.fromkeys(entry.arm for entry in found.values()))
-        return sorted(found.values(), key=lambda entry: arms.index(entry.arm))
+                by_content.setdefault(same, Entry(arm, [], comparison)).trials.append(trial)
+        arms = list(dict.fromkeys(entry.arm for entry in by_content.values()))
+        return sorted(by_content.values(), key=lambda entry: arms.index(entry.arm))
 
     @cached_property
     def corpora(self) -> list[str]:
@@ -66,57 +66,56 @@ class Summary:
         return list(dict.fromkeys(entry.arm for entry in self.entries))
 
     def tables(self) -> list[Table]:
-        """Return a table a corpus, a row for each arm of each trial; columns that no row fills are left out."""
+        """Return a table for each corpus, with a row for each arm of each trial and without empty columns."""
         return [self._table(corpus) for corpus in self.corpora]
 
     def _table(self, corpus: str) -> Table:
         parts = {id(c): table for c in self.comparisons for table in c.tables() if table.caption == corpus}
-        columns = list(dict.fromkeys(name for part in parts.values() for name in part.columns))
-        lowest = self._lowest(corpus)
-        rows = []
-        for entry in self.entries:
-            if part := parts.get(id(entry.of)):
-                own = next(row.cells for row in part.rows if row.name == entry.arm)
-                texts = dict(zip(part.columns, own, strict=True))
-                cells = tuple(texts.get(column, DASH) for column in columns)
-                rows.append(Row((entry.arm, entry.where(self.trials)), cells, entry is lowest))
-        used = [name for i, name in enumerate(columns) if any(row.cells[i] != DASH for row in rows)]
-        return Table(corpus, tuple(columns), tuple(rows), ("arm", "trial")).only(used)
+        joined = self._joined(corpus, parts, self._lowest(corpus))
+        used = [name for i, name in enumerate(joined.columns) if any(row.cells[i] != DASH for row in joined.rows)]
+        return joined.only(used)
 
     def averaged(self) -> list[Table]:
         """Return a table of the weights' moving averages beside the weights, a row for each arm of each trial."""
         parts = {id(c): table for c in self.comparisons for table in c.averaged()}
-        if not parts:
-            return []
+        return [self._joined(next(iter(parts.values())).caption, parts)] if parts else []
+
+    def _joined(self, caption: str, parts: Mapping[int, Table], best: Entry | None = None) -> Table:
+        """Join the tables of several trials into one.
+
+        Args:
+            caption: Of the joined table.
+            parts: By the identity of the trial's comparison, its table.
+            best: The entry whose row is marked as the best.
+        """
         columns = list(dict.fromkeys(name for part in parts.values() for name in part.columns))
         rows = []
         for entry in self.entries:
-            part = parts.get(id(entry.of))
+            part = parts.get(id(entry.comparison))
             for row in part.rows if part is not None else ():
                 if part is not None and row.name == entry.arm:
                     texts = dict(zip(part.columns, row.cells, strict=True))
                     cells = tuple(texts.get(column, DASH) for column in columns)
-                    rows.append(Row((entry.arm, entry.where(self.trials)), cells))
-        caption = next(iter(parts.values())).caption
-        return [Table(caption, tuple(columns), tuple(rows), ("arm", "trial"))]
+                    rows.append(Row((entry.arm, entry.where(self.trials)), cells, entry is best))
+        return Table(caption, tuple(columns), tuple(rows), ("arm", "trial"))
 
     def reading(self) -> list[str]:
         """Return which arm of which trial ends lowest on each corpus."""
-        said = []
+        texts = []
         for corpus in self.corpora:
             if entry := self._lowest(corpus):
-                nll = entry.of.nll(entry.arm, corpus)
-                said.append(f"Lowest on {corpus}: {entry.arm} ({entry.where(self.trials)}), {nll:.4f} nats per token.")
-        return said or ["No arm of any trial has a finite loss."]
+                nll = entry.comparison.nll(entry.arm, corpus)
+                texts.append(f"Lowest on {corpus}: {entry.arm} ({entry.where(self.trials)}), {nll:.4f} nats per token.")
+        return texts or ["No arm of any trial has a finite loss."]
 
     def _lowest(self, corpus: str) -> Entry | None:
-        """Return the arm that ends lowest on a corpus, among those that lack no seed."""
-        whole = [entry for entry in self.entries if entry.arm not in entry.of.partial]
-        scored = [(n, i) for i, e in enumerate(whole) if (n := e.of.nll(e.arm, corpus)) is not None]
-        return whole[min(scored)[1]] if scored else None
+        """Return the arm with the lowest final NLL on a corpus, among those that lack no seed."""
+        complete = [entry for entry in self.entries if entry.arm not in entry.comparison.partial]
+        scored = [(n, i) for i, e in enumerate(complete) if (n := e.comparison.nll(e.arm, corpus)) is not None]
+        return complete[min(scored)[1]] if scored else None
 
     def legend(self) -> str:
-        """Return how the trials' numbers were measured, once each way, and what ± means where there are seeds."""
+        """Return how the trials' numbers were measured, each way once, and what ± means if there are several seeds."""
         return " ".join(dict.fromkeys(filter(None, (comparison.legend() for comparison in self.comparisons))))
 
     def swept(self) -> list[str]:
@@ -138,7 +137,7 @@ class Summary:
 
 
 def with_arms(results: Results) -> Results:
-    """Return results with the last phase in the place of the arms, where no phase has any."""
+    """Return results in which the last phase stands as the only arm, if no phase has arms."""
     last = next(reversed(results.phase_corpus), None)
     runs = [run for run in results.phases if run.phase == last]
     if results.arms or not runs:

@@ -86,7 +86,7 @@ def _trade_off(summary: Summary, looks: dict[str, Style]) -> Block:
     arm_of: dict[str, str] = {}
     for entry in summary.entries:
         label = f"{entry.arm} · {entry.where(summary.trials)}"
-        points[label], arm_of[label] = entry.of.retention(entry.arm), entry.arm
+        points[label], arm_of[label] = entry.comparison.retention(entry.arm), entry.arm
     first = summary.comparisons[0]
     figure = retention_figure(points, {label: looks[arm] for label, arm in arm_of.items()}, str(first.new))
     for trace in figure["data"] if figure else ():

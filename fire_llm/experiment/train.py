@@ -1,6 +1,6 @@
-"""Train one stage: its data, the model it starts from, the reset, the phase.
+"""Train one stage: prepare its data and the model that it starts from, reset the model, train the phase.
 
-A stage that was cut off resumes from its newest checkpoint. Which stages are trained, and where: `run`.
+A stage that was cut off resumes from its newest checkpoint. `run` decides which stages are trained, and where.
 """
 
 from __future__ import annotations
@@ -53,42 +53,31 @@ from fire_llm.training.saving import resumption, verified
 from fire_llm.training.trackers import Tracked, reporting
 
 SPECTRA_WIDTH = 1024
-"""Largest short side whose singular values a run's reports hold; beyond it they cost more than the reset."""
+"""Reports hold the singular values of matrices up to this width; of wider ones they cost more than the reset."""
 
 
 def train(stage: Stage, run: RunContext, callbacks: Sequence[Any] = ()) -> None:
-    """Train one stage to its end, from its newest checkpoint where it has one.
+    """Train one stage to its end, from its newest checkpoint if it has one.
 
     Args:
-        stage: Of the run, its parent finished.
+        stage: A stage of the run; its parent is finished.
         run: What the stage shares with the others.
-        callbacks: Called before the stage's own. Where there are any, they show how far training is.
+        callbacks: Called before the stage's own. If there are any, they show how far training is.
 
     Raises:
-        UserError: The stage keeps a step beyond its last one, or would never stop early as it is asked to; or the disk
-            is too small for its checkpoints.
+        UserError: The stage keeps a step after its last one, or could never stop early, or the disk is too small for
+            its checkpoints.
     """
     recipe, folder = run.recipe, run.folder / stage.folder
     resume = resumption(folder, stage.title)
     mixture = mixture_of(stage, run)
-    writing = generation(run, stage.seed)
+    generating = generation(run, stage.seed)
     steps = phase_steps(stage.phase, recipe.batch.tokens_per_step, mixture.epoch_tokens)
-    beyond = [k for k in stage.phase.keep if isinstance(k, int) and k > steps]
-    if beyond:
-        raise UserError(f"phase '{stage.phase.name}': keep {beyond[0]} lies beyond its {steps} steps")
-    if fault := stop_fault(recipe, stage.phase, steps):
-        raise UserError(f"phase '{stage.phase.name}': {fault}")
+    _refuse_steps(stage, steps)
     model = starting_model(stage, run)
     if recipe.batch.document_mask:
         check_document_mask(model)
-    # One checkpoint more than are kept while the newest is written.
-    each = BYTES_A_PARAMETER + (AVERAGED_BYTES if stage.phase.ema else 0)
-    needed = each * model.num_parameters() * (1 + recipe.keep_last + len(stage.phase.keep))
-    if (free := free_bytes(folder)) < needed:
-        raise UserError(
-            f"'{folder}' has {free / 1e9:.2g} GB free and the stage's checkpoints take {needed / 1e9:.2g} GB: "
-            "free some space, keep fewer checkpoints, or choose another --output"
-        )
+    _refuse_small_disk(stage, folder, model.num_parameters())
     if ranks().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "unit.json", unit := {**stage.spec, **_begun_with(stage, run)})
@@ -100,11 +89,11 @@ def train(stage: Stage, run: RunContext, callbacks: Sequence[Any] = ()) -> None:
         arguments,
         mixture,
         sets,
-        [*callbacks, _TokensInUse(run), _Padding(model.config), *_stage_callbacks(stage, run, writing)],
+        [*callbacks, _TokensInUse(run), _Padding(model.config), *_stage_callbacks(stage, run, generating)],
         processing_class=run.tokenizer,
     )
     if every := recipe.evaluate.diagnostics_every_steps:
-        # Kept as they are now: before the reset, and before a resumption puts the newest checkpoint in their place.
+        # Copied here, before the reset, and before a resumption loads the newest checkpoint into the model.
         reference = {m.parameter: m.tensor.detach().to("cpu", copy=True) for m in logical_matrices(model)}
         text = sets[recipe.diagnosed(stage.phase)].tokens
         sizes = {"context": run.sequence_length, "batch_size": recipe.evaluate.sequences_per_device}
@@ -119,8 +108,28 @@ def train(stage: Stage, run: RunContext, callbacks: Sequence[Any] = ()) -> None:
         push_stage(stage)
 
 
+def _refuse_steps(stage: Stage, steps: int) -> None:
+    """Refuse to keep a step after the last one, and to stop early where that cannot happen."""
+    beyond = [k for k in stage.phase.keep if isinstance(k, int) and k > steps]
+    if beyond:
+        raise UserError(f"phase '{stage.phase.name}': keep {beyond[0]} lies beyond its {steps} steps")
+    if fault := stop_fault(stage.run.recipe, stage.phase, steps):
+        raise UserError(f"phase '{stage.phase.name}': {fault}")
+
+
+def _refuse_small_disk(stage: Stage, folder: Path, parameters: int) -> None:
+    """Refuse a disk that has no room for the stage's checkpoints: those that stay, and one that is being written."""
+    each = BYTES_A_PARAMETER + (AVERAGED_BYTES if stage.phase.ema else 0)
+    needed = each * parameters * (1 + stage.run.recipe.keep_last + len(stage.phase.keep))
+    if (free := free_bytes(folder)) < needed:
+        raise UserError(
+            f"'{folder}' has {free / 1e9:.2g} GB free and the stage's checkpoints take {needed / 1e9:.2g} GB: "
+            "free some space, keep fewer checkpoints, or choose another --output"
+        )
+
+
 def _begun_with(stage: Stage, run: RunContext) -> dict[str, Any]:
-    """Return what `unit.json` records beside the stage's spec: the hashes of its tokens and of its parent's weights."""
+    """Return the hashes that `unit.json` holds beside the stage's spec: of its tokens and of its parent's weights."""
     splits = {"train": stage.phase.data, "validation": run.recipe.evaluated()}
     names = dict.fromkeys([*stage.phase.data, *run.recipe.evaluated()])
     tokens = {name: {s: run.tokens(name, s).content for s, own in splits.items() if name in own} for name in names}
@@ -131,37 +140,37 @@ def _begun_with(stage: Stage, run: RunContext) -> dict[str, Any]:
 
 
 class _TokensInUse(TrainerCallback):
-    """End training before anything is saved that was trained or measured on tokens that somebody wrote to."""
+    """End training if a token file was written to, before anything is saved that was trained or measured on it."""
 
     def __init__(self, run: RunContext) -> None:
         self.run = run
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Look at the files' times."""
+        """Check the files after every step."""
         self.run.refuse_changed_tokens()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The same, before the save."""
+        """Check the files before the save that follows an evaluation."""
         self.run.refuse_changed_tokens()
 
 
 class _Padding(TrainerCallback):
-    """Keep a config without a padding token, where `Trainer` puts the tokenizer's: it may be the end of text.
+    """Undo that `Trainer` sets the config's padding token to the tokenizer's, if that is the end of text.
 
-    What is built from such a config trains no embedding of the end of text, and draws it as zero.
+    A model built from such a config draws the embedding of the end of text as zero, and does not train it.
     """
 
     def __init__(self, config: Any) -> None:
         self.config, self.padding = config.get_text_config(), config.get_text_config().pad_token_id
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Put it back before anything is saved."""
+        """Restore the config's own value before anything is saved."""
         if self.config.pad_token_id in (self.config.bos_token_id, self.config.eos_token_id):
             self.config.pad_token_id = self.padding
 
 
 def mixture_of(stage: Stage, run: RunContext) -> Mixture:
-    """Return the data of a stage; arms of one phase and seed get the same."""
+    """Return the data of a stage; all arms of one phase and seed get the same."""
     phase = stage.phase
     return Mixture(
         {name: run.tokens(name, "train").first(phase.max_corpus_tokens) for name in phase.data},
@@ -175,16 +184,13 @@ def mixture_of(stage: Stage, run: RunContext) -> Mixture:
 
 
 def evaluation_sets(run: RunContext) -> dict[str, EvaluationSet]:
-    """Return the held-out texts to measure on, each as one document read after the tokenizer's first token."""
-    sets = {}
-    for name in run.recipe.evaluated():
-        held_out = run.held_out(name)
-        sets[name] = EvaluationSet(np.asarray(held_out.tokens), held_out.n_bytes, first_token(run.tokenizer))
-    return sets
+    """Return the held-out text of each corpus as one document, read after the tokenizer's first token."""
+    first, texts = first_token(run.tokenizer), {name: run.held_out(name) for name in run.recipe.evaluated()}
+    return {name: EvaluationSet(np.asarray(text.tokens), text.n_bytes, first) for name, text in texts.items()}
 
 
 def starting_model(stage: Stage, run: RunContext) -> Any:
-    """Return the weights that a stage starts from, in fp32."""
+    """Return the model that a stage starts from, in fp32."""
     attention = None if run.recipe.attention == "auto" else run.recipe.attention
     if stage.parent is not None:
         parent = labelled_checkpoint(run.folder / stage.parent.folder, stage.start)
@@ -193,22 +199,22 @@ def starting_model(stage: Stage, run: RunContext) -> Any:
         model = run.first_model(stage.seed, attention)
     table = model.get_input_embeddings()
     if getattr(table, "padding_idx", None) in (run.tokenizer.bos_token_id, run.tokenizer.eos_token_id):
-        table.padding_idx = None  # torch gives a padding token no gradient, and texts hold this one
+        table.padding_idx = None  # torch gives a padding token no gradient, but texts hold this token
     return model
 
 
-def _stage_callbacks(stage: Stage, run: RunContext, writing: GenerationCallback | None) -> list[Any]:
-    """Return what a stage adds to its phase: the parent's optimizer, the reset, what acts while training, the jump.
+def _stage_callbacks(stage: Stage, run: RunContext, generating: GenerationCallback | None) -> list[Any]:
+    """Return the callbacks of a stage: the parent's optimizer, the reset, its effects, early stopping, pushing.
 
-    What writes text stands behind all that changes weights, and once before the reset.
+    Text is generated after all callbacks that change weights, and once before the reset.
     """
     parent = labelled_checkpoint(run.folder / stage.parent.folder, stage.start) if stage.parent else None
     resets = decided_resets(stage)
     callbacks: list[Any] = []
     if parent is not None and stage.phase.optimizer_state == "kept":
         callbacks.append(KeptOptimizer(parent))
-    if writing is not None and any(r.kind == "transition" and not r.idle for r in resets):
-        callbacks.append(writing.before_reset())
+    if generating is not None and any(r.kind == "transition" and not r.idle for r in resets):
+        callbacks.append(generating.before_reset())
     if stage.arm:
         callbacks += _resetting(resets, stage, run)
         if parent is not None and stage.resets:
@@ -217,11 +223,11 @@ def _stage_callbacks(stage: Stage, run: RunContext, writing: GenerationCallback 
         callbacks.append(EarlyStopCallback(stop.corpus, stop.patience, stop.min_delta))
     if run.recipe.hub is not None and run.recipe.hub.push == "every save":
         callbacks.append(PushCallback(stage))
-    return callbacks if writing is None else [*callbacks, writing]
+    return callbacks if generating is None else [*callbacks, generating]
 
 
 def _resetting(resets: Sequence[ResetSpec], stage: Stage, run: RunContext) -> list[Any]:
-    """Return the callbacks of an arm: what is reset once, and what acts during the phase."""
+    """Return the callbacks of an arm: of its resets, and of the methods that act during the phase."""
     initial = initial_model(resets, None, run.config, stage.seed)
     once = [r for r in resets if r.kind == "transition"]
     penalties = [r for r in resets if r.kind == "penalty"]
@@ -241,7 +247,7 @@ def _resetting(resets: Sequence[ResetSpec], stage: Stage, run: RunContext) -> li
 
 
 def _tracked(stage: Stage, run: RunContext) -> Tracked:
-    """Return what trackers receive about a stage."""
+    """Return the name, the groups and the settings under which trackers show a stage."""
     name, group = run.recipe.name, run.folder.resolve().name
     config = {
         "phase": stage.phase.name,
@@ -255,14 +261,15 @@ def _tracked(stage: Stage, run: RunContext) -> Tracked:
     return Tracked(run.folder / stage.folder, run.folder, name, group, path, stage.phase.name, config)
 
 
-def _told(stage: Stage, run: RunContext) -> dict[str, Any]:
-    """Return the arguments that trackers go by; where there are none, those of a run without."""
+def _tracker_arguments(stage: Stage, run: RunContext) -> dict[str, Any]:
+    """Return the training arguments that choose the trackers and name the run in them."""
     if not run.recipe.report_to:
         return {"report_to": "none"}
     return {"report_to": run.recipe.report_to, "run_name": _tracked(stage, run).name, "project": run.recipe.name}
 
 
 def _arguments(stage: Stage, run: RunContext, folder: Path, steps: int) -> ContinualArguments:
+    """Return the training arguments that the recipe stands for."""
     recipe = run.recipe
     sequences, accumulation = split_batch(run, ranks().num_processes)
     precision = resolve_precision(recipe.precision)
@@ -310,8 +317,8 @@ def _arguments(stage: Stage, run: RunContext, folder: Path, steps: int) -> Conti
         remove_unused_columns=False,
         labels_shifted=True,
         log_level_replica="error",
-        **_told(stage, run),
+        **_tracker_arguments(stage, run),
     )
-    # Without this, fp32 would give way to what `accelerate launch --mixed_precision` left in the environment.
+    # Otherwise the environment of `accelerate launch --mixed_precision` would take the place of fp32.
     arguments.mixed_precision = {"fp32": "no", "bf16-params": "bf16"}.get(precision, precision)
     return arguments

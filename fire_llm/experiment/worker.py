@@ -1,7 +1,7 @@
-"""A worker: take a stage that nobody has, train it, take the next; wait where what is left depends on others.
+"""A worker: take a stage that no other worker trains, train it, take the next; wait for parents that others train.
 
-There is no scheduler. A stage's lock is held by who trains it and is free again when that process ends, however it
-ends, so workers of other commands, and of other machines on the same file system, share the work.
+There is no scheduler. A worker holds the lock of the stage that it trains. The lock is free again when the process
+ends, however it ends. So workers of other commands, and of other machines on the same file system, share the work.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from fire_llm.experiment.train import train
 from fire_llm.training.heap import keep_freed_memory, release_memory
 
 POLL_SECONDS = 1.0
-"""Between two looks at what others have finished."""
+"""Seconds between two looks at what other workers have finished."""
 
 QUIET = "| "
-"""Begins a line of a log that is for the log alone."""
+"""Begins a line of a worker's log that the command does not show."""
 
 
 def work(
@@ -51,15 +51,15 @@ def work(
     """Train what can be trained until every job is finished, or starts from one that failed.
 
     Args:
-        jobs: Of `jobs_of`.
+        jobs: From `jobs_of`.
         output: The command's folder, with the locks.
-        failures: What the workers of this command failed at, which none of them tries again.
+        failures: Jobs that failed during this command; no worker tries them again.
         one_thread: Train small models on one thread.
-        alone: This is a run: its folder is held by the command, and the first failure ends it.
-        log: Where this worker's errors are written in full; None in the command's own process, which raises those of a
-            run.
-        report: Called with how far this process is.
-        most: Return as soon as more stages than these can be trained at once.
+        alone: This is a run: the command locks its folder, and the first failure ends it.
+        log: This worker's log, which gets full tracebacks; None in the command's own process, where a run's errors are
+            raised.
+        report: Told how far this process is.
+        most: Return as soon as more stages than this can be trained at the same time.
     """
     worker = _Worker(output, failures, one_thread, alone, log, report)
     keep_freed_memory()
@@ -68,12 +68,13 @@ def work(
             return
         if most is not None and _more_at_once(left, most):
             return
-        # Back to the first after each: what it was waiting for may be there now.
+        # After each stage the search begins again: the first job's parent may be finished now.
         if not any(job.ready() and worker.take(job) for job in left):
             time.sleep(POLL_SECONDS)
 
 
 def _more_at_once(left: Sequence[Job], most: int) -> bool:
+    """Return whether more than `most` different stages can be trained now."""
     ready: set[str] = set()
     for job in left:
         if job.key not in ready and job.ready():
@@ -94,19 +95,19 @@ class _Worker:
     run: RunContext | None = None
 
     def take(self, job: Job) -> bool:
-        """Train a job or take it over, unless somebody else is at it; return whether it was this worker's."""
-        with held(lock_for(self.output, job)) as had:
-            if not had:
+        """Train a job or link its duplicate; return False if another worker holds its lock."""
+        with held(lock_for(self.output, job)) as locked:
+            if not locked:
                 return False
             if job.done() or self.failures.has(job) or not job.ready():
-                return True  # things changed between the look and the lock
+                return True  # another worker was faster
             try:
                 with writing(job.run.folder), nullcontext() if self.alone else only_run(job.run.folder, shared=True):
                     if source := job.source():
                         link_duplicate(job, source)
                     else:
                         self._train(job)
-            except Exception as error:  # whatever it is, the other stages do not depend on it
+            except Exception as error:  # other stages may still be trained
                 if self.alone and self.log is None:
                     raise
                 if self.log is not None:
@@ -130,18 +131,18 @@ class _Worker:
 
 
 def main(instructions: str, n: str, log: str) -> int:
-    """Work in a process of its own, at what a file says, for as long as the standard input stays open."""
-    gc.freeze()  # what is imported stays: a search for cycles between two stages takes a tenth of the time without it
-    given = json.loads(Path(instructions).read_text(encoding="utf-8"))
+    """Train in a process of its own what a file says; end when the standard input is closed."""
+    gc.freeze()  # imported objects stay: without them, collecting garbage between stages takes a tenth of the time
+    content = json.loads(Path(instructions).read_text(encoding="utf-8"))
     end_with(sys.stdin.fileno())
-    output, failures = Path(given["output"]), Failures(Path(given["failures"]))
-    trials = [Trial(trial["name"], trial["settings"], load_recipe(trial["recipe"])) for trial in given["trials"]]
+    output, failures = Path(content["output"]), Failures(Path(content["failures"]))
+    trials = [Trial(trial["name"], trial["settings"], load_recipe(trial["recipe"])) for trial in content["trials"]]
     print(f"{QUIET}{time.strftime('%Y-%m-%d %H:%M:%S')}, process {os.getpid()}", file=sys.stderr, flush=True)
     report = StepReport(to_file(failures.folder / f"{n}.step"))
     try:
         with standard_streams(), signals_handled():  # a log on a full disk ends no stage
-            options = given["options"]
-            jobs = of_arms(jobs_of(trials, output, options.pop("progress"), given["known"]), given["arms"])
+            options = content["options"]
+            jobs = of_arms(jobs_of(trials, output, options.pop("progress"), content["known"]), content["arms"])
             work(jobs, output, failures, **options, log=log, report=report)
     except KeyboardInterrupt as stopped:
         return stopped.code if isinstance(stopped, Stopped) else 130

@@ -1,4 +1,4 @@
-"""Arms of a recipe that is cut to the time that is left."""
+"""Run arms of a recipe that is shortened to the time that is left."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from fire_llm.experiment.recipe.reading import read_data
 
 RECIPE = "gpt-0.1b/quarter-hour"
 ASSUMED_RATE = 250_000
-"""Tokens a second that the evidence counts on where training was not measured."""
+"""Tokens a second that are assumed if training was not measured."""
 OVERHEAD = 12
-"""Seconds a unit takes beside its steps: loading, hashing, resetting, evaluating, saving."""
+"""Seconds that a stage takes beside its steps: loading, hashing, resetting, evaluating, saving."""
 TOKENISING = 8
 LEAST_SHARE = 0.5
-"""Of the recipe's steps; rather than taking fewer, arms are left out, from the end of the list, down to `FEWEST`."""
+"""The least share of the recipe's steps. Before it takes fewer, arms are left out from the end, down to `FEWEST`."""
 FEWEST = 2
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Tokenise what later stages read, while the GPU is busy with the tests."""
+    """Tokenise the texts of later stages while the GPU runs the tests."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             tokens_of(args, Path(folder))
-    except Exception as error:  # the stage that wants them will say the same
+    except Exception as error:  # the stage that reads them fails in the same way
         print(f"preparing: {error}", file=sys.stderr)
 
 
 def recipe_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the plain data of the recipe of the evidence, with this machine's folders in it."""
+    """Return the plain data of the recipe, with this machine's folders."""
     data = read_data(RECIPE)
     for phase in data["phases"]:
         phase["steps"] = phase.pop("tokens") // data["batch"]["tokens_per_step"]
@@ -57,7 +57,7 @@ def recipe_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def tokens_of(args: argparse.Namespace, folder: Path) -> tuple[Recipe, Any]:
-    """Return the recipe of the evidence and the validation tokens of its second phase's heaviest corpus."""
+    """Return the recipe, and the validation tokens of its second phase's heaviest corpus."""
     recipe = load_recipe(recipe_of(args))
     run = RunContext(recipe, folder)
     for name in recipe.corpus_names():
@@ -70,12 +70,12 @@ def tokens_of(args: argparse.Namespace, folder: Path) -> tuple[Recipe, Any]:
 def fitted(data: dict[str, Any], rate: float, seconds: float) -> dict[str, Any]:
     """Return a recipe with as many of its steps and arms as fit.
 
-    Both phases are shortened by one factor; where that would be less than `LEAST_SHARE`, arms go first, from the end.
+    Both phases are shortened by one factor. Before it falls below `LEAST_SHARE`, arms are left out, from the end.
 
     Args:
         data: A recipe of two phases with steps, the second with arms.
-        rate: Tokens trained on a second.
-        seconds: For everything.
+        rate: Trained tokens a second.
+        seconds: The time for everything.
     """
     data = copy.deepcopy(data)
     first, second = data["phases"]
@@ -93,14 +93,13 @@ def fitted(data: dict[str, Any], rate: float, seconds: float) -> dict[str, Any]:
     for phase in (first, second):
         phase["steps"] = max(8, int(phase["steps"] * factor))
     second["arms"] = {name: second["arms"][name] for name in arms[:count]}
-    for section, key in (("evaluate", "every_steps"),):
-        if data.get(section, {}).get(key):
-            data[section][key] = max(1, int(data[section][key] * factor))
+    if every := data.get("evaluate", {}).get("every_steps"):
+        data["evaluate"]["every_steps"] = max(1, int(every * factor))
     return data
 
 
 def evidence(stage: Any) -> None:
-    """Run the recipe of a quarter of an hour, one arm after another, and keep the results of each as it ends."""
+    """Run the recipe of a quarter of an hour, one arm after another, and write the results after each."""
     args = stage.args
     rate = ASSUMED_RATE if args.device == "cuda" else 2000
     measured = args.output / "training.json"

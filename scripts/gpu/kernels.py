@@ -1,4 +1,4 @@
-"""What the device and single operations give: bytes, FLOP/s, orthogonalisers."""
+"""Measure the device and single operations: bytes a second, FLOP/s, orthogonalisers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def clean(args: argparse.Namespace) -> bool:
-    """Release what a stage held, and tell whether the device still answers."""
+    """Release the memory of a stage, and return whether the device still answers."""
     gc.collect()
     if args.device == "cpu":
         return True
@@ -27,7 +27,7 @@ def clean(args: argparse.Namespace) -> bool:
 
 
 def environment(stage: Any) -> None:
-    """Measure what the device gives: bytes copied a second, FLOP/s of one large product."""
+    """Measure the device: bytes copied a second, FLOP/s of one large product."""
     args = stage.args
     cuda, tiny = args.device == "cuda", args.size == "tiny"
     settings: dict[str, Any] = {"device": "CPU", "torch": torch.__version__, "threads": torch.get_num_threads()}
@@ -88,7 +88,7 @@ def orthogonalisers(stage: Any) -> None:
 
 
 def _llama(stage: Any, name: str, contestant: Any) -> None:
-    """Time one matrix of each shape; all 224 take as many times as long as there are of each."""
+    """Time one matrix of each shape, and compute the time of all 224 from how often each shape occurs."""
     layers, layer = solving.MODELS["llama-3-8b"]
     tiny = stage.args.size == "tiny"
     seconds, rows = 0.0, {}

@@ -1,4 +1,4 @@
-"""Turn the JSONs of `gpu_report.py` into a page: every figure beside its target, and what was not measured."""
+"""Turn the JSONs of `gpu_report.py` into a page: each figure with its target, and what was not measured."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ REPORTED = {"llm.c": 468_000, "PyTorch with torch.compile": 462_000}
 """Tokens a second of GPT-2 124M on one H100 at a context of 1024, as others report them."""
 RATE, RATIOS = 460_000, {"ours / bare": 0.98, "ours / stock": 1.3}
 SOLVERS = {"newton_schulz, bf16": ("FIRE's five steps", 2.5, 0.85), "polar, 1e-3": ("`polar` to 1e-3", 6.5, 3.0)}
-"""Of solvers with a target: a name, most milliseconds for GPT-2's matrices, most seconds for Llama-3-8B's."""
+"""Solvers with targets: (name, most milliseconds for GPT-2's matrices, most seconds for Llama-3-8B's)."""
 FASTER = 2.0
-"""Our tokens a second over a rolling loop's, at least."""
+"""Target of our tokens a second over those of a rolling loop."""
 
 Json = dict[str, Any]
 
 
 def page(folders: Sequence[Path]) -> str:
-    """Return the page, as Markdown, on what folders of JSONs hold; of a stage that several hold, the last that is done.
+    """Return the page on folders of JSONs, as Markdown.
 
-    Where none is done, the last one that started is used.
+    If several folders hold a stage, the last one that is done is used; if none is done, the last one that began.
     """
     found = {stage: _chosen(folders, stage) for stage in STAGES}
     targets = Targets()
@@ -53,7 +53,7 @@ def page(folders: Sequence[Path]) -> str:
 
 
 class Targets:
-    """Collect what figures should be, and what they are."""
+    """Compare figures with their targets, and collect those that fall short or are unmeasured."""
 
     def __init__(self) -> None:
         self.short: list[str] = []
@@ -64,17 +64,17 @@ class Targets:
         """Compare a figure, None where it was not measured, with the least or the most that it should be."""
         wanted = f"{'≥' if least else '≤'} {_number(target)}{unit}"
         if value is None:
-            verdict, told = "unmeasured", ""
+            verdict, text = "unmeasured", ""
             self.unmeasured.append((what, wanted))
         else:
-            met, told = value >= target if least else value <= target, f"{_number(value)}{unit}"
+            met, text = value >= target if least else value <= target, f"{_number(value)}{unit}"
             verdict = "met" if met else "fell short"
             if not met:
-                self.short.append(f"{what}: {told}, wanted {wanted}")
-        self._rows.append([what, told, wanted, verdict])
+                self.short.append(f"{what}: {text}, wanted {wanted}")
+        self._rows.append([what, text, wanted, verdict])
 
     def table(self) -> list[str]:
-        """Return the table of what was added since the last one."""
+        """Return a table of the figures that were added since the last table."""
         rows, self._rows = self._rows, []
         return [*_table(("figure", "measured", "wanted", ""), rows), ""] if rows else []
 
@@ -110,7 +110,7 @@ def _status(data: Json) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return a message without folders of the machine it is from, fit for a table."""
+    """Return a message without folders of its machine, and without characters that break a table."""
     text = re.sub(r"/(?:[\w.+-]+/)*(?=(?:fire_llm|scripts|tests|site-packages)/)", "", text)
     text = re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+", "…/", text)
     return text.replace("`", "'").replace("|", "/").strip()
@@ -128,22 +128,22 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> list[str]:
 
 def _machines(folders: Sequence[Path], found: dict[str, Json]) -> list[str]:
     lines = ["## Machine", ""]
-    before = ""
+    previous = ""
     for data in [_read(folder / "environment.json") for folder in folders] or [{}]:
         machine = data.get("machine", {})
         versions = ", ".join(f"{name} {number}" for name, number in machine.get("versions", {}).items() if number)
-        smi, told = machine.get("nvidia_smi", {}), _device(data)
+        smi, text = machine.get("nvidia_smi", {}), _device(data)
         if isinstance(smi, dict) and smi:
-            told += f", {smi.get('memory.total')}, driver {smi.get('driver_version')}, at most {smi.get('power.limit')}"
-            told += f" and {smi.get('clocks.max.sm')}"
-        told += f"; {machine['cores']} CPU cores" if "cores" in machine else ""
-        told += f"; CUDA {data['cuda']}" if data.get("cuda") else ""
-        commands = "\n".join(machine.get("commands") or [machine.get("command", "no command was recorded")])
+            text += f", {smi.get('memory.total')}, driver {smi.get('driver_version')}, at most {smi.get('power.limit')}"
+            text += f" and {smi.get('clocks.max.sm')}"
+        text += f"; {machine['cores']} CPU cores" if "cores" in machine else ""
+        text += f"; CUDA {data['cuda']}" if data.get("cuda") else ""
+        commands = "\n".join(machine.get("commands", ["no command was recorded"]))
         for option, name in (("output", "DIR"), ("data", "FOLDER"), ("cache", "DIR")):
             commands = re.sub(rf"--{option} \S+", f"--{option} {name}", commands)
-        told = f"{told}. {versions}." if versions else f"{told}."
-        lines += ["The same kind of machine and versions:" if told == before else told, ""]
-        before = told
+        text = f"{text}. {versions}." if versions else f"{text}."
+        lines += ["The same kind of machine and versions:" if text == previous else text, ""]
+        previous = text
         if "product_teraflops" in data:
             copied, made, side = (data[k] for k in ("copy_terabytes_per_second", "product_teraflops", "product_side"))
             lines += [f"A copy in its memory moves {copied:.2f} TB/s; a bf16 product of two square matrices of side "
@@ -162,9 +162,9 @@ def _tests(data: Json, targets: Targets) -> list[str]:
     lines.append(f"`tests/accelerators/test_gpu.py`: {counted}{rest}.")
     running = ", ".join(f"`{name}`" for name in data.get("running", []))
     lines += [f"Running then: {running}."] if cut and running else []
-    for name, said in data["failed"].items():
+    for name, lines_of_it in data["failed"].items():
         targets.short.append(f"test `{name}` failed")
-        errors = [line for line in said if line.startswith("E ")] or said[:1]
+        errors = [line for line in lines_of_it if line.startswith("E ")] or lines_of_it[:1]
         lines.append(f"- `{name}`: `{_plain(errors[0]) if errors else ''}`")
     slow = [f"`{name}` {took:.1f} s" for name, took in [*data["slowest_seconds"].items()][:5]]
     return [*lines, *(["", f"The slowest: {', '.join(slow)}."] if slow else [])]
@@ -188,15 +188,10 @@ def _solvers(data: Json, targets: Targets) -> list[str]:
         "from the polar factor in fp64.",
         "",
     ]
-    table = [
-        [
-            name,
-            f"{row['milliseconds']:.2f}",
-            f"{row['distance']:.1e}",
-            "" if row["extra_megabytes"] is None else f"{row['extra_megabytes']:,.0f}",
-        ]
-        for name, row in rows.items()
-    ]
+    table = []
+    for name, row in rows.items():
+        extra = "" if row["extra_megabytes"] is None else f"{row['extra_megabytes']:,.0f}"
+        table.append([name, f"{row['milliseconds']:.2f}", f"{row['distance']:.1e}", extra])
     lines += _table(("GPT-2's blocks", "ms", "distance", "MB beside input and result"), table)
     if "svd_milliseconds_one_layer" in data:
         took = data["svd_milliseconds_one_layer"]
@@ -204,8 +199,8 @@ def _solvers(data: Json, targets: Targets) -> list[str]:
     table = []
     for name, row in llama.items():
         each = "; ".join(f"{shape}: {one['milliseconds']:.1f}" for shape, one in row["one_of_each"].items())
-        far = max(one["distance"] for one in row["one_of_each"].values())
-        table.append([name, f"{row['all_224_seconds']:.2f}", f"{far:.1e}", each])
+        distance = max(one["distance"] for one in row["one_of_each"].values())
+        table.append([name, f"{row['all_224_seconds']:.2f}", f"{distance:.1e}", each])
     if table:
         lines += ["", *_table(("Llama-3-8B", "s for all 224", "distance", "ms of one matrix of each shape"), table)]
         lines += ["", "One matrix of each shape was timed; all 224 are these times by how often a shape occurs."]
@@ -218,11 +213,11 @@ def _training(data: Json, targets: Targets) -> list[str]:
     if not rows:
         return [*lines, "Unmeasured."]
     ours = rows.get("ours", {}).get("median")
-    before = len(targets.short)
+    short_before = len(targets.short)
     targets.add("training, tokens a second", ours, RATE, least=True)
     for name, target in RATIOS.items():
         targets.add(f"training, {name}", data.get("ratios", {}).get(name), target, least=True)
-    fell = len(targets.short) > before
+    fell_short = len(targets.short) > short_before
     lines += targets.table()
     if ours and data["model"] == "gpt-0.1b":
         beside = " and ".join(f"{ours / rate:.2f} times that of {name} ({rate:,})" for name, rate in REPORTED.items())
@@ -244,41 +239,41 @@ def _training(data: Json, targets: Targets) -> list[str]:
         rate = f"{row['median']:,.0f}" if row.get("median") else "unmeasured"
         mfu = f"{row['mfu']:.1%}" if row.get("mfu") else ""
         held = row.get("sequences", data["sequences"])
-        half = f" (micro-batches of {held}: out of memory above)" if held < data["sequences"] else ""
-        table.append([name + half, rate, mfu, f"{row.get('peak_bytes', 0) / 2**30:.1f}",
+        smaller = f" (micro-batches of {held}: out of memory above)" if held < data["sequences"] else ""
+        table.append([name + smaller, rate, mfu, f"{row.get('peak_bytes', 0) / 2**30:.1f}",
                       f"{row.get('first_round_seconds', 0):.0f}"])  # fmt: skip
     lines += _table(("", "tokens/s", "MFU", "peak memory, GiB", "first round, with compiling, s"), table)
     if data.get("flops_per_token") and data.get("peak_flops"):
         count, peak = data["flops_per_token"] / 1e6, data["peak_flops"] / 1e12
         lines += ["", f"MFU counts {count:,.0f} MFLOP a token, of {peak:,.0f} TFLOP/s."]
     measured = {name: row for name, row in data.get("ablations", {}).items() if isinstance(row, dict)}
-    left = [name for name in data.get("ablations", {}) if name not in measured]
+    not_measured = [name for name in data.get("ablations", {}) if name not in measured]
     table = [
         [name, f"{row['tokens_per_second']:,.0f}", f"{row['tokens_per_second'] / ours:.3f}" if ours else ""]
         for name, row in measured.items()
     ]
     lines += ["", *_table(("ours, one thing changed", "tokens/s", "of ours"), table)] if table else []
-    lines += ["", f"No time was left for: {', '.join(left)}."] if left else []
+    lines += ["", f"No time was left for: {', '.join(not_measured)}."] if not_measured else []
     for name, seen in data.get("profiles", {}).items():
-        lines += ["", *_profile(name, seen, rows[name].get("median"), data["tokens_per_step"], fell)]
+        lines += ["", *_profile(name, seen, rows[name].get("median"), data["tokens_per_step"], fell_short)]
     return lines
 
 
-def _profile(name: str, seen: Json, rate: float | None, tokens: int, fell: bool) -> list[str]:
-    """Tell where a contestant's time goes; kernel by kernel where a target was not met."""
-    kernels = seen["kernel_milliseconds"] / seen["steps"]
-    told = f"`{name}` under the profiler: kernels take {kernels:.1f} ms a step"
+def _profile(name: str, profile: Json, rate: float | None, tokens: int, in_detail: bool) -> list[str]:
+    """Describe where a contestant's time goes; kernel by kernel if a target was not met."""
+    kernels = profile["kernel_milliseconds"] / profile["steps"]
+    text = f"`{name}` under the profiler: kernels take {kernels:.1f} ms a step"
     if rate:
         step = 1000 * tokens / rate
-        told += (
+        text += (
             f" of {step:.1f} ms without the profiler; the device is idle for {max(0.0, 1 - kernels / step):.1%} of it"
         )
-    told += f"; {seen['kernels_a_step']:,.0f} kernels a step" if "kernels_a_step" in seen else ""
-    attention = ", ".join(f"`{_plain(key)[:60]}`" for key in [*seen["attention"]][:2]) or "no kernel by its name"
-    lines = [f"{told}. Attention: {attention}."]
-    if fell:
-        table = [[f"`{_plain(k['kernel'])[:90]}`", f"{k['milliseconds'] / seen['steps']:.2f}", f"{k['share']:.1%}",
-                  f"{k['calls'] / seen['steps']:.0f}"] for k in seen["top"][:12]]  # fmt: skip
+    text += f"; {profile['kernels_a_step']:,.0f} kernels a step" if "kernels_a_step" in profile else ""
+    attention = ", ".join(f"`{_plain(key)[:60]}`" for key in [*profile["attention"]][:2]) or "no kernel by its name"
+    lines = [f"{text}. Attention: {attention}."]
+    if in_detail:
+        table = [[f"`{_plain(k['kernel'])[:90]}`", f"{k['milliseconds'] / profile['steps']:.2f}", f"{k['share']:.1%}",
+                  f"{k['calls'] / profile['steps']:.0f}"] for k in profile["top"][:12]]  # fmt: skip
         lines += ["", *_table((f"kernel of `{name}`", "ms a step", "share", "calls a step"), table)]
     return lines
 
@@ -313,10 +308,10 @@ def _evidence(data: Json) -> list[str]:
     steps = " and ".join(
         f"{mine} of {whole}" for mine, whole in zip(data["steps"], data["steps_of_the_recipe"], strict=True)
     )
-    left = ", ".join(name for name in [*data["arms"], *data["arms_left_out"]] if name not in rows)
+    left_out = ", ".join(name for name in [*data["arms"], *data["arms_left_out"]] if name not in rows)
     lines.append(
         f"`recipes/{data['recipe']}.yaml`, seed {data['seed']}, {steps} steps of {data['tokens_per_step']:,} tokens"
-        f"{f'; without {left}' if left else ''}. One seed shows a direction and no more."
+        f"{f'; without {left_out}' if left_out else ''}. One seed shows a direction and no more."
     )
     corpora = [*next(iter(rows.values()))["nll"]]
     base = rows.get("base", {}).get("nll", {})

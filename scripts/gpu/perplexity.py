@@ -1,4 +1,4 @@
-"""Perplexity by ours and by a rolling loop, in the same precisions."""
+"""Measure perplexity with this package and with a rolling loop, in the same precisions."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from gpu.training import race_of
 from fire_llm.models import config_for, fresh_model, load_tokenizer
 
 COMPILING = 25
-"""Seconds that a graph may take: what is cut off while it compiles may harm the stages after it."""
+"""Seconds that compiling may take; a compilation that is cut off may harm later stages."""
 
 
 def evaluation(stage: Any) -> None:
-    """Measure web text by ours and by lm-eval's way, in turns: batches of 16, compiled, batches of 1.
+    """Measure web text with this package and as lm-eval does, in turns: batches of 16, compiled, batches of 1.
 
-    The last is lm-eval's default; it is not measured in fp32, which takes long.
+    Batches of 1 are lm-eval's default; they are not measured in fp32, which takes long.
     """
     args = stage.args
     tiny = args.size == "tiny"

@@ -1,7 +1,8 @@
 """A plugin of pytest that writes a line of JSON when a test begins and when it ends: `-p gpu.recording --record FILE`.
 
-What was cut off can thus be read too, and what was running then. Several processes may share the file, each with other
-tests: `--groups A,B` takes those marked xdist_group(A) or xdist_group(B), `--groups !A,B` all others.
+So the record of a session that was cut off can be read too, and shows which tests were running. Several processes may
+share the file, each with other tests: `--groups A,B` takes those marked xdist_group(A) or xdist_group(B), `--groups
+!A,B` all others.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def _groups(item: Any) -> set[str]:
 
 
 class Recorder:
-    """Write what becomes of each test."""
+    """Record how each test ends."""
 
     def __init__(self, file: Path) -> None:
         self.file = file.open("a", encoding="utf-8", buffering=1)
@@ -51,7 +52,7 @@ class Recorder:
         self._write(test=_name(nodeid))
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """Add up what a test's parts take; after the last, write how it ended."""
+        """Add up the seconds of a test's parts; after the last part, write how it ended."""
         test = report.nodeid
         self.seconds[test] = self.seconds.get(test, 0.0) + report.duration
         if report.failed:

@@ -1,4 +1,4 @@
-"""Train ours, a bare loop and transformers' Trainer in turns; profile them; change one thing at a time."""
+"""Train our trainer, a bare loop and transformers' Trainer in turns; profile them; change one thing at a time."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def slices(logits: int) -> AbstractContextManager[None]:
 
 @contextmanager
 def kernel(*names: str) -> Iterator[None]:
-    """Let attention choose among these kernels alone, and compile again: a cached graph holds another's choice."""
+    """Restrict attention to these kernels, and compile again: a cached graph holds the choice of another kernel."""
     from torch._functorch import config
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -68,7 +68,7 @@ ABLATIONS: dict[str, tuple[Callable[[], AbstractContextManager[Any]], dict[str, 
     "micro-batches of 16": (nullcontext, {"batch": 16, "accumulation": 4}),
     "attention by cuDNN": (functools.partial(kernel, "CUDNN_ATTENTION", "MATH"), {}),
 }
-"""Switches of our own training, by name; one that fails is recorded and passed over."""
+"""Changes of our own training, by name; one that fails is recorded, and the next is tried."""
 
 
 def race_of(args: argparse.Namespace) -> SimpleNamespace:
@@ -88,7 +88,7 @@ def halved(race: Any) -> Any:
 
 
 def training(stage: Any) -> None:
-    """Train ours, a bare loop and transformers' Trainer in turns, and look at ours more closely."""
+    """Train our trainer, a bare loop and transformers' Trainer in turns, and profile and change ours."""
     before = torch.backends.fp32_precision
     try:
         _training(stage)
@@ -130,7 +130,7 @@ def _training(stage: Any) -> None:
         seconds = begin_with_what_fits(name) if first else runs[name]()
         if first:
             rows[name] |= {"first_round_seconds": time.monotonic() - began, "first_round_rate": tokens / seconds}
-            rows[name]["peak_bytes"] = _peak(cuda) - held  # of all that is its own: the others' is there too
+            rows[name]["peak_bytes"] = _peak(cuda) - held  # without what the others hold
         else:
             rows[name]["tokens_per_second"].append(tokens / seconds)
         stage.note(contestants=rows)
@@ -140,15 +140,28 @@ def _training(stage: Any) -> None:
             if number == 0 or name in runs:
                 stage.attempt(f"{name}, round {number}", lambda n=name, f=number == 0: take(n, f))
         _compare(stage, rows, race)
+    _tell(stage, rows, race)
+    _look_closer(stage, trainers, rows, race)
+    runs.clear()
+    trainers.clear()
+    _change_one_thing(stage, race, max(rows.get("ours", {}).get("first_round_seconds", 0.0), 5.0))
+
+
+def _tell(stage: Any, rows: dict[str, dict[str, Any]], race: Any) -> None:
+    """Add the rates and ratios to the stage's table."""
     for name, row in rows.items():
-        said = f"{row['median']:12,.0f} tokens/s" if "median" in row else "not measured"
+        rate = f"{row['median']:12,.0f} tokens/s" if "median" in row else "not measured"
         mfu = f", MFU {row['mfu']:.1%}" if row.get("mfu") else ""
         memory = row.get("peak_bytes", 0) / 2**30
-        half = f"; micro-batches of {row['sequences']}, out of memory before" if row["sequences"] < race.batch else ""
+        cut = f"; micro-batches of {row['sequences']}, out of memory before" if row["sequences"] < race.batch else ""
         first = f"first round {row.get('first_round_seconds', 0):.0f} s"
-        stage.say(f"{name:6} {said}{mfu}, {memory:.1f} GiB; {first}{half}")
+        stage.say(f"{name:6} {rate}{mfu}, {memory:.1f} GiB; {first}{cut}")
     for name, ratio in stage.found.get("ratios", {}).items():
         stage.say(f"{name}: {ratio:.3f}")
+
+
+def _look_closer(stage: Any, trainers: dict[str, Any], rows: dict[str, dict[str, Any]], race: Any) -> None:
+    """Record how ours takes its logits and its attention, and profile both trainers."""
     if trainers.get("ours") is not None:
         stage.attempt("path", lambda: stage.note(**_path(trainers["ours"], race)))
     masked_by = {True: "without a mask", False: "with a mask"}.get(stage.found.get("without_mask"), "unknown")
@@ -158,12 +171,19 @@ def _training(stage: Any) -> None:
         if trainers.get(name) is not None and stage.left() > 15:
             whole = rows[name].get("step_milliseconds")
             stage.attempt(f"profile of {name}", lambda n=name, w=whole: _profile(stage, n, trainers[n], w, profiles))
-    runs.clear()
-    trainers.clear()
-    took = max(rows.get("ours", {}).get("first_round_seconds", 0.0), 5.0)
+
+
+def _change_one_thing(stage: Any, race: Any, took: float) -> None:
+    """Train ours with one thing changed at a time, for as long as there is time.
+
+    Args:
+        stage: The stage.
+        race: Options of the benchmark.
+        took: Seconds that the first of these may take.
+    """
     ablations: dict[str, Any] = {}
     for name, (switch, changes) in ABLATIONS.items():
-        if args.size == "tiny" and "kernel" in str(switch):
+        if stage.args.size == "tiny" and "kernel" in str(switch):
             continue
         if stage.left() < 1.2 * took + 5:
             ablations[name] = "no time was left"
@@ -175,7 +195,7 @@ def _training(stage: Any) -> None:
 
 
 def _compare(stage: Any, rows: dict[str, dict[str, Any]], race: Any) -> None:
-    model = _hollow(race)
+    model = model_on_meta(config_for(race.preset, context=race.context, overrides={"vocab_size": race.vocab}))
     flops, peak = flops_per_token(model, race.context), peak_flops(torch.device(race.device), half=True)
     stage.note(flops_per_token=flops, peak_flops=peak)
     for row in rows.values():
@@ -189,15 +209,6 @@ def _compare(stage: Any, rows: dict[str, dict[str, Any]], race: Any) -> None:
         if all(pairs):
             ratios[f"ours / {other}"] = statistics.median(a / b for a, b in zip(*pairs, strict=False))
     stage.note(contestants=rows, ratios=ratios)
-
-
-@functools.cache
-def _hollow_model(preset: str, context: int, vocabulary: int) -> Any:
-    return model_on_meta(config_for(preset, context=context, overrides={"vocab_size": vocabulary}))
-
-
-def _hollow(race: Any) -> Any:
-    return _hollow_model(race.preset, race.context, race.vocab)
 
 
 def _restart_peak(cuda: bool) -> int:
@@ -214,7 +225,7 @@ def _peak(cuda: bool) -> int:
 
 
 def _path(trainer: Any, race: Any) -> dict[str, Any]:
-    """Say how the trainer took its logits and its attention."""
+    """Return how the trainer computes its logits and its attention."""
     ids = torch.zeros(race.batch, race.context, dtype=torch.int64, device=race.device)
     taken = trainer._summed_loss
     path = "in slices" if taken.sliced(trainer.model, ids) else "whole"
@@ -222,9 +233,14 @@ def _path(trainer: Any, race: Any) -> dict[str, Any]:
 
 
 def _profile(stage: Any, name: str, trainer: Any, step: float | None, profiles: dict[str, Any]) -> None:
-    """Look at two steps: which kernels they spend their time in, which of them are attention's, and how idle it is.
+    """Profile two steps: in which kernels their time goes, and which of them compute attention.
 
-    The device is idle in what a step takes without the profiler, `step` milliseconds, less what its kernels take.
+    Args:
+        stage: The stage.
+        name: The contestant.
+        trainer: Its trainer.
+        step: Milliseconds of a step without the profiler.
+        profiles: Gets the result.
     """
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
@@ -233,11 +249,9 @@ def _profile(stage: Any, name: str, trainer: Any, step: float | None, profiles: 
     steps = trainer.args.max_steps = 2
     activities = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
     with profile(activities=activities) as seen:
-        began = time.perf_counter()
         trainer.train()
         if cuda:
             torch.cuda.synchronize()
-        wall = 1000 * (time.perf_counter() - began)
     events = [e for e in seen.key_averages() if not cuda or e.device_type == DeviceType.CUDA]
     events = [e for e in events if not getattr(e, "is_user_annotation", False)]  # they lie over kernels
     spent = {e.key: (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1000 for e in events}
@@ -247,12 +261,9 @@ def _profile(stage: Any, name: str, trainer: Any, step: float | None, profiles: 
     attention = [key for key in top if any(part in key.lower() for part in ATTENTION)]
     profiles[name] = {
         "steps": steps,
-        "wall_milliseconds": wall,
         "kernel_milliseconds": total,
         "step_milliseconds": step,
-        "kernel_milliseconds_a_step": total / steps,
         "kernels_a_step": sum(counts.values()) / steps,
-        "idle_share": 1 - total / steps / step if step else None,
         "attention": {key[:200]: {"milliseconds": spent[key], "calls": counts[key]} for key in attention},
         "top": [
             {"kernel": key[:200], "milliseconds": spent[key], "share": spent[key] / total, "calls": counts[key]}

@@ -18,7 +18,7 @@ from fire_llm.experiment.context import RunContext
 from fire_llm.experiment.evaluate_run import evaluate_run
 from fire_llm.experiment.recipe import load_trials
 from fire_llm.experiment.run import run_sweep
-from fire_llm.experiment.sources import place_of
+from fire_llm.experiment.sources import Source
 from fire_llm.experiment.stages import RECORDED, expand, refuse_links
 from fire_llm.reporting.tables import load_results, markdown_table
 
@@ -270,14 +270,14 @@ def test_a_link_out_of_a_sweeps_folder_is_not_followed(place, begun):
 def test_a_model_of_the_hub_is_fetched_without_what_another_file_holds(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **how: asked.append((name, how)) or "there")
-    assert place_of("model", str(tmp_path), ("*.json",)) == str(tmp_path) and not asked
-    assert place_of("model", "owner/name", ("*.json",)) == "there"
+    assert Source("model", str(tmp_path), ("*.json",)).folder() == str(tmp_path) and not asked
+    assert Source("model", "owner/name", ("*.json",)).folder() == "there"
     ((name, how),) = asked
     assert name == "owner/name" and "*.json" in how["allow_patterns"] and how["ignore_patterns"] == ["*/*"]
 
 
 def test_a_model_that_is_neither_a_folder_nor_on_the_hub_is_told():
     with pytest.raises(UserError, match=r"model: .*'gpt3'.*, and a Hub id has the form owner/name"):
-        place_of("model", "gpt3", ("*.json",))
+        Source("model", "gpt3", ("*.json",)).folder()
     with pytest.raises(UserError, match="'owner/none'"):  # no network
-        place_of("model", "owner/none", ("*.json",))
+        Source("model", "owner/none", ("*.json",)).folder()

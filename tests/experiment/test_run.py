@@ -16,11 +16,13 @@ import yaml
 from support.ranks import run_ranks
 from support.runs import recipe_data, run_rank, weights
 from support.training import FSDP2, HSDP, optimizer_state
+from transformers.utils.logging import is_progress_bar_enabled
 
 from fire_llm import UserError, load_recipe, run_recipe
 from fire_llm.core.atomic import checkpoints
 from fire_llm.experiment.batch import phase_steps, split_batch
 from fire_llm.experiment.context import RunContext
+from fire_llm.experiment.evaluate_run import evaluate_run
 from fire_llm.experiment.jobs import only_run
 from fire_llm.experiment.stages import expand, final_checkpoint, select
 
@@ -103,6 +105,16 @@ def test_running_again_trains_nothing(finished, texts):
     again = run_recipe(load_recipe(recipe_data(texts)), folder, progress=False)
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*.safetensors")} == before
     assert again["arms"] == results["arms"]
+
+
+def test_without_progress_no_library_draws_a_bar(texts, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("transformers.utils.logging._tqdm_active", True)  # the tests' environment turns it off
+    recipe = load_recipe(recipe_data(texts), ["phases.0.steps=6", "phases.1.steps=1", "phases.1.arms={base: none}"])
+    run_recipe(recipe, tmp_path / "run", progress=False)
+    evaluate_run(tmp_path / "run", ["a"], progress=False)
+    said = capfd.readouterr().err
+    assert "Writing model shards" not in said and "Loading weights" not in said
+    assert is_progress_bar_enabled()
 
 
 def test_an_added_arm_is_all_that_is_trained(finished, texts):

@@ -1,4 +1,4 @@
-"""Find what is wrong with a recipe, and word it: the path, the value, what is allowed and the next step."""
+"""Find the faults of a recipe, and describe each: the path, the value, what is allowed and the next step."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _NAMING = "use at most 64 letters, digits, '.', '_', '+' and '-', a letter or digit first"
 _TAKEN = re.compile(r"tokenizer|.*\.(json|html|lock|partial)", re.IGNORECASE)
-"""Names in a run's folder that are not phases'."""
+"""Names that files and folders of a run have, so that no phase may."""
 
 
 def path_of(loc: Iterable[Any]) -> str:
     """Write a location as `phases[1].arms.fire`."""
     text = ""
     for part in loc:
-        if part in ("int", "str", "dict[str,any]"):  # branches of a union, which users never wrote
+        if part in ("int", "str", "dict[str,any]"):  # pydantic's names for the branches of a union
             continue
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
     return text or "recipe"
@@ -91,17 +91,17 @@ def _fields_at(loc: Iterable[Any]) -> list[str]:
         "generate": GenerateSection, "ema": EmaSection, "stop": StopSection,
         "hub": HubSection,
     }  # fmt: skip
-    # A phase's optimizer is the innermost section of its place.
-    first = next((part for part in [*loc][::-1] if part in sections), None)
-    return list(sections.get(str(first), Recipe).model_fields)
+    # The innermost section counts: `phases[0].optimizer` is an optimizer.
+    innermost = next((part for part in [*loc][::-1] if part in sections), None)
+    return list(sections.get(str(innermost), Recipe).model_fields)
 
 
 def arm_faults(data: Mapping[str, Any], made: bool = False) -> list[str]:
-    """Check every reset of every arm, whatever else is wrong with the recipe.
+    """Return the faults of every reset of every arm, also if the recipe has other faults.
 
     Args:
-        data: The recipe's.
-        made: Whether a run was made with it, which is then read, whatever its arms did.
+        data: The plain data of the recipe.
+        made: Whether a run was made with it; then resets without effect are no fault.
     """
     faults = []
     phases = data.get("phases")
@@ -111,33 +111,25 @@ def arm_faults(data: Mapping[str, Any], made: bool = False) -> list[str]:
             if arm == []:
                 faults.append(f"phases[{i}].arms.{name}: an empty list resets nothing; write none")
             for j, reset in enumerate(as_list(arm)):
-                where = f"phases[{i}].arms.{name}" + (f"[{j}]" if isinstance(arm, list) else "")
+                path = f"phases[{i}].arms.{name}" + (f"[{j}]" if isinstance(arm, list) else "")
                 if not isinstance(reset, str | Mapping):
                     faults.append(
-                        f"{where}: {reset!r} is no reset; write {{method: NAME}}, NAME one of {', '.join(RESETS)}"
+                        f"{path}: {reset!r} is no reset; write {{method: NAME}}, NAME one of {', '.join(RESETS)}"
                     )
                     continue
-                found, spec = ResetSpec.check(reset)
+                problems, spec = ResetSpec.check(reset)
                 if spec is not None and not made:
-                    found = spec.without_effect()
-                faults += [f"{where}.{key}: {message}" for key, message in found]
+                    problems = spec.without_effect()
+                faults += [f"{path}.{key}: {message}" for key, message in problems]
     return faults
 
 
 def contradictions(recipe: Recipe) -> Iterable[str]:
-    """Yield what is wrong between keys that are each right by themselves."""
+    """Yield the faults of keys that are each right by themselves but contradict each other."""
     if not _NAME.fullmatch(recipe.name):
         yield f"name: '{recipe.name}' names the folder runs/NAME; {_NAMING}"
     yield from _model_contradictions(recipe.model)
-    tokenizer = recipe.tokenizer
-    if tokenizer is None and recipe.model.checkpoint is None and recipe.model.beginnings:
-        begins = "an" if recipe.model.beginnings[0] == "architecture" else "a"
-        yield (
-            f"tokenizer: {begins} {recipe.model.beginnings[0]} brings none; give a Hub id or folder, or "
-            "{train: VOCABULARY_SIZE}"
-        )
-    if tokenizer is not None and (tokenizer.path is None) == (tokenizer.train is None):
-        yield "tokenizer: give one of path and train"
+    yield from _tokenizer_contradictions(recipe)
     if recipe.gradient_checkpointing and recipe.precision == "bf16-params":
         yield (
             "gradient_checkpointing: layers would be computed again from parameters in fp32, and bf16-params reads "
@@ -151,27 +143,52 @@ def contradictions(recipe: Recipe) -> Iterable[str]:
         yield from name_faults(recipe.report_to)
     common = [*optimizer_faults(recipe.optimizer)]
     yield from common
-    context = _context(recipe)
-    if context and recipe.batch.tokens_per_step % context:
-        nearest = max(1, round(recipe.batch.tokens_per_step / context)) * context
-        yield (
-            f"batch.tokens_per_step: {recipe.batch.tokens_per_step} is not a multiple of the context, {context}. "
-            f"The nearest is {nearest}"
-        )
-    if recipe.generate and context and recipe.generate.max_new_tokens >= context:
-        yield (
-            f"generate.max_new_tokens: {recipe.generate.max_new_tokens} do not fit into the context, {context}, behind "
-            f"the token that is read first; give at most {context - 1}, less what the prompts take"
-        )
+    yield from _context_contradictions(recipe)
     if recipe.hub is not None:
         yield from _hub_faults(recipe, recipe.hub)
     earlier: dict[str, list[str]] = {}
     for n, phase in enumerate(recipe.phases):
-        own = [fault for fault in optimizer_faults(optimizer_of(recipe, phase)) if fault not in common]
-        yield from (f"phases[{n}].{fault}" for fault in [*own, *_phase_contradictions(recipe, phase, earlier)])
+        phase_faults = [fault for fault in optimizer_faults(optimizer_of(recipe, phase)) if fault not in common]
+        yield from (f"phases[{n}].{fault}" for fault in [*phase_faults, *_phase_contradictions(recipe, phase, earlier)])
         earlier[phase.name] = [str(k) for k in ["final", *phase.keep, *([AVERAGED] if phase.ema else [])]]
         for arm in phase.arms or {}:
             earlier[f"{phase.name}/{arm}"] = earlier[phase.name]
+    yield from _corpus_faults(recipe)
+
+
+def _tokenizer_contradictions(recipe: Recipe) -> Iterable[str]:
+    """Yield why a recipe names no tokenizer, or more than one."""
+    tokenizer, beginnings = recipe.tokenizer, recipe.model.beginnings
+    if tokenizer is None and recipe.model.checkpoint is None and beginnings:
+        article = "an" if beginnings[0] == "architecture" else "a"
+        yield (
+            f"tokenizer: {article} {beginnings[0]} brings none; give a Hub id or folder, or {{train: VOCABULARY_SIZE}}"
+        )
+    if tokenizer is not None and (tokenizer.path is None) == (tokenizer.train is None):
+        yield "tokenizer: give one of path and train"
+
+
+def _context_contradictions(recipe: Recipe) -> Iterable[str]:
+    """Yield what does not fit the context, if it is known without reading a checkpoint's config."""
+    settings = {**PRESETS.get(recipe.model.preset or "", {}), **recipe.model.attributes}
+    longest = settings.get("max_position_embeddings", settings.get("n_positions"))
+    context = recipe.model.context or (min(longest, DEFAULT) if isinstance(longest, int) and longest > 0 else None)
+    if not context:
+        return
+    tokens = recipe.batch.tokens_per_step
+    if tokens % context:
+        nearest = max(1, round(tokens / context)) * context
+        yield (f"batch.tokens_per_step: {tokens} is not a multiple of the context, {context}. The nearest is {nearest}")
+    if recipe.generate and recipe.generate.max_new_tokens >= context:
+        yield (
+            f"generate.max_new_tokens: {recipe.generate.max_new_tokens} do not fit into the context, {context}, behind "
+            f"the token that is read first; give at most {context - 1}, less what the prompts take"
+        )
+
+
+def _corpus_faults(recipe: Recipe) -> Iterable[str]:
+    """Yield which corpora are not there, or cannot be used as the recipe asks."""
+    tokenizer = recipe.tokenizer
     places = {name: "tokenizer.corpora" for name in (tokenizer.corpora if tokenizer else [])}
     places |= {name: "evaluate.data" for name in recipe.evaluate.data}
     places |= {name: f"phases[{n}].data" for n, phase in enumerate(recipe.phases) for name in phase.data}
@@ -196,7 +213,7 @@ def contradictions(recipe: Recipe) -> Iterable[str]:
 
 
 def _model_contradictions(model: ModelSection) -> Iterable[str]:
-    """Yield why a section names no model, or more than one."""
+    """Yield why the section names no model, or more than one."""
     if len(model.beginnings) != 1:
         both = f"; {' and '.join(model.beginnings)} are given" if model.beginnings else ""
         yield f"model: give one of preset, checkpoint, architecture, and config as a path{both}"
@@ -211,7 +228,7 @@ def _model_contradictions(model: ModelSection) -> Iterable[str]:
 
 
 def doubts(recipe: Recipe) -> Iterable[str]:
-    """Yield what of a recipe without a fault may not be meant: text that one corpus trains on and another holds out."""
+    """Yield what a recipe without faults may not intend: text that one corpus trains on and another holds out."""
     trained = dict.fromkeys(name for phase in recipe.phases for name in phase.data)
     root = Path(recipe.data_root)
     corpora = {name: resolve(name, recipe.corpora.get(name), root) for name in recipe.corpus_names()}
@@ -223,20 +240,19 @@ def doubts(recipe: Recipe) -> Iterable[str]:
             )
 
 
-def _context(recipe: Recipe) -> int | None:
-    """Return the tokens a sequence, None where a checkpoint's config has to be read for it."""
-    settings = {**PRESETS.get(recipe.model.preset or "", {}), **recipe.model.attributes}
-    longest = settings.get("max_position_embeddings", settings.get("n_positions"))
-    own = min(longest, DEFAULT) if isinstance(longest, int) and longest > 0 else None
-    return recipe.model.context or own
-
-
 def _phase_contradictions(recipe: Recipe, phase: PhaseSection, earlier: dict[str, list[str]]) -> Iterable[str]:
+    """Yield the faults of a phase.
+
+    Args:
+        recipe: The recipe that it belongs to.
+        phase: The phase.
+        earlier: The labels of the checkpoints of each earlier phase, by `PHASE` and by `PHASE/ARM`.
+    """
     if not _NAME.fullmatch(phase.name):
         yield f"name: '{phase.name}' names a folder; {_NAMING}"
     elif _TAKEN.fullmatch(phase.name):
         yield f"name: '{phase.name}' is a name that the run's folder has for something else; choose another"
-    # Some file systems take capital letters and small ones for the same.
+    # Some file systems do not tell capital letters from small ones.
     if any(phase.name.lower() == name.lower() for name in earlier):
         yield f"name: '{phase.name}' is the name of an earlier phase"
     arms = [arm.lower() for arm in phase.arms or {}]
@@ -262,6 +278,11 @@ def _phase_contradictions(recipe: Recipe, phase: PhaseSection, earlier: dict[str
     for arm in phase.arms or {}:
         if not _NAME.fullmatch(arm):
             yield f"arms.{arm}: the name is that of a folder; {_NAMING}"
+    yield from _start_contradictions(recipe, phase, earlier)
+
+
+def _start_contradictions(recipe: Recipe, phase: PhaseSection, earlier: dict[str, list[str]]) -> Iterable[str]:
+    """Yield why a phase cannot start from the checkpoints that it names, or has to name some."""
     if phase.start_from is not None and not any(phase.start_from.values()):
         yield "start_from: it names no checkpoint; leave it out to start from the previous phase's final one"
     for source, labels in (phase.start_from or {}).items():
@@ -320,22 +341,22 @@ def _stop_contradictions(recipe: Recipe, phase: PhaseSection, stop: StopSection)
 
 
 def _when_contradictions(recipe: Recipe, phase: PhaseSection, sources: Mapping[str, list[Any]]) -> Iterable[str]:
-    """Yield, for each reset that waits for an overtrained checkpoint, why nothing would tell that one is."""
+    """Yield, for each reset with the condition `overtrained`, why a checkpoint could not be judged."""
     earlier = {other.name: other for other in recipe.phases[: recipe.phases.index(phase)]}
-    why = [] if sources else ["what the first phase starts from was not measured by a phase before; leave when out"]
+    reasons = [] if sources else ["what the first phase starts from was not measured by a phase before; leave when out"]
     for source, labels in sources.items():
         if (parent := earlier.get(source.partition("/")[0])) is not None:
-            why += _unjudged(recipe, parent, labels)
+            reasons += _unjudged(recipe, parent, labels)
     for name, arm in (phase.arms or {}).items():
         for i, reset in enumerate(as_list(arm)):
             parsed = ResetSpec.check(reset)[1] if isinstance(reset, str | Mapping) else None
             if parsed is not None and parsed.when is not None:
-                where = f"arms.{name}[{i}]" if isinstance(arm, list) else f"arms.{name}"
-                yield from (f"{where}.when: {each}" for each in dict.fromkeys(why))
+                path = f"arms.{name}[{i}]" if isinstance(arm, list) else f"arms.{name}"
+                yield from (f"{path}.when: {reason}" for reason in dict.fromkeys(reasons))
 
 
 def _unjudged(recipe: Recipe, phase: PhaseSection, labels: Iterable[Any]) -> Iterable[str]:
-    """Yield why some of a phase's checkpoints have no held-out losses to be judged by: their own and one before it."""
+    """Yield which of a phase's checkpoints cannot be judged: it takes their own held-out loss and an earlier one."""
     if not {name for name, weight in phase.data.items() if weight} & set(recipe.evaluated()):
         yield f"evaluate.data has none of {', '.join(phase.data)}, which '{phase.name}' trains on; add one"
         return
@@ -355,7 +376,7 @@ def _unjudged(recipe: Recipe, phase: PhaseSection, labels: Iterable[Any]) -> Ite
 
 
 def stop_fault(recipe: Recipe, phase: PhaseSection, steps: int) -> str | None:
-    """Return why a phase of so many optimizer steps would never stop early; None where it may, or is not asked to."""
+    """Return why a phase of so many optimizer steps could never stop early; None if it can, or has no `stop`."""
     every = recipe.evaluate.every(steps)
     if phase.stop is None or (reached := phase.stop.patience * every) < steps:
         return None
@@ -366,16 +387,16 @@ def stop_fault(recipe: Recipe, phase: PhaseSection, steps: int) -> str | None:
 
 
 def _kept_contradictions(recipe: Recipe, phase: PhaseSection, sources: Iterable[str | None]) -> Iterable[str]:
-    """Yield why a phase cannot go on with the optimizer's state of what it starts from."""
+    """Yield why a phase cannot go on with the optimizer state of the checkpoints that it starts from."""
     by_name = {other.name: other for other in recipe.phases}
-    own = optimizer_of(recipe, phase).name
+    own_name = optimizer_of(recipe, phase).name
     for source in sources:
         if source is None:
             yield "optimizer_state: 'kept' wants a checkpoint of an earlier phase, and this is the first. Remove it"
             continue
         parent = by_name.get(source.partition("/")[0])
-        if parent is not None and (name := optimizer_of(recipe, parent).name) != own:
+        if parent is not None and (name := optimizer_of(recipe, parent).name) != own_name:
             yield (
                 f"optimizer_state: 'kept' wants one optimizer in both phases; '{source}' is trained with {name}, this "
-                f"phase with {own}. Write cleared, or give both the same optimizer.name"
+                f"phase with {own_name}. Write cleared, or give both the same optimizer.name"
             )

@@ -18,10 +18,10 @@ from fire_llm.experiment.recipe.reading import assignment, checked, read_data, r
 from fire_llm.experiment.recipe.sections import Recipe
 
 MOST_TRIALS = 500
-"""Of a sweep: a few short lists multiply."""
+"""The most trials of a sweep. The limit is needed because a few short lists multiply."""
 
 LONGEST_NAME = 100
-"""Characters of a trial's name."""
+"""The most characters of a trial's name."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Trial:
     """One point of a grid: the recipe with the swept keys set."""
 
     name: str
-    """Of its folder in the sweep's; empty where there is no grid, and the sweep's folder is the run's."""
+    """The name of its folder in the sweep's; empty without a grid, when the sweep's folder is the run's."""
     settings: dict[str, Any] = field(hash=False)
-    """The swept keys, and their values here."""
+    """The swept keys, with their values in this trial."""
     recipe: Recipe = field(hash=False)
-    """As `load_recipe` would give it, without `sweep`."""
+    """The recipe with these settings and without `sweep`."""
 
     def folder(self, output: Path) -> Path:
         """Return the folder of the trial's run."""
@@ -43,18 +43,18 @@ class Trial:
 def load_trials(
     source: str | Path | Mapping[str, Any], overrides: Iterable[str] = (), grid: Iterable[str] = ()
 ) -> list[Trial]:
-    """Read a recipe and the grid that it and `--grid` span, every trial checked.
+    """Read a recipe, and check it at every point of the grid that its `sweep` and `--grid` span.
 
     Args:
         source: As for `load_recipe`.
         overrides: `KEY=VALUE`, for every trial.
-        grid: `KEY=[VALUES]`, added to the recipe's `sweep`, or in the place of the same key there.
+        grid: `KEY=[VALUES]`; added to the recipe's `sweep`, or in place of the same key there.
 
     Returns:
-        The trials, the last key's values changing fastest; one, without a name, where there is no grid.
+        The trials; the last key's values change fastest. Without a grid, one trial without a name.
 
     Raises:
-        UserError: With every fault found, those of some trials alone with the trials' names.
+        UserError: With every fault; a fault of some trials names them.
     """
     data = read_data(source, overrides)
     swept = data.pop("sweep", None) or {}
@@ -66,17 +66,17 @@ def load_trials(
     trials: list[Trial] = []
     faults: dict[str, list[str]] = {}
     for name, point in zip(_names(points), points, strict=True):
-        own = json.loads(json.dumps(data))
+        trial_data = json.loads(json.dumps(data))
         recipe = None
         try:
             for key, value in point.items():
-                set_key(own, "sweep", key, value)
-            recipe, found = checked(own)
+                set_key(trial_data, "sweep", key, value)
+            recipe, problems = checked(trial_data)
         except UserError as error:
-            found = [str(error)]
+            problems = [str(error)]
         if recipe is not None and recipe.hub is not None and len(points) > 1:
-            found = [*found, "hub: the runs of a grid would be pushed over each other; leave hub out of a grid"]
-        for fault in found:
+            problems.append("hub: the runs of a grid would be pushed over each other; leave hub out of a grid")
+        for fault in problems:
             faults.setdefault(fault, []).append(name)
         if recipe is not None:
             trials.append(Trial(name, point, recipe))
@@ -85,7 +85,7 @@ def load_trials(
 
 
 def grid_faults(swept: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with a grid before any of its trials is looked at."""
+    """Return the faults of a grid that show before any of its trials is checked."""
     faults = []
     for key, values in swept.items():
         if not isinstance(values, list) or not values:
@@ -98,28 +98,28 @@ def grid_faults(swept: Mapping[str, Any]) -> list[str]:
 
 
 def _too_many(swept: Mapping[str, Any]) -> list[str]:
-    """Return that a grid has too many trials, in a list, which is empty where it has not."""
+    """Return the fault that a grid has too many trials, in a list that is empty if it has not."""
     count = prod(len(values) for values in swept.values() if isinstance(values, list))
-    said = f"sweep: {count:,} trials, the product of the lists' lengths; at most {MOST_TRIALS} are allowed"
-    return [said] if count > MOST_TRIALS else []
+    fault = f"sweep: {count:,} trials, the product of the lists' lengths; at most {MOST_TRIALS} are allowed"
+    return [fault] if count > MOST_TRIALS else []
 
 
-def _located(fault: str, names: list[str], of: int) -> str:
-    """Return a fault with the trials that it is in, unless it is in all of them."""
-    if len(names) == of:
+def _located(fault: str, names: list[str], trials: int) -> str:
+    """Return a fault with the names of the trials that have it, unless all have it."""
+    if len(names) == trials:
         return fault
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"in {' and '.join(names[:3])}{more}: {fault}"
+    others = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"in {' and '.join(names[:3])}{others}: {fault}"
 
 
 def _names(points: list[dict[str, Any]]) -> list[str]:
-    """Name the points by the last parts of their keys and their values: `lr=0.001,seed=2`."""
+    """Return a name for each point from the last parts of its keys and its values: `lr=0.001,seed=2`."""
     short = _short_keys(list(points[0]))
     names: list[str] = []
     taken: set[str] = set()
     for point in points:
         name = ",".join(f"{short[key]}={_written(value)}" for key, value in point.items())
-        # Some file systems take capital letters and small ones for the same.
+        # Some file systems do not tell capital letters from small ones.
         if len(name) > LONGEST_NAME or name.lower() in taken:
             name = f"{name[: LONGEST_NAME - 9]},{digest(json.dumps(point, sort_keys=True), 4)}"
         taken.add(name.lower())
@@ -128,13 +128,13 @@ def _names(points: list[dict[str, Any]]) -> list[str]:
 
 
 def _short_keys(keys: list[str]) -> dict[str, str]:
-    """Return each key's fewest last parts that no other key ends in."""
+    """Return for each key as many of its last parts as tell it from all others."""
     parts = {key: [p for p in re.split(r"[.\[\]]", key) if p] for key in keys}
     short = {}
-    for key, own in parts.items():
-        tails = range(1, len(own) + 1)
-        enough = (n for n in tails if all(key == other or own[-n:] != p[-n:] for other, p in parts.items()))
-        short[key] = _safe(".".join(own[-next(enough, len(own)) :]))
+    for key, own_parts in parts.items():
+        tails = range(1, len(own_parts) + 1)
+        enough = (n for n in tails if all(key == other or own_parts[-n:] != p[-n:] for other, p in parts.items()))
+        short[key] = _safe(".".join(own_parts[-next(enough, len(own_parts)) :]))
     return short
 
 

@@ -1,4 +1,4 @@
-"""A phase's optimizer, and what is wrong with one: unknown names, and keys that those chosen do not have."""
+"""Return a phase's optimizer, and check optimizers: unknown names, and keys that the chosen name does not have."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OWN_KEYS = {
     "cooldown": ("schedule", ("infinite",)),
     "constant_lr": ("schedule", ("infinite",)),
 }
-"""Keys that mean something for some names or schedules only."""
+"""Keys that only some names or schedules have: (the key that decides, its values)."""
 
 _REFUSED = (
     ("lomo", "steps inside the backward pass, where nothing can be accumulated or reset"),
@@ -39,13 +39,13 @@ _LIBRARIES = (
 )
 _NO_BETAS = r"adafactor|sgd|adagrad|rmsprop.*"
 _LACKS = {"betas": _NO_BETAS, "eps": rf"{_NO_BETAS}|.*lion.*"}
-"""Keys of AdamW, and the names of optimizers that are not given them."""
+"""Keys of AdamW, and the names of optimizers that do not have them."""
 
 
 def optimizer_of(recipe: Recipe, phase: PhaseSection) -> OptimizerSection:
-    """Return a phase's optimizer: the recipe's, with what the phase gives in its place.
+    """Return a phase's optimizer: the recipe's, with the phase's own keys in place of the recipe's.
 
-    What the recipe gives and a name or schedule of the phase has no use for goes back to its default.
+    Keys of the recipe that the phase's optimizer or schedule does not have go back to their defaults.
     """
     given = {key: getattr(phase.optimizer, key) for key in phase.optimizer.model_fields_set}
     merged = recipe.optimizer.model_copy(update=given)
@@ -55,16 +55,15 @@ def optimizer_of(recipe: Recipe, phase: PhaseSection) -> OptimizerSection:
 
 
 def optimizer_faults(section: OptimizerSection) -> Iterable[str]:
-    """Yield what is wrong with an optimizer section whose values are each right by themselves."""
-    name_fault = _name_fault(section.name)
-    if name_fault:
+    """Yield the faults of an optimizer section whose values are each right by themselves."""
+    if name_fault := _name_fault(section.name):
         yield f"optimizer.name: {name_fault}"
     for key, names in _LACKS.items():
         if re.fullmatch(names, section.name) and getattr(section, key) != _default(key):
             yield f"optimizer.{key}: '{section.name}' has none; remove the key"
     for key, (chooser, having) in OWN_KEYS.items():
         chosen = getattr(section, chooser)
-        # At its default a key may stand anywhere, as it does in the recipe.json of every run.
+        # A key at its default may always stand there: the recipe.json of every run lists all keys.
         if chosen not in having and getattr(section, key) != _default(key):
             yield f"optimizer.{key}: {chooser} '{chosen}' has no such key; it belongs to {', '.join(having)}"
     if section.schedule in ("wsd", "infinite"):

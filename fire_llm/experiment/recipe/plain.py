@@ -1,11 +1,12 @@
-"""Refuse what no recipe holds, wherever it stands, before anything else looks at it.
+"""Refuse values that no recipe may hold, before any other code reads them.
 
-A recipe is data: text, numbers, yes and no, lists and mappings, of a size that people write. What is let through can be
-printed, stored as JSON and looked for on a disk without surprises.
+A recipe is data: text, numbers, yes and no, lists and mappings, of a size that people write. Values that pass can be
+printed, stored as JSON and used as paths without surprises.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -16,19 +17,19 @@ import yaml
 from fire_llm.core.errors import SECRET
 
 MOST_BYTES = 300_000
-"""Of a recipe's file."""
+"""The largest file of a recipe."""
 MOST_VALUES = 20_000
-"""In a recipe, those behind YAML's aliases counted every time: a few lines of them can stand for billions."""
+"""The most values of a recipe. Values behind YAML's aliases count every time: a few lines can stand for billions."""
 DEEPEST = 16
-"""Lists and mappings around a value."""
+"""The most lists and mappings around a value."""
 LARGEST = 2**63 - 1
-"""Whole number; the largest that torch and Arrow count with."""
+"""The largest whole number that torch and Arrow count with."""
 LONGEST_TEXT = 10_000
 LONGEST_NAME = 255
-"""Bytes of one part of a path; file systems take no more."""
+"""The most bytes of one part of a path; file systems take no more."""
 
-# Control characters steer terminals, halves of surrogate pairs cannot be written, overrides of the direction of
-# writing show another text than there is.
+# Control characters steer terminals. Halves of surrogate pairs cannot be written. Overrides of the direction of writing
+# show another text than there is.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
 
 
@@ -88,13 +89,13 @@ def read_yaml(text: str) -> Any:
 
 
 def plain_faults(data: Any) -> list[str]:
-    """Return what is not plain, each as `path: what is wrong, what is allowed`; all of it, or that there is too much.
+    """Return all values that are not plain, each as `path: what is wrong, what is allowed`; or that there are too many.
 
     Args:
-        data: What YAML or a caller gave.
+        data: The values from YAML or from a caller.
     """
     try:
-        return list(_look(data, "", 0, [0]))
+        return list(_faults_in(data, "", 0, itertools.count(1)))
     except _TooMuch:
         return [
             f"recipe: it holds more than {MOST_VALUES:,} values, those behind aliases counted every time; shorten it"
@@ -114,28 +115,30 @@ def printable(text: str) -> str:
 
 
 class _TooMuch(Exception):
-    """There are more values than are looked at."""
+    """There are more than `MOST_VALUES` values."""
 
 
-def _look(value: Any, path: str, depth: int, count: list[int]) -> Iterator[str]:
-    count[0] += 1
-    if count[0] > MOST_VALUES:
+def _faults_in(value: Any, path: str, depth: int, count: Iterator[int]) -> Iterator[str]:
+    """Yield the faults of a value and of all values in it; `count` numbers them."""
+    if next(count) > MOST_VALUES:
         raise _TooMuch
     here = path or "recipe"
     if isinstance(value, Mapping | list):
         if depth > DEEPEST:
             yield f"{here}: it is nested more than {DEEPEST} deep (or holds itself); no key of a recipe goes so deep"
         elif isinstance(value, list):
-            for i, one in enumerate(value):
-                yield from _look(one, f"{path}[{i}]", depth + 1, count)
+            for i, item in enumerate(value):
+                yield from _faults_in(item, f"{path}[{i}]", depth + 1, count)
         else:
-            for key, one in value.items():
+            for key, item in value.items():
                 if not isinstance(key, str):
                     yield f"{here}: the key {_short(key)} is not text; put it in quotes"
-                elif fault := _text_fault(key, here) or _line_fault(key):
+                elif fault := _text_fault(key, here):
                     yield f"{here}: a key {fault}"
+                elif re.search(r"[\t\n\r]", key):
+                    yield f"{here}: a key holds a line break or a tab; names are of one line"
                 else:
-                    yield from _look(one, f"{path}.{key}" if path else key, depth + 1, count)
+                    yield from _faults_in(item, f"{path}.{key}" if path else key, depth + 1, count)
     elif isinstance(value, str):
         if fault := _text_fault(value, here):
             yield f"{here}: the text {fault}"
@@ -150,11 +153,11 @@ def _look(value: Any, path: str, depth: int, count: list[int]) -> Iterator[str]:
 
 
 def _text_fault(text: str, path: str) -> str | None:
-    """Return what is wrong with a text, without repeating what may be a secret or steer a terminal."""
+    """Return what is wrong with a text; the message does not quote it, as it may hold a secret or steer a terminal."""
     if len(text) > LONGEST_TEXT:
         return f"has {len(text)} characters; {LONGEST_TEXT} are allowed"
-    if found := _UNPRINTABLE.search(text):
-        return f"holds the character U+{ord(found.group()):04X}, which cannot be printed; remove it"
+    if match := _UNPRINTABLE.search(text):
+        return f"holds the character U+{ord(match.group()):04X}, which cannot be printed; remove it"
     if SECRET.search(text):
         return (
             "holds a password or a token, and recipes are stored with their results: remove it, and set HF_TOKEN in "
@@ -165,10 +168,6 @@ def _text_fault(text: str, path: str) -> str | None:
         if longest > LONGEST_NAME or len(text) > 1024:
             return f"is too long for a path: {LONGEST_NAME} bytes between two '/' and 1024 characters are allowed"
     return None
-
-
-def _line_fault(key: str) -> str | None:
-    return "holds a line break or a tab; names are of one line" if re.search(r"[\t\n\r]", key) else None
 
 
 def _short(value: Any, quoted: bool = True) -> str:

@@ -1,4 +1,4 @@
-"""Read a recipe: YAML, overrides, and every fault at once."""
+"""Read a recipe from YAML, apply overrides, and report all faults at once."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
     Args:
         source: Path, built-in name ("demo") or mapping.
         overrides: `KEY=VALUE` with a dotted key (`phases.1.steps=100`); the value is read as YAML.
-        made: A run was made with it, which is read; an arm of it that changes nothing is then no fault.
+        made: Whether a run was made with it; then an arm that changes nothing is no fault.
 
     Raises:
-        UserError: With every fault found, one a line: `path: what is wrong, what is allowed`.
+        UserError: With every fault, one a line: `path: what is wrong, what is allowed`.
     """
     recipe, faults = checked(read_data(source, overrides), made)
     refuse(source, faults)
@@ -33,10 +33,10 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
 
 
 def read_data(source: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """Read a recipe's plain data, with its overrides in their places.
+    """Read the plain data of a recipe, and apply the overrides.
 
     Raises:
-        UserError: It cannot be read, holds what is not plain, or has no place for an override.
+        UserError: It cannot be read, holds values that are not plain, or has no place for an override.
     """
     given = source if isinstance(source, Mapping) else _read(source)
     refuse(source, plain_faults(given))
@@ -48,7 +48,7 @@ def read_data(source: str | Path | Mapping[str, Any], overrides: Iterable[str] =
 
 
 def checked(data: dict[str, Any], made: bool = False) -> tuple[Recipe | None, list[str]]:
-    """Return the recipe that plain data stand for, None where they do not, and every fault of theirs."""
+    """Return the recipe that plain data stand for, None if they stand for none, and all their faults."""
     faults: list[str] = []
     recipe: Recipe | None = None
     try:
@@ -62,16 +62,16 @@ def checked(data: dict[str, Any], made: bool = False) -> tuple[Recipe | None, li
 
 
 def refuse(source: str | Path | Mapping[str, Any], faults: list[str]) -> None:
-    """Raise one `UserError` with all of a recipe's faults, if there are any."""
+    """Raise one `UserError` with all faults of a recipe, if there are any."""
     if faults:
-        where = "the recipe" if isinstance(source, Mapping) else f"'{source}'"
+        subject = "the recipe" if isinstance(source, Mapping) else f"'{source}'"
         faults = list(dict.fromkeys(faults))
         count = "one fault" if len(faults) == 1 else f"{len(faults)} faults"
-        raise UserError("\n  ".join([f"{count} in {where}:", *faults]))
+        raise UserError("\n  ".join([f"{count} in {subject}:", *faults]))
 
 
 def recipes_folder() -> Path:
-    """Return the folder of the recipes that come with the package, installed or checked out."""
+    """Return the folder of the recipes that come with the package, installed or in a checkout."""
     package = Path(__file__).parents[2]
     inside = package / "recipes"
     return inside if inside.is_dir() else package.parent / "recipes"
@@ -82,19 +82,19 @@ def _read(source: str | Path) -> dict[str, Any]:
     try:
         if not path.exists() and path.suffix == "":
             path = recipes_folder() / f"{source}.yaml"
-        found = path.is_file()
-        if found and path.stat().st_size > MOST_BYTES:
+        exists = path.is_file()
+        if exists and path.stat().st_size > MOST_BYTES:
             raise UserError(
                 f"'{path}' is no recipe: it has {path.stat().st_size:,} bytes, and {MOST_BYTES:,} are allowed"
             )
-        text = path.read_text(encoding="utf-8") if found else ""
+        text = path.read_text(encoding="utf-8") if exists else ""
     except UnicodeDecodeError as error:
         raise UserError(
             f"'{path}' is not YAML: it is not text in UTF-8 ({error.reason} at byte {error.start})"
         ) from error
     except OSError as error:
         raise UserError(f"'{path}' cannot be read: {error.strerror}") from error
-    if not found:
+    if not exists:
         files = [p for p in recipes_folder().rglob("*.yaml") if p.parent.name != "accelerate"]
         known = sorted(str(p.relative_to(recipes_folder()).with_suffix("")) for p in files)
         raise UserError(
@@ -113,39 +113,39 @@ def assignment(option: str, text: str) -> tuple[str, Any]:
     """Read `KEY=VALUE`, its value as YAML.
 
     Raises:
-        UserError: It is something else.
+        UserError: It is no `KEY=VALUE`, or the value is no YAML.
     """
     key, equals, value = text.partition("=")
-    said = f"{option} {printable(key)}"  # the value may be a secret
+    subject = f"{option} {printable(key)}"  # the value may be a secret
     if not equals or not _parts(key):
         example = "phases.1.steps=100" if option == "--set" else "optimizer.lr=[1.0e-3,3.0e-4]"
-        raise UserError(f"{said}: write KEY=VALUE, such as {example}")
+        raise UserError(f"{subject}: write KEY=VALUE, such as {example}")
     try:
         return key, read_yaml(value)
     except ValueError as error:
-        raise UserError(f"{said}: the value is not YAML: {error}") from error
+        raise UserError(f"{subject}: the value is not YAML: {error}") from error
 
 
-def set_key(data: dict[str, Any], said: str, key: str, value: Any) -> None:
-    """Change what stands at a dotted key.
+def set_key(data: dict[str, Any], option: str, key: str, value: Any) -> None:
+    """Set the value at a dotted key.
 
     Raises:
-        UserError: The recipe has no such place; it begins with `said` and the key.
+        UserError: The recipe has no such place; the message begins with `option` and the key.
     """
     parts = _parts(key)
-    at: Any = data
+    section: Any = data
     for i, part in enumerate(parts):
-        in_list = isinstance(at, list) and isinstance(part, int) and part < len(at)
-        if not in_list and not isinstance(at, dict):
+        in_list = isinstance(section, list) and isinstance(part, int) and part < len(section)
+        if not in_list and not isinstance(section, dict):
             missing = printable(".".join(map(str, parts[: i + 1])))
-            raise UserError(f"{said} {printable(key)}: the recipe has no '{missing}'")
+            raise UserError(f"{option} {printable(key)}: the recipe has no '{missing}'")
         place: Any = part if in_list else str(part)
         if i == len(parts) - 1:
-            at[place] = value
+            section[place] = value
         else:
-            at = at[place] if in_list else at.setdefault(place, {})
+            section = section[place] if in_list else section.setdefault(place, {})
 
 
 def _parts(key: str) -> list[int | str]:
-    """Cut a dotted key; a list's place is written with digits alone, and what is longer than any list is a key."""
+    """Split a dotted key; a part of at most six digits is an index of a list, longer than that a key."""
     return [int(p) if re.fullmatch(r"[0-9]{1,6}", p) else p for p in re.split(r"\.|\[|\]\.?", key) if p]

@@ -21,7 +21,7 @@ from fire_llm.resets import FORMER, RESETS
 
 
 def as_list(value: Any) -> Any:
-    """Return a list: the value, or one that holds it."""
+    """Return the value if it is a list, else a list of the value."""
     return value if isinstance(value, list) else [value]
 
 
@@ -44,14 +44,14 @@ LATER = {"architecture", "dropout", "ema", "eps", "neftune", "stop"}
 """Keys that older runs' `unit.json` lacks."""
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-"""What NumPy's generator can be seeded with too."""
+"""The numbers that both torch's and NumPy's generators take as seeds."""
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     def identity(self) -> dict[str, Any]:
-        """Return what `unit.json` holds of the section: everything, but for keys in `LATER` at their default."""
+        """Return the section as `unit.json` holds it: without keys of `LATER` that are at their defaults."""
         fields = type(self).model_fields
         whole = self.model_dump(mode="json")
         return {key: value for key, value in whole.items() if key not in LATER or value != fields[key].default}
@@ -80,7 +80,7 @@ class ModelSection(_Section):
     @model_validator(mode="before")
     @classmethod
     def _beside(cls, data: Any) -> Any:
-        """Take keys beside `architecture` that are no keys of this section for those of `config`."""
+        """Move keys that stand beside `architecture`, and are not the section's own, into `config`."""
         if not isinstance(data, dict) or data.get("architecture") is None or isinstance(data.get("config"), str):
             return data
         beside = {key: value for key, value in data.items() if key not in cls.model_fields}
@@ -91,14 +91,14 @@ class ModelSection(_Section):
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """Return what is set of the config; nothing where `config` is a place."""
+        """Return the attributes that `config` sets; none if `config` is a file, a folder or a Hub id."""
         return {} if isinstance(self.config, str) else self.config
 
     @property
     def beginnings(self) -> list[str]:
-        """Return which of the keys are given of which a model begins with one."""
+        """Return which of the keys are given that say what a model begins with; exactly one should be."""
         given = {name: getattr(self, name) is not None for name in ("preset", "checkpoint", "architecture")}
-        return [name for name, there in {**given, "config": isinstance(self.config, str)}.items() if there]
+        return [name for name, is_given in {**given, "config": isinstance(self.config, str)}.items() if is_given]
 
 
 class TokenizerSection(_Section):
@@ -138,11 +138,11 @@ class OptimizerSection(_Section):
 
     @property
     def shape(self) -> str:
-        """Return the shape of the decay."""
+        """Return the shape of the decay: `decay_shape`, or the schedule's default."""
         return self.decay_shape or ("exponential" if self.schedule == "infinite" else "1-sqrt")
 
     def arguments(self, steps: int) -> dict[str, Any]:
-        """Return the `ContinualArguments` that this stands for in a phase of `steps` optimizer steps."""
+        """Return the `ContinualArguments` of this section in a phase of `steps` optimizer steps."""
         cosine = self.schedule == "cosine"
         return {
             "optim": "adamw_torch_fused" if self.name in ("adamw", "muon") else self.name,
@@ -166,14 +166,14 @@ class OptimizerSection(_Section):
         """Return the arguments of `trainer.multiplier`; None for the schedules that transformers has."""
         if self.schedule not in ("wsd", "infinite"):
             return None
-        own = {"decay": int(self.decay * steps), "floor": self.min_lr / self.lr, "shape": self.shape}
+        arguments = {"decay": int(self.decay * steps), "floor": self.min_lr / self.lr, "shape": self.shape}
         if self.schedule == "infinite":
-            own |= {"cooldown": int(self.cooldown * steps), "constant": (self.constant_lr or self.lr) / self.lr}
-        return own
+            arguments |= {"cooldown": int(self.cooldown * steps), "constant": (self.constant_lr or self.lr) / self.lr}
+        return arguments
 
 
 class PhaseOptimizerSection(OptimizerSection):
-    """Keys of the optimizer that are others in one phase; what is not given is the recipe's."""
+    """Keys of the optimizer that differ in one phase; a key that is not given is the recipe's."""
 
     @model_serializer(mode="wrap")
     def _only_given(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -248,7 +248,7 @@ class EvaluateSection(_Section):
     )
 
     def every(self, steps: int) -> int:
-        """Return the optimizer steps between two evaluations of a phase of so many."""
+        """Return the optimizer steps between two evaluations in a phase of `steps` steps."""
         return self.every_steps or max(1, steps // 10)
 
 
@@ -343,8 +343,8 @@ class Recipe(_Section):
 
     def diagnosed(self, phase: PhaseSection) -> str:
         """Return the corpus that a phase's plasticity is measured on: its heaviest evaluated one, else the first."""
-        own = [name for name in self.evaluated() if name in phase.data]
-        return max(own, key=phase.data.__getitem__) if own else self.evaluated()[0]
+        phase_corpora = [name for name in self.evaluated() if name in phase.data]
+        return max(phase_corpora, key=phase.data.__getitem__) if phase_corpora else self.evaluated()[0]
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -357,14 +357,14 @@ def recipe_schema() -> dict[str, Any]:
         options["properties"]["method"] = {"enum": [name, *former]} if former else {"const": name}
         options["required"] = [*options.get("required", []), "method"]
         resets.append(options)
-    one = {"anyOf": [{"enum": [*RESETS, *FORMER]}, *resets]}
-    arms = {"anyOf": [one, {"type": "array", "items": one}]}
+    reset = {"anyOf": [{"enum": [*RESETS, *FORMER]}, *resets]}
+    arms = {"anyOf": [reset, {"type": "array", "items": reset}]}
     schema["$defs"]["PhaseSection"]["properties"]["arms"] = {"type": "object", "additionalProperties": arms}
     # What a validator accepts in shorthand, editors must accept too.
     sections = schema["$defs"]
     lists = {"PhaseSection": "keep", "EvaluateSection": "data", "GenerateSection": "prompts"}
-    own = [(schema, "seed"), (schema, "report_to"), *((sections[name], key) for name, key in lists.items())]
-    for section, key in own:
+    shorthands = [(schema, "seed"), (schema, "report_to"), *((sections[name], key) for name, key in lists.items())]
+    for section, key in shorthands:
         listed = section["properties"][key]
         section["properties"][key] = {"anyOf": [listed["items"], listed]}
     for key in ("model", "tokenizer"):
