@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from fire_llm.data.builtin import Builtin
 from fire_llm.data.files import ALLOWED, DEFAULT_HOLDOUT, file_corpus, file_kind
 from fire_llm.data.formats import holds_ids
 from fire_llm.data.hub import hub_corpus
-from fire_llm.data.spec import SPLITS, Corpus, CorpusSpec, held_out, split_by_hash
+from fire_llm.data.spec import SPLITS, Corpus, CorpusSpec, held_out, in_split
 
 __all__ = ["CORPORA", "SPLITS", "Corpus", "CorpusSpec", "Entry", "held_out", "resolve"]
 
@@ -84,7 +85,10 @@ def resolve(name: str, spec: CorpusSpec | None = None, root: Path | None = None)
         return hub_corpus(name, merged)
     assert known and known.builtin
     source, holdout = known.builtin, DEFAULT_HOLDOUT if merged.holdout is None else merged.holdout
-    read = split_by_hash(lambda: builtin.documents(source), holdout)
+
+    def read(split: str) -> Iterator[str]:
+        return (text for text in builtin.documents(source) if in_split(text, split, holdout))
+
     return Corpus(name, f"{builtin.fingerprint(source)} holdout={holdout}", read)
 
 

@@ -28,7 +28,7 @@ from fire_llm.data.formats import (
     split_folders,
 )
 from fire_llm.data.partition import HEADING, Range, cut_lines, cut_rows, grouped
-from fire_llm.data.spec import Corpus, CorpusSpec, Files, Part, held_out, setting
+from fire_llm.data.spec import Corpus, CorpusSpec, Files, Part, in_split, setting
 
 DEFAULT_HOLDOUT = 0.05
 LONGEST_LINE = 2**30
@@ -143,9 +143,7 @@ class FileParts:
         part = [*map(Range, self._paths(split))] if part is None else part
         ranges = [Range(Path(path), start, stop) for path, start, stop in part]
         texts = read_files(self.name, ranges, self.spec)
-        if self.validation:
-            return texts
-        return (text for text in texts if held_out(text, self.holdout) == (split == "validation"))
+        return texts if self.validation else (text for text in texts if in_split(text, split, self.holdout))
 
     def files(self, part: Sequence[Range]) -> list[Path]:
         """Return the files of a part."""

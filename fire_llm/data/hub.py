@@ -15,7 +15,7 @@ from typing import Any
 from fire_llm.core.errors import UserError, did_you_mean, explained
 from fire_llm.core.hub import settle_hub
 from fire_llm.data import partition
-from fire_llm.data.spec import Corpus, CorpusSpec, held_out, setting
+from fire_llm.data.spec import Corpus, CorpusSpec, in_split, setting
 
 DEFAULT_HOLDOUT = 0.01
 
@@ -111,7 +111,7 @@ class HubParts:
                         raise UserError(
                             f"corpus '{name}': column '{column}' of {dataset} holds {type(text).__name__}, not text."
                         )
-                    if published or held_out(text, holdout) == (split == "validation"):
+                    if published or in_split(text, split, holdout):
                         yield text
 
     @contextmanager

@@ -201,6 +201,6 @@ def setting(name: str, key: str, option: str = "") -> str:
     return f"corpora.{name}.{key} in a recipe" + (f", {option} with eval" if option else "")
 
 
-def split_by_hash(read: Callable[[], Iterable[str]], holdout: float) -> Callable[[str], Iterator[str]]:
-    """Return a reader of splits, given a reader of all documents."""
-    return lambda split: (text for text in read() if held_out(text, holdout) == (split == "validation"))
+def in_split(text: str, split: str, holdout: float) -> bool:
+    """Return whether a document belongs to a split of a corpus that holds out this share."""
+    return held_out(text, holdout) == (split == "validation")
