@@ -71,9 +71,14 @@ def hidden_layers(
             unreached[last.parameter] = f"{last.block} shares a part of its weights with another block"
         else:
             biases = [bias for m in incoming if (bias := _bias(m, parameters)) is not None]
-            readers = {lookup.location(name).owner: None for name in (outgoing.parameter, *outgoing.tied)}
-            layers.append(HiddenLayer(outgoing.parameter, tuple(readers), (*incoming, *biases), outgoing))
+            readers = _readers(outgoing, lookup)
+            layers.append(HiddenLayer(outgoing.parameter, readers, (*incoming, *biases), outgoing))
     return layers, unreached
+
+
+def _readers(outgoing: ParameterSlice, lookup: Lookup) -> tuple[nn.Module, ...]:
+    """Return the modules that hold a down projection: several where blocks share it (Zamba)."""
+    return tuple({lookup.location(name).owner: None for name in (outgoing.parameter, *outgoing.tied)})
 
 
 def _shared_in_part(matrices: Sequence[ParameterSlice], parameters: dict[str, nn.Parameter], lookup: Lookup) -> bool:
@@ -83,7 +88,7 @@ def _shared_in_part(matrices: Sequence[ParameterSlice], parameters: dict[str, nn
     return len(blocks) > 1 or any(bias is not shared[0] for shared in biases for bias in shared)
 
 
-def down_projections(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
+def down_projections(model: nn.Module) -> tuple[dict[str, tuple[nn.Module, ...]], dict[str, list[str]]]:
     """Find the modules that read an MLP's hidden units.
 
     Args:
@@ -93,13 +98,13 @@ def down_projections(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, 
         Modules by the name of their parameter, and for the MLPs where none was found: their parameters by reason.
     """
     lookup = Lookup(model)
-    readers: dict[str, nn.Module] = {}
+    readers: dict[str, tuple[nn.Module, ...]] = {}
     missing: dict[str, list[str]] = {}
     for matrices, outgoing, why_not in _mlps(model, lookup):
         if outgoing is None:
             missing.setdefault(why_not, []).append(matrices[-1].parameter)
         else:
-            readers[outgoing.parameter] = lookup.location(outgoing.parameter).owner
+            readers[outgoing.parameter] = _readers(outgoing, lookup)
     return readers, missing
 
 

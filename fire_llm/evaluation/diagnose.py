@@ -216,8 +216,9 @@ def _read(
     model: Any = network.model
     head = model.get_output_embeddings()
     with ExitStack() as hooks:
-        for name, module in projections.items():
-            hooks.enter_context(listen(module, activities[name].add))
+        for name, readers in projections.items():
+            for reader in readers:
+                hooks.enter_context(listen(reader, activities[name].add))
         if head is not None:
             hooks.enter_context(listen(head, features.add))
         for batch in ids.split(batch_size):

@@ -196,19 +196,28 @@ def _put(slice_: Any, axis: int, units: Tensor, values: Tensor | None, optimizer
         values = None  # the moments, which come next, are zeroed
 
 
+MOMENTS = {
+    "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "acc_delta",
+    "sum",
+}  # fmt: skip
+"""Means and sums of gradients that torch's optimizers keep a number a weight of, by their names; 0 clears them."""
+
+
 def moments(optimizer: Any, slice_: Any) -> Iterator[Tensor]:
-    """Yield what an optimizer keeps of a slice's parameter, a number a weight.
+    """Yield the moments that an optimizer keeps of a slice's parameter, a number a weight.
 
     Raises:
-        UserError: It keeps something else (Adafactor, 8-bit moments).
+        UserError: It keeps something else: rows and columns (Adafactor), 8-bit moments, weights (schedule-free).
     """
     parameter = slice_.tensor
     for key, state in (item for held in optimizer_states(optimizer) for item in held.get(parameter, {}).items()):
         if not isinstance(state, Tensor) or (state.numel() == 1 and state.shape != parameter.shape):
             continue
-        if state.shape != parameter.shape or not state.is_floating_point():
+        number_a_weight = state.shape == parameter.shape and state.is_floating_point()
+        if not number_a_weight or key not in MOMENTS:
+            what = "a moment that is known" if number_a_weight else "one number a weight"
             raise UserError(
-                f"the optimizer's '{key}' of '{slice_.parameter}' is not one number a weight, so that a unit's part of "
-                "it cannot be cleared: take adamw or muon"
+                f"the optimizer's '{key}' of '{slice_.parameter}' is not {what}, so that a unit's part of it cannot be "
+                "cleared: take adamw or muon"
             )
         yield state

@@ -69,6 +69,10 @@ def _split(value: Any, given: Given) -> bool:
     return given.numbered and bool(getattr(value, "split_batches", False) or getattr(value, "dispatch_batches", None))
 
 
+def _in_backward(value: Any, _: Given) -> bool:
+    return any(part in str(getattr(value, "value", value)) for part in ("lomo", "layerwise"))
+
+
 def _sequences(value: Any, _: Given) -> bool:
     return any((getattr(value, f"{kind}_size", 1) or 1) > 1 for kind in ("cp", "sp"))
 
@@ -92,7 +96,7 @@ _STEPS = "numbered data (by index, without a length) have no epochs: use 'steps'
 OPTIONS: dict[str, Rule] = dict.fromkeys(
     [
         "output_dir", "per_device_train_batch_size", "num_train_epochs", "learning_rate", "lr_scheduler_kwargs",
-        "warmup_steps", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon",
+        "warmup_steps", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon",
         "optim_target_modules", "gradient_accumulation_steps", "average_tokens_across_devices", "max_grad_norm",
         "label_smoothing_factor", "bf16", "fp16", "activation_checkpointing", "activation_checkpointing_kwargs",
         "gradient_checkpointing", "gradient_checkpointing_kwargs", "torch_compile_backend",
@@ -117,6 +121,13 @@ OPTIONS: dict[str, Rule] = dict.fromkeys(
         "numbered data need it: they have no length that epochs could be counted by",
         lambda value, given: value <= 0 and given.numbered,
         instead="the train_dataset has no length, so num_train_epochs says no end: give max_steps, or a __len__",
+    ),
+    "optim": Rule(
+        "`lomo`, `adalomo` and the layer-wise ones are refused: they step inside the backward pass, before a loss that "
+        "is not finite is seen, gradients are clipped or penalties are added",
+        _in_backward,
+        instead="it steps inside the backward pass, before a loss that is not finite is seen, gradients are clipped or "
+        "penalties are added: take another optimizer",
     ),
     "auto_find_batch_size": Rule(
         "a step trains on the same samples: out of memory, micro-batches become half as large, or the next smaller "

@@ -140,6 +140,24 @@ def test_down_projections_of_other_families_are_found(name):
     assert len(found.dormant) == model.config.num_hidden_layers and "dormant" not in found.not_measured
 
 
+def test_units_of_shared_blocks_count_in_each_of_their_uses():
+    """Zamba runs one MLP in two blocks: a unit is dormant where it is quiet in both."""
+    model = build("zamba")
+    found = diagnose(model, TOKENS % 90, **QUICK, hessian=False)
+    inputs: dict[str, list[torch.Tensor]] = {}
+    for name, module in model.named_modules():
+        if name.endswith("down_proj"):
+            keep = inputs.setdefault(name, [])
+            module.register_forward_pre_hook(lambda _, given, keep=keep: keep.append(given[0].detach()))
+    with torch.no_grad():
+        model(TOKENS % 90)
+    heard = [torch.cat([h.flatten(0, -2) for h in one]) for one in inputs.values() if one]
+    means = torch.cat(heard).abs().double().mean(0)
+    assert len(heard) == 2 and len(found.dormant) == 1
+    wanted = (means / means.mean() <= found.tau).double().mean().item()
+    assert [*found.dormant.values()] == [pytest.approx(wanted)]
+
+
 def test_stacked_experts_are_named_as_not_measured_and_what_stands_beside_them_is():
     found = diagnose(build("qwen2_moe"), TOKENS % 90, **QUICK, hessian=False)
     assert "mlp.experts.down_proj and 1 more: experts stacked in one parameter" in found.not_measured["dormant"]

@@ -420,6 +420,10 @@ def test_training_stops_where_it_would_not_do_what_was_asked(tmp_path):
     optimizer = SimpleNamespace(state=state, param_groups=[])
     with pytest.raises(UserError, match=r"'state1' of .* not one number a weight"):
         prepared(model, "redo").on_step_end(None, SimpleNamespace(global_step=1), None, optimizer=optimizer)
+    weight = model.transformer.h[0].mlp.c_fc.weight  # schedule-free's `z` is a weight, which 0 would not clear
+    optimizer = SimpleNamespace(state={weight: {"z": weight.detach().clone()}}, param_groups=[])
+    with pytest.raises(UserError, match=r"'z' of .* not a moment that is known"):
+        prepared(model, "redo").on_step_end(None, SimpleNamespace(global_step=1), None, optimizer=optimizer)
     with pytest.raises(UserError, match=r"'exp_avg_sq_row' .* not one number a weight"):
         train(tiny_gpt2(), tmp_path / "b", callbacks=[RecyclingCallback("redo", seed=0)], optim="adafactor")
 

@@ -448,6 +448,8 @@ REFUSED = [
     ({"train_sampling_strategy": "group_by_length"}, {}, "train_sampling_strategy='group_by_length'"),
     ({"train_sampling_strategy": "sequential"}, {"train_dataset": Stream()}, "an order of its own"),
     ({"ignore_data_skip": True}, {}, "ignore_data_skip=True"),
+    ({"optim": "galore_adamw_layerwise", "optim_target_modules": ["mlp"]}, {}, "optim='galore_adamw_layerwise'.*back"),
+    ({"optim": "lomo"}, {}, "optim='lomo'.*backward"),
     ({"bf16_full_eval": True}, {}, "bf16_full_eval=True.*eval_precision"),
     ({"use_liger_kernel": True}, {}, "use_liger_kernel=True"),
     ({"save_on_each_node": True}, {}, "save_on_each_node"),
