@@ -150,7 +150,7 @@ def test_units_of_shared_blocks_count_in_each_of_their_uses():
             keep = inputs.setdefault(name, [])
             module.register_forward_pre_hook(lambda _, given, keep=keep: keep.append(given[0].detach()))
     with torch.no_grad():
-        model(TOKENS % 90)
+        model(input_ids=(TOKENS % 90).view(-1, TOKENS.shape[-1]), use_cache=False)
     heard = [torch.cat([h.flatten(0, -2) for h in one]) for one in inputs.values() if one]
     means = torch.cat(heard).abs().double().mean(0)
     assert len(heard) == 2 and len(found.dormant) == 1
