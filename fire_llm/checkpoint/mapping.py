@@ -141,13 +141,14 @@ class Places:
                 place.write(overlap, place.slot(block, rows.start, overlap), copies[place.tensor.file.name].descriptor)
 
 
-def places_of(model: nn.Module, tensors: Mapping[str, StoredTensor]) -> Places:
+def places_of(model: nn.Module, tensors: Mapping[str, StoredTensor], *, untie: bool = True) -> Places:
     """Find where each parameter of a model lies among stored tensors.
 
     Args:
-        model: On the meta device. A tied weight that is stored twice, with two values, is untied in it, as transformers
-            does when it loads such a checkpoint.
+        model: An unwrapped one of transformers, on the meta device if it may be untied.
         tensors: The checkpoint's, by key.
+        untie: Whether a tied weight that is stored twice, with two values, is untied in the model, as transformers does
+            when it loads such a checkpoint. Otherwise it is refused.
 
     Raises:
         UserError: A parameter is missing, or a stored tensor has another shape than the config says.
@@ -166,6 +167,11 @@ def places_of(model: nn.Module, tensors: Mapping[str, StoredTensor]) -> Places:
         for name in stored[1:]:
             if _equal(found[stored[0]], found[name]):
                 places.copies.setdefault(own_names[0], []).extend(found[name])
+            elif not untie:
+                raise UserError(
+                    f"the checkpoint holds two values of '{stored[0]}' and '{name}', which are one weight in "
+                    f"{type(model).__name__}: they are of different models"
+                )
             else:
                 _untie(model, name)
                 places.of[name] = found[name]

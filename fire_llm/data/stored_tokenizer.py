@@ -20,6 +20,7 @@ RARE = (
     *("   ", "\r\n", "\u00a0", "UP", "42", "x1", "\u00e9", "ß", "и", "ह", "ال", "Ａ", "🙂", "'LL", "’t"),
     *(",", "!?", "__", "-", "/", "(", "$", "#", "{}", "<|"),
 )
+SPECIAL = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 TOKENS = 4000
 """Most of a vocabulary's tokens whose own text is tried too."""
 
@@ -45,8 +46,12 @@ def as_stored(tokenizer: Any, place: str) -> Any:
     inner = getattr(tokenizer, "backend_tokenizer", None)
     if file is None or not isinstance(inner, Tokenizer) or type(tokenizer) is PreTrainedTokenizerFast:
         return tokenizer
+    if "fast_tokenizer_files" in getattr(tokenizer, "init_kwargs", {}):  # a file for each version of transformers
+        return tokenizer
     stored = Tokenizer.from_file(str(file))
-    # BERT's classes lower case and strip accents as tokenizer_config.json says, with right.
+    if getattr(stored.model, "dropout", None):  # ids are drawn
+        return tokenizer
+    # BERT's classes take lower case and accents from tokenizer_config.json, as transformers always did.
     if type(stored.normalizer).__name__ == "BertNormalizer" or same(inner, stored):
         return tokenizer
     plain = PreTrainedTokenizerFast.from_pretrained(place)
@@ -55,15 +60,21 @@ def as_stored(tokenizer: Any, place: str) -> Any:
     if not same(plain.backend_tokenizer, stored):
         raise UserError(f"{said}: save the tokenizer again, as it was trained")
     _report(f"{said}; {FILE} is what counts\n")
+    plain.padding_side, plain.truncation_side = tokenizer.padding_side, tokenizer.truncation_side
+    for name in SPECIAL:  # those that the class has by default, where the settings name none
+        token = getattr(tokenizer, name, None)
+        if getattr(plain, name, None) is None and token is not None and token in plain.get_vocab():
+            setattr(plain, name, token)
     return plain
 
 
 def same(one: Any, other: Any) -> bool:
     """Return whether two tokenizers give the same ids, whatever they cut off, pad or put at the beginning of a text."""
-    # Each begins with a space, so that a setting to put one there changes nothing.
-    texts = [" " + "".join(few) for few in (*product(COMMON, repeat=3), *product(COMMON + RARE, repeat=2))]
+    texts = ["".join(few) for few in (*product(COMMON, repeat=3), *product(COMMON + RARE, repeat=2))]
     every = max(1, other.get_vocab_size() // TOKENS)
-    texts += [" " + other.decode([token]) for token in range(0, other.get_vocab_size(), every)]
+    texts += [other.decode([token]) for token in range(0, other.get_vocab_size(), every)]
+    if "ByteLevel" in str(other.pre_tokenizer):  # byte-level classes take a space before a text from their settings
+        texts = [" " + text for text in texts]
     one, other = _unlimited(one), _unlimited(other)
     # One by one: tokenizers' threads, which batches start, would not survive a fork.
     return all(

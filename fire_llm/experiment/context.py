@@ -272,8 +272,9 @@ class RunContext:
             if self.recorded.get(corpus, {}).get(split, tokens.content) != tokens.content:
                 raise UserError(
                     f"corpus '{corpus}' ({split}): '{tokens.path}' holds other tokens than a stage of '{self.folder}' "
-                    "was begun with, of the same text: the tokenizer, or the library that it comes with, has changed. "
-                    "Put it back and delete that folder of the cache, or choose another --output"
+                    "was begun with, of the same text: the tokenizer, or the library that it comes with, has changed, "
+                    "or a version of fire_llm before 0.3 read it by its class and not by its tokenizer.json. Choose "
+                    "another --output; or put back what changed, and delete that folder of the cache"
                 )
             self._tokens[key] = tokens
             self._token_files |= {path: state for path in tokens.files if (state := _state(path)) is not None}

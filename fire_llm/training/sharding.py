@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType, PartialState
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -171,49 +170,15 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     kind = own_class if issubclass(own_class, PreTrainedModel) else None
     loaded = load_model(folder, torch.float64 if double else torch.float32, kind=kind)
     own, saved = ({plain_name(name) for name in of.state_dict()} for of in (model, loaded))
-    _refuse_another(folder, saved - own, own - saved)
+    if own != saved:
+        raise UserError(
+            f"checkpoint '{folder}' is of another model than the one that is trained: '{min(own ^ saved)}' is in one "
+            "of them alone. Give the model that was trained, or begin a new training"
+        )
     tensors = _tensors(loaded)
     with torch.no_grad():
         for name, tensor in named_once(model)[0].items():
             tensor.copy_(placed_like(tensor, tensors[name]))
-
-
-def stored_otherwise(model: nn.Module, folder: Path) -> bool:
-    """Return whether a checkpoint folder has tensors under other names than the model itself.
-
-    `save_pretrained` writes many models under the names of their first published checkpoints: the experts of a Mixtral
-    one by one, which are a single parameter in the model. `load_state_dict` would take none of these.
-
-    Raises:
-        UserError: The checkpoint is of another model.
-    """
-    files = list(folder.glob("model*.safetensors"))
-    if not files:  # an adapter's
-        return False
-    stored = set[str]()
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            stored |= set(opened.keys())
-    own = {plain_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
-    inner = unwrap(model)
-    if (others := stored - own.keys()) and isinstance(inner, PreTrainedModel):
-        return True
-    held = {own[name].data_ptr() for name in stored - others}  # a tied weight is stored under one of its names
-    left_out = getattr(inner, "_keys_to_ignore_on_save", None) or ()
-    lacking = {name for name, tensor in own.items() if tensor.data_ptr() not in held and name not in left_out}
-    _refuse_another(folder, others, lacking)
-    return False
-
-
-def _refuse_another(folder: Path, others: set[str], lacking: set[str]) -> None:
-    """Refuse a checkpoint with tensors that the model has not, or without some that it has."""
-    for names, said in ((others, "has {}, which the model lacks"), (lacking, "lacks {}, which the model has")):
-        if names:
-            which = f"{len(names)} tensors, '{min(names)}' among them" if len(names) > 1 else f"'{min(names)}'"
-            raise UserError(
-                f"checkpoint '{folder}' {said.format(which)}: it is of another model. Give the model that was "
-                "trained, or begin a new training"
-            )
 
 
 def load_optimizer(optimizer: Any, folder: Path, *, settings: bool = True) -> None:

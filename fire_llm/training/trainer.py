@@ -47,13 +47,13 @@ from fire_llm.training.penalties import add_penalties
 from fire_llm.training.preemption import Stopping, TimedSaves
 from fire_llm.training.progress import Progress, report_line
 from fire_llm.training.recycling import RecyclingCallback
+from fire_llm.training.restoring import restore_weights
 from fire_llm.training.saving import Saver, checkpoint_to_resume, try_configs
 from fire_llm.training.sharding import (
     load_optimizer,
     load_weights,
     refuse_launched_engines,
     sharding,
-    stored_otherwise,
     whole_weights,
 )
 from fire_llm.training.throughput import throughput
@@ -606,9 +606,7 @@ class ContinualTrainer(Trainer):
         """Wait until the best checkpoint is written, and load it, from shards too."""
         self.settle()
         best = Path(self.state.best_model_checkpoint)
-        if self._loads_weights(self.model, best):
-            load_weights(self.model, best)
-        else:
+        if not self._restored(self.model, best):
             super()._load_best_model()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -631,19 +629,15 @@ class ContinualTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load weights, in shards, from shards, or under other names than the model's too."""
-        folder, model = Path(resume_from_checkpoint), model or self.model
-        if self._loads_weights(model, folder):
-            load_weights(model, folder)
-        else:
+        if not self._restored(model or self.model, Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    def _loads_weights(self, model: Any, folder: Path) -> bool:
-        """Return whether a checkpoint's weights are in shards, for shards, or under other names than the model's.
-
-        Raises:
-            UserError: They are another model's. `Trainer` would warn, and train on with what the model had.
-        """
-        return self.is_fsdp_enabled or in_shards(folder) or stored_otherwise(model, folder)
+    def _restored(self, model: Any, folder: Path) -> bool:
+        """Give a model the weights of a checkpoint, unless `Trainer` is to; return whether that is done."""
+        if self.is_fsdp_enabled or in_shards(folder):
+            load_weights(model, folder)
+            return True
+        return restore_weights(model, folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load both, each rank its own rows of what is sharded.

@@ -30,15 +30,15 @@ WAYS = {
 CLASSES = ["GPT2Tokenizer", "LlamaTokenizerFast", "Qwen2Tokenizer", "GPTNeoXTokenizerFast", "PreTrainedTokenizerFast"]
 
 
-def trained(folder: Path, way: str, kind: str) -> Tokenizer:
+def trained(folder: Path, way: str, kind: str, end: str = "</s>") -> Tokenizer:
     """Train a byte-level BPE, save it under the name of a class, and return it as the library has it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = WAYS[way]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=["<s>", end], initial_alphabet=alphabet)
     tokenizer.train_from_iterator([TEXT], trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": kind, "bos_token": "<s>", "eos_token": "</s>", "model_max_length": 10**6}
+    config = {"tokenizer_class": kind, "bos_token": "<s>", "eos_token": end, "model_max_length": 10**6}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return tokenizer
 
@@ -67,6 +67,13 @@ def test_the_installed_transformers_still_cuts_in_its_own_way(tmp_path):
     wanted = trained(tmp_path, "groups", "GPT2Tokenizer").encode(TEXT, add_special_tokens=False).ids
     found = AutoTokenizer.from_pretrained(tmp_path)(TEXT, add_special_tokens=False)["input_ids"]
     assert found != wanted, f"transformers {transformers.__version__} reads tokenizer.json as it is"
+
+
+def test_what_the_class_has_by_default_is_kept(tmp_path):
+    trained(tmp_path, "groups", "GPT2Tokenizer", end="<|endoftext|>")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eos_token == tokenizer.bos_token == "<|endoftext|>"
 
 
 def test_what_a_tokenizer_is_set_to_does_not_count(tmp_path, capsys):

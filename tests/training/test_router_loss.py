@@ -76,7 +76,10 @@ def test_it_is_what_the_class_adds(name):
     config.output_router_logits = True
     ids = torch.arange(32).view(2, 16) % 96
     with torch.no_grad():
-        outputs = model(input_ids=ids, labels=ids, use_cache=False)
+        try:
+            outputs = model(input_ids=ids, labels=ids, use_cache=False)
+        except AttributeError:  # GraniteMoe and DBRX before 5.18, whose routers' outputs are not kept
+            pytest.skip(f"{name} cannot compute its own loss of routers in this version")
         alone = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     if outputs.aux_loss is None:
         pytest.skip(f"{name} has no loss of routers in this version")
