@@ -27,7 +27,7 @@ from fire_llm.experiment.generation import check_prompts
 from fire_llm.experiment.memory import Training, peak_bytes
 from fire_llm.experiment.norms import norm_warnings
 from fire_llm.experiment.recipe import OptimizerSection, PhaseSection, Recipe, doubts, optimizer_of
-from fire_llm.experiment.stages import Stage, check_resets, expand, final_checkpoint, select
+from fire_llm.experiment.stages import Stage, changes_without_text, check_resets, expand, final_checkpoint, select
 from fire_llm.models import check_fits, describe, load_tokenizer, model_on_meta
 
 TRAINING_BYTES = BYTES_A_PARAMETER + 4
@@ -88,8 +88,12 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
     # If a token's operations cannot be counted exactly (experts, state spaces), 6 a parameter are not too few.
     flops_a_token = flops_per_token(model, run.sequence_length) or 6 * parameters
     rows: list[dict[str, Any]] = []
+    begun_otherwise: list[str] = []
     for stage in stages:
         steps = _steps(stage)
+        folder = run.folder / stage.folder
+        if changed := changes_without_text(folder, stage):
+            begun_otherwise.append(f"'{folder}' was begun with another recipe ({'; '.join(changed)})")
         tokens = steps * recipe.batch.tokens_per_step if steps is not None else None
         rows.append(
             {
@@ -99,7 +103,7 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
                 "estimated": stage.phase.epochs is not None,
                 "tokens": tokens,
                 "flops": tokens * flops_a_token if tokens is not None else None,
-                "state": state_of(run.folder / stage.folder),
+                "state": "begun with another recipe" if changed else state_of(folder),
                 "key": stage.key(stage.outline),
             }
         )
@@ -115,7 +119,7 @@ def plan(recipe: Recipe, output: str | Path | None = None, arms: Iterable[str] =
         "schedule": _schedule(recipe.optimizer),
         "own": [*(own for phase in recipe.phases if (own := _own_settings(recipe, phase, model))), *_pushed(recipe)],
         "stages": rows,
-        "warnings": norm_warnings(stages),
+        "warnings": [*norm_warnings(stages), *(f"{one}: run refuses it in that folder" for one in begun_otherwise)],
         "machines": _machines(run, BYTES_A_PARAMETER + averaged, sum(row["flops"] or 0 for row in rows)),
         "disk_bytes": disk * parameters,
         "memory_bytes": parameters * (TRAINING_BYTES + averaged),

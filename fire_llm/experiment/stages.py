@@ -305,6 +305,26 @@ def refuse_other_recipe(folder: Path, stages: Sequence[Stage], beside: Iterable[
             )
 
 
+def changes_without_text(folder: Path, stage: Stage) -> list[str]:
+    """Return how a recipe differs from the one that a stage was begun with, as far as that shows before text is read.
+
+    Args:
+        folder: The stage's.
+        stage: As the recipe has it now.
+    """
+    before = read_unit(folder)
+    if before is None:
+        return []
+
+    def told(spec: dict[str, Any]) -> dict[str, Any]:
+        known = {key: value for key, value in spec.items() if key not in RECORDED | {"corpora", "start"}}
+        for section in PASSES:
+            known[section] = {k: v for k, v in (known.get(section) or {}).items() if k != "sequences_per_device"}
+        return known
+
+    return list(_differences(told(before), told(stage.outline)))
+
+
 def _changed_settings(before: dict[str, Any], stage: Stage) -> list[str]:
     """Return how the recipe differs from the one in `unit.json`, whatever the sequences of a forward pass."""
     now = stage.spec

@@ -217,7 +217,7 @@ def _stage_callbacks(stage: Stage, run: RunContext, generating: GenerationCallba
         callbacks.append(generating.before_reset())
     if stage.arm:
         callbacks += _resetting(resets, stage, run)
-        if parent is not None and stage.resets:
+        if parent is not None and not all(reset.idle for reset in resets):
             callbacks.append(LossJumpCallback(measured_nll(parent), run.config.get_text_config().vocab_size))
     if (stop := stage.phase.stop) is not None:
         callbacks.append(EarlyStopCallback(stop.corpus, stop.patience, stop.min_delta))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,8 @@ class ResetCallback(TrainerCallback):
         self._reported = len(self.reports)
         if not self.at_steps and state.global_step == 0:
             self._apply(args, **kwargs)
+        elif not self.at_steps:
+            self._report(args, f"not applied, as training goes on from step {state.global_step}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Reset after a listed step; the checkpoint of that step holds the result."""
@@ -159,9 +162,16 @@ class ResetCallback(TrainerCallback):
         self.reports.append(report)
         if self.report_file is not None and args.process_index == 0:
             write_json(self.report_file, report.to_dict())
+        title = getattr(args, "title", None)  # a run reports by itself
         for reset in self.resets:
-            if reset.found is not None and args.title is not None:
+            if reset.found is not None and title is not None:
                 report_line(args, f"{reset.method}: {reset.found}")
+        self._report(args, str(report))
+
+    def _report(self, args: Any, text: str) -> None:
+        """Say in a script of somebody's, on the first rank, what became of the reset."""
+        if getattr(args, "title", None) is None and args.process_index == 0:
+            sys.stderr.write(f"ResetCallback: {text}\n")
 
 
 class KeptOptimizer(TrainerCallback):

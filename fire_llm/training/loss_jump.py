@@ -41,7 +41,7 @@ def sentence(corpus: str, jump: Mapping[str, Any]) -> str:
     """Describe a `loss_jump` in one sentence."""
     text = f"NLL on {corpus} {jump['after']:.3f} after the reset, {jump['before']:.3f} before"
     if jump["undone"] is None:
-        return f"{text}, which was no better than a uniform guess, {jump['uniform']:.3f}"
+        return f"{text}, which was already worse than a uniform guess, {jump['uniform']:.3f}"
     text += f": it undid {jump['undone']:.0%} of what sets the checkpoint apart from a uniform guess"
     beyond = f", {jump['uniform']:.3f}. That is worse than knowing nothing: expect a slow start"
     return text + (beyond if jump["undone"] > 1.05 else f" ({jump['uniform']:.3f})")

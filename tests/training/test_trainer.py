@@ -306,3 +306,17 @@ def test_weights_in_16_bits_are_warned_of_where_they_are_trained(tmp_path, capsy
     assert coarse_weights(model) is None
     train(tiny_gpt2(), tmp_path / "fine", max_steps=1)
     assert "trained weights" not in capsys.readouterr().err
+
+
+def test_a_reset_callback_says_in_a_trainer_what_it_did(tmp_path, capsys):
+    settings = {"max_steps": 2, "per_device_train_batch_size": 2, "save_steps": 1, "use_cpu": True, "report_to": []}
+    rows = [{"input_ids": Samples()[i]["input_ids"], "labels": Samples()[i]["input_ids"]} for i in range(8)]
+
+    def run(resume=None):
+        args = TrainingArguments(str(tmp_path), **settings)
+        trainer = Trainer(tiny_gpt2(), args, train_dataset=rows, callbacks=[ResetCallback("fire")])
+        trainer.train(resume_from_checkpoint=resume)
+        return capsys.readouterr().err
+
+    assert "ResetCallback: fire, iterations 5, roles attention mlp: 12 tensors touched" in run()
+    assert "ResetCallback: not applied, as training goes on from step 1" in run(str(tmp_path / "checkpoint-1"))
