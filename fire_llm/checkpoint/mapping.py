@@ -9,7 +9,7 @@ Here the same conversions say where each row of a parameter lies on the disk, so
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import chain
@@ -141,7 +141,9 @@ class Places:
                 place.write(overlap, place.slot(block, rows.start, overlap), copies[place.tensor.file.name].descriptor)
 
 
-def places_of(model: nn.Module, tensors: Mapping[str, StoredTensor], *, untie: bool = True) -> Places:
+def places_of(
+    model: nn.Module, tensors: Mapping[str, StoredTensor], *, untie: bool = True, optional: Collection[str] = ()
+) -> Places:
     """Find where each parameter of a model lies among stored tensors.
 
     Args:
@@ -149,6 +151,7 @@ def places_of(model: nn.Module, tensors: Mapping[str, StoredTensor], *, untie: b
         tensors: The checkpoint's, by key.
         untie: Whether a tied weight that is stored twice, with two values, is untied in the model, as transformers does
             when it loads such a checkpoint. Otherwise it is refused.
+        optional: Parameters that may be missing, beside those that the class lets be missing when it is loaded.
 
     Raises:
         UserError: A parameter is missing, or a stored tensor has another shape than the config says.
@@ -162,7 +165,7 @@ def places_of(model: nn.Module, tensors: Mapping[str, StoredTensor], *, untie: b
             _check_shape(name, parameter.shape, found[name])
         if stored:
             places.of[own_names[0]] = found[stored[0]]
-        elif not any(name in places.unmapped or _may_be_missing(model, name) for name in own_names):
+        elif not any(name in places.unmapped or name in optional or _may_be_missing(model, name) for name in own_names):
             missing.append(own_names[0])
         for name in stored[1:]:
             if _equal(found[stored[0]], found[name]):

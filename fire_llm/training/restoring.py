@@ -40,15 +40,15 @@ def restore_weights(model: nn.Module, folder: Path) -> bool:
     if not isinstance(inner, PreTrainedModel) or getattr(inner, "hf_quantizer", None) is not None or not plain:
         _refuse_other_names(folder, inner, stored)
         return False
+    left_out = getattr(inner, "_keys_to_ignore_on_save", None) or ()
     try:
-        places = places_of(inner, stored, untie=False)
+        places = places_of(inner, stored, untie=False, optional=left_out)
     except UserError as error:
         raise UserError(f"'{folder}' is of another model than the one that is trained: {error}. {_ADVICE}") from error
     if places.unmapped:  # a conversion that is not followed here: another model is loaded, and copied from
         load_weights(model, folder)
         return True
     tensors: dict[str, Tensor] = {**dict(inner.named_parameters()), **dict(plain_buffers(inner))}
-    left_out = getattr(inner, "_keys_to_ignore_on_save", None) or ()
     lacking = [name for name, _ in plain_buffers(inner) if name not in places.of and name not in left_out]
     _refuse(folder, places.ignored, lacking)
     with torch.no_grad():

@@ -171,6 +171,21 @@ def normed(seed):
     return model
 
 
+class Unsaved(MixtralForCausalLM):
+    """A Mixtral with a parameter that no checkpoint is to hold."""
+
+    _keys_to_ignore_on_save = ("fixed",)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.fixed = nn.Parameter(torch.full((3,), 2.0), requires_grad=False)
+
+
+def unsaved(seed):
+    torch.manual_seed(seed)
+    return Unsaved(tiny_mixtral(seed).config)
+
+
 class Tempered(MixtralForCausalLM):
     """A Mixtral that its config alone does not make."""
 
@@ -186,7 +201,7 @@ def tempered(seed):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of torch.compile, where it compiles a layer
-@pytest.mark.parametrize("make", [compiled_whole, compiled_layers, more, tied, normed, tempered])
+@pytest.mark.parametrize("make", [compiled_whole, compiled_layers, more, tied, normed, unsaved, tempered])
 def test_a_model_that_is_more_than_its_config_goes_on_exactly(make, tmp_path):
     settings = {"remove_unused_columns": False, "max_steps": 6, "save_steps": 3}
     whole = train(make(0), tmp_path / "whole", keep_last=9, **settings)
