@@ -364,7 +364,7 @@ def test_a_checkpoint_written_beside_training_is_that_of_its_step(tmp_path, monk
             if way:
                 go.clear()  # none is being written: the save before waited for it
             save(trainer, *given)
-        twice.append(trainer.saver.writer._work)
+        twice.append(trainer.saver.writer._task)
 
     def late(trainer, *given, **named):
         if threading.current_thread() is not threading.main_thread():
@@ -379,7 +379,7 @@ def test_a_checkpoint_written_beside_training_is_that_of_its_step(tmp_path, monk
     monkeypatch.setattr(ContinualTrainer, "_save_checkpoint", both)
     monkeypatch.setattr(ContinualTrainer, "_save", late)
     train(gpt2(), tmp_path, callbacks=[Goes()], save_strategy="steps", save_steps=2, keep_last=9, bf16=True)
-    assert [work is not None for work in twice] == [True, True, False]  # the last step is waited for
+    assert [task is not None for task in twice] == [True, True, False]  # the last step is waited for
     for step in (2, 4):
         waited, beside = (tmp_path / str(way) / f"checkpoint-{step}" for way in (False, True))
         for name in ("model.safetensors", "scheduler.pt", "rng_state.pth", "config.json"):
