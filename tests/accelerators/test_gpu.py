@@ -681,8 +681,8 @@ def test_a_compiled_run_finishes_every_arm(compiled_run):
 
 @compiling
 def test_redo_recycles_in_a_run_that_was_compiled_before_it(compiled_run):
-    assert compiled_run[0]["arms"]["redo"]["runs"][0]["recycled"] > 0
-    assert compiled_run[0]["arms"]["base"]["runs"][0]["recycled"] == 0
+    assert compiled_run[0]["arms"]["redo"]["runs"][0]["recycled_units"] > 0
+    assert compiled_run[0]["arms"]["base"]["runs"][0]["recycled_units"] == 0
 
 
 @compiling
