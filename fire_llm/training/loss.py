@@ -152,7 +152,7 @@ class SummedLoss:
     def look(self) -> None:
         """Find the trunk of a model that is not in shards, in evaluation mode; leave the model as it was."""
         try:
-            # In fp32 a head gives the same logits on a slice, but for rounding; in bf16 that cannot be told.
+            # In fp32 a head gives the same logits on a slice, but for rounding; in bf16 rounding hides whether it does.
             with own_precision(self.model), evaluating(self.model), torch.no_grad():
                 tokens = torch.arange(PROBE, device=device_of(self.model)) % self._vocabulary()
                 self._trunk = Scorer(self.model, tokens).trunk
@@ -194,6 +194,7 @@ class SummedLoss:
         """Return Σ nll from what `_first` returned, a slice at a time, and Σ of the routers' loss."""
         assert self._trunk is not None
         outputs, parameters, of_routers = first
+        without = {} if of_routers is None else {"output_router_logits": False}  # that loss is there: not once a slice
         part: Tensor
 
         def replay(*_: Any, **__: Any) -> Any:
@@ -202,7 +203,7 @@ class SummedLoss:
         def head(hidden: Tensor) -> Tensor:
             nonlocal part
             part = hidden
-            logits: Tensor = self._outputs(inputs).logits
+            logits: Tensor = self._outputs(inputs, **without).logits
             return logits.squeeze(0)  # not `logits[0]`: its gradient would be copied into zeros as large as the logits
 
         with forward_replaced(self._trunk, replay):
@@ -212,9 +213,9 @@ class SummedLoss:
             total: Tensor = apply(head, self._differentiate, targets, rows, hidden, *parameters)
             return with_router_loss(total, of_routers, targets)
 
-    def _outputs(self, inputs: dict[str, Tensor]) -> Any:
+    def _outputs(self, inputs: dict[str, Tensor], **options: Any) -> Any:
         # The class's forward: accelerate's, on the instance, would convert the logits to fp32.
-        return type(self.model).forward(self.model, **inputs, use_cache=False)
+        return type(self.model).forward(self.model, **inputs, use_cache=False, **options)
 
 
 def router_loss(model: Any, outputs: Any) -> Tensor | None:
