@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from fire_llm.resets.apply import LayoutName, clear_states, module_layout
 from fire_llm.resets.spec import ResetSpec, refuse_kinds
 from fire_llm.training.beginning import Beginning
 from fire_llm.training.gradients import gather_gradient
-from fire_llm.training.progress import report_line
+from fire_llm.training.progress import in_run, report_line
 from fire_llm.training.sharding import load_optimizer, refuse_launched_engines
 
 
@@ -162,16 +161,15 @@ class ResetCallback(TrainerCallback):
         self.reports.append(report)
         if self.report_file is not None and args.process_index == 0:
             write_json(self.report_file, report.to_dict())
-        title = getattr(args, "title", None)  # a run reports by itself
         for reset in self.resets:
-            if reset.found is not None and title is not None:
+            if reset.found is not None and in_run(args):
                 report_line(args, f"{reset.method}: {reset.found}")
         self._report(args, str(report))
 
     def _report(self, args: Any, text: str) -> None:
-        """Say in a script of somebody's, on the first rank, what became of the reset."""
-        if getattr(args, "title", None) is None and args.process_index == 0:
-            sys.stderr.write(f"ResetCallback: {text}\n")
+        """Report what became of the reset; a run has a page for that."""
+        if not in_run(args):
+            report_line(args, text, "ResetCallback")
 
 
 class KeptOptimizer(TrainerCallback):

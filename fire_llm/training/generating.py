@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from fire_llm.core.errors import UserError
 from fire_llm.core.terminal import shown
 from fire_llm.evaluation.generation import Prompts, continuations
-from fire_llm.training.progress import report_line
+from fire_llm.training.progress import in_run, report_line
 
 SAMPLES = "samples"
 """Key of an entry in a training's log that holds text: the continuation of each prompt."""
@@ -70,7 +70,7 @@ class GenerationCallback(TrainerCallback):
         texts = continuations(model, self.prompts)
         entry = {PROMPTS: list(self.prompts.texts), SAMPLES: texts, BEFORE: before}
         state.log_history.append({**entry, "epoch": state.epoch, "step": state.global_step})
-        if when and getattr(args, "title", None) is not None:
+        if when and in_run(args):
             line = shown(f"{self.prompts.texts[0]!r} → {texts[0]!r}")
             report_line(args, f"{when}: {line if len(line) <= _LINE else line[:_LINE] + '…'}")
 

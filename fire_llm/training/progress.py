@@ -37,10 +37,15 @@ def perplexities(logs: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def report_line(args: Any, text: str) -> None:
-    """Write a line about a training to stderr, on the first rank."""
+def report_line(args: Any, text: str, subject: str | None = None) -> None:
+    """Write a line about a training to stderr, on the first rank; `subject` stands before it, or the run's title."""
     if args.process_index == 0:
-        sys.stderr.write(f"{args.title or 'training'}: {text}\n")
+        sys.stderr.write(f"{subject or args.title or 'training'}: {text}\n")
+
+
+def in_run(args: Any) -> bool:
+    """Return whether a training is a stage of a run, which has a title and reports by itself."""
+    return getattr(args, "title", None) is not None
 
 
 class Progress(TrainerCallback):

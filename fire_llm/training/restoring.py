@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from fire_llm.architectures.names import plain_buffers, plain_name, unwrap
 from fire_llm.checkpoint.headers import StoredTensor, read_header
 from fire_llm.checkpoint.mapping import places_of
 from fire_llm.core.errors import UserError
-from fire_llm.training.sharding import load_weights
+from fire_llm.training.sharding import load_weights, other_model
 
 
 def restore_weights(model: nn.Module, folder: Path) -> bool:
@@ -40,16 +41,16 @@ def restore_weights(model: nn.Module, folder: Path) -> bool:
     if not isinstance(inner, PreTrainedModel) or getattr(inner, "hf_quantizer", None) is not None or not plain:
         _refuse_other_names(folder, inner, stored)
         return False
-    left_out = getattr(inner, "_keys_to_ignore_on_save", None) or ()
+    unsaved = _unsaved(inner)
     try:
-        places = places_of(inner, stored, untie=False, optional=left_out)
+        places = places_of(inner, stored, untie=False, optional=unsaved)
     except UserError as error:
-        raise UserError(f"'{folder}' is of another model than the one that is trained: {error}. {_ADVICE}") from error
+        raise other_model(folder, str(error)) from error
     if places.unmapped:  # a conversion that is not followed here: another model is loaded, and copied from
         load_weights(model, folder)
         return True
     tensors: dict[str, Tensor] = {**dict(inner.named_parameters()), **dict(plain_buffers(inner))}
-    lacking = [name for name, _ in plain_buffers(inner) if name not in places.of and name not in left_out]
+    lacking = [name for name, _ in plain_buffers(inner) if name not in places.of and name not in unsaved]
     _refuse(folder, places.ignored, lacking)
     with torch.no_grad():
         for name in places.of:
@@ -63,9 +64,13 @@ def _refuse_other_names(folder: Path, model: nn.Module, stored: dict[str, Any]) 
     own = {plain_name(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
     names = {plain_name(name) for name in stored}
     held = {own[name].data_ptr() for name in names & own.keys()}  # a tied weight is stored under one of its names
-    left_out = getattr(model, "_keys_to_ignore_on_save", None) or ()
-    lacking = [name for name, tensor in own.items() if tensor.data_ptr() not in held and name not in left_out]
+    lacking = [name for name, tensor in own.items() if tensor.data_ptr() not in held and name not in _unsaved(model)]
     _refuse(folder, sorted(names - own.keys()), lacking)
+
+
+def _unsaved(model: Any) -> Collection[str]:
+    """Return the tensors that `save_pretrained` leaves out of every checkpoint."""
+    return getattr(model, "_keys_to_ignore_on_save", None) or ()
 
 
 def _refuse(folder: Path, others: list[str], lacking: list[str]) -> None:
@@ -73,9 +78,4 @@ def _refuse(folder: Path, others: list[str], lacking: list[str]) -> None:
     for names, said in ((others, "has {}, which the model lacks"), (lacking, "lacks {}, which the model has")):
         if names:
             which = f"{len(names)} tensors, '{names[0]}' among them" if len(names) > 1 else f"'{names[0]}'"
-            raise UserError(
-                f"'{folder}' is of another model than the one that is trained: it {said.format(which)}. {_ADVICE}"
-            )
-
-
-_ADVICE = "Give the model that was trained, or begin a new training"
+            raise other_model(folder, f"it {said.format(which)}")

@@ -171,14 +171,19 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     loaded = load_model(folder, torch.float64 if double else torch.float32, kind=kind)
     own, saved = ({plain_name(name) for name in of.state_dict()} for of in (model, loaded))
     if own != saved:
-        raise UserError(
-            f"checkpoint '{folder}' is of another model than the one that is trained: '{min(own ^ saved)}' is in one "
-            "of them alone. Give the model that was trained, or begin a new training"
-        )
+        raise other_model(folder, f"'{min(own ^ saved)}' is in one of them alone")
     tensors = _tensors(loaded)
     with torch.no_grad():
         for name, tensor in named_once(model)[0].items():
             tensor.copy_(placed_like(tensor, tensors[name]))
+
+
+def other_model(folder: Path, difference: str) -> UserError:
+    """Return the error for a checkpoint that training cannot go on from with this model."""
+    return UserError(
+        f"'{folder}' is of another model than the one that is trained: {difference}. Give the model that was trained, "
+        "or begin a new training"
+    )
 
 
 def load_optimizer(optimizer: Any, folder: Path, *, settings: bool = True) -> None:
