@@ -391,7 +391,7 @@ def load_model(
         dtype: "auto" keeps the checkpoint's; training needs torch.float32.
         config: Instead of the checkpoint's own.
         attention: `attn_implementation`; None: transformers' choice.
-        kind: A subclass of `PreTrainedModel`; None: the causal LM that the config stands for.
+        kind: A subclass of `PreTrainedModel`; None: the causal LM of the config.
 
     Raises:
         UserError: Where the checkpoint is missing, truncated, pickled or not a causal LM.

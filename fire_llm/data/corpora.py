@@ -56,9 +56,9 @@ CORPORA: dict[str, Entry] = {
 
 
 def resolve(name: str, spec: CorpusSpec | None = None, root: Path | None = None) -> Corpus:
-    """Return the corpus that a name in a recipe stands for. Local files must exist; their text is not read yet.
+    """Return the corpus that a name in a recipe means. Local files must exist; their text is not read yet.
 
-    A name stands for, in this order: files or a data set in the recipe's settings; an entry of `CORPORA`, changed by
+    A name means, in this order: files or a data set in the recipe's settings; an entry of `CORPORA`, changed by
     the settings; a file or glob; a Hub data set "user/dataset".
 
     Args:

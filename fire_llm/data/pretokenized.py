@@ -43,7 +43,7 @@ def index(
         corpus: the corpus.
         sources: the files of the split.
         split: "train" or "validation".
-        tokenizer: the tokenizer that is said to have made the files.
+        tokenizer: the tokenizer that made the files, as the recipe says.
         vocabulary: number of its entries.
         progress: whether to show a bar.
 

@@ -36,7 +36,7 @@ def agree(group: Any, request: str, fault: str | None, seconds: float = AGREE_SE
     """Return once every rank of the group has come, with the same request and without a fault.
 
     Collectives are not used, because they would wait for a rank that never comes. The store by which the ranks found
-    each other serves any backend, and tells which rank is missing.
+    each other serves any backend, and names the missing rank.
 
     Args:
         group: Process group, None for all ranks.

@@ -56,7 +56,7 @@ class Presence(threading.Thread):
         self.looked = time.monotonic()
         # Ranks that a launcher starts again find the store with all that earlier ranks wrote.
         self.key = f"fire_llm/presence/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        self.store: Any = dist.TCPStore(  # type: ignore[attr-defined]
+        self.store: Any = dist.TCPStore(  # type: ignore[attr-defined]  # torch exports it untyped
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=seconds)
         )
         self.store.set(f"{self.key}/{self.rank}", self._sign(0))
@@ -76,7 +76,7 @@ class Presence(threading.Thread):
             except RuntimeError:
                 lost = f"the first machine ({os.environ['MASTER_ADDR']}) is gone, or the network to it"
             late.cancel()
-            if lost and not self.left.wait(self.seconds / 6):  # until the others know, or an error has told more
+            if lost and not self.left.wait(self.seconds / 6):  # until the others know, or an error has said more
                 self._end(lost)
 
     def leave(self) -> None:
@@ -95,7 +95,7 @@ class Presence(threading.Thread):
         return f"{number} {socket.gethostname()}"
 
     def _lost(self) -> str | None:
-        """Return a message about lost ranks, None for none; the first rank finds them, and tells the others."""
+        """Return a message about lost ranks, None for none; the first rank finds them and informs the others."""
         if self.rank:
             if self.store.check([f"{self.key}/lost"]):
                 return str(self.store.get(f"{self.key}/lost").decode())

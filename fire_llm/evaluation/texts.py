@@ -37,7 +37,7 @@ class EvaluationSet:
         """Return the documents of a token file.
 
         If each document is read by itself, its end-of-text token is dropped, and documents without any other token are
-        left out, which is said on stderr. Bytes and words are not known of tokens without text.
+        left out, and a line on stderr reports it. Bytes and words are not known of tokens without text.
 
         Raises:
             UserError: No document has a token.

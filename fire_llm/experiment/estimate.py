@@ -319,7 +319,7 @@ def _steps(stage: Stage) -> int | None:
 
 
 def _approximate_tokens(run: RunContext, name: str) -> float | None:
-    """Return about how many tokens a corpus trains on, without reading it; None if that cannot be told."""
+    """Return about how many tokens a corpus trains on, without reading it; None if that is unknown."""
     corpus = run.corpus(name)
     if corpus.pretokenized is None:
         return None if corpus.approximate_bytes is None else corpus.approximate_bytes / BYTES_A_TOKEN

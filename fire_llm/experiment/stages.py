@@ -54,7 +54,7 @@ RECORDED = {"files", "tokens", "weights", "reset"}
 """Keys of `unit.json` that are not the recipe's: hashes of what the stage began with, and of what it wrote."""
 
 REPORT = "reset.json"
-"""File in a stage's folder that tells what its reset did."""
+"""File in a stage's folder that says what its reset did."""
 
 _LATER = {"include": (), "layers": "", "patterns": (), "when": None, "found": None}
 """Fields of a reset that older runs' `unit.json` lacks, with their defaults. A field at its default is not stored.
@@ -316,13 +316,13 @@ def changes_without_text(folder: Path, stage: Stage) -> list[str]:
     if before is None:
         return []
 
-    def told(spec: dict[str, Any]) -> dict[str, Any]:
+    def comparable(spec: dict[str, Any]) -> dict[str, Any]:
         known = {key: value for key, value in spec.items() if key not in RECORDED | {"corpora", "start"}}
         for section in PASSES:
             known[section] = {k: v for k, v in (known.get(section) or {}).items() if k != "sequences_per_device"}
         return known
 
-    return list(_differences(told(before), told(stage.outline)))
+    return list(_differences(comparable(before), comparable(stage.outline)))
 
 
 def _changed_settings(before: dict[str, Any], stage: Stage) -> list[str]:

@@ -269,7 +269,7 @@ def _tracker_arguments(stage: Stage, run: RunContext) -> dict[str, Any]:
 
 
 def _arguments(stage: Stage, run: RunContext, folder: Path, steps: int) -> ContinualArguments:
-    """Return the training arguments that the recipe stands for."""
+    """Return the training arguments that the recipe asks for."""
     recipe = run.recipe
     sequences, accumulation = split_batch(run, ranks().num_processes)
     precision = resolve_precision(recipe.precision)

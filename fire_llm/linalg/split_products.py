@@ -1,7 +1,7 @@
 """Products of 16-bit operands, as accelerators compute them best, and of split ones that hold 22 bits.
 
 A 16-bit product is 8 to 16 times as fast as one in fp32 there. Where 16 bits are too few, an operand is split into two
-fp16 parts. Three products of parts then stand for one product of 22 bits.
+fp16 parts. Three products of parts then replace one product of 22 bits.
 
 Shapes: (B = batch, n, m).
 """

@@ -495,7 +495,7 @@ class ContinualTrainer(Trainer):
     # ---- after a step: logs and evaluations
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
-        """Raise the faults of the last step and the last save first; measure speed anew after a log."""
+        """Raise the faults of the last step and the last save first; start measuring speed again after a log."""
         control = self.control
         if (control.should_log or control.should_evaluate or control.should_save) and not self.guard.settle():
             grad_norm = None  # the step was skipped

@@ -19,7 +19,7 @@ from fire_llm.core.errors import SECRET
 MOST_BYTES = 300_000
 """The largest file of a recipe."""
 MOST_VALUES = 20_000
-"""The most values of a recipe. Values behind YAML's aliases count every time: a few lines can stand for billions."""
+"""The most values of a recipe. Values behind YAML's aliases count every time: a few lines can expand to billions."""
 DEEPEST = 16
 """The most lists and mappings around a value."""
 LARGEST = 2**63 - 1

@@ -48,7 +48,7 @@ def read_data(source: str | Path | Mapping[str, Any], overrides: Iterable[str] =
 
 
 def checked(data: dict[str, Any], made: bool = False) -> tuple[Recipe | None, list[str]]:
-    """Return the recipe that plain data stand for, None if they stand for none, and all their faults."""
+    """Return the recipe that plain data describe, None if they describe none, and all their faults."""
     faults: list[str] = []
     recipe: Recipe | None = None
     try:
